@@ -1,0 +1,58 @@
+"""Errors that say what is wrong, where, and what to do about it.
+
+Every error that mxcompile raises on purpose is an `MXCompileError`, so that a caller can tell "this model or this
+request cannot be handled" from a bug.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MXCompileError(Exception):
+    """A request that cannot be carried out; the message says why and what to do."""
+
+
+class UnknownNameError(MXCompileError, ValueError):
+    """A name (recipe, format, pass, option) that does not exist; the message lists the nearest ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        super().__init__(f"unknown {kind} {name!r}: {hint}")
+
+
+class InputError(MXCompileError, ValueError):
+    """The example inputs or calibration data do not fit the model."""
+
+
+class TraceError(MXCompileError):
+    """The model cannot be traced to a graph."""
+
+
+class PipelineError(MXCompileError, ValueError):
+    """A pipeline that cannot be right: a bad text form, a bad option, or passes in an impossible order."""
+
+
+class PassError(MXCompileError):
+    """A pass failed; the message names the pass and, where known, the node and its module."""
+
+
+class CoverageError(MXCompileError):
+    """Too little of the model would be quantized."""
+
+
+class VerifyError(MXCompileError):
+    """A Program breaks a rule of its stage."""
+
+
+class WeightError(MXCompileError, ValueError):
+    """A parameter holds values that cannot be quantized (NaN or Inf)."""
+
+
+class DumpError(MXCompileError):
+    """A dump folder cannot be written or read."""
+
+
+class DeployError(MXCompileError):
+    """A lowered Program cannot be carried back into the module."""

@@ -1,0 +1,168 @@
+"""The definition of right: MX quantize, dequantize and linear in plain PyTorch.
+
+Every kernel must agree with this file: quantization bit for bit, products up to the order of a float32 sum.
+Source: OCP Microscaling Formats (MX) specification v1.0, section 6.3; the scale rules are described at `ScaleRule`.
+
+Blocks run along the last dimension. A size that is not a multiple of the block is padded with zeros inside the last
+block (a zero never raises a block's maximum), and the padding is dropped again by `dequantize`.
+
+All arithmetic is exact except the one rounding to an element: scaling multiplies by a power of two built from its
+bits, never by `exp2` or a division, which compilers approximate.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mxcompile.formats import SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule
+
+_MSE_OFFSETS = (0, -1, 1)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2**exponent as float32, exact for int32 exponents in [-127, 127]; -127 is subnormal in float32."""
+    bits = (exponent + SCALE_BIAS) << 23
+    return torch.where(exponent <= -SCALE_BIAS, 1 << 22, bits).view(torch.float32)
+
+
+def scale_values(scales: Tensor) -> Tensor:
+    """E8M0 bytes (uint8) to float32: 2**(byte - 127); 255 is NaN."""
+    values = power_of_two(scales.to(torch.int32) - SCALE_BIAS)
+    return torch.where(scales == SCALE_NAN, torch.nan, values)
+
+
+def to_blocks(x: Tensor, fmt: MXFormat) -> Tensor:
+    """`[..., size]` to `[..., blocks, block_size]`, padded with zeros."""
+    padding = fmt.blocks(x.shape[-1]) * fmt.block_size - x.shape[-1]
+    padded = torch.nn.functional.pad(x, (0, padding)) if padding else x
+    return padded.unflatten(-1, (-1, fmt.block_size))
+
+
+def round_elements(v: Tensor, fmt: MXFormat) -> Tensor:
+    """Round float32 to the nearest element, ties to even, subnormals kept, saturating at `fmt.max_value`."""
+    if fmt.is_integer:
+        steps = 2.0**fmt.mantissa_bits
+        rounded = torch.round(v * steps) + 0.0  # two's complement has one zero: -0.0 becomes 0.0
+        return (rounded / steps).clamp(-fmt.max_value, fmt.max_value)
+    exponent = _exponent(v).clamp(fmt.emin, fmt.emax)
+    rounded = torch.round(v * power_of_two(fmt.mantissa_bits - exponent))
+    return (rounded * power_of_two(exponent - fmt.mantissa_bits)).clamp(-fmt.max_value, fmt.max_value)
+
+
+def encode(elements: Tensor, fmt: MXFormat) -> Tensor:
+    """Element values (float32, already rounded) to codes (uint8, `fmt.bits` bits used)."""
+    if fmt.is_integer:
+        codes = (elements * 2.0**fmt.mantissa_bits).to(torch.int32) & (2**fmt.bits - 1)
+        return codes.to(torch.uint8)
+    exponent = _exponent(elements).clamp(fmt.emin, fmt.emax)
+    mantissa = (elements.abs() * power_of_two(fmt.mantissa_bits - exponent)).to(torch.int32)
+    sign = torch.signbit(elements).to(torch.int32) << (fmt.bits - 1)
+    return (((exponent - fmt.emin) << fmt.mantissa_bits) + mantissa + sign).to(torch.uint8)
+
+
+def decode(codes: Tensor, fmt: MXFormat) -> Tensor:
+    """Codes (uint8) to element values (float32)."""
+    table = torch.tensor(element_table(fmt), device=codes.device)
+    return torch.nn.functional.embedding(codes.to(torch.int32), table[:, None]).squeeze(-1)
+
+
+@cache
+def element_table(fmt: MXFormat) -> tuple[float, ...]:
+    """The value of every code, `2**fmt.bits` of them, Inf and NaN of E5M2 and E4M3 included."""
+    half = 2 ** (fmt.bits - 1)
+    if fmt.is_integer:
+        return tuple((c - 2 * half if c >= half else c) / 2**fmt.mantissa_bits for c in range(2 * half))
+    steps = 2**fmt.mantissa_bits
+    positive: list[float] = []
+    for code in range(half):
+        field, fraction = divmod(code, steps)
+        significand = fraction + (steps if field else 0)
+        positive.append(significand * 2.0 ** (max(field, 1) - 1 + fmt.emin - fmt.mantissa_bits))
+    for code in range(fmt.max_code + 1, half):
+        is_inf = fmt.exponent_bits == 5 and code == fmt.max_code + 1
+        positive[code] = float("inf") if is_inf else float("nan")
+    return (*positive, *(-value for value in positive))
+
+
+def scale_exponents(amax: Tensor, fmt: MXFormat, rule: ScaleRule, largest: int = SCALE_BIAS) -> Tensor:
+    """Exponent of the shared scale for each block maximum.
+
+    `amax` float32 (finite), result int32 in [-127, largest - emax]. `largest` is the exponent of the largest finite
+    number of the tensor's own dtype: a scale beyond it could round a finite value up to infinity.
+    MSE gives FLOOR's exponent here: its search needs the block itself.
+    """
+    mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2**exponent, mantissa in [0.5, 1)
+    threshold = rule.threshold(fmt) / 2
+    beyond = mantissa >= threshold if rule is ScaleRule.EVEN else mantissa > threshold
+    return (exponent - 1 - fmt.emax + beyond.to(torch.int32)).clamp(-SCALE_BIAS, largest - fmt.emax)
+
+
+def quantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor]:
+    """Quantize along the last dimension.
+
+    x: `[..., size]`, float32 / bfloat16 / float16 (float64 is rounded to float32 first).
+    Returns codes `[..., blocks * block_size]` (uint8, one element a byte) and E8M0 scales `[..., blocks]` (uint8).
+    A block that holds Inf or NaN gets scale 255, so that all of it decodes to NaN.
+    """
+    elements, exponent, finite = _quantize_blocks(x, fmt, rule)
+    scales = torch.where(finite, exponent + SCALE_BIAS, SCALE_NAN).to(torch.uint8)
+    return encode(elements, fmt).flatten(-2), scales.squeeze(-1)
+
+
+def quantize_on_scales(x: Tensor, scales: Tensor, fmt: MXFormat) -> Tensor:
+    """Codes `[..., blocks * block_size]` of finite values `[..., size]` on given scales `[..., blocks]` (none 255)."""
+    blocks = to_blocks(x.to(torch.float32), fmt)
+    exponent = SCALE_BIAS - scales.to(torch.int32).unsqueeze(-1)
+    return encode(round_elements(blocks * power_of_two(exponent), fmt), fmt).flatten(-2)
+
+
+def dequantize(codes: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype: torch.dtype) -> Tensor:
+    """Codes `[..., blocks * block_size]` and scales `[..., blocks]` to values `[..., size]` of `dtype`."""
+    blocks = decode(codes, fmt).unflatten(-1, (-1, fmt.block_size))
+    return (blocks * scale_values(scales).unsqueeze(-1)).flatten(-2)[..., :size].to(dtype)
+
+
+def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+    """`dequantize(quantize(x))` without making codes: the same values, same shape and dtype as x."""
+    elements, exponent, finite = _quantize_blocks(x, fmt, rule)
+    values = torch.where(finite, elements * power_of_two(exponent), torch.nan)
+    return values.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat) -> Tensor:
+    """`x @ dequantize(codes, scales).T + bias`: x `[..., in]`, codes `[out, blocks * block_size]`, y `[..., out]`."""
+    weight = dequantize(codes, scales, fmt, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _exponent(v: Tensor) -> Tensor:
+    """floor(log2(|v|)) of normal float32 values, as int32; -127 for zero and subnormals."""
+    return ((v.view(torch.int32) >> 23) & 0xFF) - SCALE_BIAS
+
+
+def _quantize_blocks(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounded elements `[..., blocks, block_size]`, scale exponents and finiteness `[..., blocks, 1]`."""
+    largest = SCALE_BIAS if x.dtype == torch.float64 else int(torch.finfo(x.dtype).max).bit_length() - 1
+    blocks = to_blocks(x.to(torch.float32), fmt)
+    amax = blocks.abs().amax(-1, keepdim=True)
+    finite = torch.isfinite(amax)
+    blocks = torch.where(finite, blocks, 0.0)
+    exponent = scale_exponents(torch.where(finite, amax, 0.0), fmt, rule, largest)
+    if rule is ScaleRule.MSE:
+        exponent = _least_squares_exponent(blocks, exponent, fmt, largest)
+    return round_elements(blocks * power_of_two(-exponent), fmt), exponent, finite
+
+
+def _least_squares_exponent(blocks: Tensor, floor: Tensor, fmt: MXFormat, largest: int) -> Tensor:
+    """The exponent among floor - 1, floor, floor + 1 with the least squared error; floor where they tie."""
+    v = blocks * power_of_two(-floor)
+    best, best_error = floor, torch.full_like(floor, torch.inf, dtype=torch.float32)
+    for offset in _MSE_OFFSETS:
+        candidate = (floor + offset).clamp(-SCALE_BIAS, largest - fmt.emax)
+        shift = candidate - floor
+        rounded = round_elements(v * power_of_two(-shift), fmt) * power_of_two(shift)
+        error = (rounded - v).square().sum(-1, keepdim=True)
+        best = torch.where(error < best_error, candidate, best)
+        best_error = torch.minimum(error, best_error)
+    return best
