@@ -7,6 +7,8 @@ request cannot be handled" from a bug.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LISTED = 12
+
 
 class MXCompileError(Exception):
     """A request that cannot be carried out; the message says why and what to do."""
@@ -18,7 +20,8 @@ class UnknownNameError(MXCompileError, ValueError):
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
         near = get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        listed = ", ".join(known[:_LISTED]) + (f" and {len(known) - _LISTED} more" if len(known) > _LISTED else "")
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {listed or 'none'}"
         super().__init__(f"unknown {kind} {name!r}: {hint}")
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from mxcompile.formats import SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule
 
 _MSE_OFFSETS = (0, -1, 1)
+_FLOAT16_MANTISSA = 10
+_FLOAT16_EMIN = -14
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -62,27 +64,28 @@ def encode(elements: Tensor, fmt: MXFormat) -> Tensor:
 
 
 def decode(codes: Tensor, fmt: MXFormat) -> Tensor:
-    """Codes (uint8) to element values (float32)."""
-    table = torch.tensor(element_table(fmt), device=codes.device)
-    return torch.nn.functional.embedding(codes.to(torch.int32), table[:, None]).squeeze(-1)
+    """Codes (uint8) to element values (float32), Inf and NaN of E5M2 and E4M3 included.
+
+    Integers are sign-extended. The fields of a float element are moved into those of a float16, whose exponent range
+    contains theirs (subnormals stay subnormals), and the difference in bias is made good by an exact power of two.
+    """
+    if fmt.is_integer:
+        unused = 8 - fmt.bits
+        return ((codes << unused).view(torch.int8) >> unused).to(torch.float32) * 2.0**-fmt.mantissa_bits
+    wide = codes.to(torch.int16)
+    sign = (wide >> (fmt.bits - 1)) << 15
+    magnitude = wide & (2 ** (fmt.bits - 1) - 1)
+    half = (sign | (magnitude << (_FLOAT16_MANTISSA - fmt.mantissa_bits))).view(torch.float16)
+    values = half.to(torch.float32) * 2.0 ** (fmt.emin - _FLOAT16_EMIN)
+    if fmt.exponent_bits == 4:  # E4M3 has one NaN where the rule for the others would give a number
+        return torch.where(magnitude > fmt.max_code, torch.nan, values)
+    return values
 
 
 @cache
 def element_table(fmt: MXFormat) -> tuple[float, ...]:
-    """The value of every code, `2**fmt.bits` of them, Inf and NaN of E5M2 and E4M3 included."""
-    half = 2 ** (fmt.bits - 1)
-    if fmt.is_integer:
-        return tuple((c - 2 * half if c >= half else c) / 2**fmt.mantissa_bits for c in range(2 * half))
-    steps = 2**fmt.mantissa_bits
-    positive: list[float] = []
-    for code in range(half):
-        field, fraction = divmod(code, steps)
-        significand = fraction + (steps if field else 0)
-        positive.append(significand * 2.0 ** (max(field, 1) - 1 + fmt.emin - fmt.mantissa_bits))
-    for code in range(fmt.max_code + 1, half):
-        is_inf = fmt.exponent_bits == 5 and code == fmt.max_code + 1
-        positive[code] = float("inf") if is_inf else float("nan")
-    return (*positive, *(-value for value in positive))
+    """The value of every code, `2**fmt.bits` of them."""
+    return tuple(decode(torch.arange(2**fmt.bits, dtype=torch.uint8), fmt).tolist())
 
 
 def scale_exponents(amax: Tensor, fmt: MXFormat, rule: ScaleRule, largest: int = SCALE_BIAS) -> Tensor:

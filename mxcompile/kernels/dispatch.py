@@ -1,0 +1,51 @@
+"""Which implementation serves a call: the fastest kernel whose `supports` has no objection, else the reference.
+
+The choice depends on device, dtype and format alone. On the CPU the reference serves: one layer's weight is decoded
+into a float buffer, used and freed. `choices` gives every candidate's answer, for dumps and errors.
+"""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from torch import Tensor
+
+from mxcompile import packing, reference
+from mxcompile.formats import MXFormat, ScaleRule
+
+TRITON_MISSING = "triton is not installed"
+
+
+def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat) -> Tensor:
+    """`x @ dequantize(elements, scales).T + bias`; see `reference.linear`, elements packed."""
+    kernel = _triton("triton_linear", x)
+    if kernel is not None and kernel.supports(x, fmt) is None:
+        return kernel.linear(x, elements, scales, bias, fmt)
+    return reference.linear(x, packing.unpack(elements, fmt), scales, bias, fmt)
+
+
+def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+    """See `reference.quantize_dequantize`."""
+    kernel = _triton("triton_quantize", x)
+    if kernel is not None and kernel.supports(x, fmt, rule) is None:
+        return kernel.quantize_dequantize(x, fmt, rule)
+    return reference.quantize_dequantize(x, fmt, rule)
+
+
+def choices(x: Tensor, fmt: MXFormat) -> dict[str, str | None]:
+    """For `linear`, in order of preference: kernel name -> None if it serves, or why not."""
+    if x.device.type == "cpu":
+        return {"triton_linear": "runs on a GPU", "reference": None}
+    kernel = _triton("triton_linear", x)
+    return {"triton_linear": TRITON_MISSING if kernel is None else kernel.supports(x, fmt), "reference": None}
+
+
+def _triton(name: str, x: Tensor) -> ModuleType | None:
+    """A kernel module that needs triton, for a tensor on a GPU; None where triton is not installed."""
+    return None if x.device.type == "cpu" else _import(name)
+
+
+@cache
+def _import(name: str) -> ModuleType | None:
+    return None if find_spec("triton") is None else import_module(f"mxcompile.kernels.{name}")

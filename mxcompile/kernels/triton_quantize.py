@@ -1,0 +1,228 @@
+"""x -> dequantize(quantize(x)) in one pass over memory, and packed weights -> values; bit for bit as reference.py.
+
+A program takes a few whole blocks: the largest magnitude of each (an integer maximum over float32 bit patterns, which
+order as the numbers do, Inf and NaN above all), its scale exponent from that pattern's fields, then every element.
+
+Rounding to an element on a grid of step `s = 2**(e - mantissa_bits)` is `(v + c) - c` with `c = 1.5 * 2**23 * s`:
+float32 numbers near `c` lie exactly `s` apart and `c / s` is even, so the addition rounds to the nearest multiple of
+`s`, ties to even, for every `v < 2**22 * s` (here `v < 2**8 * s`), and the subtraction is exact. No compiler may
+cancel the two (Triton sets no reassociation flag). Contracting the multiplication that made `v` with the addition into
+one FMA changes nothing either: that product is by a power of two, exact unless it underflows below 2**-126, and then
+both ways round to zero.
+"""
+
+# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
+# pyright: basic, reportGeneralTypeIssues=false
+# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.kernels.triton_elements import (
+    decode,
+    element_constants,
+    element_offsets,
+    launch,
+    load_codes,
+    narrow,
+    power_of_two,
+    scale_value,
+    unsupported_device,
+    unsupported_dtype,
+    widen,
+)
+
+_TILE_VALUES = 2048
+_WARPS = 4
+
+
+def supports(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> str | None:
+    """None if `quantize_dequantize` can serve, or the reason why not. Every format and block size is served."""
+    if rule is ScaleRule.MSE:
+        return "scale rule mse searches exponents, which the Triton kernel does not do"
+    try:
+        rule.threshold(fmt)
+    except MXCompileError as error:
+        return str(error)
+    return unsupported_dtype(x.dtype) or unsupported_device(x)
+
+
+def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+    """What reference.quantize_dequantize gives, bit for bit (the payload of a NaN excepted), in one launch.
+
+    x `[..., size]`, bfloat16, float16 or float32, any strides; the result has its shape and dtype and is contiguous.
+    """
+    if rule is ScaleRule.MSE:
+        raise MXCompileError("scale rule mse has no Triton kernel: use reference.quantize_dequantize")
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    rows, size = math.prod(x.shape[:-1]), x.shape[-1]
+    total, tile = rows * fmt.blocks(size), _TILE_VALUES // fmt.block_size
+    x = x.reshape(rows, size)
+    launch(
+        _quantize_dequantize_kernel,
+        -(-total // tile),
+        x,
+        y,
+        total,
+        fmt.blocks(size),
+        size,
+        *x.stride(),
+        BLOCK=fmt.block_size,
+        EXPONENT_BITS=fmt.exponent_bits,
+        MANTISSA_BITS=fmt.mantissa_bits,
+        EMIN=fmt.emin,
+        EMAX=fmt.emax,
+        MAX_VALUE=fmt.max_value,
+        LIMIT=_fraction_limit(fmt, rule),
+        LARGEST=int(torch.finfo(x.dtype).max).bit_length() - 1,
+        TILE=tile,
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+def dequantize(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype: torch.dtype) -> Tensor:
+    """Packed elements `[..., blocks * block_bytes]` and scales `[..., blocks]` to values `[..., size]` of `dtype`.
+
+    Bit for bit `reference.dequantize(unpack(elements), ...)` (the payload of a NaN excepted).
+    """
+    blocks = fmt.blocks(size)
+    if scales.shape[-1] != blocks or elements.shape != (*scales.shape[:-1], blocks * fmt.block_bytes):
+        raise MXCompileError(f"{fmt} values of size {size} cannot come from {elements.shape} and {scales.shape}")
+    y = torch.empty((*scales.shape[:-1], size), dtype=dtype, device=scales.device)
+    if y.numel() == 0:
+        return y
+    total, tile = scales.numel(), _TILE_VALUES // fmt.block_size
+    launch(
+        _dequantize_kernel,
+        -(-total // tile),
+        elements.contiguous(),
+        scales.contiguous(),
+        y,
+        total,
+        blocks,
+        size,
+        **element_constants(fmt),
+        TILE=tile,
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+def _fraction_limit(fmt: MXFormat, rule: ScaleRule) -> int:
+    """The largest 23-bit fraction of a block's maximum that does not raise the exponent (see ScaleRule.threshold)."""
+    limit = int((rule.threshold(fmt) - 1) * 2**23)
+    return limit - 1 if rule is ScaleRule.EVEN else limit
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _scale_exponent(amax, EMAX: tl.constexpr, LIMIT: tl.constexpr, LARGEST: tl.constexpr):
+    """reference.scale_exponents for the bit pattern of a block's largest magnitude (int32)."""
+    # A subnormal of 2**-127 or more becomes field 0 with its fraction in place; what is below gets field -1,
+    # which the clamp makes -127 whatever its true exponent.
+    bits = tl.where(amax < 0x00800000, 2 * amax - 0x00800000, amax)
+    beyond = ((bits & 0x007FFFFF) > LIMIT).to(tl.int32)
+    exponent = (bits >> 23) - 127 - EMAX + beyond
+    return tl.minimum(tl.maximum(exponent, -127), LARGEST - EMAX)
+
+
+@triton.jit
+def _round_magnitude(
+    v, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, EMIN: tl.constexpr, MAX_VALUE: tl.constexpr
+):
+    """Non-negative float32 below 2**(emax + 1) to the nearest element, ties to even, saturating."""
+    if EXPONENT_BITS == 0:
+        MAGIC: tl.constexpr = 1.5 * 2.0 ** (23 - MANTISSA_BITS)
+        rounded = (v + MAGIC) - MAGIC
+    else:
+        field = tl.maximum(v.to(tl.int32, bitcast=True) >> 23, EMIN + 127)
+        magic = (((field + (23 - MANTISSA_BITS)) << 23) | 0x00400000).to(tl.float32, bitcast=True)
+        rounded = (v + magic) - magic
+    return tl.minimum(rounded, MAX_VALUE)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _quantize_dequantize_kernel(
+    x,
+    y,
+    total,
+    blocks,
+    size,
+    x_stride_row,
+    x_stride_column,
+    BLOCK: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    EMIN: tl.constexpr,
+    EMAX: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    # Indices are as wide as the number of blocks needs.
+    index = tl.program_id(0).to(total.dtype) * TILE + tl.arange(0, TILE)
+    row = (index // blocks).to(tl.int64)[:, None]
+    column = (index % blocks)[:, None].to(tl.int32) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (index < total)[:, None] & (column < size)
+    pointers = x + row * x_stride_row + column.to(tl.int64) * x_stride_column
+    values = widen(tl.load(pointers, mask=inside, other=0.0))
+    bits = values.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    amax = tl.expand_dims(tl.reduce(magnitude, 1, _larger), 1)
+    exponent = _scale_exponent(amax, EMAX, LIMIT, LARGEST)
+    v = magnitude.to(tl.float32, bitcast=True) * power_of_two(-exponent)
+    v = _round_magnitude(v, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE) * power_of_two(exponent)
+    sign = bits ^ magnitude
+    if EXPONENT_BITS == 0:
+        sign = tl.where(v == 0.0, 0, sign)  # two's complement has one zero
+    result = v.to(tl.int32, bitcast=True) | sign
+    result = tl.where(amax >= 0x7F800000, 0x7FC00000, result).to(tl.float32, bitcast=True)
+    tl.store(y + row * size + column, narrow(result, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _dequantize_kernel(
+    elements,
+    scales,
+    y,
+    total,
+    blocks,
+    size,
+    BITS: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    EMIN: tl.constexpr,
+    MAX_CODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    WIDTH: tl.constexpr = BLOCK // PARTS
+    index = tl.program_id(0).to(total.dtype) * TILE + tl.arange(0, TILE)
+    row = (index // blocks).to(tl.int64)[:, None]
+    lane = tl.arange(0, WIDTH)[None, :]
+    first = (index % blocks)[:, None].to(tl.int32) * BLOCK + lane
+    scale = scale_value(tl.load(scales + index, mask=index < total, other=0))[:, None]
+    pointers = elements + element_offsets(index[:, None].to(tl.int64) * WIDTH + lane, BITS, WIDTH)
+    inside = (index < total)[:, None] & (lane < WIDTH)
+    for part in tl.static_range(PARTS):
+        codes = load_codes(pointers, inside, part, BITS, WIDTH)
+        values = decode(codes, BITS, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_CODE) * scale
+        column = first + part * WIDTH
+        tl.store(y + row * size + column, narrow(values, y.dtype.element_ty), mask=inside & (column < size))

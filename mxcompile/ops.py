@@ -1,0 +1,112 @@
+"""The `mx::` operators: what a lowered graph is made of.
+
+    mx::quantize(x, format, rule) -> (elements, scales)              explicit, one pair a value
+    mx::dequantize(elements, scales, format, size, dtype) -> values
+    mx::quantize_dequantize(x, format, rule) -> values               the two above, fused
+    mx::linear(x, elements, scales, bias, format) -> y               dequantize + linear, fused
+
+`format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
+(`packing.py`), uint8 `[..., blocks * block_bytes]`; scales are E8M0 bytes `[..., blocks]`; blocks run along the last
+dimension, whose true length is `size`.
+
+The first two are the reference itself on every device. The fused two go to the fastest kernel that serves the call
+(`kernels.dispatch`) and mean exactly the composition of the first two with `aten.linear`.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch import _check as check  # pyright: ignore[reportPrivateUsage] - documented API
+
+from mxcompile import packing, reference
+from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
+from mxcompile.kernels import dispatch
+
+_LIBRARY = torch.library.Library("mx", "DEF")
+_format = cache(parse_format)
+_rule = cache(parse_scale_rule)
+
+
+def quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
+    """Values `[..., size]` to packed elements and scales."""
+    fmt = _format(format)
+    codes, scales = reference.quantize(x, fmt, _rule(rule))
+    return packing.pack(codes, fmt), scales
+
+
+def dequantize(elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype) -> Tensor:
+    """Packed elements and scales to values `[..., size]`."""
+    fmt = _format(format)
+    return reference.dequantize(packing.unpack(elements, fmt), scales, fmt, size, dtype).contiguous()
+
+
+def quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
+    """`dequantize(quantize(x))` in one step, shape and dtype of x."""
+    return dispatch.quantize_dequantize(x, _format(format), _rule(rule)).contiguous()
+
+
+def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    """`x @ dequantize(elements, scales).T + bias`: x `[..., in]`, elements `[out, bytes]`, gives `[..., out]`."""
+    return dispatch.linear(x, elements, scales, bias, _format(format))
+
+
+def _fake_quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
+    fmt: MXFormat = _format(format)
+    _check_rule(rule, fmt)
+    blocks = fmt.blocks(x.shape[-1])
+    elements = x.new_empty((*x.shape[:-1], blocks * fmt.block_bytes), dtype=torch.uint8)
+    return elements, x.new_empty((*x.shape[:-1], blocks), dtype=torch.uint8)
+
+
+def _fake_dequantize(elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype) -> Tensor:
+    fmt = _format(format)
+    check(elements.dtype == torch.uint8 and scales.dtype == torch.uint8, lambda: "elements and scales are bytes")
+    check(scales.shape[-1] == fmt.blocks(size), lambda: f"{scales.shape[-1]} scales for {size} values of {fmt}")
+    check(elements.shape[-1] == scales.shape[-1] * fmt.block_bytes, lambda: f"elements are not packed {fmt}")
+    return elements.new_empty((*elements.shape[:-1], size), dtype=dtype)
+
+
+def _fake_quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
+    _check_rule(rule, _format(format))
+    return x.new_empty(x.shape)
+
+
+def _fake_linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    _fake_dequantize(elements, scales, format, x.shape[-1], x.dtype)
+    check(elements.dim() == 2, lambda: f"mx::linear takes a 2-D weight, not {elements.dim()}-D")
+    check(bias is None or bias.shape == elements.shape[:1], lambda: "bias does not fit the weight")
+    return x.new_empty((*x.shape[:-1], elements.shape[0]))
+
+
+def _check_rule(rule: str, fmt: MXFormat) -> None:
+    scale_rule: ScaleRule = _rule(rule)
+    scale_rule.threshold(fmt)
+
+
+def _register() -> None:
+    schemas = {
+        "quantize(Tensor x, str format, str rule) -> (Tensor, Tensor)": (quantize, _fake_quantize),
+        "dequantize(Tensor elements, Tensor scales, str format, SymInt size, ScalarType dtype) -> Tensor": (
+            dequantize,
+            _fake_dequantize,
+        ),
+        "quantize_dequantize(Tensor x, str format, str rule) -> Tensor": (
+            quantize_dequantize,
+            _fake_quantize_dequantize,
+        ),
+        "linear(Tensor x, Tensor elements, Tensor scales, Tensor? bias, str format) -> Tensor": (linear, _fake_linear),
+    }
+    for schema, (implementation, fake) in schemas.items():
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mx::{name}", fake, lib=_LIBRARY)
+
+
+_register()
+
+QUANTIZE = torch.ops.mx.quantize.default
+DEQUANTIZE = torch.ops.mx.dequantize.default
+QUANTIZE_DEQUANTIZE = torch.ops.mx.quantize_dequantize.default
+LINEAR = torch.ops.mx.linear.default

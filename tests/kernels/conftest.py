@@ -1,0 +1,205 @@
+"""Triton kernels on CPU tensors, inputs that are hard on them, and the error a float32 sum may make.
+
+`interpreted` imports *private copies* of the kernel modules while triton's interpreter knob is on, and puts everything
+back: the modules that other tests (and mxcompile itself) import are compiled as ever, no environment variable stays
+set, and Inductor notices nothing. What that costs: triton's own jit functions (tl.max, tl.zeros, tl.cdiv), which exist
+since triton was imported, cannot be interpreted, so the kernels do without them.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mxcompile.formats import MXFormat
+from mxcompile.reference import element_table
+
+_PACKAGE = "mxcompile.kernels"
+_MODULES = ("triton_elements", "triton_linear", "triton_quantize")
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[SimpleNamespace]:
+    """The modules triton_linear and triton_quantize, interpreted, as `.linear` and `.quantize`.
+
+    `.larger` is the combining function of quantize's maximum as it was written (see below).
+    """
+    pytest.importorskip("triton")
+    copies = _import_interpreted()
+    linear, quantize = copies["triton_linear"], copies["triton_quantize"]
+    larger = quantize._larger
+    with pytest.MonkeyPatch.context() as patch:
+        _let_scalars_be_range_bounds(patch)
+        # The interpreter recognizes triton's own maximum; it calls any other once an element: 100 times slower.
+        standard = importlib.import_module("triton.language.standard")
+        patch.setattr(quantize, "_larger", standard._elementwise_max)
+        yield SimpleNamespace(linear=linear, quantize=quantize, larger=larger)
+
+
+def _import_interpreted() -> dict[str, ModuleType]:
+    import triton
+
+    package = importlib.import_module(_PACKAGE)
+    real = {name: sys.modules.pop(f"{_PACKAGE}.{name}", None) for name in _MODULES}
+    attributes = {name: package.__dict__.pop(name, None) for name in _MODULES}
+    try:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True
+            return {name: importlib.import_module(f"{_PACKAGE}.{name}") for name in _MODULES}
+    finally:
+        for name in _MODULES:
+            _restore(sys.modules, f"{_PACKAGE}.{name}", real[name])
+            _restore(package.__dict__, name, attributes[name])
+
+
+def _restore(table: dict[str, Any], name: str, value: ModuleType | None) -> None:
+    table.pop(name, None)
+    if value is not None:
+        table[name] = value
+
+
+def _let_scalars_be_range_bounds(patch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 interprets `range(0, n)` by int() of a one-element array, which numpy 2.5 refuses."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@dataclass
+class Accesses:
+    """Every address an interpreted kernel loaded from and stored to."""
+
+    loads: list[np.ndarray] = field(default_factory=list)
+    stores: list[np.ndarray] = field(default_factory=list)
+
+    def assert_within(self, inputs: list[Tensor], output: Tensor) -> None:
+        """Loads touched elements of the inputs only, stores every element of the output, once."""
+        allowed = np.concatenate([_addresses(t) for t in inputs])
+        assert np.isin(np.concatenate(self.loads), allowed).all()
+        assert np.array_equal(np.sort(np.concatenate(self.stores)), np.sort(_addresses(output)))
+
+
+def _addresses(t: Tensor) -> np.ndarray:
+    offsets = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        offsets = offsets[..., None] + torch.arange(size) * stride
+    return (t.data_ptr() + offsets.flatten() * t.element_size()).numpy().astype(np.uint64)
+
+
+@pytest.fixture
+def accesses(interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Accesses:
+    """Records what interpreted kernels read and write from here on."""
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    load, store, seen = builder.create_masked_load, builder.create_masked_store, Accesses()
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        seen.loads.append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)])
+        return load(self, pointers, mask, *rest, **options)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        seen.stores.append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape)])
+        return store(self, pointers, value, mask, *rest, **options)
+
+    monkeypatch.setattr(builder, "create_masked_load", masked_load)
+    monkeypatch.setattr(builder, "create_masked_store", masked_store)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def assert_same_bits() -> Callable[[Tensor, Tensor], None]:
+    """Asserts that two tensors are equal bit by bit, signs of zeros included; any NaN equals any other."""
+
+    def check(actual: Tensor, expected: Tensor) -> None:
+        assert actual.shape == expected.shape
+        assert actual.dtype == expected.dtype
+        bits = torch.int32 if expected.dtype == torch.float32 else torch.int16
+        same = actual.view(bits) == expected.view(bits)
+        same |= actual.isnan() & expected.isnan()
+        wrong = (~same).nonzero()[:8]
+        found = [(tuple(i), actual[tuple(i)].item(), expected[tuple(i)].item()) for i in wrong.tolist()]
+        assert same.all(), f"{int((~same).sum())} values differ; (index, actual, expected): {found}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def error_over_bound() -> Callable[..., float]:
+    """The largest |y - y64| / bound over a product's results, `y = x @ weight.T + bias`; 1 is the most allowed.
+
+    y64 is the product of the same x and weight (already rounded to x's dtype) in float64. The kernel sums K products
+    and the bias in float32. Each of those n = K + 1 steps loses at most u = 2**-23 of the largest partial sum
+    (half of that if it rounds to nearest; tensor cores truncate), and no partial sum exceeds
+    S = sum |x| |w| + |b|, so |acc - y64| <= E = n u / (1 - n u) S. The result is rounded once to x's dtype:
+    |y - acc| <= eps/2 |acc| + tiny/2 with tiny the smallest subnormal. In all: E + eps/2 (|y64| + E) + tiny/2.
+    """
+
+    def ratio(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+        x64, w64 = x.double(), weight.double()
+        b64 = torch.zeros(weight.shape[0], dtype=torch.float64, device=x.device) if bias is None else bias.double()
+        exact = x64 @ w64.T + b64
+        n_u = (x.shape[-1] + 1) * 2.0**-23
+        error = n_u / (1 - n_u) * (x64.abs() @ w64.abs().T + b64.abs())
+        info = torch.finfo(y.dtype)
+        bound = error + info.eps / 2 * (exact.abs() + error) + info.smallest_normal * info.eps / 2
+        assert y.isfinite().all()
+        return ((y.double() - exact).abs() / bound).max().item() if y.numel() else 0.0
+
+    return ratio
+
+
+@pytest.fixture(scope="session")
+def nasty_blocks() -> Callable[[MXFormat, torch.dtype], Tensor]:
+    """`[blocks, 32]`: blocks whose largest magnitude lies on and next to every rule's threshold, at every kind of
+    exponent, filled with elements and with the midpoints between them; and blocks of zeros, Inf, NaN and subnormals.
+    """
+
+    def make(fmt: MXFormat, dtype: torch.dtype) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        amax = _threshold_values(dtype)
+        elements = torch.tensor([v for v in element_table(fmt) if 0 <= v <= fmt.max_value]).double().unique()
+        grid = torch.cat([elements, (elements[1:] + elements[:-1]) / 2])
+        choice = torch.randint(len(grid), (len(amax), 31), generator=generator)
+        unit = torch.exp2(torch.frexp(amax.double()).exponent.double() - 1 - fmt.emax)
+        sign = torch.randint(2, choice.shape, generator=generator) * 2 - 1
+        rest = (grid[choice] * unit[:, None] * sign).to(dtype)
+        return torch.cat([torch.cat([amax[:, None], rest], dim=1), _special_blocks(dtype, generator)])
+
+    return make
+
+
+def _threshold_values(dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    top, bottom = int(info.max).bit_length() - 1, int(np.log2(info.smallest_normal))
+    tiny = bottom + int(np.log2(info.eps))
+    exponents = {tiny, tiny + 1, *range(bottom - 3, bottom + 3), -1, 0, 1, top - 9, top - 5, *range(top - 2, top + 1)}
+    mantissas = [1.0, 1.5, 1.75, 1.8125, 1.875, 1.9375, 2 - 2.0**-6, 2 - 2.0**-7]
+    values = torch.tensor([m * 2.0**e for e in sorted(exponents) for m in mantissas], dtype=torch.float64).to(dtype)
+    bits = values.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    near = torch.cat([(bits + step).clamp(min=0) for step in (-1, 0, 1)]).view(dtype)
+    return near.clamp(max=info.max)
+
+
+def _special_blocks(dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    info = torch.finfo(dtype)
+    x = torch.randn(12, 32, generator=generator).to(dtype)
+    x[0], x[1], x[2] = 0.0, -0.0, info.max
+    x[3, 5], x[4, 31], x[5, 0] = torch.inf, -torch.inf, torch.nan
+    x[6] = torch.inf
+    x[7] *= info.smallest_normal
+    x[8] *= info.smallest_normal * info.eps * 4
+    x[9, 7] = -info.max
+    x[10] = (x[10].double() * torch.exp2(torch.arange(32) - 16.0)).to(dtype)
+    x[11] = -info.smallest_normal * info.eps
+    return x

@@ -1,0 +1,174 @@
+"""The mx:: operators: eager is the reference bit for bit, shapes without data are the shapes with data, wrong arguments
+are refused in words, and an operator can be exported.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from mxcompile import packing, reference
+from mxcompile.errors import MXCompileError, UnknownNameError
+from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, activation_rule
+from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+
+
+def packed(weight: Tensor, fmt) -> tuple[Tensor, Tensor]:
+    return QUANTIZE(weight, str(fmt), str(activation_rule(fmt)))
+
+
+@each_format
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eager_is_the_reference(fmt, dtype):
+    rule = activation_rule(fmt)
+    x = torch.randn(3, 5, 100).to(dtype)
+    codes, scales = reference.quantize(x, fmt, rule)
+    elements, bytes_ = QUANTIZE(x, str(fmt), str(rule))
+    assert torch.equal(elements, packing.pack(codes, fmt))
+    assert torch.equal(bytes_, scales)
+    values = reference.dequantize(codes, scales, fmt, 100, dtype)
+    assert torch.equal(DEQUANTIZE(elements, bytes_, str(fmt), 100, dtype), values)
+    fused = QUANTIZE_DEQUANTIZE(x, str(fmt), str(rule))
+    assert fused.dtype == dtype
+    assert torch.equal(fused, values)
+
+
+@each_format
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_dequantize_and_linear(fmt, dtype, bias):
+    x, b = torch.randn(3, 5, 100).to(dtype), torch.randn(24).to(dtype) if bias else None
+    elements, scales = packed(torch.randn(24, 100), fmt)
+    weight = DEQUANTIZE(elements, scales, str(fmt), 100, dtype)
+    # bit for bit: on the CPU both are one call of torch's own linear on the same weight
+    assert torch.equal(LINEAR(x, elements, scales, b, str(fmt)), nn.functional.linear(x, weight, b))
+
+
+def test_every_scale_rule_has_its_word():
+    x = torch.randn(4, 64) * torch.logspace(-3, 3, 64)
+    for rule in ScaleRule:
+        _, expected = reference.quantize(x, MXFP4, rule)
+        assert torch.equal(QUANTIZE(x, "mxfp4", str(rule))[1], expected)
+
+
+def test_a_block_size_is_part_of_the_format():
+    x = torch.randn(2, 100)
+    for block in BLOCK_SIZES:
+        elements, scales = QUANTIZE(x, f"mxint4:{block}", "floor")
+        assert scales.shape == (2, -(-100 // block))
+        assert elements.shape == (2, scales.shape[1] * block // 2)
+
+
+def calls(x: Tensor, fmt, size: int) -> list[tuple]:
+    rule = str(activation_rule(fmt))
+    elements, scales = QUANTIZE(torch.ones(7, size), str(fmt), rule)
+    return [
+        (QUANTIZE, (x, str(fmt), rule)),
+        (DEQUANTIZE, (elements, scales, str(fmt), size, x.dtype)),
+        (QUANTIZE_DEQUANTIZE, (x, str(fmt), rule)),
+        (LINEAR, (x, elements, scales, torch.ones(7, dtype=x.dtype), str(fmt))),
+        (LINEAR, (x, elements, scales, None, str(fmt))),
+    ]
+
+
+def real_and_fake(op, args) -> list[tuple[Tensor, Tensor]]:
+    mode = FakeTensorMode()
+    fakes = op(*(mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args))
+    return list(zip(tree_leaves(op(*args)), tree_leaves(fakes), strict=True))
+
+
+@examples
+@given(
+    fmt=st.sampled_from([fmt.with_block(block) for fmt in FORMATS.values() for block in BLOCK_SIZES]),
+    leading=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    size=st.integers(1, 150),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_shapes_without_data(fmt, leading, size, dtype):
+    for op, args in calls(torch.ones(*leading, size, dtype=dtype), fmt, size):
+        for real, fake in real_and_fake(op, args):
+            assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+
+
+@pytest.mark.parametrize("size", [128, 100])
+def test_strides_without_data(size):
+    """torch.compile allocates by the strides of the fake result and stops if the real ones are others."""
+    dense = torch.ones(2, 5, size)
+    for x in (dense, dense.bfloat16(), dense.transpose(0, 1), torch.ones(2, size, 5).mT, dense[:, ::2]):
+        for op, args in calls(x, MXINT8, size):
+            for real, fake in real_and_fake(op, args):
+                assert real.stride() == fake.stride(), op
+
+
+@pytest.mark.parametrize("size", [128, 100])
+@pytest.mark.parametrize("fmt", [MXINT8, MXINT4.with_block(64), MXFP8_E4M3], ids=str)
+def test_torchs_own_check_of_operators(fmt, size):
+    for op, args in calls(torch.randn(2, 3, size), fmt, size):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_export_keeps_the_operators_and_dynamic_sizes():
+    elements, scales = packed(torch.randn(24, 100), MXINT4)
+
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = DEQUANTIZE(elements, scales, "mxint4", 100, x.dtype)
+            return nn.functional.linear(QUANTIZE_DEQUANTIZE(x, "mxint8", "floor"), weight)
+
+    dynamic = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    with torch.no_grad():
+        exported = torch.export.export(Layer(), (torch.randn(2, 5, 100),), dynamic_shapes=dynamic)
+    targets = [node.target for node in exported.graph.nodes]
+    assert DEQUANTIZE in targets
+    assert QUANTIZE_DEQUANTIZE in targets
+    x = torch.randn(3, 7, 100)
+    assert torch.equal(exported.module()(x), Layer()(x))
+
+
+# Errors: with data and without, since a graph is built without
+
+
+def run(fake: bool, op, *args):
+    mode = FakeTensorMode()
+    return op(*(mode.from_tensor(arg) if fake and isinstance(arg, Tensor) else arg for arg in args))
+
+
+eager_and_fake = pytest.mark.parametrize("fake", [False, True], ids=["eager", "fake"])
+X, ELEMENTS, SCALES = torch.ones(2, 64), torch.zeros(7, 64, dtype=torch.uint8), torch.zeros(7, 2, dtype=torch.uint8)
+
+
+@eager_and_fake
+def test_unknown_formats_and_rules(fake):
+    with pytest.raises(UnknownNameError, match="unknown format 'mxint9': did you mean mxint"):
+        run(fake, QUANTIZE, X, "mxint9", "floor")
+    with pytest.raises(UnknownNameError, match="unknown scale rule 'flor': did you mean floor"):
+        run(fake, QUANTIZE, X, "mxint8", "flor")
+    with pytest.raises(UnknownNameError, match="unknown format"):
+        run(fake, LINEAR, X, ELEMENTS, SCALES, None, "int8")
+    with pytest.raises(MXCompileError, match=r"scale rule 7\.25 is a threshold of mxfp4, not of mxint8"):
+        run(fake, QUANTIZE_DEQUANTIZE, X, "mxint8", "7.25")
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "message"),
+    [
+        (DEQUANTIZE, (ELEMENTS, SCALES, "mxint8", 65, torch.float32), "2 scales for 65 values of mxint8"),
+        (DEQUANTIZE, (ELEMENTS, SCALES, "mxint4", 64, torch.float32), "elements are not packed mxint4"),
+        (DEQUANTIZE, (ELEMENTS.int(), SCALES, "mxint8", 64, torch.float32), "elements and scales are bytes"),
+        (DEQUANTIZE, (ELEMENTS, SCALES.float(), "mxint8", 64, torch.float32), "elements and scales are bytes"),
+        (LINEAR, (X[:, :30], ELEMENTS, SCALES, None, "mxint8"), "2 scales for 30 values of mxint8"),
+        (LINEAR, (X, ELEMENTS[None], SCALES[None], None, "mxint8"), "mx::linear takes a 2-D weight, not 3-D"),
+        (LINEAR, (X, ELEMENTS, SCALES, torch.ones(8), "mxint8"), "bias does not fit the weight"),
+    ],
+    ids=["size", "packing", "element dtype", "scale dtype", "in features", "3-D", "bias"],
+)
+def test_a_graph_with_bytes_that_do_not_fit_cannot_be_built(op, args, message):
+    with pytest.raises(RuntimeError, match=message):
+        run(True, op, *args)
