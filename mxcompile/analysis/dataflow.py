@@ -1,0 +1,88 @@
+"""Walking a graph: which ops only move or relabel values, and who reads a value through them."""
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+SAME_VALUE = frozenset(
+    {
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.detach.default,
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.lift_fresh_copy.default,
+    }
+)
+CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default})
+TRANSPOSES = frozenset(
+    {
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.numpy_T.default,
+        aten.mT.default,
+        aten.swapaxes.default,
+    }
+)
+
+
+def operand(node: Node, index: int, default: Any = None) -> Any:
+    """Argument `index` of a call by its place in the schema, given positionally, by keyword, or by default."""
+    if index < len(node.args):
+        return node.args[index]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or index >= len(schema.arguments):
+        return default
+    argument = schema.arguments[index]
+    return node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else default)
+
+
+def is_cast_without_change(node: Node) -> bool:
+    """True for a cast whose result has the dtype of its input."""
+    source = node.args[0] if node.args else None
+    if node.target not in CASTS or not isinstance(source, Node):
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    return before is not None and after is not None and before.dtype == after.dtype
+
+
+def swapped_axes(node: Node, ndim: int) -> tuple[int, ...] | None:
+    """For a transposing op on an `ndim`-dimensional input: output dimension -> input dimension; None for other ops."""
+    order = list(range(ndim))
+    if node.target in (aten.t.default, aten.numpy_T.default):
+        return tuple(reversed(order))
+    if node.target is aten.permute.default:
+        return tuple(dim % ndim for dim in operand(node, 1))
+    if node.target in (aten.transpose.int, aten.swapaxes.default, aten.mT.default):
+        first, second = (-2, -1) if node.target is aten.mT.default else (operand(node, 1), operand(node, 2))
+        order[first % ndim], order[second % ndim] = order[second % ndim], order[first % ndim]
+        return tuple(order)
+    return None
+
+
+def is_constant(node: Node) -> bool:
+    """True if the value depends on tensors held by the program alone, not on any input."""
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder":
+            return False
+        for source in current.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return True
+
+
+def destinations(node: Node) -> set[Node]:
+    """Every node that computes with the value, looking through transposes, casts and copies."""
+    found: set[Node] = set()
+    for user in node.users:
+        passes_on = user.target in TRANSPOSES or user.target in SAME_VALUE or user.target in CASTS
+        found |= destinations(user) if passes_on else {user}
+    return found

@@ -1,0 +1,71 @@
+"""One call: trace, run the pipeline, deploy, compile. A reader starts here."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from mxcompile.deploy import deploy
+from mxcompile.dump import Dump
+from mxcompile.errors import UnknownNameError
+from mxcompile.inductor import compile_module
+from mxcompile.instruments import Instrument
+from mxcompile.passes.recipes import DEFAULT, RECIPES
+from mxcompile.pipeline import Pipeline
+from mxcompile.trace import trace
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def quantize_and_compile(
+    model: M,
+    example_inputs: object,
+    *,
+    recipe: str | Pipeline = DEFAULT,
+    calibration: object = None,
+    dump: str | Path | None = None,
+    compile: bool = True,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    allow_partial: bool = False,
+    instruments: Sequence[Instrument] = (),
+) -> M:
+    """Quantize a model to an MX format and compile it.
+
+    model: any `nn.Module` that `torch.export` can trace; it is not changed.
+    example_inputs: what one call of `forward` takes: a dict of keyword arguments (or a tokenizer's output), a tuple of
+        positional ones, or a single tensor. Batch size and length may differ later.
+    recipe: a name (`mxcompile.recipes()`), a Pipeline, or its text form.
+    calibration: batches as example inputs are given; the example inputs if None.
+    dump: a folder for the graph after every pass, diffs, and what each pass did.
+    compile: False returns the deployed module without `torch.compile`.
+    include, exclude: name patterns; see `Selection`. The output head stays float unless included.
+    allow_partial: accept that less than half of the matmul weight bytes is covered.
+
+    Returns a module of the same class, in eval mode, with `MXWeight` parameters; nothing is shared with `model`.
+    Raises a subclass of `MXCompileError` that says what to do.
+    """
+    pipeline = as_pipeline(recipe)
+    watchers = [*instruments, Dump(dump)] if dump is not None else list(instruments)
+    program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
+    program = pipeline.run(program, calibration, watchers)
+    deployed = deploy(program, model)
+    return compile_module(deployed) if compile else deployed
+
+
+def as_pipeline(recipe: str | Pipeline) -> Pipeline:
+    """A recipe's name, a Pipeline, or its text form, as a Pipeline."""
+    if isinstance(recipe, Pipeline):
+        return recipe
+    if recipe in RECIPES:
+        return Pipeline.parse(RECIPES[recipe])
+    if any(mark in recipe for mark in "|{") or not _looks_like_recipe(recipe):
+        return Pipeline.parse(recipe)
+    raise UnknownNameError("recipe", recipe, RECIPES)
+
+
+def _looks_like_recipe(text: str) -> bool:
+    from mxcompile.passes import PASSES
+
+    return text.strip() not in PASSES

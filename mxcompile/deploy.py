@@ -1,0 +1,176 @@
+"""Lowered Program -> a copy of the user's module whose quantized parameters are `MXWeight`s.
+
+The graph is what counts: each lowered matmul says which parameter it reads, in which format, and how its input is
+prepared; the same facts go into the MXWeight at that parameter's place. Parameters that passes rewrote in float (norms)
+are carried over too. Nothing of the user's module is shared or changed.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from mxcompile.analysis.choice import slot
+from mxcompile.analysis.matmuls import find_matmuls
+from mxcompile.edit import BLOCK_AXIS
+from mxcompile.errors import DeployError
+from mxcompile.inputs import named_leaves
+from mxcompile.measure import sqnr_db
+from mxcompile.ops import DEQUANTIZE, QUANTIZE
+from mxcompile.program import Program, Stage, where
+from mxcompile.weight import MXLayout, MXWeight
+
+M = TypeVar("M", bound=nn.Module)
+_SUFFIX = "_elements"
+_AGREEMENT_DB = 40.0
+_EMBEDDING = torch.ops.aten.embedding.default
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """An MX weight that a node reads, and the name of the module parameter it replaces."""
+
+    name: str
+    elements: str
+    scales: str
+    layout: MXLayout
+    dtype: torch.dtype
+    reader: Node
+
+
+def deploy(program: Program, model: M, *, check: bool = True) -> M:
+    """A copy of `model`, of the same class and in eval mode, that computes what the lowered program computes.
+
+    check: compare the two on the example inputs (one forward each).
+    Raises DeployError if the program is not lowered, does not come from this model, uses one parameter in two ways, or
+    if the copy does not compute what the program computes.
+    """
+    if program.stage is not Stage.LOWERED:
+        raise DeployError(
+            f"deploy takes a lowered program, this one is {program.stage.name.lower()}: end the pipeline with lower-mx "
+            "(fusing happens inside torch.compile)"
+        )
+    weights = _placements(program)
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    _check_names(program, weights, own)
+    changed = _changed_tensors(program, own)
+    replaced = {*weights, *changed}
+    kept_by_another_name = {id(tensor) for name, tensor in own.items() if name not in replaced}
+    memo: dict[int, Any] = {id(own[name]): own[name] for name in replaced if id(own[name]) not in kept_by_another_name}
+    deployed = copy.deepcopy(model, memo)
+    for name, tensor in changed.items():
+        _place(deployed, name, tensor.detach().clone())
+    for name, placement in weights.items():
+        parts = (program.tensor(placement.elements), program.tensor(placement.scales))
+        _place(deployed, name, MXWeight(*parts, placement.layout, placement.dtype))
+    deployed.requires_grad_(False).eval()
+    if check:
+        _check_agreement(program, deployed)
+    return deployed
+
+
+def _placements(program: Program) -> dict[str, _Placement]:
+    placements: dict[str, _Placement] = {}
+    for placement in _lowered_reads(program):
+        known = placements.setdefault(placement.name, placement)
+        if known.layout != placement.layout:
+            raise DeployError(
+                f"parameter {placement.name!r} is used in two ways: {where(known.reader)} has {known.layout}, "
+                f"{where(placement.reader)} has {placement.layout}"
+            )
+    return placements
+
+
+def _lowered_reads(program: Program) -> Iterator[_Placement]:
+    for matmul in find_matmuls(program)[0]:
+        if matmul.is_lowered:
+            activation, rule = _input_format(matmul.activation)
+            yield _placement(program, matmul.root, matmul.root.args[:2], matmul.node, activation, rule)
+    for node in program.graph.nodes:
+        lookups = node.args[:2] if node.target is DEQUANTIZE else ()
+        if lookups and all(lookup.target is _EMBEDDING for lookup in lookups):
+            yield _placement(program, node, [lookup.args[0] for lookup in lookups], lookups[0], None, None)
+
+
+def _placement(
+    program: Program, root: Node, parts: Any, reader: Node, activation: str | None, rule: str | None
+) -> _Placement:
+    elements, scales = (str(part.target) for part in parts)
+    parameter = elements.removesuffix(_SUFFIX)
+    _, _, fmt, size, dtype = cast(tuple[Any, ...], root.args)
+    layout = MXLayout(str(fmt), int(size), root.meta.get(BLOCK_AXIS, -1) == -2, activation, rule)
+    return _Placement(slot(program, parameter, reader) or parameter, elements, scales, layout, dtype, reader)
+
+
+def _input_format(activation: Node) -> tuple[str | None, str | None]:
+    """Format and scale rule of a matmul's input, (None, None) if it is not quantized."""
+    if activation.target is not DEQUANTIZE:
+        return None, None
+    elements = cast(Node, activation.args[0])
+    quantize = cast(Node, elements.args[0])
+    if quantize.target is not QUANTIZE:
+        raise DeployError(f"{where(activation)} dequantizes something that mx::quantize did not make")
+    return str(quantize.args[1]), str(quantize.args[2])
+
+
+def _check_names(program: Program, weights: dict[str, _Placement], own: dict[str, Tensor]) -> None:
+    for name, placement in weights.items():
+        shape = tuple(placement.reader.graph.find_nodes(op="get_attr", target=placement.elements)[0].meta["val"].shape)
+        if name not in own or own[name].dim() != len(shape):
+            raise DeployError(
+                f"the program quantizes {name!r}, which {len(own)} parameters of the module do not include in that "
+                "shape: deploy into the model that was traced"
+            )
+    del program
+
+
+def _changed_tensors(program: Program, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the module that a pass has replaced in float, under all their names."""
+    changed: dict[str, Tensor] = {}
+    for name in program.parameter_names():
+        if name in own and program.tensor(name) is not own[name]:
+            changed.update(dict.fromkeys(program.aliases.get(name, (name,)), program.tensor(name)))
+    return changed
+
+
+def _check_agreement(program: Program, deployed: nn.Module) -> None:
+    """Raise DeployError if the deployed module's outputs differ from the program's by more than float rounding."""
+    example = program.example
+    wanted = _output_tensors(program(*example.args, **example.kwargs))
+    with torch.no_grad():
+        given = _output_tensors(deployed(*example.args, **example.kwargs))
+    for name, value in wanted.items():
+        agreement = _agreement_db(value, given[name]) if name in given else -math.inf
+        if agreement < _AGREEMENT_DB:
+            raise DeployError(
+                f"output {name or 0} of the deployed module agrees with the lowered program's only to "
+                f"{agreement:.1f} dB: the module does something that the trace does not show (a branch, state)"
+            )
+
+
+def _agreement_db(value: Tensor, other: Tensor) -> float:
+    """SQNR over the finite entries; -inf if shapes or the places of Inf and NaN differ."""
+    finite = torch.isfinite(value)
+    if value.shape != other.shape or not torch.equal(finite, torch.isfinite(other)):
+        return -math.inf
+    return sqnr_db(value[finite], other[finite])
+
+
+def _output_tensors(output: Any) -> dict[str, Tensor]:
+    """Float tensors of a model's output by their path in it."""
+    return {path: leaf for path, leaf in named_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+
+
+def _place(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor at the place of a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(getattr(owner, leaf), nn.Parameter):
+        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        setattr(owner, leaf, value)

@@ -1,0 +1,47 @@
+"""Adding nodes to a Program with what a later reader needs: a good name, a type, and the module they belong to."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from mxcompile.program import Program
+
+BLOCK_AXIS = "mx_block_axis"
+"""Key of `Node.meta` on a weight's `mx::dequantize`: the parameter's dimension along which the blocks run, -1 or -2."""
+
+
+def insert_call(program: Program, before: Node, target: Any, args: tuple[Any, ...], name: str) -> Node:
+    """`name = target(*args)` in front of `before`, belonging to the same module."""
+    graph = program.graph
+    with graph.inserting_before(before):
+        node = graph.create_node("call_function", target, args, name=name)
+    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+    _adopt(node, before)
+    return node
+
+
+def insert_tensor(program: Program, before: Node, name: str) -> Node:
+    """A node in front of `before` that reads the program's tensor of that full name."""
+    with program.graph.inserting_before(before):
+        node = program.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+    node.meta["val"] = fake_like(before, program.tensor(name))
+    _adopt(node, before)
+    return node
+
+
+def fake_like(node: Node, tensor: Tensor) -> Tensor:
+    """A tensor's shape and dtype as a fake tensor of the same mode as the values in the node's graph."""
+    for candidate in node.graph.nodes:
+        mode = getattr(candidate.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode.from_tensor(tensor, static_shapes=True)
+    return torch.empty_like(tensor, device="meta")
+
+
+def _adopt(node: Node, neighbour: Node) -> None:
+    stack = neighbour.meta.get("nn_module_stack")
+    if stack is not None:
+        node.meta["nn_module_stack"] = stack

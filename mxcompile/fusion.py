@@ -1,0 +1,128 @@
+"""dequantize(quantize(x)) -> mx::quantize_dequantize(x);  matmul(x, dequantize(w)) + bias -> mx::linear(x, w, bias).
+
+The rules work on plain fx graphs in both dialects: a lowered Program (`aten.linear`, `aten.addmm`, `aten.matmul`) and
+the graphs that Inductor sees inside `torch.compile` (`aten.mm`, `aten.addmm` on permuted weights).
+"""
+
+import operator
+from typing import Any as AnyType
+
+import torch
+from torch.fx import Graph, Node
+
+from mxcompile.analysis.dataflow import TRANSPOSES, swapped_axes
+from mxcompile.ledger import Miss, PassResult
+from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.program import where
+from mxcompile.rules import Any, Call, Match, Pattern, Rule, apply_rules
+
+aten = torch.ops.aten
+
+_QUANTIZED = Call(QUANTIZE, Any("x"), Any("format"), Any("rule"), name="quantize")
+_ROUND_TRIP = Call(
+    DEQUANTIZE,
+    Call(operator.getitem, _QUANTIZED, 0),
+    Call(operator.getitem, _QUANTIZED, 1),
+    Any("format"),
+    Any("size"),
+    Any("dtype"),
+)
+_WEIGHT = Call(DEQUANTIZE, Any("elements"), Any("scales"), Any("format"), Any("size"), Any("dtype"), name="weight")
+_TRANSPOSED_WEIGHT = Call(TRANSPOSES, _WEIGHT, name="transpose")
+_CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
+_MULTIPLIES = frozenset({aten.mm.default, aten.matmul.default})
+_PURE = frozenset({QUANTIZE, DEQUANTIZE, operator.getitem})
+_OTHER_MATMULS = frozenset(
+    {aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default, *_MULTIPLIES, aten.addmm.default}
+)
+
+
+def fuse(graph: Graph) -> PassResult:
+    """Apply the fusion rules; a matmul that keeps an unfused MX weight is a miss with its reason.
+
+    A value that several matmuls read is quantized once, also where each of them asked for it separately.
+    """
+    _merge_equal_calls(graph)
+    result = apply_rules(graph, RULES)
+    explained = {miss.where for miss in result.misses}
+    leftover = [miss for miss in _unfused(graph) if miss.where not in explained]
+    return PassResult(result.rewrites, (*result.misses, *leftover))
+
+
+def fused_linears(graph: Graph) -> list[Node]:
+    """The `mx::linear` calls of a graph."""
+    return [node for node in graph.nodes if node.target is LINEAR]
+
+
+def _merge_equal_calls(graph: Graph) -> None:
+    """Let equal `mx::` calls on equal operands be one node; they are pure."""
+    first: dict[AnyType, Node] = {}
+    for node in list(graph.nodes):
+        if node.target not in _PURE:
+            continue
+        known = first.setdefault((node.target, node.args), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+
+
+def _check_round_trip(match: Match) -> str | None:
+    dtype = match["x"].meta["val"].dtype
+    return None if match["dtype"] == dtype else f"dequantizes {dtype} activations to {match['dtype']}"
+
+
+def _fuse_round_trip(graph: Graph, match: Match) -> None:
+    args = (match["x"], match["format"], match["rule"])
+    _replace(graph, match, QUANTIZE_DEQUANTIZE, args, f"{match['x'].name}_mx")
+
+
+def _check_linear(match: Match) -> str | None:
+    x, weight = match["x"].meta["val"], match["weight"].meta["val"]
+    if weight.dim() != 2:
+        return f"the weight is {weight.dim()}-D; mx::linear takes 2-D weights"
+    if weight.dtype != x.dtype:
+        return f"the weight is dequantized to {weight.dtype}, the activation is {x.dtype}"
+    if "transpose" in match.parts and swapped_axes(match["transpose"], 2) != (1, 0):
+        return "the weight's blocks do not run along the contracted dimension"
+    bias = match.parts.get("bias")
+    if isinstance(bias, Node) and tuple(bias.meta["val"].shape) != (weight.shape[0],):
+        return f"the added term of shape {tuple(bias.meta['val'].shape)} is not a bias"
+    if any(match.root.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return "addmm with alpha or beta other than 1"
+    return None
+
+
+def _fuse_linear(graph: Graph, match: Match) -> None:
+    args = (match["x"], match["elements"], match["scales"], match.parts.get("bias"), match["format"])
+    _replace(graph, match, LINEAR, args, f"{match.root.name}_mx")
+
+
+def _replace(graph: Graph, match: Match, target: AnyType, args: tuple[AnyType, ...], name: str) -> None:
+    fused = graph.create_node("call_function", target, args, name=name)
+    fused.meta = {key: match.root.meta[key] for key in _CARRIED if key in match.root.meta}
+    match.root.replace_all_uses_with(fused)
+    graph.erase_node(match.root)
+
+
+def _linear_rule(name: str, pattern: Pattern) -> Rule:
+    return Rule(name, pattern, _check_linear, _fuse_linear)
+
+
+RULES = (
+    Rule("fuse-activation", _ROUND_TRIP, _check_round_trip, _fuse_round_trip),
+    _linear_rule("fuse-linear", Call(aten.linear.default, Any("x"), _WEIGHT, Any("bias"))),
+    _linear_rule("fuse-matmul", Call(_MULTIPLIES, Any("x"), _TRANSPOSED_WEIGHT)),
+    _linear_rule("fuse-addmm", Call(aten.addmm.default, Any("bias"), Any("x"), _TRANSPOSED_WEIGHT)),
+)
+
+
+def _unfused(graph: Graph) -> list[Miss]:
+    misses: list[Miss] = []
+    for node in graph.nodes:
+        if node.target not in _OTHER_MATMULS and "grouped_mm" not in str(node.target):
+            continue
+        for source in node.all_input_nodes:
+            origin = source.all_input_nodes[0] if source.target in TRANSPOSES else source
+            if origin.target is DEQUANTIZE and origin.args[0].op in ("get_attr", "placeholder"):  # pyright: ignore
+                misses.append(Miss(where(node), f"no fused kernel for {node.target}: its weight is dequantized first"))
+    return misses

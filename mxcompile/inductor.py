@@ -1,0 +1,146 @@
+"""torch.compile with MX fusion: the only file that imports torch._inductor (checked with torch 2.11, 2.13 and 2.14).
+
+`FuseMX` runs the fusion rules on every graph that Inductor compiles, right before its own post-grad passes. It is
+handed over in the options of one `torch.compile` call; no global setting is changed.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import cpp_builder, exc
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, GraphModule
+from torch.utils._triton import has_triton
+
+from mxcompile import fusion, ops, rules
+from mxcompile.analysis import dataflow
+from mxcompile.inputs import Inputs
+from mxcompile.ledger import PassResult
+
+M = TypeVar("M", bound=nn.Module)
+logger = logging.getLogger(__name__)
+
+
+class FuseMX(CustomGraphPass):
+    """Fuses MX matmuls in the graphs that Inductor compiles.
+
+    `results` has one entry per graph compiled in this process; graphs that Inductor takes from its cache were fused
+    when they were first compiled and have none.
+    """
+
+    def __init__(self) -> None:
+        self.results: list[PassResult] = []
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite the graph in place."""
+        result = fusion.fuse(graph)
+        self.results.append(result)
+        logger.info("fused %d MX operations, %d misses", result.rewrites, len(result.misses))
+        for miss in result.misses:
+            logger.info("not fused: %s", miss)
+
+    def uuid(self) -> Any:
+        """Changes with the code of the rules, so that graphs compiled with older ones are not taken from the cache."""
+        return get_hash_for_files(tuple(str(module.__file__) for module in (fusion, rules, dataflow, ops)), __file__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FuseMX":
+        return self
+
+
+def compile_options(fuse: FuseMX | None = None) -> dict[str, Any]:
+    """Options for `torch.compile(..., options=...)` that switch MX fusion on."""
+    return {"post_grad_custom_pre_pass": fuse or FuseMX()}
+
+
+def why_no_inductor(device: torch.device) -> str | None:
+    """None if Inductor can compile for the device, else what is missing, in a sentence."""
+    if device.type == "cpu":
+        try:
+            cpp_builder.get_cpp_compiler()
+        except (exc.InvalidCxxCompiler, RuntimeError):
+            return "torch.compile needs a C++ compiler (g++ or clang++) for the CPU and there is none"
+        return None
+    if not has_triton():
+        return f"torch.compile needs triton for {device.type} and there is none"
+    return None
+
+
+def compile_module(module: M) -> M:
+    """Compile a deployed module in place, with MX fusion; where Inductor cannot run, only fuse, and say so."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    missing = why_no_inductor(device)
+    if missing is None:
+        _compile_call(module, options=compile_options())
+        _compile_generate(module, device)
+    else:
+        warnings.warn(f"{missing}: the model runs with fused MX operations, but uncompiled", stacklevel=3)
+        _compile_call(module, backend=_fused_eager())
+    return module
+
+
+def _compile_call(module: nn.Module, **how: Any) -> None:
+    """`module.compile()` under a code object of the module's own, with sizes of inputs dynamic from the start.
+
+    Dynamo counts recompilations per code object and gives up after a few; the frames of a Hugging Face model are shared
+    by all models of the process. Marking the inputs makes one graph for all lengths, not one for the first length and
+    another for the rest; `dynamic=True` would do so too, but makes floats dynamic as well, which doubles the time to
+    compile.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
+
+    own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    compiled = torch.compile(own, **how)
+    has_fast_path = any(isinstance(child, nn.MultiheadAttention) for child in module.modules())
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            for tensor in Inputs(args, kwargs).tensors():
+                maybe_mark_dynamic(tensor, list(range(tensor.dim())))
+        with _without_fast_path() if has_fast_path else nullcontext():
+            return compiled(*args, **kwargs)
+
+    module._compiled_call_impl = marked  # pyright: ignore[reportPrivateUsage]
+
+
+@contextmanager
+def _without_fast_path() -> Generator[None]:
+    """torch's attention layers in their plain form: Dynamo does not see that their fused one takes no MXWeight."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _fused_eager() -> Callable[..., Any]:
+    """A torch.compile backend that applies the fusion rules and then runs the graph as it is."""
+
+    def run(graph_module: GraphModule, _inputs: Any) -> Any:
+        fusion.fuse(graph_module.graph)
+        graph_module.recompile()
+        return make_boxed_func(graph_module.forward)
+
+    return aot_autograd(fw_compiler=run)
+
+
+def _compile_generate(module: nn.Module, device: torch.device) -> None:
+    """Hugging Face's `generate` compiles the decode step itself on an accelerator: give it the same options."""
+    config = getattr(module, "generation_config", None)
+    if config is None or device.type == "cpu":
+        return
+    from transformers import CompileConfig  # only for models that come from there
+
+    options = {"triton.cudagraphs": True, **compile_options()}
+    config.compile_config = CompileConfig(mode=None, options=options)  # pyright: ignore[reportArgumentType]

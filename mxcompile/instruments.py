@@ -1,0 +1,38 @@
+"""Instruments watch a pipeline run; they never change a Program."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mxcompile.ledger import PassRecord
+from mxcompile.program import Program
+
+if TYPE_CHECKING:
+    from mxcompile.pipeline import Pass, Pipeline
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass at its place (counted from 1) in a pipeline."""
+
+    index: int
+    current: "Pass"
+    pipeline: "Pipeline"
+
+
+class Instrument:
+    """Called around each pass; every method may be left as it is."""
+
+    def start(self, program: Program, pipeline: "Pipeline") -> None:
+        """Before the first pass."""
+
+    def before(self, program: Program, step: Step) -> None:
+        """Before a pass, and before its statistics are gathered."""
+
+    def after(self, program: Program, step: Step, record: PassRecord) -> None:
+        """After a pass, with what it did."""
+
+    def failed(self, program: Program, step: Step, error: Exception) -> None:
+        """A pass raised; the program may be half rewritten."""
+
+    def finish(self, program: Program) -> None:
+        """After the last pass."""

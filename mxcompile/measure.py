@@ -1,0 +1,27 @@
+"""Numbers that compare a tensor with what became of it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise ratio, 10 log10(sum x^2 / sum (x - y)^2), in dB; inf if they are equal."""
+    noise = (signal.double() - approximation.double()).square().sum().item()
+    power = signal.double().square().sum().item()
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(power / noise) if power > 0.0 else -math.inf
+
+
+def top1_agreement(reference: Tensor, other: Tensor) -> float:
+    """Share of positions where both logits `[..., vocabulary]` have the same largest entry."""
+    return (reference.argmax(-1) == other.argmax(-1)).float().mean().item()
+
+
+def kl_divergence(reference: Tensor, other: Tensor) -> float:
+    """Mean over positions of KL(softmax(reference) || softmax(other)), in nats; logits `[..., vocabulary]`."""
+    log_p = torch.log_softmax(reference.float(), -1)
+    log_q = torch.log_softmax(other.float(), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()

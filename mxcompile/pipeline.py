@@ -1,0 +1,136 @@
+"""Passes in a fixed order: checked when built, printed and parsed as text, watched by instruments while they run."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from mxcompile import spec, verify
+from mxcompile.calibration.run import Request, gather
+from mxcompile.errors import MXCompileError, PassError, PipelineError
+from mxcompile.inputs import Inputs, as_batches
+from mxcompile.instruments import Instrument, Step
+from mxcompile.ledger import PassRecord, PassResult
+from mxcompile.program import Program, Stage
+
+FLOATING = frozenset({Stage.FLOAT, Stage.ROUNDED})
+
+
+class Pass(ABC):
+    """One rewrite of a Program. Subclasses are frozen dataclasses: the fields are the pass's options.
+
+    name: kebab-case, as it appears in a pipeline.
+    accepts: the stages in which the pass makes sense; checked when a pipeline is built.
+    gives: the stage a Program is in afterwards, or None if the pass does not change it.
+    preserves_function: True if the Program computes the same as before, up to float rounding.
+    """
+
+    name: ClassVar[str]
+    accepts: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT})
+    gives: ClassVar[Stage | None] = None
+    preserves_function: ClassVar[bool] = False
+
+    def requests(self, program: Program) -> Sequence[Request]:
+        """Statistics of values that `run` will read from `program.statistics`; gathered before it is called."""
+        del program
+        return ()
+
+    @abstractmethod
+    def run(self, program: Program) -> PassResult:
+        """Rewrite the Program in place; its graph must be valid afterwards, and a second run must change nothing."""
+
+    def __str__(self) -> str:
+        return spec.print_call(self.name, self)
+
+
+class Pipeline:
+    """An ordered tuple of passes, `Pipeline([SmoothQuant(), LowerMX(weight=MXINT4)])`.
+
+    Raises PipelineError if the order cannot be right. It never reorders.
+    """
+
+    def __init__(self, passes: Iterable[Pass]) -> None:
+        self.passes = tuple(passes)
+        stage, origin = Stage.FLOAT, "trace"
+        for current in self.passes:
+            if stage not in current.accepts:
+                raise PipelineError(_wrong_stage(current, stage, origin))
+            if current.gives is not None and current.gives != stage:
+                stage, origin = current.gives, current.name
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.passes))
+
+    def __repr__(self) -> str:
+        return f"Pipeline.parse({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pipeline) and self.passes == other.passes
+
+    def __hash__(self) -> int:
+        return hash(self.passes)
+
+    @classmethod
+    def parse(cls, text: str, passes: Iterable[type[Pass]] = ()) -> "Pipeline":
+        """Read `smooth-quant{alpha=0.5} | lower-mx{weight=mxint4}`. `passes` adds your own to the built-in ones."""
+        from mxcompile.passes import PASSES  # the one place where names meet classes
+
+        table: dict[str, type[Pass]] = {**PASSES, **{p.name: p for p in passes}}
+        return cls(spec.parse_call(part, "pass", table) for part in text.split("|"))
+
+    def run(self, program: Program, calibration: object = None, instruments: Sequence[Instrument] = ()) -> Program:
+        """Run the passes on a copy of the program and return the copy.
+
+        calibration: a batch or an iterable of batches as `trace` takes inputs; the example inputs if None.
+        """
+        if self.passes and program.stage not in self.passes[0].accepts:
+            raise PipelineError(_wrong_stage(self.passes[0], program.stage, "what was run before"))
+        program = program.copy()
+        batches = [program.example] if calibration is None else list(as_batches(calibration))
+        for instrument in instruments:
+            instrument.start(program, self)
+        for index, current in enumerate(self.passes, start=1):
+            _run_one(Step(index, current, self), program, batches, instruments)
+        for instrument in instruments:
+            instrument.finish(program)
+        return program
+
+
+def _wrong_stage(current: Pass, stage: Stage, origin: str) -> str:
+    what = f"it works on a {_names(current.accepts)} program, and {origin} leaves a {stage.name.lower()} one"
+    if stage < min(current.accepts):
+        wanted = min(current.accepts).name.lower()
+        return (
+            f"{current.name} cannot run after {origin}: {what}. Put a pass in front of it that leaves a {wanted} one."
+        )
+    return f"{current.name} cannot run after {origin}: {what}. Move {current.name} in front of {origin}."
+
+
+def _run_one(step: Step, program: Program, batches: list[Inputs], instruments: Sequence[Instrument]) -> None:
+    current = step.current
+    for instrument in instruments:
+        instrument.before(program, step)
+    began = time.perf_counter()
+    try:
+        gather(program, current.requests(program), batches)
+        result = current.run(program)
+        program.stage = current.gives if current.gives is not None else program.stage
+        if result.rewrites:
+            program.statistics.clear()
+        verify.check(program)
+    except Exception as error:
+        for instrument in instruments:
+            instrument.failed(program, step, error)
+        if isinstance(error, MXCompileError):
+            error.add_note(f"raised by pass {current.name!r}")
+            raise
+        raise PassError(f"pass {current.name!r} failed: {type(error).__name__}: {error}") from error
+    seconds = time.perf_counter() - began
+    record = PassRecord(current.name, str(current), result.rewrites, result.misses, seconds, result.numbers)
+    program.ledger.append(record)
+    for instrument in instruments:
+        instrument.after(program, step, record)
+
+
+def _names(stages: Iterable[Stage]) -> str:
+    return " or ".join(stage.name.lower() for stage in sorted(stages))

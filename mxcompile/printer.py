@@ -1,0 +1,109 @@
+"""Program -> stable text: the same program prints the same everywhere, and a small change prints as a small diff.
+
+One node a line: name, type and shape, call, module path. No file paths, object ids or times; dynamic sizes are
+renamed s0, s1, ... in order of appearance; columns have fixed widths (a longer name overflows its own line alone). A
+tensor that the graph reads is printed with its largest magnitude and a hash of its bytes, since a rewritten weight does
+not show in the graph.
+"""
+
+import hashlib
+import re
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from mxcompile.program import Program, module_path
+
+_NAME, _TYPE, _CALL = 40, 28, 84
+_DTYPES = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8",
+}  # fmt: skip
+_SUMMARIES: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+
+
+def print_program(program: Program) -> str:
+    """The whole program as text, ending in a newline."""
+    symbols: dict[str, str] = {}
+    lines = [_line(program, node, symbols).rstrip() for node in program.graph.nodes]
+    return "\n".join(lines) + "\n"
+
+
+def print_type(value: Any, symbols: dict[str, str] | None = None) -> str:
+    """Type of a node's value: `f32[s0, 16, 64]`, `(f32[2], i64[2])`, `int`."""
+    symbols = {} if symbols is None else symbols
+    if isinstance(value, Tensor):
+        sizes = ", ".join(_size(size, symbols) for size in value.shape)
+        return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{sizes}]"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(print_type(item, symbols) for item in value)})"
+    if isinstance(value, torch.SymInt | int):
+        return f"int({_size(value, symbols)})"
+    return "" if value is None else type(value).__name__
+
+
+def summarize(tensor: Tensor) -> str:
+    """`absmax=0.93 sha=1f2e3d4c`: largest magnitude and the start of the SHA-256 of the bytes."""
+    known = _SUMMARIES.get(id(tensor))
+    version = tensor._version
+    if known is not None and known[0]() is tensor and known[1] == version:
+        return known[2]
+    data = tensor.detach().contiguous().flatten()
+    digest = hashlib.sha256(data.view(torch.uint8).cpu().numpy().tobytes()).hexdigest()[:8] if data.numel() else "empty"
+    absmax = f"absmax={data.abs().amax().item():.6g} " if data.numel() and data.is_floating_point() else ""
+    _SUMMARIES[id(tensor)] = (weakref.ref(tensor), version, f"{absmax}sha={digest}")
+    return _SUMMARIES[id(tensor)][2]
+
+
+def print_target(target: Any) -> str:
+    """`aten.linear` for `torch.ops.aten.linear.default`, `getitem` for the operator."""
+    text = str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
+    return text.removesuffix(".default")
+
+
+def _line(program: Program, node: Node, symbols: dict[str, str]) -> str:
+    kind = print_type(node.meta.get("val"), symbols)
+    head = f"%{node.name:<{_NAME}} {kind:<{_TYPE}} = "
+    match node.op:
+        case "placeholder":
+            return head + "input"
+        case "get_attr":
+            return head + f'tensor "{node.target}" {summarize(program.tensor(str(node.target)))}'
+        case "output":
+            return f"return {_argument(node.args[0])}"
+        case "call_module":
+            return head + f"{node.target}{_arguments(node)}"
+        case _:
+            call = f"{print_target(node.target)}{_arguments(node)}"
+            path = module_path(node)
+            return head + (f"{call:<{_CALL}} # {path}" if path else call)
+
+
+def _arguments(node: Node) -> str:
+    parts = [_argument(arg) for arg in node.args]
+    parts += [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
+    return f"({', '.join(parts)})"
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, Node):
+        return f"%{value.name}"
+    if isinstance(value, tuple | list):
+        inner = ", ".join(_argument(item) for item in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if isinstance(value, torch.dtype):
+        return _DTYPES.get(value, str(value))
+    if value == 2**63 - 1:
+        return "end"
+    return repr(value)
+
+
+def _size(size: Any, symbols: dict[str, str]) -> str:
+    def rename(match: re.Match[str]) -> str:
+        return symbols.setdefault(match.group(), f"s{len(symbols)}")
+
+    return re.sub(r"[su]\d+", rename, str(size))

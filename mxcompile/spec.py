@@ -1,0 +1,90 @@
+"""Text form of a frozen dataclass: `name{option=value,option=value}`.
+
+Only options that differ from their defaults are printed. Values are numbers, true/false, none, words, formats, scale
+rules, and lists of words in brackets; what a value means follows from the field's type.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from enum import Enum
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from mxcompile.errors import MXCompileError, PipelineError, UnknownNameError
+from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
+
+T = TypeVar("T")
+_CALL = re.compile(r"\s*(?P<name>[a-z0-9-]+)\s*(\{(?P<options>.*)\})?\s*", re.DOTALL)
+_SEPARATOR = re.compile(r",(?![^\[]*\])")
+
+
+def print_call(name: str, value: Any) -> str:
+    """`name{option=value}` for a dataclass instance; the name alone if every option has its default."""
+    options = [f"{f.name}={_print(getattr(value, f.name))}" for f in _fields(value) if not _is_default(value, f)]
+    return f"{name}{{{','.join(options)}}}" if options else name
+
+
+def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
+    """The inverse of `print_call`; `table` gives the class for a name."""
+    match = _CALL.fullmatch(text)
+    if match is None:
+        raise PipelineError(f"cannot read {text.strip()!r}: a {kind} is written name{{option=value,option=value}}")
+    name = match["name"]
+    if name not in table:
+        raise UnknownNameError(kind, name, table)
+    hints = get_type_hints(table[name])
+    known = {f.name: hints[f.name] for f in _fields(table[name])}
+    options: dict[str, Any] = {}
+    for part in filter(str.strip, _SEPARATOR.split(match["options"] or "")):
+        option, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise PipelineError(f"{name}: cannot read the option {part.strip()!r}; write option=value")
+        if option not in known:
+            raise UnknownNameError(f"option of {name}", option, known)
+        if option in options:
+            raise PipelineError(f"{name}: the option {option!r} is given twice")
+        options[option] = _parse(value, known[option], f"{name}{{{option}}}")
+    try:
+        return table[name](**options)
+    except TypeError as error:
+        raise PipelineError(f"{name}: {error}") from error
+
+
+def _fields(value: Any) -> "tuple[Field[Any], ...]":
+    """The options of a pass or its class; one without options need not be a dataclass."""
+    return fields(value) if is_dataclass(value) else ()
+
+
+def _is_default(value: Any, field: "Field[Any]") -> bool:
+    return field.default is not MISSING and getattr(value, field.name) == field.default
+
+
+def _print(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_print, value))}]"
+    return str(value.value) if isinstance(value, Enum) else str(value)
+
+
+def _parse(text: str, hint: Any, place: str) -> Any:
+    choices = get_args(hint) if type(None) in get_args(hint) else ()
+    if choices:
+        return None if text == "none" else _parse(text, next(c for c in choices if c is not type(None)), place)
+    if getattr(hint, "__origin__", None) is tuple:
+        return tuple(word.strip() for word in text.strip("[]").split(",") if word.strip())
+    readers: dict[Any, Callable[[str], Any]] = {
+        MXFormat: parse_format,
+        ScaleRule: parse_scale_rule,
+        bool: {"true": True, "false": False}.__getitem__,
+        int: int,
+        float: float,
+        str: str,
+    }
+    try:
+        return readers[hint](text)
+    except MXCompileError:
+        raise
+    except (KeyError, ValueError) as error:
+        wanted = getattr(hint, "__name__", str(hint))
+        raise PipelineError(f"{place}: {text!r} is not a value of type {wanted}") from error

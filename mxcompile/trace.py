@@ -1,0 +1,183 @@
+"""nn.Module + example inputs -> Program: the only caller of `torch.export`.
+
+The trace is not decomposed (it keeps `aten.linear`, `aten.scaled_dot_product_attention`) and leaves every dimension of
+every input dynamic that the model allows. The user's module is not touched: what is traced is a copy of its structure
+that shares its tensors, in eval mode and without a key/value cache among its outputs.
+"""
+
+import copy
+import inspect
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from mxcompile.analysis.dataflow import operand
+from mxcompile.errors import InputError, TraceError
+from mxcompile.inputs import Inputs, as_inputs, map_leaves
+from mxcompile.program import Program
+from mxcompile.selection import Selection
+
+_ADVICE = (
+    "Try: replace Python control flow on tensor values by torch.where or torch.cond, .item() by tensor arithmetic; "
+    "or trace the submodules that can be traced (mxcompile.trace(model.encoder, ...))."
+)
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: object,
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    allow_partial: bool = False,
+) -> Program:
+    """Trace a module to a Program.
+
+    example_inputs: keyword arguments (a dict or a tokenizer's output), a tuple of positional ones, or a tensor.
+    include, exclude, allow_partial: what is to be quantized, see `Selection`.
+    Raises InputError if the model itself fails on the inputs, TraceError if it runs but cannot be traced.
+    """
+    inputs = as_inputs(example_inputs)
+    _bind(model, inputs)
+    shadow = structure_copy(model).eval()
+    config = getattr(shadow, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
+    exported = _export(shadow, inputs)
+    graph_module = exported.module()
+    program = Program(
+        GraphModule(graph_module, graph_module.graph),
+        inputs,
+        output_heads=_output_heads(shadow),
+        aliases=_aliases(shadow),
+        selection=Selection(_patterns(include), _patterns(exclude), allow_partial),
+    )
+    _own_what_is_written(program)
+    _tidy(program)
+    _check_selection(program, shadow)
+    return program
+
+
+def _patterns(given: Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def structure_copy(model: nn.Module, clone: bool = False) -> nn.Module:
+    """A copy of the module tree (configs and hooks too) on the same tensors; `clone` copies the tensors too."""
+    memo: dict[int, Any] = {}
+    if not clone:
+        memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+def _bind(model: nn.Module, inputs: Inputs) -> None:
+    try:
+        inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        parameters = ", ".join(inspect.signature(model.forward).parameters)
+        raise InputError(
+            f"the example inputs do not fit {type(model).__name__}.forward({parameters}): {error}"
+        ) from error
+
+
+def _export(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    doubled = inputs.repeated()
+    attempts = [inputs] if doubled is None else [doubled, inputs]
+    failure: Exception | None = None
+    for attempt in attempts:
+        try:
+            return _export_once(shadow, attempt)
+        except Exception as error:
+            failure = error
+    assert failure is not None
+    _run_eagerly(shadow, inputs)
+    place = _innermost_module(failure, shadow)
+    reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+    raise TraceError(f"{type(shadow).__name__} cannot be traced: {place}: {reason}. {_ADVICE}") from failure
+
+
+def _export_once(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """Under no_grad, so that a `with torch.no_grad()` inside the model leaves no nested graph."""
+
+    def dynamic(leaf: object) -> object:
+        return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
+
+    arguments = inspect.signature(shadow.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    shapes = map_leaves(dynamic, dict(arguments))
+    with torch.no_grad():
+        return torch.export.export(shadow, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:
+    """Raise InputError if the model fails on the inputs without any tracing."""
+    try:
+        with torch.no_grad():
+            shadow(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        given = ", ".join(f"{t.dtype} {tuple(t.shape)}".replace("torch.", "") for t in inputs.tensors())
+        raise InputError(
+            f"{type(shadow).__name__} itself fails on the example inputs ({given}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _innermost_module(error: BaseException, root: nn.Module) -> str:
+    """The deepest module of `root` whose code was running when the error was raised, as `path (Class), line N`."""
+    paths = {id(module): name for name, module in root.named_modules()}
+    place = f"in {type(root).__name__}"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and id(module) in paths and frame.f_code.co_name == "forward":
+            path = paths[id(module)] or "the top module"
+            place = f"in {path} ({type(module).__name__}), line {line} of its forward"
+    return place
+
+
+def _output_heads(model: nn.Module) -> set[str]:
+    """Names of the output embedding's weight, for models that have one (Hugging Face: `get_output_embeddings`)."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        return set()
+    return {name for name, value in model.named_parameters(remove_duplicate=False) if value is weight}
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each name of a tied parameter, all its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
+
+
+def _own_what_is_written(program: Program) -> None:
+    """Copy the buffers that forward writes to: a run of the graph must not change the user's."""
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for place, argument in enumerate(schema.arguments):
+            written = operand(node, place) if argument.alias_info is not None and argument.alias_info.is_write else None
+            if isinstance(written, Node) and written.op == "get_attr":
+                program.set_tensor(str(written.target), program.tensor(str(written.target)).detach().clone())
+
+
+def _tidy(program: Program) -> None:
+    """Drop nodes that compute nothing: metadata assertions and parameters that no node reads."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    program.drop_unread()
+
+
+def _check_selection(program: Program, model: nn.Module) -> None:
+    known = [name for name, _ in model.named_modules() if name]
+    program.selection.check([*known, *(name for name, _ in model.named_parameters(remove_duplicate=False))])

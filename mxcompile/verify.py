@@ -1,0 +1,48 @@
+"""What a Program may contain at each stage; checked after every pass."""
+
+from torch import Tensor
+from torch.fx import Node
+
+from mxcompile.errors import VerifyError
+from mxcompile.formats import parse_format
+from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.program import Program, Stage, where
+
+_EXPLICIT = frozenset({QUANTIZE, DEQUANTIZE})
+_FUSED = frozenset({QUANTIZE_DEQUANTIZE, LINEAR})
+
+
+def check(program: Program) -> None:
+    """Raise VerifyError if the graph is malformed, a tensor is missing, or an op does not belong to the stage."""
+    try:
+        program.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        raise VerifyError(f"the graph is malformed: {error}") from error
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and not program.has_tensor(str(node.target)):
+            raise VerifyError(f"{where(node)} reads {node.target!r}, which the program does not hold")
+        if node.op == "call_function":
+            _check_stage(program.stage, node)
+        if node.target is DEQUANTIZE:
+            _check_dequantize(node)
+
+
+def _check_stage(stage: Stage, node: Node) -> None:
+    if node.target in _EXPLICIT and stage < Stage.LOWERED:
+        raise VerifyError(f"{where(node)} is {node.target}, but the program is not lowered: a pass sets its `gives`")
+    if node.target in _FUSED and stage < Stage.FUSED:
+        raise VerifyError(f"{where(node)} is {node.target}, but the program is not fused")
+    if "val" not in node.meta:
+        raise VerifyError(f"{where(node)} has no type: insert nodes with mxcompile.edit.insert_call")
+
+
+def _check_dequantize(node: Node) -> None:
+    elements, scales, name, size = node.args[:4]
+    fmt = parse_format(str(name))
+    values = [n.meta["val"] for n in (elements, scales) if isinstance(n, Node)]
+    if len(values) != 2 or not all(isinstance(v, Tensor) for v in values):
+        raise VerifyError(f"{where(node)} does not read packed elements and scales")
+    blocks = fmt.blocks(int(size)) if isinstance(size, int) else values[1].shape[-1]
+    if values[1].shape[-1] != blocks or values[0].shape[-1] != blocks * fmt.block_bytes:
+        raise VerifyError(f"{where(node)}: {tuple(values[0].shape)} bytes and {tuple(values[1].shape)} scales do not "
+                          f"hold {size} values of {fmt}")  # fmt: skip

@@ -1,0 +1,236 @@
+"""MXWeight: a parameter that holds packed MX elements and scales in place of a float tensor.
+
+It has the shape and dtype of the weight it stands for. A matmul with it (`F.linear`, `@`, `addmm`, `bmm`, grouped
+matmul) emits the same `mx::` operators as a lowered Program: the input is quantized and dequantized if the weight says
+so, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any other arithmetic
+is refused with the operator's name: nothing is dequantized behind the user's back.
+
+Survives `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.export`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mxcompile.errors import MXCompileError
+from mxcompile.ops import DEQUANTIZE, QUANTIZE
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MXLayout:
+    """What the bytes of an MXWeight mean, and how the input of its matmul is prepared.
+
+    format: of the weight. size: number of values along the blocks (the inner dimension).
+    transposed: the contracted dimension is the weight's second to last one; the packed form always has it last.
+    activation, rule: format and scale rule of the input, or None if it stays float.
+    """
+
+    format: str
+    size: int
+    transposed: bool = False
+    activation: str | None = None
+    rule: str | None = None
+
+
+class MXWeight(Tensor):
+    """elements: uint8 `[..., out, bytes]`, scales: uint8 `[..., out, blocks]`; see `packing.py`."""
+
+    elements: Tensor
+    scales: Tensor
+    layout_: MXLayout
+
+    def __new__(cls, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype) -> Self:
+        """Make a tensor without storage of its own around the packed bytes."""
+        shape = [*elements.shape[:-1], layout.size]
+        if layout.transposed:
+            shape[-2:] = shape[-1], shape[-2]
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=elements.device)  # pyright: ignore
+
+    def __init__(self, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype) -> None:
+        del dtype
+        self.elements = elements
+        self.scales = scales
+        self.layout_ = layout
+
+    def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return f"MXWeight(shape={tuple(self.shape)}, {self.layout_})"
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of elements and scales in memory."""
+        return self.elements.numel() + self.scales.numel()
+
+    def dequantize(self) -> Tensor:
+        """The float values, in the weight's shape and dtype; of an expanded weight, each value is decoded once."""
+        spec = self.layout_
+        elements, scales = (_unexpanded(part) for part in (self.elements, self.scales))
+        values = DEQUANTIZE(elements, scales, spec.format, spec.size, self.dtype)
+        values = values.transpose(-1, -2) if spec.transposed else values
+        return values if values.shape == self.shape else values.expand(self.shape)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """The input of a matmul with this weight, as the matmul sees it."""
+        spec = self.layout_
+        if spec.activation is None:
+            return x
+        elements, scales = QUANTIZE(x, spec.activation, spec.rule)
+        return DEQUANTIZE(elements, scales, spec.activation, x.shape[-1], x.dtype)
+
+    def swap_axes(self) -> "MXWeight":
+        """The weight with its last two dimensions exchanged, on the same bytes."""
+        spec = replace(self.layout_, transposed=not self.layout_.transposed)
+        return MXWeight(self.elements, self.scales, spec, self.dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What compiled graphs depend on; read by AOTAutograd's cache (torch 2.13 and later)."""
+        parts = [(tuple(p.shape), p.stride(), p.device.type) for p in (self.elements, self.scales)]
+        return f"MXWeight {self.layout_} {self.dtype} {parts}"
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[MXLayout, torch.dtype]]:
+        return ["elements", "scales"], (self.layout_, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], spec: tuple[MXLayout, torch.dtype], *_: Any) -> "MXWeight":
+        return MXWeight(inner["elements"], inner["scales"], *spec)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _HANDLERS.get(func) or _CUSTOM_OPS.get(str(func))
+        if handler is not None:
+            return handler(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage] - keeps results plain
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        weight, options = args[0], dict(kwargs or {})
+        if func is aten.copy_.default and _same_layout(weight, args[1]):
+            weight.elements.copy_(args[1].elements)
+            weight.scales.copy_(args[1].scales)
+            return weight
+        if func in _LOW_LEVEL:
+            return _LOW_LEVEL[func](*args, **options)
+        if func not in _COPIES or not isinstance(weight, MXWeight):
+            raise MXCompileError(
+                f"{func} is not defined on an MXWeight: it takes part in matmuls (right operand) and embeddings; "
+                "use weight.dequantize() for the float values"
+            )
+        dtype = options.pop("dtype", None) or weight.dtype
+        elements, scales = (func(part, *args[1:], **options) for part in (weight.elements, weight.scales))
+        return MXWeight(elements, scales, weight.layout_, dtype)
+
+
+def _unexpanded(part: Tensor) -> Tensor:
+    for dim in range(part.dim() - 2):
+        if part.stride(dim) == 0:
+            part = part.narrow(dim, 0, 1)
+    return part
+
+
+_COPIES = frozenset({aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default})
+
+
+def _same_layout(one: Any, other: Any) -> bool:
+    return isinstance(one, MXWeight) and isinstance(other, MXWeight) and one.layout_ == other.layout_
+
+
+def _right_operand(op: Callable[..., Tensor], place: int) -> Callable[..., Tensor]:
+    """op with its operand at `place` being an MXWeight, and the one before it the input to prepare."""
+
+    def multiply(*args: Any, **kwargs: Any) -> Tensor:
+        weight = args[place] if len(args) > place else None
+        if not isinstance(weight, MXWeight):
+            raise MXCompileError(f"{op.__name__}: an MXWeight can only be the right operand of a matmul")
+        before, after = args[: place - 1], args[place + 1 :]
+        return op(*before, weight.prepare(args[place - 1]), weight.dequantize(), *after, **kwargs)
+
+    return multiply
+
+
+def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tensor:
+    return F.linear(weight.prepare(input), weight.dequantize(), bias)
+
+
+def _grouped_mm(mat_a: Tensor, mat_b: MXWeight, *args: Any, **kwargs: Any) -> Tensor:
+    return torch._grouped_mm(mat_b.prepare(mat_a), mat_b.dequantize(), *args, **kwargs)  # pyright: ignore
+
+
+def _grouped_mm_fallback(input: Tensor, weight: MXWeight, offs: Tensor) -> Tensor:
+    return torch.ops.transformers.grouped_mm_fallback(weight.prepare(input), weight.dequantize(), offs)
+
+
+def _embedding(input: Tensor, weight: MXWeight, *args: Any, **kwargs: Any) -> Tensor:
+    del args, kwargs  # padding_idx and the like only matter for gradients
+    spec = weight.layout_
+    rows = [F.embedding(input, part) for part in (weight.elements, weight.scales)]
+    return DEQUANTIZE(*rows, spec.format, spec.size, weight.dtype)
+
+
+def _transpose(weight: MXWeight, dim0: int = -2, dim1: int = -1) -> MXWeight:
+    last = {weight.dim() - 1, weight.dim() - 2}
+    if {dim0 % weight.dim(), dim1 % weight.dim()} != last:
+        raise MXCompileError("only the last two dimensions of an MXWeight can be exchanged")
+    return weight.swap_axes()
+
+
+def _expand(weight: MXWeight, sizes: Sequence[int]) -> MXWeight:
+    if tuple(sizes[-2:]) != tuple(weight.shape[-2:]):
+        raise MXCompileError("only leading dimensions of an MXWeight can be expanded")
+    elements, scales = (part.expand(*sizes[:-2], *part.shape[-2:]) for part in (weight.elements, weight.scales))
+    return MXWeight(elements, scales, weight.layout_, weight.dtype)
+
+
+def _view(weight: MXWeight, sizes: Sequence[int]) -> MXWeight:
+    if tuple(sizes) != tuple(weight.shape):
+        raise MXCompileError(f"an MXWeight of shape {tuple(weight.shape)} cannot be viewed as {tuple(sizes)}")
+    return MXWeight(weight.elements, weight.scales, weight.layout_, weight.dtype)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    torch.matmul: _right_operand(torch.matmul, 1),
+    Tensor.matmul: _right_operand(torch.matmul, 1),
+    Tensor.__matmul__: _right_operand(torch.matmul, 1),
+    torch.mm: _right_operand(torch.mm, 1),
+    Tensor.mm: _right_operand(torch.mm, 1),
+    torch.bmm: _right_operand(torch.bmm, 1),
+    Tensor.bmm: _right_operand(torch.bmm, 1),
+    torch.addmm: _right_operand(torch.addmm, 2),
+    Tensor.addmm: _right_operand(torch.addmm, 2),
+    torch.baddbmm: _right_operand(torch.baddbmm, 2),
+    Tensor.baddbmm: _right_operand(torch.baddbmm, 2),
+    torch.t: _transpose,
+    Tensor.t: _transpose,
+    Tensor.T.__get__: _transpose,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.mT.__get__: _transpose,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.transpose: _transpose,
+    Tensor.transpose: _transpose,
+    torch._grouped_mm: _grouped_mm,  # pyright: ignore[reportPrivateUsage] - what F.grouped_mm calls
+}
+# What F.linear and the like become where torch functions are switched off (nn.MultiheadAttention does that).
+_LOW_LEVEL: dict[Any, Callable[..., Any]] = {
+    aten.t.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.expand.default: _expand,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.linear.default: _linear,
+    aten.mm.default: _right_operand(torch.mm, 1),
+    aten.bmm.default: _right_operand(torch.bmm, 1),
+    aten.addmm.default: _right_operand(torch.addmm, 2),
+}
+_CUSTOM_OPS: dict[str, Callable[..., Any]] = {
+    "transformers.grouped_mm_fallback": _grouped_mm_fallback,
+    "transformers.grouped_mm_fallback.default": _grouped_mm_fallback,
+}

@@ -1,0 +1,16 @@
+"""The built-in passes by name: one algorithm, one file."""
+
+from typing import Final
+
+from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
+from mxcompile.passes.lower_mx import LowerMX
+from mxcompile.passes.round_weights import RoundWeights
+from mxcompile.passes.smooth_quant import SmoothQuant
+from mxcompile.pipeline import Pass
+
+PASSES: Final[dict[str, type[Pass]]] = {
+    "smooth-quant": SmoothQuant,
+    "round-weights": RoundWeights,
+    "lower-mx": LowerMX,
+    "fuse-mx-gemm": FuseMXGemm,
+}

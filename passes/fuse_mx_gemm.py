@@ -1,0 +1,28 @@
+"""dequantize(quantize(x)) -> mx::quantize_dequantize; matmul(x, dequantize(w)) -> mx::linear, which has fast kernels.
+
+The same rules (`mxcompile.fusion`) run inside `torch.compile` on the graphs that Inductor sees; this pass applies them
+to a lowered Program.
+"""
+
+from dataclasses import dataclass
+
+from mxcompile.fusion import fuse
+from mxcompile.ledger import PassResult
+from mxcompile.pipeline import Pass
+from mxcompile.program import Program, Stage
+
+
+@dataclass(frozen=True)
+class FuseMXGemm(Pass):
+    """Fuse every MX matmul that a fused op can express; the others are misses with their reasons."""
+
+    name = "fuse-mx-gemm"
+    accepts = frozenset({Stage.LOWERED, Stage.FUSED})
+    gives = Stage.FUSED
+    preserves_function = True
+
+    def run(self, program: Program) -> PassResult:
+        """Apply the fusion rules to the graph."""
+        result = fuse(program.graph)
+        program.drop_unread()
+        return result

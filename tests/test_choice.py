@@ -1,0 +1,325 @@
+"""choose: what is quantized by default and by patterns, which uses of one weight can be told apart, and that too small
+a share of the model is an error that lists the reasons.
+"""
+
+import pytest
+import torch
+from models import LANGUAGE_MODELS
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from mxcompile.analysis.choice import Choice, check_coverage, choose, refuse_inseparable, slot
+from mxcompile.errors import CoverageError
+from mxcompile.program import Program
+from mxcompile.selection import Selection
+from mxcompile.trace import trace
+
+SIZE = 64
+
+
+def select(program: Program, include=(), exclude=(), allow_partial=False) -> Choice:
+    program.selection = Selection(tuple(include), tuple(exclude), allow_partial)
+    return choose(program)
+
+
+def chosen(choice: Choice) -> list[str]:
+    """Paths of the modules whose matmuls are chosen."""
+    return [matmul.module_path for matmul in choice.matmuls]
+
+
+def reasons(choice: Choice) -> dict[str, str]:
+    """where -> reason of everything left alone."""
+    return {miss.where: miss.reason for miss in choice.misses}
+
+
+def a_model(function, *shapes: tuple[int, ...]) -> Program:
+    """A Program of `function(x, *weights)`."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList(torch.randn(shape) for shape in shapes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x, *self.weights)
+
+    return trace(Model(), torch.randn(2, SIZE))
+
+
+# By default
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_the_output_head_stays_float(name, traced):
+    choice = choose(traced(name))
+    assert "lm_head" not in chosen(choice)
+    assert choice.embeddings == ()
+    (head,) = choice.left_float
+    assert head.reason == "the output head stays float; ask for it with include=['lm_head']"
+    assert head.bytes == 128 * 64 * 4
+    assert choice.refusals == ()
+
+
+def test_a_tied_embedding_is_an_output_head_without_being_declared():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(16, SIZE)
+            self.hidden = nn.Linear(SIZE, SIZE)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(self.hidden(self.embed(ids)), self.embed.weight)
+
+    program = trace(Tied(), torch.zeros(2, 5, dtype=torch.long))
+    assert program.output_heads == frozenset()
+    choice = choose(program)
+    assert chosen(choice) == ["hidden"]
+    assert len(choice.left_float) == 1
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "bert", "vit"])
+def test_everything_else_is_chosen(name, traced):
+    choice = choose(traced(name))
+    assert choice.left_float == ()
+    assert len(choice.matmuls) == {"mlp": 2, "cnn": 2, "bert": 7, "vit": 7}[name]
+    assert all(choice.alone(matmul) for matmul in choice.matmuls)
+
+
+def test_refusals_are_misses(traced):
+    choice = choose(traced("vit"))
+    assert reasons(choice) == {
+        "%conv2d in embeddings.patch_embeddings.projection": (
+            "a convolution: MX quantization covers matmuls only, it stays float"
+        )
+    }
+
+
+# Patterns
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("pattern", ["lm_head", "lm_head.weight", "lm_*", "*head*"])
+def test_include_asks_for_the_output_head(name, pattern, traced):
+    choice = select(traced(name), include=[pattern])
+    assert chosen(choice)[-1] == "lm_head"
+    assert (choice.embeddings, choice.misses) == ((), ())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("pattern", ["model.embed_tokens", "model.embed_tokens.weight"])
+def test_include_asks_for_an_embedding(name, pattern, traced):
+    choice = select(traced(name), include=[pattern])
+    assert [node.name for node in choice.embeddings] == ["embedding"]
+    assert "lm_head" not in chosen(choice)
+
+
+def test_exclude(traced):
+    layer = "model.layers.0."
+    choice = select(traced("llama"), exclude=["*.down_proj", "*.self_attn.*", f"{layer}mlp.up_proj.weight"])
+    assert chosen(choice) == [f"{layer}mlp.gate_proj"]
+    found = reasons(choice)
+    assert found.pop("%linear_7 in lm_head").startswith("the output head stays float")
+    assert set(found.values()) == {"left in float: excluded"}
+    assert list(found)[-1] == "%linear_6 in model.layers.0.mlp.down_proj"
+    assert len(found) == 6
+
+
+def test_include_wins_over_exclude(traced):
+    choice = select(traced("llama"), include=["*.q_proj", "lm_head"], exclude=["*"])
+    assert chosen(choice) == ["model.layers.0.self_attn.q_proj", "lm_head"]
+    assert set(reasons(choice).values()) == {"left in float: excluded"}
+
+
+def test_exclude_wins_over_nothing_else(traced):
+    choice = select(traced("llama"), exclude=["lm_head"])
+    assert reasons(choice) == {"%linear_7 in lm_head": "left in float: excluded"}
+
+
+class SharedWeight(nn.Module):
+    """Two modules with one weight between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(SIZE, SIZE, bias=False)
+        self.second = nn.Linear(SIZE, SIZE, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize(("excluded", "left"), [("first", ["second"]), ("second", ["first"])])
+def test_exclude_one_module_of_a_tied_weight(excluded, left):
+    choice = choose(trace(SharedWeight(), torch.randn(2, SIZE), exclude=[excluded]))
+    assert chosen(choice) == left
+    assert not choice.alone(choice.matmuls[0])
+
+
+@pytest.mark.parametrize(("excluded", "left"), [("first.weight", ["second"]), ("second.weight", ["first"])])
+def test_exclude_one_name_of_a_tied_weight(excluded, left):
+    choice = choose(trace(SharedWeight(), torch.randn(2, SIZE), exclude=[excluded]))
+    assert chosen(choice) == left
+
+
+# Uses of one weight
+
+
+def test_uses_under_their_own_names_are_separable():
+    program = trace(SharedWeight(), torch.randn(2, SIZE), exclude=["second"])
+    choice = choose(program)
+    assert refuse_inseparable(program, choice) == choice
+    (matmul,) = choice.matmuls
+    assert slot(program, matmul.parameter, matmul.node) == "first.weight"
+
+
+def test_a_tied_head_is_separable_from_its_embedding(traced):
+    program = traced("llama-tied")
+    choice = select(program, include=["lm_head"])
+    head = choice.matmuls[-1]
+    assert not choice.alone(head)
+    assert refuse_inseparable(program, choice) == choice
+    assert slot(program, head.parameter, head.node) == "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("other_use", "reader"),
+    [
+        (lambda w: w.sum(), "aten.sum.default (%sum_1)"),
+        (lambda w: w.t().contiguous().abs().amax(), "aten.abs.default (%abs_1)"),
+        (lambda w: w[0], "aten.select.int (%select)"),
+    ],
+    ids=["sum", "through a transpose", "row"],
+)
+def test_uses_under_one_name_are_inseparable(other_use, reader):
+    program = a_model(lambda x, w: F.linear(x, w) + other_use(w), (SIZE, SIZE))
+    choice = choose(program)
+    assert len(choice.matmuls) == 1
+    assert not choice.alone(choice.matmuls[0])
+    separated = refuse_inseparable(program, choice)
+    assert separated.matmuls == ()
+    (refusal,) = separated.refusals
+    assert refusal.reason == f"its weight 'weights.0' is also read, in float and by the same name, by {reader}"
+    assert refusal.bytes == SIZE * SIZE * 4
+
+
+def test_a_transpose_that_is_shared_with_another_use_is_inseparable():
+    class Transposing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            columns = self.weight.t()
+            return x @ columns + columns.sum()
+
+    model = SharedWeight()
+    model.first = Transposing(SIZE, SIZE, bias=False)
+    model.first.weight = model.second.weight
+    program = trace(model, torch.randn(2, SIZE))
+    assert chosen(refuse_inseparable(program, choose(program))) == ["second"]
+
+
+def test_uses_in_one_module_of_a_tied_weight_are_inseparable():
+    class Summing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.weight.sum()
+
+    model = SharedWeight()
+    model.first = Summing(SIZE, SIZE, bias=False)
+    model.first.weight = model.second.weight
+    program = trace(model, torch.randn(2, SIZE))
+    separated = refuse_inseparable(program, choose(program))
+    assert chosen(separated) == ["second"]
+    assert "aten.sum.default" in separated.refusals[0].reason
+
+
+def test_two_chosen_uses_of_one_name_are_fine():
+    program = a_model(lambda x, w: F.linear(F.linear(x, w), w), (SIZE, SIZE))
+    choice = choose(program)
+    assert len(choice.matmuls) == 2
+    assert all(map(choice.alone, choice.matmuls))
+    assert refuse_inseparable(program, choice) == choice
+
+
+def test_an_embedding_in_one_module_with_its_head():
+    class OneModule(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(super().forward(ids), self.weight)
+
+    program = trace(OneModule(16, SIZE), torch.zeros(2, 5, dtype=torch.long))
+    both = select(program, include=["weight"])
+    assert (len(both.matmuls), len(both.embeddings)) == (1, 1)
+    assert refuse_inseparable(program, both) == both
+
+
+# Coverage
+
+
+def refused(count: int) -> nn.Module:
+    """`count` linears whose weights are computed at run time, and one plain linear of the same size."""
+    layers = [parametrizations.weight_norm(nn.Linear(SIZE, SIZE)) for _ in range(count)]
+    return nn.Sequential(*layers, nn.Linear(SIZE, SIZE))
+
+
+def test_half_of_the_bytes_is_enough():
+    program = trace(refused(1), torch.randn(2, SIZE))
+    check_coverage(program, choose(program))
+
+
+def test_less_than_half_is_an_error_with_its_reasons():
+    program = trace(refused(3), torch.randn(2, SIZE))
+    with pytest.raises(CoverageError) as caught:
+        check_coverage(program, choose(program))
+    first, second, *reasons, last = str(caught.value).splitlines()
+    assert first == "only 25% of the matmul weight bytes would be quantized (1 matmuls). Left in float:"
+    assert second.startswith("  %linear in 0: the weight is computed at run time by aten._weight_norm.default")
+    assert len(reasons) == 2
+    assert last == "Pass allow_partial=True to go on all the same."
+
+
+def test_a_long_list_of_reasons_is_cut():
+    program = trace(refused(20), torch.randn(2, SIZE))
+    with pytest.raises(CoverageError) as caught:
+        check_coverage(program, choose(program))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + 12 + 1 + 1
+    assert lines[-2] == "  ... and 8 more"
+
+
+def test_allow_partial():
+    program = trace(refused(3), torch.randn(2, SIZE), allow_partial=True)
+    check_coverage(program, choose(program))
+
+
+def test_what_is_left_on_purpose_does_not_count(traced):
+    program = traced("llama")
+    check_coverage(program, select(program, exclude=["*.mlp.*"]))
+
+
+def test_nothing_at_all_is_an_error():
+    program = trace(nn.Sequential(nn.ReLU()), torch.randn(2, SIZE))
+    with pytest.raises(CoverageError) as caught:
+        check_coverage(program, choose(program))
+    assert str(caught.value).splitlines()[:2] == [
+        "only 0% of the matmul weight bytes would be quantized (0 matmuls). Left in float:",
+        "  the graph has no matmul by a weight",
+    ]
+
+
+def test_everything_excluded_is_an_error(traced):
+    program = traced("mlp")
+    with pytest.raises(CoverageError, match=r"%linear in up: left in float: excluded\n  %linear_1 in down"):
+        check_coverage(program, select(program, exclude=["*"]))
+    check_coverage(program, select(program, exclude=["*"], allow_partial=True))
+
+
+def test_a_weight_read_twice_is_counted_once():
+    twice = lambda x, w, v: F.linear(F.linear(x, w), w).sum() + F.linear(x, v.abs())  # noqa: E731
+    program = a_model(twice, (SIZE, SIZE), (2 * SIZE, SIZE))
+    with pytest.raises(CoverageError, match="only 33% of the matmul weight bytes"):
+        check_coverage(program, choose(program))
+
+
+def test_choosing_changes_nothing(traced):
+    program = traced("llama")
+    before = str(program.graph)
+    assert choose(program) == choose(program)
+    refuse_inseparable(program, choose(program))
+    assert str(program.graph) == before

@@ -1,0 +1,151 @@
+"""Dumps: a folder that tells what every pass did, is safe to write again, and says what happened when a pass failed."""
+
+import json
+import re
+
+import pytest
+import torch
+from models import build, inputs
+
+import mxcompile
+from mxcompile import Pipeline
+from mxcompile.dump import Dump, DumpReader
+from mxcompile.errors import DumpError, PassError, UnknownNameError
+from mxcompile.printer import print_program
+
+TEXT = "smooth-quant | round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"
+
+
+def dump(folder, text=TEXT):
+    program = mxcompile.trace(build("mlp"), inputs("mlp"))
+    return program, Pipeline.parse(text).run(program, instruments=[Dump(folder)])
+
+
+def test_writes_the_graph_and_its_diff_for_every_pass(tmp_path):
+    traced, lowered = dump(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "00-trace.txt",
+        "01-smooth-quant.diff",
+        "01-smooth-quant.txt",
+        "02-round-weights.diff",
+        "02-round-weights.txt",
+        "03-lower-mx.diff",
+        "03-lower-mx.txt",
+        "ledger.json",
+        "pipeline.txt",
+        "summary.txt",
+    ]
+    assert (tmp_path / "out" / "00-trace.txt").read_text() == print_program(traced)
+    assert (tmp_path / "out" / "03-lower-mx.txt").read_text() == print_program(lowered)
+    diff = (tmp_path / "out" / "02-round-weights.diff").read_text()
+    assert len(re.findall(r'^\+%.* tensor "(?:up|down)\.weight"', diff, re.MULTILINE)) == 2
+
+
+def test_pipeline_text_parses_back(tmp_path):
+    dump(tmp_path)
+    first, *rest = (tmp_path / "pipeline.txt").read_text().splitlines()
+    assert first == "# mxcompile pipeline"
+    assert Pipeline.parse(" ".join(rest)) == Pipeline.parse(TEXT)
+
+
+def test_ledger_is_json_with_a_schema(tmp_path):
+    _, lowered = dump(tmp_path)
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["schema"] == 1
+    assert [p["name"] for p in ledger["passes"]] == [r.name for r in lowered.ledger]
+    assert ledger["passes"][1]["numbers"]["up.weight"]["weight_sqnr_db"] > 15
+    assert ledger["passes"][0]["misses"] == [
+        {
+            "where": "%linear_1 in down",
+            "reason": "its input %relu comes from aten.relu.default, not from a norm with a weight",
+        }
+    ]
+
+
+def test_numbers_without_a_json_form_become_null(tmp_path):
+    program = mxcompile.trace(build("mlp"), inputs("mlp"))
+    program.set_tensor("up.weight", torch.zeros(128, 64))
+    Pipeline.parse("round-weights{format=mxint4}").run(program, instruments=[Dump(tmp_path)])
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["passes"][0]["numbers"]["up.weight"] == {"weight_sqnr_db": None}
+
+
+def test_two_dumps_of_one_thing_differ_in_times_only(tmp_path):
+    dump(tmp_path / "a")
+    dump(tmp_path / "b")
+    for path in (tmp_path / "a").iterdir():
+        if path.name not in ("ledger.json", "summary.txt"):
+            assert path.read_text() == (tmp_path / "b" / path.name).read_text()
+
+
+def test_graph_files_hold_no_paths_ids_or_times(tmp_path):
+    dump(tmp_path)
+    for path in (*tmp_path.glob("*-*.txt"), *tmp_path.glob("*.diff")):
+        assert not re.search(r"/\w+/\w+|0x[0-9a-f]{6}|\d\d:\d\d", path.read_text()), path.name
+
+
+def test_summary_lists_each_miss_once_with_the_passes_that_met_it(tmp_path):
+    program = mxcompile.trace(build("cnn"), inputs("cnn"))
+    Pipeline.parse("round-weights{format=mxint4} | lower-mx{weight=mxint4}").run(program, instruments=[Dump(tmp_path)])
+    misses = [line for line in (tmp_path / "summary.txt").read_text().splitlines() if "convolution" in line]
+    assert len(misses) == 2
+    assert all(line.endswith("(round-weights, lower-mx)") for line in misses)
+
+
+def test_writes_over_its_own_dump_and_over_nothing_else(tmp_path):
+    dump(tmp_path / "out")
+    dump(tmp_path / "out")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("months of work")
+    with pytest.raises(DumpError, match=r"theirs exists and is not an mxcompile dump"):
+        dump(tmp_path / "theirs")
+    with pytest.raises(DumpError, match=r"thesis.txt exists and is not"):
+        dump(tmp_path / "theirs" / "thesis.txt")
+    assert (tmp_path / "theirs" / "thesis.txt").read_text() == "months of work"
+
+
+def test_a_bad_folder_is_refused_before_the_model_is_traced(tmp_path):
+    (tmp_path / "theirs.txt").write_text("")
+    with pytest.raises(DumpError):
+        mxcompile.quantize_and_compile("not even a model", None, dump=tmp_path)
+
+
+def test_a_failing_pass_leaves_what_it_was_given(tmp_path):
+    class Explode(mxcompile.Pass):
+        name = "explode"
+
+        def run(self, program):
+            program.set_tensor("up.weight", torch.zeros(1))
+            raise ValueError("no fuel")
+
+    program = mxcompile.trace(build("mlp"), inputs("mlp"))
+    pipeline = Pipeline([Explode(), *Pipeline.parse(TEXT).passes])
+    with pytest.raises(PassError, match="'explode' failed: ValueError: no fuel"):
+        pipeline.run(program, instruments=[Dump(tmp_path)])
+    text = (tmp_path / "01-explode.FAILED.txt").read_text()
+    assert (
+        text
+        == f"# explode failed: ValueError: no fuel\n# still to run: {TEXT}\n# the graph before it:\n"
+        + print_program(program)
+    )
+
+
+def test_reader_finds_stages_by_name_and_number(tmp_path):
+    traced, lowered = dump(tmp_path)
+    reader = DumpReader(tmp_path)
+    assert reader.stages() == ["00-trace", "01-smooth-quant", "02-round-weights", "03-lower-mx"]
+    assert reader.text("trace") == reader.text("0") == reader.text("00-trace") == print_program(traced)
+    assert reader.text("lower-mx") == print_program(lowered)
+    assert reader.diff("2", "3") == (tmp_path / "03-lower-mx.diff").read_text().replace(
+        "--- before", "--- 02-round-weights"
+    )
+    with pytest.raises(UnknownNameError, match=r"unknown pass of the dump 'lower': did you mean 03-lower-mx"):
+        reader.text("lower")
+
+
+def test_reader_refuses_what_is_no_dump(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DumpError, match="is not an mxcompile dump folder"):
+        DumpReader(tmp_path)
+    with pytest.raises(DumpError, match="is not an mxcompile dump folder"):
+        DumpReader(tmp_path / "missing")

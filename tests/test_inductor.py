@@ -1,0 +1,170 @@
+"""torch.compile with MX fusion: every matmul is found, generation is unchanged, a missing compiler is worked around.
+
+Compiling a language model takes seconds, so the models have one layer and each is compiled once per module.
+"""
+
+import warnings
+
+import pytest
+import torch
+from models import build, inputs, output
+from torch import nn
+
+import mxcompile
+from mxcompile import fusion, inductor
+from mxcompile.ops import LINEAR
+
+NO_COMPILER = inductor.why_no_inductor(torch.device("cpu"))
+needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
+
+
+def deployed(name, recipe="w4a8-mxint"):
+    model, example = build(name), inputs(name)
+    return mxcompile.deploy(mxcompile.recipes()[recipe].run(mxcompile.trace(model, example)), model)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The fusion results of everything compiled in the test, without Inductor's caches."""
+    from torch._inductor.utils import fresh_cache
+
+    fuse = inductor.FuseMX()
+    monkeypatch.setattr(inductor, "FuseMX", lambda: fuse)
+    with fresh_cache():
+        yield fuse.results
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return inductor.compile_module(deployed("llama")), deployed("llama")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "linears", "activations"), [("llama", 7, 4), ("gpt2", 4, 4)])
+def test_every_matmul_is_fused(watched, name, linears, activations):
+    module = inductor.compile_module(deployed(name))
+    with torch.no_grad():
+        module(**inputs(name), use_cache=False)
+    (result,) = watched
+    assert (result.rewrites, result.misses) == (linears + activations, ())
+
+
+@needs_compiler
+def test_near_misses_are_reported_with_reasons(watched):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 64, 32))
+
+        def forward(self, x):
+            return torch.bmm(x, self.weight)
+
+    model, x = Experts(), torch.randn(2, 5, 64)
+    module = mxcompile.quantize_and_compile(model, x)
+    reference = mxcompile.quantize_and_compile(model, x, compile=False)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), reference(x), rtol=0, atol=1e-5)
+    (result,) = watched
+    assert [miss.reason for miss in result.misses] == [
+        "no fused kernel for aten.bmm.default: its weight is dequantized first"
+    ]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("batch", "length"), [(2, 8), (3, 13), (1, 1)])
+def test_compiled_equals_uncompiled_at_other_sizes(llama, batch, length):
+    """Float32 reassociation may flip a rounding of an activation; on this model and input none does."""
+    compiled, plain = llama
+    example = inputs("llama", batch, length, seed=batch)
+    with torch.no_grad():
+        torch.testing.assert_close(output(compiled(**example)), output(plain(**example)), rtol=0, atol=1e-4)
+
+
+TORCH_2_11 = torch.__version__.startswith("2.11.")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "cache",
+    [
+        pytest.param(
+            None,
+            marks=pytest.mark.xfail(
+                TORCH_2_11, strict=True, reason="torch 2.11 writes bad C++ here, for float models too"
+            ),
+        ),
+        "static",
+    ],
+)
+def test_generates_the_same_tokens(llama, cache):
+    compiled, plain = llama
+    how = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
+    for batch, length in ((2, 8), (1, 5)):
+        prompt = inputs("llama", batch, length, seed=7)
+        assert torch.equal(compiled.generate(**prompt, **how), plain.generate(**prompt, **how))
+
+
+@needs_compiler
+def test_many_models_in_one_process_stay_compiled():
+    """Dynamo gives up on a code object after eight graphs; each compiled module has one of its own."""
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    for seed in range(10):
+        torch.manual_seed(seed)
+        module = mxcompile.quantize_and_compile(nn.Linear(64, 32 + seed), torch.randn(3, 64))
+        module(torch.randn(5, 64))
+    assert counters["stats"]["unique_graphs"] == before + 10
+
+
+@needs_compiler
+def test_torchs_own_attention_layers_compile():
+    layer, x = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval(), torch.randn(2, 5, 64)
+    compiled = mxcompile.quantize_and_compile(layer, x)
+    plain = mxcompile.quantize_and_compile(layer, x, compile=False)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain(x), rtol=0, atol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_without_a_compiler_the_model_runs_fused_and_says_so(monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def missing():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    seen = []
+    monkeypatch.setattr(fusion, "fuse", lambda graph, fuse=fusion.fuse: (fuse(graph), seen.append(graph))[0])
+    model, x = build("mlp"), inputs("mlp")
+    with pytest.warns(UserWarning, match=r"^torch.compile needs a C\+\+ compiler .* and there is none: .* uncompiled$"):
+        module = mxcompile.quantize_and_compile(model, x)
+    reference = mxcompile.quantize_and_compile(model, x, compile=False)
+    with torch.no_grad():
+        assert torch.equal(module(**x), reference(**x))
+    assert [len([n for n in graph.nodes if n.target is LINEAR]) for graph in seen] == [2]
+
+
+def test_with_a_compiler_nothing_is_said():
+    if NO_COMPILER is not None:
+        pytest.skip(NO_COMPILER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"))
+
+
+def test_the_cache_key_follows_the_code(tmp_path, monkeypatch):
+    before = inductor.FuseMX().uuid()
+    assert before == inductor.FuseMX().uuid()
+    changed = tmp_path / "fusion.py"
+    changed.write_text("# other rules")
+    monkeypatch.setattr(fusion, "__file__", str(changed))
+    assert inductor.FuseMX().uuid() != before
+
+
+def test_no_global_setting_changes():
+    from torch._inductor import config
+
+    before = config.get_config_copy()
+    mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"))
+    assert config.get_config_copy() == before

@@ -1,0 +1,150 @@
+"""Inputs: example inputs and calibration data arrive in one shape, whichever accepted form they had, and every other
+form is refused with the accepted ones named.
+"""
+
+from collections import UserDict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mxcompile.errors import InputError
+from mxcompile.inputs import Inputs, as_batches, as_inputs, map_leaves, named_leaves
+
+X, Y = torch.arange(6.0).reshape(2, 3), torch.arange(4).reshape(2, 2)
+examples = settings(derandomize=True, deadline=None, database=None, max_examples=100)
+
+
+def same(one: Inputs, other: Inputs) -> bool:
+    return one.args == other.args and one.kwargs == other.kwargs  # the very same tensors
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        (X, Inputs((X,))),
+        ((X, Y), Inputs((X, Y))),
+        ([X, Y], Inputs((X, Y))),
+        ((X, {"a": Y}), Inputs((X, {"a": Y}))),
+        ({"a": X, "b": Y}, Inputs((), {"a": X, "b": Y})),
+        (UserDict({"a": X}), Inputs((), {"a": X})),
+        (Inputs((X,), {"b": Y}), Inputs((X,), {"b": Y})),
+    ],
+    ids=["tensor", "tuple", "list", "nested", "dict", "mapping", "Inputs"],
+)
+def test_as_inputs(example, expected):
+    assert same(as_inputs(example), expected)
+
+
+@pytest.mark.parametrize("example", [None, 3, "text", {1, 2}, iter([X])], ids=lambda e: type(e).__name__)
+def test_other_examples_are_refused(example):
+    with pytest.raises(InputError) as caught:
+        as_inputs(example)
+    assert str(caught.value) == (
+        f"example inputs are a {type(example).__name__}; give a dict of keyword arguments, a tuple of positional "
+        "arguments, or a single tensor"
+    )
+
+
+@pytest.mark.parametrize(
+    ("calibration", "expected"),
+    [
+        (X, [Inputs((X,))]),
+        ((X, Y), [Inputs((X, Y))]),
+        ({"a": X}, [Inputs((), {"a": X})]),
+        (UserDict({"a": X}), [Inputs((), {"a": X})]),
+        (Inputs((X,)), [Inputs((X,))]),
+        ([X, Y], [Inputs((X,)), Inputs((Y,))]),
+        ([(X, Y), (Y, X)], [Inputs((X, Y)), Inputs((Y, X))]),
+        ([[X, Y]], [Inputs((X, Y))]),
+        ([{"a": X}, {"a": Y}], [Inputs((), {"a": X}), Inputs((), {"a": Y})]),
+        ((b for b in (X, Y)), [Inputs((X,)), Inputs((Y,))]),
+    ],
+    ids=["tensor", "tuple", "dict", "mapping", "Inputs", "tensors", "tuples", "lists", "dicts", "generator"],
+)
+def test_as_batches(calibration, expected):
+    batches = list(as_batches(calibration))
+    assert len(batches) == len(expected)
+    assert all(map(same, batches, expected))
+
+
+def test_a_data_loader():
+    loader = torch.utils.data.DataLoader([{"a": row} for row in X], batch_size=2)
+    (batch,) = as_batches(loader)
+    assert torch.equal(batch.kwargs["a"], X)
+
+
+@pytest.mark.parametrize("empty", [[], iter(()), {}.values()], ids=["list", "iterator", "view"])
+def test_no_batches(empty):
+    with pytest.raises(
+        InputError, match=r"calibration data is empty \(an exhausted iterator\?\); give a list of batch"
+    ):
+        list(as_batches(empty))
+
+
+def test_calibration_of_no_accepted_form():
+    with pytest.raises(InputError, match="calibration is a int; give a batch or an iterable of batches"):
+        list(as_batches(3))
+    with pytest.raises(InputError, match="example inputs are a str"):
+        list(as_batches(["a sentence"]))
+
+
+def test_tensors_in_order():
+    inputs = Inputs((X, [Y, 3]), {"a": {"b": X}, "c": None})
+    assert [id(t) for t in inputs.tensors()] == [id(X), id(Y), id(X)]
+
+
+def test_repeated_doubles_a_batch_of_one():
+    one = Inputs((X[:1], [Y[:1]]), {"flag": True, "none": None})
+    two = one.repeated()
+    assert torch.equal(two.args[0], X[[0, 0]])
+    assert torch.equal(two.args[1][0], Y[[0, 0]])
+    assert two.kwargs == {"flag": True, "none": None}
+    assert one.args[0].shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [Inputs((X,)), Inputs((X[:1], Y)), Inputs((X[:1], torch.tensor(3))), Inputs((), {"flag": True}), Inputs()],
+    ids=["batch of two", "mixed", "scalar", "no tensor", "nothing"],
+)
+def test_repeated_leaves_other_batches_alone(inputs):
+    assert inputs.repeated() is None
+
+
+leaves = st.integers() | st.none() | st.text(max_size=3)
+trees = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text("ab", min_size=1, max_size=2), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@examples
+@given(trees)
+def test_map_leaves_keeps_the_structure(tree):
+    assert map_leaves(lambda leaf: leaf, tree) == tree
+    wrapped = map_leaves(lambda leaf: frozenset({leaf}), tree)
+    assert [path for path, _ in named_leaves(wrapped)] == [path for path, _ in named_leaves(tree)]
+    assert [leaf for _, leaf in named_leaves(wrapped)] == [frozenset({leaf}) for _, leaf in named_leaves(tree)]
+
+
+def test_paths_of_leaves():
+    tree = {"logits": 1, "cache": [(2, 3), {"keys": 4}]}
+    assert list(named_leaves(tree)) == [("logits", 1), ("cache.0.0", 2), ("cache.0.1", 3), ("cache.1.keys", 4)]
+    assert list(named_leaves(5)) == [("", 5)]
+    assert list(named_leaves(())) == []
+
+
+def test_a_model_output_is_a_mapping():
+    from transformers.modeling_outputs import CausalLMOutput
+
+    (found,) = named_leaves(CausalLMOutput(logits=X))
+    assert found[0] == "logits"
+    assert isinstance(found[1], Tensor)

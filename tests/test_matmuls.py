@@ -1,0 +1,278 @@
+"""find_matmuls: every way to multiply by a parameter is found with its orientation, whatever op says it; attention is
+not; what cannot be used is refused with the reason and the remedy.
+"""
+
+import pytest
+import torch
+from models import build, inputs
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from mxcompile.analysis.matmuls import Matmul, Refusal, find_matmuls, finite_rows
+from mxcompile.errors import WeightError
+from mxcompile.program import Program
+from mxcompile.trace import trace
+
+IN, OUT = 64, 48
+
+
+class Weighted(nn.Module):
+    """A parameter of the given shape, another of the output's size, and a forward given as a function."""
+
+    def __init__(self, shape, function) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+        self.bias = nn.Parameter(torch.randn(OUT))
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.function(self, *args)
+
+
+def find(model: nn.Module, *args: Tensor) -> tuple[Program, list[Matmul], list[Refusal]]:
+    program = trace(model, args or (torch.randn(2, 5, IN),))
+    return program, *find_matmuls(program)
+
+
+def the_matmul(model: nn.Module, *args: Tensor) -> tuple[Program, Matmul]:
+    program, found, refusals = find(model, *args)
+    assert refusals == []
+    (matmul,) = found
+    return program, matmul
+
+
+def the_refusal(model: nn.Module, *args: Tensor) -> Refusal:
+    _, found, refusals = find(model, *args)
+    assert found == []
+    (refusal,) = refusals
+    return refusal
+
+
+FLAT = (torch.randn(10, IN),)
+FORMS = {  # shape of the parameter, how it is used, inputs, contracted dimension, first reader
+    "linear": ((OUT, IN), lambda m, x: F.linear(x, m.weight), None, -1, "aten.linear.default"),
+    "linear with bias": ((OUT, IN), lambda m, x: F.linear(x, m.weight, m.bias), None, -1, "aten.linear.default"),
+    "matmul": ((IN, OUT), lambda m, x: x @ m.weight, None, -2, "aten.matmul.default"),
+    "x @ w.t()": ((OUT, IN), lambda m, x: x @ m.weight.t(), None, -1, "aten.t.default"),
+    "x @ w.T": ((OUT, IN), lambda m, x: x @ m.weight.T, None, -1, "aten.numpy_T.default"),
+    "x @ w.mT": ((OUT, IN), lambda m, x: x @ m.weight.mT, None, -1, "aten.mT.default"),
+    "x @ transpose": ((OUT, IN), lambda m, x: x @ m.weight.transpose(0, 1), None, -1, "aten.transpose.int"),
+    "x @ permute": ((OUT, IN), lambda m, x: x @ m.weight.permute(1, 0), None, -1, "aten.permute.default"),
+    "twice transposed": ((IN, OUT), lambda m, x: x @ m.weight.t().t(), None, -2, "aten.t.default"),
+    "linear by w.t()": ((IN, OUT), lambda m, x: F.linear(x, m.weight.t()), None, -2, "aten.t.default"),
+    "contiguous": ((OUT, IN), lambda m, x: x @ m.weight.t().contiguous(), None, -1, "aten.t.default"),
+    "idle cast": ((IN, OUT), lambda m, x: x @ m.weight.to(x.dtype), None, -2, "aten.to.dtype"),
+    "mm": ((IN, OUT), lambda m, x: torch.mm(x, m.weight), FLAT, -2, "aten.mm.default"),
+    "addmm": ((IN, OUT), lambda m, x: torch.addmm(m.bias, x, m.weight), FLAT, -2, "aten.addmm.default"),
+    "bmm": ((2, IN, OUT), lambda m, x: torch.bmm(x, m.weight), None, -2, "aten.bmm.default"),
+    "bmm by transpose": ((2, OUT, IN), lambda m, x: torch.bmm(x, m.weight.mT), None, -1, "aten.mT.default"),
+    "baddbmm": ((2, IN, OUT), lambda m, x: torch.baddbmm(m.bias, x, m.weight), None, -2, "aten.baddbmm.default"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_a_matmul(form):
+    shape, function, args, axis, reader = FORMS[form]
+    model = Weighted(shape, function)
+    program, matmul = the_matmul(model, *(args or ()))
+    assert matmul.parameter == "weight"
+    assert matmul.axis == axis
+    assert matmul.in_features == IN
+    assert str(matmul.reader.target) == reader
+    assert matmul.activation.op == "placeholder"
+    assert not matmul.is_lowered
+    has_bias = form in ("linear with bias", "addmm", "baddbmm")
+    assert (matmul.bias is not None and matmul.bias.target == "bias") == has_bias
+    rows = finite_rows(program, matmul)
+    assert rows.shape == (*shape[:-2], OUT, IN)
+    # The found parts are the product: this is what "activation @ weight" means.
+    x = (args or (torch.randn(2, 5, IN),))[0]
+    product = x @ rows.mT + (model.bias if has_bias else 0)
+    torch.testing.assert_close(product, model(x), rtol=0, atol=1e-4)  # sums of 64 float32 products of size 1
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_rows_is_its_own_inverse(axis):
+    _, matmul = the_matmul(Weighted((OUT, IN), FORMS["linear"][1]))
+    matmul = Matmul(matmul.node, matmul.activation, matmul.root, matmul.reader, axis, None)
+    weight = torch.randn(3, OUT, IN)
+    assert torch.equal(matmul.rows(matmul.rows(weight)), weight)
+    assert (matmul.rows(weight).shape == weight.shape) == (axis == -1)
+
+
+def test_module_path():
+    program, found, _ = find(nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, 8)))
+    assert [(m.module_path, m.parameter) for m in found] == [("0", "0.weight"), ("2", "2.weight")]
+    assert [m.node for m in found] == [n for n in program.graph.nodes if n.name.startswith("linear")]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mlp", ["up.weight", "down.weight"]),
+        ("cnn", ["hidden.weight", "classifier.weight"]),
+        ("bert", [*(f"attention.self.{n}" for n in ("query", "key", "value")), "attention.output.dense",
+                  "intermediate.dense", "output.dense", "pooler.dense.weight"]),
+        ("vit", [*(f"attention.{n}_proj" for n in "qkvo"), "mlp.fc1", "mlp.fc2", "pooler.dense.weight"]),
+        ("llama", [*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in ("gate", "up", "down")),
+                   "lm_head.weight"]),
+        ("mixtral", [*(f"self_attn.{n}_proj" for n in "qkvo"), "mlp.gate", "mlp.experts.gate_up_proj",
+                     "mlp.experts.down_proj", "lm_head.weight"]),
+    ],
+)  # fmt: skip
+def test_every_weight_of_a_model_and_nothing_else(name, expected, traced):
+    found, _ = find_matmuls(traced(name))
+    assert len(found) == len(expected)
+    for matmul, name_part in zip(found, expected, strict=True):
+        assert name_part in matmul.parameter
+
+
+def test_conv1d_of_gpt2(traced):
+    found, refusals = find_matmuls(traced("gpt2"))
+    assert refusals == []
+    assert [(m.parameter.removeprefix("transformer.h.0."), m.axis, str(m.node.target)) for m in found] == [
+        ("attn.c_attn.weight", -2, "aten.addmm.default"),
+        ("attn.c_proj.weight", -2, "aten.addmm.default"),
+        ("mlp.c_fc.weight", -2, "aten.addmm.default"),
+        ("mlp.c_proj.weight", -2, "aten.addmm.default"),
+        ("lm_head.weight", -1, "aten.linear.default"),
+    ]
+    assert found[0].in_features == 64
+    assert found[0].bias.target == "transformer.h.0.attn.c_attn.bias"
+
+
+def test_grouped_experts_of_mixtral(traced):
+    program = traced("mixtral")
+    experts = [m for m in find_matmuls(program)[0] if "experts" in m.parameter]
+    assert [(m.axis, m.in_features, tuple(m.root.meta["val"].shape)) for m in experts] == [
+        (-1, 64, (4, 256, 64)),
+        (-1, 128, (4, 64, 128)),
+    ]
+    assert [m.reader.op for m in experts] == ["call_function"] * 2
+    assert all("grouped_mm" in str(m.node.target) for m in experts)
+    assert finite_rows(program, experts[0]).shape == (4, 256, 64)
+
+
+# What is not a candidate
+
+
+def test_attention_scores_are_no_candidates():
+    class Attention(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.softmax(q @ k.mT, dim=-1) @ v
+
+    _, found, refusals = find(Attention(), *(torch.randn(2, 5, IN) for _ in range(3)))
+    assert (found, refusals) == ([], [])
+
+
+def test_constants_and_buffers_are_no_candidates():
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(IN, OUT))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.table + x @ torch.arange(float(IN))[:, None]
+
+    _, found, refusals = find(Rotary())
+    assert (found, refusals) == ([], [])
+
+
+# Refusals
+
+
+def test_a_constant_on_the_left():
+    refusal = the_refusal(Weighted((OUT, 5), lambda m, x: m.weight @ x))
+    assert refusal.reason == "the weight is the left operand: blocks run along the inner dimension of a right operand"
+    assert refusal.node.target is torch.ops.aten.matmul.default
+
+
+def test_a_parametrized_weight_names_the_remedy():
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(IN, OUT)), nn.Linear(OUT, 8))
+    _, (plain,), (refusal,) = find(model)
+    assert plain.parameter == "1.weight"
+    assert refusal.reason == (
+        "the weight is computed at run time by aten._weight_norm.default from 0.parametrizations.weight.original1, "
+        "0.parametrizations.weight.original0: store it as a parameter "
+        "(torch.nn.utils.parametrize.remove_parametrizations)"
+    )
+    assert refusal.bytes == OUT * IN * 4
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert [m.parameter for m in find(model)[1]] == ["0.weight", "1.weight"]
+
+
+def test_a_weight_computed_in_forward():
+    refusal = the_refusal(Weighted((OUT, IN), lambda m, x: F.linear(x, m.weight.abs())))
+    assert "computed at run time by aten.abs.default from weight: store it as a parameter" in refusal.reason
+
+
+def test_a_weight_cast_to_another_dtype():
+    model = Weighted((OUT, IN), lambda m, x: F.linear(x, m.weight.to(x.dtype))).bfloat16()
+    refusal = the_refusal(model, torch.randn(2, IN))
+    assert "computed at run time by aten.to" in refusal.reason
+
+
+def test_addmm_with_factors():
+    refusal = the_refusal(Weighted((IN, OUT), lambda m, x: torch.addmm(m.bias, x, m.weight, alpha=2)), *FLAT)
+    assert refusal.reason == "addmm with alpha or beta other than 1"
+    assert refusal.bytes == IN * OUT * 4
+
+
+def test_a_vector_is_no_weight():
+    refusal = the_refusal(Weighted((IN,), lambda m, x: x @ m.weight))
+    assert refusal.reason == "the weight is contracted over dimension -2 of 1"
+
+
+def test_a_weight_contracted_over_its_first_dimension_of_three():
+    model = Weighted((IN, 2, OUT), lambda m, x: torch.bmm(x, m.weight.transpose(0, 1)))
+    assert the_refusal(model).reason == "the weight is contracted over dimension -3 of 3"
+
+
+@pytest.mark.parametrize(
+    ("convolution", "dims"),
+    [
+        (nn.Conv1d(3, 8, 3), 1),
+        (nn.Conv2d(3, 8, 3), 2),
+        (nn.Conv3d(3, 8, 3), 3),
+        (nn.Conv2d(3, 8, 3, padding="same"), 2),
+        (nn.Conv1d(3, 8, 3, padding="same"), 1),
+        (nn.Conv3d(3, 8, 3, padding="same"), 3),
+        (nn.ConvTranspose1d(3, 8, 3), 1),
+        (nn.ConvTranspose2d(3, 8, 3), 2),
+    ],
+    ids=str,
+)
+def test_convolutions_are_reported(convolution, dims):
+    refusal = the_refusal(convolution, torch.randn(2, 3, *[8] * dims))
+    assert refusal.reason == "a convolution: MX quantization covers matmuls only, it stays float"
+    assert refusal.bytes == 0
+
+
+def test_the_patch_embedding_of_vit_is_reported(traced):
+    _, (refusal,) = find_matmuls(traced("vit"))
+    assert refusal.node.target is torch.ops.aten.conv2d.default
+
+
+def test_an_einsum_is_reported():
+    _, found, refusals = find(Weighted((OUT, IN), lambda m, x: torch.einsum("bti,oi->bto", x, m.weight)))
+    assert len(found) + len(refusals) == 1
+
+
+# Weights that are not finite
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_not_finite(value):
+    model = build("mlp")
+    with torch.no_grad():
+        model.up.weight[3, :2] = value
+    program = trace(model, inputs("mlp"))
+    up, down = find_matmuls(program)[0]
+    with pytest.raises(WeightError) as caught:
+        finite_rows(program, up)
+    assert str(caught.value) == (
+        "parameter 'up.weight' (%linear in up) holds 2 NaN or Inf values and cannot be quantized: repair the "
+        "checkpoint, or leave the layer in float with exclude"
+    )
+    assert torch.equal(finite_rows(program, down), model.down.weight)

@@ -1,0 +1,397 @@
+"""Pass and Pipeline: the text form round-trips and its mistakes are explained; an impossible order is refused; a
+user's own pass needs no registration; instruments see every step; a pass that fails is named.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import build, inputs
+
+from mxcompile.errors import PassError, PipelineError, UnknownNameError
+from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, ScaleRule
+from mxcompile.instruments import Instrument
+from mxcompile.ledger import Miss, PassResult
+from mxcompile.passes import PASSES
+from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
+from mxcompile.passes.lower_mx import LowerMX
+from mxcompile.passes.recipes import RECIPES, recipes
+from mxcompile.passes.round_weights import RoundWeights
+from mxcompile.passes.smooth_quant import SmoothQuant
+from mxcompile.pipeline import FLOATING, Pass, Pipeline
+from mxcompile.printer import print_program
+from mxcompile.program import Program, Stage
+
+examples = settings(derandomize=True, deadline=None, database=None, max_examples=150)
+
+formats = st.builds(MXFormat.with_block, st.sampled_from(list(FORMATS.values())), st.sampled_from(BLOCK_SIZES))
+rules = st.sampled_from(ScaleRule)
+alphas = st.floats(allow_nan=False)
+# in an order that is allowed
+BUILT_IN = {
+    "smooth-quant": st.builds(SmoothQuant, alphas),
+    "round-weights": st.builds(RoundWeights, formats, rules),
+    "lower-mx": st.builds(LowerMX, formats, st.none() | formats, rules, st.none() | rules),
+}
+ORDERED = [st.lists(BUILT_IN[name], max_size=2) for name in ("smooth-quant", "round-weights", "lower-mx")]
+pipelines = (
+    st.tuples(*ORDERED).map(lambda parts: Pipeline([p for part in parts for p in part])).filter(lambda p: p.passes)
+)
+
+
+@dataclass(frozen=True)
+class Options(Pass):
+    """A pass with an option of every type, none of which has a built-in meaning."""
+
+    required: int
+    flag: bool = False
+    factor: float = 0.5
+    word: str = "output"
+    words: tuple[str, ...] = ()
+    maybe: int | None = None
+    format: MXFormat = MXINT8
+    rule: ScaleRule | None = ScaleRule.MSE
+
+    name = "own-options"
+
+    def run(self, program: Program) -> PassResult:
+        return PassResult(0)
+
+
+words = st.from_regex(r"[a-z0-9_.*-]+", fullmatch=True)
+options = st.builds(
+    Options,
+    required=st.integers(),
+    flag=st.booleans(),
+    factor=alphas,
+    word=words,
+    words=st.lists(words, max_size=3).map(tuple),
+    maybe=st.none() | st.integers(),
+    format=formats,
+    rule=st.none() | rules,
+)
+
+
+# Text form
+
+
+def test_every_built_in_pass_is_tried():
+    assert {"fuse-mx-gemm", *BUILT_IN} == set(PASSES)  # fuse-mx-gemm has no options, and cannot come first
+    assert Pipeline.parse("lower-mx{weight=mxint8} | fuse-mx-gemm").passes == (LowerMX(MXINT8), FuseMXGemm())
+
+
+@examples
+@given(st.one_of(*BUILT_IN.values(), options))
+def test_a_pass_round_trips(current):
+    (parsed,) = Pipeline.parse(str(current), passes=[Options]).passes
+    assert parsed == current
+    assert str(parsed) == str(current)
+
+
+@examples
+@given(pipelines, st.sampled_from(["{}|{}", "{} | {}", " {}\n| {} "]))
+def test_a_pipeline_round_trips(pipeline, layout):
+    text = str(pipeline)
+    assert Pipeline.parse(text) == pipeline
+    assert str(Pipeline.parse(text)) == text
+    head, *rest = map(str, pipeline.passes)
+    for part in rest:
+        head = layout.format(head, part)
+    assert Pipeline.parse(head) == pipeline
+    assert hash(Pipeline.parse(text)) == hash(pipeline)
+    assert repr(pipeline) == f"Pipeline.parse({text!r})"
+
+
+@pytest.mark.parametrize(
+    ("current", "text"),
+    [
+        (SmoothQuant(), "smooth-quant"),
+        (SmoothQuant(0.75), "smooth-quant{alpha=0.75}"),
+        (RoundWeights(MXINT4), "round-weights{format=mxint4}"),
+        (RoundWeights(MXINT4.with_block(64), ScaleRule.FLOOR), "round-weights{format=mxint4:64,rule=floor}"),
+        (LowerMX(MXINT4, MXINT8), "lower-mx{weight=mxint4,activation=mxint8}"),
+        (LowerMX(MXINT4, activation_rule=ScaleRule.T725), "lower-mx{weight=mxint4,activation_rule=7.25}"),
+        (Options(1), "own-options{required=1}"),
+        (Options(-1, True, words=("a", "b*")), "own-options{required=-1,flag=true,words=[a,b*]}"),
+        (Options(0, rule=None), "own-options{required=0,rule=none}"),
+    ],
+)
+def test_defaults_are_not_written(current, text):
+    assert str(current) == text
+    assert Pipeline.parse(text, passes=[Options]).passes == (current,)
+
+
+def test_a_pipeline_as_text():
+    pipeline = Pipeline([SmoothQuant(0.75), RoundWeights(MXINT4), LowerMX(MXINT4, MXINT8)])
+    text = "smooth-quant{alpha=0.75} | round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"
+    assert str(pipeline) == text
+    assert pipeline != Pipeline([SmoothQuant(0.75)])
+    assert pipeline != text
+
+
+@pytest.mark.parametrize("text", ["lower-mx{weight=mxint8,activation=none}", " lower-mx { weight = MXINT8 , } "])
+def test_other_ways_to_write_it(text):
+    assert Pipeline.parse(text) == Pipeline([LowerMX(MXINT8)])
+
+
+def test_recipes_are_pipelines():
+    assert set(recipes()) == set(RECIPES)
+    for name, pipeline in recipes().items():
+        assert Pipeline.parse(str(pipeline)) == pipeline
+        assert str(pipeline) == RECIPES[name]
+        assert isinstance(pipeline.passes[-1], LowerMX)
+
+
+# Mistakes in the text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lowermx", "unknown pass 'lowermx': did you mean lower-mx?"),
+        ("zzz", f"unknown pass 'zzz': known: {', '.join(sorted(PASSES))}"),
+        ("smooth-quant{alpa=1}", "unknown option of smooth-quant 'alpa': did you mean alpha?"),
+        ("lower-mx{weight=mxint5}", "unknown format 'mxint5': did you mean mxint8 or mxint6 or mxint4?"),
+        ("round-weights{format=mxint4,rule=flor}", "unknown scale rule 'flor': did you mean floor?"),
+    ],
+)
+def test_unknown_names(text, message):
+    with pytest.raises(UnknownNameError) as caught:
+        Pipeline.parse(text)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot read '': a pass is written name{option=value,option=value}"),
+        ("smooth-quant | ", "cannot read '': a pass is written"),
+        ("smooth-quant alpha=1", "cannot read 'smooth-quant alpha=1': a pass is written"),
+        ("smooth-quant{alpha}", "smooth-quant: cannot read the option 'alpha'; write option=value"),
+        ("smooth-quant{alpha=much}", "smooth-quant{alpha}: 'much' is not a value of type float"),
+        ("own-options{required=1.5}", "own-options{required}: '1.5' is not a value of type int"),
+        ("own-options{required=1,flag=yes}", "own-options{flag}: 'yes' is not a value of type bool"),
+        ("own-options{required=none}", "own-options{required}: 'none' is not a value of type int"),
+        (
+            "lower-mx{activation=mxint8}",
+            "lower-mx: LowerMX.__init__() missing 1 required positional argument: 'weight'",
+        ),
+    ],
+)
+def test_unreadable_text(text, message):
+    with pytest.raises(PipelineError) as caught:
+        Pipeline.parse(text, passes=[Options])
+    assert str(caught.value).startswith(message)
+
+
+def test_an_option_given_twice():
+    with pytest.raises(PipelineError, match="alpha"):
+        Pipeline.parse("smooth-quant{alpha=0.1,alpha=0.9}")
+
+
+# Order
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "round-weights{format=mxint4} | smooth-quant",
+            "smooth-quant cannot run after round-weights: it works on a float program, and round-weights leaves a "
+            "rounded one. Move smooth-quant in front of round-weights.",
+        ),
+        (
+            "smooth-quant | lower-mx{weight=mxint4} | lower-mx{weight=mxint8} | round-weights{format=mxint4}",
+            "round-weights cannot run after lower-mx: it works on a float or rounded program, and lower-mx leaves a "
+            "lowered one. Move round-weights in front of lower-mx.",
+        ),
+        (
+            "lower-mx{weight=mxint4} | fuse-mx-gemm | lower-mx{weight=mxint4}",
+            "lower-mx cannot run after fuse-mx-gemm: it works on a float or rounded or lowered program, and "
+            "fuse-mx-gemm leaves a fused one. Move lower-mx in front of fuse-mx-gemm.",
+        ),
+    ],
+)
+def test_an_order_that_cannot_be_right(text, message):
+    with pytest.raises(PipelineError) as caught:
+        Pipeline.parse(text)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("text", ["fuse-mx-gemm", "fuse-mx-gemm | lower-mx{weight=mxint4}"])
+def test_a_pass_that_comes_too_early(text):
+    with pytest.raises(PipelineError) as caught:
+        Pipeline.parse(text)
+    assert "fuse-mx-gemm" in str(caught.value)
+    assert "lowered" in str(caught.value)
+    assert "in front of trace" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["smooth-quant | smooth-quant", "lower-mx{weight=mxint8} | lower-mx{weight=mxint8}"])
+def test_an_order_that_can_be_right(text):
+    assert str(Pipeline.parse(text)) == text
+
+
+def test_a_program_that_is_too_far_for_the_first_pass(traced):
+    rounded = Pipeline.parse("round-weights{format=mxint4}").run(traced("mlp"))
+    with pytest.raises(PipelineError, match="smooth-quant"):
+        Pipeline.parse("smooth-quant").run(rounded)
+
+
+# Running
+
+
+@dataclass(frozen=True)
+class Negate(Pass):
+    """w -> -w of one parameter: a user's pass, known to nobody."""
+
+    parameter: str = "down.weight"
+    times: int = 1
+
+    name = "negate"
+    accepts = FLOATING
+
+    def run(self, program: Program) -> PassResult:
+        for _ in range(self.times):
+            program.set_tensor(self.parameter, -program.tensor(self.parameter).detach())
+        miss = Miss("%linear in up", "not asked for")
+        return PassResult(self.times, (miss,), {self.parameter: {"negated": 1.0}})
+
+
+@pytest.fixture
+def program(traced) -> Program:
+    return traced("mlp")
+
+
+def test_a_users_own_pass(program):
+    x, model = inputs("mlp")["x"], build("mlp")
+    with torch.no_grad():
+        model.down.weight.neg_()
+        expected = model(x)
+    assert torch.equal(Pipeline([Negate()]).run(program)(x=x), expected)
+    parsed = Pipeline.parse("negate{times=3} | lower-mx{weight=mxint8}", passes=[Negate])
+    assert parsed == Pipeline([Negate(times=3), LowerMX(MXINT8)])
+    with pytest.raises(UnknownNameError, match="unknown pass 'negate'"):
+        Pipeline.parse("negate{times=3}")
+
+
+def test_the_pass_that_moved_the_program_on_is_named():
+    @dataclass(frozen=True)
+    class Again(Negate):
+        name = "again"
+        gives = Stage.ROUNDED
+
+    with pytest.raises(PipelineError, match=r"Move smooth-quant in front of round-weights\."):
+        Pipeline([RoundWeights(MXINT4), Again(), SmoothQuant()])
+
+
+def test_a_users_pass_may_replace_a_built_in_one():
+    @dataclass(frozen=True)
+    class Mine(Negate):
+        name = "smooth-quant"
+
+    (mine,) = Pipeline.parse("smooth-quant{times=2}", passes=[Mine]).passes
+    assert mine == Mine(times=2)
+
+
+def test_run_leaves_the_program_alone(program):
+    before = print_program(program)
+    result = Pipeline.parse("smooth-quant | round-weights{format=mxint4} | lower-mx{weight=mxint4}").run(program)
+    assert print_program(program) == before
+    assert (program.stage, program.ledger, program.rounded, program.statistics) == (Stage.FLOAT, [], {}, {})
+    assert result.stage is Stage.LOWERED
+    assert [record.name for record in result.ledger] == ["smooth-quant", "round-weights", "lower-mx"]
+
+
+def test_no_passes(program):
+    assert print_program(Pipeline([]).run(program)) == print_program(program)
+    assert str(Pipeline([])) == ""
+
+
+def test_the_ledger(program):
+    first, second = Pipeline([Negate(times=2), Negate("up.weight")]).run(program).ledger
+    assert (first.name, first.spec, first.rewrites) == ("negate", "negate{times=2}", 2)
+    assert first.misses == (Miss("%linear in up", "not asked for"),)
+    assert str(first.misses[0]) == "%linear in up: not asked for"
+    assert first.numbers == {"down.weight": {"negated": 1.0}}
+    assert second.spec == "negate{parameter=up.weight}"
+
+
+# Instruments
+
+
+class Log(Instrument):
+    """Writes down every call."""
+
+    def __init__(self, name: str, log: list) -> None:
+        self.name, self.log = name, log
+
+    def start(self, program, pipeline):
+        self.log.append((self.name, "start", str(pipeline)))
+
+    def before(self, program, step):
+        self.log.append((self.name, "before", step.index, step.current.name, len(program.ledger)))
+
+    def after(self, program, step, record):
+        assert program.ledger[-1] is record
+        self.log.append((self.name, "after", step.index, record.spec))
+
+    def failed(self, program, step, error):
+        self.log.append((self.name, "failed", step.index, step.current.name, type(error).__name__))
+
+    def finish(self, program):
+        self.log.append((self.name, "finish", program.stage))
+
+
+def test_instruments_are_called_in_order(program):
+    log = []
+    pipeline = Pipeline([Negate(), LowerMX(MXINT8)])
+    pipeline.run(program, instruments=[Log("a", log), Log("b", log)])
+    assert [entry for entry in log if entry[0] == "b"] == [("b", *entry[1:]) for entry in log if entry[0] == "a"]
+    assert [entry[0] for entry in log] == ["a", "b"] * 6
+    assert [entry[1:] for entry in log if entry[0] == "a"] == [
+        ("start", "negate | lower-mx{weight=mxint8}"),
+        ("before", 1, "negate", 0),
+        ("after", 1, "negate"),
+        ("before", 2, "lower-mx", 1),
+        ("after", 2, "lower-mx{weight=mxint8}"),
+        ("finish", Stage.LOWERED),
+    ]
+
+
+# Failures
+
+
+@dataclass(frozen=True)
+class Fail(Negate):
+    """Changes the program, then raises."""
+
+    error: str = "raise"
+
+    name = "fail"
+
+    def run(self, program: Program) -> PassResult:
+        super().run(program)
+        raise PassError("cannot do this to %linear") if self.error == "refuse" else ZeroDivisionError("no reason")
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "instrument_sees", "notes"),
+    [
+        ("raise", "pass 'fail' failed: ZeroDivisionError: no reason", "ZeroDivisionError", []),
+        ("refuse", "cannot do this to %linear", "PassError", ["raised by pass 'fail'"]),
+    ],
+)
+def test_a_pass_that_raises(error, message, instrument_sees, notes, program):
+    before, log = print_program(program), []
+    with pytest.raises(PassError) as caught:
+        Pipeline([Negate(), Fail(error=error), Negate()]).run(program, instruments=[Log("a", log), Log("b", log)])
+    assert str(caught.value) == message
+    assert getattr(caught.value, "__notes__", []) == notes
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) == (error == "raise")
+    assert [entry[:2] for entry in log[-4:]] == [("a", "before"), ("b", "before"), ("a", "failed"), ("b", "failed")]
+    assert log[-1] == ("b", "failed", 2, "fail", instrument_sees)
+    assert print_program(program) == before
+    assert program.ledger == []

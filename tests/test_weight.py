@@ -1,0 +1,144 @@
+"""MXWeight: stands for a float weight in every kind of matmul, survives copies, and refuses what it cannot do."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mxcompile import packing, reference
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import MXINT4, MXINT8, ScaleRule
+from mxcompile.weight import MXLayout, MXWeight
+
+
+def pack(rows: Tensor, activation: str | None = None, transposed: bool = False) -> MXWeight:
+    codes, scales = reference.quantize(rows, MXINT4, ScaleRule.MSE)
+    layout = MXLayout("mxint4", rows.shape[-1], transposed, activation, "floor" if activation else None)
+    return MXWeight(packing.pack(codes, MXINT4), scales, layout, rows.dtype)
+
+
+@pytest.fixture
+def rows():
+    return torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+
+
+def test_looks_like_the_weight_it_stands_for(rows):
+    weight, swapped = pack(rows), pack(rows, transposed=True)
+    assert (weight.shape, weight.dtype, weight.device) == (rows.shape, rows.dtype, rows.device)
+    assert swapped.shape == (40, 24)
+    assert torch.equal(swapped.dequantize(), weight.dequantize().T)
+    assert weight.packed_bytes == 24 * 2 * (16 + 1)
+
+
+@pytest.mark.parametrize("activation", [None, "mxint8"])
+def test_every_matmul_gives_what_linear_gives(rows, x, activation):
+    weight, inner_first = pack(rows, activation), pack(rows, activation, transposed=True)
+    prepared = x if activation is None else reference.quantize_dequantize(x, MXINT8, ScaleRule.FLOOR)
+    expected = prepared @ weight.dequantize().T
+    bias = torch.randn(24)
+    results = {
+        "linear": F.linear(x, weight),
+        "matmul": torch.matmul(x, inner_first),
+        "@": x @ inner_first,
+        "mm": torch.mm(x, inner_first),
+        "method mm": x.mm(inner_first),
+        "@ t()": x @ weight.t(),
+        "@ T": x @ weight.T,
+        "@ mT": x @ weight.mT,
+        "@ transpose": x @ weight.transpose(0, 1),
+    }
+    for name, result in results.items():
+        assert torch.equal(result, expected), name
+    assert torch.equal(F.linear(x, weight, bias), torch.addmm(bias, x, inner_first))
+    assert torch.equal(F.linear(x, weight, bias=bias), F.linear(prepared, weight.dequantize(), bias))
+
+
+def test_batched_matmul_with_a_three_dimensional_weight(x):
+    experts = torch.randn(4, 24, 40, generator=torch.Generator().manual_seed(2))
+    weight = pack(experts)
+    batch = x.expand(4, 3, 40)
+    assert torch.equal(torch.bmm(batch, weight.transpose(-2, -1)), batch @ weight.dequantize().mT)
+
+
+def test_torchs_own_attention_reaches_its_weights():
+    """F.multi_head_attention_forward switches torch functions off: the weights meet transpose, expand and bmm."""
+    attention = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
+    x = torch.randn(2, 5, 64)
+    weights = {name: pack(value.detach()) for name, value in attention.named_parameters() if value.dim() == 2}
+    with torch.no_grad():
+        plain = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
+        plain.load_state_dict({**attention.state_dict(), **{name: w.dequantize() for name, w in weights.items()}})
+        for name, weight in weights.items():
+            owner = attention.get_submodule(name.rpartition(".")[0])
+            setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(weight, requires_grad=False))
+        torch.testing.assert_close(attention(x, x, x)[0], plain(x, x, x)[0], rtol=0, atol=1e-6)
+
+
+def test_embedding_decodes_only_the_rows_it_looks_up(rows):
+    ids = torch.tensor([[1, 5], [23, 0]])
+    weight = pack(rows)
+    assert torch.equal(F.embedding(ids, weight, padding_idx=0), weight.dequantize()[ids])
+
+
+def test_copies_and_moves(rows):
+    weight = torch.nn.Parameter(pack(rows, "mxint8"), requires_grad=False)
+    for copied in (copy.deepcopy(weight), weight.clone(), weight.detach(), weight.to("cpu", copy=True)):
+        assert isinstance(copied, MXWeight)
+        assert copied.layout_ == weight.layout_
+        assert torch.equal(copied.dequantize(), weight.dequantize())
+    copied = copy.deepcopy(weight)
+    copied.elements.zero_()
+    assert weight.elements.any()
+
+
+def test_casting_changes_what_it_decodes_to_not_what_it_holds(rows):
+    module = torch.nn.Linear(40, 24)
+    module.weight = torch.nn.Parameter(pack(rows), requires_grad=False)
+    elements = module.weight.elements
+    module.to(torch.bfloat16)
+    assert isinstance(module.weight, MXWeight)
+    assert module.weight.dequantize().dtype == torch.bfloat16
+    assert torch.equal(module.weight.elements, elements)
+    assert torch.equal(module.weight.dequantize().float(), pack(rows).dequantize())
+
+
+def test_survives_torch_save_and_load_state_dict(rows):
+    module, other = torch.nn.Linear(40, 24), torch.nn.Linear(40, 24)
+    for target, values in ((module, rows), (other, -rows)):
+        target.weight = torch.nn.Parameter(pack(values), requires_grad=False)
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=False))
+    assert torch.equal(other.weight.dequantize(), module.weight.dequantize())
+
+
+def test_exports(rows, x):
+    module = torch.nn.Linear(40, 24, bias=False)
+    module.weight = torch.nn.Parameter(pack(rows, "mxint8"), requires_grad=False)
+    exported = torch.export.export(module, (x,), strict=False)
+    targets = [str(node.target) for node in exported.graph.nodes if "mx." in str(node.target)]
+    assert targets == ["mx.quantize.default", "mx.dequantize.default", "mx.dequantize.default"]
+    assert torch.equal(exported.module()(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("operation", "words"),
+    [
+        (lambda w, x: w + 1, r"aten.add.Tensor is not defined on an MXWeight.*dequantize\(\)"),
+        (lambda w, x: w @ x.T, "can only be the right operand"),
+        (lambda w, x: w.transpose(0, 0), "only the last two dimensions"),
+        (lambda w, x: w.copy_(torch.zeros(24, 40)), "aten.copy_.default is not defined"),
+    ],
+)
+def test_refuses_other_arithmetic_by_name(rows, x, operation, words):
+    with pytest.raises(MXCompileError, match=words):
+        operation(pack(rows), x)
