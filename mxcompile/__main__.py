@@ -1,0 +1,5 @@
+"""`python -m mxcompile`."""
+
+from mxcompile.cli import main
+
+main()

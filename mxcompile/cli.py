@@ -1,0 +1,132 @@
+"""The command line: `mxcompile demo | show | diff | recipes | passes | formats`."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.highlighter import RegexHighlighter
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+
+from mxcompile.demo import run_demo
+from mxcompile.dump import DumpReader
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import FORMATS, activation_rule
+from mxcompile.passes import PASSES
+from mxcompile.passes.recipes import DEFAULT, RECIPES
+
+app = typer.Typer(
+    help="Quantize PyTorch models to Microscaling (MX) formats.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+class _GraphHighlighter(RegexHighlighter):
+    """Colours of a printed graph: names, types, operators, module paths."""
+
+    base_style = "graph."
+    highlights = [  # noqa: RUF012 - rich reads a class attribute
+        r"(?P<name>%\w+)",
+        r"(?P<type>\b(?:f64|f32|f16|bf16|i64|i32|i16|i8|u8|b8)\[[^\]]*\])",
+        r"(?P<mx>\bmx\.\w+)",
+        r"(?P<op>\baten\.[\w.]+)",
+        r"(?P<tensor>tensor \"[^\"]*\")",
+        r"(?P<module>  # .*$)",
+    ]
+
+
+_THEME = Theme(
+    {
+        "graph.name": "cyan",
+        "graph.type": "yellow",
+        "graph.mx": "bold magenta",
+        "graph.op": "blue",
+        "graph.tensor": "green",
+        "graph.module": "dim",
+    }
+)
+
+
+def _console() -> Console:
+    return Console(theme=_THEME, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Argument(help="a local path or hub id; SmolLM2-135M if left out")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the graph dumps")] = Path("out/demo"),
+    length: Annotated[int, typer.Option(help="tokens a window of the evaluation text")] = 2048,
+    windows: Annotated[int, typer.Option(help="number of windows")] = 4,
+    new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
+    compile: Annotated[bool, typer.Option(help="compile the quantized models")] = True,
+) -> None:
+    """Quantize a real language model W8A8 and W4A8, compile it, and compare it with its float self."""
+    console = _console()
+    run_demo(console, model, folder=out, length=length, windows=windows, new_tokens=new_tokens, compile=compile)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="a dump folder")],
+    name: Annotated[str | None, typer.Argument(metavar="PASS", help="name or number of a pass")] = None,
+) -> None:
+    """Print a dump's summary, or the graph after a pass."""
+    reader = DumpReader(folder)
+    console = _console()
+    if name is not None:
+        console.print(_GraphHighlighter()(Text(reader.text(name))))
+        return
+    console.print(reader.summary())
+    console.print("graphs: " + ", ".join(reader.stages()))
+
+
+@app.command()
+def diff(
+    folder: Annotated[Path, typer.Argument(help="a dump folder")],
+    first: Annotated[str, typer.Argument(help="name or number of a pass")],
+    second: Annotated[str, typer.Argument(help="name or number of a pass")],
+) -> None:
+    """Print what changed in the graph between two passes."""
+    text = DumpReader(folder).diff(first, second)
+    _console().print(Syntax(text, "diff", background_color="default") if text else "no difference")
+
+
+@app.command()
+def recipes() -> None:
+    """Print the recipes and the pipelines they stand for."""
+    table = Table("recipe", "pipeline")
+    for name, text in RECIPES.items():
+        table.add_row(f"{name} (default)" if name == DEFAULT else name, text)
+    _console().print(table)
+
+
+@app.command()
+def passes() -> None:
+    """Print the passes and their options."""
+    table = Table("pass", "what it rewrites", "options and defaults")
+    for name, kind in PASSES.items():
+        summary = (sys.modules[kind.__module__].__doc__ or "").partition("\n")[0]
+        table.add_row(name, summary, ", ".join(f"{f.name}={f.default}" for f in fields(kind)))  # pyright: ignore
+    _console().print(table)
+
+
+@app.command()
+def formats() -> None:
+    """Print the formats."""
+    table = Table("format", "bits a value", "largest element", "scale rule of activations")
+    for name, fmt in FORMATS.items():
+        table.add_row(name, f"{fmt.bits_per_value:g}", f"{fmt.max_value:g}", str(activation_rule(fmt)))
+    _console().print(table)
+
+
+def main() -> None:
+    """Entry point: errors of ours are one message, not a traceback."""
+    try:
+        app()
+    except MXCompileError as error:
+        Console(stderr=True).print(Text(f"error: {error}", style="red"))
+        raise SystemExit(1) from None

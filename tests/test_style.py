@@ -1,0 +1,21 @@
+"""Formatting, lint and types: what the tools have to say is part of the tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {
+    "format": ["-m", "ruff", "format", "--check", "."],
+    "lint": ["-m", "ruff", "check", "."],
+    "types": ["-m", "pyright"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_tools_have_nothing_to_say(command):
+    pytest.importorskip("ruff" if command != "types" else "pyright", reason="install the test extra")
+    done = subprocess.run([sys.executable, *COMMANDS[command]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
