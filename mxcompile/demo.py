@@ -11,6 +11,7 @@ from pydoc_data import topics
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,6 +25,10 @@ from mxcompile.progress import Progress
 from mxcompile.storage import stored_bytes
 
 RECIPES = ("w8a8-mxint", "w4a8-mxint")
+_CAPTION = """\
+KL: divergence from float, nats a token; top-1: share of tokens predicted alike
+tokens/s: greedy, batch 1, static cache; float runs eagerly, the others compiled
+"""
 PROMPT = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
 
 
@@ -126,9 +131,10 @@ def _generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, Tenso
 
 
 def _report(console: Console, rows: list[Row], folder: Path, length: int) -> None:
-    table = Table(title=f"{rows[0].evaluation.tokens} tokens of Python's help topics, length {length}")
-    table.add_column("model")
-    for column in ("MB", "of float", "perplexity", "change", "KL (nats)", "top-1 same", "tokens/s"):
+    title = f"{rows[0].evaluation.tokens} tokens of Python's help topics, length {length}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("model", no_wrap=True)
+    for column in ("MB", "size", "perplexity", "change", "KL", "top-1", "tokens/s"):
         table.add_column(column, justify="right")
     before = rows[0]
     for row in rows:
@@ -144,7 +150,7 @@ def _report(console: Console, rows: list[Row], folder: Path, length: int) -> Non
             f"{row.tokens_per_second:.1f}",
         )
     console.print(table)
-    console.print("tokens/s: greedy, batch 1, static cache; float runs eagerly, the others compiled.")
+    console.print(_CAPTION)
     for row in rows:
         console.print(f"[bold]{row.name}[/bold]: {PROMPT}[green]{row.text.rstrip()}[/green]", highlight=False)
     console.print(f"graphs after every pass: {folder} (mxcompile show {folder / rows[-1].name})")

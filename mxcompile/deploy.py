@@ -158,7 +158,7 @@ def _agreement_db(value: Tensor, other: Tensor) -> float:
     finite = torch.isfinite(value)
     if value.shape != other.shape or not torch.equal(finite, torch.isfinite(other)):
         return -math.inf
-    return sqnr_db(value[finite], other[finite])
+    return sqnr_db(value, other) if finite.all() else sqnr_db(value[finite], other[finite])
 
 
 def _output_tensors(output: Any) -> dict[str, Tensor]:

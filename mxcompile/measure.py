@@ -5,11 +5,18 @@ import math
 import torch
 from torch import Tensor
 
+_VALUES = 1 << 18  # in float64 at a time
+
 
 def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
-    """Signal to quantization noise ratio, 10 log10(sum x^2 / sum (x - y)^2), in dB; inf if they are equal."""
-    noise = (signal.double() - approximation.double()).square().sum().item()
-    power = signal.double().square().sum().item()
+    """Signal to quantization noise ratio, 10 log10(sum x^2 / sum (x - y)^2), in dB; inf if they are
+    equal. Both have the same shape."""
+    noise = power = 0.0
+    parts = (tensor.flatten().split(_VALUES) for tensor in (signal, approximation))
+    for wanted, given in zip(*parts, strict=True):
+        exact = wanted.double()
+        noise += (exact - given.double()).square().sum().item()
+        power += exact.square().sum().item()
     if noise == 0.0:
         return math.inf
     return 10 * math.log10(power / noise) if power > 0.0 else -math.inf

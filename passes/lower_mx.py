@@ -7,6 +7,7 @@ was asked for by name looks up packed rows. The lowered graph runs in eager as t
 
 import operator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from mxcompile.ledger import PassResult
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Stage
+from mxcompile.rows import row_wise
 
 aten = torch.ops.aten
 
@@ -104,23 +106,31 @@ class LowerMX(Pass):
     def _pack(self, program: Program, name: str, rows: Tensor, before: Node) -> tuple[Node, Node]:
         """Nodes that read the packed elements and scales of a weight `[..., out, in]`, packed at the first call."""
         if not program.has_tensor(f"{name}_elements"):
-            codes, scales = self._quantize(program, name, rows)
-            program.set_tensor(f"{name}_elements", packing.pack(codes, self.weight))
+            elements, scales = self._quantize(program, name, rows)
+            program.set_tensor(f"{name}_elements", elements)
             program.set_tensor(f"{name}_scales", scales)
         elements = insert_tensor(program, before, f"{name}_elements")
         return elements, insert_tensor(program, before, f"{name}_scales")
 
     def _quantize(self, program: Program, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales; for a weight that is already rounded, the ones it was rounded to."""
+        """Elements and scales; for a weight that is already rounded, the ones it was rounded to."""
         rounded = program.rounded.pop(name, None)
         if rounded is None:
-            return reference.quantize(rows, self.weight, self.weight_rule)
+            return cast(tuple[Tensor, Tensor], row_wise(self._quantize_rows, rows))
         if rounded.format != self.weight:
             raise PassError(
                 f"{name!r} was rounded to {rounded.format}, lower-mx has weight={self.weight}: use one format"
             )
-        codes = reference.quantize_on_scales(rows, rounded.scales, self.weight)
-        again = reference.dequantize(codes, rounded.scales, self.weight, rows.shape[-1], rows.dtype)
+        elements, again = row_wise(self._encode_rows, rows, rounded.scales)
         if not torch.equal(again, rows):
             raise PassError(f"{name!r} does not hold {self.weight} values any more: a pass changed it after rounding")
-        return codes, rounded.scales
+        return elements, rounded.scales
+
+    def _quantize_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = reference.quantize(rows, self.weight, self.weight_rule)
+        return packing.pack(codes, self.weight), scales
+
+    def _encode_rows(self, rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        codes = reference.quantize_on_scales(rows, scales, self.weight)
+        again = reference.dequantize(codes, scales, self.weight, rows.shape[-1], rows.dtype)
+        return packing.pack(codes, self.weight), again

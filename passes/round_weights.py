@@ -16,6 +16,7 @@ from mxcompile.ledger import Miss, PassResult
 from mxcompile.measure import sqnr_db
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage, where
+from mxcompile.rows import row_wise
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ class RoundWeights(Pass):
 
     def _round(self, program: Program, matmul: Matmul) -> tuple[Tensor, Tensor]:
         rows = finite_rows(program, matmul)
-        codes, scales = reference.quantize(rows, self.format, self.rule)
-        rounded = reference.dequantize(codes, scales, self.format, rows.shape[-1], rows.dtype)
+        rounded, scales = row_wise(self._round_rows, rows)
         program.set_tensor(matmul.parameter, matmul.rows(rounded).contiguous())
         program.rounded[matmul.parameter] = Rounding(self.format, scales)
         return rows, rounded
+
+    def _round_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = reference.quantize(rows, self.format, self.rule)
+        return reference.dequantize(codes, scales, self.format, rows.shape[-1], rows.dtype), scales

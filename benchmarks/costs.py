@@ -1,0 +1,87 @@
+"""What quantizing costs: seconds of every stage, and the peak memory of the process.
+
+    python benchmarks/costs.py --recipe w8a8-mxint --out benchmarks/results/costs.jsonl
+
+SmolLM2-135M (or `--model`, a local path or hub id), traced with 64 tokens; nothing is compiled. Memory is the
+process's resident set, Linux only: its peak over all stages, less what it was before the model was loaded
+(interpreter and libraries), over the bytes of the model's own parameters.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mxcompile
+from mxcompile import smollm2
+from mxcompile.storage import stored_bytes
+
+_STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def resident(field: str) -> int:
+    """Bytes: `VmRSS` now, or `VmHWM`, the highest since the last reset."""
+    (line,) = [line for line in _STATUS.read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
+
+
+def load(source: str | None) -> Any:
+    if source is None:
+        return smollm2.load()[0]
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source)
+
+
+def timed(seconds: dict[str, float], name: str, call: Callable[[], Any]) -> Any:
+    began = time.perf_counter()
+    result = call()
+    seconds[name] = time.perf_counter() - began
+    return result
+
+
+def measure(source: str | None, recipe: str, tokens: int) -> dict[str, Any]:
+    libraries = resident("VmRSS")
+    model = load(source)
+    loaded = resident("VmRSS")
+    ids = torch.arange(tokens).unsqueeze(0) % model.config.vocab_size
+    _RESET_PEAK.write_text("5")
+    seconds: dict[str, float] = {}
+    program = timed(seconds, "trace", lambda: mxcompile.trace(model, {"input_ids": ids}))
+    lowered = timed(seconds, "pipeline", lambda: mxcompile.recipes()[recipe].run(program))
+    deployed = timed(seconds, "deploy", lambda: mxcompile.deploy(lowered, model))
+    peak, own = resident("VmHWM"), stored_bytes(model)
+    return {
+        "recipe": recipe,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "seconds of passes": {record.name: round(record.seconds, 2) for record in lowered.ledger},
+        "total seconds": round(sum(seconds.values()), 2),
+        "MB": {"libraries": libraries / 1e6, "model loaded": loaded / 1e6, "peak": peak / 1e6},
+        "model MB": own / 1e6,
+        "deployed MB": stored_bytes(deployed) / 1e6,
+        "peak over model bytes": round((peak - libraries) / own, 3),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a local path or hub id; SmolLM2-135M if left out")
+    parser.add_argument("--recipe", default="w4a8-mxint")
+    parser.add_argument("--tokens", type=int, default=64, help="length of the example input")
+    parser.add_argument("--out", type=Path, help="add the result here, one JSON object a line")
+    arguments = parser.parse_args()
+    result = measure(arguments.model, arguments.recipe, arguments.tokens)
+    print(json.dumps(result, indent=2))
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
