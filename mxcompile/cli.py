@@ -13,12 +13,16 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
-from mxcompile.demo import run_demo
+from mxcompile.analysis.choice import choose
+from mxcompile.analysis.groups import find_groups
+from mxcompile.demo import load_model, run_demo
 from mxcompile.dump import DumpReader
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, activation_rule
 from mxcompile.passes import PASSES
 from mxcompile.passes.recipes import DEFAULT, RECIPES
+from mxcompile.program import where
+from mxcompile.trace import trace
 
 app = typer.Typer(
     help="Quantize PyTorch models to Microscaling (MX) formats.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -93,6 +97,27 @@ def diff(
     """Print what changed in the graph between two passes."""
     text = DumpReader(folder).diff(first, second)
     _console().print(Syntax(text, "diff", background_color="default") if text else "no difference")
+
+
+@app.command()
+def groups(
+    model: Annotated[str | None, typer.Argument(help="a local path or hub id; SmolLM2-135M if left out")] = None,
+) -> None:
+    """Print which matmul inputs of a language model can be scaled, by what, and why others cannot."""
+    loaded, tokenizer = load_model(model)
+    program = trace(loaded, {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids})
+    found, unfoldable = find_groups(program, choose(program).matmuls)
+    table = Table("value", "factors", "divided in", "multiplied in", title=f"{len(found)} scale groups")
+    for group in found:
+        divided, multiplied = (
+            [a.parameter + (" (1 + w)" if a.offset else "") for a in group.absorbers if a.power == power]
+            for power in (-1, 1)
+        )
+        table.add_row(f"%{group.value.name}", str(group.count), "\n".join(divided), "\n".join(multiplied))
+    console = _console()
+    console.print(table)
+    for miss in unfoldable:
+        console.print(f"not foldable: {where(miss.matmul.node)}: {miss.reason}")
 
 
 @app.command()

@@ -60,7 +60,7 @@ def run_demo(
     new_tokens: generated greedily from a fixed prompt. The graph dumps go to `folder`, one folder a recipe.
     """
     console.print(f"loading {source or 'SmolLM2-135M-Instruct'}")
-    model, tokenizer = _load(source)
+    model, tokenizer = load_model(source)
     ids: Tensor = tokenizer(help_text(), return_tensors="pt").input_ids[0]
     text = list(token_windows(ids, length, windows))
     prompt: Tensor = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -86,7 +86,8 @@ def help_text() -> str:
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
 
 
-def _load(source: str | None) -> tuple[Any, Any]:
+def load_model(source: str | None) -> tuple[Any, Any]:
+    """(model, tokenizer) at a local path or hub id; SmolLM2-135M if None."""
     if source is None:
         return smollm2.load()
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import

@@ -6,7 +6,6 @@ are carried over too. Nothing of the user's module is shared or changed.
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -19,9 +18,8 @@ from mxcompile.analysis.choice import slot
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.edit import BLOCK_AXIS
 from mxcompile.errors import DeployError
-from mxcompile.inputs import named_leaves
-from mxcompile.measure import sqnr_db
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
+from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage, where
 from mxcompile.weight import MXLayout, MXWeight
 
@@ -141,29 +139,15 @@ def _changed_tensors(program: Program, own: dict[str, Tensor]) -> dict[str, Tens
 def _check_agreement(program: Program, deployed: nn.Module) -> None:
     """Raise DeployError if the deployed module's outputs differ from the program's by more than float rounding."""
     example = program.example
-    wanted = _output_tensors(program(*example.args, **example.kwargs))
+    wanted = output_tensors(program(*example.args, **example.kwargs))
     with torch.no_grad():
-        given = _output_tensors(deployed(*example.args, **example.kwargs))
-    for name, value in wanted.items():
-        agreement = _agreement_db(value, given[name]) if name in given else -math.inf
-        if agreement < _AGREEMENT_DB:
-            raise DeployError(
-                f"output {name or 0} of the deployed module agrees with the lowered program's only to "
-                f"{agreement:.1f} dB: the module does something that the trace does not show (a branch, state)"
-            )
-
-
-def _agreement_db(value: Tensor, other: Tensor) -> float:
-    """SQNR over the finite entries; -inf if shapes or the places of Inf and NaN differ."""
-    finite = torch.isfinite(value)
-    if value.shape != other.shape or not torch.equal(finite, torch.isfinite(other)):
-        return -math.inf
-    return sqnr_db(value, other) if finite.all() else sqnr_db(value[finite], other[finite])
-
-
-def _output_tensors(output: Any) -> dict[str, Tensor]:
-    """Float tensors of a model's output by their path in it."""
-    return {path: leaf for path, leaf in named_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+        given = output_tensors(deployed(*example.args, **example.kwargs))
+    agreement, name = agreement_db(wanted, given)
+    if agreement < _AGREEMENT_DB:
+        raise DeployError(
+            f"output {name} of the deployed module agrees with the lowered program's only to {agreement:.1f} dB: the "
+            "module does something that the trace does not show (a branch, state)"
+        )
 
 
 def _place(module: nn.Module, name: str, value: Tensor) -> None:

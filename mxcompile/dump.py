@@ -122,10 +122,11 @@ def ledger_table(records: list[PassRecord]) -> Table:
     """Passes with rewrites, misses and seconds."""
     table = Table(title="passes", title_justify="left")
     table.add_column("pass")
-    for column in ("rewrites", "misses", "seconds"):
+    for column in ("rewrites", "misses", "seconds", "outputs kept to"):
         table.add_column(column, justify="right")
     for record in records:
-        table.add_row(record.spec, str(record.rewrites), str(len(record.misses)), f"{record.seconds:.2f}")
+        kept = "" if record.preserved_db is None else f"{record.preserved_db:.0f} dB"
+        table.add_row(record.spec, str(record.rewrites), str(len(record.misses)), f"{record.seconds:.2f}", kept)
     return table
 
 

@@ -57,5 +57,9 @@ class DumpError(MXCompileError):
     """A dump folder cannot be written or read."""
 
 
+class PreservationError(MXCompileError):
+    """A pass that must keep the model's function has changed it; the pass was undone."""
+
+
 class DeployError(MXCompileError):
     """A lowered Program cannot be carried back into the module."""

@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from mxcompile import spec, verify
 from mxcompile.calibration.run import Request, gather
-from mxcompile.errors import MXCompileError, PassError, PipelineError
+from mxcompile.errors import MXCompileError, PassError, PipelineError, PreservationError
 from mxcompile.inputs import Inputs, as_batches
 from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import PassRecord, PassResult
+from mxcompile.preservation import OnChange, check_preserved, remember
 from mxcompile.program import Program, Stage
 
 FLOATING = frozenset({Stage.FLOAT, Stage.ROUNDED})
@@ -78,10 +79,18 @@ class Pipeline:
         table: dict[str, type[Pass]] = {**PASSES, **{p.name: p for p in passes}}
         return cls(spec.parse_call(part, "pass", table) for part in text.split("|"))
 
-    def run(self, program: Program, calibration: object = None, instruments: Sequence[Instrument] = ()) -> Program:
+    def run(
+        self,
+        program: Program,
+        calibration: object = None,
+        instruments: Sequence[Instrument] = (),
+        on_change: OnChange = "error",
+    ) -> Program:
         """Run the passes on a copy of the program and return the copy.
 
         calibration: a batch or an iterable of batches as `trace` takes inputs; the example inputs if None.
+        on_change: what to do when a pass that must keep the function does not (less than 100 dB on the example inputs):
+            "error" undoes it and raises PreservationError, "warn" warns and goes on.
         """
         if self.passes and program.stage not in self.passes[0].accepts:
             raise PipelineError(_wrong_stage(self.passes[0], program.stage, "what was run before"))
@@ -90,7 +99,7 @@ class Pipeline:
         for instrument in instruments:
             instrument.start(program, self)
         for index, current in enumerate(self.passes, start=1):
-            _run_one(Step(index, current, self), program, batches, instruments)
+            _run_one(Step(index, current, self), program, batches, instruments, on_change)
         for instrument in instruments:
             instrument.finish(program)
         return program
@@ -106,17 +115,23 @@ def _wrong_stage(current: Pass, stage: Stage, origin: str) -> str:
     return f"{current.name} cannot run after {origin}: {what}. Move {current.name} in front of {origin}."
 
 
-def _run_one(step: Step, program: Program, batches: list[Inputs], instruments: Sequence[Instrument]) -> None:
+def _run_one(
+    step: Step, program: Program, batches: list[Inputs], instruments: Sequence[Instrument], on_change: OnChange
+) -> None:
     current = step.current
     for instrument in instruments:
         instrument.before(program, step)
     began = time.perf_counter()
     try:
         gather(program, current.requests(program), batches)
-        result = current.run(program)
+        if current.preserves_function:
+            result, preserved = _preserving(current, program, on_change)
+        else:
+            result, preserved = current.run(program), None
         program.stage = current.gives if current.gives is not None else program.stage
         if result.rewrites:
             program.statistics.clear()
+            program.outputs = program.outputs if current.preserves_function else None
         verify.check(program)
     except Exception as error:
         for instrument in instruments:
@@ -126,10 +141,23 @@ def _run_one(step: Step, program: Program, batches: list[Inputs], instruments: S
             raise
         raise PassError(f"pass {current.name!r} failed: {type(error).__name__}: {error}") from error
     seconds = time.perf_counter() - began
-    record = PassRecord(current.name, str(current), result.rewrites, result.misses, seconds, result.numbers)
+    record = PassRecord(current.name, str(current), result.rewrites, result.misses, seconds, result.numbers, preserved)
     program.ledger.append(record)
     for instrument in instruments:
         instrument.after(program, step, record)
+
+
+def _preserving(current: Pass, program: Program, on_change: OnChange) -> tuple[PassResult, float]:
+    """Run a pass that must keep the function, check that it did, and undo it if not."""
+    remember(program)
+    before = program.copy()
+    result = current.run(program)
+    program.graph_module.recompile()
+    try:
+        return result, check_preserved(program, before, result.folds, current.name, on_change)
+    except PreservationError:
+        program.graph_module = before.graph_module
+        raise
 
 
 def _names(stages: Iterable[Stage]) -> str:

@@ -52,6 +52,7 @@ class Program:
     aliases: for a parameter that the user's module holds under several names, all of them.
     rounded: parameter name -> how its values have been rounded.
     statistics: (value name, observer name) -> what calibration measured.
+    outputs: the output tensors on the example inputs, kept while passes preserve the function.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Program:
         self.ledger: list[PassRecord] = []
         self.rounded: dict[str, Rounding] = {}
         self.statistics: dict[tuple[str, str], Tensor] = {}
+        self.outputs: dict[str, Tensor] | None = None
 
     @property
     def graph(self) -> Graph:
@@ -98,6 +100,7 @@ class Program:
         other.ledger = list(self.ledger)
         other.rounded = dict(self.rounded)
         other.statistics = dict(self.statistics)
+        other.outputs = self.outputs
         return other
 
     def parameter_names(self) -> Iterator[str]:

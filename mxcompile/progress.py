@@ -25,7 +25,8 @@ class Progress(Instrument):
         """Say what it did."""
         self._stop()
         misses = f", {len(record.misses)} misses" if record.misses else ""
-        self.console.print(f"  {record.name}: {record.rewrites} rewrites{misses}, {record.seconds:.1f} s")
+        kept = "" if record.preserved_db is None else f", outputs kept to {record.preserved_db:.0f} dB"
+        self.console.print(f"  {record.name}: {record.rewrites} rewrites{misses}, {record.seconds:.1f} s{kept}")
 
     def failed(self, program: Program, step: Step, error: Exception) -> None:
         """Leave the terminal as it was."""

@@ -1,69 +1,63 @@
-"""linear(norm(x) * g, w) -> linear(norm(x) * (g / s), w * s): move outliers from activations into weights.
+"""linear(x, w) -> linear(x / s, w * s): move outliers from activations into weights.
 
 s_j = max|X_j|**alpha / max_l|W_l,j|**(1 - alpha), the maximum over all quantized weights that read the value (Xiao et
-al., SmoothQuant, arXiv 2211.10438, eq. 4). The value and its readers are found from data flow; what cannot be folded is
-left alone and reported.
+al., SmoothQuant, arXiv 2211.10438, eq. 4). x / s is computed by whatever makes x: a norm's weight, the rows of the
+linear before. Values, makers and readers are found from data flow; what cannot be folded is left alone and reported.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
+from mxcompile.analysis.groups import ScaleGroup, find_groups, fold, half_precision_factors
 from mxcompile.analysis.matmuls import finite_rows
-from mxcompile.analysis.norms import NormGroup, find_norm_groups
 from mxcompile.calibration.observers import ChannelAbsMax
 from mxcompile.calibration.run import Request
-from mxcompile.ledger import PassResult
+from mxcompile.ledger import Fold, Miss, PassResult
 from mxcompile.pipeline import Pass
-from mxcompile.program import Program
+from mxcompile.program import Program, where
 
 _SMALLEST = 1e-5
 
 
 @dataclass(frozen=True)
 class SmoothQuant(Pass):
-    """alpha: how much of an outlier moves into the weights, 0 (none) to 1 (all)."""
+    """alpha: how much of an outlier moves into the weights, 0 (none) to 1 (all).
+
+    through_linears: also smooth values made by a linear (v -> o, up -> down), not only those made by a norm.
+    power_of_two: round the factors to powers of two, which folds bit-exactly; parameters in half precision always get
+    such factors.
+    """
 
     alpha: float = 0.5
+    through_linears: bool = False
+    power_of_two: bool = False
 
     name = "smooth-quant"
     preserves_function = True
 
     def requests(self, program: Program) -> Sequence[Request]:
         """The largest magnitude of every channel that will be smoothed."""
-        groups, _ = find_norm_groups(program, choose(program).matmuls)
-        return [Request(group.value.name, ChannelAbsMax) for group in groups]
+        groups, _ = find_groups(program, choose(program).matmuls, self.through_linears)
+        return [Request(m.activation.name, ChannelAbsMax) for group in groups for m, _ in group.matmuls]
 
     def run(self, program: Program) -> PassResult:
-        """Fold the smoothing factors into the norms and the weights of all their readers."""
-        choice = choose(program)
-        groups, misses = find_norm_groups(program, choice.matmuls)
-        quantized = {matmul.node for matmul in choice.matmuls}
+        """Fold the smoothing factors into the makers and the readers of every value."""
+        groups, unfoldable = find_groups(program, choose(program).matmuls, self.through_linears)
+        folds: list[Fold] = []
         for group in groups:
-            absmax = program.statistics[Request(group.value.name, ChannelAbsMax).key]
-            weights = [finite_rows(program, m) for m in group.consumers if m.node in quantized]
-            _fold(program, group, self._smoothing(absmax, weights))
-        return PassResult(len(groups), tuple(misses))
+            smoothing = half_precision_factors(group, self._smoothing(program, group), self.power_of_two)
+            folds.append(Fold(str(group), partial(fold, group=group, factors=smoothing)))
+            folds[-1].apply(program)
+        misses = tuple(Miss(where(miss.matmul.node), miss.reason) for miss in unfoldable)
+        return PassResult(len(groups), misses, folds=tuple(folds))
 
-    def _smoothing(self, absmax: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Factors `[in]` (float32) by which the activation's channels are divided."""
-        largest = torch.stack([w.float().abs().flatten(0, -2).amax(0) for w in weights]).amax(0)
-        activation, weight = absmax.clamp(min=_SMALLEST), largest.clamp(min=_SMALLEST)
+    def _smoothing(self, program: Program, group: ScaleGroup) -> Tensor:
+        """Factors `[count]` (float32) by which the activation's channels are divided."""
+        key = {m.node: Request(m.activation.name, ChannelAbsMax).key for m, _ in group.matmuls}
+        activation = group.largest(lambda m: program.statistics[key[m.node]]).clamp(min=_SMALLEST)
+        weight = group.largest(lambda m: finite_rows(program, m).abs().flatten(0, -2).amax(0)).clamp(min=_SMALLEST)
         return activation**self.alpha / weight ** (1 - self.alpha)
-
-
-def _fold(program: Program, group: NormGroup, smoothing: Tensor) -> None:
-    """Divide the norm's channels by `smoothing` `[in]` and multiply every consumer's input columns by it."""
-    norm = program.tensor(group.weight).detach()
-    scaled = (norm.float() + group.offset) / smoothing - group.offset
-    program.set_tensor(group.weight, scaled.to(norm.dtype))
-    if group.bias is not None:
-        bias = program.tensor(group.bias).detach()
-        program.set_tensor(group.bias, (bias.float() / smoothing).to(bias.dtype))
-    for matmul in group.consumers:
-        weight = program.tensor(matmul.parameter).detach()
-        rows = matmul.rows(weight).float() * smoothing
-        program.set_tensor(matmul.parameter, matmul.rows(rows).to(weight.dtype).contiguous())

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from models import build, inputs
@@ -31,6 +32,18 @@ def folder(tmp_path_factory) -> Path:
 def test_lists_what_there_is(command, names):
     output = run(command)
     assert all(name in output for name in names)
+
+
+def test_groups_prints_who_divides_and_who_multiplies(monkeypatch):
+    def load(source):
+        assert source is None
+        return build("gpt2"), lambda text, **_: SimpleNamespace(**inputs("gpt2"))
+
+    monkeypatch.setattr("mxcompile.cli.load_model", load)
+    output = run("groups")
+    assert "3 scale groups" in output
+    assert re.search(r"64 +│ transformer.h.0.ln_1.weight +│ transformer.h.0.attn.c_attn.weight", output)
+    assert "not foldable: %addmm_3 in transformer.h.0.mlp.c_proj: %view_9 is read by %pow_1, aten.pow" in output
 
 
 def test_show_prints_the_summary_and_the_stages(folder):

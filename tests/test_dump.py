@@ -53,11 +53,13 @@ def test_ledger_is_json_with_a_schema(tmp_path):
     ledger = json.loads((tmp_path / "ledger.json").read_text())
     assert ledger["schema"] == 1
     assert [p["name"] for p in ledger["passes"]] == [r.name for r in lowered.ledger]
+    assert ledger["passes"][0]["preserved_db"] > 100
+    assert ledger["passes"][1]["preserved_db"] is None
     assert ledger["passes"][1]["numbers"]["up.weight"]["weight_sqnr_db"] > 15
     assert ledger["passes"][0]["misses"] == [
         {
             "where": "%linear_1 in down",
-            "reason": "its input %relu comes from aten.relu.default, not from a norm with a weight",
+            "reason": "its input is made by a linear, not by a norm: ask for it with through_linears=true",
         }
     ]
 

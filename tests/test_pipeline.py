@@ -15,6 +15,7 @@ from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, Sc
 from mxcompile.instruments import Instrument
 from mxcompile.ledger import Miss, PassResult
 from mxcompile.passes import PASSES
+from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import RECIPES, recipes
@@ -32,10 +33,11 @@ alphas = st.floats(allow_nan=False)
 # in an order that is allowed
 BUILT_IN = {
     "smooth-quant": st.builds(SmoothQuant, alphas),
-    "round-weights": st.builds(RoundWeights, formats, rules),
+    "awq-fold": st.builds(AwqFold, formats, st.none() | formats, st.booleans(), st.integers(1, 20)),
+    "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
     "lower-mx": st.builds(LowerMX, formats, st.none() | formats, rules, st.none() | rules),
 }
-ORDERED = [st.lists(BUILT_IN[name], max_size=2) for name in ("smooth-quant", "round-weights", "lower-mx")]
+ORDERED = [st.lists(BUILT_IN[name], max_size=2) for name in ("smooth-quant", "awq-fold", "round-weights", "lower-mx")]
 pipelines = (
     st.tuples(*ORDERED).map(lambda parts: Pipeline([p for part in parts for p in part])).filter(lambda p: p.passes)
 )

@@ -51,3 +51,76 @@ class ChannelAbsMax:
 
     def _take(self, value: Tensor) -> None:
         self._value = value if self._value is None else torch.maximum(self._value, value)
+
+
+class ChannelMeanAbs:
+    """Mean magnitude of each channel (last dimension) over all tokens, float32 `[channels]`."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def update(self, x: Tensor) -> None:
+        """x: `[..., channels]`; an empty batch changes nothing."""
+        if x.numel():
+            rows = x.detach().reshape(-1, x.shape[-1])
+            self._take(rows.abs().sum(0, dtype=torch.float64), len(rows))
+
+    def merge(self, other: Observer) -> None:
+        """The mean over what both have seen."""
+        if isinstance(other, ChannelMeanAbs) and other._sum is not None:
+            self._take(other._sum, other._count)
+
+    @property
+    def value(self) -> Tensor:
+        """Float32 `[channels]`; raises if nothing has been seen."""
+        if self._sum is None:
+            raise RuntimeError("the observer has seen no data")
+        return (self._sum / self._count).float()
+
+    def _take(self, total: Tensor, count: int) -> None:
+        self._sum = total if self._sum is None else self._sum + total
+        self._count += count
+
+
+class TokenSample:
+    """Up to 512 of a value's tokens, float32 `[tokens, channels]`: the 32 of largest norm, the others drawn evenly.
+
+    The largest are those that attention sinks make; a model breaks if they come out wrong, and few as they are, an even
+    draw would miss them. Every token has a key, its norm or a random number, and those with the best keys are kept, so
+    that samples of parts of the data merge into a sample of the whole.
+    """
+
+    SIZE, LARGEST = 512, 32
+
+    def __init__(self) -> None:
+        self._rows: Tensor | None = None
+        self._keys = torch.empty(0)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def update(self, x: Tensor) -> None:
+        """x: `[..., channels]`; an empty batch changes nothing."""
+        if x.numel():
+            rows = x.detach().reshape(-1, x.shape[-1]).float()
+            self._take(rows, torch.rand(len(rows), generator=self._generator))
+
+    def merge(self, other: Observer) -> None:
+        """A sample of what both have seen."""
+        if isinstance(other, TokenSample) and other._rows is not None:
+            self._take(other._rows, other._keys)
+
+    @property
+    def value(self) -> Tensor:
+        """Float32 `[tokens, channels]`; raises if nothing has been seen."""
+        if self._rows is None:
+            raise RuntimeError("the observer has seen no data")
+        return self._rows
+
+    def _take(self, rows: Tensor, keys: Tensor) -> None:
+        if self._rows is not None:
+            rows, keys = torch.cat((self._rows, rows)), torch.cat((self._keys, keys))
+        norms = rows.square().sum(-1).cpu()
+        order = keys.clone()
+        order[norms.argsort(descending=True)[: self.LARGEST]] = -1.0
+        kept = order.argsort(stable=True)[: self.SIZE]
+        self._rows, self._keys = rows[kept.to(rows.device)], keys[kept]

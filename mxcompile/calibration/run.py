@@ -1,6 +1,7 @@
 """Run batches through a Program with observers on chosen values."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,18 +27,27 @@ class Request:
         return self.value, getattr(self.observer, "__name__", str(self.observer))
 
 
+class _AllSeenError(Exception):
+    """The rest of the graph need not run."""
+
+
 class _Observing(Interpreter):
-    """Runs the graph node by node, showing each requested value to its observers; frees values after their last use."""
+    """Runs the graph node by node up to the last requested value, showing each to its observers; frees values after
+    their last use.
+    """
 
     def __init__(self, program: Program, observers: dict[str, list[Observer]]) -> None:
         super().__init__(program.graph_module)
         self.extra_traceback = False  # errors are ours to explain
         self._observers = observers
+        self._last = [node.name for node in program.graph.nodes if node.name in observers][-1]
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         for observer in self._observers.get(n.name, ()):
             observer.update(result)
+        if n.name == self._last:
+            raise _AllSeenError
         return result
 
 
@@ -56,7 +66,9 @@ def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inpu
     with torch.no_grad(), guards_explained():
         for batch in batches:
             program.example.check_ranks(batch)
-            interpreter.run(*_flat_arguments(program, batch), enable_io_processing=False)
+            with suppress(_AllSeenError):
+                interpreter.run(*_flat_arguments(program, batch), enable_io_processing=False)
+            interpreter.env.clear()
     program.statistics.update({key: observer.value for key, observer in observers.items()})
 
 

@@ -1,0 +1,83 @@
+"""Scale groups across architectures: how many are found, and that folding factors into them leaves the model alone.
+
+    python benchmarks/folds.py --out benchmarks/results/folds.jsonl
+
+Tiny random float32 models made from transformers configs (`architectures.py`): norms perturbed, two outlier channels
+planted, nothing quantized. `groups` counts groups found, `folded` those that factors were folded into, `multiplied`
+those that need a multiplication in the graph, `skipped` matmuls in no group. `sqnr_db_smooth`: outputs after
+`smooth-quant{through_linears=true}`; `sqnr_db_awq`: after random factors, up to 2^10 apart, on all groups at once. Both
+are taken on inputs of another batch size than traced, where the graph allows it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import ARCHITECTURES, build, inputs, output
+
+import mxcompile
+from mxcompile.analysis.choice import choose
+from mxcompile.analysis.groups import ScaleGroup, find_groups, fold
+from mxcompile.errors import InputError
+from mxcompile.measure import sqnr_db
+from mxcompile.pipeline import Pipeline
+from mxcompile.program import Program
+
+LEAST_DB = 100.0
+HEADER = f"{'architecture':18} {'groups':>6} {'folded':>6} {'multiplied':>10} {'skipped':>7} {'smooth':>7} {'awq':>7}"
+
+
+def fold_random(program: Program, groups: list[ScaleGroup], octaves: float = 10.0) -> Program:
+    """A copy with random factors, up to 2^octaves apart, folded into every group."""
+    folded = program.copy()
+    generator = torch.Generator().manual_seed(0)
+    for group in groups:
+        fold(folded, group, torch.exp2((torch.rand(group.count, generator=generator) - 0.5) * octaves))
+    return folded
+
+
+def measure(name: str) -> dict[str, Any]:
+    program = mxcompile.trace(build(name), inputs(name))
+    groups, unfoldable = find_groups(program, choose(program).matmuls)
+    smooth = Pipeline.parse("smooth-quant{through_linears=true}").run(program)
+    probe = inputs(name, batch=3, length=8, seed=1)
+    try:
+        wanted = output(program(**probe))
+    except (InputError, RuntimeError):  # traced for one batch size
+        probe = inputs(name)
+        wanted = output(program(**probe))
+    return {
+        "architecture": name,
+        "groups": len(groups),
+        "folded": smooth.ledger[0].rewrites,
+        "multiplied": 0,
+        "skipped": len(unfoldable),
+        "sqnr_db_smooth": round(sqnr_db(wanted, output(smooth(**probe))), 1),
+        "sqnr_db_awq": round(sqnr_db(wanted, output(fold_random(program, groups)(**probe))), 1),
+        "reasons": sorted({miss.reason for miss in unfoldable}),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="architectures, comma-separated; all if left out")
+    parser.add_argument("--out", type=Path, help="write the records here, one JSON object a line")
+    arguments = parser.parse_args()
+    records: list[dict[str, Any]] = []
+    print(HEADER)
+    for name in arguments.only.split(",") if arguments.only else ARCHITECTURES:
+        records.append(measure(name))
+        *numbers, _ = records[-1].values()
+        print("{:18} {:6} {:6} {:10} {:7} {:7} {:7}".format(*numbers), flush=True)
+    if arguments.out:
+        arguments.out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    changed = [r["architecture"] for r in records if min(r["sqnr_db_smooth"], r["sqnr_db_awq"]) < LEAST_DB]
+    print(f"{len(records)} architectures, {len(changed)} changed by a fold: {', '.join(changed) or 'none'}")
+    return 1 if changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Scale groups: which values can be divided by channel factors, and which parameters take the factors up.
+
+    linear(norm(x) * g, w)                 g / s,           w * s
+    linear(silu(gate) * linear(x, u), w)   u / s (rows),    w * s (columns)
+
+A group is found from data flow alone: the input of a matmul is asked to carry factors, one a channel, and what follows
+for all other values is worked out (`region.py`, `scaling.py`). What cannot carry them pins factors to 1; a group all of
+whose factors are pinned is no group, and the first pin is the reason.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from mxcompile.analysis.factors import ONE, UNKNOWN, InconsistentSizesError
+from mxcompile.analysis.matmuls import Matmul
+from mxcompile.analysis.region import Region, Sizes
+from mxcompile.analysis.scaling import constraint_of
+from mxcompile.program import Program
+
+_BY_LINEAR = "its input is made by a linear, not by a norm: ask for it with through_linears=true"
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """A parameter that takes factors up: (w + offset) * s**power - offset.
+
+    channels: the number of its factor for every element, broadcast against the parameter; -1 where there is none.
+    """
+
+    parameter: str
+    channels: Tensor
+    power: int
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleGroup:
+    """value: the first matmul input that is divided. count: how many factors can be chosen freely.
+
+    in_half_precision: a divided value or parameter has a 16-bit dtype: only powers of two divide it without loss.
+    matmuls: those wanted that read a divided value, each with the factor numbers `[in]` of its input channels, -1 for a
+        channel without one.
+    """
+
+    value: Node
+    count: int
+    matmuls: tuple[tuple[Matmul, Tensor], ...]
+    absorbers: tuple[Absorber, ...]
+    in_half_precision: bool
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The matmuls' nodes."""
+        return tuple(matmul.node for matmul, _ in self.matmuls)
+
+    def __str__(self) -> str:
+        readers = ", ".join(dict.fromkeys(matmul.module_path or matmul.parameter for matmul, _ in self.matmuls))
+        return f"%{self.value.name} -> {readers}"
+
+    def made_by_norm(self, program: Program) -> bool:
+        """True if vectors alone divide the value: a norm's weight and bias."""
+        return all(program.tensor(a.parameter).dim() == 1 for a in self.absorbers if a.power == -1)
+
+    def largest(self, channels: Callable[[Matmul], Tensor]) -> Tensor:
+        """For every factor, the largest of a number per input channel (`[in]` for each matmul), float32 `[count]`."""
+        result = torch.zeros(self.count + 1)
+        for matmul, numbers in self.matmuls:
+            places = torch.where(numbers < 0, self.count, numbers)
+            result.scatter_reduce_(0, places, channels(matmul).float().cpu(), "amax")
+        return result[:-1]
+
+    def mean(self, channels: Callable[[Matmul], Tensor]) -> Tensor:
+        """For every factor, the mean of a number per input channel, over channels and matmuls, float32 `[count]`."""
+        total = torch.zeros(2, self.count + 1)
+        for matmul, numbers in self.matmuls:
+            places = torch.where(numbers < 0, self.count, numbers)
+            total[0].scatter_add_(0, places, channels(matmul).float().cpu())
+            total[1].scatter_add_(0, places, torch.ones(len(places)))
+        return (total[0] / total[1].clamp(min=1))[:-1]
+
+
+@dataclass(frozen=True)
+class Unfoldable:
+    """A matmul input that cannot be divided by factors, and why."""
+
+    matmul: Matmul
+    reason: str
+
+
+def find_groups(
+    program: Program, wanted: Iterable[Matmul], through_linears: bool = True
+) -> tuple[list[ScaleGroup], list[Unfoldable]]:
+    """The scale groups of the wanted matmuls, in graph order, and the matmuls that are in none.
+
+    through_linears: False leaves out groups whose value is made by a linear rather than a norm.
+    """
+    wanted, sizes = list(wanted), [Sizes(program), Sizes(program, small=False)]
+    groups: list[ScaleGroup] = []
+    misses: list[Unfoldable] = []
+    reasons: dict[Node, str] = {}
+    done: set[Node] = set()
+    for matmul in wanted:
+        if matmul.node in done:
+            continue
+        value = matmul.activation
+        if value not in reasons:
+            found = _solved(program, sizes, matmul)
+            if isinstance(found, Region):
+                groups.append(_collected(program, found, value, wanted))
+                done.update(groups[-1].nodes)
+                continue
+            reasons[value] = found
+        misses.append(Unfoldable(matmul, reasons[value]))
+    if through_linears:
+        return groups, misses
+    kept = [group for group in groups if group.made_by_norm(program)]
+    left = [matmul for group in groups if group not in kept for matmul, _ in group.matmuls]
+    return kept, [*misses, *(Unfoldable(matmul, _BY_LINEAR) for matmul in left)]
+
+
+def fold(program: Program, group: ScaleGroup, factors: Tensor) -> None:
+    """Divide the group's values by `factors` `[count]` (positive, float32) and let its parameters take them up."""
+    padded = torch.cat((factors.float().cpu(), torch.ones(1)))
+    for absorber in group.absorbers:
+        before = program.tensor(absorber.parameter).detach()
+        scale = (padded[absorber.channels] ** absorber.power).to(before.device)
+        wide = before if before.dtype == torch.float64 else before.float()
+        after = (wide + absorber.offset) * scale - absorber.offset
+        program.set_tensor(absorber.parameter, after.to(before.dtype))
+
+
+def half_precision_factors(group: ScaleGroup, factors: Tensor, power_of_two: bool) -> Tensor:
+    """The factors, rounded to powers of two if asked for or if the group could not take up others without loss."""
+    return torch.exp2(torch.log2(factors).round()) if power_of_two or group.in_half_precision else factors
+
+
+def _solved(program: Program, sizes: Iterable[Sizes], matmul: Matmul) -> Region | str:
+    """The region of a matmul's input, or why it has no factor that can be chosen; with the first sizes that fit."""
+    reason = ""
+    for assumed in sizes:
+        region = Region(program, assumed, constraint_of)
+        channels = region.factors.new(matmul.in_features)
+        rank = matmul.activation.meta["val"].dim()
+        try:
+            region.assign(matmul.activation, channels.view((1,) * (rank - 1) + (-1,)), -1)
+            region = region.solve(channels)
+        except (InconsistentSizesError, RuntimeError, IndexError) as error:
+            reason = f"its data flow cannot be followed: {error}"
+            continue
+        free = region.is_free(channels)
+        return region if free else next(iter(region.factors.reasons.values()), "nothing can take factors up")
+    return reason
+
+
+def _collected(program: Program, region: Region, value: Node, wanted: Iterable[Matmul]) -> ScaleGroup:
+    numbers: dict[int, int] = {}
+
+    def numbered(labels: Tensor) -> Tensor:
+        found = region.factors.find(labels)
+        for name in found.unique().tolist():
+            if name > ONE:
+                numbers.setdefault(name, len(numbers))
+        table = torch.full((max(numbers, default=0) + 1,), UNKNOWN)
+        table[list(numbers)] = torch.tensor(list(numbers.values()))
+        return torch.where(found > ONE, table[found.clamp(min=0, max=len(table) - 1)], UNKNOWN)
+
+    matmuls: list[tuple[Matmul, Tensor]] = []
+    for matmul in wanted:
+        labels = region.get(matmul.activation)
+        if labels is None or not region.is_free(labels):
+            continue
+        channels = numbered(labels.flatten(0, -2)[0] if labels.dim() > 1 else labels).expand(matmul.in_features)
+        matmuls.append((matmul, channels))
+    absorbers = [
+        Absorber(str(node.target), numbered(labels), region.power[node])
+        for node, labels in region.labels.items()
+        if node.op == "get_attr" and region.is_free(labels)
+    ]
+    for node, offset in region.offsets.items():
+        if region.is_free(region.labels[node]):
+            parameter = node.args[0] if isinstance(node.args[0], Node) else node.args[1]
+            while isinstance(parameter, Node) and parameter.op != "get_attr":
+                parameter = parameter.args[0]
+            assert isinstance(parameter, Node)
+            absorbers.append(Absorber(str(parameter.target), numbered(region.labels[node]), region.power[node], offset))
+    half = any(node.meta["val"].dtype.itemsize < 4 for node, labels in region.labels.items() if region.is_free(labels))
+    unique = {(a.parameter, a.power): a for a in absorbers}
+    return ScaleGroup(value, len(numbers), tuple(matmuls), tuple(unique.values()), half)

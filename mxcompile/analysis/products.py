@@ -1,0 +1,207 @@
+"""Constraints of ops that contract, normalize or look up: matmuls, attention, norms, convolutions, embeddings.
+
+A matmul out = a @ w is linear in both operands. A factor on a's inner dimension k must be undone on w's, and a factor
+on out's channels n must come from w's.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from mxcompile.analysis.dataflow import operand
+from mxcompile.analysis.factors import collapsed, merged, to_shape
+from mxcompile.analysis.region import Constraint, Region
+
+aten = torch.ops.aten
+Part = tuple[Any, int, int]
+"""(value, its dimension, its sign) in a relation between channels."""
+
+
+def _matmul(
+    region: Region, node: Node, a: int, w: int, k: int, n: int, bias: int | None = None, grouped: bool = False
+) -> None:
+    left, right = operand(node, a), operand(node, w)
+    rank = len(region.sizes.shape(right))
+    if rank < 2 or len(region.sizes.shape(left)) < 1:
+        _pin_all(region, node, "multiplies by a vector")
+        return
+    batch = 0 if grouped or rank == 2 else len(region.sizes.shape(node)) - 2
+    _contract(region, node, (left, -1), (right, k, n), (node, -1), batch)
+    added = None if bias is None else operand(node, bias)
+    if isinstance(added, Node):
+        _added(region, node, added)
+
+
+def _contract(
+    region: Region, node: Node, left: tuple[Node, int], right: tuple[Node, int, int], out: tuple[Node, int], batch: int
+) -> None:
+    """left[k] right[k, n] -> out[n], with `batch` leading dimensions kept apart."""
+    weight, k, n = right
+    labels = region.get(weight)
+    inner: list[Part] = [(*left, 1), (weight, k, -1)]
+    outer: list[Part] = [(*out, 1), (weight, n, 1)]
+    scaled = [parts for parts in (inner, outer) if region.is_scaled(parts[0][0])]
+    if labels is None or not region.is_free(labels):
+        kept = scaled[:1]
+    elif (labels.shape[k] > 1) == (labels.shape[n] > 1):
+        kept = []
+        region.pin(weight, labels, "would have to be scaled along both dimensions of a product")
+    else:
+        kept = [inner if labels.shape[k] > 1 else outer]
+    for parts in scaled:
+        if parts not in kept:
+            own = region.labels[parts[0][0]]
+            region.pin(node, own, f"multiplies it by %{weight.name}, which is scaled along its other dimension too")
+    for parts in kept:
+        relate(region, node, parts, batch)
+
+
+def relate(region: Region, node: Node, parts: list[Part], batch: int = 0) -> None:
+    """Channels along one dimension of each value carry the same factors, to the power of the part's sign."""
+    joint: Tensor | None = None
+    known = [(value, dim, sign, labels) for value, dim, sign in parts if (labels := region.get(value)) is not None]
+    powers = {region.power[value] * sign for value, _, sign, _ in known}
+    if len(powers) > 1:
+        for _, _, _, labels in known:
+            region.pin(node, labels, "multiplies two scaled values")
+        return
+    power = powers.pop() if powers else 0
+    for _, dim, _, labels in known:
+        frame = _frame(region, labels, dim, batch)
+        joint = frame if joint is None else merged(region.factors, joint, frame)
+    for value, dim, sign in parts if joint is not None else ():
+        assert joint is not None
+        region.assign(value, _unframe(region, joint, region.sizes.shape(value), dim, batch), power * sign)
+
+
+def _frame(region: Region, labels: Tensor, dim: int, batch: int) -> Tensor:
+    """Labels as `[channels]`, or `[..., channels]` with the batch dimensions in front."""
+    rank = labels.dim()
+    dim %= rank
+    if batch:
+        other = rank - 1 if dim == rank - 2 else rank - 2
+        return collapsed(region.factors, labels, other).squeeze(other)
+    for axis in range(rank):
+        labels = labels if axis == dim else collapsed(region.factors, labels, axis)
+    return labels.reshape(-1)
+
+
+def _unframe(region: Region, frame: Tensor, shape: tuple[int, ...], dim: int, batch: int) -> Tensor:
+    rank = len(shape)
+    dim %= rank
+    if batch:
+        other = rank - 1 if dim == rank - 2 else rank - 2
+        kept = tuple(size for axis, size in enumerate(shape) if axis != other)
+        frame = to_shape(region.factors, frame, kept)
+        return frame.expand(*frame.shape[:-1], kept[-1]).unsqueeze(other)
+    return frame.expand(shape[dim]).reshape([shape[dim] if axis == dim else 1 for axis in range(rank)])
+
+
+def _added(region: Region, node: Node, bias: Node) -> None:
+    """A bias, broadcast against the result."""
+    labels, own = region.get(node), region.get(bias)
+    if labels is not None:
+        region.assign(bias, to_shape(region.factors, labels, region.sizes.shape(bias)), region.power[node])
+    elif own is not None:
+        rank = len(region.sizes.shape(node))
+        region.assign(node, own.reshape((1,) * (rank - own.dim()) + tuple(own.shape)), region.power[bias])
+
+
+def _pin_all(region: Region, node: Node, reason: str) -> None:
+    for value in (node, *node.all_input_nodes):
+        if (labels := region.get(value)) is not None:
+            region.pin(node, labels, reason)
+
+
+def _attention(region: Region, node: Node) -> None:
+    """A head's result is a mixture of its values over tokens: channel d of v is channel d of the result."""
+    value = node.args[2]
+    assert isinstance(value, Node)
+    for score in node.all_input_nodes:
+        if (labels := region.get(score)) is not None and (score is not value or score in node.args[:2]):
+            region.pin(node, labels, "computes attention scores from it")
+    heads, own_heads = region.sizes.shape(node)[-3:-2], region.sizes.shape(value)[-3:-2]
+    shared = heads[0] // own_heads[0] if heads else 1
+    labels = region.get(value)
+    if labels is not None:
+        frame = collapsed(region.factors, labels, -2)
+        if shared > 1 and frame.shape[-3] > 1:
+            frame = frame.repeat_interleave(shared, -3)
+        region.assign(node, frame, region.power[value])
+    labels = region.get(node)
+    if labels is not None:
+        frame = collapsed(region.factors, labels, -2)
+        if shared > 1 and frame.shape[-3] > 1:
+            frame = collapsed(region.factors, frame.unflatten(-3, (-1, shared)), -3).squeeze(-3)
+        region.assign(value, frame, region.power[node])
+
+
+def _norm(region: Region, node: Node, bias_at: int | None) -> None:
+    """norm(x) * weight + bias: the parameters scale the channels of the result, x cannot be scaled."""
+    source, shape, weight = node.args[0], node.args[1], operand(node, 2)
+    bias = None if bias_at is None else operand(node, bias_at)
+    if (labels := region.get(source)) is not None:
+        region.pin(node, labels, "normalizes it")
+    if not isinstance(weight, Node) or len(shape) != 1:  # pyright: ignore[reportArgumentType]
+        if (labels := region.get(node)) is not None:
+            region.pin(node, labels, "is a norm without a weight per channel")
+        return
+    parts = [(value, -1, 1) for value in (node, weight, bias) if isinstance(value, Node)]
+    relate(region, node, parts)
+
+
+def _convolution(region: Region, node: Node) -> None:
+    source, weight, bias = node.args[0], node.args[1], operand(node, 2)
+    assert isinstance(source, Node)
+    assert isinstance(weight, Node)
+    groups = operand(node, 6, 1)
+    shape = region.sizes.shape(source)
+    if len(shape) != len(region.sizes.shape(weight)):
+        _pin_all(region, node, "is a convolution without a batch dimension")
+    elif groups == 1:
+        _contract(region, node, (source, 1), (weight, 1, 0), (node, 1), 0)
+    elif groups == shape[1] == region.sizes.shape(node)[1]:
+        _depthwise(region, node, source, weight)
+    else:
+        _pin_all(region, node, "is a convolution in groups")
+    if isinstance(bias, Node):
+        relate(region, node, [(node, 1, 1), (bias, 0, 1)])
+
+
+def _depthwise(region: Region, node: Node, source: Node, weight: Node) -> None:
+    """Channel by channel: the weight takes up what the result carries, or undoes what the input carries."""
+    if region.is_scaled(node) == region.is_scaled(source):
+        _pin_all(region, node, "is a depthwise convolution of scaled values")
+    elif region.is_scaled(node):
+        relate(region, node, [(node, 1, 1), (weight, 0, 1)])
+    else:
+        relate(region, node, [(source, 1, 1), (weight, 0, -1)])
+
+
+def _embedding(region: Region, node: Node) -> None:
+    relate(region, node, [(node, -1, 1), (node.args[0], -1, 1)])
+
+
+_MATMUL: Callable[..., Constraint] = partial(partial, _matmul)  # pyright: ignore[reportAssignmentType]
+_PLAIN = {"a": 0, "w": 1, "k": -2, "n": -1}
+_ADDING = {"a": 1, "w": 2, "k": -2, "n": -1, "bias": 0}
+multiplied_by_matrix: Final[dict[Any, Constraint]] = {
+    aten.linear.default: _MATMUL(a=0, w=1, k=-1, n=-2, bias=2),
+    **dict.fromkeys([aten.mm.default, aten.bmm.default, aten.matmul.default], _MATMUL(**_PLAIN)),
+    **dict.fromkeys([aten.addmm.default, aten.baddbmm.default], _MATMUL(**_ADDING)),
+    aten._grouped_mm.default: _MATMUL(**_PLAIN, grouped=True),
+}
+GROUPED_FALLBACK: Final = _MATMUL(**_PLAIN, grouped=True)
+"""For `transformers.grouped_mm_fallback`, an op that exists only once transformers has been imported."""
+attended: Final[dict[Any, Constraint]] = {aten.scaled_dot_product_attention.default: _attention}
+normalized: Final[dict[Any, Constraint]] = {
+    aten.layer_norm.default: partial(_norm, bias_at=3),
+    aten.rms_norm.default: partial(_norm, bias_at=None),
+}
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+convolved: Final[dict[Any, Constraint]] = dict.fromkeys(_CONVOLUTIONS, _convolution)
+embedded: Final[dict[Any, Constraint]] = {aten.embedding.default: _embedding}

@@ -1,0 +1,312 @@
+"""What each op means for scaled operands: which values must be scaled with which, and what cannot be.
+
+Every constraint is symmetric: from whatever labels its operands and result have, it derives the others. An op that is
+not listed, or a use that is not linear in the scaled operand, pins the factors to 1 and says why.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from mxcompile.analysis.dataflow import CASTS, SAME_VALUE, operand
+from mxcompile.analysis.factors import collapsed, from_shape, merged, to_shape
+from mxcompile.analysis.movement import MOVEMENTS, SPLITS, moved, rows_picked
+from mxcompile.analysis.products import (
+    GROUPED_FALLBACK,
+    attended,
+    convolved,
+    embedded,
+    multiplied_by_matrix,
+    normalized,
+)
+from mxcompile.analysis.region import Constraint, Option, Region
+
+aten = torch.ops.aten
+
+_HOMOGENEOUS = frozenset(
+    {
+        *(aten.neg.default, aten.relu.default, aten.abs.default, aten.leaky_relu.default, aten.tril.default),
+        *(aten.triu.default, aten.alpha_dropout.default),
+    }
+)
+_SHAPE_ONLY = frozenset(
+    {
+        *(aten.zeros_like.default, aten.empty_like.default, aten.ones_like.default, aten.full_like.default),
+        *(aten.new_zeros.default, aten.new_empty.default, aten.new_ones.default, aten.new_full.default),
+    }
+)
+_SIZE_QUERIES = frozenset(
+    {
+        *(aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten._assert_tensor_metadata.default),
+        *(aten.sym_storage_offset.default, aten.sym_is_contiguous.default),
+    }
+)
+_ZEROS = frozenset({aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default})
+_REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim})
+
+
+def constraint_of(node: Node) -> Constraint | None:
+    """The constraint that a node puts on its operands and result; None for one that reads no tensor's values."""
+    if node.op == "get_attr":
+        return _held_tensor
+    if node.op != "call_function":
+        return _refuse
+    if node.target in _SHAPE_ONLY or node.target in SPLITS:
+        return _created if node.target in _SHAPE_ONLY else None
+    if node.target in _SIZE_QUERIES or not any(map(_is_tensor, (node, *node.all_input_nodes))):
+        return None
+    if str(node.target) == "transformers.grouped_mm_fallback.default":
+        return GROUPED_FALLBACK
+    return _TABLE.get(node.target, _refuse)
+
+
+def tie(region: Region, out: Node, *operands: Any, signs: tuple[int, ...] = ()) -> None:
+    """Elementwise with broadcasting: result and operands carry the same factors, to the power of the operand's sign."""
+    rank = len(region.sizes.shape(out))
+    values = [out, *(value for value in operands if _is_tensor(value))]
+    powers = [1, *(signs or (1,) * (len(values) - 1))]
+    known = [(value, sign, labels) for value, sign in zip(values, powers, strict=True)
+             if (labels := region.get(value)) is not None]  # fmt: skip
+    if not known:
+        return
+    found = {region.power[value] * sign for value, sign, _ in known}
+    if len(found) > 1:
+        for _, _, labels in known:
+            region.pin(out, labels, "would have to be scaled and unscaled by the same factor")
+        return
+    power, joint = found.pop(), from_shape(known[0][2], rank)
+    for _, _, labels in known[1:]:
+        joint = merged(region.factors, joint, from_shape(labels, rank))
+    for value, sign in zip(values, powers, strict=True):
+        region.assign(value, to_shape(region.factors, joint, region.sizes.shape(value)), power * sign)
+
+
+def _held_tensor(region: Region, node: Node) -> None:
+    """A parameter absorbs the factors; every name and reader of it must agree."""
+    labels = region.get(node)
+    assert labels is not None
+    name = str(node.target)
+    if not region.program.is_parameter(name):
+        region.pin(node, labels, f"is {name}, a buffer or constant")
+        return
+    tensor = region.program.tensor(name)
+    for other in node.graph.find_nodes(op="get_attr"):
+        if other is not node and region.program.has_tensor(str(other.target)):
+            twin = region.program.tensor(str(other.target))
+            if twin.shape == tensor.shape and twin.data_ptr() == tensor.data_ptr():
+                region.assign(other, labels, region.power[node])
+
+
+def _created(region: Region, node: Node) -> None:
+    """Zeros may be scaled by anything; the shape is all that is read of the operand."""
+    labels = region.get(node)
+    if labels is not None and node.target not in _ZEROS:
+        region.pin(node, labels, "is a constant")
+
+
+def _refuse(region: Region, node: Node) -> None:
+    if node.op == "placeholder":
+        reason = "is an input of the model"
+    elif node.op == "output":
+        reason = "is the output of the model"
+    else:
+        reason = f"is {node.target}, which is not linear in it"
+    for value in (node, *node.all_input_nodes):
+        labels = region.get(value)
+        if labels is not None:
+            region.pin(value, labels, reason if value is node else f"is read by %{node.name}, {_what(node)}")
+
+
+def _what(node: Node) -> str:
+    return "the output of the model" if node.op == "output" else f"{node.target}, which is not linear in it"
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)
+
+
+def _unary(region: Region, node: Node) -> None:
+    if node.meta["val"].is_floating_point():
+        tie(region, node, node.args[0])
+    else:
+        _refuse(region, node)
+
+
+def _add(region: Region, node: Node) -> None:
+    one, other = node.args[:2]
+    if _is_tensor(one) and _is_tensor(other):
+        tie(region, node, one, other)
+        return
+    value, number = (one, other) if _is_tensor(one) else (other, one)
+    assert isinstance(value, Node)
+    if isinstance(number, int | float) and number == 0:
+        tie(region, node, value)
+    elif region.get(node) is not None and _takes_offset(region, node, value, number):
+        region.offsets[node] = cast(float, number)
+    else:
+        for known in (node, value):
+            if (labels := region.get(known)) is not None:
+                region.pin(known, labels, f"has {number} added to it in %{node.name}")
+
+
+def _takes_offset(region: Region, node: Node, value: Node, number: Any) -> bool:
+    """True for w + number on a parameter that can hold (w + number) / s - number without loss."""
+    plain = node.target is aten.add.Tensor and not node.kwargs and isinstance(number, int | float)
+    parameter = _own_parameter(region, value)
+    return plain and parameter is not None and parameter.meta["val"].dtype.itemsize >= 4
+
+
+def _own_parameter(region: Region, node: Node) -> Node | None:
+    """The parameter that the value is, perhaps cast, if nothing else reads it."""
+    while len(node.users) == 1 and (node.target in CASTS or node.target in SAME_VALUE):
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    own = node.op == "get_attr" and len(node.users) == 1 and region.program.is_parameter(str(node.target))
+    return node if own else None
+
+
+def _mul(region: Region, node: Node) -> None:
+    """The powers of the factors add up; who takes a factor is a choice."""
+    one, other = node.args[:2]
+    if not (isinstance(one, Node) and isinstance(other, Node) and _is_tensor(one) and _is_tensor(other)):
+        tie(region, node, one, other)
+        return
+    known = [value for value in (node, one, other) if region.get(value) is not None]
+    if one is other or len(known) == 3:
+        for value in known:
+            region.pin(node, region.labels[value], "multiplies two scaled values")
+    elif len(known) == 2 and node in known:
+        region.settled(node)
+        tie(region, node, next(value for value in known if value is not node))
+    elif len(known) == 2:
+        region.settled(node)
+        _cancel(region, node, one, other)
+    elif known == [node]:
+        region.choose(node, [_given_to(node, value) for value in _takers(region, node, one, other)])
+    else:
+        (value,) = known
+        rest = other if value is one else one
+        options = [_given_to(node, value)]
+        if _own_parameter(region, rest) is not None and math.prod(region.sizes.shape(rest)) > 1:
+            options.insert(0, _cancelled(node, value, rest))
+        region.choose(node, options)
+
+
+def _takers(region: Region, node: Node, *operands: Node) -> list[Node]:
+    """Operands that may carry the result's factors: parameters first, those too small for them left out."""
+    shape = region.sizes.shape(node)
+    labels = region.get(node)
+    assert labels is not None
+    varying = [dim - len(shape) for dim, size in enumerate(labels.shape) if size > 1]
+
+    def fits(value: Node) -> bool:
+        own = region.sizes.shape(value)
+        return all(-dim <= len(own) and own[dim] == shape[dim] for dim in varying)
+
+    candidates = [value for value in operands if fits(value)] or list(operands)
+    return sorted(candidates, key=lambda value: _own_parameter(region, value) is None)
+
+
+def _given_to(node: Node, value: Node) -> Option:
+    """The result and one operand carry the same factors."""
+
+    def option(region: Region) -> None:
+        tie(region, node, value)
+
+    return option
+
+
+def _cancelled(node: Node, value: Node, other: Node) -> Option:
+    """The other operand undoes the factors of one."""
+
+    def option(region: Region) -> None:
+        _cancel(region, node, value, other)
+
+    return option
+
+
+def _cancel(region: Region, node: Node, one: Node, other: Node) -> None:
+    """Two operands whose factors cancel in the result."""
+    rank = len(region.sizes.shape(node))
+    values = [value for value in (one, other) if region.get(value) is not None]
+    joint = from_shape(region.labels[values[0]], rank)
+    power = region.power[values[0]] * (1 if values[0] is one else -1)
+    if len(values) == 2:
+        joint = merged(region.factors, joint, from_shape(region.labels[other], rank))
+        if region.power[other] != -power:
+            region.pin(node, joint, "multiplies two scaled values")
+            return
+    region.assign(one, to_shape(region.factors, joint, region.sizes.shape(one)), power)
+    region.assign(other, to_shape(region.factors, joint, region.sizes.shape(other)), -power)
+
+
+def _div(region: Region, node: Node) -> None:
+    if (labels := region.get(node.args[1])) is not None:
+        region.pin(node, labels, "divides by it")
+    tie(region, node, node.args[0])
+
+
+def _where(region: Region, node: Node) -> None:
+    if _is_tensor(node.args[2]) or node.args[2] == 0:
+        tie(region, node, node.args[1], node.args[2])
+    else:
+        _refuse(region, node)
+
+
+def _masked_fill(region: Region, node: Node) -> None:
+    if node.args[2] == 0:
+        tie(region, node, node.args[0])
+    else:
+        _refuse(region, node)
+
+
+def _reduce(region: Region, node: Node) -> None:
+    """Sum or mean: the elements that are added must carry one factor."""
+    source, dims = node.args[0], operand(node, 1)
+    assert isinstance(source, Node)
+    rank = len(region.sizes.shape(source))
+    dims = sorted({dim % rank for dim in dims}) if dims else list(range(rank))
+    keep = bool(operand(node, 2, False))
+    labels = region.get(source)
+    if labels is not None:
+        for dim in dims:
+            labels = collapsed(region.factors, labels, dim)
+        for dim in () if keep else reversed(dims):
+            labels = labels.squeeze(dim)
+        region.assign(node, labels, region.power[source])
+    labels = region.get(node)
+    if labels is not None:
+        for dim in () if keep else dims:
+            labels = labels.unsqueeze(dim)
+        region.assign(source, labels, region.power[node])
+
+
+def _cumsum(region: Region, node: Node) -> None:
+    source = node.args[0]
+    for value in (source, node):
+        if (labels := region.get(value)) is not None and isinstance(value, Node):
+            region.assign(value, collapsed(region.factors, labels, cast(int, node.args[1])), region.power[value])
+    tie(region, node, source)
+
+
+_TABLE: dict[Any, Constraint] = {
+    **dict.fromkeys([*SAME_VALUE, *CASTS, *_HOMOGENEOUS], _unary),
+    **dict.fromkeys(MOVEMENTS, moved),
+    **dict.fromkeys([aten.index.Tensor, aten.index_select.default], rows_picked),
+    **dict.fromkeys([aten.add.Tensor, aten.sub.Tensor], _add),
+    **dict.fromkeys([aten.mul.Tensor, aten.mul.Scalar], _mul),
+    **dict.fromkeys([aten.div.Tensor, aten.div.Scalar], _div),
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    aten.cumsum.default: _cumsum,
+    aten.where.self: _where,
+    aten.where.ScalarOther: _where,
+    aten.masked_fill.Scalar: _masked_fill,
+    **multiplied_by_matrix,
+    **attended,
+    **normalized,
+    **convolved,
+    **embedded,
+    **dict.fromkeys(_ZEROS, _created),
+}

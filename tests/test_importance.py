@@ -1,0 +1,53 @@
+"""Channel importance from sampled inputs, and scales of least weighted error."""
+
+import pytest
+import torch
+
+from mxcompile import reference
+from mxcompile.formats import FORMATS, MXINT4, ScaleRule
+from mxcompile.importance import channel_importance, quantize_weighted, token_weights
+
+
+def rounded(rows, importance, fmt):
+    codes, scales = quantize_weighted(rows, importance, fmt)
+    return reference.dequantize(codes, scales, fmt, rows.shape[-1], rows.dtype)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("size", [32, 50, 64])
+def test_no_rule_has_less_weighted_error(name, size):
+    fmt, generator = FORMATS[name], torch.Generator().manual_seed(0)
+    rows, importance = torch.randn(16, size, generator=generator), torch.rand(size, generator=generator) ** 4
+
+    def error(values):
+        return ((values - rows).square() * importance).sum().item()
+
+    least = error(rounded(rows, importance, fmt))
+    for rule in (ScaleRule.FLOOR, ScaleRule.RCEIL, ScaleRule.MSE):
+        assert least <= error(reference.quantize_dequantize(rows, fmt, rule)) * (1 + 1e-6)
+
+
+def test_a_channel_that_matters_alone_is_kept():
+    """One weight of 7 among small ones that matter: the scale follows the small ones."""
+    rows = torch.full((1, 32), 0.25)
+    rows[0, 0] = 7.0
+    importance = torch.ones(32)
+    importance[0] = 1e-6
+    assert torch.equal(rounded(rows, importance, MXINT4)[0, 1:], rows[0, 1:])
+    assert rounded(rows, torch.ones(32), MXINT4)[0, 0] > 6
+
+
+def test_nan_stays_nan_and_zeros_zero():
+    rows = torch.zeros(2, 32)
+    rows[0, 3] = torch.nan
+    values = rounded(rows, torch.ones(32), MXINT4)
+    assert values[0].isnan().all()
+    assert torch.equal(values[1], rows[1])
+
+
+def test_a_token_of_great_energy_counts_four_times_the_median():
+    x = torch.ones(9, 4)
+    x[0] *= 100
+    assert token_weights(x)[1:].eq(1).all()
+    torch.testing.assert_close((x.square() * token_weights(x)).sum(-1)[0].item(), 16.0, rtol=1e-6, atol=0)
+    assert channel_importance(torch.zeros(3, 4)).gt(0).all()
