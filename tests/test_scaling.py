@@ -252,6 +252,8 @@ def bent_into(m: Net, h: Tensor) -> Tensor:
 
 
 TRICKY = {
+    "zeros filled in place": lambda m, x: m.first((h := m.norm(x)).masked_fill_(x > 0, 0.0)) + m.second(h),
+    "relu in place, of a view": lambda m, x: m.first((h := m.norm(x))[:, 0].relu_())[:, None] + m.second(h),
     "add with alpha": lambda m, x: m.first(x.tanh() * torch.add(m.gain, 1, alpha=2)),
     "where with a number": lambda m, x: m.first(torch.where(x > 0, m.norm(x), 3.0)),
     "cast to integers": lambda m, x: m.first(h := m.norm(x)) + m.second(h.long().float()),

@@ -302,7 +302,9 @@ _TABLE: dict[Any, Constraint] = {
     aten.cumsum.default: _cumsum,
     aten.where.self: _where,
     aten.where.ScalarOther: _where,
-    aten.masked_fill.Scalar: _masked_fill,
+    # In place, these two do to a scaled tensor, and to all that share its memory, what they do to an unscaled one.
+    **dict.fromkeys([aten.masked_fill.Scalar, aten.masked_fill_.Scalar], _masked_fill),
+    aten.relu_.default: _unary,
     **multiplied_by_matrix,
     **attended,
     **normalized,
