@@ -63,25 +63,23 @@ def constraint_of(node: Node) -> Constraint | None:
     return _TABLE.get(node.target, _refuse)
 
 
-def tie(region: Region, out: Node, *operands: Any, signs: tuple[int, ...] = ()) -> None:
-    """Elementwise with broadcasting: result and operands carry the same factors, to the power of the operand's sign."""
+def tie(region: Region, out: Node, *operands: Any) -> None:
+    """Elementwise with broadcasting: result and operands carry the same factors to the same power."""
     rank = len(region.sizes.shape(out))
     values = [out, *(value for value in operands if _is_tensor(value))]
-    powers = [1, *(signs or (1,) * (len(values) - 1))]
-    known = [(value, sign, labels) for value, sign in zip(values, powers, strict=True)
-             if (labels := region.get(value)) is not None]  # fmt: skip
-    if not known:
-        return
-    found = {region.power[value] * sign for value, sign, _ in known}
-    if len(found) > 1:
-        for _, _, labels in known:
+    known = [(value, labels) for value in values if (labels := region.get(value)) is not None]
+    powers = {region.power[value] for value, _ in known}
+    if len(powers) > 1:
+        for _, labels in known:
             region.pin(out, labels, "would have to be scaled and unscaled by the same factor")
+    if len(powers) != 1:
         return
-    power, joint = found.pop(), from_shape(known[0][2], rank)
-    for _, _, labels in known[1:]:
+    joint = from_shape(known[0][1], rank)
+    for _, labels in known[1:]:
         joint = merged(region.factors, joint, from_shape(labels, rank))
-    for value, sign in zip(values, powers, strict=True):
-        region.assign(value, to_shape(region.factors, joint, region.sizes.shape(value)), power * sign)
+    power = powers.pop()
+    for value in values:
+        region.assign(value, to_shape(region.factors, joint, region.sizes.shape(value)), power)
 
 
 def _held_tensor(region: Region, node: Node) -> None:
