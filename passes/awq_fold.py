@@ -84,5 +84,8 @@ class AwqFold(Pass):
         return search(group, operands, rounded, Quantizers(self.weight, self.activation))
 
     def _sample(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Fewer tokens for the stacked weights of many experts: outputs `[tokens, out]` are held at once."""
-        return rows[: max(16, _LARGEST_SAMPLE // len(weight))]
+        """Fewer tokens for the stacked weights of many experts: outputs `[tokens, out]` are held at once.
+
+        Every n-th one: a sample begins with its largest tokens.
+        """
+        return rows[:: -(-len(rows) // max(16, _LARGEST_SAMPLE // len(weight)))]
