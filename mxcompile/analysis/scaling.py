@@ -106,20 +106,12 @@ def _created(region: Region, node: Node) -> None:
 
 
 def _refuse(region: Region, node: Node) -> None:
-    if node.op == "placeholder":
-        reason = "is an input of the model"
-    elif node.op == "output":
-        reason = "is the output of the model"
-    else:
-        reason = f"is {node.target}, which is not linear in it"
+    ends = {"placeholder": "an input of the model", "output": "the output of the model"}
+    what = ends.get(node.op, f"{node.target}, which is not linear in it")
     for value in (node, *node.all_input_nodes):
         labels = region.get(value)
         if labels is not None:
-            region.pin(value, labels, reason if value is node else f"is read by %{node.name}, {_what(node)}")
-
-
-def _what(node: Node) -> str:
-    return "the output of the model" if node.op == "output" else f"{node.target}, which is not linear in it"
+            region.pin(value, labels, f"is {what}" if value is node else f"is read by %{node.name}, {what}")
 
 
 def _is_tensor(value: Any) -> bool:
