@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mxcompile import reference
-from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.formats import SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule
+from mxcompile.nearest import round_in_place
+from mxcompile.rows import row_wise
 
 ENERGY_CAP = 4.0
 _OFFSETS = (-2, -1, 0, 1)
@@ -21,28 +23,50 @@ def token_weights(x: Tensor) -> Tensor:
     return (ENERGY_CAP * energy.median() / energy.clamp(min=1e-30)).clamp(max=1.0)
 
 
-def channel_importance(x: Tensor) -> Tensor:
-    """h `[in]` from sampled inputs `[tokens, in]`: mean squares, with capped tokens; at least a little everywhere."""
-    mean = (x.square() * token_weights(x)).mean(0)
-    return mean.clamp(min=float(mean.mean()) * 1e-6 + 1e-30)
+def floored(importance: Tensor) -> Tensor:
+    """Mean squares `[in]`, at least a little everywhere: a channel that calibration never saw still has its weights."""
+    return importance.clamp(min=float(importance.mean()) * 1e-6 + 1e-30)
 
 
-def quantize_weighted(rows: Tensor, importance: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
-    """Codes and scales as `reference.quantize` gives them; of four scales, the one of least weighted squared error.
+def round_weighted(rows: Tensor, importance: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+    """A weight as MX values, and the scales: of four scales a block, the one of least weighted squared error.
 
-    rows: `[..., in]`; importance: `[in]`. Scales tried: the OCP one (floor) times 1/4, 1/2, 1 and 2.
+    rows: `[..., in]`; importance: `[in]`. Scales tried: the OCP one (floor) times 1/4, 1/2, 1 and 2. Returns values
+    `[..., in]` of the rows' dtype (NaN in a block that is not finite) and E8M0 scales `[..., blocks]`.
     """
-    _, floor = reference.quantize(rows, fmt, ScaleRule.FLOOR)
     blocks = reference.to_blocks(rows.float(), fmt)
     weights = reference.to_blocks(importance.float(), fmt)
-    best: Tensor | None = None
-    chosen = floor
+    amax = blocks.abs().amax(-1, keepdim=True)
+    finite = torch.isfinite(amax)
+    floor = reference.scale_exponents(torch.where(finite, amax, 0.0), fmt, ScaleRule.FLOOR)
+    v = torch.where(finite, blocks, 0.0) * reference.power_of_two(-floor)
+    best, least = floor, torch.full_like(amax, torch.inf)
     for offset in _OFFSETS:
-        scales = torch.where(floor == 255, floor, (floor.int() + offset).clamp(0, 254).to(torch.uint8))
-        codes = reference.quantize_on_scales(rows, scales, fmt)
-        values = reference.to_blocks(reference.dequantize(codes, scales, fmt, rows.shape[-1], torch.float32), fmt)
-        error = ((values - blocks).square() * weights).sum(-1).nan_to_num(nan=torch.inf)
-        better = torch.ones_like(error, dtype=torch.bool) if best is None else error < best
-        best = error if best is None else torch.where(better, error, best)
-        chosen = torch.where(better, scales, chosen)
-    return reference.quantize_on_scales(rows, chosen, fmt), chosen
+        candidate = (floor + offset).clamp(-SCALE_BIAS, SCALE_BIAS)
+        error = (_rounded(v, candidate - floor, fmt).sub_(v).square_().mul_(weights)).sum(-1, keepdim=True)
+        best = torch.where(error < least, candidate, best)
+        least = torch.minimum(error, least)
+    values = _rounded(v, best - floor, fmt).mul_(reference.power_of_two(floor)).masked_fill_(~finite, torch.nan)
+    scales = torch.where(finite, best + SCALE_BIAS, SCALE_NAN).to(torch.uint8).squeeze(-1)
+    return values.flatten(-2)[..., : rows.shape[-1]].to(rows.dtype), scales
+
+
+def round_rows(rows: Tensor, fmt: MXFormat, rule: ScaleRule, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A weight as MX values, and the scales, a few rows at a time.
+
+    With the importance of its input channels `[in]`, the `mse` rule's squared error counts by it.
+    """
+
+    def convert(part: Tensor) -> tuple[Tensor, Tensor]:
+        if importance is not None and rule is ScaleRule.MSE:
+            return round_weighted(part, importance.to(part.device), fmt)
+        codes, scales = reference.quantize(part, fmt, rule)
+        return reference.dequantize(codes, scales, fmt, part.shape[-1], part.dtype), scales
+
+    values, scales = row_wise(convert, rows)
+    return values, scales
+
+
+def _rounded(v: Tensor, shift: Tensor, fmt: MXFormat) -> Tensor:
+    """v on a scale of 2^shift."""
+    return round_in_place(v * reference.power_of_two(-shift), fmt).mul_(reference.power_of_two(shift))

@@ -8,7 +8,7 @@ from typing import ClassVar
 from mxcompile import spec, verify
 from mxcompile.calibration.run import Request, gather
 from mxcompile.errors import MXCompileError, PassError, PipelineError, PreservationError
-from mxcompile.inputs import Inputs, as_batches
+from mxcompile.inputs import as_batches
 from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import PassRecord, PassResult
 from mxcompile.preservation import OnChange, check_preserved, remember
@@ -95,11 +95,12 @@ class Pipeline:
         if self.passes and program.stage not in self.passes[0].accepts:
             raise PipelineError(_wrong_stage(self.passes[0], program.stage, "what was run before"))
         program = program.copy()
-        batches = [program.example] if calibration is None else list(as_batches(calibration))
+        program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))
         for instrument in instruments:
             instrument.start(program, self)
         for index, current in enumerate(self.passes, start=1):
-            _run_one(Step(index, current, self), program, batches, instruments, on_change)
+            _run_one(Step(index, current, self), program, instruments, on_change)
+        program.batches = (program.example,)
         for instrument in instruments:
             instrument.finish(program)
         return program
@@ -115,15 +116,13 @@ def _wrong_stage(current: Pass, stage: Stage, origin: str) -> str:
     return f"{current.name} cannot run after {origin}: {what}. Move {current.name} in front of {origin}."
 
 
-def _run_one(
-    step: Step, program: Program, batches: list[Inputs], instruments: Sequence[Instrument], on_change: OnChange
-) -> None:
+def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on_change: OnChange) -> None:
     current = step.current
     for instrument in instruments:
         instrument.before(program, step)
     began = time.perf_counter()
     try:
-        gather(program, current.requests(program), batches)
+        gather(program, current.requests(program), program.batches)
         if current.preserves_function:
             result, preserved = _preserving(current, program, on_change)
         else:

@@ -51,7 +51,8 @@ class Program:
     output_heads: names of the parameters that make the model's output (lm_head).
     aliases: for a parameter that the user's module holds under several names, all of them.
     rounded: parameter name -> how its values have been rounded.
-    statistics: (value name, observer name) -> what calibration measured.
+    batches: calibration data, while a pipeline runs. statistics: (value name, observer name) -> what they showed.
+    importance: weight name -> mean square of each of its input channels `[in]`, where a pass has measured it.
     outputs: the output tensors on the example inputs, kept while passes preserve the function.
     """
 
@@ -72,7 +73,9 @@ class Program:
         self.stage = Stage.FLOAT
         self.ledger: list[PassRecord] = []
         self.rounded: dict[str, Rounding] = {}
+        self.batches: tuple[Inputs, ...] = (example,)
         self.statistics: dict[tuple[str, str], Tensor] = {}
+        self.importance: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] | None = None
 
     @property
@@ -99,7 +102,9 @@ class Program:
         other.stage = self.stage
         other.ledger = list(self.ledger)
         other.rounded = dict(self.rounded)
+        other.batches = self.batches
         other.statistics = dict(self.statistics)
+        other.importance = dict(self.importance)
         other.outputs = self.outputs
         return other
 

@@ -5,23 +5,30 @@ The error of a choice s is that of the group's outputs over a sample of tokens,
     sum over matmuls of || Q_a(X / s) Q_w(W s)^T - X W^T ||^2      (tokens of great energy capped)
 
 with the weight quantizer alone for weight-only formats (AWQ, Lin et al., arXiv 2306.00978, eq. 4) and with both if
-activations are quantized too (AQAS, Lee et al., arXiv 2311.05161).
+activations are quantized too (AQAS, Lee et al., arXiv 2311.05161). Weights are tried with the scales that
+`round-weights` will give them, chosen by the importance of their input channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from mxcompile import reference
-from mxcompile.analysis.groups import ScaleGroup
-from mxcompile.formats import MXFormat, activation_rule
-from mxcompile.importance import channel_importance, quantize_weighted, token_weights
-from mxcompile.rows import row_wise
+from mxcompile.formats import MXFormat, ScaleRule, activation_rule
+from mxcompile.importance import round_rows, token_weights
 
 _SMALLEST = 1e-5
 _LARGEST_RATIO = 2.0**10
+
+
+class Objective(Enum):
+    """What factors are scored on: the outputs of the group's matmuls, or what the segment around them gives on."""
+
+    OUTPUT = "output"
+    BLOCK = "block"
 
 
 @dataclass(frozen=True)
@@ -32,16 +39,11 @@ class Quantizers:
     activation: MXFormat | None
 
     def round_weight(self, rows: Tensor, importance: Tensor) -> Tensor:
-        """A weight `[out, in]` as its MX values, with scales for inputs of that importance `[in]`."""
-
-        def round_rows(part: Tensor) -> tuple[Tensor, ...]:
-            codes, scales = quantize_weighted(part, importance, self.weight)
-            return (reference.dequantize(codes, scales, self.weight, part.shape[-1], part.dtype),)
-
-        return row_wise(round_rows, rows)[0]
+        """A weight `[..., out, in]` as its MX values, with scales for inputs of that importance `[in]`."""
+        return round_rows(rows, self.weight, ScaleRule.MSE, importance)[0]
 
     def round_input(self, x: Tensor) -> Tensor:
-        """An input `[tokens, in]` as its MX values."""
+        """An input `[..., in]` as its MX values."""
         if self.activation is None:
             return x
         return reference.quantize_dequantize(x, self.activation, activation_rule(self.activation))
@@ -49,9 +51,14 @@ class Quantizers:
 
 @dataclass(frozen=True)
 class Operand:
-    """A matmul of the group: sampled inputs `[tokens, in]`, weight `[out, in]`, factor numbers `[in]` (-1: none)."""
+    """An input value of the group and the weights it meets.
+
+    inputs: a sample of it `[tokens, in]`. importance: mean square of its channels `[in]`. weight: of all its matmuls,
+    `[out, in]`. channels: the number of the factor of each channel `[in]`, -1 for none.
+    """
 
     inputs: Tensor
+    importance: Tensor
     weight: Tensor
     channels: Tensor
 
@@ -65,27 +72,48 @@ class Found:
     error_before: float
 
 
-def search(group: ScaleGroup, operands: list[Operand], candidates: Iterator[Tensor], quantizers: Quantizers) -> Found:
-    """Try all candidates; factors of 1 are always among them."""
-    exact = [operand.inputs @ operand.weight.T for operand in operands]
-    best = torch.ones(group.count)
-    least = before = _error(operands, exact, best, quantizers)
+def search(candidates: Iterable[Tensor], error: Callable[[Tensor], float], count: int) -> Found:
+    """The candidate `[count]` of least error; factors of 1 are always among them."""
+    best = torch.ones(count)
+    least = before = error(best)
     for factors in candidates:
-        error = _error(operands, exact, factors, quantizers)
-        if error < least:
-            best, least = factors, error
+        found = error(factors)
+        if found < least:
+            best, least = factors, found
     return Found(best, least, before)
 
 
-def candidates(activation: Tensor, weight: Tensor, grid: int) -> Iterator[Tensor]:
-    """Factors `[count]` from each factor's mean magnitudes in activations and weights.
+def output_error(operands: Iterable[Operand], quantizers: Quantizers) -> Callable[[Tensor], float]:
+    """Squared error of the outputs of all matmuls, as a function of the factors `[count]`."""
+    prepared = [(o, token_weights(o.inputs).sqrt(), o.inputs @ o.weight.T) for o in operands]
 
-    AWQ's x^a and x^a / w^(1-a), a on a grid in (0, 1].
+    def error(factors: Tensor) -> float:
+        total = 0.0
+        for operand, counts, wanted in prepared:
+            scale = spread(factors, operand.channels)
+            weight = quantizers.round_weight(operand.weight * scale, operand.importance / scale.square())
+            given = quantizers.round_input(operand.inputs / scale) @ weight.T
+            total += given.sub_(wanted).mul_(counts).square_().sum().item()
+        return total
+
+    return error
+
+
+def spread(factors: Tensor, channels: Tensor) -> Tensor:
+    """The factor of every channel `[in]`, 1 where it has none, on the channels' device."""
+    return torch.cat((factors.to(channels.device), torch.ones(1, device=channels.device)))[channels]
+
+
+def powers(activation: Tensor, weight: Tensor, grid: int, activation_alone: bool) -> Iterator[Tensor]:
+    """Factors `[count]` from a magnitude of each channel in activations and weights, a on a grid in (0, 1].
+
+    x^a / w^(1-a) (SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4) and, if asked for, x^a (AWQ).
     """
     activation, weight = activation.clamp(min=_SMALLEST), weight.clamp(min=_SMALLEST)
     for step in range(1, grid + 1):
         a = step / grid
-        yield normalized(activation**a)
+        if activation_alone:
+            yield normalized(activation**a)
         yield normalized(activation**a / weight ** (1 - a))
 
 
@@ -94,18 +122,3 @@ def normalized(factors: Tensor) -> Tensor:
     factors = factors.clamp(min=_SMALLEST)
     factors = factors / (factors.max() * factors.min()).sqrt()
     return factors.clamp(_LARGEST_RATIO**-0.5, _LARGEST_RATIO**0.5)
-
-
-def _error(operands: list[Operand], exact: list[Tensor], factors: Tensor, quantizers: Quantizers) -> float:
-    padded = torch.cat((factors, torch.ones(1))).to(operands[0].weight.device)
-    rounded: dict[tuple[int, int], Tensor] = {}
-    total = 0.0
-    for operand, wanted in zip(operands, exact, strict=True):
-        scale = padded[operand.channels]
-        key = (operand.inputs.data_ptr(), operand.channels.data_ptr())
-        if key not in rounded:
-            rounded[key] = quantizers.round_input(operand.inputs / scale)
-        importance = channel_importance(operand.inputs) / scale.square()
-        given = rounded[key] @ quantizers.round_weight(operand.weight * scale, importance).T
-        total += ((given - wanted).square() * token_weights(operand.inputs)).sum().item()
-    return total

@@ -73,6 +73,11 @@ def _parse(text: str, hint: Any, place: str) -> Any:
         return None if text == "none" else _parse(text, next(c for c in choices if c is not type(None)), place)
     if getattr(hint, "__origin__", None) is tuple:
         return tuple(word.strip() for word in text.strip("[]").split(",") if word.strip())
+    if isinstance(hint, type) and issubclass(hint, Enum) and hint is not ScaleRule:
+        try:
+            return hint(text)
+        except ValueError:
+            raise UnknownNameError(f"value of {place}", text, (str(choice.value) for choice in hint)) from None
     readers: dict[Any, Callable[[str], Any]] = {
         MXFormat: parse_format,
         ScaleRule: parse_scale_rule,

@@ -7,7 +7,6 @@ was asked for by name looks up packed rows. The lowered graph runs in eager as t
 
 import operator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,10 +18,11 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.edit import BLOCK_AXIS, insert_call, insert_tensor
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
+from mxcompile.importance import round_rows
 from mxcompile.ledger import PassResult
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.pipeline import FLOATING, Pass
-from mxcompile.program import Program, Stage
+from mxcompile.program import Program, Rounding, Stage
 from mxcompile.rows import row_wise
 
 aten = torch.ops.aten
@@ -32,7 +32,8 @@ aten = torch.ops.aten
 class LowerMX(Pass):
     """Formats of weights and activations (`activation=None`: weight-only).
 
-    weight_rule: scales of weights that no earlier pass has rounded. activation_rule: scales of activations, computed at
+    weight_rule: scales of weights that no earlier pass has rounded (`mse` counts errors by the importance of input
+    channels, where a pass has measured it). activation_rule: scales of activations, computed at
     run time; None takes the format's default (`formats.activation_rule`).
     """
 
@@ -116,7 +117,8 @@ class LowerMX(Pass):
         """Elements and scales; for a weight that is already rounded, the ones it was rounded to."""
         rounded = program.rounded.pop(name, None)
         if rounded is None:
-            return cast(tuple[Tensor, Tensor], row_wise(self._quantize_rows, rows))
+            rows, scales = round_rows(rows, self.weight, self.weight_rule, program.importance.get(name))
+            rounded = Rounding(self.weight, scales)
         if rounded.format != self.weight:
             raise PassError(
                 f"{name!r} was rounded to {rounded.format}, lower-mx has weight={self.weight}: use one format"
@@ -125,10 +127,6 @@ class LowerMX(Pass):
         if not torch.equal(again, rows):
             raise PassError(f"{name!r} does not hold {self.weight} values any more: a pass changed it after rounding")
         return elements, rounded.scales
-
-    def _quantize_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scales = reference.quantize(rows, self.weight, self.weight_rule)
-        return packing.pack(codes, self.weight), scales
 
     def _encode_rows(self, rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         codes = reference.quantize_on_scales(rows, scales, self.weight)

@@ -6,30 +6,27 @@ again.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul, finite_rows
-from mxcompile.calibration.observers import TokenSample
+from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import Request
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.importance import channel_importance, quantize_weighted
+from mxcompile.importance import round_rows
 from mxcompile.ledger import Miss, PassResult
 from mxcompile.measure import sqnr_db
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage, where
-from mxcompile.rows import row_wise
 
 
 @dataclass(frozen=True)
 class RoundWeights(Pass):
     """Round to `format`, with scales by `rule` (by default the least squared error of each block).
 
-    weighted: choose scales by the squared error weighted with the mean square of each input channel, as calibration
-        shows it (`importance.py`), in place of `rule`.
+    weighted: let the squared error of the `mse` rule count by the mean square of each input channel, as calibration
+        shows it (`importance.py`). Weights for which an earlier pass has measured it are always rounded so.
     """
 
     format: MXFormat
@@ -41,9 +38,10 @@ class RoundWeights(Pass):
     gives = Stage.ROUNDED
 
     def requests(self, program: Program) -> Sequence[Request]:
-        """Samples of the weights' inputs, if scales are weighted by them."""
+        """How much the channels of the weights' inputs matter, if scales are to be chosen by that."""
         matmuls = choose(program).matmuls if self.weighted else ()
-        return [Request(matmul.activation.name, TokenSample) for matmul in matmuls]
+        missing = [matmul for matmul in matmuls if matmul.parameter not in program.importance]
+        return [Request(matmul.activation.name, ChannelImportance) for matmul in missing]
 
     def run(self, program: Program) -> PassResult:
         """Replace the weights; one that something else reads too is left to `lower-mx`, which makes its own copy."""
@@ -62,19 +60,11 @@ class RoundWeights(Pass):
 
     def _round(self, program: Program, matmul: Matmul) -> tuple[Tensor, Tensor]:
         rows = finite_rows(program, matmul)
-        rounded, scales = row_wise(partial(self._round_rows, self._importance(program, matmul)), rows)
+        rounded, scales = round_rows(rows, self.format, self.rule, self._importance(program, matmul))
         program.set_tensor(matmul.parameter, matmul.rows(rounded).contiguous())
         program.rounded[matmul.parameter] = Rounding(self.format, scales)
         return rows, rounded
 
     def _importance(self, program: Program, matmul: Matmul) -> Tensor | None:
-        if not self.weighted:
-            return None
-        return channel_importance(program.statistics[Request(matmul.activation.name, TokenSample).key])
-
-    def _round_rows(self, importance: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
-        if importance is None:
-            codes, scales = reference.quantize(rows, self.format, self.rule)
-        else:
-            codes, scales = quantize_weighted(rows, importance.to(rows.device), self.format)
-        return reference.dequantize(codes, scales, self.format, rows.shape[-1], rows.dtype), scales
+        measured = program.statistics.get(Request(matmul.activation.name, ChannelImportance).key)
+        return program.importance.get(matmul.parameter, measured if self.weighted else None)

@@ -14,7 +14,7 @@ PRODUCT = [*sorted((ROOT / "mxcompile").rglob("*.py")), *sorted((ROOT / "passes"
 FLOORS = [
     {"errors"},
     {"formats"},
-    {"importance", "packing", "reference", "rows"},
+    {"importance", "nearest", "packing", "reference", "rows"},
     {"kernels"},
     {"ops"},
     {"inputs", "ledger", "selection", "measure"},

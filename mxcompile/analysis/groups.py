@@ -44,12 +44,14 @@ class ScaleGroup:
     in_half_precision: a divided value or parameter has a 16-bit dtype: only powers of two divide it without loss.
     matmuls: those wanted that read a divided value, each with the factor numbers `[in]` of its input channels, -1 for a
         channel without one.
+    values: all computed values that are divided or multiplied.
     """
 
     value: Node
     count: int
     matmuls: tuple[tuple[Matmul, Tensor], ...]
     absorbers: tuple[Absorber, ...]
+    values: frozenset[Node]
     in_half_precision: bool
 
     @property
@@ -131,6 +133,10 @@ def fold(program: Program, group: ScaleGroup, factors: Tensor) -> None:
         wide = before if before.dtype == torch.float64 else before.float()
         after = (wide + absorber.offset) * scale - absorber.offset
         program.set_tensor(absorber.parameter, after.to(before.dtype))
+    for name, channels in {matmul.parameter: channels for matmul, channels in group.matmuls}.items():
+        if name in program.importance:
+            known = program.importance[name]
+            program.importance[name] = known / padded[channels].square().to(known.device)
 
 
 def half_precision_factors(group: ScaleGroup, factors: Tensor, power_of_two: bool) -> Tensor:
@@ -187,6 +193,8 @@ def _collected(program: Program, region: Region, value: Node, wanted: Iterable[M
                 parameter = parameter.args[0]
             assert isinstance(parameter, Node)
             absorbers.append(Absorber(str(parameter.target), numbered(region.labels[node]), region.power[node], offset))
-    half = any(node.meta["val"].dtype.itemsize < 4 for node, labels in region.labels.items() if region.is_free(labels))
+    scaled = [node for node, labels in region.labels.items() if region.is_free(labels)]
+    half = any(node.meta["val"].dtype.itemsize < 4 for node in scaled)
+    values = frozenset(node for node in scaled if node.op != "get_attr")
     unique = {(a.parameter, a.power): a for a in absorbers}
-    return ScaleGroup(value, len(numbers), tuple(matmuls), tuple(unique.values()), half)
+    return ScaleGroup(value, len(numbers), tuple(matmuls), tuple(unique.values()), values, half)

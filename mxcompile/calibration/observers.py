@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mxcompile.importance import floored, token_weights
+
 
 class Observer(Protocol):
     """Sees a value `[..., channels]` once a batch."""
@@ -77,6 +79,39 @@ class ChannelMeanAbs:
         if self._sum is None:
             raise RuntimeError("the observer has seen no data")
         return (self._sum / self._count).float()
+
+    def _take(self, total: Tensor, count: int) -> None:
+        self._sum = total if self._sum is None else self._sum + total
+        self._count += count
+
+
+class ChannelImportance:
+    """Mean square of each channel (last dimension), float32 `[channels]`, tokens of great energy capped.
+
+    A token counts with at most four times the median energy of its batch (`importance.token_weights`).
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def update(self, x: Tensor) -> None:
+        """x: `[..., channels]`; an empty batch changes nothing."""
+        if x.numel():
+            rows = x.detach().reshape(-1, x.shape[-1]).float()
+            self._take((rows.square() * token_weights(rows)).sum(0, dtype=torch.float64), len(rows))
+
+    def merge(self, other: Observer) -> None:
+        """The mean over what both have seen."""
+        if isinstance(other, ChannelImportance) and other._sum is not None:
+            self._take(other._sum, other._count)
+
+    @property
+    def value(self) -> Tensor:
+        """Float32 `[channels]`, nowhere 0; raises if nothing has been seen."""
+        if self._sum is None:
+            raise RuntimeError("the observer has seen no data")
+        return floored((self._sum / self._count).float())
 
     def _take(self, total: Tensor, count: int) -> None:
         self._sum = total if self._sum is None else self._sum + total

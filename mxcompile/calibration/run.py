@@ -1,17 +1,20 @@
 """Run batches through a Program with observers on chosen values."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from mxcompile.calibration.observers import Observer
 from mxcompile.errors import InputError
 from mxcompile.inputs import Inputs
 from mxcompile.program import Program, guards_explained
+
+Values = dict[Node, Any]
+"""What some nodes of a graph are worth for one batch."""
 
 
 @dataclass(frozen=True)
@@ -27,28 +30,45 @@ class Request:
         return self.value, getattr(self.observer, "__name__", str(self.observer))
 
 
-class _AllSeenError(Exception):
-    """The rest of the graph need not run."""
+class Runner(Interpreter):
+    """Runs parts of a graph on values kept outside; tensors of the program are read anew each time."""
 
-
-class _Observing(Interpreter):
-    """Runs the graph node by node up to the last requested value, showing each to its observers; frees values after
-    their last use.
-    """
-
-    def __init__(self, program: Program, observers: dict[str, list[Observer]]) -> None:
-        super().__init__(program.graph_module)
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module, garbage_collect_values=False)
         self.extra_traceback = False  # errors are ours to explain
-        self._observers = observers
-        self._last = [node.name for node in program.graph.nodes if node.name in observers][-1]
 
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        for observer in self._observers.get(n.name, ()):
-            observer.update(result)
-        if n.name == self._last:
-            raise _AllSeenError
-        return result
+    def run_nodes(
+        self,
+        nodes: Sequence[Node],
+        values: Values,
+        seen: Callable[[Node, Any], None] | None = None,
+        wanted: Iterable[Node] = (),
+    ) -> Values:
+        """Compute nodes in order from `values`, show each result to `seen`, return those wanted (in order).
+
+        A value is let go after its last use among the nodes.
+        """
+        wanted = dict.fromkeys(wanted)
+        last = {source: index for index, node in enumerate(nodes) for source in node.all_input_nodes}
+        self.env = dict(values)
+        with torch.no_grad(), guards_explained():
+            for index, node in enumerate(nodes):
+                for source in node.all_input_nodes:
+                    if source.op == "get_attr":
+                        self.env[source] = self.parameter(source)
+                self.env[node] = self.run_node(node)
+                if seen is not None:
+                    seen(node, self.env[node])
+                for source in (*node.all_input_nodes, node):
+                    if last.get(source, index) == index and source not in wanted:
+                        self.env.pop(source, None)
+        found = {node: self.env[node] for node in wanted}
+        self.env = {}
+        return found
+
+    def parameter(self, node: Node) -> Tensor:
+        """The tensor that a `get_attr` node reads."""
+        return self.fetch_attr(str(node.target))
 
 
 def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inputs]) -> None:
@@ -60,20 +80,28 @@ def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inpu
     by_value: dict[str, list[Observer]] = {}
     for (value, _), observer in observers.items():
         by_value.setdefault(value, []).append(observer)
-    if missing := sorted(set(by_value) - {node.name for node in program.graph.nodes}):
+    places = {node.name: place for place, node in enumerate(program.graph.nodes)}
+    if missing := sorted(set(by_value) - set(places)):
         raise KeyError(f"the graph has no value {missing[0]!r}")
-    interpreter = _Observing(program, by_value)
-    with torch.no_grad(), guards_explained():
-        for batch in batches:
-            program.example.check_ranks(batch)
-            with suppress(_AllSeenError):
-                interpreter.run(*_flat_arguments(program, batch), enable_io_processing=False)
-            interpreter.env.clear()
+
+    def show(node: Node, value: Any) -> None:
+        for observer in by_value.get(node.name, ()):
+            observer.update(value)
+
+    runner = Runner(program)
+    needed = list(program.graph.nodes)[: max(places[name] for name in by_value) + 1]
+    computed = [node for node in needed if node.op not in ("placeholder", "get_attr", "output")]
+    for batch in batches:
+        given = arguments(program, batch)
+        for node, value in given.items():
+            show(node, value)
+        runner.run_nodes(computed, given, show)
     program.statistics.update({key: observer.value for key, observer in observers.items()})
 
 
-def _flat_arguments(program: Program, batch: Inputs) -> list[Any]:
-    """A batch as the graph's placeholders take it: flattened in the order of the traced inputs."""
+def arguments(program: Program, batch: Inputs) -> Values:
+    """A batch as the graph's placeholders take it; raises InputError if it is not of the traced kind."""
+    program.example.check_ranks(batch)
     names = list(program.example.kwargs)
     if len(batch.args) != len(program.example.args) or set(batch.kwargs) != set(names):
         raise InputError(
@@ -81,7 +109,8 @@ def _flat_arguments(program: Program, batch: Inputs) -> list[Any]:
             f"model was traced with {len(program.example.args)} and {sorted(names)}"
         )
     kwargs = {name: batch.kwargs[name] for name in names}
-    return list(_leaves_like((program.example.args, program.example.kwargs), (batch.args, kwargs)))
+    leaves = _leaves_like((program.example.args, program.example.kwargs), (batch.args, kwargs))
+    return dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
 
 
 def _leaves_like(example: Any, value: Any) -> Iterator[Any]:

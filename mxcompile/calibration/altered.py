@@ -1,0 +1,50 @@
+"""A Program run as it would be with some matmul inputs prepared and some tensors replaced, without rewriting it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from mxcompile.analysis.matmuls import Matmul
+from mxcompile.calibration.run import Runner
+from mxcompile.program import Program
+
+Prepare = Callable[[Tensor], Tensor]
+
+
+class Altered(Runner):
+    """prepare: what a matmul does to its input, for some matmuls. tensors: other values for some of the tensors.
+
+    Both may be changed between two runs.
+    """
+
+    def __init__(
+        self, program: Program, prepare: Mapping[Matmul, Prepare], tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__(program)
+        self.prepare = {matmul.node: (matmul.activation, function) for matmul, function in prepare.items()}
+        self.tensors = dict(tensors or {})
+        self._last: tuple[Any, Any, Tensor] | None = None
+
+    def run_node(self, n: Node) -> Any:
+        """Compute a node, a matmul on its prepared input."""
+        if n not in self.prepare:
+            return super().run_node(n)
+        activation, function = self.prepare[n]
+        plain = self.env[activation]
+        self.env[activation] = self._prepared(plain, function)
+        result = super().run_node(n)
+        self.env[activation] = plain
+        return result
+
+    def parameter(self, node: Node) -> Tensor:
+        """The tensor that a `get_attr` node reads, or what stands in its place."""
+        replacement = self.tensors.get(str(node.target))
+        return super().parameter(node) if replacement is None else replacement
+
+    def _prepared(self, value: Tensor, function: Prepare) -> Tensor:
+        """Matmuls that share a value and its preparation (q, k, v) prepare it once."""
+        if self._last is None or self._last[0] is not value or self._last[1] is not function:
+            self._last = (value, function, function(value))
+        return self._last[2]
