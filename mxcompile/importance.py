@@ -5,16 +5,18 @@ mean square of input channel j. A token counts with at most four times the media
 can carry a thousand times the energy of others and would be all that counts; left out altogether it would break.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mxcompile import reference
 from mxcompile.formats import SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule
-from mxcompile.nearest import round_in_place
+from mxcompile.nearest import round_steps_in_place, unit
 from mxcompile.rows import row_wise
 
 ENERGY_CAP = 4.0
-_OFFSETS = (-2, -1, 0, 1)
+OFFSETS = (-2, -1, 0, 1)
 
 
 def token_weights(x: Tensor) -> Tensor:
@@ -28,30 +30,43 @@ def floored(importance: Tensor) -> Tensor:
     return importance.clamp(min=float(importance.mean()) * 1e-6 + 1e-30)
 
 
-def round_weighted(rows: Tensor, importance: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
-    """A weight as MX values, and the scales: of four scales a block, the one of least weighted squared error.
+def round_weighted(
+    rows: Tensor, importance: Tensor, fmt: MXFormat, offsets: Sequence[int] = OFFSETS
+) -> tuple[Tensor, Tensor]:
+    """A weight as MX values, and the scales: of several scales a block, the one of least weighted squared error.
 
-    rows: `[..., in]`; importance: `[in]`. Scales tried: the OCP one (floor) times 1/4, 1/2, 1 and 2. Returns values
-    `[..., in]` of the rows' dtype (NaN in a block that is not finite) and E8M0 scales `[..., blocks]`.
+    rows: `[..., in]`; importance: `[in]`. Scales tried: the OCP one (floor) times 2^offset, by default 1/4, 1/2, 1 and
+    2. Returns values `[..., in]` of the rows' dtype (NaN in a block that is not finite), E8M0 scales `[..., blocks]`.
     """
     blocks = reference.to_blocks(rows.float(), fmt)
     weights = reference.to_blocks(importance.float(), fmt)
     amax = blocks.abs().amax(-1, keepdim=True)
     finite = torch.isfinite(amax)
-    floor = reference.scale_exponents(torch.where(finite, amax, 0.0), fmt, ScaleRule.FLOOR)
-    v = torch.where(finite, blocks, 0.0) * reference.power_of_two(-floor)
+    if not finite.all():
+        amax, blocks = torch.where(finite, amax, 0.0), torch.where(finite, blocks, 0.0)
+    floor = reference.scale_exponents(amax, fmt, ScaleRule.FLOOR)
     best, least = floor, torch.full_like(amax, torch.inf)
-    for offset in _OFFSETS:
+    for offset in offsets:
         candidate = (floor + offset).clamp(-SCALE_BIAS, SCALE_BIAS)
-        error = (_rounded(v, candidate - floor, fmt).sub_(v).square_().mul_(weights)).sum(-1, keepdim=True)
+        v = _in_steps(blocks, candidate, fmt)
+        error = round_steps_in_place(v.clone(), fmt).sub_(v).square_().mul_(weights).sum(-1, keepdim=True)
+        error *= reference.power_of_two((candidate - floor).clamp(max=30)).square()
         best = torch.where(error < least, candidate, best)
         least = torch.minimum(error, least)
-    values = _rounded(v, best - floor, fmt).mul_(reference.power_of_two(floor)).masked_fill_(~finite, torch.nan)
+    values = round_steps_in_place(_in_steps(blocks, best, fmt), fmt).mul_(reference.power_of_two(best) * unit(fmt))
+    if not finite.all():
+        values.masked_fill_(~finite, torch.nan)
     scales = torch.where(finite, best + SCALE_BIAS, SCALE_NAN).to(torch.uint8).squeeze(-1)
     return values.flatten(-2)[..., : rows.shape[-1]].to(rows.dtype), scales
 
 
-def round_rows(rows: Tensor, fmt: MXFormat, rule: ScaleRule, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def round_rows(
+    rows: Tensor,
+    fmt: MXFormat,
+    rule: ScaleRule,
+    importance: Tensor | None = None,
+    offsets: Sequence[int] = OFFSETS,
+) -> tuple[Tensor, Tensor]:
     """A weight as MX values, and the scales, a few rows at a time.
 
     With the importance of its input channels `[in]`, the `mse` rule's squared error counts by it.
@@ -59,7 +74,7 @@ def round_rows(rows: Tensor, fmt: MXFormat, rule: ScaleRule, importance: Tensor 
 
     def convert(part: Tensor) -> tuple[Tensor, Tensor]:
         if importance is not None and rule is ScaleRule.MSE:
-            return round_weighted(part, importance.to(part.device), fmt)
+            return round_weighted(part, importance.to(part.device), fmt, offsets)
         codes, scales = reference.quantize(part, fmt, rule)
         return reference.dequantize(codes, scales, fmt, part.shape[-1], part.dtype), scales
 
@@ -67,6 +82,6 @@ def round_rows(rows: Tensor, fmt: MXFormat, rule: ScaleRule, importance: Tensor 
     return values, scales
 
 
-def _rounded(v: Tensor, shift: Tensor, fmt: MXFormat) -> Tensor:
-    """v on a scale of 2^shift."""
-    return round_in_place(v * reference.power_of_two(-shift), fmt).mul_(reference.power_of_two(shift))
+def _in_steps(blocks: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
+    """Values over their block's scale and the format's unit."""
+    return blocks * (reference.power_of_two(-exponent) * (1 / unit(fmt)))

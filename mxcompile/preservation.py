@@ -32,11 +32,13 @@ def agreement_db(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> tuple[f
 def _agreement(value: Tensor, other: Tensor | None) -> float:
     if other is None or value.shape != other.shape:
         return -math.inf
+    if torch.isfinite(value).all() and torch.isfinite(other).all():
+        return sqnr_db(value, other)
     finite = torch.isfinite(value)
     kinds = (tensor.masked_fill(finite, 0).nan_to_num(nan=2.0, posinf=1.0, neginf=-1.0) for tensor in (value, other))
     if not torch.equal(*kinds) or not torch.isfinite(other[finite]).all():
         return -math.inf
-    return sqnr_db(value, other) if finite.all() else sqnr_db(value[finite], other[finite])
+    return sqnr_db(value[finite], other[finite])
 
 
 def remember(program: Program) -> None:

@@ -21,6 +21,7 @@ from mxcompile.formats import MXFormat, ScaleRule, activation_rule
 from mxcompile.importance import round_rows, token_weights
 
 _SMALLEST = 1e-5
+_OFFSETS = (-1, 0)  # the other scales are rarely best: left to the final rounding
 _LARGEST_RATIO = 2.0**10
 
 
@@ -40,7 +41,7 @@ class Quantizers:
 
     def round_weight(self, rows: Tensor, importance: Tensor) -> Tensor:
         """A weight `[..., out, in]` as its MX values, with scales for inputs of that importance `[in]`."""
-        return round_rows(rows, self.weight, ScaleRule.MSE, importance)[0]
+        return round_rows(rows, self.weight, ScaleRule.MSE, importance, _OFFSETS)[0]
 
     def round_input(self, x: Tensor) -> Tensor:
         """An input `[..., in]` as its MX values."""

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from mxcompile import reference
 from mxcompile.formats import FORMATS
-from mxcompile.nearest import round_in_place
+from mxcompile.nearest import round_steps_in_place, unit
+
+
+def rounded(v, fmt):
+    return round_steps_in_place(v / unit(fmt), fmt) * unit(fmt)
+
 
 floats = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-8, 8, width=32)
 
@@ -17,7 +22,7 @@ floats = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-8, 8, width=32)
 @given(values=st.lists(floats, min_size=1, max_size=50))
 def test_equals_the_reference(name, values):
     v = torch.tensor(values)
-    assert torch.equal(round_in_place(v.clone(), FORMATS[name]), reference.round_elements(v, FORMATS[name]))
+    assert torch.equal(rounded(v, FORMATS[name]), reference.round_elements(v, FORMATS[name]))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -30,4 +35,4 @@ def test_ties_and_every_midpoint(name):
         (table, middles, middles.nextafter(torch.tensor(torch.inf)), middles.nextafter(-torch.tensor(torch.inf)))
     )
     points = torch.cat((points, 2 * points))
-    assert torch.equal(round_in_place(points.clone(), FORMATS[name]), reference.round_elements(points, FORMATS[name]))
+    assert torch.equal(rounded(points, FORMATS[name]), reference.round_elements(points, FORMATS[name]))
