@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from mxcompile import packing, reference
 from mxcompile.analysis.choice import Choice, check_coverage, choose, refuse_inseparable
-from mxcompile.analysis.matmuls import Matmul, finite_rows
+from mxcompile.analysis.matmuls import Matmul, finite_rows, read_instead
 from mxcompile.edit import BLOCK_AXIS, insert_call, insert_tensor
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
@@ -62,7 +62,7 @@ class LowerMX(Pass):
             if self.activation is not None:
                 if matmul.activation not in inputs:
                     inputs[matmul.activation] = self._lower_input(program, matmul, self.activation)
-                matmul.node.replace_input_with(matmul.activation, inputs[matmul.activation])
+                read_instead(matmul.node, inputs[matmul.activation])
         embeddings = self._lower_embeddings(program, choice)
         program.graph.eliminate_dead_code()
         program.drop_unread()

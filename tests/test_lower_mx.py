@@ -8,6 +8,7 @@ from torch import nn
 
 import mxcompile
 from mxcompile import reference
+from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.errors import CoverageError, PassError, PipelineError, WeightError
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
@@ -162,6 +163,22 @@ def test_the_users_model_and_the_float_program_are_untouched():
     Pipeline([LowerMX(MXINT4, MXINT8)]).run(program)
     assert print_program(program) == text
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_added_to_a_product_stays_float_though_it_is_the_activation_too():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x):
+            return torch.addmm(x, x, self.weight)
+
+    model, x = Residual(), torch.randn(3, 64)
+    program = lowered(model, x, weight=MXINT4, activation=MXINT8)
+    assert torch.equal(mxcompile.deploy(program, model)(x), program(x))
+    (matmul,) = find_matmuls(program)[0]
+    assert [str(arg) for arg in matmul.node.args[:2]] == ["x", "x_dequantized"]
 
 
 def test_embedding_on_request_looks_up_packed_rows():

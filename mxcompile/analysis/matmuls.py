@@ -141,6 +141,15 @@ def finite_rows(program: Program, matmul: Matmul) -> Tensor:
     return matmul.rows(weight)
 
 
+def read_instead(node: Node, value: Node) -> None:
+    """Let a matmul's node read another value as its activation; a bias that is the same node stays."""
+    place = _SIGNATURES[str(node.target)].activation
+    if place < len(node.args):
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(node.target._schema.arguments[place].name, value)  # pyright: ignore
+
+
 def _as_matmul(program: Program, node: Node, signature: _Signature) -> Matmul | str | None:
     """A Matmul, the reason why a candidate is not one, or None for a node that is no candidate."""
     activation, weight = operand(node, signature.activation), operand(node, signature.weight)
