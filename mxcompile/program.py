@@ -135,10 +135,14 @@ class Program:
         return owner is not None and isinstance(getattr(owner, leaf, None), nn.Parameter)
 
     def set_tensor(self, name: str, value: Tensor) -> None:
-        """Put a tensor in place of the one of that name, or add it. The old tensor is left as it was."""
+        """Put a tensor in place of the one of that name, or add it. The old tensor is left as it was.
+
+        What is added is a buffer, or a parameter if it is an `nn.Parameter`.
+        """
         owner, leaf = self._owner(name, create=True)
         assert owner is not None
-        if isinstance(getattr(owner, leaf, None), nn.Parameter):
+        kind = getattr(owner, leaf, value)
+        if isinstance(kind, nn.Parameter):
             owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
         elif hasattr(owner, leaf):
             setattr(owner, leaf, value)

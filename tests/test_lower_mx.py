@@ -8,9 +8,11 @@ from torch import nn
 
 import mxcompile
 from mxcompile import reference
+from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.errors import CoverageError, PassError, PipelineError, WeightError
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule
+from mxcompile.multiplier import insert_multiplier, multiplier_of
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.round_weights import RoundWeights
@@ -163,6 +165,20 @@ def test_the_users_model_and_the_float_program_are_untouched():
     Pipeline([LowerMX(MXINT4, MXINT8)]).run(program)
     assert print_program(program) == text
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("activation", [None, MXINT8])
+def test_a_multiplied_value_is_quantized_after_the_multiply(activation):
+    x = torch.randn(3, 64)
+    program = mxcompile.trace(Branches(), x)
+    product = insert_multiplier(program, choose(program).matmuls[:2])
+    program.set_tensor(str(multiplier_of(program, product)), torch.full((64,), 4.0))
+    after = Pipeline([LowerMX(MXINT4, activation)]).run(program)
+    gate, up, _ = find_matmuls(after)[0]
+    assert gate.activation is up.activation
+    assert gate.activation.name == ("x_multiplied" if activation is None else "x_multiplied_dequantized")
+    plain = lowered(Branches(), x, weight=MXINT4, activation=activation)
+    assert torch.equal(after(x), plain(4 * x))
 
 
 def test_what_is_added_to_a_product_stays_float_though_it_is_the_activation_too():

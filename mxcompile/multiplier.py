@@ -1,0 +1,83 @@
+"""linear(x, w) -> linear(x * m, w), m a vector `[in]` of ones: room for factors where nothing that makes x has any.
+
+An embedding that the residual stream reads too, GELU, softmax: no parameter can divide such a value for its matmuls
+alone. An explicit multiply in front of them can, for one multiplication a token and channel. `find_groups` then finds a
+scale group with the multiplier as what is divided, `fold` gives it the factors, and `deploy` carries it as part of how
+the weight prepares its input.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from mxcompile.analysis.matmuls import Matmul, read_instead
+from mxcompile.edit import insert_call, insert_tensor
+from mxcompile.errors import MXCompileError
+from mxcompile.program import Program, where
+
+_MULTIPLIED = "mx_multiplied"  # key of `Node.meta` on an inserted multiply; the user's own ones have none
+_MUL = torch.ops.aten.mul.Tensor
+
+
+def insert_multiplier(program: Program, matmuls: Sequence[Matmul]) -> Node:
+    """Let float matmuls that read one value x read x * m, and return that product; other readers of x are untouched.
+
+    m: ones `[in]` in x's dtype, held by the program under a name made from the first matmul's parameter. Matmuls that
+    read such a product already keep theirs. `matmuls` may be of a program that this one was copied from; afterwards
+    their `activation` is out of date: find them again.
+    Raises MXCompileError if the matmuls are lowered or read different values.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    wanted = {matmul.node.name: matmul for matmul in matmuls}
+    inputs = {matmul.activation.name for matmul in matmuls}
+    if len(inputs) != 1 or any(matmul.is_lowered for matmul in matmuls):
+        readers = ", ".join(where(matmul.node) for matmul in matmuls) or "none"
+        raise MXCompileError(f"a multiplier goes in front of float matmuls that read one value, these are: {readers}")
+    x = nodes[inputs.pop()]
+    if multiplier_of(program, x) is not None:
+        return x
+    ordered = [name for name in nodes if name in wanted]
+    product = _insert(program, x, wanted[ordered[0]], nodes[ordered[0]])
+    for name in ordered:
+        read_instead(nodes[name], product)
+    program.graph_module.recompile()
+    return product
+
+
+def _insert(program: Program, x: Node, matmul: Matmul, before: Node) -> Node:
+    """The product x * m in front of a node, m of as many ones as the matmul contracts."""
+    name = _unused(program, f"{matmul.parameter}_input_multiplier")
+    device = program.tensor(matmul.parameter).device
+    ones = torch.ones(matmul.in_features, dtype=x.meta["val"].dtype, device=device)
+    program.set_tensor(name, nn.Parameter(ones, requires_grad=False))
+    multiplier = insert_tensor(program, before, name)
+    product = insert_call(program, before, _MUL, (x, multiplier), f"{x.name}_multiplied")
+    product.meta[_MULTIPLIED] = True
+    return product
+
+
+def multiplier_of(program: Program, value: Node) -> str | None:
+    """Full name of the multiplier if the value is a product that `insert_multiplier` inserted."""
+    if value.target is not _MUL or _MULTIPLIED not in value.meta:
+        return None
+    multiplier = cast(Node, value.args[1])
+    is_held = multiplier.op == "get_attr" and program.has_tensor(str(multiplier.target))
+    return str(multiplier.target) if is_held else None
+
+
+def digest(multiplier: Tensor) -> str:
+    """A name for the values: equal digests, equal multipliers."""
+    data = multiplier.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _unused(program: Program, name: str) -> str:
+    candidate, count = name, 1
+    while program.has_tensor(candidate):
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
