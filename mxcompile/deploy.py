@@ -18,6 +18,7 @@ from mxcompile.analysis.choice import slot
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.edit import BLOCK_AXIS
 from mxcompile.errors import DeployError
+from mxcompile.multiplier import digest, multiplier_of
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage, where
@@ -31,7 +32,7 @@ _EMBEDDING = torch.ops.aten.embedding.default
 
 @dataclass(frozen=True)
 class _Placement:
-    """An MX weight that a node reads, and the name of the module parameter it replaces."""
+    """An MX weight that a node reads, the name of the module parameter it replaces, and the input's multiplier."""
 
     name: str
     elements: str
@@ -39,6 +40,7 @@ class _Placement:
     layout: MXLayout
     dtype: torch.dtype
     reader: Node
+    multiplier: str | None
 
 
 def deploy(program: Program, model: M, *, check: bool = True) -> M:
@@ -64,12 +66,17 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
     for name, tensor in changed.items():
         _place(deployed, name, tensor.detach().clone())
     for name, placement in weights.items():
-        parts = (program.tensor(placement.elements), program.tensor(placement.scales))
-        _place(deployed, name, MXWeight(*parts, placement.layout, placement.dtype))
+        _place(deployed, name, _weight(program, placement))
     deployed.requires_grad_(False).eval()
     if check:
         _check_agreement(program, deployed)
     return deployed
+
+
+def _weight(program: Program, placement: _Placement) -> MXWeight:
+    elements, scales = program.tensor(placement.elements), program.tensor(placement.scales)
+    multiplier = None if placement.multiplier is None else program.tensor(placement.multiplier).detach()
+    return MXWeight(elements, scales, placement.layout, placement.dtype, multiplier)
 
 
 def _placements(program: Program) -> dict[str, _Placement]:
@@ -86,34 +93,50 @@ def _placements(program: Program) -> dict[str, _Placement]:
 
 def _lowered_reads(program: Program) -> Iterator[_Placement]:
     for matmul in find_matmuls(program)[0]:
+        activation, rule, value = _preparation(matmul.activation)
+        multiplier = multiplier_of(program, value)
         if matmul.is_lowered:
-            activation, rule = _input_format(matmul.activation)
-            yield _placement(program, matmul.root, matmul.root.args[:2], matmul.node, activation, rule)
+            layout = MXLayout(*_decoding(matmul.root), activation, rule, _digest(program, multiplier))
+            yield _placement(program, matmul.root, matmul.root.args[:2], matmul.node, layout, multiplier)
+        elif multiplier is not None:
+            raise DeployError(
+                f"{where(matmul.node)} reads a multiplied input, but its weight stays float, and only an MX weight can "
+                "carry the multiplier: quantize it, or insert no multiplier in front of it"
+            )
     for node in program.graph.nodes:
         lookups = node.args[:2] if node.target is DEQUANTIZE else ()
         if lookups and all(lookup.target is _EMBEDDING for lookup in lookups):
-            yield _placement(program, node, [lookup.args[0] for lookup in lookups], lookups[0], None, None)
+            tables = [lookup.args[0] for lookup in lookups]
+            yield _placement(program, node, tables, lookups[0], MXLayout(*_decoding(node)), None)
 
 
 def _placement(
-    program: Program, root: Node, parts: Any, reader: Node, activation: str | None, rule: str | None
+    program: Program, root: Node, parts: Any, reader: Node, layout: MXLayout, multiplier: str | None
 ) -> _Placement:
     elements, scales = (str(part.target) for part in parts)
     parameter = elements.removesuffix(_SUFFIX)
-    _, _, fmt, size, dtype = cast(tuple[Any, ...], root.args)
-    layout = MXLayout(str(fmt), int(size), root.meta.get(BLOCK_AXIS, -1) == -2, activation, rule)
-    return _Placement(slot(program, parameter, reader) or parameter, elements, scales, layout, dtype, reader)
+    name = slot(program, parameter, reader) or parameter
+    return _Placement(name, elements, scales, layout, cast(torch.dtype, root.args[4]), reader, multiplier)
 
 
-def _input_format(activation: Node) -> tuple[str | None, str | None]:
-    """Format and scale rule of a matmul's input, (None, None) if it is not quantized."""
+def _decoding(root: Node) -> tuple[str, int, bool]:
+    """What a weight's `mx::dequantize` says: format, size along the blocks, and whether they run along dimension -2."""
+    return str(root.args[2]), cast(int, root.args[3]), root.meta.get(BLOCK_AXIS, -1) == -2
+
+
+def _preparation(activation: Node) -> tuple[str | None, str | None, Node]:
+    """Format and scale rule of a matmul's input, None and None if it is not quantized, and the value before that."""
     if activation.target is not DEQUANTIZE:
-        return None, None
+        return None, None, activation
     elements = cast(Node, activation.args[0])
     quantize = cast(Node, elements.args[0])
     if quantize.target is not QUANTIZE:
         raise DeployError(f"{where(activation)} dequantizes something that mx::quantize did not make")
-    return str(quantize.args[1]), str(quantize.args[2])
+    return str(quantize.args[1]), str(quantize.args[2]), cast(Node, quantize.args[0])
+
+
+def _digest(program: Program, multiplier: str | None) -> str | None:
+    return None if multiplier is None else digest(program.tensor(multiplier))
 
 
 def _check_names(program: Program, weights: dict[str, _Placement], own: dict[str, Tensor]) -> None:

@@ -1,5 +1,7 @@
 """dequantize(quantize(x)) -> mx::quantize_dequantize(x);  matmul(x, dequantize(w)) + bias -> mx::linear(x, w, bias).
 
+mx::multiply(x, m) becomes an ordinary multiplication, which the compiler merges with what makes x.
+
 The rules work on plain fx graphs in both dialects: a lowered Program (`aten.linear`, `aten.addmm`, `aten.matmul`) and
 the graphs that Inductor sees inside `torch.compile` (`aten.mm`, `aten.addmm` on permuted weights).
 """
@@ -12,7 +14,7 @@ from torch.fx import Graph, Node
 
 from mxcompile.analysis.dataflow import TRANSPOSES, swapped_axes
 from mxcompile.ledger import Miss, PassResult
-from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
 from mxcompile.program import where
 from mxcompile.rules import Any, Call, Match, Pattern, Rule, apply_rules
 
@@ -31,7 +33,7 @@ _WEIGHT = Call(DEQUANTIZE, Any("elements"), Any("scales"), Any("format"), Any("s
 _TRANSPOSED_WEIGHT = Call(TRANSPOSES, _WEIGHT, name="transpose")
 _CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
 _MULTIPLIES = frozenset({aten.mm.default, aten.matmul.default})
-_PURE = frozenset({QUANTIZE, DEQUANTIZE, operator.getitem})
+_PURE = frozenset({QUANTIZE, DEQUANTIZE, MULTIPLY, operator.getitem})
 _OTHER_MATMULS = frozenset(
     {aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default, *_MULTIPLIES, aten.addmm.default}
 )
@@ -55,12 +57,15 @@ def fused_linears(graph: Graph) -> list[Node]:
 
 
 def _merge_equal_calls(graph: Graph) -> None:
-    """Let equal `mx::` calls on equal operands be one node; they are pure."""
+    """Let equal `mx::` calls on equal operands be one node; they are pure. Multipliers are equal by their digests."""
     first: dict[AnyType, Node] = {}
     for node in list(graph.nodes):
         if node.target not in _PURE:
             continue
-        known = first.setdefault((node.target, node.args), node)
+        operands = node.args
+        if node.target is MULTIPLY:
+            operands = (node.args[0], node.args[2], node.args[1].meta["val"].dtype)  # pyright: ignore
+        known = first.setdefault((node.target, operands), node)
         if known is not node:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
@@ -74,6 +79,10 @@ def _check_round_trip(match: Match) -> str | None:
 def _fuse_round_trip(graph: Graph, match: Match) -> None:
     args = (match["x"], match["format"], match["rule"])
     _replace(graph, match, QUANTIZE_DEQUANTIZE, args, f"{match['x'].name}_mx")
+
+
+def _open_multiply(graph: Graph, match: Match) -> None:
+    _replace(graph, match, aten.mul.Tensor, (match["x"], match["multiplier"]), f"{match['x'].name}_multiplied")
 
 
 def _check_linear(match: Match) -> str | None:
@@ -109,6 +118,7 @@ def _linear_rule(name: str, pattern: Pattern) -> Rule:
 
 
 RULES = (
+    Rule("open-multiply", Call(MULTIPLY, Any("x"), Any("multiplier")), lambda _: None, _open_multiply),
     Rule("fuse-activation", _ROUND_TRIP, _check_round_trip, _fuse_round_trip),
     _linear_rule("fuse-linear", Call(aten.linear.default, Any("x"), _WEIGHT, Any("bias"))),
     _linear_rule("fuse-matmul", Call(_MULTIPLIES, Any("x"), _TRANSPOSED_WEIGHT)),

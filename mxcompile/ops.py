@@ -4,6 +4,7 @@
     mx::dequantize(elements, scales, format, size, dtype) -> values
     mx::quantize_dequantize(x, format, rule) -> values               the two above, fused
     mx::linear(x, elements, scales, bias, format) -> y               dequantize + linear, fused
+    mx::multiply(x, multiplier, digest) -> x * multiplier            on the way into a matmul of a deployed module
 
 `format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
 (`packing.py`), uint8 `[..., blocks * block_bytes]`; scales are E8M0 bytes `[..., blocks]`; blocks run along the last
@@ -11,6 +12,9 @@ dimension, whose true length is `size`.
 
 The first two are the reference itself on every device. The fused two go to the fastest kernel that serves the call
 (`kernels.dispatch`) and mean exactly the composition of the first two with `aten.linear`.
+
+`digest` names a multiplier's values. Weights that share an input each bring a multiplier of their own, and inside
+`torch.compile` nothing else says that they are equal, so that one product will do.
 """
 
 from functools import cache
@@ -49,6 +53,12 @@ def quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
 def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
     """`x @ dequantize(elements, scales).T + bias`: x `[..., in]`, elements `[out, bytes]`, gives `[..., out]`."""
     return dispatch.linear(x, elements, scales, bias, _format(format))
+
+
+def multiply(x: Tensor, multiplier: Tensor, digest: str) -> Tensor:
+    """`x * multiplier`: x `[..., in]`, multiplier `[in]`."""
+    del digest
+    return x * multiplier
 
 
 def _fake_quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
@@ -96,6 +106,7 @@ def _register() -> None:
             _fake_quantize_dequantize,
         ),
         "linear(Tensor x, Tensor elements, Tensor scales, Tensor? bias, str format) -> Tensor": (linear, _fake_linear),
+        "multiply(Tensor x, Tensor multiplier, str digest) -> Tensor": (multiply, multiply),
     }
     for schema, (implementation, fake) in schemas.items():
         name = schema.partition("(")[0]
@@ -110,3 +121,4 @@ QUANTIZE = torch.ops.mx.quantize.default
 DEQUANTIZE = torch.ops.mx.dequantize.default
 QUANTIZE_DEQUANTIZE = torch.ops.mx.quantize_dequantize.default
 LINEAR = torch.ops.mx.linear.default
+MULTIPLY = torch.ops.mx.multiply.default

@@ -10,7 +10,7 @@ def stored_bytes(module: nn.Module) -> int:
     total = 0
     seen: set[int] = set()
     for tensor in (*module.parameters(), *module.buffers()):
-        parts = (tensor.elements, tensor.scales) if isinstance(tensor, MXWeight) else (tensor,)
+        parts = tensor.parts if isinstance(tensor, MXWeight) else (tensor,)
         for part in parts:
             if part.data_ptr() not in seen:
                 seen.add(part.data_ptr())

@@ -1,9 +1,9 @@
 """MXWeight: a parameter that holds packed MX elements and scales in place of a float tensor.
 
 It has the shape and dtype of the weight it stands for. A matmul with it (`F.linear`, `@`, `addmm`, `bmm`, grouped
-matmul) emits the same `mx::` operators as a lowered Program: the input is quantized and dequantized if the weight says
-so, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any other arithmetic
-is refused with the operator's name: nothing is dequantized behind the user's back.
+matmul) computes what a lowered Program does: the input is multiplied by a vector, quantized and dequantized as the
+weight says, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any other
+arithmetic is refused with the operator's name: nothing is dequantized behind the user's back.
 
 Survives `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.export`.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
-from mxcompile.ops import DEQUANTIZE, QUANTIZE
+from mxcompile.ops import DEQUANTIZE, MULTIPLY, QUANTIZE
 
 aten = torch.ops.aten
 
@@ -29,6 +29,7 @@ class MXLayout:
     format: of the weight. size: number of values along the blocks (the inner dimension).
     transposed: the contracted dimension is the weight's second to last one; the packed form always has it last.
     activation, rule: format and scale rule of the input, or None if it stays float.
+    multiplier: a name for the values that the input is multiplied by (equal names, equal values), or None.
     """
 
     format: str
@@ -36,35 +37,53 @@ class MXLayout:
     transposed: bool = False
     activation: str | None = None
     rule: str | None = None
+    multiplier: str | None = None
 
 
 class MXWeight(Tensor):
-    """elements: uint8 `[..., out, bytes]`, scales: uint8 `[..., out, blocks]`; see `packing.py`."""
+    """elements: uint8 `[..., out, bytes]`, scales: uint8 `[..., out, blocks]`; see `packing.py`.
+
+    multiplier: `[in]`, in the weight's dtype, what the input is multiplied by; None if `layout.multiplier` is.
+    """
 
     elements: Tensor
     scales: Tensor
+    multiplier: Tensor | None
     layout_: MXLayout
 
-    def __new__(cls, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype) -> Self:
+    def __new__(
+        cls, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype, multiplier: Tensor | None = None
+    ) -> Self:
         """Make a tensor without storage of its own around the packed bytes."""
         shape = [*elements.shape[:-1], layout.size]
         if layout.transposed:
             shape[-2:] = shape[-1], shape[-2]
+        del multiplier
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=elements.device)  # pyright: ignore
 
-    def __init__(self, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype) -> None:
+    def __init__(
+        self, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype, multiplier: Tensor | None = None
+    ) -> None:
         del dtype
         self.elements = elements
         self.scales = scales
+        self.multiplier = multiplier
         self.layout_ = layout
 
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"MXWeight(shape={tuple(self.shape)}, {self.layout_})"
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that hold it: elements, scales, and the multiplier if there is one."""
+        return (
+            (self.elements, self.scales) if self.multiplier is None else (self.elements, self.scales, self.multiplier)
+        )
+
+    @property
     def packed_bytes(self) -> int:
-        """Bytes of elements and scales in memory."""
-        return self.elements.numel() + self.scales.numel()
+        """Bytes of its parts in memory."""
+        return sum(part.numel() * part.element_size() for part in self.parts)
 
     def dequantize(self) -> Tensor:
         """The float values, in the weight's shape and dtype; of an expanded weight, each value is decoded once."""
@@ -77,6 +96,8 @@ class MXWeight(Tensor):
     def prepare(self, x: Tensor) -> Tensor:
         """The input of a matmul with this weight, as the matmul sees it."""
         spec = self.layout_
+        if self.multiplier is not None:
+            x = MULTIPLY(x, self.multiplier, str(spec.multiplier))
         if spec.activation is None:
             return x
         elements, scales = QUANTIZE(x, spec.activation, spec.rule)
@@ -85,19 +106,19 @@ class MXWeight(Tensor):
     def swap_axes(self) -> "MXWeight":
         """The weight with its last two dimensions exchanged, on the same bytes."""
         spec = replace(self.layout_, transposed=not self.layout_.transposed)
-        return MXWeight(self.elements, self.scales, spec, self.dtype)
+        return MXWeight(self.elements, self.scales, spec, self.dtype, self.multiplier)
 
     def _stable_hash_for_caching(self) -> str:
         """What compiled graphs depend on; read by AOTAutograd's cache (torch 2.13 and later)."""
-        parts = [(tuple(p.shape), p.stride(), p.device.type) for p in (self.elements, self.scales)]
+        parts = [(tuple(p.shape), p.stride(), p.device.type) for p in self.parts]
         return f"MXWeight {self.layout_} {self.dtype} {parts}"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[MXLayout, torch.dtype]]:
-        return ["elements", "scales"], (self.layout_, self.dtype)
+        return ["elements", "scales", "multiplier"][: len(self.parts)], (self.layout_, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: tuple[MXLayout, torch.dtype], *_: Any) -> "MXWeight":
-        return MXWeight(inner["elements"], inner["scales"], *spec)
+        return MXWeight(inner["elements"], inner["scales"], *spec, inner.get("multiplier"))
 
     @classmethod
     def __torch_function__(
@@ -114,10 +135,8 @@ class MXWeight(Tensor):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         weight, options = args[0], dict(kwargs or {})
-        if func is aten.copy_.default and _same_layout(weight, args[1]):
-            weight.elements.copy_(args[1].elements)
-            weight.scales.copy_(args[1].scales)
-            return weight
+        if func is aten.copy_.default and isinstance(weight, MXWeight) and isinstance(args[1], MXWeight):
+            return _copy_into(weight, args[1])
         if func in _LOW_LEVEL:
             return _LOW_LEVEL[func](*args, **options)
         if func not in _COPIES or not isinstance(weight, MXWeight):
@@ -126,8 +145,12 @@ class MXWeight(Tensor):
                 "use weight.dequantize() for the float values"
             )
         dtype = options.pop("dtype", None) or weight.dtype
-        elements, scales = (func(part, *args[1:], **options) for part in (weight.elements, weight.scales))
-        return MXWeight(elements, scales, weight.layout_, dtype)
+        elements, scales, *rest = (func(part, *args[1:], **options) for part in weight.parts)
+        layout = weight.layout_
+        if rest and dtype != weight.dtype:
+            rest = [rest[0].to(dtype)]
+            layout = replace(layout, multiplier=f"{layout.multiplier} as {dtype}")
+        return MXWeight(elements, scales, layout, dtype, *rest)
 
 
 def _unexpanded(part: Tensor) -> Tensor:
@@ -140,8 +163,16 @@ def _unexpanded(part: Tensor) -> Tensor:
 _COPIES = frozenset({aten.detach.default, aten.alias.default, aten.clone.default, aten._to_copy.default})
 
 
-def _same_layout(one: Any, other: Any) -> bool:
-    return isinstance(one, MXWeight) and isinstance(other, MXWeight) and one.layout_ == other.layout_
+def _copy_into(weight: MXWeight, other: MXWeight) -> MXWeight:
+    """Write the other's parts over the weight's. Its layout stays: compiled graphs do not look at it again."""
+    if weight.layout_ != other.layout_:
+        raise MXCompileError(
+            f"cannot copy {other.layout_} into {weight.layout_}: put the other weight in its place "
+            "(load_state_dict(..., assign=True))"
+        )
+    for part, values in zip(weight.parts, other.parts, strict=True):
+        part.copy_(values)
+    return weight
 
 
 def _right_operand(op: Callable[..., Tensor], place: int) -> Callable[..., Tensor]:
@@ -187,13 +218,13 @@ def _expand(weight: MXWeight, sizes: Sequence[int]) -> MXWeight:
     if tuple(sizes[-2:]) != tuple(weight.shape[-2:]):
         raise MXCompileError("only leading dimensions of an MXWeight can be expanded")
     elements, scales = (part.expand(*sizes[:-2], *part.shape[-2:]) for part in (weight.elements, weight.scales))
-    return MXWeight(elements, scales, weight.layout_, weight.dtype)
+    return MXWeight(elements, scales, weight.layout_, weight.dtype, weight.multiplier)
 
 
 def _view(weight: MXWeight, sizes: Sequence[int]) -> MXWeight:
     if tuple(sizes) != tuple(weight.shape):
         raise MXCompileError(f"an MXWeight of shape {tuple(weight.shape)} cannot be viewed as {tuple(sizes)}")
-    return MXWeight(weight.elements, weight.scales, weight.layout_, weight.dtype)
+    return MXWeight(weight.elements, weight.scales, weight.layout_, weight.dtype, weight.multiplier)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {

@@ -1,13 +1,19 @@
 """deploy: the lowered program's decisions, carried into a copy of the user's module, compute the same thing."""
 
+import copy
+
 import pytest
 import torch
 from models import LANGUAGE_MODELS, MODELS, build, inputs, output
 from torch import nn
+from torch.nn import functional as F
 
 import mxcompile
 from mxcompile import Pipeline
+from mxcompile.analysis.groups import find_groups, fold
+from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.errors import DeployError
+from mxcompile.multiplier import insert_multiplier
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.storage import stored_bytes
 from mxcompile.weight import MXWeight
@@ -88,6 +94,85 @@ def test_packed_bytes_in_memory():
     assert stored_bytes(model) - stored_bytes(deployed) == matrices * (1 - 4.25 / 32)
 
 
+class Gated(nn.Module):
+    """Three linears and a residual read a GELU."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        h = F.gelu(x)
+        return h + self.q(h) * self.k(h) + self.v(h)
+
+
+def multiplied(model, x, lower="lower-mx{weight=mxint4,activation=mxint8}", **options):
+    """The lowered program of a model with multipliers in front of its first matmul's value, factors folded in."""
+    program = mxcompile.trace(model, x, **options)
+    matmuls = find_matmuls(program)[0]
+    product = insert_multiplier(program, [m for m in matmuls if m.activation is matmuls[0].activation])
+    groups = find_groups(program, find_matmuls(program)[0])[0]
+    for group in groups:
+        if group.value is product:
+            fold(program, group, torch.exp2(torch.linspace(-3, 3, group.count).to(x.dtype).round()))
+    return Pipeline.parse(lower).run(program)
+
+
+@pytest.mark.parametrize("lower", ["lower-mx{weight=mxint4,activation=mxint8}", "lower-mx{weight=mxint4}"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_multipliers_travel_with_the_weights(lower, dtype):
+    model, x = Gated().to(dtype).eval(), torch.randn(3, 64, dtype=dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lowered = multiplied(model, x, lower)
+    deployed = mxcompile.deploy(lowered, model)
+    wanted = lowered.tensor("q.weight_input_multiplier")
+    with torch.no_grad():
+        for module in (deployed, copy.deepcopy(deployed)):
+            assert torch.equal(module(x), lowered(x))
+            assert all(torch.equal(part.weight.multiplier, wanted) for part in (module.q, module.k, module.v))
+        assert torch.equal(torch.export.export(deployed, (x,), strict=False).module()(x), lowered(x))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys() == deployed.state_dict().keys()
+
+
+def test_a_deployed_multiplier_follows_a_cast():
+    """The factors are powers of two, which bfloat16 holds."""
+    model, x = Gated().eval(), torch.randn(3, 64)
+    deployed = mxcompile.deploy(multiplied(model, x), model)
+    wanted = copy.deepcopy(deployed.q.weight.multiplier)
+    deployed.to(torch.bfloat16)
+    assert deployed.q.weight.multiplier.dtype == torch.bfloat16
+    assert torch.equal(deployed.q.weight.multiplier.float(), wanted)
+    assert deployed(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_user_s_own_multiply_stays_where_it_is():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+            self.register_buffer("scale", torch.rand(64))
+
+        def forward(self, x):
+            return self.linear(x * self.scale)
+
+    model, x = Scaled(), torch.randn(2, 64)
+    plain = Pipeline.parse("lower-mx{weight=mxint4,activation=mxint8}").run(mxcompile.trace(model, x))
+    deployed = mxcompile.deploy(plain, model)
+    assert deployed.linear.weight.multiplier is None
+    assert torch.equal(deployed(x), plain(x))
+    lowered = multiplied(model, x)
+    assert torch.equal(mxcompile.deploy(lowered, model)(x), lowered(x))
+
+
+def test_a_multiplied_matmul_that_stays_float_is_refused():
+    model, x = Gated().eval(), torch.randn(3, 64)
+    lowered = multiplied(model, x, exclude=["k"])
+    with pytest.raises(DeployError, match=r"%linear_1 in k reads a multiplied input, but its weight stays float"):
+        mxcompile.deploy(lowered, model)
+
+
 def test_a_float_program_is_refused():
     model = build("mlp")
     with pytest.raises(DeployError, match=r"this one is float: end the pipeline with lower-mx"):
@@ -100,15 +185,32 @@ def test_another_model_is_refused():
         mxcompile.deploy(lowered, nn.Linear(3, 4))
 
 
+class Twice(nn.Module):
+    """One linear on two values."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.linear(torch.sigmoid(self.linear(x)))
+
+
+def test_one_parameter_with_two_multipliers_is_refused():
+    model, x = Twice(), torch.randn(2, 64)
+    program = mxcompile.trace(model, x)
+    for matmul in find_matmuls(program)[0]:
+        insert_multiplier(program, [matmul])
+    lowered = Pipeline.parse("lower-mx{weight=mxint4,activation=mxint8}").run(program)
+    assert torch.equal(mxcompile.deploy(lowered, model)(x), lowered(x))  # both are ones
+    lowered.set_tensor("linear.weight_input_multiplier_2", torch.full((64,), 2.0))
+    with pytest.raises(DeployError, match=r"'linear.weight' is used in two ways: .*multiplier='\w+'.*multiplier='\w+'"):
+        mxcompile.deploy(lowered, model)
+    with pytest.raises(DeployError, match=r"'linear.weight' is used in two ways: .*multiplier='\w+'.*multiplier=None"):
+        mxcompile.deploy(multiplied(model, x), model)
+
+
 def test_one_parameter_in_two_formats_is_refused():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(64, 64)
-
-        def forward(self, x):
-            return self.linear(torch.relu(self.linear(x)))
-
     model, x = Twice(), torch.randn(2, 64)
     lowered = Pipeline.parse("lower-mx{weight=mxint4,activation=mxint8}").run(mxcompile.trace(model, x))
     assert torch.equal(mxcompile.deploy(lowered, model)(x), lowered(x))

@@ -6,8 +6,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 import mxcompile
+from mxcompile.analysis.choice import choose
 from mxcompile.fusion import fuse, fused_linears
-from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.multiplier import insert_multiplier
+from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.pipeline import Pipeline
 from mxcompile.printer import print_program, print_target
@@ -130,6 +132,30 @@ def test_near_misses_give_their_reason(change, reason):
     result = fuse(inductor_graph(**change))
     assert result.rewrites == 0
     assert [miss.reason.partition(": ")[2] for miss in result.misses] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("second", "dtype", "left"),
+    [("one", torch.float32, 1), ("two", torch.float32, 2), ("one", torch.bfloat16, 2)],
+    ids=["equal", "other values", "other dtype"],
+)
+def test_products_with_multipliers_of_one_digest_are_one(second, dtype, left):
+    graph = Graph()
+    x, *multipliers = (graph.placeholder(name) for name in ("x", "m", "n"))
+    products = [graph.call_function(MULTIPLY, (x, m, d)) for m, d in zip(multipliers, ("one", second), strict=True)]
+    graph.output(tuple(products))
+    for node, size in zip((x, *multipliers, *products), ((3, 64), 64, 64, (3, 64), (3, 64)), strict=True):
+        node.meta["val"] = torch.empty(size, dtype=dtype if node is multipliers[1] else torch.float32)
+    assert fuse(graph).rewrites == left
+    assert [n.args[0] for n in graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)] == [x] * left
+    assert not graph.find_nodes(op="call_function", target=MULTIPLY)
+
+
+def test_a_multiplied_value_is_quantized_once_in_a_program():
+    program = mxcompile.trace(Forms(), torch.randn(3, 64))
+    insert_multiplier(program, choose(program).matmuls[:1])
+    fused = Pipeline.parse(f"{W4A8} | fuse-mx-gemm").run(program)
+    assert calls(fused) == ["aten.mul.Tensor", *["mx.quantize_dequantize", "mx.linear"] * 3]
 
 
 def test_fusing_a_float_program_is_refused():

@@ -3,6 +3,7 @@
 Compiling a language model takes seconds, so the models have one layer and each is compiled once per module.
 """
 
+import copy
 import warnings
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 
 import mxcompile
 from mxcompile import fusion, inductor
+from mxcompile.analysis.choice import choose
+from mxcompile.multiplier import insert_multiplier, multiplier_of
 from mxcompile.ops import LINEAR
 
 NO_COMPILER = inductor.why_no_inductor(torch.device("cpu"))
@@ -47,6 +50,36 @@ def test_every_matmul_is_fused(watched, name, linears, activations):
         module(**inputs(name), use_cache=False)
     (result,) = watched
     assert (result.rewrites, result.misses) == (linears + activations, ())
+
+
+class Gated(nn.Module):
+    """Three linears and a residual read a GELU."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        h = nn.functional.gelu(x)
+        return h + self.q(h) * self.k(h) + self.v(h)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("lower", "activations"), [("lower-mx{weight=mxint4,activation=mxint8}", 1), ("lower-mx{weight=mxint4}", 0)]
+)
+def test_readers_of_one_multiplied_value_share_the_product_and_its_quantization(watched, lower, activations):
+    """Also after a deepcopy, where every weight has a multiplier in memory of its own."""
+    model, x = Gated(), torch.randn(3, 64)
+    program = mxcompile.trace(model, x)
+    product = insert_multiplier(program, choose(program).matmuls)
+    program.set_tensor(str(multiplier_of(program, product)), torch.rand(64) + 0.5)
+    lowered = mxcompile.Pipeline.parse(lower).run(program)
+    module = copy.deepcopy(mxcompile.deploy(lowered, model))
+    with torch.no_grad():
+        torch.testing.assert_close(inductor.compile_module(module)(x), lowered(x), rtol=0, atol=1e-5)
+    (result,) = watched
+    assert (result.rewrites, result.misses) == (1 + activations + 3, ())
 
 
 @needs_compiler

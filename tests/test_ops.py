@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mxcompile import packing, reference
 from mxcompile.errors import MXCompileError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, activation_rule
-from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
@@ -73,6 +73,7 @@ def calls(x: Tensor, fmt, size: int) -> list[tuple]:
         (QUANTIZE, (x, str(fmt), rule)),
         (DEQUANTIZE, (elements, scales, str(fmt), size, x.dtype)),
         (QUANTIZE_DEQUANTIZE, (x, str(fmt), rule)),
+        (MULTIPLY, (x, torch.ones(size, dtype=x.dtype), "ones")),
         (LINEAR, (x, elements, scales, torch.ones(7, dtype=x.dtype), str(fmt))),
         (LINEAR, (x, elements, scales, None, str(fmt))),
     ]

@@ -11,13 +11,17 @@ from torch.nn import functional as F
 from mxcompile import packing, reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
+from mxcompile.multiplier import digest
 from mxcompile.weight import MXLayout, MXWeight
 
 
-def pack(rows: Tensor, activation: str | None = None, transposed: bool = False) -> MXWeight:
+def pack(
+    rows: Tensor, activation: str | None = None, transposed: bool = False, multiplier: Tensor | None = None
+) -> MXWeight:
     codes, scales = reference.quantize(rows, MXINT4, ScaleRule.MSE)
-    layout = MXLayout("mxint4", rows.shape[-1], transposed, activation, "floor" if activation else None)
-    return MXWeight(packing.pack(codes, MXINT4), scales, layout, rows.dtype)
+    name = None if multiplier is None else digest(multiplier)
+    layout = MXLayout("mxint4", rows.shape[-1], transposed, activation, "floor" if activation else None, name)
+    return MXWeight(packing.pack(codes, MXINT4), scales, layout, rows.dtype, multiplier)
 
 
 @pytest.fixture
@@ -30,6 +34,11 @@ def x():
     return torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture
+def multiplier():
+    return torch.rand(40, generator=torch.Generator().manual_seed(2)) + 0.5
+
+
 def test_looks_like_the_weight_it_stands_for(rows):
     weight, swapped = pack(rows), pack(rows, transposed=True)
     assert (weight.shape, weight.dtype, weight.device) == (rows.shape, rows.dtype, rows.device)
@@ -39,9 +48,13 @@ def test_looks_like_the_weight_it_stands_for(rows):
 
 
 @pytest.mark.parametrize("activation", [None, "mxint8"])
-def test_every_matmul_gives_what_linear_gives(rows, x, activation):
-    weight, inner_first = pack(rows, activation), pack(rows, activation, transposed=True)
-    prepared = x if activation is None else reference.quantize_dequantize(x, MXINT8, ScaleRule.FLOOR)
+@pytest.mark.parametrize("multiplied", [False, True], ids=["", "multiplied"])
+def test_every_matmul_gives_what_linear_gives(rows, x, multiplier, activation, multiplied):
+    vector = multiplier if multiplied else None
+    weight, inner_first = pack(rows, activation, False, vector), pack(rows, activation, True, vector)
+    prepared = x if vector is None else x * vector
+    if activation is not None:
+        prepared = reference.quantize_dequantize(prepared, MXINT8, ScaleRule.FLOOR)
     expected = prepared @ weight.dequantize().T
     bias = torch.randn(24)
     results = {
@@ -68,6 +81,27 @@ def test_batched_matmul_with_a_three_dimensional_weight(x):
     assert torch.equal(torch.bmm(batch, weight.transpose(-2, -1)), batch @ weight.dequantize().mT)
 
 
+def test_a_multiplier_serves_all_experts(x, multiplier):
+    experts = torch.randn(4, 24, 40, generator=torch.Generator().manual_seed(2))
+    weight, plain = pack(experts, multiplier=multiplier), pack(experts)
+    batch = x.expand(4, 3, 40)
+    wanted = torch.bmm(batch * multiplier, plain.transpose(-2, -1))
+    assert torch.equal(torch.bmm(batch, weight.transpose(-2, -1)), wanted)
+    with torch._C.DisableTorchFunctionSubclass():
+        assert torch.equal(torch.bmm(batch, weight.transpose(-2, -1)), wanted)
+
+
+def test_a_multiplier_is_part_of_the_weight(rows, multiplier):
+    weight = pack(rows, multiplier=multiplier)
+    assert weight.packed_bytes == pack(rows).packed_bytes + 40 * 4
+    assert f"multiplier='{digest(multiplier)}'" in repr(weight)
+    assert weight._stable_hash_for_caching() != pack(rows)._stable_hash_for_caching()
+    assert weight._stable_hash_for_caching() != pack(rows, multiplier=-multiplier)._stable_hash_for_caching()
+    names, spec = weight.__tensor_flatten__()
+    again = MXWeight.__tensor_unflatten__({name: getattr(weight, name) for name in names}, spec)
+    assert (names, again.multiplier is multiplier) == (["elements", "scales", "multiplier"], True)
+
+
 def test_torchs_own_attention_reaches_its_weights():
     """F.multi_head_attention_forward switches torch functions off: the weights meet transpose, expand and bmm."""
     attention = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
@@ -88,15 +122,18 @@ def test_embedding_decodes_only_the_rows_it_looks_up(rows):
     assert torch.equal(F.embedding(ids, weight, padding_idx=0), weight.dequantize()[ids])
 
 
-def test_copies_and_moves(rows):
-    weight = torch.nn.Parameter(pack(rows, "mxint8"), requires_grad=False)
+def test_copies_and_moves(rows, multiplier):
+    weight = torch.nn.Parameter(pack(rows, "mxint8", multiplier=multiplier), requires_grad=False)
     for copied in (copy.deepcopy(weight), weight.clone(), weight.detach(), weight.to("cpu", copy=True)):
         assert isinstance(copied, MXWeight)
         assert copied.layout_ == weight.layout_
         assert torch.equal(copied.dequantize(), weight.dequantize())
+        assert torch.equal(copied.multiplier, multiplier)
     copied = copy.deepcopy(weight)
-    copied.elements.zero_()
-    assert weight.elements.any()
+    for part in copied.parts:
+        part.zero_()
+    assert all(part.any() for part in weight.parts)
+    assert [part.device.type for part in weight.to("meta").parts] == ["meta"] * 3
 
 
 def test_casting_changes_what_it_decodes_to_not_what_it_holds(rows):
@@ -110,23 +147,53 @@ def test_casting_changes_what_it_decodes_to_not_what_it_holds(rows):
     assert torch.equal(module.weight.dequantize().float(), pack(rows).dequantize())
 
 
-def test_survives_torch_save_and_load_state_dict(rows):
+def test_casting_a_multiplier_changes_its_name(rows, x, multiplier):
+    """Once rounded, its values are not those of the name any more, whatever it is cast to later."""
+    weight = pack(rows, multiplier=multiplier)
+    half = weight.to(torch.bfloat16)
+    assert (half.multiplier.dtype, half.elements.dtype) == (torch.bfloat16, torch.uint8)
+    assert half.layout_.multiplier == f"{digest(multiplier)} as torch.bfloat16"
+    assert torch.equal(F.linear(x.bfloat16(), half), F.linear(x.bfloat16() * multiplier.bfloat16(), half.dequantize()))
+    assert half.float().layout_.multiplier != weight.layout_.multiplier
+    assert weight.float().layout_ == weight.layout_
+
+
+@pytest.mark.parametrize("multiplied", [False, True], ids=["", "multiplied"])
+def test_survives_torch_save_and_load_state_dict(rows, x, multiplier, multiplied):
     module, other = torch.nn.Linear(40, 24), torch.nn.Linear(40, 24)
     for target, values in ((module, rows), (other, -rows)):
-        target.weight = torch.nn.Parameter(pack(values), requires_grad=False)
+        weight = pack(values, multiplier=multiplier if multiplied else None)
+        target.weight = torch.nn.Parameter(weight, requires_grad=False)
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=False))
     assert torch.equal(other.weight.dequantize(), module.weight.dequantize())
+    assert torch.equal(other(x), module(x))
 
 
-def test_exports(rows, x):
+def test_weights_with_other_multipliers_take_each_other_s_place_but_are_not_written_over(rows, x, multiplier):
+    """A compiled graph has merged multipliers of one name, and looks at a weight again only if it is another one."""
+    module, other = torch.nn.Linear(40, 24), torch.nn.Linear(40, 24)
+    for target, vector in ((module, multiplier), (other, -multiplier)):
+        target.weight = torch.nn.Parameter(pack(rows, multiplier=vector), requires_grad=False)
+    with pytest.raises(
+        RuntimeError, match=r"cannot copy MXLayout.* into MXLayout.*load_state_dict\(..., assign=True\)"
+    ):
+        other.load_state_dict(module.state_dict())
+    other.load_state_dict(module.state_dict(), assign=True)
+    assert torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize("multiplied", [False, True], ids=["", "multiplied"])
+def test_exports(rows, x, multiplier, multiplied):
     module = torch.nn.Linear(40, 24, bias=False)
-    module.weight = torch.nn.Parameter(pack(rows, "mxint8"), requires_grad=False)
+    weight = pack(rows, "mxint8", multiplier=multiplier if multiplied else None)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
     exported = torch.export.export(module, (x,), strict=False)
     targets = [str(node.target) for node in exported.graph.nodes if "mx." in str(node.target)]
-    assert targets == ["mx.quantize.default", "mx.dequantize.default", "mx.dequantize.default"]
+    rest = ["mx.quantize.default", "mx.dequantize.default", "mx.dequantize.default"]
+    assert targets == ["mx.multiply.default"] * multiplied + rest
     assert torch.equal(exported.module()(x), module(x))
 
 
@@ -137,6 +204,7 @@ def test_exports(rows, x):
         (lambda w, x: w @ x.T, "can only be the right operand"),
         (lambda w, x: w.transpose(0, 0), "only the last two dimensions"),
         (lambda w, x: w.copy_(torch.zeros(24, 40)), "aten.copy_.default is not defined"),
+        (lambda w, x: w.copy_(pack(torch.zeros(24, 40), multiplier=x[0])), "cannot copy MXLayout"),
     ],
 )
 def test_refuses_other_arithmetic_by_name(rows, x, operation, words):
