@@ -4,7 +4,7 @@ Between two segments each batch is held as the few values that are still to be r
 segment they are about. A pass that changes weights in between sees, in later segments, the effect of what it did.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.fx import Node
@@ -35,6 +35,14 @@ class Sweep:
         last = max((place for place, node in enumerate(segment.nodes, start=1) if node in observers), default=0)
         for state in self.states:
             self._run(segment.nodes[:last], state, observers, ())
+
+    def values(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[Values]:
+        """Batch by batch, what some values of a segment, or carried to it, are; stays in front of it."""
+        last = max((place for place, node in enumerate(segment.nodes, start=1) if node in nodes), default=0)
+        inside = [node for node in nodes if node in segment.nodes]
+        for state in self.states:
+            made = self.runner.run_nodes(segment.nodes[:last], state, None, inside)
+            yield {node: state[node] for node in nodes if node in state} | made
 
     def advance(self, segment: Segment, observers: Observers | None = None) -> None:
         """Move all batches behind a segment, showing its values to observers on the way."""
