@@ -7,13 +7,16 @@ the weight prepares its input.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from mxcompile.analysis.choice import choose, refuse_inseparable
+from mxcompile.analysis.dataflow import destinations
+from mxcompile.analysis.groups import ScaleGroup, Unfoldable, find_groups, fold
 from mxcompile.analysis.matmuls import Matmul, read_instead
 from mxcompile.edit import insert_call, insert_tensor
 from mxcompile.errors import MXCompileError
@@ -58,6 +61,38 @@ def _insert(program: Program, x: Node, matmul: Matmul, before: Node) -> Node:
     product = insert_call(program, before, _MUL, (x, multiplier), f"{x.name}_multiplied")
     product.meta[_MULTIPLIED] = True
     return product
+
+
+def multiply(program: Program, names: Collection[str], factors: Tensor) -> None:
+    """Divide the value that the matmuls of these node names read by factors `[in]`, by an explicit multiply.
+
+    Their weights take the factors up. The program may be another copy of the one in which the names were found.
+    """
+    insert_multiplier(program, [m for m in choose(program).matmuls if m.node.name in names])
+    matmuls = [m for m in choose(program).matmuls if m.node.name in names]
+    groups, _ = find_groups(program, matmuls)
+    channels = groups[0].matmuls[0][1]
+    numbered = torch.ones(groups[0].count)
+    numbered[channels] = factors.cpu().float()
+    fold(program, groups[0], numbered)
+
+
+def unfoldable_groups(program: Program, misses: Iterable[Unfoldable]) -> list[ScaleGroup]:
+    """One group for each value that no parameter can divide, as `multiply` would make it: a factor a channel."""
+    lowered = refuse_inseparable(program, choose(program)).matmuls
+    by_value: dict[Node, list[Matmul]] = {}
+    for miss in misses:
+        if not miss.by_choice and miss.matmul in lowered and multiplier_of(program, miss.matmul.activation) is None:
+            by_value.setdefault(miss.matmul.activation, []).append(miss.matmul)
+    groups: list[ScaleGroup] = []
+    for value, matmuls in by_value.items():
+        if any(destinations(matmul.root) - {m.node for m in matmuls} for matmul in matmuls):
+            continue  # a weight that reads other values too would need one multiplier for all of them
+        size = matmuls[0].in_features
+        half = value.meta["val"].dtype.itemsize < 4
+        readers = tuple((matmul, torch.arange(size)) for matmul in matmuls)
+        groups.append(ScaleGroup(value, size, readers, (), frozenset(), half))
+    return groups
 
 
 def multiplier_of(program: Program, value: Node) -> str | None:

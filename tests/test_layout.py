@@ -19,7 +19,7 @@ FLOORS = [
     {"ops"},
     {"inputs", "ledger", "selection", "measure"},
     {"program", "weight"},
-    {"analysis", "edit", "multiplier", "printer", "storage", "evaluation", "preservation", "search"},
+    {"analysis", "columns", "edit", "multiplier", "printer", "storage", "evaluation", "preservation", "search"},
     {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion"},
     {"pipeline", "deploy", "dump", "inductor"},
     {"passes"},

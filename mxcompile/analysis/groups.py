@@ -87,10 +87,11 @@ class ScaleGroup:
 
 @dataclass(frozen=True)
 class Unfoldable:
-    """A matmul input that cannot be divided by factors, and why."""
+    """A matmul input that is not divided by factors, and why. by_choice: it could be."""
 
     matmul: Matmul
     reason: str
+    by_choice: bool = False
 
 
 def find_groups(
@@ -121,7 +122,7 @@ def find_groups(
         return groups, misses
     kept = [group for group in groups if group.made_by_norm(program)]
     left = [matmul for group in groups if group not in kept for matmul, _ in group.matmuls]
-    return kept, [*misses, *(Unfoldable(matmul, _BY_LINEAR) for matmul in left)]
+    return kept, [*misses, *(Unfoldable(matmul, _BY_LINEAR, by_choice=True) for matmul in left)]
 
 
 def fold(program: Program, group: ScaleGroup, factors: Tensor) -> None:

@@ -18,9 +18,13 @@ from mxcompile.calibration.facts import Facts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.ledger import Fold, Miss
+from mxcompile.multiplier import multiply
 from mxcompile.program import Program
-from mxcompile.search import Found, Objective, Quantizers, output_error, search
+from mxcompile.search import Objective, Quantizers, output_error, search
 
+_PAYS = 0.9  # an explicit multiply must save this much of the error
+_LEFT = "no factors lose less than none"
+_NOT_MULTIPLIED = f"an explicit multiply would save less than {1 - _PAYS:.0%} of the error"
 Statistic = Callable[[Matmul], Tensor]
 
 
@@ -40,13 +44,22 @@ class FoldSearch:
     objective: Objective = Objective.OUTPUT
     power_of_two: bool = False
 
-    def run(self, program: Program, matmuls: Sequence[Matmul], groups: Sequence[ScaleGroup]) -> "FoldsFound":
-        """Fold the best factors into every group; what is known of input channels goes to `program.importance`."""
+    def run(
+        self,
+        program: Program,
+        matmuls: Sequence[Matmul],
+        groups: Sequence[ScaleGroup],
+        unfoldable: Sequence[ScaleGroup] = (),
+    ) -> "FoldsFound":
+        """Fold the best factors into every group; what is known of input channels goes to `program.importance`.
+
+        unfoldable: groups that an explicit multiply would make (`multiplier.py`); it is inserted where it pays.
+        """
         found = FoldsFound()
         segments = find_segments(program, matmuls, [group.values for group in groups])
         sweep = Sweep(program, program.batches)
         known: dict[Node, dict[type[Observer], Tensor]] = {}
-        waiting = list(groups)
+        waiting = [*groups, *unfoldable]
         for segment in segments:
             before = first_batches(sweep.states) if self.objective is Objective.BLOCK else []
             observers = {value: self._observers() for value in segment.inputs}
@@ -60,6 +73,10 @@ class FoldSearch:
                 waiting.remove(group)
             still = {matmul.activation for group in waiting for matmul, _ in group.matmuls}
             known = {node: statistics for node, statistics in known.items() if node in still}
+        for group, factors in found.multiplied:
+            names = frozenset(node.name for node in group.nodes)
+            found.folds.append(Fold(f"{group} (multiplied)", partial(multiply, names=names, factors=factors)))
+            found.folds[-1].apply(program)
         return found
 
     def _observers(self) -> list[Observer]:
@@ -73,22 +90,24 @@ class FoldSearch:
             error = facts.block_error(program, group, self.quantizers)
         else:
             error = output_error(facts.operands(group, weights), self.quantizers)
-        found.add(program, group, search(rounded, error, group.count))
+        best = search(rounded, error, group.count)
+        found.numbers[str(group)] = {"error_over_rtn": best.error / max(best.error_before, 1e-30)}
+        if not group.absorbers and best.error < _PAYS * best.error_before:
+            found.multiplied.append((group, best.factors))
+        elif group.absorbers and best.error < best.error_before:
+            found.folds.append(Fold(str(group), partial(fold, group=group, factors=best.factors)))
+            found.folds[-1].apply(program)
+        else:
+            found.misses.append(Miss(str(group), _LEFT if group.absorbers else _NOT_MULTIPLIED))
 
 
 @dataclass(frozen=True)
 class FoldsFound:
-    """folds: those applied. numbers: error of each group's factors over that of none. misses: groups left alone."""
+    """folds: those applied. multiplied: groups with an explicit multiply, and their factors. numbers: error of each
+    group's factors over that of none. misses: groups left alone.
+    """
 
     folds: list[Fold] = field(default_factory=list[Fold])
+    multiplied: list[tuple[ScaleGroup, Tensor]] = field(default_factory=list[tuple[ScaleGroup, Tensor]])
     misses: list[Miss] = field(default_factory=list[Miss])
     numbers: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
-
-    def add(self, program: Program, group: ScaleGroup, best: Found) -> None:
-        """Fold the factors found, if they lose less than none."""
-        self.numbers[str(group)] = {"error_over_rtn": best.error / max(best.error_before, 1e-30)}
-        if best.error >= best.error_before:
-            self.misses.append(Miss(str(group), "no factors lose less than none"))
-            return
-        self.folds.append(Fold(str(group), partial(fold, group=group, factors=best.factors)))
-        self.folds[-1].apply(program)
