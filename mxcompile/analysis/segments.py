@@ -66,18 +66,21 @@ def find_segments(
 def _best_end(
     nodes: list[Node], start: int, wanted: dict[Node, Matmul], carried: list[set[Node]], bound: set[Node]
 ) -> int:
-    """The first end of least carried values among those that give the segment one to four inputs."""
-    best, least = len(nodes), None
+    """The first end of least carried values among those that give the segment one to four inputs.
+
+    Where nothing can be cut so soon: among those that give it no more inputs than the first possible end.
+    """
+    best, least, most = len(nodes), None, _INPUTS
     inputs: set[Node] = set()
     for end in range(start + 1, len(nodes) + 1):
         matmul = wanted.get(nodes[end - 1])
         if matmul is not None:
             inputs.add(matmul.activation)
-        if len(inputs) > _INPUTS and least is not None:
+        if len(inputs) > most and least is not None:
             break
         values = carried[end - 1]
         if inputs and not values & bound and (least is None or len(values) < least):
-            best, least = end, len(values)
+            best, least, most = end, len(values), max(most, len(inputs))
     return best
 
 
