@@ -45,10 +45,11 @@ class CNN(nn.Module):
         return self.classifier(F.relu(self.hidden(self.features(pixel_values).flatten(1))))
 
 
-def _llama(*, tied: bool = False) -> nn.Module:
+def _llama(*, tied: bool = False, layers: int = 1) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**_decoder(), num_key_value_heads=2, tie_word_embeddings=tied))
+    sizes = {**_decoder(), "num_hidden_layers": layers, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
 
 
 def _gemma() -> nn.Module:
@@ -109,9 +110,18 @@ LANGUAGE_MODELS: Final = ("llama", "llama-tied", "gemma", "gpt2", "mixtral")
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A new model of that name, always with the same weights, in eval mode."""
+    return _filled(_BUILDERS[name], dtype)
+
+
+def llama(layers: int) -> nn.Module:
+    """The llama with that many layers."""
+    return _filled(lambda: _llama(layers=layers), torch.float32)
+
+
+def _filled(builder: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _BUILDERS[name]()
+        model = builder()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

@@ -7,7 +7,6 @@ import models
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import find_groups
@@ -22,10 +21,7 @@ LAYERS = 3
 
 @cache
 def llama() -> Program:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return trace(LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval(), models.inputs("llama"))
+    return trace(models.llama(LAYERS), models.inputs("llama"))
 
 
 @cache

@@ -11,9 +11,9 @@ from torch.fx import Node
 from mxcompile.analysis.groups import ScaleGroup
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.altered import Altered
+from mxcompile.calibration.altered import Altered, Prepare
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
-from mxcompile.calibration.run import Values
+from mxcompile.calibration.run import Values, unshared
 from mxcompile.importance import token_weights
 from mxcompile.program import Program
 from mxcompile.search import Operand, Quantizers, spread
@@ -52,22 +52,27 @@ class Facts:
     def block_error(self, program: Program, group: ScaleGroup, quantizers: Quantizers) -> Callable[[Tensor], float]:
         """Squared error of the values that the segment gives on, as a function of the factors `[count]`."""
         runner = Altered(program, {})
-        wanted = [runner.run_nodes(self.segment.nodes, state, None, self.segment.gives) for state in self.before]
+
+        def given(state: Values) -> Values:
+            segment = self.segment
+            return runner.run_nodes(segment.nodes, unshared(state, segment.nodes), None, segment.gives)
+
+        wanted = [given(state) for state in self.before]
 
         def error(factors: Tensor) -> float:
-            runner.tensors, prepare = {}, {}
+            runner.tensors = {}
+            divided: dict[Node, Prepare] = {}
+            prepare: dict[Node, tuple[Node, Prepare]] = {}
             for matmul, channels in group.matmuls:
                 rows = finite_rows(program, matmul)
                 scale = spread(factors, channels.to(rows.device))
                 importance = self.known[matmul.activation][ChannelImportance] / scale.square()
                 rounded = quantizers.round_weight(rows * scale, importance) / scale
                 runner.tensors[matmul.parameter] = matmul.rows(rounded).to(rows.dtype)
-                prepare[matmul] = partial(_round_divided, scale, quantizers)
-            runner.prepare = {matmul.node: (matmul.activation, function) for matmul, function in prepare.items()}
-            return sum(
-                _squared_error(exact, runner.run_nodes(self.segment.nodes, state, None, self.segment.gives))
-                for exact, state in zip(wanted, self.before, strict=True)
-            )
+                shared = divided.setdefault(matmul.activation, partial(_round_divided, scale, quantizers))
+                prepare[matmul.node] = matmul.activation, shared
+            runner.prepare = prepare
+            return sum(_squared_error(exact, given(state)) for exact, state in zip(wanted, self.before, strict=True))
 
         return error
 
@@ -94,12 +99,12 @@ def _fewer(rows: Tensor, weight: Tensor) -> Tensor:
     return rows[:: -(-len(rows) // max(16, _LARGEST_SAMPLE // len(weight)))]
 
 
-def first_batches(states: Iterable[Values]) -> list[Values]:
+def first_batches(states: Iterable[Values], segment: Segment) -> list[Values]:
     """The first batches in front of a segment, about 2048 tokens (by the largest value they carry)."""
     chosen: list[Values] = []
     tokens = 0
     for state in states:
-        chosen.append(dict(state))
+        chosen.append(dict(unshared(state, segment.nodes)))
         tokens += max((v.numel() // v.shape[-1] for v in state.values() if _is_activation(v)), default=0)
         if tokens >= _BLOCK_TOKENS:
             break

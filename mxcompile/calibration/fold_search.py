@@ -61,7 +61,7 @@ class FoldSearch:
         known: dict[Node, dict[type[Observer], Tensor]] = {}
         waiting = [*groups, *unfoldable]
         for segment in segments:
-            before = first_batches(sweep.states) if self.objective is Objective.BLOCK else []
+            before = first_batches(sweep.states, segment) if self.objective is Objective.BLOCK else []
             observers = {value: self._observers() for value in segment.inputs}
             sweep.advance(segment, observers)
             known |= {node: {type(o): o.value for o in kinds} for node, kinds in observers.items()}

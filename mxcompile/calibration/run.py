@@ -1,5 +1,6 @@
 """Run batches through a Program with observers on chosen values."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,14 @@ class Runner(Interpreter):
         return self.fetch_attr(str(node.target))
 
 
+def unshared(values: Values, nodes: Iterable[Node]) -> Values:
+    """The values, or copies of them if one of the nodes writes in place: they can be run on them more than once."""
+    if not any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes):
+        return values
+    copies = copy.deepcopy(list(values.values()))  # all at once: views of one tensor stay views of one
+    return dict(zip(values, copies, strict=True))
+
+
 def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inputs]) -> None:
     """Measure what is requested and not yet known, over all batches, into `program.statistics`."""
     wanted = {request.key: request for request in requests if request.key not in program.statistics}
@@ -100,7 +109,10 @@ def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inpu
 
 
 def arguments(program: Program, batch: Inputs) -> Values:
-    """A batch as the graph's placeholders take it; raises InputError if it is not of the traced kind."""
+    """A batch as the graph's placeholders take it; raises InputError if it is not of the traced kind.
+
+    The user's tensors are not written to: a graph that writes in place gets copies.
+    """
     program.example.check_ranks(batch)
     names = list(program.example.kwargs)
     if len(batch.args) != len(program.example.args) or set(batch.kwargs) != set(names):
@@ -110,7 +122,8 @@ def arguments(program: Program, batch: Inputs) -> Values:
         )
     kwargs = {name: batch.kwargs[name] for name in names}
     leaves = _leaves_like((program.example.args, program.example.kwargs), (batch.args, kwargs))
-    return dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
+    given = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
+    return unshared(given, program.graph.nodes)
 
 
 def _leaves_like(example: Any, value: Any) -> Iterator[Any]:

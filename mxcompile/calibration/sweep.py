@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.observers import Observer
-from mxcompile.calibration.run import Runner, Values, arguments
+from mxcompile.calibration.run import Runner, Values, arguments, unshared
 from mxcompile.inputs import Inputs
 from mxcompile.program import Program
 
@@ -34,14 +34,14 @@ class Sweep:
         """Show values of a segment to observers, and stay in front of it: computes no more than that needs."""
         last = max((place for place, node in enumerate(segment.nodes, start=1) if node in observers), default=0)
         for state in self.states:
-            self._run(segment.nodes[:last], state, observers, ())
+            self._run(segment.nodes[:last], unshared(state, segment.nodes), observers, ())
 
     def values(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[Values]:
         """Batch by batch, what some values of a segment, or carried to it, are; stays in front of it."""
         last = max((place for place, node in enumerate(segment.nodes, start=1) if node in nodes), default=0)
         inside = [node for node in nodes if node in segment.nodes]
         for state in self.states:
-            made = self.runner.run_nodes(segment.nodes[:last], state, None, inside)
+            made = self.runner.run_nodes(segment.nodes[:last], unshared(state, segment.nodes), None, inside)
             yield {node: state[node] for node in nodes if node in state} | made
 
     def advance(self, segment: Segment, observers: Observers | None = None) -> None:

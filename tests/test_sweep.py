@@ -1,0 +1,250 @@
+"""Sweep: batches go through a program piece by piece, held as little as possible; what is changed on the way is seen
+behind it. Altered: the same program with other tensors and prepared inputs, left as it is.
+"""
+
+import pytest
+import torch
+from models import inputs, llama, output
+from torch import Tensor, nn
+
+from mxcompile.analysis.choice import choose
+from mxcompile.analysis.segments import Segment, find_segments
+from mxcompile.calibration.altered import Altered
+from mxcompile.calibration.observers import ChannelAbsMax, ChannelImportance
+from mxcompile.calibration.run import Request, Runner, arguments, gather
+from mxcompile.calibration.sweep import Sweep
+from mxcompile.errors import InputError
+from mxcompile.inputs import Inputs
+from mxcompile.program import Program
+from mxcompile.trace import trace
+
+
+@pytest.fixture(scope="module")
+def two_layers() -> Program:
+    return trace(llama(2), inputs("llama"))
+
+
+@pytest.fixture
+def program(two_layers) -> Program:
+    return two_layers.copy()
+
+
+def cut(program: Program) -> tuple[Segment, ...]:
+    return find_segments(program, choose(program).matmuls)
+
+
+def batches(*shapes: tuple[int, int]) -> list[Inputs]:
+    return [Inputs((), inputs("llama", *shape, seed=seed)) for seed, shape in enumerate(shapes)]
+
+
+def held(sweep: Sweep) -> tuple[int, int]:
+    """How many tensors all states hold, and their bytes."""
+    tensors = [value for state in sweep.states for value in state.values() if isinstance(value, Tensor)]
+    return len(tensors), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Sum:
+    """The sum of all it sees: an observer that every update shows in."""
+
+    def __init__(self) -> None:
+        self.value, self.updates = torch.zeros((), dtype=torch.float64), 0
+
+    def update(self, x: Tensor) -> None:
+        self.value, self.updates = self.value + x.double().sum(), self.updates + 1
+
+
+class Last:
+    """The last value it sees, as it was then."""
+
+    def update(self, x: Tensor) -> None:
+        self.value = x.clone()
+
+
+# Moving
+
+
+def test_what_is_held_does_not_grow_with_depth(program):
+    """Behind every segment but the first as much as behind the second of two layers, the last layer's not more."""
+    found = []
+    for deep in (program, trace(llama(6), inputs("llama"))):
+        sweep = Sweep(deep, batches((2, 8), (1, 5)))
+        sizes = []
+        for segment in cut(deep):
+            sweep.advance(segment)
+            sizes.append(held(sweep))
+        found.append(sizes)
+    shallow, deep = found
+    assert len(deep) == 3 * len(shallow)
+    assert set(deep[:-3]) == {shallow[0]}
+    assert deep[-3:] == shallow[-3:]
+    assert deep[-1] < deep[0]  # masks and position embeddings have been read for the last time
+
+
+def test_states_hold_only_what_is_still_to_be_read(program):
+    sweep, passed = Sweep(program, [program.example]), set()
+    for segment in cut(program):
+        sweep.advance(segment)
+        passed.update(segment.nodes)
+        assert all(node.users.keys() - passed for node in sweep.states[0])
+        assert set(segment.gives) <= sweep.states[0].keys()
+
+
+def test_ragged_batches(program):
+    """Batches of different sizes go through side by side: each comes out as it does alone."""
+    given = batches((2, 8), (1, 5), (3, 11))
+    sweep = Sweep(program, given)
+    rest = [node for node in program.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    for segment in cut(program):
+        sweep.advance(segment)
+        rest = rest[len(segment.nodes) :]
+    for state, batch in zip(sweep.states, given, strict=True):
+        logits = Runner(program).run_nodes(rest, state, None, rest[-1:])[rest[-1]]
+        assert torch.equal(logits, output(program(**batch.kwargs)))
+
+
+def test_a_batch_of_another_kind_is_refused(program):
+    with pytest.raises(InputError, match="a calibration batch has 0 positional arguments and keywords"):
+        Sweep(program, [Inputs((), {"input_ids": torch.zeros(1, 4, dtype=torch.int64)})])
+
+
+def test_later_segments_see_a_replaced_weight(program):
+    """As if the weight had been replaced from the start; earlier values stay as they were."""
+    before = program.copy()
+    first, second, *_ = cut(program)
+    sweep = Sweep(program, [program.example])
+    sweep.advance(first)
+    name = second.matmuls[-1].parameter
+    program.set_tensor(name, program.tensor(name).detach() * 3)
+    sweep.advance(second)
+    stream = second.gives[-1]
+    for weights, same in ((program, True), (before, False)):
+        nodes = {node.name: node for node in weights.graph.nodes}
+        run = [nodes[node.name] for node in (*first.nodes, *second.nodes)]
+        whole = Runner(weights).run_nodes(run, arguments(weights, weights.example), None, [nodes[stream.name]])
+        assert torch.equal(sweep.states[0][stream], whole[nodes[stream.name]]) == same
+
+
+# Looking
+
+
+def test_observers_see_what_gather_sees(program):
+    given, segments = batches((2, 8), (1, 5)), cut(program)
+    values = [value for segment in segments for value in segment.inputs]
+    gather(
+        program, [Request(value.name, kind) for value in values for kind in (ChannelAbsMax, ChannelImportance)], given
+    )
+    sweep = Sweep(program, given)
+    for segment in segments:
+        observers = {value: [ChannelAbsMax(), ChannelImportance()] for value in segment.inputs}
+        sweep.advance(segment, observers)
+        for value, kinds in observers.items():
+            for kind in kinds:
+                assert torch.equal(kind.value, program.statistics[value.name, type(kind).__name__])
+
+
+def test_looking_stays_in_front(program):
+    """Observing and asking for values, of the segment or carried to it, moves nothing and can be repeated."""
+    first, second, *_ = cut(program)
+    sweep = Sweep(program, batches((2, 8), (1, 5)))
+    sweep.advance(first)
+    before = [dict(state) for state in sweep.states]
+    (stream, *_), (inside, *_) = first.gives[-1:], second.inputs
+    seen = [Sum(), Sum()]
+    for observer in seen:
+        sweep.observe(second, {inside: [observer], stream: [observer]})
+    found = list(sweep.values(second, [inside, stream]))
+    assert [observer.updates for observer in seen] == [4, 4]
+    assert seen[0].value == seen[1].value == sum(v.double().sum() for values in found for v in values.values())
+    assert [set(values) for values in found] == [{inside, stream}] * 2
+    assert all(state == kept for state, kept in zip(sweep.states, before, strict=True))
+
+
+def test_looking_computes_no_more_than_it_needs(program):
+    class Counting(Runner):
+        ran = 0
+
+        def run_node(self, n):
+            self.ran += 1
+            return super().run_node(n)
+
+    first, *_ = cut(program)
+    runner = Counting(program)
+    Sweep(program, [program.example], runner).observe(first, {first.inputs[0]: [Sum()]})
+    assert runner.ran == first.nodes.index(first.inputs[0]) + 1
+
+
+class InPlace(nn.Module):
+    """A residual stream that is written to: `h += ...`, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(32, 32)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)) for _ in range(2))
+
+    def forward(self, x):
+        x.mul_(2)
+        h = self.embed(x)
+        for block in self.blocks:
+            h += block(h)
+        return h
+
+
+def test_a_model_that_writes_in_place_can_be_looked_at():
+    """Looking shows the values that moving shows, however often, and the user's batch is not written to."""
+    x = torch.randn(4, 32)
+    program, kept = trace(InPlace().eval(), x.clone()), x.clone()
+    sweep, sums = Sweep(program, [Inputs((x,))]), []
+    for segment in find_segments(program, choose(program).matmuls):
+        observers = [Last() for _ in range(3)]
+        value = segment.gives[-1]
+        for observer in observers[:2]:
+            sweep.observe(segment, {value: [observer]})
+        sweep.advance(segment, {value: [observers[2]]})
+        sums.append(observers[0].value)
+        assert all(torch.equal(observer.value, observers[2].value) for observer in observers)
+    assert torch.equal(x, kept)
+    assert torch.equal(sums[-1], program(x))
+
+
+# Altered
+
+
+def test_a_prepared_input_is_prepared_once_for_all_its_readers(program):
+    """q, k and v read one value: one call, and the same as if the value itself were another."""
+    first, *_ = cut(program)
+    calls = []
+
+    def halved(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x / 2
+
+    value = first.inputs[0]
+    altered = Altered(program, dict.fromkeys(first.reading(value), halved))
+    nodes = [matmul.node for matmul in first.reading(value)]
+    given = arguments(program, program.example)
+    found = altered.run_nodes(first.nodes, given, None, [*nodes, value])
+    plain = Runner(program).run_nodes(first.nodes, given, None, [*nodes, value])
+    assert len(calls) == 1
+    assert torch.equal(found[value], plain[value])  # what else reads it reads it as it was
+    assert all(torch.equal(found[node], plain[node] / 2) for node in nodes)
+    altered.run_nodes(first.nodes, given)
+    assert len(calls) == 2
+
+
+def test_a_replaced_tensor(program):
+    """The same as a program that holds it; the program itself, and a plain run, stay as they were."""
+    first, *_ = cut(program)
+    name = first.matmuls[0].parameter
+    other = program.tensor(name).detach() * 3
+    given, before = arguments(program, program.example), program.tensor(name)
+    altered = Altered(program, {}, {name: other})
+    found = altered.run_nodes(first.nodes, given, None, first.gives)
+    plain = Runner(program).run_nodes(first.nodes, given, None, first.gives)
+    assert program.tensor(name) is before
+    program.set_tensor(name, other)
+    wanted = Runner(program).run_nodes(first.nodes, given, None, first.gives)
+    assert all(torch.equal(found[node], wanted[node]) for node in first.gives if isinstance(wanted[node], Tensor))
+    assert not torch.equal(found[first.gives[-1]], plain[first.gives[-1]])
+    altered.tensors = {name: before}
+    again = altered.run_nodes(first.nodes, given, None, first.gives)
+    assert torch.equal(again[first.gives[-1]], plain[first.gives[-1]])
