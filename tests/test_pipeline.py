@@ -24,16 +24,19 @@ from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.pipeline import FLOATING, Pass, Pipeline
 from mxcompile.printer import print_program
 from mxcompile.program import Program, Stage
+from mxcompile.search import Objective
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 
 formats = st.builds(MXFormat.with_block, st.sampled_from(list(FORMATS.values())), st.sampled_from(BLOCK_SIZES))
 rules = st.sampled_from(ScaleRule)
 alphas = st.floats(allow_nan=False)
+flags, objectives, grids = st.booleans(), st.sampled_from(Objective), st.integers(1, 20)
 # in an order that is allowed
 BUILT_IN = {
-    "smooth-quant": st.builds(SmoothQuant, alphas),
-    "awq-fold": st.builds(AwqFold, formats, st.none() | formats, st.booleans(), st.integers(1, 20)),
+    "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
+    | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
+    "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, grids, flags),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
     "lower-mx": st.builds(LowerMX, formats, st.none() | formats, rules, st.none() | rules),
 }
@@ -111,6 +114,8 @@ def test_a_pipeline_round_trips(pipeline, layout):
     [
         (SmoothQuant(), "smooth-quant"),
         (SmoothQuant(0.75), "smooth-quant{alpha=0.75}"),
+        (SmoothQuant(None, weight=MXINT4), "smooth-quant{alpha=none,weight=mxint4}"),
+        (AwqFold(MXINT4, objective=Objective.BLOCK), "awq-fold{weight=mxint4,objective=block}"),
         (RoundWeights(MXINT4), "round-weights{format=mxint4}"),
         (RoundWeights(MXINT4.with_block(64), ScaleRule.FLOOR), "round-weights{format=mxint4:64,rule=floor}"),
         (LowerMX(MXINT4, MXINT8), "lower-mx{weight=mxint4,activation=mxint8}"),
@@ -220,6 +225,17 @@ def test_an_order_that_cannot_be_right(text, message):
     with pytest.raises(PipelineError) as caught:
         Pipeline.parse(text)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("fold", ["smooth-quant", "awq-fold{weight=mxint4}"])
+@pytest.mark.parametrize("earlier", ["round-weights{format=mxint4}", "lower-mx{weight=mxint4}"])
+def test_a_fold_of_what_is_rounded(fold, earlier):
+    """Factors in rounded weights would undo the rounding: refused when built, and both passes are named."""
+    first, second = (text.partition("{")[0] for text in (fold, earlier))
+    with pytest.raises(PipelineError) as caught:
+        Pipeline.parse(f"{earlier} | {fold}")
+    assert f"{first} cannot run after {second}" in str(caught.value)
+    assert f"Move {first} in front of {second}." in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["fuse-mx-gemm", "fuse-mx-gemm | lower-mx{weight=mxint4}"])
