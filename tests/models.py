@@ -118,6 +118,21 @@ def llama(layers: int) -> nn.Module:
     return _filled(lambda: _llama(layers=layers), torch.float32)
 
 
+def outliers() -> nn.Module:
+    """The llama with norms that make two channels 30 times larger; their readers read them as before."""
+    model = build("llama")
+    layer: Any = model.model.layers[0]
+    with torch.no_grad():
+        for norm, readers in (
+            (layer.input_layernorm, [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+            (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
+        ):
+            norm.weight[[3, 17]] *= 30
+            for reader in readers:
+                reader.weight[:, [3, 17]] /= 30
+    return model
+
+
 def _filled(builder: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import build, inputs, output
+from models import build, inputs, outliers, output
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,20 +15,10 @@ ROUND = f"round-weights{{format=mxint4,weighted=true}} | {LOWER}"
 FOLD = "awq-fold{weight=mxint4,activation=mxint8,through_linears=true}"
 
 
-@pytest.fixture(scope="module")
-def outliers():
-    """A llama whose norms make two channels 30 times larger, and that norm's readers read them as before."""
-    model = build("llama")
-    layer = model.model.layers[0]
-    with torch.no_grad():
-        for norm, readers in (
-            (layer.input_layernorm, [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
-            (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
-        ):
-            norm.weight[[3, 17]] *= 30
-            for reader in readers:
-                reader.weight[:, [3, 17]] /= 30
-    return model, [inputs("llama", 4, 16, seed=seed) for seed in range(3)]
+@pytest.fixture(scope="module", name="outliers")
+def with_outliers():
+    """A llama whose norms make two channels 30 times larger, and batches for it."""
+    return outliers(), [inputs("llama", 4, 16, seed=seed) for seed in range(3)]
 
 
 def db(model, calibration, text):
