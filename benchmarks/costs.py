@@ -1,8 +1,10 @@
 """What quantizing costs: seconds of every stage, and the peak memory of the process.
 
     python benchmarks/costs.py --recipe w8a8-mxint --out benchmarks/results/costs.jsonl
+    python benchmarks/costs.py --recipe "awq-fold{weight=mxint4,activation=mxint8} | ..." --calibration 128
 
-SmolLM2-135M (or `--model`, a local path or hub id), traced with 64 tokens; nothing is compiled. Memory is the
+SmolLM2-135M (or `--model`, a local path or hub id), traced with 64 tokens; nothing is compiled. Calibration: windows of
+512 tokens of Python's help topics, in batches of four; `carried MB` is one hidden state of all of them. Memory is the
 process's resident set, Linux only: its peak over all stages, less what it was before the model was loaded
 (interpreter and libraries), over the bytes of the model's own parameters.
 """
@@ -15,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mxcompile
 from mxcompile import smollm2
+from mxcompile.api import as_pipeline
+from mxcompile.demo import help_text
+from mxcompile.evaluation import token_windows
 from mxcompile.storage import stored_bytes
 
 _STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -32,8 +39,6 @@ def resident(field: str) -> int:
 def load(source: str | None) -> Any:
     if source is None:
         return smollm2.load()[0]
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(source)
 
 
@@ -44,7 +49,17 @@ def timed(seconds: dict[str, float], name: str, call: Callable[[], Any]) -> Any:
     return result
 
 
-def measure(source: str | None, recipe: str, tokens: int) -> dict[str, Any]:
+def calibration_data(source: str | None, windows: int) -> list[dict[str, Tensor]] | None:
+    """Batches of four windows of 512 tokens, or None for no windows."""
+    if not windows:
+        return None
+    tokenizer = smollm2.load_tokenizer() if source is None else AutoTokenizer.from_pretrained(source)
+    cut = list(token_windows(tokenizer(help_text(), return_tensors="pt").input_ids[0], 512, windows))
+    return [{"input_ids": torch.cat(cut[start : start + 4])} for start in range(0, len(cut), 4)]
+
+
+def measure(source: str | None, recipe: str, tokens: int, windows: int) -> dict[str, Any]:
+    pipeline, calibration = as_pipeline(recipe), calibration_data(source, windows)
     libraries = resident("VmRSS")
     model = load(source)
     loaded = resident("VmRSS")
@@ -52,7 +67,7 @@ def measure(source: str | None, recipe: str, tokens: int) -> dict[str, Any]:
     _RESET_PEAK.write_text("5")
     seconds: dict[str, float] = {}
     program = timed(seconds, "trace", lambda: mxcompile.trace(model, {"input_ids": ids}))
-    lowered = timed(seconds, "pipeline", lambda: mxcompile.recipes()[recipe].run(program))
+    lowered = timed(seconds, "pipeline", lambda: pipeline.run(program, calibration))
     deployed = timed(seconds, "deploy", lambda: mxcompile.deploy(lowered, model))
     peak, own = resident("VmHWM"), stored_bytes(model)
     return {
@@ -63,6 +78,7 @@ def measure(source: str | None, recipe: str, tokens: int) -> dict[str, Any]:
         "MB": {"libraries": libraries / 1e6, "model loaded": loaded / 1e6, "peak": peak / 1e6},
         "model MB": own / 1e6,
         "deployed MB": stored_bytes(deployed) / 1e6,
+        "carried MB": windows * 512 * model.config.hidden_size * 4 / 1e6,
         "peak over model bytes": round((peak - libraries) / own, 3),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -72,11 +88,12 @@ def measure(source: str | None, recipe: str, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a local path or hub id; SmolLM2-135M if left out")
-    parser.add_argument("--recipe", default="w4a8-mxint")
+    parser.add_argument("--recipe", default="w4a8-mxint", help="a name, or a pipeline's text")
     parser.add_argument("--tokens", type=int, default=64, help="length of the example input")
+    parser.add_argument("--calibration", type=int, default=0, help="windows of 512 tokens; the example input if 0")
     parser.add_argument("--out", type=Path, help="add the result here, one JSON object a line")
     arguments = parser.parse_args()
-    result = measure(arguments.model, arguments.recipe, arguments.tokens)
+    result = measure(arguments.model, arguments.recipe, arguments.tokens, arguments.calibration)
     print(json.dumps(result, indent=2))
     if arguments.out:
         with arguments.out.open("a") as file:

@@ -46,11 +46,19 @@ def fetch() -> Path:
 
 def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model, tokenizer), from the cached or freshly downloaded file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
+    from transformers import AutoModelForCausalLM  # slow to import
 
     path = fetch()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model, load_tokenizer()
+
+
+def load_tokenizer() -> Any:
+    """The tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    path = fetch()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ flags, objectives, grids = st.booleans(), st.sampled_from(Objective), st.integer
 BUILT_IN = {
     "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
-    "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, grids, flags),
+    "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
     "lower-mx": st.builds(LowerMX, formats, st.none() | formats, rules, st.none() | rules),
 }

@@ -20,7 +20,7 @@ from mxcompile.calibration.sweep import Sweep
 from mxcompile.ledger import Fold, Miss
 from mxcompile.multiplier import multiply
 from mxcompile.program import Program
-from mxcompile.search import Objective, Quantizers, output_error, search
+from mxcompile.search import Found, Objective, Quantizers, output_error, search
 
 _PAYS = 0.9  # an explicit multiply must save this much of the error
 _LEFT = "no factors lose less than none"
@@ -90,15 +90,7 @@ class FoldSearch:
             error = facts.block_error(program, group, self.quantizers)
         else:
             error = output_error(facts.operands(group, weights), self.quantizers)
-        best = search(rounded, error, group.count)
-        found.numbers[str(group)] = {"error_over_rtn": best.error / max(best.error_before, 1e-30)}
-        if not group.absorbers and best.error < _PAYS * best.error_before:
-            found.multiplied.append((group, best.factors))
-        elif group.absorbers and best.error < best.error_before:
-            found.folds.append(Fold(str(group), partial(fold, group=group, factors=best.factors)))
-            found.folds[-1].apply(program)
-        else:
-            found.misses.append(Miss(str(group), _LEFT if group.absorbers else _NOT_MULTIPLIED))
+        found.add(program, group, search(rounded, error, group.count))
 
 
 @dataclass(frozen=True)
@@ -111,3 +103,14 @@ class FoldsFound:
     multiplied: list[tuple[ScaleGroup, Tensor]] = field(default_factory=list[tuple[ScaleGroup, Tensor]])
     misses: list[Miss] = field(default_factory=list[Miss])
     numbers: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+
+    def add(self, program: Program, group: ScaleGroup, best: Found) -> None:
+        """Fold the factors found if they lose less than none, or note them for an explicit multiply if that pays."""
+        self.numbers[str(group)] = {"error_over_rtn": best.error / max(best.error_before, 1e-30)}
+        if not group.absorbers and best.error < _PAYS * best.error_before:
+            self.multiplied.append((group, best.factors))
+        elif group.absorbers and best.error < best.error_before:
+            self.folds.append(Fold(str(group), partial(fold, group=group, factors=best.factors)))
+            self.folds[-1].apply(program)
+        else:
+            self.misses.append(Miss(str(group), _LEFT if group.absorbers else _NOT_MULTIPLIED))
