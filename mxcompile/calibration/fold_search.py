@@ -90,6 +90,8 @@ class FoldSearch:
             error = facts.block_error(program, group, self.quantizers)
         else:
             error = output_error(facts.operands(group, weights), self.quantizers)
+            if self.objective is Objective.BLOCK:
+                found.misses.append(Miss(str(group), "scored on its outputs: it reaches beyond one segment"))
         found.add(program, group, search(rounded, error, group.count))
 
 
