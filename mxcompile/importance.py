@@ -20,9 +20,13 @@ OFFSETS = (-2, -1, 0, 1)
 
 
 def token_weights(x: Tensor) -> Tensor:
-    """`[tokens, 1]`: by how much the squares of each row of `[tokens, in]` count, at most 1."""
+    """`[tokens, 1]`: by how much the squares of each row of `[tokens, in]` count, at most 1.
+
+    The median is that of tokens that are not zero: padding is no measure.
+    """
     energy = x.square().sum(-1, keepdim=True)
-    return (ENERGY_CAP * energy.median() / energy.clamp(min=1e-30)).clamp(max=1.0)
+    median = energy.masked_fill(energy == 0, torch.nan).nanmedian().nan_to_num()
+    return (ENERGY_CAP * median / energy.clamp(min=1e-30)).clamp(max=1.0)
 
 
 def floored(importance: Tensor) -> Tensor:

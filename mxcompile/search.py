@@ -108,12 +108,12 @@ def spread(factors: Tensor, channels: Tensor) -> Tensor:
 def powers(activation: Tensor, weight: Tensor, grid: int, activation_alone: bool) -> Iterator[Tensor]:
     """Factors `[count]` from a magnitude of each channel in activations and weights, a on a grid in (0, 1].
 
-    x^a / w^(1-a) (SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4) and, if asked for, x^a (AWQ).
+    x^a / w^(1-a) (SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4) and, if asked for, x^a (AWQ); at 1 they are one.
     """
     activation, weight = activation.clamp(min=_SMALLEST), weight.clamp(min=_SMALLEST)
     for step in range(1, grid + 1):
         a = step / grid
-        if activation_alone:
+        if activation_alone and step < grid:
             yield normalized(activation**a)
         yield normalized(activation**a / weight ** (1 - a))
 

@@ -53,4 +53,6 @@ def test_a_token_of_great_energy_counts_four_times_the_median():
     x[0] *= 100
     assert token_weights(x)[1:].eq(1).all()
     torch.testing.assert_close((x.square() * token_weights(x)).sum(-1)[0].item(), 16.0, rtol=1e-6, atol=0)
+    padded = torch.cat((x, torch.zeros(30, 4)))
+    assert torch.equal(token_weights(padded)[:9], token_weights(x))
     assert floored(torch.zeros(4)).gt(0).all()

@@ -121,7 +121,7 @@ def test_normalized_factors(magnitude):
 def test_candidates_for_any_magnitudes(magnitude, grid, both):
     """As many as asked for, positive and finite; the last is of the activations alone."""
     found = list(powers(magnitude, magnitude.flip(0), grid, activation_alone=both))
-    assert len(found) == grid * (2 if both else 1)
+    assert len(found) == (2 * grid - 1 if both else grid)
     assert all((factors > 0).all() and factors.isfinite().all() for factors in found)
     torch.testing.assert_close(found[-1], normalized(magnitude.clamp(min=1e-5)), rtol=1e-5, atol=0)
 
