@@ -1,5 +1,6 @@
 """What README.md and passes/README.md say is run: every code block, and CI installs with README's own command."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -83,3 +84,23 @@ def test_writing_a_pass(tmp_path, monkeypatch, capsys):
         exec(compile(block, "passes/README.md", "exec", dont_inherit=True), namespace)
     assert "clip-weights{ratio=0.95} 2 rewrites, 0 misses" in capsys.readouterr().out
     assert "MXWeight" in str(namespace["quantized"][0].weight)
+
+
+def test_the_architecture_table_is_the_measured_one():
+    table = re.findall(
+        r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    records = [json.loads(line) for line in (ROOT / "benchmarks/results/folds.jsonl").read_text().splitlines()]
+    keys = ("architecture", "groups", "folded", "multiplied", "skipped")
+    assert table == [tuple(str(record[key]) for key in keys) for record in records]
+    assert min(min(record["sqnr_db_smooth"], record["sqnr_db_awq"]) for record in records) > 111
+
+
+def test_the_accuracy_table_is_the_measured_one():
+    """Shares closed, and the rise by rounding, of every pair of formats."""
+    records = [json.loads(line) for line in (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()]
+    text = (ROOT / "README.md").read_text()
+    for pair in dict.fromkeys((r["weight"], r["activation"]) for r in records):
+        rows = [r for r in records if (r["weight"], r["activation"]) == pair and not r.get("planted")]
+        shares = " | ".join(f"{r['closes']:.0%}".replace("%", " %") for r in rows[1:])
+        assert f"| {pair[0]}, {pair[1]} | {rows[0]['nll'] - rows[0]['nll_float']:.3f} | {shares} |" in text
