@@ -4,6 +4,7 @@ from typing import Final
 
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
+from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
@@ -12,6 +13,7 @@ from mxcompile.pipeline import Pass
 PASSES: Final[dict[str, type[Pass]]] = {
     "smooth-quant": SmoothQuant,
     "awq-fold": AwqFold,
+    "gptq": Gptq,
     "round-weights": RoundWeights,
     "lower-mx": LowerMX,
     "fuse-mx-gemm": FuseMXGemm,

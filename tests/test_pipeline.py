@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, inputs
 
+from mxcompile.columns import Order
 from mxcompile.errors import PassError, PipelineError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.instruments import Instrument
@@ -17,6 +18,7 @@ from mxcompile.ledger import Miss, PassResult
 from mxcompile.passes import PASSES
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
+from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import RECIPES, recipes
 from mxcompile.passes.round_weights import RoundWeights
@@ -37,10 +39,12 @@ BUILT_IN = {
     "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),
+    "gptq": st.builds(Gptq, formats, st.none() | formats, alphas, st.sampled_from(Order), rules, grids, alphas, flags)
+    | st.builds(Gptq, formats, rule=st.none(), order=st.just(Order.NONE)),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
     "lower-mx": st.builds(LowerMX, formats, st.none() | formats, rules, st.none() | rules),
 }
-ORDERED = [st.lists(BUILT_IN[name], max_size=2) for name in ("smooth-quant", "awq-fold", "round-weights", "lower-mx")]
+ORDERED = [st.lists(BUILT_IN[name], max_size=2) for name in BUILT_IN]
 pipelines = (
     st.tuples(*ORDERED).map(lambda parts: Pipeline([p for part in parts for p in part])).filter(lambda p: p.passes)
 )

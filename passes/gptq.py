@@ -1,0 +1,116 @@
+"""w -> q, MX values with the least || w x - q x ||^2 over calibration data: what one column loses, others make good.
+
+GPTQ (Frantar et al., arXiv 2210.17323) for MX blocks (Sharify et al., arXiv 2405.07135), column by column with each
+block's scale searched (`columns.py`), segment by segment on inputs as the quantized model gives them: activations
+rounded as at run time, earlier weights already rounded. One second-moment matrix a value, shared by all its readers.
+
+With `correction`, x on the left is the exact model's: the weight aimed at is the least squares one that makes up for
+what earlier layers have lost (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al., arXiv 2505.11695).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from mxcompile.analysis.choice import choose
+from mxcompile.analysis.matmuls import Matmul, finite_rows
+from mxcompile.analysis.segments import Segment
+from mxcompile.calibration.moments import Moments
+from mxcompile.calibration.streams import Streams
+from mxcompile.columns import ColumnRounding, IllConditionedError, Order
+from mxcompile.errors import PipelineError
+from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.importance import round_rows
+from mxcompile.ledger import Miss, PassResult
+from mxcompile.measure import sqnr_db
+from mxcompile.pipeline import FLOATING, Pass
+from mxcompile.program import Program, Rounding, Stage, where
+from mxcompile.search import Quantizers
+
+
+@dataclass(frozen=True)
+class Gptq(Pass):
+    """format, activation: of the weights, and of their inputs at run time (none: float).
+
+    damping, order, rule, sweeps, microblock: as in `ColumnRounding`.
+    correction: how much of what earlier layers have lost is aimed at, 0 to 1. residual: with a correction, also aim at
+        what the residual stream has lost by the place where the output is added to it.
+    """
+
+    format: MXFormat
+    activation: MXFormat | None = None
+    damping: float = 0.01
+    order: Order = Order.BLOCKS
+    rule: ScaleRule | None = None
+    sweeps: int = 0
+    correction: float = 0.0
+    residual: bool = False
+    microblock: int = 0
+
+    name = "gptq"
+    accepts = FLOATING
+    gives = Stage.ROUNDED
+
+    def __post_init__(self) -> None:
+        if self.order is Order.COLUMNS and self.rule is None:
+            raise PipelineError("gptq{order=columns} needs scales fixed beforehand: give a rule, for example rule=mse")
+        if self.microblock % self.format.block_size or (self.microblock and self.rule is None):
+            raise PipelineError(
+                f"gptq{{microblock={self.microblock}}} needs a multiple of the block of {self.format} and a rule"
+            )
+
+    def run(self, program: Program) -> PassResult:
+        """Round every chosen weight that nothing else reads, segment by segment."""
+        choice = choose(program)
+        misses = [*choice.misses, *(_shared(m) for m in choice.matmuls if not choice.alone(m))]
+        numbers: dict[str, dict[str, float]] = {}
+        todo = [m for m in choice.matmuls if choice.alone(m) and m.parameter not in program.rounded]
+        if not todo:
+            return PassResult(0, tuple(misses))
+        quantizers = Quantizers(self.format, self.activation)
+        streams = Streams(program, choice.matmuls, quantizers, self.correction > 0)
+        for segment in streams.segments:
+            for readers in _by_input(program, segment, todo):
+                moments = streams.moments(segment, readers, self.residual)
+                for matmul in readers:
+                    numbers[matmul.parameter] = self._round(program, matmul, moments, misses)
+            streams.advance(segment)
+        return PassResult(len(numbers), tuple(misses), numbers)
+
+    def _round(self, program: Program, matmul: Matmul, moments: list[Moments], misses: list[Miss]) -> dict[str, float]:
+        rows = finite_rows(program, matmul)
+        pairs = [
+            self._round_one(weight, known, matmul, misses)
+            for weight, known in zip(rows.reshape(-1, *rows.shape[-2:]), moments, strict=True)
+        ]
+        values, scales = (torch.stack(parts).reshape(*rows.shape[:-1], -1) for parts in zip(*pairs, strict=True))
+        program.set_tensor(matmul.parameter, matmul.rows(values.to(rows.dtype)).contiguous())
+        program.rounded[matmul.parameter] = Rounding(self.format, scales)
+        return {"weight_sqnr_db": sqnr_db(rows, values)}
+
+    def _round_one(self, weight: Tensor, moments: Moments, matmul: Matmul, misses: list[Miss]) -> tuple[Tensor, Tensor]:
+        rounding = ColumnRounding(self.format, self.damping, self.order, self.rule, self.sweeps, self.microblock)
+        try:
+            target = moments.target(weight, matmul.node.name, self.damping, self.correction)
+            return rounding.round(target, moments.inputs)
+        except IllConditionedError as error:
+            misses.append(Miss(where(matmul.node), f"rounded to nearest: {error}"))
+            return round_rows(weight, self.format, self.rule or ScaleRule.MSE)
+
+
+def _by_input(program: Program, segment: Segment, todo: list[Matmul]) -> list[list[Matmul]]:
+    """The matmuls of a segment to be rounded, those that read one value together; each weight once."""
+    groups: dict[tuple[Node, int], list[Matmul]] = {}
+    seen = set(program.rounded)
+    for matmul in segment.matmuls:
+        if matmul in todo and matmul.parameter not in seen:
+            seen.add(matmul.parameter)
+            key = matmul.activation, matmul.root.meta["val"].dim()
+            groups.setdefault(key, []).append(matmul)
+    return list(groups.values())
+
+
+def _shared(matmul: Matmul) -> Miss:
+    return Miss(where(matmul.node), "its weight is read elsewhere too: lower-mx rounds a copy")

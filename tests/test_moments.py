@@ -1,0 +1,66 @@
+"""Second moments: the weight they aim at is the least squares one, and what a matmul's output is added to is found."""
+
+import pytest
+import torch
+from models import build, inputs, llama
+
+import mxcompile
+from mxcompile.analysis.choice import choose
+from mxcompile.calibration.moments import Moments, added_to, expert_rows
+from mxcompile.calibration.streams import Streams
+from mxcompile.formats import MXINT4, MXINT8
+from mxcompile.inputs import as_inputs
+from mxcompile.search import Quantizers
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_target_is_the_least_squares_weight():
+    """Exact outputs from inexact inputs, and what the residual lacks, by torch's own solver."""
+    exact, weight, lost = values(200, 8), values(5, 8, seed=1), values(200, 5, seed=2)
+    x = exact + 0.3 * values(200, 8, seed=3)
+    moments = Moments.of_size(8, x.device)
+    for part in range(0, 200, 50):  # a batch at a time
+        rows = slice(part, part + 50)
+        moments.update(x[rows], exact[rows], {"linear": lost[rows]})
+    counts = torch.cat([(x[i : i + 50].square().sum(1, keepdim=True)) for i in range(0, 200, 50)])
+    assert counts.max() < 4 * counts.median()  # no token is capped here
+    wanted = torch.linalg.lstsq(x, exact @ weight.T + lost).solution.T
+    torch.testing.assert_close(moments.target(weight, "linear", 0.0, 1.0), wanted, rtol=1e-4, atol=1e-4)
+    half = moments.target(weight, "linear", 0.0, 0.5)
+    torch.testing.assert_close(half, (weight + wanted) / 2, rtol=1e-4, atol=1e-4)
+    assert moments.target(weight, "linear", 0.0, 0.0) is weight
+
+
+def test_what_outputs_are_added_to():
+    program = mxcompile.trace(build("llama"), inputs("llama"))
+    found = {matmul.parameter.split(".")[-2]: added_to(matmul) for matmul in choose(program).matmuls}
+    assert [name for name, node in found.items() if node is not None] == ["o_proj", "down_proj"]
+    (stream,) = [node for node in found["down_proj"].users if node.target is torch.ops.aten.add.Tensor]
+    assert stream.args[0] is found["down_proj"]
+
+
+def test_rows_of_experts():
+    x = values(6, 4)
+    parts = expert_rows(x, torch.tensor([2, 2, 6]), 3)
+    assert [len(part) for part in parts] == [2, 0, 4]
+    assert torch.equal(torch.cat(parts), x)
+    assert torch.equal(expert_rows(values(3, 5, 4), None, 3)[1], values(3, 5, 4)[1])
+    assert [part.shape for part in expert_rows(values(7, 4), None, 3)] == [(7, 4)] * 3
+
+
+@pytest.mark.parametrize("activation", [None, MXINT8], ids=["float", "mxint8"])
+def test_streams_agree_until_something_is_rounded(activation):
+    """No weight rounded: with float activations nothing is lacking; rounded ones lack a little."""
+    batches = [inputs("llama", 4, 16, seed=seed) for seed in range(2)]
+    program = mxcompile.trace(llama(2), batches[0])
+    program.batches = tuple(as_inputs(batch) for batch in batches)
+    streams = Streams(program, choose(program).matmuls, Quantizers(MXINT4, activation), with_exact=True)
+    for segment in streams.segments:
+        (moments,) = streams.moments(segment, segment.reading(segment.inputs[0]), residual=True)
+        assert moments.lacking is not None
+        share = (moments.lacking.norm() / moments.inputs.norm()).item()
+        assert share == 0 if activation is None else 0 < share < 0.02
+        streams.advance(segment)
