@@ -30,6 +30,7 @@ def quantize_and_compile(
     exclude: Iterable[str] = (),
     allow_partial: bool = False,
     instruments: Sequence[Instrument] = (),
+    resume: str | Path | None = None,
 ) -> M:
     """Quantize a model to an MX format and compile it.
 
@@ -42,6 +43,7 @@ def quantize_and_compile(
     compile: False returns the deployed module without `torch.compile`.
     include, exclude: name patterns; see `Selection`. The output head stays float unless included.
     allow_partial: accept that less than half of the matmul weight bytes is covered.
+    resume: a folder for what slow passes have finished, so that an interrupted call can go on.
 
     Returns a module of the same class, in eval mode, with `MXWeight` parameters; nothing is shared with `model`.
     Raises a subclass of `MXCompileError` that says what to do.
@@ -49,7 +51,7 @@ def quantize_and_compile(
     pipeline = as_pipeline(recipe)
     watchers = [*instruments, Dump(dump)] if dump is not None else list(instruments)
     program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
-    program = pipeline.run(program, calibration, watchers)
+    program = pipeline.run(program, calibration, watchers, resume=resume)
     deployed = deploy(program, model)
     return compile_module(deployed) if compile else deployed
 

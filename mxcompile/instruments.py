@@ -28,6 +28,9 @@ class Instrument:
     def before(self, program: Program, step: Step) -> None:
         """Before a pass, and before its statistics are gathered."""
 
+    def segment(self, program: Program, step: Step, done: int, total: int) -> None:
+        """Before each of the segments that a pass goes through with calibration data; `done` are finished."""
+
     def after(self, program: Program, step: Step, record: PassRecord) -> None:
         """After a pass, with what it did."""
 

@@ -3,6 +3,8 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 from mxcompile import spec, verify
@@ -13,6 +15,7 @@ from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import PassRecord, PassResult
 from mxcompile.preservation import OnChange, check_preserved, remember
 from mxcompile.program import Program, Stage
+from mxcompile.resume import Resume
 
 FLOATING = frozenset({Stage.FLOAT, Stage.ROUNDED})
 
@@ -85,22 +88,27 @@ class Pipeline:
         calibration: object = None,
         instruments: Sequence[Instrument] = (),
         on_change: OnChange = "error",
+        resume: str | Path | None = None,
     ) -> Program:
         """Run the passes on a copy of the program and return the copy.
 
         calibration: a batch or an iterable of batches as `trace` takes inputs; the example inputs if None.
         on_change: what to do when a pass that must keep the function does not (less than 100 dB on the example inputs):
             "error" undoes it and raises PreservationError, "warn" warns and goes on.
+        resume: a folder for what slow passes (gptq) have finished; the same run, started again, goes on from there.
         """
         if self.passes and program.stage not in self.passes[0].accepts:
             raise PipelineError(_wrong_stage(self.passes[0], program.stage, "what was run before"))
         program = program.copy()
         program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))
+        program.resume = kept = None if resume is None else Resume(resume, str(self), program)
         for instrument in instruments:
             instrument.start(program, self)
         for index, current in enumerate(self.passes, start=1):
+            if kept is not None:
+                kept.place = f"{index:02}-{current.name}"
             _run_one(Step(index, current, self), program, instruments, on_change)
-        program.batches = (program.example,)
+        program.batches, program.report, program.resume = (program.example,), None, None
         for instrument in instruments:
             instrument.finish(program)
         return program
@@ -120,6 +128,7 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
     current = step.current
     for instrument in instruments:
         instrument.before(program, step)
+    program.report = partial(_report, instruments, program, step)
     began = time.perf_counter()
     try:
         gather(program, current.requests(program), program.batches)
@@ -144,6 +153,11 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
     program.ledger.append(record)
     for instrument in instruments:
         instrument.after(program, step, record)
+
+
+def _report(instruments: Sequence[Instrument], program: Program, step: Step, done: int, total: int) -> None:
+    for instrument in instruments:
+        instrument.segment(program, step, done, total)
 
 
 def _preserving(current: Pass, program: Program, on_change: OnChange) -> tuple[PassResult, float]:

@@ -5,11 +5,11 @@ A graph module whose parameters still are the user's tensors, shared and never w
 """
 
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from mxcompile.inputs import Inputs
 from mxcompile.ledger import PassRecord
 from mxcompile.selection import Selection
 
+T = TypeVar("T")
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export names the lack of a module
 
 _DYNAMO_ROOT = re.compile(r"^L\['\w+'\]\.?")  # how Dynamo's graphs begin a module path
@@ -43,6 +44,18 @@ class Rounding:
     scales: Tensor
 
 
+class Parts(Protocol):
+    """Finished parts of a pass, kept for when it is interrupted (`resume.py`): tensors and notes by name."""
+
+    def load(self, part: str) -> tuple[dict[str, Tensor], list[str]] | None:
+        """A finished part, None if it is not finished."""
+        ...
+
+    def save(self, part: str, tensors: dict[str, Tensor], notes: list[str]) -> None:
+        """Keep a part."""
+        ...
+
+
 class Program:
     """A traced model.
 
@@ -54,6 +67,7 @@ class Program:
     batches: calibration data, while a pipeline runs. statistics: (value name, observer name) -> what they showed.
     importance: weight name -> mean square of each of its input channels `[in]`, where a pass has measured it.
     outputs: the output tensors on the example inputs, kept while passes preserve the function.
+    report: told how many segments of how many a pass has gone through. resume: keeps what long passes have finished.
     """
 
     def __init__(
@@ -77,6 +91,8 @@ class Program:
         self.statistics: dict[tuple[str, str], Tensor] = {}
         self.importance: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] | None = None
+        self.report: Callable[[int, int], None] | None = None
+        self.resume: Parts | None = None
 
     @property
     def graph(self) -> Graph:
@@ -107,6 +123,13 @@ class Program:
         other.importance = dict(self.importance)
         other.outputs = self.outputs
         return other
+
+    def through(self, segments: Sequence[T]) -> Iterator[T]:
+        """The segments one after the other, each reported when its turn comes."""
+        for done, segment in enumerate(segments):
+            if self.report is not None:
+                self.report(done, len(segments))
+            yield segment
 
     def parameter_names(self) -> Iterator[str]:
         """Names of the parameters, buffers and constants that the graph reads, in order of appearance."""

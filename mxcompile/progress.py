@@ -17,9 +17,13 @@ class Progress(Instrument):
 
     def before(self, program: Program, step: Step) -> None:
         """Show the pass at work."""
-        text = f"[{step.index}/{len(step.pipeline.passes)}] {step.current.name}"
-        self._status = self.console.status(text)
+        self._status = self.console.status(_title(step))
         self._status.start()
+
+    def segment(self, program: Program, step: Step, done: int, total: int) -> None:
+        """Show how far it is."""
+        if self._status is not None:
+            self._status.update(f"{_title(step)}: segment {done + 1} of {total}")
 
     def after(self, program: Program, step: Step, record: PassRecord) -> None:
         """Say what it did."""
@@ -36,3 +40,7 @@ class Progress(Instrument):
         if self._status is not None:
             self._status.stop()
             self._status = None
+
+
+def _title(step: Step) -> str:
+    return f"[{step.index}/{len(step.pipeline.passes)}] {step.current.name}"

@@ -8,6 +8,7 @@ With `correction`, x on the left is the exact model's: the weight aimed at is th
 what earlier layers have lost (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al., arXiv 2505.11695).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ from mxcompile.measure import sqnr_db
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage, where
 from mxcompile.search import Quantizers
+
+_SCALES = " scales"
 
 
 @dataclass(frozen=True)
@@ -71,33 +74,67 @@ class Gptq(Pass):
             return PassResult(0, tuple(misses))
         quantizers = Quantizers(self.format, self.activation)
         streams = Streams(program, choice.matmuls, quantizers, self.correction > 0)
-        for segment in streams.segments:
-            for readers in _by_input(program, segment, todo):
-                moments = streams.moments(segment, readers, self.residual)
-                for matmul in readers:
-                    numbers[matmul.parameter] = self._round(program, matmul, moments, misses)
+        for index, segment in enumerate(program.through(streams.segments)):
+            readings = _by_input(program, segment, todo)
+            before = {m.parameter: program.tensor(m.parameter) for readers in readings for m in readers}
+            reasons = self._restored(program, index, before)
+            if reasons is None:
+                reasons = self._round_segment(program, streams, segment, readings)
+                _keep(program, index, before, reasons)
+            misses += [Miss(*reason.split(": ", 1)) for reason in reasons]
+            numbers |= {n: {"weight_sqnr_db": sqnr_db(old, program.tensor(n))} for n, old in before.items()}
             streams.advance(segment)
         return PassResult(len(numbers), tuple(misses), numbers)
 
-    def _round(self, program: Program, matmul: Matmul, moments: list[Moments], misses: list[Miss]) -> dict[str, float]:
+    def _round_segment(
+        self, program: Program, streams: Streams, segment: Segment, readings: list[list[Matmul]]
+    ) -> list[str]:
+        """Round the weights of a segment, one input value after the other; returns why some were rounded to nearest."""
+        reasons: list[str] = []
+        for readers in readings:
+            moments = streams.moments(segment, readers, self.residual)
+            for matmul in readers:
+                reasons += self._round(program, matmul, moments)
+        return reasons
+
+    def _round(self, program: Program, matmul: Matmul, moments: list[Moments]) -> list[str]:
         rows = finite_rows(program, matmul)
-        pairs = [
-            self._round_one(weight, known, matmul, misses)
-            for weight, known in zip(rows.reshape(-1, *rows.shape[-2:]), moments, strict=True)
-        ]
+        reasons: list[str] = []
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for weight, known in zip(rows.reshape(-1, *rows.shape[-2:]), moments, strict=True):
+            try:
+                pairs.append(self._round_one(weight, known, matmul))
+            except IllConditionedError as error:
+                reasons.append(f"{where(matmul.node)}: rounded to nearest: {error}")
+                pairs.append(round_rows(weight, self.format, self.rule or ScaleRule.MSE))
         values, scales = (torch.stack(parts).reshape(*rows.shape[:-1], -1) for parts in zip(*pairs, strict=True))
         program.set_tensor(matmul.parameter, matmul.rows(values.to(rows.dtype)).contiguous())
         program.rounded[matmul.parameter] = Rounding(self.format, scales)
-        return {"weight_sqnr_db": sqnr_db(rows, values)}
+        return reasons
 
-    def _round_one(self, weight: Tensor, moments: Moments, matmul: Matmul, misses: list[Miss]) -> tuple[Tensor, Tensor]:
+    def _round_one(self, weight: Tensor, moments: Moments, matmul: Matmul) -> tuple[Tensor, Tensor]:
         rounding = ColumnRounding(self.format, self.damping, self.order, self.rule, self.sweeps, self.microblock)
-        try:
-            target = moments.target(weight, matmul.node.name, self.damping, self.correction)
-            return rounding.round(target, moments.inputs)
-        except IllConditionedError as error:
-            misses.append(Miss(where(matmul.node), f"rounded to nearest: {error}"))
-            return round_rows(weight, self.format, self.rule or ScaleRule.MSE)
+        target = moments.target(weight, matmul.node.name, self.damping, self.correction)
+        return rounding.round(target, moments.inputs)
+
+    def _restored(self, program: Program, index: int, names: Iterable[str]) -> list[str] | None:
+        """Take a segment's weights from an earlier, interrupted run; None if it did not get there."""
+        found = None if program.resume is None else program.resume.load(f"{index:04}")
+        if found is None:
+            return None
+        tensors, reasons = found
+        for name in names:
+            device = program.tensor(name).device
+            program.set_tensor(name, tensors[name].to(device))
+            program.rounded[name] = Rounding(self.format, tensors[f"{name}{_SCALES}"].to(device))
+        return reasons
+
+
+def _keep(program: Program, index: int, names: Iterable[str], reasons: list[str]) -> None:
+    if program.resume is not None:
+        tensors = {name: program.tensor(name) for name in names}
+        tensors |= {f"{name}{_SCALES}": program.rounded[name].scales for name in names}
+        program.resume.save(f"{index:04}", tensors, reasons)
 
 
 def _by_input(program: Program, segment: Segment, todo: list[Matmul]) -> list[list[Matmul]]:

@@ -60,7 +60,7 @@ class FoldSearch:
         sweep = Sweep(program, program.batches)
         known: dict[Node, dict[type[Observer], Tensor]] = {}
         waiting = [*groups, *unfoldable]
-        for segment in segments:
+        for segment in program.through(segments):
             before = first_batches(sweep.states, segment) if self.objective is Objective.BLOCK else []
             observers = {value: self._observers() for value in segment.inputs}
             sweep.advance(segment, observers)

@@ -1,0 +1,105 @@
+"""A run that was killed goes on from the last finished segment, to the same bits; a folder belongs to one run."""
+
+import pytest
+import torch
+from models import build, inputs, llama
+
+import mxcompile
+from mxcompile.columns import ColumnRounding
+from mxcompile.errors import InputError
+from mxcompile.instruments import Instrument
+from mxcompile.pipeline import Pipeline
+
+TEXT = "smooth-quant | gptq{format=mxint4,activation=mxint8,correction=0.25}"
+
+
+class Killed(Instrument):
+    """Stops the process in front of a segment of gptq, as Ctrl-C would, and notes the segments it has seen."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.seen = at, []
+
+    def segment(self, program, step, done, total):
+        self.seen.append((step.current.name, done, total))
+        if step.current.name == "gptq" and done == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """(run(folder, killed_at) -> Program, list that grows with every weight rounded)."""
+    rounded: list[tuple[int, ...]] = []
+    plain = ColumnRounding.round
+
+    def counted(self, weight, moments):
+        rounded.append(tuple(weight.shape))
+        return plain(self, weight, moments)
+
+    monkeypatch.setattr(ColumnRounding, "round", counted)
+    batches = [inputs("llama", 4, 16, seed=seed) for seed in range(2)]
+    program = mxcompile.trace(llama(2), batches[0])
+
+    def start(folder, killed_at=None):
+        return Pipeline.parse(TEXT).run(program, batches, [Killed(killed_at)], resume=folder)
+
+    return start, rounded
+
+
+def test_goes_on_to_the_same_bits(run, tmp_path):
+    start, rounded = run
+    wanted = start(None)
+    assert len(rounded) == 14
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "run", killed_at=3)
+    assert len(rounded) == 14 + 11  # two attentions and one MLP
+    given = start(tmp_path / "run")
+    assert len(rounded) == 14 + 11 + 3
+    for name in wanted.parameter_names():
+        assert torch.equal(given.tensor(name), wanted.tensor(name))
+    for name, rounding in wanted.rounded.items():
+        assert torch.equal(given.rounded[name].scales, rounding.scales)
+    assert given.ledger[1].numbers == wanted.ledger[1].numbers
+    assert given.ledger[1].misses == wanted.ledger[1].misses
+
+
+def test_reasons_are_kept(tmp_path):
+    """A weight that was rounded to nearest says so in the second run too."""
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = torch.nan
+    program = mxcompile.trace(build("mlp"), x)
+    first, again = (Pipeline.parse("gptq{format=mxint4}").run(program, x, resume=tmp_path / "run") for _ in range(2))
+    assert first.ledger[0].misses == again.ledger[0].misses
+    assert "rounded to nearest" in again.ledger[0].misses[0].reason
+
+
+def test_half_a_file_is_no_part(run, tmp_path):
+    start, rounded = run
+    start(tmp_path / "run")
+    (last,) = sorted((tmp_path / "run").glob("02-gptq-0003.safetensors"))
+    last.rename(last.with_suffix(".incomplete"))
+    start(tmp_path / "run")
+    assert len(rounded) == 14 + 3
+
+
+@pytest.mark.parametrize("other", ["pipeline", "model", "calibration"])
+def test_a_folder_belongs_to_one_run(other, tmp_path):
+    x = {"pipeline": inputs("llama"), "model": inputs("llama"), "calibration": inputs("llama", seed=5)}[other]
+    text = "gptq{format=mxint4}"
+    Pipeline.parse(text).run(mxcompile.trace(llama(1), inputs("llama")), inputs("llama"), resume=tmp_path / "run")
+    program = mxcompile.trace(llama(2 if other == "model" else 1), inputs("llama"))
+    with pytest.raises(InputError, match="belongs to another run"):
+        Pipeline.parse("gptq{format=mxint6}" if other == "pipeline" else text).run(program, x, resume=tmp_path / "run")
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds other files"):
+        Pipeline.parse("gptq{format=mxint4}").run(mxcompile.trace(build("mlp"), inputs("mlp")), resume=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_segments_are_reported(run):
+    watcher = Killed()
+    program = mxcompile.trace(llama(2), inputs("llama"))
+    Pipeline.parse("awq-fold{weight=mxint4} | gptq{format=mxint4}").run(program, inputs("llama"), [watcher])
+    assert watcher.seen == [(name, done, 4) for name in ("awq-fold", "gptq") for done in range(4)]
