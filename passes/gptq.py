@@ -31,6 +31,7 @@ from mxcompile.program import Program, Rounding, Stage, where
 from mxcompile.search import Quantizers
 
 _SCALES = " scales"
+_FEW = "tokens of calibration data are few for {} input channels: what they do not show is guessed"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Gptq(Pass):
         for weight, known in zip(rows.reshape(-1, *rows.shape[-2:]), moments, strict=True):
             try:
                 pairs.append(self._round_one(weight, known, matmul))
+                if known.tokens < weight.shape[1]:
+                    reasons.append(f"{where(matmul.node)}: {known.tokens} {_FEW.format(weight.shape[1])}")
             except IllConditionedError as error:
                 reasons.append(f"{where(matmul.node)}: rounded to nearest: {error}")
                 pairs.append(round_rows(weight, self.format, self.rule or ScaleRule.MSE))

@@ -129,6 +129,16 @@ def test_other_models(name):
         assert sqnr_db(wanted, output(lowered(**x))) > sqnr_db(wanted, output(nearest(**x)))
 
 
+def test_few_tokens_are_reported():
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    rounded = Pipeline.parse("gptq{format=mxint4}").run(mxcompile.trace(build("mlp"), x), x)
+    reasons = [str(miss) for miss in rounded.ledger[0].misses]
+    assert len(reasons) == 2
+    assert reasons[0].endswith(
+        "in up: 40 tokens of calibration data are few for 64 input channels: what they do not show is guessed"
+    )
+
+
 def test_nan_in_calibration_is_no_crash(deep):
     model, x = build("mlp"), torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     x[0, 0] = torch.nan

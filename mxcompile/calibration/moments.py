@@ -24,9 +24,10 @@ _PASSED = SAME_VALUE | {aten.view.default, aten.reshape.default, aten._unsafe_vi
 
 @dataclass
 class Moments:
-    """inputs H `[in, in]`, lacking D `[in, in]`, added: R `[out, in]` for some matmuls, by node name."""
+    """inputs H `[in, in]`, of that many tokens; lacking D `[in, in]`; added: R `[out, in]` of some matmuls, by name."""
 
     inputs: Tensor
+    tokens: int = 0
     lacking: Tensor | None = None
     added: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
@@ -42,6 +43,7 @@ class Moments:
         x = x.float()
         weighted = x * token_weights(x)
         self.inputs += weighted.T @ x
+        self.tokens += len(x)
         if exact is not None:
             difference = (exact.float() - x).T @ weighted
             self.lacking = difference if self.lacking is None else self.lacking + difference
