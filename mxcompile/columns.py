@@ -60,19 +60,17 @@ class ColumnRounding:
         padding = self.format.blocks(size) * block - size
         w = torch.nn.functional.pad(weight.float(), (0, padding))
         h = _padded(moments.double(), padding)
-        h, upper = _factored(h, self.damping)
+        columns = _order(h.diagonal(), block, Order.NONE if self.microblock else self.order)
+        back = columns.argsort()
+        damped, upper = _factored(h[columns][:, columns], self.damping)
         if self.microblock:
             assert self.rule is not None
             return self._microblocks(w, upper, self.rule, size)
-        columns = _order(h.diagonal(), block, self.order)
-        if self.order is not Order.NONE:
-            _, upper = _factored(h[columns][:, columns], 0.0)
         exponents = None if self.rule is None else _exponents(w, self.format, self.rule)
         q, chosen = self._columns(w[:, columns], upper, exponents, columns)
-        back = columns.argsort()
         q = q[:, back]
         for _ in range(self.sweeps):
-            q, chosen = self._sweep(w, q, chosen, h.float(), exponents is None)
+            q, chosen = self._sweep(w, q, chosen, damped[back][:, back].float(), exponents is None)
         return q[:, :size], (chosen + SCALE_BIAS).to(torch.uint8)
 
     def _columns(self, w: Tensor, upper: Tensor, exponents: Tensor | None, columns: Tensor) -> tuple[Tensor, Tensor]:
