@@ -99,7 +99,8 @@ class Pipeline:
         """
         if self.passes and program.stage not in self.passes[0].accepts:
             raise PipelineError(_wrong_stage(self.passes[0], program.stage, "what was run before"))
-        program = program.copy()
+        origin, program = program, program.copy()
+        program.origin = origin.origin or origin
         program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))
         program.resume = kept = None if resume is None else Resume(resume, str(self), program)
         for instrument in instruments:

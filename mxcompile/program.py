@@ -66,7 +66,8 @@ class Program:
     rounded: parameter name -> how its values have been rounded.
     batches: calibration data, while a pipeline runs. statistics: (value name, observer name) -> what they showed.
     importance: weight name -> mean square of each of its input channels `[in]`, where a pass has measured it.
-    outputs: the output tensors on the example inputs, kept while passes preserve the function.
+    origin: the program as traced, once passes have run. outputs: the output tensors on the example inputs, kept while
+    passes preserve the function.
     report: told how many segments of how many a pass has gone through. resume: keeps what long passes have finished.
     """
 
@@ -90,6 +91,7 @@ class Program:
         self.batches: tuple[Inputs, ...] = (example,)
         self.statistics: dict[tuple[str, str], Tensor] = {}
         self.importance: dict[str, Tensor] = {}
+        self.origin: Program | None = None
         self.outputs: dict[str, Tensor] | None = None
         self.report: Callable[[int, int], None] | None = None
         self.resume: Parts | None = None
@@ -121,6 +123,7 @@ class Program:
         other.batches = self.batches
         other.statistics = dict(self.statistics)
         other.importance = dict(self.importance)
+        other.origin = self.origin
         other.outputs = self.outputs
         return other
 

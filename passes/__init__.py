@@ -8,6 +8,7 @@ from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
+from mxcompile.passes.tune_vectors import TuneVectors
 from mxcompile.pipeline import Pass
 
 PASSES: Final[dict[str, type[Pass]]] = {
@@ -15,6 +16,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
     "awq-fold": AwqFold,
     "gptq": Gptq,
     "round-weights": RoundWeights,
+    "tune-vectors": TuneVectors,
     "lower-mx": LowerMX,
     "fuse-mx-gemm": FuseMXGemm,
 }

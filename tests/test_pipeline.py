@@ -23,6 +23,7 @@ from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import RECIPES, recipes
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
+from mxcompile.passes.tune_vectors import TuneVectors
 from mxcompile.pipeline import FLOATING, Pass, Pipeline
 from mxcompile.printer import print_program
 from mxcompile.program import Program, Stage
@@ -42,6 +43,7 @@ BUILT_IN = {
     "gptq": st.builds(Gptq, formats, st.none() | formats, alphas, st.sampled_from(Order), rules, grids, alphas, flags)
     | st.builds(Gptq, formats, rule=st.none(), order=st.just(Order.NONE)),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
+    "tune-vectors": st.builds(TuneVectors, st.none() | formats, grids, alphas),
     "lower-mx": st.builds(LowerMX, formats, st.none() | formats, rules, st.none() | rules),
 }
 ORDERED = [st.lists(BUILT_IN[name], max_size=2) for name in BUILT_IN]

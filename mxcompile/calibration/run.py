@@ -32,11 +32,15 @@ class Request:
 
 
 class Runner(Interpreter):
-    """Runs parts of a graph on values kept outside; tensors of the program are read anew each time."""
+    """Runs parts of a graph on values kept outside; tensors of the program are read anew each time.
+
+    gradients: record what is computed, for values that need gradients (the program's own tensors never do).
+    """
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph_module, garbage_collect_values=False)
         self.extra_traceback = False  # errors are ours to explain
+        self.gradients = False
 
     def run_nodes(
         self,
@@ -52,7 +56,7 @@ class Runner(Interpreter):
         wanted = dict.fromkeys(wanted)
         last = {source: index for index, node in enumerate(nodes) for source in node.all_input_nodes}
         self.env = dict(values)
-        with torch.no_grad(), guards_explained():
+        with torch.set_grad_enabled(self.gradients), guards_explained():
             for index, node in enumerate(nodes):
                 for source in node.all_input_nodes:
                     if source.op == "get_attr":
@@ -69,7 +73,8 @@ class Runner(Interpreter):
 
     def parameter(self, node: Node) -> Tensor:
         """The tensor that a `get_attr` node reads."""
-        return self.fetch_attr(str(node.target))
+        value = self.fetch_attr(str(node.target))
+        return value.detach() if isinstance(value, Tensor) else value
 
 
 def unshared(values: Values, nodes: Iterable[Node]) -> Values:
