@@ -37,14 +37,14 @@ HALVES: Final = {"first": slice(None, 1), "second": slice(1, None), "all": slice
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parser(__doc__).parse_args()
     model, tokenizer = smollm2.load()
     model = (plant(model) if arguments.planted else model).to(arguments.device)
     batches, test = texts(arguments, tokenizer)
     exact = evaluate(model, test).nll
     program = mxcompile.trace(model, {"input_ids": batches[0]["input_ids"][:1, :64]})
     for pair in arguments.formats.split(","):
-        weight, activation = pair.split(":")
+        weight, activation = pair.split("/") if "/" in pair else pair.split(":")
         first: float | None = None
         for name in arguments.algorithms.split(","):
             text = (ALGORITHMS.get(name, name) + LOWER).replace("=W", f"={weight}").replace("=A", f"={activation}")
@@ -64,9 +64,13 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--formats", default="mxint4:mxint8", help="weight:activation, comma-separated")
+def parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument(
+        "--formats",
+        default="mxint4:mxint8",
+        help="weight:activation (weight/activation, to give block sizes), comma-separated",
+    )
     parser.add_argument(
         "--algorithms", default="rtn,rtn weighted,smooth-quant,awq-fold",
         help="comma-separated names, or passes before lower-mx with W, A for the formats and ; between options",
@@ -80,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens a test window")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="add the results here, one JSON object a line")
-    return parser.parse_args()
+    return parser
 
 
 def texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
