@@ -3,9 +3,9 @@
     python benchmarks/study.py --test-text wikitext2-validation.txt --calibration-text c4.jsonl --device cuda
 
 {RTN, GPTQ, SmoothQuant, AWQ, SmoothQuant + GPTQ, AWQ + GPTQ} x weight formats x block sizes, activations of 8 bits of
-the same kind; GPTQ is the paper's (micro-block of 128, OCP scales) or ours. The reversed order, a fold after GPTQ, is one that a
-pipeline refuses: here the rounded weights are declared float again, folded, and rounded to nearest. (Our search never
-takes factors that lose: on weights that are already rounded it may fold nothing.)
+the same kind; GPTQ is the paper's (micro-block of 128, OCP scales) or ours. The reversed order, a fold after GPTQ, is
+one that a pipeline refuses: here the rounded weights are declared float again, folded, and rounded to nearest. (Our
+search never takes factors that lose: on weights that are already rounded it may fold nothing.)
 Prints perplexities, one line a format and block, and where the ranking differs from the paper's.
 """
 
