@@ -55,8 +55,8 @@ class ChannelAbsMax:
         self._value = value if self._value is None else torch.maximum(self._value, value)
 
 
-class ChannelMeanAbs:
-    """Mean magnitude of each channel (last dimension) over all tokens, float32 `[channels]`."""
+class _ChannelMean:
+    """Mean of something over all tokens, for each channel, float32 `[channels]`."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -66,11 +66,11 @@ class ChannelMeanAbs:
         """x: `[..., channels]`; an empty batch changes nothing."""
         if x.numel():
             rows = x.detach().reshape(-1, x.shape[-1])
-            self._take(rows.abs().sum(0, dtype=torch.float64), len(rows))
+            self._take(self._measured(rows).sum(0, dtype=torch.float64), len(rows))
 
     def merge(self, other: Observer) -> None:
         """The mean over what both have seen."""
-        if isinstance(other, ChannelMeanAbs) and other._sum is not None:
+        if isinstance(other, type(self)) and other._sum is not None:
             self._take(other._sum, other._count)
 
     @property
@@ -80,42 +80,34 @@ class ChannelMeanAbs:
             raise RuntimeError("the observer has seen no data")
         return (self._sum / self._count).float()
 
+    def _measured(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _take(self, total: Tensor, count: int) -> None:
         self._sum = total if self._sum is None else self._sum + total
         self._count += count
 
 
-class ChannelImportance:
-    """Mean square of each channel (last dimension), float32 `[channels]`, tokens of great energy capped.
+class ChannelMeanAbs(_ChannelMean):
+    """Mean magnitude of each channel (last dimension) over all tokens, float32 `[channels]`."""
+
+    def _measured(self, rows: Tensor) -> Tensor:
+        return rows.abs()
+
+
+class ChannelImportance(_ChannelMean):
+    """Mean square of each channel (last dimension), float32 `[channels]`, nowhere 0, tokens of great energy capped.
 
     A token counts with at most four times the median energy of its batch (`importance.token_weights`).
     """
 
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._count = 0
-
-    def update(self, x: Tensor) -> None:
-        """x: `[..., channels]`; an empty batch changes nothing."""
-        if x.numel():
-            rows = x.detach().reshape(-1, x.shape[-1]).float()
-            self._take((rows.square() * token_weights(rows)).sum(0, dtype=torch.float64), len(rows))
-
-    def merge(self, other: Observer) -> None:
-        """The mean over what both have seen."""
-        if isinstance(other, ChannelImportance) and other._sum is not None:
-            self._take(other._sum, other._count)
-
     @property
     def value(self) -> Tensor:
-        """Float32 `[channels]`, nowhere 0; raises if nothing has been seen."""
-        if self._sum is None:
-            raise RuntimeError("the observer has seen no data")
-        return floored((self._sum / self._count).float())
+        """Float32 `[channels]`, at least a little everywhere; raises if nothing has been seen."""
+        return floored(super().value)
 
-    def _take(self, total: Tensor, count: int) -> None:
-        self._sum = total if self._sum is None else self._sum + total
-        self._count += count
+    def _measured(self, rows: Tensor) -> Tensor:
+        return rows.float().square() * token_weights(rows.float())
 
 
 class TokenSample:
