@@ -31,6 +31,7 @@ from mxcompile.program import Program, Rounding, Stage, where
 from mxcompile.search import Quantizers
 
 _SCALES = " scales"
+_UNCORRECTED = "rounded without correction: an expert's tokens may differ in the exact model"
 _FEW = "tokens of calibration data are few for {} input channels: what they do not show is guessed"
 
 
@@ -40,7 +41,8 @@ class Gptq(Pass):
 
     damping, order, rule, sweeps, microblock: as in `ColumnRounding`.
     correction: how much of what earlier layers have lost is aimed at, 0 to 1. residual: with a correction, also aim at
-        what the residual stream has lost by the place where the output is added to it.
+        what the residual stream has lost by the place where the output is added to it. Experts get no correction: their
+        tokens may differ between the two models.
     """
 
     format: MXFormat
@@ -100,7 +102,8 @@ class Gptq(Pass):
 
     def _round(self, program: Program, matmul: Matmul, moments: list[Moments]) -> list[str]:
         rows = finite_rows(program, matmul)
-        reasons: list[str] = []
+        uncorrected = self.correction > 0 and rows.dim() == 3
+        reasons = [f"{where(matmul.node)}: {_UNCORRECTED}"] if uncorrected else []
         pairs: list[tuple[Tensor, Tensor]] = []
         for weight, known in zip(rows.reshape(-1, *rows.shape[-2:]), moments, strict=True):
             try:

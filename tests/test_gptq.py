@@ -129,6 +129,12 @@ def test_other_models(name):
         assert sqnr_db(wanted, output(lowered(**x))) > sqnr_db(wanted, output(nearest(**x)))
 
 
+def test_experts_without_correction_say_so():
+    program = mxcompile.trace(Experts().eval(), torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(1)))
+    (miss,) = Pipeline.parse("gptq{format=mxint4,correction=0.25}").run(program).ledger[0].misses
+    assert miss.reason == "rounded without correction: an expert's tokens may differ in the exact model"
+
+
 def test_few_tokens_are_reported():
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     rounded = Pipeline.parse("gptq{format=mxint4}").run(mxcompile.trace(build("mlp"), x), x)

@@ -8,6 +8,7 @@ import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.moments import Moments, added_to, expert_rows
 from mxcompile.calibration.streams import Streams
+from mxcompile.columns import IllConditionedError
 from mxcompile.formats import MXINT4, MXINT8
 from mxcompile.inputs import as_inputs
 from mxcompile.search import Quantizers
@@ -32,6 +33,13 @@ def test_the_target_is_the_least_squares_weight():
     half = moments.target(weight, "linear", 0.0, 0.5)
     torch.testing.assert_close(half, (weight + wanted) / 2, rtol=1e-4, atol=1e-4)
     assert moments.target(weight, "linear", 0.0, 0.0) is weight
+
+
+def test_a_target_that_cannot_be_solved_for_is_an_error():
+    moments = Moments.of_size(4, torch.device("cpu"))
+    moments.update(torch.zeros(3, 4), torch.ones(3, 4))
+    with pytest.raises(IllConditionedError, match="cannot be solved for"):
+        moments.target(torch.ones(2, 4), "linear", 0.01, 1.0)
 
 
 def test_what_outputs_are_added_to():

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.dataflow import SAME_VALUE, operand
 from mxcompile.analysis.matmuls import Matmul
+from mxcompile.columns import IllConditionedError
 from mxcompile.importance import token_weights
 
 aten = torch.ops.aten
@@ -55,6 +56,7 @@ class Moments:
         """The weight `[out, in]` (float32) moved by `strength` towards what comes nearest to the exact model's outputs.
 
         W + strength * (W D + R) H^-1, the damped least squares solution for the matmul of that node name.
+        Raises IllConditionedError if there is none.
         """
         weight = weight.float()
         if not strength or self.lacking is None:
@@ -65,7 +67,9 @@ class Moments:
         mean = self.inputs.diagonal().mean()
         damped = self.inputs.double() + damping * mean * torch.eye(len(self.inputs), device=weight.device)
         correction, failed = torch.linalg.solve_ex(damped, missing.double().T)
-        return weight if failed or not mean > 0 else weight + strength * correction.T.float()
+        if failed or not correction.isfinite().all():
+            raise IllConditionedError("what its input lacks cannot be solved for")
+        return weight + strength * correction.T.float()
 
 
 def added_to(matmul: Matmul) -> Node | None:
