@@ -45,9 +45,14 @@ class Quantizers:
 
     def round_input(self, x: Tensor) -> Tensor:
         """An input `[..., in]` as its MX values."""
-        if self.activation is None:
-            return x
-        return reference.quantize_dequantize(x, self.activation, activation_rule(self.activation))
+        return round_input(self.activation, x)
+
+
+def round_input(activation: MXFormat | None, x: Tensor) -> Tensor:
+    """A matmul's input `[..., in]` as at run time; as it is if activations stay float."""
+    if activation is None:
+        return x
+    return reference.quantize_dequantize(x, activation, activation_rule(activation))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ what earlier layers have lost (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from mxcompile.ledger import Miss, PassResult
 from mxcompile.measure import sqnr_db
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage, where
-from mxcompile.search import Quantizers
+from mxcompile.search import round_input
 
 _SCALES = " scales"
 _UNCORRECTED = "rounded without correction: an expert's tokens may differ in the exact model"
@@ -70,13 +71,13 @@ class Gptq(Pass):
     def run(self, program: Program) -> PassResult:
         """Round every chosen weight that nothing else reads, segment by segment."""
         choice = choose(program)
-        misses = [*choice.misses, *(_shared(m) for m in choice.matmuls if not choice.alone(m))]
+        misses = [*choice.misses, *(choice.left_to_lowering(m) for m in choice.matmuls if not choice.alone(m))]
         numbers: dict[str, dict[str, float]] = {}
         todo = [m for m in choice.matmuls if choice.alone(m) and m.parameter not in program.rounded]
         if not todo:
             return PassResult(0, tuple(misses))
-        quantizers = Quantizers(self.format, self.activation)
-        streams = Streams(program, choice.matmuls, quantizers, self.correction > 0)
+        prepare = partial(round_input, self.activation)
+        streams = Streams(program, choice.matmuls, prepare, self.correction > 0)
         for index, segment in enumerate(program.through(streams.segments)):
             readings = _by_input(program, segment, todo)
             before = {m.parameter: program.tensor(m.parameter) for readers in readings for m in readers}
@@ -153,7 +154,3 @@ def _by_input(program: Program, segment: Segment, todo: list[Matmul]) -> list[li
             key = matmul.activation, matmul.root.meta["val"].dim()
             groups.setdefault(key, []).append(matmul)
     return list(groups.values())
-
-
-def _shared(matmul: Matmul) -> Miss:
-    return Miss(where(matmul.node), "its weight is read elsewhere too: lower-mx rounds a copy")

@@ -15,10 +15,10 @@ from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import Request
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.importance import round_rows
-from mxcompile.ledger import Miss, PassResult
+from mxcompile.ledger import PassResult
 from mxcompile.measure import sqnr_db
 from mxcompile.pipeline import FLOATING, Pass
-from mxcompile.program import Program, Rounding, Stage, where
+from mxcompile.program import Program, Rounding, Stage
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RoundWeights(Pass):
             if matmul.parameter in program.rounded:
                 continue
             if not choice.alone(matmul):
-                misses.append(Miss(where(matmul.node), "its weight is read elsewhere too: lower-mx rounds a copy"))
+                misses.append(choice.left_to_lowering(matmul))
                 continue
             before, after = self._round(program, matmul)
             numbers[matmul.parameter] = {"weight_sqnr_db": sqnr_db(before, after)}

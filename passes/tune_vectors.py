@@ -13,11 +13,11 @@ from mxcompile.analysis.choice import choose
 from mxcompile.calibration.altered import Altered
 from mxcompile.calibration.training import Distillation, straight_through
 from mxcompile.errors import PassError
-from mxcompile.formats import MXINT8, MXFormat
+from mxcompile.formats import MXFormat
 from mxcompile.ledger import Miss, PassResult
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program
-from mxcompile.search import Quantizers
+from mxcompile.search import round_input
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class TuneVectors(Pass):
         matmuls = choose(program).matmuls
         if not vectors or not matmuls or self.steps < 1:
             return PassResult(0)
-        round_input = Quantizers(MXINT8, self.activation).round_input
-        student = Altered(program, dict.fromkeys(matmuls, partial(straight_through, round_input)))
+        prepare = partial(straight_through, partial(round_input, self.activation))
+        student = Altered(program, dict.fromkeys(matmuls, prepare))
         distillation = Distillation(program, student, program.origin)
         count = len(program.batches)
         kept_back = program.batches[count - max(1, count // 8) :]

@@ -1,5 +1,7 @@
 """Second moments: the weight they aim at is the least squares one, and what a matmul's output is added to is found."""
 
+from functools import partial
+
 import pytest
 import torch
 from models import build, inputs, llama
@@ -9,9 +11,9 @@ from mxcompile.analysis.choice import choose
 from mxcompile.calibration.moments import Moments, added_to, expert_rows
 from mxcompile.calibration.streams import Streams
 from mxcompile.columns import IllConditionedError
-from mxcompile.formats import MXINT4, MXINT8
+from mxcompile.formats import MXINT8
 from mxcompile.inputs import as_inputs
-from mxcompile.search import Quantizers
+from mxcompile.search import round_input
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -65,7 +67,7 @@ def test_streams_agree_until_something_is_rounded(activation):
     batches = [inputs("llama", 4, 16, seed=seed) for seed in range(2)]
     program = mxcompile.trace(llama(2), batches[0])
     program.batches = tuple(as_inputs(batch) for batch in batches)
-    streams = Streams(program, choose(program).matmuls, Quantizers(MXINT4, activation), with_exact=True)
+    streams = Streams(program, choose(program).matmuls, partial(round_input, activation), with_exact=True)
     for segment in streams.segments:
         (moments,) = streams.moments(segment, segment.reading(segment.inputs[0]), residual=True)
         assert moments.lacking is not None

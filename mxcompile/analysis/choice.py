@@ -35,6 +35,10 @@ class Choice:
         """Everything that stays float, with reasons."""
         return tuple(Miss(where(r.node), r.reason) for r in (*self.refusals, *self.left_float))
 
+    def left_to_lowering(self, matmul: Matmul) -> Miss:
+        """Why a pass that rounds weights in place leaves one that is not alone."""
+        return Miss(where(matmul.node), "its weight is read elsewhere too: lower-mx rounds a copy")
+
     def alone(self, matmul: Matmul) -> bool:
         """True if nothing but chosen matmuls computes with the weight."""
         return destinations(matmul.root) <= {m.node for m in self.matmuls}

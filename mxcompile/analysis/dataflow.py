@@ -1,5 +1,6 @@
 """Walking a graph: which ops only move or relabel values, and who reads a value through them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ TRANSPOSES = frozenset(
         aten.swapaxes.default,
     }
 )
+
+
+def computing(nodes: Iterable[Node]) -> list[Node]:
+    """The nodes that compute something: neither inputs, tensors nor the output."""
+    return [node for node in nodes if node.op not in ("placeholder", "get_attr", "output")]
 
 
 def operand(node: Node, index: int, default: Any = None) -> Any:

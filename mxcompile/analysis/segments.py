@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import SymInt
 from torch.fx import Node
 
+from mxcompile.analysis.dataflow import computing
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.program import Program
 
@@ -47,7 +48,7 @@ def find_segments(
     """
     if not matmuls:
         return ()
-    nodes = [node for node in program.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    nodes = computing(program.graph.nodes)
     place = {node: index for index, node in enumerate(nodes)}
     carried = _carried(nodes, place, _from_parameters(program))
     bound = set[Node]().union(*uncut)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from mxcompile.analysis.dataflow import computing
 from mxcompile.calibration.observers import Observer
 from mxcompile.errors import InputError
 from mxcompile.inputs import Inputs
@@ -16,6 +17,7 @@ from mxcompile.program import Program, guards_explained
 
 Values = dict[Node, Any]
 """What some nodes of a graph are worth for one batch."""
+Observers = Mapping[Node, Sequence[Observer]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,16 @@ class Runner(Interpreter):
         return value.detach() if isinstance(value, Tensor) else value
 
 
+def showing(observers: Observers) -> Callable[[Node, Any], None]:
+    """What shows the values of nodes to their observers."""
+
+    def show(node: Node, value: Any) -> None:
+        for observer in observers.get(node, ()):
+            observer.update(value)
+
+    return show
+
+
 def unshared(values: Values, nodes: Iterable[Node]) -> Values:
     """The values, or copies of them if one of the nodes writes in place: they can be run on them more than once."""
     if not any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes):
@@ -91,20 +103,17 @@ def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inpu
     if not wanted:
         return
     observers = {key: request.observer() for key, request in wanted.items()}
-    by_value: dict[str, list[Observer]] = {}
-    for (value, _), observer in observers.items():
-        by_value.setdefault(value, []).append(observer)
-    places = {node.name: place for place, node in enumerate(program.graph.nodes)}
-    if missing := sorted(set(by_value) - set(places)):
+    nodes = {node.name: node for node in program.graph.nodes}
+    if missing := sorted({value for value, _ in observers} - set(nodes)):
         raise KeyError(f"the graph has no value {missing[0]!r}")
-
-    def show(node: Node, value: Any) -> None:
-        for observer in by_value.get(node.name, ()):
-            observer.update(value)
-
+    by_value: dict[Node, list[Observer]] = {}
+    for (value, _), observer in observers.items():
+        by_value.setdefault(nodes[value], []).append(observer)
+    show = showing(by_value)
     runner = Runner(program)
-    needed = list(program.graph.nodes)[: max(places[name] for name in by_value) + 1]
-    computed = [node for node in needed if node.op not in ("placeholder", "get_attr", "output")]
+    needed = list(nodes.values())
+    needed = needed[: max(map(needed.index, by_value)) + 1]
+    computed = computing(needed)
     for batch in batches:
         given = arguments(program, batch)
         for node, value in given.items():

@@ -8,23 +8,22 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.altered import Altered
+from mxcompile.calibration.altered import Altered, Prepare
 from mxcompile.calibration.moments import Moments, added_to, expert_offsets, expert_rows
 from mxcompile.calibration.run import Values
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.program import Program
-from mxcompile.search import Quantizers
 
 
 class Streams:
-    """segments: of the program, to be gone through in order. Inputs of all matmuls are rounded as at run time.
+    """segments: of the program, to be gone through in order. prepare: rounds the input of every matmul as at run time.
 
     with_exact: also run the program as it is now, unrounded, to see what is lost.
     """
 
-    def __init__(self, program: Program, matmuls: Sequence[Matmul], quantizers: Quantizers, with_exact: bool) -> None:
+    def __init__(self, program: Program, matmuls: Sequence[Matmul], prepare: Prepare, with_exact: bool) -> None:
         self.segments = find_segments(program, matmuls)
-        self._prepare = quantizers.round_input
+        self._prepare = prepare
         runner = Altered(program, dict.fromkeys(matmuls, self._prepare))
         self._rounded = Sweep(program, program.batches, runner)
         self._twins: dict[Segment, Segment] = {}

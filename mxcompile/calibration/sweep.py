@@ -4,18 +4,14 @@ Between two segments each batch is held as the few values that are still to be r
 segment they are about. A pass that changes weights in between sees, in later segments, the effect of what it did.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch.fx import Node
 
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.observers import Observer
-from mxcompile.calibration.run import Runner, Values, arguments, unshared
+from mxcompile.calibration.run import Observers, Runner, Values, arguments, showing, unshared
 from mxcompile.inputs import Inputs
 from mxcompile.program import Program
-
-Observers = Mapping[Node, Sequence[Observer]]
 
 
 class Sweep:
@@ -52,15 +48,7 @@ class Sweep:
             self.states[index] = {node: value for node, value in known.items() if node.users.keys() - self._passed}
 
     def _run(self, nodes: Sequence[Node], state: Values, observers: Observers, wanted: Iterable[Node]) -> Values:
-        show = _showing(observers)
+        show = showing(observers)
         for node in observers.keys() & state.keys():
             show(node, state[node])
         return self.runner.run_nodes(nodes, state, show, wanted)
-
-
-def _showing(observers: Observers) -> Callable[[Node, Any], None]:
-    def show(node: Node, value: Any) -> None:
-        for observer in observers.get(node, ()):
-            observer.update(value)
-
-    return show

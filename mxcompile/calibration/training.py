@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from mxcompile.analysis.dataflow import computing
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.calibration.altered import Altered
 from mxcompile.calibration.run import Runner, arguments
@@ -65,7 +66,7 @@ class Distillation:
         }
         heads = {n: v for n, v in floats.items() if v.meta["val"].shape[-1] in self._heads}
         wanted = heads or floats
-        nodes = [node for node in program.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+        nodes = computing(program.graph.nodes)
         values = runner.run_nodes(nodes, arguments(program, batch), None, wanted.values())
         return {name: values[node] for name, node in wanted.items()}
 
