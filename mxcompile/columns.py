@@ -1,9 +1,14 @@
 """Round a weight column by column against the second moments of its input: what one column loses, later ones make good.
 
-Least || (W - Q) X ||^2 = tr((W - Q) H (W - Q)^T), H = X X^T (GPTQ, Frantar et al., arXiv 2210.17323). With U the upper
-Cholesky factor of H^-1, rounding column j leaves an error e_j = (w_j - q_j) / U_jj, and the columns after it move by
--e_j U_j,: . An MX block's scale is chosen when the block is reached, among a few, for the least sum of e^2 that
-rounding its columns one after the other gives. Sweeps afterwards round each block again so, all others given.
+Least || (W - Q) X ||^2 = tr((W - Q) H (W - Q)^T), H = X X^T (GPTQ, Frantar et al., arXiv 2210.17323). With H = R R^T, R
+upper triangular, that is || (W - Q) R ||^2, and the columns of a block do best at
+
+    w + (w - q)[before] R[before, block] R[block, block]^-1
+
+(GPTQ's own form has U = R^-1, the upper Cholesky factor of H^-1; none but its diagonal blocks are needed.) Inside the
+block, rounding column j leaves an error e_j = (w_j - q_j) / U_jj, and the columns after it move by -e_j U_j,: . An MX
+block's scale is chosen when the block is reached, among a few, for the least sum of e^2 that rounding its columns one
+after the other gives. Sweeps afterwards round each block again so, all others given.
 """
 
 from dataclasses import dataclass
@@ -59,36 +64,46 @@ class ColumnRounding:
         size, block = weight.shape[1], self.format.block_size
         padding = self.format.blocks(size) * block - size
         w = torch.nn.functional.pad(weight.float(), (0, padding))
-        h = _padded(moments.double(), padding)
-        columns = _order(h.diagonal(), block, Order.NONE if self.microblock else self.order)
-        back = columns.argsort()
-        damped, upper = _factored(h[columns][:, columns], self.damping)
+        columns, factor, damped = self._prepared(moments, padding)
         if self.microblock:
             assert self.rule is not None
-            return self._microblocks(w, upper, self.rule, size)
+            return self._microblocks(w, factor, self.rule, size)
         exponents = None if self.rule is None else _exponents(w, self.format, self.rule)
-        q, chosen = self._columns(w[:, columns], upper, exponents, columns)
-        q = q[:, back]
+        q, chosen = self._columns(w.T.contiguous()[columns], factor, exponents, columns)
+        q = q[columns.argsort()].T
         for _ in range(self.sweeps):
-            q, chosen = self._sweep(w, q, chosen, damped[back][:, back].float(), exponents is None)
+            q, chosen = self._sweep(w, q, chosen, damped, exponents is None)
         return q[:, :size], (chosen + SCALE_BIAS).to(torch.uint8)
 
-    def _columns(self, w: Tensor, upper: Tensor, exponents: Tensor | None, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """All columns, in the order given, a block's worth at a time; returns values and exponents `[out, blocks]`."""
-        block = self.format.block_size
-        w, q = w.clone(), torch.empty_like(w)
-        chosen = torch.empty(len(w), w.shape[1] // block, dtype=torch.int32, device=w.device)
-        for start in range(0, w.shape[1], block):
-            part = slice(start, start + block)
-            if exponents is None:
-                tried = _tried(w[:, part], self.format)
-            else:
-                tried = exponents[:, columns[part] // block].T.unsqueeze(1)
-            q[:, part], best, error = _round_block(w[:, part], upper[part, part], tried, self.format)
-            if exponents is None:
-                chosen[:, columns[start] // block] = best
-            w[:, start + block :] -= error @ upper[part, start + block :]
-        return q, chosen if exponents is None else exponents
+    def _prepared(self, moments: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns in the order in which they are rounded, R of H in that order, and H damped (for sweeps)."""
+        h = _padded(moments.float(), padding)
+        order = Order.NONE if self.microblock else self.order
+        columns = _order(h.diagonal().double(), self.format.block_size, order)
+        backwards = columns.flip(0)
+        lower, added = _factored(h[backwards][:, backwards].double(), self.damping)
+        if self.sweeps:
+            h = h + added * torch.eye(len(h), device=h.device)
+        return columns, lower.float().flip(0, 1), h
+
+    def _columns(self, w: Tensor, factor: Tensor, exponents: Tensor | None, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """All columns, as rows `[in, out]` in the order given, a block's worth at a time.
+
+        Returns values `[in, out]` and exponents `[out, blocks]`.
+        """
+        width = 1 if self.order is Order.COLUMNS else self.format.block_size  # of columns on one scale
+        blocks = columns[::width] // self.format.block_size
+        fixed = None if exponents is None else exponents[:, blocks].T.contiguous()
+        own, before = _inverses(factor, width), factor.T
+        q, lost, chosen = torch.empty_like(w), torch.empty_like(w), list[Tensor]()
+        for index, start in enumerate(range(0, len(w), width)):
+            part = slice(start, start + width)
+            now = torch.addmm(w[part], own[index].T, before[part, :start] @ lost[:start])
+            tried = _tried(now, self.format) if fixed is None else fixed[index : index + 1]
+            q[part], best = _round_block(now, own[index], tried, self.format)
+            torch.sub(w[part], q[part], out=lost[part])
+            chosen.append(best)
+        return q, torch.stack(chosen, 1)[:, blocks.argsort()] if exponents is None else exponents
 
     def _sweep(self, w: Tensor, q: Tensor, chosen: Tensor, h: Tensor, search: bool) -> tuple[Tensor, Tensor]:
         """Every block once more: its best continuous values given all others, rounded; kept where that is better."""
@@ -97,56 +112,55 @@ class ColumnRounding:
         gradient = (q - w) @ h
         for index in range(w.shape[1] // block):
             part = slice(index * block, (index + 1) * block)
-            own, upper = _factored(h[part, part].double(), 0.0)
+            own = h[part, part]
+            lower, _ = _factored(own.flip(0, 1).double(), 0.0)
             now = q[:, part]
-            ideal = now - (gradient[:, part].double() @ own.inverse()).float()
-            tried = _tried(ideal, self.format) if search else chosen[:, index].view(1, 1, -1)
-            rounded, best, _ = _round_block(ideal, upper, tried, self.format)
-            better = _cost(rounded - ideal, own.float()) < _cost(now - ideal, own.float())
-            step = torch.where(better.unsqueeze(1), rounded - now, 0.0)
+            ideal = now - (gradient[:, part].double() @ own.double().inverse()).float()
+            tried = _tried(ideal.T, self.format) if search else chosen[:, index].unsqueeze(0)
+            rounded, best = _round_block(ideal.T, _inverses(lower.flip(0, 1), block)[0], tried, self.format)
+            better = _cost(rounded.T - ideal, own) < _cost(now - ideal, own)
+            step = torch.where(better.unsqueeze(1), rounded.T - now, 0.0)
             q[:, part] += step
             chosen[:, index] = torch.where(better, best, chosen[:, index]) if search else chosen[:, index]
             gradient += step @ h[part]
         return q, chosen
 
-    def _microblocks(self, w: Tensor, upper: Tensor, rule: ScaleRule, size: int) -> tuple[Tensor, Tensor]:
-        w, q, scales = w.clone(), torch.empty_like(w), list[Tensor]()
+    def _microblocks(self, w: Tensor, factor: Tensor, rule: ScaleRule, size: int) -> tuple[Tensor, Tensor]:
+        q, lost, scales = torch.empty_like(w), torch.zeros_like(w), list[Tensor]()
         for start in range(0, w.shape[1], self.microblock):
             part = slice(start, start + self.microblock)
-            codes, found = reference.quantize(w[:, part], self.format, rule)
-            q[:, part] = reference.dequantize(codes, found, self.format, q[:, part].shape[1], torch.float32)
+            moved = lost[:, :start] @ factor[:start, part]
+            now = w[:, part] + torch.linalg.solve_triangular(factor[part, part], moved, upper=True, left=False)
+            codes, found = reference.quantize(now, self.format, rule)
+            q[:, part] = reference.dequantize(codes, found, self.format, now.shape[1], torch.float32)
+            lost[:, part] = w[:, part] - q[:, part]
             scales.append(found)
-            error = torch.linalg.solve_triangular(upper[part, part], w[:, part] - q[:, part], upper=True, left=False)
-            w[:, part.stop :] -= error @ upper[part, part.stop :]
         return q[:, :size], torch.cat(scales, 1)
 
 
-def _round_block(w: Tensor, upper: Tensor, tried: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor, Tensor]:
+def _round_block(w: Tensor, upper: Tensor, tried: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
     """The columns of a block one after the other, for each row on the best of several scales.
 
-    w `[out, block]`; tried: exponents `[block or 1, scales, out]`. Returns values, exponents `[out]` (of the first
-    column), and the errors e `[out, block]`.
+    w: `[block, out]`; upper: U `[block, block]`; tried: exponents `[scales, out]`. Returns values, exponents `[out]`.
     """
-    block, count = w.shape[1], tried.shape[1]
-    down = (reference.power_of_two(-tried) * (1 / unit(fmt))).expand(block, -1, -1)
-    up = (reference.power_of_two(tried) * unit(fmt)).expand(block, -1, -1)
-    moving = w.T.unsqueeze(1).repeat(1, count, 1)
-    errors, values = torch.empty_like(moving), torch.empty_like(moving)
-    factors = upper.float()
-    for j, pivot in enumerate(factors.diagonal().tolist()):
-        values[j] = round_steps_in_place(moving[j] * down[j], fmt).mul_(up[j])
-        errors[j] = (moving[j] - values[j]) / pivot
-        moving[j + 1 :] -= factors[j, j + 1 :].view(-1, 1, 1) * errors[j]
-    best = errors.square().sum(0).argmin(0)
-    pick = best.view(1, 1, -1).expand(block, 1, -1)
-    exponents = tried[0].gather(0, best.unsqueeze(0)).squeeze(0)
-    return values.gather(1, pick).squeeze(1).T, exponents, errors.gather(1, pick).squeeze(1).T
+    shares = (upper / upper.diagonal().unsqueeze(1)).unsqueeze(-1).unsqueeze(-1)
+    moving = w.unsqueeze(1) * (reference.power_of_two(-tried) * (1 / unit(fmt)))  # in steps of each scale
+    rounded = torch.empty_like(moving)
+    for j in range(len(w)):
+        moving[j] -= round_steps_in_place(rounded[j].copy_(moving[j]), fmt)
+        moving[j + 1 :].addcmul_(shares[j, j + 1 :], moving[j], value=-1)
+    moving /= upper.diagonal().view(-1, 1, 1)
+    errors = moving.square_().sum(0) * reference.power_of_two((tried - tried[:1]).clamp(-30, 30)).square()
+    best = errors.argmin(0, keepdim=True)
+    exponents = tried.gather(0, best)
+    steps = rounded.gather(1, best.expand(len(rounded), 1, -1)).squeeze(1)
+    return steps * (reference.power_of_two(exponents) * unit(fmt)), exponents.squeeze(0)
 
 
 def _tried(w: Tensor, fmt: MXFormat) -> Tensor:
-    """Exponents to try for a block `[out, block]`: the OCP one and its neighbours, `[1, scales, out]`."""
-    floor = reference.scale_exponents(w.abs().amax(1), fmt, ScaleRule.FLOOR)
-    offsets = torch.tensor(_OFFSETS, device=w.device, dtype=torch.int32).view(1, -1, 1)
+    """Exponents to try for a block `[block, out]`: the OCP one and its neighbours, `[scales, out]`."""
+    floor = reference.scale_exponents(w.abs().amax(0), fmt, ScaleRule.FLOOR)
+    offsets = torch.tensor(_OFFSETS, device=w.device, dtype=torch.int32).unsqueeze(1)
     return (floor + offsets).clamp(-SCALE_BIAS, SCALE_BIAS)
 
 
@@ -175,20 +189,29 @@ def _padded(h: Tensor, padding: int) -> Tensor:
 
 
 def _factored(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(H damped, U float32), U^T U = H^-1; damped ten times more, up to ten means, while that fails."""
-    mean = h.diagonal().mean()
+    """(Lower Cholesky factor of H damped, what was added to its diagonal), float64; damped more while that fails.
+
+    Each time ten times more, up to ten means of the diagonal. Overwrites H.
+    """
+    diagonal = h.diagonal().clone()
+    mean = diagonal.mean()
     if not torch.isfinite(mean) or mean <= 0:
         raise IllConditionedError("calibration showed nothing of its input")
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
     while damping <= _MOST_DAMPING:
-        full = h + damping * mean * eye
-        lower, failed = torch.linalg.cholesky_ex(full)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return full, upper.float()
+        h.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if not failed and torch.isfinite(lower).all():
+            return lower, damping * mean
         damping = max(damping * 10, 1e-4)
     raise IllConditionedError("the second moments of its input cannot be factored")
+
+
+def _inverses(factor: Tensor, width: int) -> Tensor:
+    """Inverses `[blocks, width, width]` of the diagonal blocks of an upper triangular matrix."""
+    count = len(factor) // width
+    blocks = factor.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()
+    eye = torch.eye(width, dtype=blocks.dtype, device=blocks.device).expand_as(blocks)
+    return torch.linalg.solve_triangular(blocks, eye, upper=True).float()
 
 
 def _cost(difference: Tensor, h: Tensor) -> Tensor:

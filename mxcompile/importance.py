@@ -24,9 +24,13 @@ def token_weights(x: Tensor) -> Tensor:
 
     The median is that of tokens that are not zero: padding is no measure.
     """
-    energy = x.square().sum(-1, keepdim=True)
+    (energy,) = row_wise(_energy, x)
     median = energy.masked_fill(energy == 0, torch.nan).nanmedian().nan_to_num()
     return (ENERGY_CAP * median / energy.clamp(min=1e-30)).clamp(max=1.0)
+
+
+def _energy(rows: Tensor) -> tuple[Tensor]:
+    return (rows.square().sum(-1, keepdim=True),)
 
 
 def floored(importance: Tensor) -> Tensor:

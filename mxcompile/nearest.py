@@ -1,19 +1,24 @@
-"""Rounding to MX elements in few passes over memory, for searches that round the same weights many times.
+"""Rounding to MX elements in few passes over memory, for searches and calibration, which round a great deal.
 
-The same values as `reference.round_elements`, which stays the definition; only the sign of a zero is not kept.
+`reference.py` stays the definition.
 """
 
 import torch
 from torch import Tensor
 
-from mxcompile.formats import MXFormat
+from mxcompile import reference
+from mxcompile.formats import SCALE_BIAS, MXFormat, ScaleRule
+from mxcompile.rows import row_wise
 
 _EXPONENT_BITS = 0x7F800000
 _MAGIC = 1.5 * 2.0**23
 
 
 def round_steps_in_place(v: Tensor, fmt: MXFormat) -> Tensor:
-    """Finite float32 values, in `unit(fmt)`s, to the nearest elements, ties to even, saturating; overwrites v."""
+    """Finite float32 values, in `unit(fmt)`s, to the nearest elements, ties to even, saturating; overwrites v.
+
+    The values of `reference.round_elements`; only the sign of a zero is not kept.
+    """
     if fmt.is_integer:
         largest = fmt.max_value * 2.0**fmt.mantissa_bits
         return v.round_().clamp_(-largest, largest)
@@ -26,3 +31,27 @@ def round_steps_in_place(v: Tensor, fmt: MXFormat) -> Tensor:
 def unit(fmt: MXFormat) -> float:
     """The step between integer elements; 1 for floating ones, whose steps differ."""
     return 2.0**-fmt.mantissa_bits if fmt.is_integer else 1.0
+
+
+def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+    """`reference.quantize_dequantize`, bit for bit (the payload of a NaN excepted), a few rows at a time."""
+    if rule is ScaleRule.MSE or not x.numel():
+        return reference.quantize_dequantize(x, fmt, rule)
+    largest = SCALE_BIAS if x.dtype == torch.float64 else int(torch.finfo(x.dtype).max).bit_length() - 1
+
+    def convert(rows: Tensor) -> tuple[Tensor]:
+        blocks = reference.to_blocks(rows.float(), fmt)
+        amax = blocks.abs().amax(-1, keepdim=True)
+        finite = torch.isfinite(amax)
+        exponent = reference.scale_exponents(torch.where(finite, amax, 0.0), fmt, rule, largest)
+        v = blocks * reference.power_of_two(-exponent)
+        v = round_steps_in_place(v.mul_(1 / unit(fmt)), fmt).add_(0.0) if fmt.is_integer else _signed(v, fmt)
+        up = torch.where(finite, reference.power_of_two(exponent) * unit(fmt), torch.nan)
+        return (v.mul_(up).flatten(-2)[..., : rows.shape[-1]].to(rows.dtype),)
+
+    return row_wise(convert, x.unsqueeze(0))[0].squeeze(0)
+
+
+def _signed(v: Tensor, fmt: MXFormat) -> Tensor:
+    """Floating elements, zeros with their sign."""
+    return round_steps_in_place(v.clone(), fmt).copysign_(v)

@@ -1,6 +1,6 @@
 """Large weights a few rows at a time, so that the float32 temporaries of a conversion stay small and in cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -15,13 +15,21 @@ def row_wise(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple
     every row alike.
     """
     leading = tensors[0].shape[:-1]
-    values = VALUES_ON_GPU if tensors[0].is_cuda else VALUES
-    count = max(1, values // max(1, tensors[0].shape[-1]))
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
     results: tuple[Tensor, ...] = ()
-    for start in range(0, max(1, len(flat[0])), count):
-        parts = call(*(tensor[start : start + count] for tensor in flat))
+    start = 0
+    for slices in row_slices(*flat):
+        parts = call(*slices)
         results = results or tuple(part.new_empty(len(flat[0]), part.shape[-1]) for part in parts)
         for result, part in zip(results, parts, strict=True):
-            result[start : start + count] = part
+            result[start : start + len(part)] = part
+        start += len(slices[0])
     return tuple(result.unflatten(0, leading) for result in results)
+
+
+def row_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of tensors `[rows, size]`, the same rows of each, about `VALUES` values of the first (more on a GPU)."""
+    values = VALUES_ON_GPU if tensors[0].is_cuda else VALUES
+    count = max(1, values // max(1, tensors[0].shape[-1]))
+    for start in range(0, max(1, len(tensors[0])), count):
+        yield tuple(tensor[start : start + count] for tensor in tensors)

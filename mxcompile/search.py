@@ -16,9 +16,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
 from mxcompile.importance import round_rows, token_weights
+from mxcompile.kernels import dispatch
 
 _SMALLEST = 1e-5
 _OFFSETS = (-1, 0)  # the other scales are rarely best: left to the final rounding
@@ -52,7 +52,7 @@ def round_input(activation: MXFormat | None, x: Tensor) -> Tensor:
     """A matmul's input `[..., in]` as at run time; as it is if activations stay float."""
     if activation is None:
         return x
-    return reference.quantize_dequantize(x, activation, activation_rule(activation))
+    return dispatch.quantize_dequantize(x, activation, activation_rule(activation))
 
 
 @dataclass(frozen=True)

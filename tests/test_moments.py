@@ -1,5 +1,6 @@
 """Second moments: the weight they aim at is the least squares one, and what a matmul's output is added to is found."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from mxcompile.calibration.moments import Moments, added_to, expert_rows
 from mxcompile.calibration.streams import Streams
 from mxcompile.columns import IllConditionedError
 from mxcompile.formats import MXINT8
+from mxcompile.importance import token_weights
 from mxcompile.inputs import as_inputs
 from mxcompile.search import round_input
 
@@ -24,24 +26,54 @@ def test_the_target_is_the_least_squares_weight():
     """Exact outputs from inexact inputs, and what the residual lacks, by torch's own solver."""
     exact, weight, lost = values(200, 8), values(5, 8, seed=1), values(200, 5, seed=2)
     x = exact + 0.3 * values(200, 8, seed=3)
-    moments = Moments.of_size(8, x.device)
+    moments = Moments(8, x.device)
     for part in range(0, 200, 50):  # a batch at a time
         rows = slice(part, part + 50)
         moments.update(x[rows], exact[rows], {"linear": lost[rows]})
     counts = torch.cat([(x[i : i + 50].square().sum(1, keepdim=True)) for i in range(0, 200, 50)])
     assert counts.max() < 4 * counts.median()  # no token is capped here
     wanted = torch.linalg.lstsq(x, exact @ weight.T + lost).solution.T
-    torch.testing.assert_close(moments.target(weight, "linear", 0.0, 1.0), wanted, rtol=1e-4, atol=1e-4)
-    half = moments.target(weight, "linear", 0.0, 0.5)
+    torch.testing.assert_close(moments.target({"linear": weight}, 0.0, 1.0), wanted, rtol=1e-4, atol=1e-4)
+    half = moments.target({"linear": weight}, 0.0, 0.5)
     torch.testing.assert_close(half, (weight + wanted) / 2, rtol=1e-4, atol=1e-4)
-    assert moments.target(weight, "linear", 0.0, 0.0) is weight
+    assert torch.equal(moments.target({"linear": weight}, 0.0, 0.0), weight)
+    other = values(3, 8, seed=4)
+    both = moments.target({"other": other, "linear": weight}, 0.0, 1.0)
+    alone = torch.linalg.lstsq(x, exact @ other.T).solution.T
+    torch.testing.assert_close(both, torch.cat((alone, wanted)), rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_say_the_same_as_inputs():
+    """Y - W H = W D; sizes of one panel and of several, the last one narrower."""
+    for size in (8, 300, 600):
+        exact, weight = values(2 * size, size), values(5, size, seed=1)
+        x = exact + 0.3 * values(2 * size, size, seed=3)
+        by_input, by_output = (Moments(size, x.device) for _ in range(2))
+        for rows in (slice(0, size), slice(size, 2 * size)):
+            by_input.update(x[rows], exact[rows])
+            by_output.update(x[rows], made={"linear": exact[rows] @ weight.T})
+        assert torch.equal(by_input.inputs, by_output.inputs)
+        assert torch.equal(by_input.inputs, by_input.inputs.T) or size == 8
+        found, wanted = (moments.target({"linear": weight}, 0.01, 1.0) for moments in (by_output, by_input))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_second_moments_are_those_of_all_tokens():
+    for size in (1, 130, 513):
+        x = values(64, size)
+        moments = Moments(size, x.device)
+        for part in x.split(24):
+            moments.update(part)
+        weighted = torch.cat([part * token_weights(part) for part in x.split(24)])
+        torch.testing.assert_close(moments.inputs, weighted.T @ x, rtol=1e-5, atol=1e-4)
+        assert moments.tokens == 64
 
 
 def test_a_target_that_cannot_be_solved_for_is_an_error():
-    moments = Moments.of_size(4, torch.device("cpu"))
+    moments = Moments(4, torch.device("cpu"))
     moments.update(torch.zeros(3, 4), torch.ones(3, 4))
     with pytest.raises(IllConditionedError, match="cannot be solved for"):
-        moments.target(torch.ones(2, 4), "linear", 0.01, 1.0)
+        moments.target({"linear": torch.ones(2, 4)}, 0.01, 1.0)
 
 
 def test_what_outputs_are_added_to():
@@ -74,3 +106,19 @@ def test_streams_agree_until_something_is_rounded(activation):
         share = (moments.lacking.norm() / moments.inputs.norm()).item()
         assert share == 0 if activation is None else 0 < share < 0.02
         streams.advance(segment)
+
+
+def test_exact_weights_are_let_go_behind_their_segment():
+    """Once rounded ones stand in their place, nothing holds them; those read elsewhere too stay."""
+    program = mxcompile.trace(build("llama-tied"), inputs("llama-tied"))
+    names = [matmul.parameter for matmul in choose(program).matmuls]
+    for name in names:
+        program.set_tensor(name, program.tensor(name).detach() * 2)
+    held = [weakref.ref(program.tensor(name)) for name in names]
+    streams = Streams(program, choose(program).matmuls, partial(round_input, None), with_exact=True)
+    for segment in streams.segments:
+        for matmul in segment.matmuls:
+            program.set_tensor(matmul.parameter, program.tensor(matmul.parameter).detach() * 3)
+        assert all(held[names.index(matmul.parameter)]() is not None for matmul in segment.matmuls)
+        streams.advance(segment)
+        assert all(held[names.index(matmul.parameter)]() is None for matmul in segment.matmuls)

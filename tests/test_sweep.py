@@ -159,14 +159,48 @@ def test_looking_stays_in_front(program):
     assert all(state == kept for state, kept in zip(sweep.states, before, strict=True))
 
 
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["too much to hold", "held"])
+def test_approaching_changes_no_value(program, limit):
+    """Values asked for on the way, and those behind the segments, are what they are without; limit 0 moves nothing."""
+    plain, near = (Sweep(program, batches((2, 8), (1, 5))) for _ in range(2))
+    for segment in cut(program):
+        for value in segment.inputs:
+            before = list(near.states)
+            near.approach(segment, value, limit)
+            assert all((value in state) == (limit > 0) for state in near.states)
+            assert limit or all(a is b for a, b in zip(before, near.states, strict=True))
+            found = zip(plain.values(segment, [value]), near.values(segment, [value]), strict=True)
+            assert all(torch.equal(one[value], other[value]) for one, other in found)
+        plain.advance(segment)
+        near.advance(segment)
+        for one, other in zip(plain.states, near.states, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(v, other[node]) for node, v in one.items() if isinstance(v, Tensor))
+
+
+def test_approaching_a_value_again_computes_nothing(program):
+    first, *_ = cut(program)
+    runner = Counting(program)
+    sweep = Sweep(program, [program.example], runner)
+    sweep.approach(first, first.inputs[1], 1 << 30)
+    assert runner.ran == first.nodes.index(first.inputs[1]) + 1
+    for value in first.inputs:
+        sweep.approach(first, value, 1 << 30)
+    sweep.advance(first)
+    assert runner.ran == len(first.nodes)
+
+
+class Counting(Runner):
+    """Counts the nodes it computes."""
+
+    ran = 0
+
+    def run_node(self, n):
+        self.ran += 1
+        return super().run_node(n)
+
+
 def test_looking_computes_no_more_than_it_needs(program):
-    class Counting(Runner):
-        ran = 0
-
-        def run_node(self, n):
-            self.ran += 1
-            return super().run_node(n)
-
     first, *_ = cut(program)
     runner = Counting(program)
     Sweep(program, [program.example], runner).observe(first, {first.inputs[0]: [Sum()]})
@@ -199,6 +233,7 @@ def test_a_model_that_writes_in_place_can_be_looked_at():
         value = segment.gives[-1]
         for observer in observers[:2]:
             sweep.observe(segment, {value: [observer]})
+            sweep.approach(segment, segment.matmuls[0].activation, 0)
         sweep.advance(segment, {value: [observers[2]]})
         sums.append(observers[0].value)
         assert all(torch.equal(observer.value, observers[2].value) for observer in observers)

@@ -1,13 +1,13 @@
 """Second moments of a matmul's input, as it is in the quantized model, and of what that lacks to the exact one.
 
-    H = sum x x^T      D = sum (x_exact - x) x^T      R = sum (r_exact - r) x^T      over tokens x
+    H = sum x x^T    D = sum (x_exact - x) x^T    Y = sum y_exact x^T    R = sum (r_exact - r) x^T    over tokens x
 
-R is about r, what is added to the matmul's output (the residual stream): what that has lost could be made good here.
+Y is about y = W x, and where outputs are fewer than inputs less to compute than D: what is lacking, W D = Y - W H. R is
+about r, what is added to the matmul's output (the residual stream): what that has lost could be made good here.
 Tokens of great energy are capped (`importance.token_weights`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -20,56 +20,82 @@ from mxcompile.columns import IllConditionedError
 from mxcompile.importance import token_weights
 
 aten = torch.ops.aten
+_PANELS, _NARROWEST = 4, 128
 _PASSED = SAME_VALUE | {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
-@dataclass
 class Moments:
-    """inputs H `[in, in]`, of that many tokens; lacking D `[in, in]`; added: R `[out, in]` of some matmuls, by name."""
+    """tokens: number of them seen. lacking: D `[in, in]`. made: Y, added: R `[out, in]` of some matmuls, by name."""
 
-    inputs: Tensor
-    tokens: int = 0
-    lacking: Tensor | None = None
-    added: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.lacking: Tensor | None = None
+        self.made: dict[str, Tensor] = {}
+        self.added: dict[str, Tensor] = {}
+        self._inputs = torch.zeros(size, size, device=device)
+        width = max(_NARROWEST, -(-size // _PANELS))
+        self._panels = [(start, min(start + width, size)) for start in range(0, size, width)]
 
-    @classmethod
-    def of_size(cls, size: int, device: torch.device) -> "Moments":
-        """No tokens seen yet."""
-        return cls(torch.zeros(size, size, device=device))
+    @property
+    def inputs(self) -> Tensor:
+        """H `[in, in]`; not to be written to."""
+        for start, end in self._panels:
+            self._inputs[start:end, end:] = self._inputs[end:, start:end].T
+        return self._inputs
 
-    def update(self, x: Tensor, exact: Tensor | None = None, added: Mapping[str, Tensor] | None = None) -> None:
-        """x, exact: `[tokens, in]` in the quantized and in the exact model; added: r_exact - r `[tokens, out]`."""
+    def update(
+        self,
+        x: Tensor,
+        exact: Tensor | None = None,
+        added: Mapping[str, Tensor] | None = None,
+        made: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """x, exact: `[tokens, in]` in quantized and exact model; added: r_exact - r, made: y `[tokens, out]`."""
         if not len(x):
             return
         x = x.float()
         weighted = x * token_weights(x)
-        self.inputs += weighted.T @ x
+        for start, end in self._panels:  # H is symmetric: half of it is enough
+            self._inputs[start:, start:end].addmm_(weighted[:, start:].T, x[:, start:end])
         self.tokens += len(x)
         if exact is not None:
-            difference = (exact.float() - x).T @ weighted
-            self.lacking = difference if self.lacking is None else self.lacking + difference
+            self.lacking = _plus(self.lacking, exact.float() - x, weighted)
         for name, missing in (added or {}).items():
-            moment = missing.float().T @ weighted
-            self.added[name] = self.added[name] + moment if name in self.added else moment
+            self.added[name] = _plus(self.added.get(name), missing.float(), weighted)
+        for name, outputs in (made or {}).items():
+            self.made[name] = _plus(self.made.get(name), outputs.float(), weighted)
 
-    def target(self, weight: Tensor, name: str, damping: float, strength: float) -> Tensor:
-        """The weight `[out, in]` (float32) moved by `strength` towards what comes nearest to the exact model's outputs.
+    def target(self, weights: Mapping[str, Tensor], damping: float, strength: float) -> Tensor:
+        """Weights `[out, in]` moved by `strength` towards what comes nearest to the exact model's outputs.
 
-        W + strength * (W D + R) H^-1, the damped least squares solution for the matmul of that node name.
-        Raises IllConditionedError if there is none.
+        W + strength * (W D + R) H^-1, the damped least squares solution. weights: by the name of their matmul's node;
+        returns all their rows (float32). Raises IllConditionedError if there is no solution.
         """
-        weight = weight.float()
-        if not strength or self.lacking is None:
-            return weight
-        missing = weight @ self.lacking
-        if name in self.added:
-            missing = missing + self.added[name]
-        mean = self.inputs.diagonal().mean()
-        damped = self.inputs.double() + damping * mean * torch.eye(len(self.inputs), device=weight.device)
-        correction, failed = torch.linalg.solve_ex(damped, missing.double().T)
+        joined = torch.cat([weight.float() for weight in weights.values()])
+        if not strength or (self.lacking is None and not self.made):
+            return joined
+        missing = torch.cat([self._missing(weight.float(), name) for name, weight in weights.items()])
+        damped = self.inputs.double()
+        damped.diagonal().add_(damping * damped.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        correction = torch.cholesky_solve(missing.T, lower).T
         if failed or not correction.isfinite().all():
             raise IllConditionedError("what its input lacks cannot be solved for")
-        return weight + strength * correction.T.float()
+        return joined + strength * correction.float()
+
+    def _missing(self, weight: Tensor, name: str) -> Tensor:
+        """W D + R `[out, in]`, float64."""
+        if name in self.made:
+            missing = self.made[name].double() - weight.double() @ self.inputs.double()
+        else:
+            assert self.lacking is not None
+            missing = (weight @ self.lacking).double()
+        return missing + self.added[name] if name in self.added else missing
+
+
+def _plus(total: Tensor | None, values: Tensor, weighted: Tensor) -> Tensor:
+    """The sum of values x^T so far, and that of more tokens; overwrites it."""
+    return values.T @ weighted if total is None else total.addmm_(values.T, weighted)
 
 
 def added_to(matmul: Matmul) -> Node | None:

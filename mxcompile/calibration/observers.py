@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.importance import floored, token_weights
+from mxcompile.rows import row_slices
 
 
 class Observer(Protocol):
@@ -66,7 +67,7 @@ class _ChannelMean:
         """x: `[..., channels]`; an empty batch changes nothing."""
         if x.numel():
             rows = x.detach().reshape(-1, x.shape[-1])
-            self._take(self._measured(rows).sum(0, dtype=torch.float64), len(rows))
+            self._take(self._total(rows), len(rows))
 
     def merge(self, other: Observer) -> None:
         """The mean over what both have seen."""
@@ -80,7 +81,8 @@ class _ChannelMean:
             raise RuntimeError("the observer has seen no data")
         return (self._sum / self._count).float()
 
-    def _measured(self, rows: Tensor) -> Tensor:
+    def _total(self, rows: Tensor) -> Tensor:
+        """The sum over rows `[tokens, channels]`, float64."""
         raise NotImplementedError
 
     def _take(self, total: Tensor, count: int) -> None:
@@ -91,8 +93,8 @@ class _ChannelMean:
 class ChannelMeanAbs(_ChannelMean):
     """Mean magnitude of each channel (last dimension) over all tokens, float32 `[channels]`."""
 
-    def _measured(self, rows: Tensor) -> Tensor:
-        return rows.abs()
+    def _total(self, rows: Tensor) -> Tensor:
+        return torch.stack([part.abs().double().sum(0) for (part,) in row_slices(rows)]).sum(0)
 
 
 class ChannelImportance(_ChannelMean):
@@ -106,8 +108,9 @@ class ChannelImportance(_ChannelMean):
         """Float32 `[channels]`, at least a little everywhere; raises if nothing has been seen."""
         return floored(super().value)
 
-    def _measured(self, rows: Tensor) -> Tensor:
-        return rows.float().square() * token_weights(rows.float())
+    def _total(self, rows: Tensor) -> Tensor:
+        slices = row_slices(rows, token_weights(rows.float()))
+        return torch.stack([(part.float().square() * counts).double().sum(0) for part, counts in slices]).sum(0)
 
 
 class TokenSample:

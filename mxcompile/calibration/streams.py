@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
+import torch
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
@@ -13,6 +14,8 @@ from mxcompile.calibration.moments import Moments, added_to, expert_offsets, exp
 from mxcompile.calibration.run import Values
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.program import Program
+
+_HELD = 4 << 30
 
 
 class Streams:
@@ -30,7 +33,7 @@ class Streams:
         self._nodes: dict[str, Node] = {}
         self._exact: Sweep | None = None
         if with_exact:
-            copy = program.copy()
+            self._copy = copy = program.copy()
             names = {matmul.node.name for matmul in matmuls}
             own = [matmul for matmul in choose(copy).matmuls if matmul.node.name in names]
             self._nodes = {node.name: node for node in copy.graph.nodes}
@@ -42,30 +45,37 @@ class Streams:
         self._rounded.advance(segment)
         if self._exact is not None:
             self._exact.advance(self._twins[segment])
+            self._forget(self._twins[segment])
 
     def moments(self, segment: Segment, readers: Sequence[Matmul], residual: bool) -> list[Moments]:
         """Second moments of the value that some matmuls of a segment read; one for each expert of a 3-D weight.
 
         What the value lacks is seen if the exact model runs too, and not for experts, whose tokens may differ;
-        residual: likewise for what is added to the matmuls' outputs.
+        residual: likewise for what is added to the matmuls' outputs. Moves to where the value is made, unless too much
+        were to be held there: the weights of all matmuls in front of it must be as they will be.
         """
-        first = readers[0]
-        shape = first.root.meta["val"].shape
+        first, shape = readers[0], readers[0].root.meta["val"].shape
+        exactly = first.node if _seen_by_output(readers) else first.activation
+        self._approach(segment, first.activation, exactly)
         if len(shape) == 3:
             return self._expert_moments(segment, first, int(shape[0]))
         added = {matmul.node.name: added_to(matmul) for matmul in readers} if residual else {}
         others = {name: node for name, node in added.items() if node is not None}
         found: Moments | None = None
-        for values, exact in self._pairs(segment, [first.activation, *others.values()]):
+        for values, exact in self._pairs(segment, [first.activation, *others.values()], [exactly, *others.values()]):
             x = self._prepare(values[first.activation])
             rows = x.reshape(-1, x.shape[-1])
-            found = found or Moments.of_size(x.shape[-1], x.device)
+            found = found or Moments(x.shape[-1], x.device)
             if exact is None:
                 found.update(rows)
                 continue
             lost = {name: exact[self._nodes[node.name]] - values[node] for name, node in others.items()}
             flat = {name: difference.reshape(len(rows), -1) for name, difference in lost.items()}
-            found.update(rows, exact[self._nodes[first.activation.name]].reshape(rows.shape), flat)
+            seen = exact[self._nodes[exactly.name]].reshape(len(rows), -1)
+            if exactly is first.node:
+                found.update(rows, added=flat, made={first.node.name: seen})
+            else:
+                found.update(rows, seen, flat)
         assert found is not None
         return [found]
 
@@ -74,15 +84,36 @@ class Streams:
         found: list[Moments] = []
         for values in self._rounded.values(segment, [matmul.activation, *([offsets] if offsets else [])]):
             x = self._prepare(values[matmul.activation])
-            found = found or [Moments.of_size(x.shape[-1], x.device) for _ in range(experts)]
+            found = found or [Moments(x.shape[-1], x.device) for _ in range(experts)]
             parts = expert_rows(x, None if offsets is None else values[offsets], experts)
             for known, rows in zip(found, parts, strict=True):
                 known.update(rows)
         return found
 
-    def _pairs(self, segment: Segment, nodes: list[Node]) -> Iterator[tuple[Values, Values | None]]:
+    def _forget(self, segment: Segment) -> None:
+        """Let go of the exact model's weights that only a passed segment reads: a fold's are held by nothing else."""
+        for matmul in segment.matmuls:
+            sources = self._copy.graph.find_nodes(op="get_attr", target=matmul.parameter)
+            if all(user in segment.nodes for source in sources for user in source.users):
+                self._copy.set_tensor(matmul.parameter, torch.empty(0))
+
+    def _approach(self, segment: Segment, value: Node, exactly: Node) -> None:
+        self._rounded.approach(segment, value, _HELD)
+        if self._exact is not None:
+            self._exact.approach(self._twins[segment], self._nodes[exactly.name], _HELD)
+
+    def _pairs(
+        self, segment: Segment, nodes: Sequence[Node], exactly: Sequence[Node]
+    ) -> Iterator[tuple[Values, Values | None]]:
         rounded = self._rounded.values(segment, nodes)
         if self._exact is None:
             return zip(rounded, repeat(None), strict=False)
-        own = [self._nodes[node.name] for node in nodes]
+        own = [self._nodes[node.name] for node in exactly]
         return zip(rounded, self._exact.values(self._twins[segment], own), strict=True)
+
+
+def _seen_by_output(readers: Sequence[Matmul]) -> bool:
+    """True if what a value lacks is better seen in what its only reader makes of it: fewer numbers."""
+    first, shape = readers[0], readers[0].root.meta["val"].shape
+    outputs = int(shape[-1] if first.axis == -2 else shape[-2])
+    return len(readers) == 1 and len(shape) == 2 and first.bias is None and outputs < first.in_features

@@ -1,6 +1,6 @@
 """Gradient descent on some tensors of a Program, towards what another Program says to the same batches."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 
 import torch
@@ -37,9 +37,12 @@ class Distillation:
         return sum(self.loss(batch).item() for batch in batches) / len(batches)
 
     def train(
-        self, tensors: Mapping[str, Tensor], batches: Iterable[Inputs], steps: int, rate: float
-    ) -> dict[str, Tensor]:
-        """Other values for tensors, found by Adam with a cosine schedule; each moves in units of its mean magnitude."""
+        self, tensors: Mapping[str, Tensor], batches: Iterable[Inputs], steps: int, rate: float, looks: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """Other values for tensors, found by Adam with a cosine schedule; each moves in units of its mean magnitude.
+
+        Yields them as they are after each of `looks` equal parts of the steps.
+        """
         units = {name: tensor.abs().float().mean().clamp(min=_SMALLEST_UNIT) for name, tensor in tensors.items()}
         moves = {name: torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for name, t in tensors.items()}
         optimizer = torch.optim.Adam(moves.values(), lr=rate)
@@ -48,14 +51,15 @@ class Distillation:
         def moved() -> dict[str, Tensor]:
             return {name: (t.float() + units[name] * moves[name]).to(t.dtype) for name, t in tensors.items()}
 
-        self._student.gradients = True
-        for batch in islice(cycle(batches), steps):
-            self._student.tensors = moved()
+        ends = {steps * (look + 1) // looks for look in range(looks)}
+        for step, batch in enumerate(self._program.through(list(islice(cycle(batches), steps))), 1):
+            self._student.tensors, self._student.gradients = moved(), True
             optimizer.zero_grad()
             self.loss(batch).backward()  # pyright: ignore[reportUnknownMemberType]
             optimizer.step()
             schedule.step()
-        return {name: tensor.detach() for name, tensor in moved().items()}
+            if step in ends:
+                yield {name: tensor.detach() for name, tensor in moved().items()}
 
     def _outputs(self, program: Program, runner: Runner, batch: Inputs) -> dict[str, Tensor]:
         """Predictions of a program with output heads, else all float outputs, by their place."""

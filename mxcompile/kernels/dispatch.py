@@ -1,7 +1,8 @@
 """Which implementation serves a call: the fastest kernel whose `supports` has no objection, else the reference.
 
-The choice depends on device, dtype and format alone. On the CPU the reference serves: one layer's weight is decoded
-into a float buffer, used and freed. `choices` gives every candidate's answer, for dumps and errors.
+The choice depends on device, dtype and format alone. On the CPU the reference serves for `linear`: one layer's weight
+is decoded into a float buffer, used and freed; for values its equal in fewer passes, `nearest.py`. `choices` gives
+every candidate's answer, for dumps and errors.
 """
 
 from functools import cache
@@ -11,7 +12,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from mxcompile import packing, reference
+from mxcompile import nearest, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule
 
 TRITON_MISSING = "triton is not installed"
@@ -30,7 +31,7 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     kernel = _triton("triton_quantize", x)
     if kernel is not None and kernel.supports(x, fmt, rule) is None:
         return kernel.quantize_dequantize(x, fmt, rule)
-    return reference.quantize_dequantize(x, fmt, rule)
+    return nearest.quantize_dequantize(x, fmt, rule)
 
 
 def choices(x: Tensor, fmt: MXFormat) -> dict[str, str | None]:
