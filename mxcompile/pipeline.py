@@ -2,7 +2,8 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -10,13 +11,16 @@ from typing import ClassVar
 from mxcompile import spec, verify
 from mxcompile.calibration.run import Request, gather
 from mxcompile.errors import MXCompileError, PassError, PipelineError, PreservationError
+from mxcompile.formats import MXFormat
 from mxcompile.inputs import as_batches
 from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import PassRecord, PassResult
+from mxcompile.overrides import Overrides
 from mxcompile.preservation import OnChange, check_preserved, remember
 from mxcompile.program import Program, Stage
 from mxcompile.resume import Resume
 
+_OVERRIDES = "overrides"
 FLOATING = frozenset({Stage.FLOAT, Stage.ROUNDED})
 
 
@@ -33,6 +37,11 @@ class Pass(ABC):
     accepts: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT})
     gives: ClassVar[Stage | None] = None
     preserves_function: ClassVar[bool] = False
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether calibration data can make a difference to the pass; True unless it is known that it cannot."""
+        return True
 
     def requests(self, program: Program) -> Sequence[Request]:
         """Statistics of values that `run` will read from `program.statistics`; gathered before it is called."""
@@ -65,6 +74,11 @@ class Pipeline:
     def __str__(self) -> str:
         return " | ".join(map(str, self.passes))
 
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether calibration data can make a difference to any of the passes."""
+        return any(current.reads_calibration for current in self.passes)
+
     def __repr__(self) -> str:
         return f"Pipeline.parse({str(self)!r})"
 
@@ -81,6 +95,14 @@ class Pipeline:
 
         table: dict[str, type[Pass]] = {**PASSES, **{p.name: p for p in passes}}
         return cls(spec.parse_call(part, "pass", table) for part in text.split("|"))
+
+    def with_overrides(self, overrides: Mapping[str, MXFormat | None]) -> "Pipeline":
+        """The same passes, those that give weights a format with these overrides behind their own (`overrides.py`)."""
+        taking = [current for current in self.passes if isinstance(getattr(current, _OVERRIDES, None), Overrides)]
+        if not taking:
+            raise PipelineError(f"no pass of {self} takes overrides: those that give weights a format do")
+        changed = {id(p): replace(p, overrides={**getattr(p, _OVERRIDES), **overrides}) for p in taking}  # pyright: ignore
+        return Pipeline(changed.get(id(current), current) for current in self.passes)
 
     def run(
         self,
@@ -150,7 +172,18 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
             raise
         raise PassError(f"pass {current.name!r} failed: {type(error).__name__}: {error}") from error
     seconds = time.perf_counter() - began
-    record = PassRecord(current.name, str(current), result.rewrites, result.misses, seconds, result.numbers, preserved)
+    measured = [found for i in instruments if (found := i.measure(program, step, result)) is not None]
+    record = PassRecord(
+        current.name,
+        str(current),
+        result.rewrites,
+        result.misses,
+        seconds,
+        result.numbers,
+        preserved,
+        program.stored_bytes(),
+        measured[-1] if measured else None,
+    )
     program.ledger.append(record)
     for instrument in instruments:
         instrument.after(program, step, record)

@@ -1,7 +1,8 @@
 """Text form of a frozen dataclass: `name{option=value,option=value}`.
 
 Only options that differ from their defaults are printed. Values are numbers, true/false, none, words, formats, scale
-rules, and lists of words in brackets; what a value means follows from the field's type.
+rules, and in brackets lists of words and formats by name pattern, `[*.down_proj=mxfp8,model.layers.0.*=none]`; what a
+value means follows from the field's type.
 """
 
 import re
@@ -12,10 +13,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from mxcompile.errors import MXCompileError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
+from mxcompile.overrides import Overrides
 
 T = TypeVar("T")
 _CALL = re.compile(r"\s*(?P<name>[a-z0-9-]+)\s*(\{(?P<options>.*)\})?\s*", re.DOTALL)
-_SEPARATOR = re.compile(r",(?![^\[]*\])")
 
 
 def print_call(name: str, value: Any) -> str:
@@ -35,7 +36,7 @@ def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
     hints = get_type_hints(table[name])
     known = {f.name: hints[f.name] for f in _fields(table[name])}
     options: dict[str, Any] = {}
-    for part in filter(str.strip, _SEPARATOR.split(match["options"] or "")):
+    for part in filter(str.strip, _split(match["options"] or "")):
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise PipelineError(f"{name}: cannot read the option {part.strip()!r}; write option=value")
@@ -59,7 +60,21 @@ def _is_default(value: Any, field: "Field[Any]") -> bool:
     return field.default is not MISSING and getattr(value, field.name) == field.default
 
 
+def _split(text: str) -> list[str]:
+    """The parts between commas that are in no bracket."""
+    parts, depth = [""], 0
+    for mark in text:
+        depth += (mark == "[") - (mark == "]")
+        if mark == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += mark
+    return parts
+
+
 def _print(value: Any) -> str:
+    if isinstance(value, Overrides):
+        return f"[{','.join(f'{pattern}={_print(fmt)}' for pattern, fmt in value.items())}]"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, tuple):
@@ -71,6 +86,8 @@ def _parse(text: str, hint: Any, place: str) -> Any:
     choices = get_args(hint) if type(None) in get_args(hint) else ()
     if choices:
         return None if text == "none" else _parse(text, next(c for c in choices if c is not type(None)), place)
+    if getattr(hint, "__origin__", None) is Mapping:
+        return _parse_overrides(text, place)
     if getattr(hint, "__origin__", None) is tuple:
         return tuple(word.strip() for word in text.strip("[]").split(",") if word.strip())
     if isinstance(hint, type) and issubclass(hint, Enum) and hint is not ScaleRule:
@@ -93,3 +110,15 @@ def _parse(text: str, hint: Any, place: str) -> Any:
     except (KeyError, ValueError) as error:
         wanted = getattr(hint, "__name__", str(hint))
         raise PipelineError(f"{place}: {text!r} is not a value of type {wanted}") from error
+
+
+def _parse_overrides(text: str, place: str) -> Overrides:
+    if not (text.startswith("[") and text.endswith("]")):
+        raise PipelineError(f"{place}: {text!r} is not a list [pattern=format,pattern=none]")
+    formats: dict[str, MXFormat | None] = {}
+    for part in filter(str.strip, _split(text[1:-1])):
+        pattern, equals, fmt = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise PipelineError(f"{place}: cannot read {part.strip()!r}; write pattern=format or pattern=none")
+        formats[pattern] = None if fmt == "none" else parse_format(fmt)
+    return Overrides(formats)

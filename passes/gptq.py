@@ -8,7 +8,7 @@ With `correction`, x on the left is the exact model's: the weight aimed at is th
 what earlier layers have lost (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al., arXiv 2505.11695).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.choice import choose
+from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.moments import Moments
@@ -27,6 +27,7 @@ from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.importance import round_rows
 from mxcompile.ledger import Miss, PassResult
 from mxcompile.measure import sqnr_db
+from mxcompile.overrides import Overrides
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage, where
 from mxcompile.search import round_input
@@ -44,6 +45,7 @@ class Gptq(Pass):
     correction: how much of what earlier layers have lost is aimed at, 0 to 1. residual: with a correction, also aim at
         what the residual stream has lost by the place where the output is added to it. Experts get no correction: their
         tokens may differ between the two models.
+    overrides: other formats by name pattern, None for a weight that stays float; those of `lower-mx` must be the same.
     """
 
     format: MXFormat
@@ -55,12 +57,14 @@ class Gptq(Pass):
     correction: float = 0.0
     residual: bool = False
     microblock: int = 0
+    overrides: Mapping[str, MXFormat | None] = Overrides()
 
     name = "gptq"
     accepts = FLOATING
     gives = Stage.ROUNDED
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", Overrides(self.overrides))
         if self.order is Order.COLUMNS and self.rule is None:
             raise PipelineError("gptq{order=columns} needs scales fixed beforehand: give a rule, for example rule=mse")
         if self.microblock % self.format.block_size or (self.microblock and self.rule is None):
@@ -70,7 +74,7 @@ class Gptq(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Round every chosen weight that nothing else reads, segment by segment."""
-        choice = choose(program)
+        choice, formats = override_formats(program, choose(program), self.format, self.overrides)
         misses = [*choice.misses, *(choice.left_to_lowering(m) for m in choice.matmuls if not choice.alone(m))]
         numbers: dict[str, dict[str, float]] = {}
         todo = [m for m in choice.matmuls if choice.alone(m) and m.parameter not in program.rounded]
@@ -79,11 +83,11 @@ class Gptq(Pass):
         prepare = partial(round_input, self.activation)
         streams = Streams(program, choice.matmuls, prepare, self.correction > 0)
         for index, segment in enumerate(program.through(streams.segments)):
-            readings = _by_input(program, segment, todo)
+            readings = _by_input(program, segment, todo, formats)
             before = {m.parameter: program.tensor(m.parameter) for readers in readings for m in readers}
-            reasons = self._restored(program, index, before)
+            reasons = _restored(program, index, {m.parameter: formats[m.node] for readers in readings for m in readers})
             if reasons is None:
-                reasons = self._round_segment(program, streams, segment, readings)
+                reasons = self._round_segment(program, streams, segment, readings, formats)
                 _keep(program, index, before, reasons)
             misses += [Miss(*reason.split(": ", 1)) for reason in reasons]
             numbers |= {n: {"weight_sqnr_db": sqnr_db(old, program.tensor(n))} for n, old in before.items()}
@@ -91,50 +95,59 @@ class Gptq(Pass):
         return PassResult(len(numbers), tuple(misses), numbers)
 
     def _round_segment(
-        self, program: Program, streams: Streams, segment: Segment, readings: list[list[Matmul]]
+        self,
+        program: Program,
+        streams: Streams,
+        segment: Segment,
+        readings: list[list[Matmul]],
+        formats: Mapping[Node, MXFormat],
     ) -> list[str]:
         """Round the weights of a segment, one input value after the other; returns why some were rounded to nearest."""
         reasons: list[str] = []
         for readers in readings:
             moments = streams.moments(segment, readers, self.residual)
-            for matmul in readers:
-                reasons += self._round(program, matmul, moments)
+            reasons += self._round(program, readers, moments, formats[readers[0].node])
         return reasons
 
-    def _round(self, program: Program, matmul: Matmul, moments: list[Moments]) -> list[str]:
-        rows = finite_rows(program, matmul)
-        uncorrected = self.correction > 0 and rows.dim() == 3
-        reasons = [f"{where(matmul.node)}: {_UNCORRECTED}"] if uncorrected else []
+    def _round(self, program: Program, readers: list[Matmul], moments: list[Moments], fmt: MXFormat) -> list[str]:
+        """Round the weights that read one value, all at once: their rows have nothing to do with each other."""
+        rows = [finite_rows(program, matmul) for matmul in readers]
+        stacked = [part.reshape(-1, *part.shape[-2:]) for part in rows]
         pairs: list[tuple[Tensor, Tensor]] = []
-        for weight, known in zip(rows.reshape(-1, *rows.shape[-2:]), moments, strict=True):
+        reasons = [_UNCORRECTED] if self.correction > 0 and rows[0].dim() == 3 else []
+        for index, known in enumerate(moments):
+            weights = {m.node.name: part[index] for m, part in zip(readers, stacked, strict=True)}
             try:
-                pairs.append(self._round_one(weight, known, matmul))
-                if known.tokens < weight.shape[1]:
-                    reasons.append(f"{where(matmul.node)}: {known.tokens} {_FEW.format(weight.shape[1])}")
+                pairs.append(self._round_together(weights, known, fmt))
+                if known.tokens < readers[0].in_features:
+                    reasons.append(f"{known.tokens} {_FEW.format(readers[0].in_features)}")
             except IllConditionedError as error:
-                reasons.append(f"{where(matmul.node)}: rounded to nearest: {error}")
-                pairs.append(round_rows(weight, self.format, self.rule or ScaleRule.MSE))
-        values, scales = (torch.stack(parts).reshape(*rows.shape[:-1], -1) for parts in zip(*pairs, strict=True))
-        program.set_tensor(matmul.parameter, matmul.rows(values.to(rows.dtype)).contiguous())
-        program.rounded[matmul.parameter] = Rounding(self.format, scales)
-        return reasons
+                reasons.append(f"rounded to nearest: {error}")
+                pairs.append(round_rows(torch.cat([*weights.values()]), fmt, self.rule or ScaleRule.MSE))
+        parts = [torch.stack(found).split([r.shape[-2] for r in rows], 1) for found in zip(*pairs, strict=True)]
+        for matmul, old, *found in zip(readers, rows, *parts, strict=True):
+            values, scales = (part.clone().reshape(*old.shape[:-1], -1) for part in found)  # each its own storage
+            program.set_tensor(matmul.parameter, matmul.rows(values.to(old.dtype)).contiguous())
+            program.rounded[matmul.parameter] = Rounding(fmt, scales)
+        return [f"{where(matmul.node)}: {reason}" for matmul in readers for reason in reasons]
 
-    def _round_one(self, weight: Tensor, moments: Moments, matmul: Matmul) -> tuple[Tensor, Tensor]:
-        rounding = ColumnRounding(self.format, self.damping, self.order, self.rule, self.sweeps, self.microblock)
-        target = moments.target(weight, matmul.node.name, self.damping, self.correction)
-        return rounding.round(target, moments.inputs)
+    def _round_together(self, weights: Mapping[str, Tensor], moments: Moments, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+        """Weights `[out, in]` by the names of their matmuls' nodes; returns values and scales of all their rows."""
+        rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock)
+        return rounding.round(moments.target(weights, self.damping, self.correction), moments.inputs)
 
-    def _restored(self, program: Program, index: int, names: Iterable[str]) -> list[str] | None:
-        """Take a segment's weights from an earlier, interrupted run; None if it did not get there."""
-        found = None if program.resume is None else program.resume.load(f"{index:04}")
-        if found is None:
-            return None
-        tensors, reasons = found
-        for name in names:
-            device = program.tensor(name).device
-            program.set_tensor(name, tensors[name].to(device))
-            program.rounded[name] = Rounding(self.format, tensors[f"{name}{_SCALES}"].to(device))
-        return reasons
+
+def _restored(program: Program, index: int, formats: Mapping[str, MXFormat]) -> list[str] | None:
+    """Take a segment's weights from an earlier, interrupted run; None if it did not get there."""
+    found = None if program.resume is None else program.resume.load(f"{index:04}")
+    if found is None:
+        return None
+    tensors, reasons = found
+    for name, fmt in formats.items():
+        device = program.tensor(name).device
+        program.set_tensor(name, tensors[name].to(device))
+        program.rounded[name] = Rounding(fmt, tensors[f"{name}{_SCALES}"].to(device))
+    return reasons
 
 
 def _keep(program: Program, index: int, names: Iterable[str], reasons: list[str]) -> None:
@@ -144,13 +157,15 @@ def _keep(program: Program, index: int, names: Iterable[str], reasons: list[str]
         program.resume.save(f"{index:04}", tensors, reasons)
 
 
-def _by_input(program: Program, segment: Segment, todo: list[Matmul]) -> list[list[Matmul]]:
-    """The matmuls of a segment to be rounded, those that read one value together; each weight once."""
-    groups: dict[tuple[Node, int], list[Matmul]] = {}
+def _by_input(
+    program: Program, segment: Segment, todo: list[Matmul], formats: Mapping[Node, MXFormat]
+) -> list[list[Matmul]]:
+    """The matmuls of a segment to be rounded, those that read one value in one format together; each weight once."""
+    groups: dict[tuple[Node, int, MXFormat], list[Matmul]] = {}
     seen = set(program.rounded)
     for matmul in segment.matmuls:
         if matmul in todo and matmul.parameter not in seen:
             seen.add(matmul.parameter)
-            key = matmul.activation, matmul.root.meta["val"].dim()
+            key = matmul.activation, matmul.root.meta["val"].dim(), formats[matmul.node]
             groups.setdefault(key, []).append(matmul)
     return list(groups.values())

@@ -6,14 +6,16 @@ was asked for by name looks up packed rows. The lowered graph runs in eager as t
 """
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from mxcompile import packing, reference
-from mxcompile.analysis.choice import Choice, check_coverage, choose, refuse_inseparable
+from mxcompile.analysis.choice import Choice, check_coverage, choose, override_formats, refuse_inseparable
 from mxcompile.analysis.matmuls import Matmul, finite_rows, read_instead
 from mxcompile.edit import BLOCK_AXIS, insert_call, insert_tensor
 from mxcompile.errors import PassError
@@ -21,6 +23,7 @@ from mxcompile.formats import MXFormat, ScaleRule, activation_rule
 from mxcompile.importance import round_rows
 from mxcompile.ledger import PassResult
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
+from mxcompile.overrides import Overrides
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage
 from mxcompile.rows import row_wise
@@ -35,27 +38,39 @@ class LowerMX(Pass):
     weight_rule: scales of weights that no earlier pass has rounded (`mse` counts errors by the importance of input
     channels, where a pass has measured it). activation_rule: scales of activations, computed at
     run time; None takes the format's default (`formats.activation_rule`).
+    overrides: other weight formats by name pattern, None for a layer that stays float (`overrides.py`).
     """
 
     weight: MXFormat
     activation: MXFormat | None = None
     weight_rule: ScaleRule = ScaleRule.MSE
     activation_rule: ScaleRule | None = None
+    overrides: Mapping[str, MXFormat | None] = Overrides()
 
     name = "lower-mx"
     accepts = FLOATING | {Stage.LOWERED}
     gives = Stage.LOWERED
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", Overrides(self.overrides))
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Never: weights are rounded as they are, activations at run time."""
+        return False
+
     def run(self, program: Program) -> PassResult:
         """Lower every chosen matmul and the embeddings that were asked for."""
-        choice = refuse_inseparable(program, choose(program))
+        choice, formats = override_formats(program, choose(program), self.weight, self.overrides)
+        choice = refuse_inseparable(program, choice)
+        _check_left(program, choice)
         check_coverage(program, choice)
         weights: dict[str, Node] = {}
         inputs: dict[Node, Node] = {}
         todo = [matmul for matmul in choice.matmuls if not matmul.is_lowered]
         for matmul in todo:
             if matmul.parameter not in weights:
-                weights[matmul.parameter] = self._lower_weight(program, matmul)
+                weights[matmul.parameter] = self._lower_weight(program, matmul, formats[matmul.node])
             matmul.reader.replace_input_with(matmul.root, weights[matmul.parameter])
             if not matmul.root.users:
                 program.forget(matmul.root)
@@ -63,19 +78,19 @@ class LowerMX(Pass):
                 if matmul.activation not in inputs:
                     inputs[matmul.activation] = self._lower_input(program, matmul, self.activation)
                 read_instead(matmul.node, inputs[matmul.activation])
-        embeddings = self._lower_embeddings(program, choice)
+        embeddings = self._lower_embeddings(program, choice, formats)
         program.graph.eliminate_dead_code()
         program.drop_unread()
         return PassResult(len(todo) + embeddings, choice.misses)
 
-    def _lower_weight(self, program: Program, matmul: Matmul) -> Node:
+    def _lower_weight(self, program: Program, matmul: Matmul, fmt: MXFormat) -> Node:
         """The weight's `mx::dequantize`, in the parameter's own orientation, in front of its first reader."""
         rows = finite_rows(program, matmul)
         order = {node: place for place, node in enumerate(program.graph.nodes)}
         before = min(matmul.root.users, key=order.__getitem__)
-        elements, scales = self._pack(program, matmul.parameter, rows, before)
+        elements, scales = self._pack(program, matmul.parameter, rows, before, fmt)
         name = f"{matmul.root.name}_dequantized"
-        args = (elements, scales, str(self.weight), rows.shape[-1], rows.dtype)
+        args = (elements, scales, str(fmt), rows.shape[-1], rows.dtype)
         weight = insert_call(program, before, DEQUANTIZE, args, name)
         weight.meta[BLOCK_AXIS] = matmul.axis
         if matmul.axis == -1:
@@ -92,43 +107,55 @@ class LowerMX(Pass):
         args = (elements, scales, str(fmt), matmul.in_features, x.meta["val"].dtype)
         return insert_call(program, before, DEQUANTIZE, args, f"{x.name}_dequantized")
 
-    def _lower_embeddings(self, program: Program, choice: Choice) -> int:
+    def _lower_embeddings(self, program: Program, choice: Choice, formats: Mapping[Node, MXFormat]) -> int:
         """embedding(w, ids) -> dequantize(embedding(w_elements, ids), embedding(w_scales, ids))."""
         for node in choice.embeddings:
             weight = node.args[0]
             assert isinstance(weight, Node)
             rows = program.tensor(str(weight.target)).detach()
-            packed = self._pack(program, str(weight.target), rows, node)
+            packed = self._pack(program, str(weight.target), rows, node, formats[node])
             looked_up = [insert_call(program, node, aten.embedding.default, (p, node.args[1]), p.name) for p in packed]
-            args = (*looked_up, str(self.weight), rows.shape[-1], rows.dtype)
+            args = (*looked_up, str(formats[node]), rows.shape[-1], rows.dtype)
             node.replace_all_uses_with(insert_call(program, node, DEQUANTIZE, args, f"{node.name}_dequantized"))
         return len(choice.embeddings)
 
-    def _pack(self, program: Program, name: str, rows: Tensor, before: Node) -> tuple[Node, Node]:
+    def _pack(self, program: Program, name: str, rows: Tensor, before: Node, fmt: MXFormat) -> tuple[Node, Node]:
         """Nodes that read the packed elements and scales of a weight `[..., out, in]`, packed at the first call."""
         if not program.has_tensor(f"{name}_elements"):
-            elements, scales = self._quantize(program, name, rows)
+            elements, scales = self._quantize(program, name, rows, fmt)
             program.set_tensor(f"{name}_elements", elements)
             program.set_tensor(f"{name}_scales", scales)
         elements = insert_tensor(program, before, f"{name}_elements")
         return elements, insert_tensor(program, before, f"{name}_scales")
 
-    def _quantize(self, program: Program, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize(self, program: Program, name: str, rows: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
         """Elements and scales; for a weight that is already rounded, the ones it was rounded to."""
         rounded = program.rounded.pop(name, None)
         if rounded is None:
-            rows, scales = round_rows(rows, self.weight, self.weight_rule, program.importance.get(name))
-            rounded = Rounding(self.weight, scales)
-        if rounded.format != self.weight:
+            rows, scales = round_rows(rows, fmt, self.weight_rule, program.importance.get(name))
+            rounded = Rounding(fmt, scales)
+        if rounded.format != fmt:
             raise PassError(
-                f"{name!r} was rounded to {rounded.format}, lower-mx has weight={self.weight}: use one format"
+                f"{name!r} was rounded to {rounded.format}, lower-mx has weight={fmt} for it: use one format, and the "
+                "same overrides for both passes"
             )
-        elements, again = row_wise(self._encode_rows, rows, rounded.scales)
+        elements, again = row_wise(partial(_encode_rows, fmt), rows, rounded.scales)
         if not torch.equal(again, rows):
-            raise PassError(f"{name!r} does not hold {self.weight} values any more: a pass changed it after rounding")
+            raise PassError(f"{name!r} does not hold {fmt} values any more: a pass changed it after rounding")
         return elements, rounded.scales
 
-    def _encode_rows(self, rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        codes = reference.quantize_on_scales(rows, scales, self.weight)
-        again = reference.dequantize(codes, scales, self.weight, rows.shape[-1], rows.dtype)
-        return packing.pack(codes, self.weight), again
+
+def _encode_rows(fmt: MXFormat, rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    codes = reference.quantize_on_scales(rows, scales, fmt)
+    return packing.pack(codes, fmt), reference.dequantize(codes, scales, fmt, rows.shape[-1], rows.dtype)
+
+
+def _check_left(program: Program, choice: Choice) -> None:
+    """Raise PassError if a weight has been rounded and stays float all the same."""
+    left = {refusal.node for refusal in choice.left_float}
+    for matmul in choose(program).matmuls:
+        if matmul.node in left and matmul.parameter in program.rounded:
+            raise PassError(
+                f"{matmul.parameter!r} was rounded to {program.rounded[matmul.parameter].format}, an override of "
+                "lower-mx leaves it in float: give the pass that rounded it the same overrides"
+            )

@@ -4,12 +4,12 @@ The graph stays a float one, so that the loss from weights alone can be measured
 again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mxcompile.analysis.choice import choose
+from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import Request
@@ -17,6 +17,7 @@ from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.importance import round_rows
 from mxcompile.ledger import PassResult
 from mxcompile.measure import sqnr_db
+from mxcompile.overrides import Overrides
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage
 
@@ -27,15 +28,25 @@ class RoundWeights(Pass):
 
     weighted: let the squared error of the `mse` rule count by the mean square of each input channel, as calibration
         shows it (`importance.py`). Weights for which an earlier pass has measured it are always rounded so.
+    overrides: other formats by name pattern, None for a weight that stays float; those of `lower-mx` must be the same.
     """
 
     format: MXFormat
     rule: ScaleRule = ScaleRule.MSE
     weighted: bool = False
+    overrides: Mapping[str, MXFormat | None] = Overrides()
 
     name = "round-weights"
     accepts = FLOATING
     gives = Stage.ROUNDED
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "overrides", Overrides(self.overrides))
+
+    @property
+    def reads_calibration(self) -> bool:
+        """If scales are chosen by what calibration data shows."""
+        return self.weighted
 
     def requests(self, program: Program) -> Sequence[Request]:
         """How much the channels of the weights' inputs matter, if scales are to be chosen by that."""
@@ -45,7 +56,7 @@ class RoundWeights(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Replace the weights; one that something else reads too is left to `lower-mx`, which makes its own copy."""
-        choice = choose(program)
+        choice, formats = override_formats(program, choose(program), self.format, self.overrides)
         misses = list(choice.misses)
         numbers: dict[str, dict[str, float]] = {}
         for matmul in choice.matmuls:
@@ -54,15 +65,15 @@ class RoundWeights(Pass):
             if not choice.alone(matmul):
                 misses.append(choice.left_to_lowering(matmul))
                 continue
-            before, after = self._round(program, matmul)
+            before, after = self._round(program, matmul, formats[matmul.node])
             numbers[matmul.parameter] = {"weight_sqnr_db": sqnr_db(before, after)}
         return PassResult(len(numbers), tuple(misses), numbers)
 
-    def _round(self, program: Program, matmul: Matmul) -> tuple[Tensor, Tensor]:
+    def _round(self, program: Program, matmul: Matmul, fmt: MXFormat) -> tuple[Tensor, Tensor]:
         rows = finite_rows(program, matmul)
-        rounded, scales = round_rows(rows, self.format, self.rule, self._importance(program, matmul))
+        rounded, scales = round_rows(rows, fmt, self.rule, self._importance(program, matmul))
         program.set_tensor(matmul.parameter, matmul.rows(rounded).contiguous())
-        program.rounded[matmul.parameter] = Rounding(self.format, scales)
+        program.rounded[matmul.parameter] = Rounding(fmt, scales)
         return rows, rounded
 
     def _importance(self, program: Program, matmul: Matmul) -> Tensor | None:

@@ -10,7 +10,7 @@ from mxcompile.errors import InputError
 from mxcompile.instruments import Instrument
 from mxcompile.pipeline import Pipeline
 
-TEXT = "smooth-quant | gptq{format=mxint4,activation=mxint8,correction=0.25}"
+TEXT = "smooth-quant | gptq{format=mxint4,activation=mxint8,correction=0.25,overrides=[*.down_proj=mxint6]}"
 
 
 class Killed(Instrument):
@@ -27,7 +27,7 @@ class Killed(Instrument):
 
 @pytest.fixture
 def run(monkeypatch):
-    """(run(folder, killed_at) -> Program, list that grows with every weight rounded)."""
+    """(run(folder, killed_at) -> Program, list that grows with every value whose readers are rounded)."""
     rounded: list[tuple[int, ...]] = []
     plain = ColumnRounding.round
 
@@ -48,16 +48,17 @@ def run(monkeypatch):
 def test_goes_on_to_the_same_bits(run, tmp_path):
     start, rounded = run
     wanted = start(None)
-    assert len(rounded) == 14
+    assert len(rounded) == 8
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path / "run", killed_at=3)
-    assert len(rounded) == 14 + 11  # two attentions and one MLP
+    assert len(rounded) == 8 + 6  # two attentions and one MLP
     given = start(tmp_path / "run")
-    assert len(rounded) == 14 + 11 + 3
+    assert len(rounded) == 8 + 6 + 2
     for name in wanted.parameter_names():
         assert torch.equal(given.tensor(name), wanted.tensor(name))
     for name, rounding in wanted.rounded.items():
         assert torch.equal(given.rounded[name].scales, rounding.scales)
+        assert given.rounded[name].format == rounding.format
     assert given.ledger[1].numbers == wanted.ledger[1].numbers
     assert given.ledger[1].misses == wanted.ledger[1].misses
 
@@ -78,7 +79,7 @@ def test_half_a_file_is_no_part(run, tmp_path):
     (last,) = sorted((tmp_path / "run").glob("02-gptq-0003.safetensors"))
     last.rename(last.with_suffix(".incomplete"))
     start(tmp_path / "run")
-    assert len(rounded) == 14 + 3
+    assert len(rounded) == 8 + 2
 
 
 @pytest.mark.parametrize("other", ["pipeline", "model", "calibration"])

@@ -1,15 +1,18 @@
 """Which of the matmuls are to be quantized, what stays float on purpose, and what share of the bytes that covers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch.fx import Node
 
 from mxcompile.analysis.dataflow import destinations
 from mxcompile.analysis.matmuls import Matmul, Refusal, find_matmuls
-from mxcompile.errors import CoverageError
+from mxcompile.errors import CoverageError, PipelineError, UnknownNameError
+from mxcompile.formats import MXFormat
 from mxcompile.ledger import Miss
+from mxcompile.overrides import last_match
 from mxcompile.program import Program, module_path, where
 
 _MINIMUM_COVERAGE = 0.5
@@ -56,6 +59,51 @@ def choose(program: Program) -> Choice:
         else:
             left.append(Refusal(matmul.node, reason, _bytes(program, matmul)))
     return Choice(tuple(chosen), tuple(_embeddings(program)), tuple(refusals), tuple(left))
+
+
+def override_formats(
+    program: Program, choice: Choice, default: MXFormat, overrides: Mapping[str, MXFormat | None]
+) -> tuple[Choice, dict[Node, MXFormat]]:
+    """Leave in float what an override says, and the weight formats of all others, by matmul or embedding.
+
+    Raises UnknownNameError for a pattern that matches nothing that would be quantized, and PipelineError if readers of
+    one weight would have it in different formats.
+    """
+    names: dict[Node, tuple[str, ...]] = {m.node: _names(program, m) for m in choice.matmuls}
+    names |= {node: tuple(_embedding_names(program, node)) for node in choice.embeddings}
+    matched = {node: last_match(overrides, known) for node, known in names.items()}
+    _check_patterns(choice, overrides, [name for known in names.values() for name in known])
+    formats = {node: default if pattern is None else overrides[pattern] for node, pattern in matched.items()}
+    left = list(choice.left_float)
+    for matmul in choice.matmuls:
+        if formats[matmul.node] is None and not matmul.is_lowered:
+            reason = f"left in float: override {matched[matmul.node]}=none"
+            left.append(Refusal(matmul.node, reason, _bytes(program, matmul)))
+    by_weight: dict[str, set[MXFormat | None]] = {}
+    for matmul in choice.matmuls:
+        by_weight.setdefault(_names(program, matmul)[0], set()).add(formats[matmul.node])
+    if mixed := [name for name, found in by_weight.items() if len(found) > 1]:
+        raise PipelineError(f"overrides give {mixed[0]!r} two formats: match its name instead of its readers' modules")
+    kept = tuple(m for m in choice.matmuls if m.is_lowered or formats[m.node] is not None)
+    embeddings = tuple(node for node in choice.embeddings if formats[node] is not None)
+    chosen = {node: fmt for node, fmt in formats.items() if fmt is not None}
+    return replace(choice, matmuls=kept, embeddings=embeddings, left_float=tuple(left)), chosen
+
+
+def _names(program: Program, matmul: Matmul) -> tuple[str, ...]:
+    """What patterns are matched with: the weight's name and its module's path."""
+    own = slot(program, matmul.parameter, matmul.node) or matmul.parameter
+    return own.removesuffix("_elements") if matmul.is_lowered else own, matmul.module_path
+
+
+def _check_patterns(choice: Choice, patterns: Iterable[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if last_match([pattern], names) is not None:
+            continue
+        for refusal in (*choice.left_float, *choice.refusals):
+            if last_match([pattern], [module_path(refusal.node)]):
+                raise PipelineError(f"override {pattern!r}: {where(refusal.node)} stays float: {refusal.reason}")
+        raise UnknownNameError("module or parameter pattern of an override", pattern, dict.fromkeys(names))
 
 
 def refuse_inseparable(program: Program, choice: Choice) -> Choice:
@@ -115,11 +163,16 @@ def _embeddings(program: Program) -> Iterator[Node]:
     """Lookups in a parameter that `include` asks for."""
     for node in program.graph.nodes:
         weight = node.args[0] if node.target is _EMBEDDING else None
-        if isinstance(weight, Node) and weight.op == "get_attr" and program.is_parameter(str(weight.target)):
-            names = [module_path(node), *program.aliases.get(str(weight.target), (str(weight.target),))]
-            own = [name for name in names if name.startswith(module_path(node))]
-            if program.selection.included(*own):
-                yield node
+        if not isinstance(weight, Node) or weight.op != "get_attr" or not program.is_parameter(str(weight.target)):
+            continue
+        if program.selection.included(*_embedding_names(program, node)):
+            yield node
+
+
+def _embedding_names(program: Program, node: Node) -> list[str]:
+    weight = str(cast(Node, node.args[0]).target)
+    names = [module_path(node), *program.aliases.get(weight, (weight,))]
+    return [name for name in names if name.startswith(module_path(node))]
 
 
 def _shares_reader(matmul: Matmul, lowered: set[Node]) -> bool:
