@@ -7,28 +7,24 @@ are written under a temporary name and then renamed. A folder that holds anythin
 """
 
 import difflib
-import json
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from mxcompile.errors import DumpError, UnknownNameError
 from mxcompile.instruments import Instrument, Step
-from mxcompile.ledger import PassRecord
+from mxcompile.ledger import FILE, Ledger, PassRecord
 from mxcompile.pipeline import Pipeline
 from mxcompile.printer import print_program
 from mxcompile.program import Program
 
-SCHEMA = 1
 _PIPELINE = "pipeline.txt"
-_LEDGER = "ledger.json"
 _SUMMARY = "summary.txt"
 _FIRST_LINE = "# mxcompile pipeline"
+_WIDTH = 140
+_WORST = 12
 
 
 class Dump(Instrument):
@@ -37,7 +33,7 @@ class Dump(Instrument):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._text = ""
-        self._records: list[PassRecord] = []
+        self._ledger = Ledger("", 0, ())
         if self.folder.exists() and not _is_ours(self.folder):
             raise DumpError(
                 f"{self.folder} exists and is not an mxcompile dump: give a new folder, or one that a dump wrote before"
@@ -47,6 +43,7 @@ class Dump(Instrument):
         """Write the pipeline and the traced graph."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write(_PIPELINE, f"{_FIRST_LINE}\n" + "\n| ".join(map(str, pipeline.passes)) + "\n")
+        self._ledger = Ledger(str(pipeline), program.stored_bytes(), ())
         self._text = print_program(program)
         self._write("00-trace.txt", self._text)
 
@@ -56,9 +53,9 @@ class Dump(Instrument):
         name = _stem(step)
         self._write(f"{name}.txt", self._text)
         self._write(f"{name}.diff", diff_text(before, self._text, "before", name))
-        self._records.append(record)
-        self._write(_LEDGER, _ledger_json(step.pipeline, self._records))
-        self._write(_SUMMARY, _summary(self._records))
+        self._ledger = replace(self._ledger, passes=(*self._ledger.passes, record))
+        self._write(FILE, self._ledger.to_json())
+        self._write(_SUMMARY, _summary(self._ledger))
 
     def failed(self, program: Program, step: Step, error: Exception) -> None:
         """Write what the failing pass was given."""
@@ -106,6 +103,10 @@ class DumpReader:
         """Unified diff between the graphs after two passes."""
         return diff_text(self.text(first), self.text(second), self.stage(first), self.stage(second))
 
+    def ledger(self) -> Ledger:
+        """What each pass did, in numbers."""
+        return Ledger.load(self.folder)
+
     def summary(self) -> str:
         """The summary; empty if no pass has finished."""
         path = self.folder / _SUMMARY
@@ -118,41 +119,20 @@ def diff_text(before: str, after: str, before_name: str, after_name: str) -> str
     return "".join(f"{line}\n" for line in lines)
 
 
-def ledger_table(records: list[PassRecord]) -> Table:
-    """Passes with rewrites, misses and seconds."""
-    table = Table(title="passes", title_justify="left")
-    table.add_column("pass")
-    for column in ("rewrites", "misses", "seconds", "outputs kept to"):
-        table.add_column(column, justify="right")
-    for record in records:
-        kept = "" if record.preserved_db is None else f"{record.preserved_db:.0f} dB"
-        table.add_row(record.spec, str(record.rewrites), str(len(record.misses)), f"{record.seconds:.2f}", kept)
-    return table
-
-
-def _summary(records: list[PassRecord]) -> str:
+def _summary(ledger: Ledger) -> str:
     rendered = StringIO()
-    Console(width=120, file=rendered).print(ledger_table(records))
+    console = Console(width=_WIDTH, file=rendered)
+    console.print(ledger.to_table())
+    if ledger.layers():
+        console.print(ledger.to_layer_table(worst=_WORST))
     reasons: dict[str, list[str]] = {}
-    for record in records:
+    for record in ledger.passes:
         for miss in record.misses:
             reasons.setdefault(str(miss), []).append(record.name)
     text = rendered.getvalue()
     if reasons:
         text += "\nmisses\n" + "".join(f"  {miss} ({', '.join(names)})\n" for miss, names in reasons.items())
     return text
-
-
-def _ledger_json(pipeline: Pipeline, records: list[PassRecord]) -> str:
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    content = {"schema": SCHEMA, "pipeline": str(pipeline), "passes": [finite(asdict(r)) for r in records]}
-    return json.dumps(content, indent=1) + "\n"
 
 
 def _stem(step: Step) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mxcompile.ledger import PassRecord
+from mxcompile.ledger import Measured, PassRecord, PassResult
 from mxcompile.program import Program
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ class Instrument:
         """Before a pass, and before its statistics are gathered."""
 
     def segment(self, program: Program, step: Step, done: int, total: int) -> None:
-        """Before each of the segments that a pass goes through with calibration data; `done` are finished."""
+        """Before each of the segments or steps that a pass goes through with calibration data; `done` are finished."""
+
+    def measure(self, program: Program, step: Step, result: PassResult) -> Measured | None:
+        """After a pass has succeeded and before it is recorded: numbers for its record, if it makes any."""
 
     def after(self, program: Program, step: Step, record: PassRecord) -> None:
         """After a pass, with what it did."""

@@ -1,8 +1,23 @@
-"""What each pass did: rewrites, misses with reasons, seconds, and the numbers it measured per layer."""
+"""What each pass did: rewrites, misses with reasons, seconds, bytes, and what was measured of the model and its layers.
 
+A pass returns a `PassResult`; the pipeline makes a `PassRecord` of it, with what instruments measured. A `Ledger` is
+all records of a run: a table, and a file that others may read (`ledger.json`).
+"""
+
+import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from rich.table import Table
+
+from mxcompile.errors import DumpError
+
+SCHEMA = 2
+FILE = "ledger.json"
+_INFINITE = {math.inf: "inf", -math.inf: "-inf"}
 
 
 @dataclass(frozen=True)
@@ -39,10 +54,43 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class LayerNumbers:
+    """A layer after a pass, against the float model; numbers are None where they could not be measured.
+
+    weight, activation: formats that its weight is in and that its input is rounded to; None: float.
+    weight_db: SQNR of its weight. local_db: of its output on the float model's own input, so the error that it makes by
+        itself. accumulated_db: of its output on the way through the quantized model.
+    output_error: ||y' - y|| / ||y|| of the latter.
+    """
+
+    weight: str | None
+    activation: str | None
+    weight_db: float | None
+    local_db: float | None
+    accumulated_db: float | None
+    output_error: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The model after a pass, against the float model, on a probe.
+
+    output_db: SQNR of its outputs, the least. kl, top1: mean KL(float || now) in nats and share of positions with the
+    same largest entry, of the output called logits; None without one. layers: by the names of their weights.
+    """
+
+    output_db: float
+    kl: float | None
+    top1: float | None
+    layers: dict[str, LayerNumbers]
+
+
+@dataclass(frozen=True)
 class PassRecord:
-    """One line of a Program's ledger: a pass that ran. `spec` is the pass with its options, as in a pipeline.
+    """A pass that ran. `spec` is the pass with its options, as in a pipeline.
 
     preserved_db: for a pass that keeps the function, how well the outputs before and after it agree.
+    bytes: of all tensors that the graph reads afterwards. measured: None if nothing was.
     """
 
     name: str
@@ -52,3 +100,125 @@ class PassRecord:
     seconds: float
     numbers: dict[str, dict[str, float]]
     preserved_db: float | None = None
+    bytes: int = 0
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The records of a run. pipeline: its text form. bytes: of the model before the first pass.
+
+    The file is a JSON object, `{"schema": 2, "pipeline": str, "bytes": int, "passes": [...]}`; a pass has the fields of
+    `PassRecord`, with those of `Miss`, `Measured` and `LayerNumbers` inside. A number that is not finite is the string
+    "inf" (an SQNR without any error), "-inf" or "nan"; null is what was not measured. The schema's number changes with
+    every change of names or meanings.
+    """
+
+    pipeline: str
+    bytes: int
+    passes: tuple[PassRecord, ...]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Ledger":
+        """Read a `ledger.json`, or the one of a dump folder; raises DumpError if it is not one of this schema."""
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            schema = content["schema"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DumpError(f"{file} is not a ledger ({type(error).__name__}: {error})") from error
+        if schema != SCHEMA:
+            raise DumpError(f"{file} has schema {schema}, this version of mxcompile reads {SCHEMA}: dump it again")
+        return cls(content["pipeline"], content["bytes"], tuple(map(_record, content["passes"])))
+
+    def to_json(self) -> str:
+        """The file's text."""
+        content = {"schema": SCHEMA, "pipeline": self.pipeline, "bytes": self.bytes}
+        return json.dumps(content | {"passes": [_plain(asdict(record)) for record in self.passes]}, indent=1) + "\n"
+
+    def layers(self) -> tuple[str, ...]:
+        """Names of all layers that were measured, in graph order."""
+        return tuple(dict.fromkeys(name for record in self.passes for name in _layers_of(record)))
+
+    def to_table(self) -> Table:
+        """A row for every pass; what was not measured is left empty."""
+        table = Table("pass", title="passes", title_justify="left")
+        for column in ("rewrites", "misses", "seconds", "MB", "outputs", "KL", "top-1", "kept to"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for record in self.passes:
+            found = record.measured
+            numbers = ("", "", "") if found is None else (_db(found.output_db), _number(found.kl), _share(found.top1))
+            counts = (str(record.rewrites), str(len(record.misses)), f"{record.seconds:.2f}")
+            table.add_row(record.spec, *counts, f"{record.bytes / 1e6:.1f}", *numbers, _db(record.preserved_db))
+        return table
+
+    def to_layer_table(self, worst: int | None = None) -> Table:
+        """A row for every layer, or for those with the largest error of their own, the worst first.
+
+        local: the last pass's. along the path: after every pass.
+        """
+        measured = [record for record in self.passes if record.measured is not None]
+        table = Table("layer", "weight", "input", title="layers: SQNR in dB", title_justify="left")
+        for column in ("of weight", "local", *(f"after {record.name}" for record in measured)):
+            table.add_column(column, justify="right")
+        for name in self.layers() if worst is None else self.worst(worst):
+            numbers = [_layers_of(record).get(name) for record in measured]
+            last = next(found for found in reversed(numbers) if found is not None)
+            formats = last.weight or "float", last.activation or "float"
+            along = (_db(found.accumulated_db if found else None) for found in numbers)
+            table.add_row(name, *formats, _db(last.weight_db), _db(last.local_db), *along)
+        return table
+
+    def worst(self, count: int) -> list[str]:
+        """The layers with the largest error of their own after the last measured pass, the worst first."""
+        last = next((_layers_of(r) for r in reversed(self.passes) if r.measured is not None), {})
+        errors = {name: found.local_db for name, found in last.items() if found.local_db is not None}
+        return sorted(errors, key=lambda name: errors[name])[:count]
+
+
+def _layers_of(record: PassRecord) -> dict[str, LayerNumbers]:
+    return {} if record.measured is None else record.measured.layers
+
+
+def _record(content: dict[str, Any]) -> PassRecord:
+    measured = content["measured"]
+    misses = tuple(Miss(**miss) for miss in content["misses"])
+    read = _read(content, "name", "spec")
+    return PassRecord(**read | {"misses": misses, "measured": measured and _measured(measured)})
+
+
+def _measured(content: dict[str, Any]) -> Measured:
+    layers = {name: LayerNumbers(**_read(layer, "weight", "activation")) for name, layer in content["layers"].items()}
+    return Measured(**_read(content) | {"layers": layers})
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return _INFINITE.get(value, "nan")
+    return value
+
+
+def _read(value: Any, *texts: str) -> Any:
+    """The inverse, but for the entries of an object that are texts: a pass may be called inf."""
+    if isinstance(value, dict):
+        return {key: item if key in texts else _read(item) for key, item in value.items()}
+    return float(value) if value in ("inf", "-inf", "nan") else value
+
+
+def _db(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{round(value, 4) + 0.0:.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -10,7 +10,7 @@ _VALUES = 1 << 18  # in float64 at a time
 
 def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise ratio, 10 log10(sum x^2 / sum (x - y)^2), in dB; inf if they are
-    equal. Both have the same shape."""
+    equal, NaN if one of them holds NaN. Both have the same shape."""
     noise = power = 0.0
     parts = (tensor.flatten().split(_VALUES) for tensor in (signal, approximation))
     for wanted, given in zip(*parts, strict=True):
@@ -19,7 +19,8 @@ def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
         power += exact.square().sum().item()
     if noise == 0.0:
         return math.inf
-    return 10 * math.log10(power / noise) if power > 0.0 else -math.inf
+    ratio = power / noise
+    return math.nan if math.isnan(ratio) else 10 * math.log10(ratio) if ratio > 0.0 else -math.inf
 
 
 def top1_agreement(reference: Tensor, other: Tensor) -> float:
@@ -31,4 +32,5 @@ def kl_divergence(reference: Tensor, other: Tensor) -> float:
     """Mean over positions of KL(softmax(reference) || softmax(other)), in nats; logits `[..., vocabulary]`."""
     log_p = torch.log_softmax(reference.float(), -1)
     log_q = torch.log_softmax(other.float(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).mean().item()

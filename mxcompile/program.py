@@ -127,12 +127,12 @@ class Program:
         other.outputs = self.outputs
         return other
 
-    def through(self, segments: Sequence[T]) -> Iterator[T]:
-        """The segments one after the other, each reported when its turn comes."""
-        for done, segment in enumerate(segments):
+    def through(self, parts: Sequence[T]) -> Iterator[T]:
+        """The parts of a pass's work (segments, training steps), each reported when its turn comes."""
+        for done, part in enumerate(parts):
             if self.report is not None:
-                self.report(done, len(segments))
-            yield segment
+                self.report(done, len(parts))
+            yield part
 
     def parameter_names(self) -> Iterator[str]:
         """Names of the parameters, buffers and constants that the graph reads, in order of appearance."""
@@ -141,6 +141,11 @@ class Program:
             if node.op == "get_attr" and node.target not in seen:
                 seen.add(str(node.target))
                 yield str(node.target)
+
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors that the graph reads, each once."""
+        tensors = {tensor.data_ptr(): tensor for tensor in map(self.tensor, self.parameter_names())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def has_tensor(self, name: str) -> bool:
         """True if the graph module holds a tensor of that name."""

@@ -122,6 +122,21 @@ def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inpu
     program.statistics.update({key: observer.value for key, observer in observers.items()})
 
 
+def run_outputs(runner: Runner, program: Program, batch: Inputs) -> Any:
+    """What the model returns for a batch, as the runner computes it."""
+    given = arguments(program, batch)
+    (end,) = program.graph.find_nodes(op="output")
+    wanted = [node for node in end.all_input_nodes if node.op not in ("placeholder", "get_attr")]
+    known = given | runner.run_nodes(computing(program.graph.nodes), given, None, wanted)
+
+    def value(leaf: Any) -> Any:
+        if isinstance(leaf, Node):
+            return runner.parameter(leaf) if leaf.op == "get_attr" else known[leaf]
+        return leaf
+
+    return program.graph.process_outputs(tuple(map(value, end.args[0])))
+
+
 def arguments(program: Program, batch: Inputs) -> Values:
     """A batch as the graph's placeholders take it; raises InputError if it is not of the traced kind.
 

@@ -1,0 +1,138 @@
+"""Layers: the matmuls that are to be quantized, followed from pass to pass, whatever op stands for them by then.
+
+A layer has the name of its weight, which no pass changes: `up.weight` is packed into `up.weight_elements` and read by
+`mx::dequantize` or `mx::linear`, and is still the weight of the layer `up.weight`. What reads a weight a second time is
+another layer, `up.weight (2)`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+from torch.fx import Node
+
+from mxcompile.analysis.choice import choose
+from mxcompile.analysis.matmuls import Matmul
+from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.program import Program, Rounding, module_path
+
+_PACKED = "_elements"
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """How a layer rounds its input: the texts of an MXFormat and of a ScaleRule."""
+
+    format: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """node: what multiplies. matmul: None for `mx::linear`. format: of its weight's elements, None if it is float.
+
+    operands: its computed operands, in order of place (its input; the offsets of experts). constants: the others
+    (weight, bias). activation: the operand that is its input, as it is multiplied. value: its input before it is
+    rounded, which `rounded` says how.
+    """
+
+    name: str
+    node: Node
+    matmul: Matmul | None
+    format: str | None
+    operands: tuple[Node, ...]
+    constants: tuple[Node, ...]
+    activation: Node
+    value: Node
+    rounded: Rounded | None
+
+    @property
+    def module_path(self) -> str:
+        """Path of the module that multiplies."""
+        return module_path(self.node)
+
+    @property
+    def samples(self) -> bool:
+        """True if its output rows depend on the same rows of its input alone, so that a sample of them will do."""
+        return self.operands == (self.activation,) and (self.matmul is None or self.matmul.root.meta["val"].dim() == 2)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """An input as it is multiplied."""
+        return x if self.rounded is None else QUANTIZE_DEQUANTIZE(x, self.rounded.format, self.rounded.rule)
+
+    def rows(self, program: Program) -> Tensor:
+        """Its weight `[..., out, in]`, decoded."""
+        if self.matmul is not None and not self.matmul.is_lowered:
+            return self.matmul.rows(program.tensor(self.matmul.parameter).detach())
+        packed = self.node.args[1:3] if self.matmul is None else self.matmul.root.args[:2]
+        elements, scales = (program.tensor(str(cast(Node, part).target)) for part in packed)
+        if self.matmul is None:
+            x: Tensor = self.activation.meta["val"]
+            return DEQUANTIZE(elements, scales, self.format, int(x.shape[-1]), x.dtype)
+        return DEQUANTIZE(elements, scales, *self.matmul.root.args[2:])
+
+
+def find_layers(program: Program) -> dict[str, Layer]:
+    """The layers of a Program by name, in graph order."""
+    computed = _computed(program)
+    matmuls = {matmul.node: matmul for matmul in choose(program).matmuls}
+    layers: dict[str, Layer] = {}
+    count: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node not in matmuls and node.target is not LINEAR:
+            continue
+        parameter = _parameter(node, matmuls.get(node))
+        count[parameter] = count.get(parameter, 0) + 1
+        name = parameter if count[parameter] == 1 else f"{parameter} ({count[parameter]})"
+        layers[name] = _layer(program, name, parameter, node, matmuls.get(node), computed)
+    return layers
+
+
+def _layer(
+    program: Program, name: str, parameter: str, node: Node, matmul: Matmul | None, computed: set[Node]
+) -> Layer:
+    operands = tuple(operand for operand in _operands(node) if operand in computed)
+    constants = tuple(operand for operand in _operands(node) if operand not in computed)
+    activation = cast(Node, node.args[0]) if matmul is None else matmul.activation
+    if matmul is None or matmul.is_lowered:
+        fmt = str(node.args[4] if matmul is None else matmul.root.args[2])
+    else:
+        known: Rounding | None = program.rounded.get(parameter)
+        fmt = None if known is None else str(known.format)
+    return Layer(name, node, matmul, fmt, operands, constants, activation, *unprepared(activation))
+
+
+def unprepared(activation: Node) -> tuple[Node, Rounded | None]:
+    """A matmul's input before it is rounded, and how it is rounded."""
+    if activation.target is QUANTIZE_DEQUANTIZE:
+        x, fmt, rule = cast(tuple[Any, ...], activation.args)
+        return x, Rounded(str(fmt), str(rule))
+    if activation.target is DEQUANTIZE:
+        elements = cast(Node, activation.args[0])
+        quantize = elements.args[0] if elements.args else None
+        if isinstance(quantize, Node) and quantize.target is QUANTIZE:
+            x, fmt, rule = cast(tuple[Any, ...], quantize.args)
+            return x, Rounded(str(fmt), str(rule))
+    return activation, None
+
+
+def _parameter(node: Node, matmul: Matmul | None) -> str:
+    if matmul is None:
+        return str(cast(Node, node.args[1]).target).removesuffix(_PACKED)
+    return matmul.parameter.removesuffix(_PACKED) if matmul.is_lowered else matmul.parameter
+
+
+def _operands(node: Node) -> Iterator[Node]:
+    for value in (*node.args, *node.kwargs.values()):
+        if isinstance(value, Node):
+            yield value
+
+
+def _computed(program: Program) -> set[Node]:
+    """The nodes whose values depend on the inputs."""
+    found: set[Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found

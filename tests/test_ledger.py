@@ -1,0 +1,153 @@
+"""The ledger's file: what was written is read back, another schema is refused; and its tables."""
+
+import json
+import math
+from io import StringIO
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import build, inputs
+from rich.console import Console
+
+import mxcompile
+from mxcompile import Ledger, Miss
+from mxcompile.errors import DumpError
+from mxcompile.ledger import SCHEMA, LayerNumbers, Measured, PassRecord
+
+examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+numbers = st.none() | st.floats(allow_nan=False)
+texts = st.text(max_size=8)
+layers = st.builds(LayerNumbers, st.none() | texts, st.none() | texts, numbers, numbers, numbers, numbers)
+measured = st.builds(
+    Measured, st.floats(allow_nan=False), numbers, numbers, st.dictionaries(st.text(min_size=1), layers, max_size=3)
+)
+records = st.builds(
+    PassRecord,
+    texts,
+    texts,
+    st.integers(0),
+    st.lists(st.builds(Miss, texts, texts), max_size=2).map(tuple),
+    st.floats(0, 1e6),
+    st.dictionaries(texts, st.dictionaries(texts, st.floats(allow_nan=False), max_size=2), max_size=2),
+    numbers,
+    st.integers(0),
+    st.none() | measured,
+)
+ledgers = st.builds(Ledger, texts, st.integers(0), st.lists(records, max_size=3).map(tuple))
+
+LAYER = {
+    "weight": "mxint4",
+    "activation": "mxint8",
+    "weight_db": 18.5,
+    "local_db": 17.25,
+    "accumulated_db": "inf",
+    "output_error": 0.0,
+}
+FILE = {
+    "schema": 2,
+    "pipeline": "lower-mx{weight=mxint4}",
+    "bytes": 800,
+    "passes": [
+        {
+            "name": "lower-mx",
+            "spec": "lower-mx{weight=mxint4}",
+            "rewrites": 1,
+            "misses": [{"where": "%conv", "reason": "a convolution"}],
+            "seconds": 0.5,
+            "numbers": {"up.weight": {"weight_sqnr_db": "inf"}},
+            "preserved_db": None,
+            "bytes": 106,
+            "measured": {"output_db": 17.5, "kl": 0.25, "top1": 0.5, "layers": {"up.weight": LAYER}},
+        }
+    ],
+}
+UP = LayerNumbers("mxint4", "mxint8", 18.5, 17.25, math.inf, 0.0)
+READ = Ledger(
+    "lower-mx{weight=mxint4}",
+    800,
+    (
+        PassRecord(
+            "lower-mx",
+            "lower-mx{weight=mxint4}",
+            1,
+            (Miss("%conv", "a convolution"),),
+            0.5,
+            {"up.weight": {"weight_sqnr_db": math.inf}},
+            None,
+            106,
+            Measured(17.5, 0.25, 0.5, {"up.weight": UP}),
+        ),
+    ),
+)
+
+
+def printed(table) -> str:
+    text = StringIO()
+    Console(file=text, width=160).print(table)
+    return text.getvalue()
+
+
+def test_the_schema_as_written_down(tmp_path):
+    """A change here is a change of the schema: give it a new number."""
+    assert json.loads(READ.to_json()) == FILE
+    (tmp_path / "ledger.json").write_text(json.dumps(FILE))
+    assert Ledger.load(tmp_path / "ledger.json") == Ledger.load(str(tmp_path)) == READ
+    assert SCHEMA == 2
+
+
+@examples
+@given(ledgers)
+def test_what_is_written_is_read(tmp_path_factory, ledger):
+    path = tmp_path_factory.mktemp("ledger") / "any name"
+    path.write_text(ledger.to_json(), encoding="utf-8")
+    assert Ledger.load(path) == ledger
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "x.json is not a ledger"),
+        ("[1]", "x.json is not a ledger"),
+        ("{}", "is not a ledger .*schema"),
+        ('{"schema": 1}', "has schema 1, this version of mxcompile reads 2: dump it again"),
+    ],
+)
+def test_what_is_no_ledger_is_refused(tmp_path, text, message):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DumpError, match=message):
+        Ledger.load(tmp_path / "x.json")
+    with pytest.raises(DumpError, match="is not a ledger"):
+        Ledger.load(tmp_path)
+
+
+def cells(table, name: str) -> list[str]:
+    (line,) = [line for line in printed(table).splitlines() if name in line]
+    return [cell.strip() for cell in line.split("│")[1:-1]]
+
+
+def test_tables_of_what_was_measured():
+    numbers = ["1", "1", "0.50", "0.0", "17.5 dB", "0.2500", "50.0%", ""]
+    assert cells(READ.to_table(), "lower-mx") == ["lower-mx{weight=mxint4}", *numbers]
+    found = cells(READ.to_layer_table(), "up.weight")
+    assert found == ["up.weight", "mxint4", "mxint8", "18.5 dB", "17.2 dB", "exact"]
+
+
+def test_the_worst_layers_come_first(tmp_path):
+    text = "smooth-quant | round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"
+    mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe=text, dump=tmp_path, compile=False)
+    ledger = Ledger.load(tmp_path)
+    found = ledger.passes[-1].measured.layers
+    assert ledger.pipeline == text
+    assert ledger.layers() == tuple(found)
+    assert ledger.worst(3) == sorted(found, key=lambda name: found[name].local_db)[:3]
+    lines = printed(ledger.to_layer_table(worst=3)).splitlines()
+    assert "after smooth-quant" in lines[2]
+    assert [name for line in lines for name in found if name in line] == ledger.worst(3)
+
+
+def test_tables_of_nothing():
+    empty = Ledger("", 0, ())
+    assert "pass" in printed(empty.to_table())
+    assert "layer" in printed(empty.to_layer_table(worst=3))
+    assert empty.worst(2) == []
