@@ -2,26 +2,36 @@
 
 from mxcompile import formats
 from mxcompile.api import quantize_and_compile
+from mxcompile.bisection import Bisection, bisect
 from mxcompile.deploy import deploy
-from mxcompile.ledger import Miss, PassResult
+from mxcompile.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.ledger import Ledger, Miss, PassResult
 from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline import Pass, Pipeline
+from mxcompile.probe import Measure
 from mxcompile.program import Program
 from mxcompile.rules import Rule
 from mxcompile.trace import trace
 from mxcompile.weight import MXWeight
 
 __all__ = [
+    "Bisection",
+    "Evaluation",
+    "Ledger",
     "MXWeight",
+    "Measure",
     "Miss",
     "Pass",
     "PassResult",
     "Pipeline",
     "Program",
     "Rule",
+    "bisect",
     "deploy",
+    "evaluate",
     "formats",
     "quantize_and_compile",
     "recipes",
+    "token_windows",
     "trace",
 ]

@@ -1,6 +1,7 @@
 """One call: trace, run the pipeline, deploy, compile. A reader starts here."""
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,10 +10,12 @@ from torch import nn
 from mxcompile.deploy import deploy
 from mxcompile.dump import Dump
 from mxcompile.errors import UnknownNameError
+from mxcompile.formats import MXFormat
 from mxcompile.inductor import compile_module
 from mxcompile.instruments import Instrument
-from mxcompile.passes.recipes import DEFAULT, RECIPES
+from mxcompile.passes.recipes import DEFAULT, QUICK, RECIPES
 from mxcompile.pipeline import Pipeline
+from mxcompile.probe import Measure
 from mxcompile.trace import trace
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,12 +25,14 @@ def quantize_and_compile(
     model: M,
     example_inputs: object,
     *,
-    recipe: str | Pipeline = DEFAULT,
+    recipe: str | Pipeline | None = None,
     calibration: object = None,
     dump: str | Path | None = None,
+    probe: object = None,
     compile: bool = True,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
+    overrides: Mapping[str, MXFormat | None] | None = None,
     allow_partial: bool = False,
     instruments: Sequence[Instrument] = (),
     resume: str | Path | None = None,
@@ -37,19 +42,26 @@ def quantize_and_compile(
     model: any `nn.Module` that `torch.export` can trace; it is not changed.
     example_inputs: what one call of `forward` takes: a dict of keyword arguments (or a tokenizer's output), a tuple of
         positional ones, or a single tensor. Batch size and length may differ later.
-    recipe: a name (`mxcompile.recipes()`), a Pipeline, or its text form.
-    calibration: batches as example inputs are given; the example inputs if None.
-    dump: a folder for the graph after every pass, diffs, and what each pass did.
+    recipe: a name (`mxcompile.recipes()`), a Pipeline, or its text form. None takes "w4a8-mxint", which learns from
+        calibration data, or without any "w4a8-mxint-quick", with a warning.
+    calibration: batches as example inputs are given, for language models about 128 windows of 512 tokens in a few
+        batches; passes that learn have only the example inputs if None.
+    dump: a folder for the graph after every pass, diffs, and what each pass did, in numbers for each layer too.
+    probe: what those numbers are measured on, like the example inputs (which it is if None); False measures nothing.
     compile: False returns the deployed module without `torch.compile`.
     include, exclude: name patterns; see `Selection`. The output head stays float unless included.
+    overrides: other formats for some weights, `{"*.down_proj": MXFP8_E4M3}`; None leaves a layer in float.
     allow_partial: accept that less than half of the matmul weight bytes is covered.
     resume: a folder for what slow passes have finished, so that an interrupted call can go on.
 
     Returns a module of the same class, in eval mode, with `MXWeight` parameters; nothing is shared with `model`.
     Raises a subclass of `MXCompileError` that says what to do.
     """
-    pipeline = as_pipeline(recipe)
-    watchers = [*instruments, Dump(dump)] if dump is not None else list(instruments)
+    pipeline = as_pipeline(_default(calibration) if recipe is None else recipe)
+    pipeline = pipeline.with_overrides(overrides) if overrides else pipeline
+    watchers = [*instruments, *([] if dump is None else [Dump(dump)])]
+    if dump is not None and probe is not False:
+        watchers.append(Measure(probe))
     program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
     program = pipeline.run(program, calibration, watchers, resume=resume)
     deployed = deploy(program, model)
@@ -65,6 +77,13 @@ def as_pipeline(recipe: str | Pipeline) -> Pipeline:
     if any(mark in recipe for mark in "|{") or not _looks_like_recipe(recipe):
         return Pipeline.parse(recipe)
     raise UnknownNameError("recipe", recipe, RECIPES)
+
+
+def _default(calibration: object) -> str:
+    if calibration is not None:
+        return DEFAULT
+    warnings.warn(f"no calibration data: {QUICK} is taken, {DEFAULT} is much more accurate with it", stacklevel=3)
+    return QUICK
 
 
 def _looks_like_recipe(text: str) -> bool:

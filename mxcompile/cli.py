@@ -1,5 +1,6 @@
-"""The command line: `mxcompile demo | show | diff | recipes | passes | formats`."""
+"""The command line: `mxcompile demo | eval | bisect | show | diff | groups | recipes | passes | formats`."""
 
+import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -15,13 +16,16 @@ from rich.theme import Theme
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import find_groups
+from mxcompile.bisection import bisect as find_culprits
+from mxcompile.comparison import Question, compare, prepare, report
 from mxcompile.demo import load_model, run_demo
 from mxcompile.dump import DumpReader
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, activation_rule
 from mxcompile.passes import PASSES
-from mxcompile.passes.recipes import DEFAULT, RECIPES
+from mxcompile.passes.recipes import DEFAULT, QUICK, RECIPES
 from mxcompile.program import where
+from mxcompile.progress import Progress
 from mxcompile.trace import trace
 
 app = typer.Typer(
@@ -55,8 +59,8 @@ _THEME = Theme(
 )
 
 
-def _console() -> Console:
-    return Console(theme=_THEME, highlight=False, soft_wrap=True)
+def _console(stderr: bool = False) -> Console:
+    return Console(theme=_THEME, highlight=False, soft_wrap=True, stderr=stderr)
 
 
 @app.command()
@@ -73,14 +77,94 @@ def demo(
     run_demo(console, model, folder=out, length=length, windows=windows, new_tokens=new_tokens, compile=compile)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="a local path or hub id; SmolLM2-135M if left out")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="another model, to compare with: a path, a hub id, smollm2")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="quantize the model by a recipe or pipeline, and compare")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help='.txt, or .jsonl of {"text": ...}; else Python\'s help topics')
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="tokens a window of the text")] = 2048,
+    windows: Annotated[int, typer.Option(min=0, help="number of windows; 0 for all of the text")] = 4,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="for recipes that calibrate; else the first half of the text")
+    ] = None,
+    calibration: Annotated[int, typer.Option(min=1, help="windows of 512 tokens to calibrate with")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON")] = False,
+) -> None:
+    """Print a language model's perplexity; with --recipe, of its quantized self too, and how far that is from it.
+
+    Every token of a window is predicted from those before it; there is no special token in front of them.
+    """
+    question = Question(model, against, recipe, text, length, windows, calibration_text, calibration, device)
+    answer = compare(_console(stderr=as_json), question)
+    if as_json:
+        print(json.dumps(answer.record()))
+    else:
+        report(_console(), answer)
+
+
+@app.command()
+def bisect(
+    model: Annotated[str | None, typer.Argument(help="a local path or hub id; SmolLM2-135M if left out")] = None,
+    recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
+    kl: Annotated[
+        float | None, typer.Option(help="the largest KL divergence from the float model that will do")
+    ] = None,
+    perplexity: Annotated[float | None, typer.Option(help="the largest perplexity that will do")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help='.txt, or .jsonl of {"text": ...}; else Python\'s help topics')
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="tokens a window of the text")] = 256,
+    windows: Annotated[int, typer.Option(min=1, help="number of windows")] = 1,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="for recipes that calibrate; else the first half of the text")
+    ] = None,
+    calibration: Annotated[int, typer.Option(min=1, help="windows of 512 tokens to calibrate with")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON")] = False,
+) -> None:
+    """Find the pass, and in it the layers, that bring a model over a threshold, and what to leave out to mend it.
+
+    Takes about two forwards of the windows for every layer.
+    """
+    console = _console(stderr=as_json)
+    question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
+    loaded, data = prepare(console, question)
+    probe = [{"input_ids": window.to(device)} for window in data.windows]
+    kl = 0.1 if kl is None and perplexity is None else kl
+    found = find_culprits(
+        loaded,
+        probe[0],
+        recipe=recipe,
+        kl=kl,
+        perplexity=perplexity,
+        probe=probe,
+        calibration=data.batches,
+        instruments=[Progress(console)],
+    )
+    if as_json:
+        print(json.dumps(found.record()))
+    else:
+        found.print_to(console)
+
+
 @app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="a dump folder")],
     name: Annotated[str | None, typer.Argument(metavar="PASS", help="name or number of a pass")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="what each pass did to each layer")] = False,
 ) -> None:
-    """Print a dump's summary, or the graph after a pass."""
+    """Print a dump's summary, the graph after a pass, or the numbers of all layers."""
     reader = DumpReader(folder)
     console = _console()
+    if layers:
+        console.print(reader.ledger().to_layer_table())
+        return
     if name is not None:
         console.print(_GraphHighlighter()(Text(reader.text(name))))
         return

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import torch
@@ -19,12 +18,15 @@ from torch import Tensor, nn
 
 from mxcompile import smollm2
 from mxcompile.api import quantize_and_compile
+from mxcompile.errors import InputError
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
 from mxcompile.inductor import compile_module
 from mxcompile.progress import Progress
 from mxcompile.storage import stored_bytes
+from mxcompile.texts import help_text
 
-RECIPES = ("w8a8-mxint", "w4a8-mxint")
+_PROBE = 256
+RECIPES = ("w8a8-mxint", "w4a8-mxint-quick")
 _CAPTION = """\
 KL: divergence from float, nats a token; top-1: share of tokens predicted alike
 tokens/s: greedy, batch 1, static cache; float runs eagerly, the others compiled
@@ -59,7 +61,7 @@ def run_demo(
     length, windows: the evaluation text, `windows` windows of `length` tokens of Python's own help topics.
     new_tokens: generated greedily from a fixed prompt. The graph dumps go to `folder`, one folder a recipe.
     """
-    console.print(f"loading {source or 'SmolLM2-135M-Instruct'}")
+    console.print(f"loading {source or smollm2.NAME}")
     model, tokenizer = load_model(source)
     ids: Tensor = tokenizer(help_text(), return_tensors="pt").input_ids[0]
     text = list(token_windows(ids, length, windows))
@@ -73,6 +75,7 @@ def run_demo(
             {"input_ids": text[0]},
             recipe=recipe,
             dump=folder / recipe,
+            probe={"input_ids": text[0][:, :_PROBE]},
             compile=False,
             instruments=[Progress(console)],
         )
@@ -81,18 +84,20 @@ def run_demo(
     return rows
 
 
-def help_text() -> str:
-    """Real English that every Python carries: the help topics of the standard library, about 700 kB."""
-    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-
-
 def load_model(source: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer) at a local path or hub id; SmolLM2-135M if None."""
-    if source is None:
+    """(model, tokenizer) at a local path or hub id; SmolLM2-135M if None or "smollm2"."""
+    if source is None or source.lower() == "smollm2":
         return smollm2.load()
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
 
-    return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"{source} cannot be loaded ({reason}); give a hub id, or a folder that holds a causal language model and "
+            "its tokenizer"
+        ) from error
 
 
 def _measure(

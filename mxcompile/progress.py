@@ -23,7 +23,7 @@ class Progress(Instrument):
     def segment(self, program: Program, step: Step, done: int, total: int) -> None:
         """Show how far it is."""
         if self._status is not None:
-            self._status.update(f"{_title(step)}: segment {done + 1} of {total}")
+            self._status.update(f"{_title(step)}: {done + 1} of {total}")
 
     def after(self, program: Program, step: Step, record: PassRecord) -> None:
         """Say what it did."""

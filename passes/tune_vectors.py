@@ -6,30 +6,39 @@ exact model's predictions from the quantized model's. A norm's weight costs noth
 that reads it. Norm Tweaking (Li et al., arXiv 2309.02784) goes layer by layer; here it is the whole model at once.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+
+from torch import Tensor
 
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.altered import Altered
 from mxcompile.calibration.training import Distillation, straight_through
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
+from mxcompile.inputs import Inputs
 from mxcompile.ledger import Miss, PassResult
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program
 from mxcompile.search import round_input
 
+_LOOKS, _ROUNDS = 4, 5
+
 
 @dataclass(frozen=True)
 class TuneVectors(Pass):
-    """activation: format of matmul inputs at run time (none: float). steps: batches seen, one a step.
+    """activation: format of matmul inputs at run time (none: float).
 
-    rate: of Adam, in units of each vector's mean magnitude, falling to zero along a cosine. An eighth of the batches,
-    one at least, is kept back (if there are two): without a gain there the vectors stay as they were.
+    steps: batches seen, one a step; at most five rounds of all, as more fits the data rather than the model.
+    rate: of Adam, in units of each vector's mean magnitude, falling to zero along a cosine.
+    An eighth of the batches, one at least, is kept back: of four states on the way the one that does best there is
+    taken, or none if that gains nothing.
     """
 
     activation: MXFormat | None = None
-    steps: int = 64
+    steps: int = 128
     rate: float = 4e-3
 
     name = "tune-vectors"
@@ -44,19 +53,33 @@ class TuneVectors(Pass):
         matmuls = choose(program).matmuls
         if not vectors or not matmuls or self.steps < 1:
             return PassResult(0)
+        if len(program.batches) < 2:
+            return _left(names, "one batch of calibration data leaves none to check training on: give two or more")
         prepare = partial(straight_through, partial(round_input, self.activation))
         student = Altered(program, dict.fromkeys(matmuls, prepare))
-        distillation = Distillation(program, student, program.origin)
-        count = len(program.batches)
-        kept_back = program.batches[count - max(1, count // 8) :]
-        seen = program.batches[: count - len(kept_back)] or kept_back
-        before = distillation.mean_loss(vectors, kept_back)
-        trained = distillation.train(vectors, seen, self.steps, self.rate)
-        after = distillation.mean_loss(trained, kept_back)
-        numbers = {"all vectors": {"loss_before": before, "loss_after": after}}
-        if not after < before:
-            reason = f"training did not lower the loss ({before:.4g} to {after:.4g}): they stay as they were"
-            return PassResult(0, (Miss(f"{len(names)} vectors", reason),), numbers)
-        for name, vector in trained.items():
+        best, losses = self._trained(Distillation(program, student, program.origin), vectors, program.batches)
+        numbers = {"all vectors": losses}
+        if best is None:
+            change = f"({losses['loss_before']:.4g} to {losses['loss_after']:.4g})"
+            return _left(names, f"training did not lower the loss {change}", numbers)
+        for name, vector in best.items():
             program.set_tensor(name, vector)
         return PassResult(len(names), numbers=numbers)
+
+    def _trained(
+        self, distillation: Distillation, vectors: dict[str, Tensor], batches: Sequence[Inputs]
+    ) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
+        """The best state on batches kept back, None if the vectors as they are do better; losses there."""
+        count = len(batches) - max(1, len(batches) // 8)
+        before = distillation.mean_loss(vectors, batches[count:])
+        best, least = None, math.inf
+        steps = min(self.steps, _ROUNDS * count)
+        for trained in distillation.train(vectors, batches[:count], steps, self.rate, min(_LOOKS, steps)):
+            loss = distillation.mean_loss(trained, batches[count:])
+            if loss < least:
+                best, least = trained, loss
+        return best if least < before else None, {"loss_before": before, "loss_after": least}
+
+
+def _left(names: list[str], reason: str, numbers: dict[str, dict[str, float]] | None = None) -> PassResult:
+    return PassResult(0, (Miss(f"{len(names)} vectors", f"{reason}: they stay as they were"),), numbers or {})

@@ -54,7 +54,7 @@ def test_works_in_every_float_dtype(name, dtype):
 def test_takes_inputs_in_every_form(form):
     model, x = build("mlp"), inputs("mlp")["x"]
     example = {"dict": {"x": x}, "tuple": (x,), "tensor": x}[form]
-    quantized = mxcompile.quantize_and_compile(model, example, compile=False)
+    quantized = mxcompile.quantize_and_compile(model, example, compile=False, recipe="w4a8-mxint-quick")
     assert quantized(x).shape == x.shape
     assert quantized(x[:1, :3]).shape == (1, 3, 64)
 
@@ -82,8 +82,8 @@ def test_calibration_data_are_used_instead_of_the_example():
 
 def test_compiled_by_default():
     model, x = build("mlp"), inputs("mlp")
-    compiled = mxcompile.quantize_and_compile(model, x)
-    plain = mxcompile.quantize_and_compile(model, x, compile=False)
+    compiled = mxcompile.quantize_and_compile(model, x, recipe="w4a8-mxint-quick")
+    plain = mxcompile.quantize_and_compile(model, x, compile=False, recipe="w4a8-mxint-quick")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**x), plain(**x), rtol=0, atol=1e-4)
     assert type(compiled) is type(model)
@@ -111,7 +111,7 @@ def test_bad_recipes_are_found_before_the_work_starts():
 
 def test_wrong_inputs_are_explained():
     with pytest.raises(InputError, match=r"do not fit MLP.forward\(x\)"):
-        mxcompile.quantize_and_compile(build("mlp"), {"y": torch.zeros(1, 64)})
+        mxcompile.quantize_and_compile(build("mlp"), {"y": torch.zeros(1, 64)}, recipe="w4a8-mxint-quick")
 
 
 def test_refuses_a_model_it_would_hardly_touch():
@@ -128,15 +128,15 @@ def test_refuses_a_model_it_would_hardly_touch():
     with pytest.raises(
         CoverageError, match=r"(?s)only 9% .*%linear_1 in large: the weight is computed .*allow_partial=True"
     ):
-        mxcompile.quantize_and_compile(model, x, compile=False)
-    partial = mxcompile.quantize_and_compile(model, x, compile=False, allow_partial=True)
+        mxcompile.quantize_and_compile(model, x, compile=False, recipe="w4a8-mxint-quick")
+    partial = mxcompile.quantize_and_compile(model, x, compile=False, allow_partial=True, recipe="w4a8-mxint-quick")
     assert isinstance(partial.small.weight, MXWeight)
 
 
 def test_exclude_and_include_choose_by_name():
     model, x = build("llama"), inputs("llama")
     quantized = mxcompile.quantize_and_compile(
-        model, x, compile=False, exclude=["*.mlp.*"], include=["*.down_proj", "lm_head"]
+        model, x, compile=False, exclude=["*.mlp.*"], include=["*.down_proj", "lm_head"], recipe="w4a8-mxint-quick"
     )
     packed = {name for name, p in quantized.named_parameters() if isinstance(p, MXWeight)}
     assert packed == {
@@ -144,3 +144,18 @@ def test_exclude_and_include_choose_by_name():
         "model.layers.0.mlp.down_proj.weight",
         "lm_head.weight",
     }
+
+
+def test_the_default_learns_from_calibration_data_or_is_quick():
+    model, x = build("mlp"), inputs("mlp")
+    with pytest.warns(UserWarning, match="no calibration data: w4a8-mxint-quick is taken"):
+        quick = mxcompile.quantize_and_compile(model, x, compile=False)
+    batches = [inputs("mlp", 4, seed=seed) for seed in range(3)]
+    learned = mxcompile.quantize_and_compile(model, x, calibration=batches, compile=False)
+    named = {
+        name: mxcompile.quantize_and_compile(model, x, recipe=name, calibration=batches, compile=False)
+        for name in ("w4a8-mxint", "w4a8-mxint-quick")
+    }
+    assert torch.equal(quick(**x), named["w4a8-mxint-quick"](**x))
+    assert torch.equal(learned(**x), named["w4a8-mxint"](**x))
+    assert not torch.equal(quick(**x), learned(**x))

@@ -24,7 +24,7 @@ def run(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("dump") / "out"
-    mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"), dump=path, compile=False)
+    mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"), dump=path, compile=False, recipe="w4a8-mxint-quick")
     return path
 
 
@@ -50,6 +50,12 @@ def test_show_prints_the_summary_and_the_stages(folder):
     output = run("show", str(folder))
     assert re.search(r"lower-mx\{weight=mxint4,activation=mxint8\}\s+│\s+2 │", output)
     assert "00-trace, 01-round-weights, 02-lower-mx" in output
+
+
+def test_show_prints_the_numbers_of_all_layers(folder):
+    output = run("show", str(folder), "--layers")
+    assert re.search(r"up.weight +│ mxint4 +│ mxint8 +│ +\d+\.\d dB │ +\d+\.\d dB │", output)
+    assert "after lower-mx" in output
 
 
 def test_show_prints_a_graph_whole_and_unwrapped(folder):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCABULARY, build
+from models import LANGUAGE_MODELS, VOCABULARY, build
 from torch import Tensor, nn
 
 from mxcompile.errors import InputError
-from mxcompile.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.evaluation import Evaluation, check_causal, evaluate, token_windows
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 FLOAT32 = 1e-6  # relative rounding of a float32 sum of a few hundred terms of one size
@@ -115,13 +115,134 @@ def test_a_window_of_one_token_counts_nothing():
     assert evaluate(Uniform(), [window, short], Successor()) == evaluate(Uniform(), [window], Successor())
 
 
-def test_a_batch_is_no_window():
-    with pytest.raises(InputError, match="window"):
-        evaluate(Uniform(), [torch.zeros(2, 8, dtype=torch.long)])
+def test_a_batch_scores_as_its_rows():
+    model, other = build("llama"), build("gpt2")
+    rows = windows(3)
+    batch, single = (evaluate(model, given, other) for given in ([torch.cat(rows)], rows))
+    assert batch.tokens == single.tokens == 3 * 15
+    assert (batch.nll, batch.kl, batch.top1) == pytest.approx((single.nll, single.kl, single.top1), rel=1e-5)
+    assert evaluate(model, torch.cat(rows), other) == single
+
+
+def test_the_reference_is_scored_too():
+    model, other = build("llama"), build("gpt2")
+    result = evaluate(model, windows(), other)
+    torch.manual_seed(0)
+    assert result.reference_nll == evaluate(other, windows()).nll
+    assert result.reference_perplexity == math.exp(result.reference_nll)
+
+
+def test_a_row_is_no_window():
+    with pytest.raises(InputError, match=r"a window is \[batch, length\], not \[8\]"):
+        evaluate(Uniform(), [torch.zeros(8, dtype=torch.long)])
+    with pytest.raises(InputError, match=r"a window is \[batch, length\]"):
+        evaluate(Uniform(), torch.zeros(8, dtype=torch.long))
+
+
+def test_windows_go_to_the_device_of_the_model():
+    class Elsewhere(Uniform):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            assert input_ids.device.type == "meta"
+            return super().forward(torch.empty(input_ids.shape), use_cache)
+
+    assert evaluate(Elsewhere(), windows()).perplexity == pytest.approx(VOCABULARY, rel=FLOAT32)
+
+
+def test_a_model_in_training_is_evaluated_without_dropout_and_left_in_training():
+    class Dropping(Successor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+            self.frozen = nn.Dropout(0.5).eval()
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=self.dropout(super().forward(input_ids, use_cache).logits))
+
+    model = Dropping()
+    assert evaluate(model, [torch.arange(100).unsqueeze(0)]).nll == 0.0
+    assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
+
+
+class Answering(nn.Module):
+    """Gives whatever it is made with."""
+
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> object:
+        return self.output
+
+
+@pytest.mark.parametrize(
+    "output",
+    [torch.zeros(1, 16, 8), SimpleNamespace(logits=None), SimpleNamespace(logits=torch.zeros(1, 2))],
+    ids=["a tensor", "none", "a classifier's"],
+)
+def test_no_logits(output):
+    with pytest.raises(InputError, match="Answering is not a causal language model: it gives no logits"):
+        evaluate(Answering(output), windows())
+    with pytest.raises(InputError, match="Answering is not a causal language model"):
+        evaluate(Uniform(), windows(), Answering(output))
+
+
+def test_a_model_that_fails_is_named():
+    with pytest.raises(
+        InputError, match=r"MLP fails on token ids \[1, 16\]: .*unexpected keyword argument 'input_ids'"
+    ):
+        evaluate(build("mlp"), windows())
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel fails on token ids \[1, 100\]: index out of range"):
+        evaluate(build("gpt2"), windows(1, 100))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_logit_is_said(value):
+    logits = torch.zeros(1, 16, VOCABULARY)
+    logits[0, 3, 5] = value
+    bad = Answering(SimpleNamespace(logits=logits))
+    for models in ([bad], [bad, Uniform()], [Uniform(), bad]):
+        with pytest.raises(InputError, match="Answering gives NaN or infinite logits"):
+            evaluate(models[0], windows(1), *models[1:])
+
+
+def test_tokens_that_both_models_rule_out_count_nothing():
+    logits = torch.zeros(1, 16, VOCABULARY)
+    logits[..., VOCABULARY // 2 :] = -math.inf
+    half = Answering(SimpleNamespace(logits=logits))
+    result = evaluate(half, [torch.zeros(1, 16, dtype=torch.long)], half)
+    assert result.perplexity == pytest.approx(VOCABULARY // 2, rel=FLOAT32)
+    assert result.kl == 0.0
+
+
+def test_vocabularies_must_be_the_same():
+    small = Answering(SimpleNamespace(logits=torch.zeros(1, 16, 100)))
+    with pytest.raises(InputError, match=f"cannot be compared: their vocabularies have {VOCABULARY} and 100 tokens"):
+        evaluate(Uniform(), windows(1), small)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_causal_models(name):
+    (window,) = windows(1)
+    check_causal(build(name), window)
+    check_causal(build(name).bfloat16(), window)
+
+
+def test_a_model_that_sees_later_tokens():
+    class Backwards(Successor):
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            return super().forward(input_ids.flip(-1), use_cache)
+
+    with pytest.raises(InputError, match="Backwards is not a causal language model: what it predicts changes"):
+        check_causal(Backwards(), *windows(1))
 
 
 def test_perplexity():
     assert Evaluation(10, 0.0).perplexity == 1.0
+    assert Evaluation(10, 1000.0).perplexity == math.inf
     assert Evaluation(10, math.log(50)).perplexity == pytest.approx(50, rel=1e-12)
 
 

@@ -7,9 +7,9 @@ import torch
 
 import mxcompile
 from mxcompile import smollm2
-from mxcompile.demo import help_text
 from mxcompile.evaluation import evaluate, token_windows
 from mxcompile.storage import stored_bytes
+from mxcompile.texts import help_text
 from mxcompile.weight import MXWeight
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +38,9 @@ def test_w8a8_mxint_with_plain_rounding_is_within_a_percent_and_a_half(real):
 
 def test_w4a8_covers_every_decoder_linear_at_its_true_size(real):
     model, windows = real
-    quantized = mxcompile.quantize_and_compile(model, {"input_ids": windows[0]}, recipe="w4a8-mxint", compile=False)
+    quantized = mxcompile.quantize_and_compile(
+        model, {"input_ids": windows[0]}, recipe="w4a8-mxint-quick", compile=False
+    )
     packed = [p for p in quantized.parameters() if isinstance(p, MXWeight)]
     assert len(packed) == 210
     assert sum(p.packed_bytes for p in packed) * 8 == sum(p.numel() for p in packed) * 4.25

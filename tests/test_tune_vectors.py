@@ -5,6 +5,7 @@ import torch
 from models import build, inputs, llama, output
 
 import mxcompile
+from mxcompile.calibration.training import Distillation
 from mxcompile.errors import PassError
 from mxcompile.measure import kl_divergence
 from mxcompile.passes.tune_vectors import TuneVectors
@@ -66,6 +67,36 @@ def test_without_a_gain_nothing_changes(run):
     assert all(tuned.tensor(name) is rounded.tensor(name) for name in rounded.parameter_names())
     (miss,) = tuned.ledger[-1].misses
     assert "did not lower the loss" in miss.reason
+
+
+def test_one_batch_is_not_enough(run):
+    """What is trained on cannot tell whether training helps."""
+    _, program, batches, _ = run
+    rounded = Pipeline.parse(ROUND).run(program, batches[:1])
+    tuned = Pipeline.parse(TUNE).run(rounded, batches[:1])
+    assert all(tuned.tensor(name) is rounded.tensor(name) for name in rounded.parameter_names())
+    (miss,) = tuned.ledger[-1].misses
+    assert "give two or more" in miss.reason
+
+
+def test_the_best_state_on_the_way_is_taken(run, monkeypatch):
+    """Of four states shown, the second does best on the batches kept back."""
+    _, program, batches, _ = run
+    rounded = Pipeline.parse(ROUND).run(program, batches)
+    vectors = {n: rounded.tensor(n) for n in rounded.parameter_names() if rounded.tensor(n).dim() == 1}
+    shown, losses = [], iter([1.0, 0.9, 0.7, 0.8, 0.95])
+
+    def train(self, tensors, seen, steps, rate, looks):
+        for factor in (1.1, 1.2, 1.3, 1.4):
+            shown.append({name: tensor * factor for name, tensor in tensors.items()})
+            yield shown[-1]
+
+    monkeypatch.setattr(Distillation, "train", train)
+    monkeypatch.setattr(Distillation, "mean_loss", lambda *_: next(losses))
+    tuned = Pipeline.parse(TUNE).run(rounded, batches)
+    assert all(torch.equal(tuned.tensor(name), shown[1][name]) for name in shown[1])
+    assert set(shown[1]) <= set(vectors)
+    assert tuned.ledger[-1].numbers["all vectors"] == {"loss_before": 1.0, "loss_after": 0.7}
 
 
 @pytest.mark.parametrize("name", ["mlp", "vit", "gpt2", "mixtral", "gemma"])

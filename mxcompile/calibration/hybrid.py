@@ -1,0 +1,113 @@
+"""A Program as it was before a pass, with some of its layers and tensors as they are after it, without rewriting it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from mxcompile.analysis.layers import Layer, find_layers
+from mxcompile.calibration.altered import Altered
+from mxcompile.program import Program
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One thing that a pass has changed: a layer (its weight, bias, and how it rounds its input), or other tensors.
+
+    tensors: of the program after the pass, by name. A change of layers has none.
+    """
+
+    name: str
+    before: Layer | None = None
+    after: Layer | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class Hybrid(Altered):
+    """Runs `before` with the applied changes. Values that a fold has divided cannot be mixed: no folds in between."""
+
+    def __init__(self, before: Program, after: Program) -> None:
+        super().__init__(before, {})
+        self._after = after
+        self._changes: dict[Node, Change] = {}
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Run with these changes from now on, and no others."""
+        changes = list(changes)
+        self.tensors = {name: tensor for change in changes for name, tensor in change.tensors.items()}
+        self._changes = {change.before.node: change for change in changes if change.before is not None}
+
+    def run_node(self, n: Node) -> Any:
+        """Compute a node, a changed layer as it is after the pass."""
+        change = self._changes.get(n)
+        if change is None or change.before is None or change.after is None:
+            return super().run_node(n)
+        before, after = change.before, change.after
+        twins = zip(before.constants, after.constants, strict=True)
+        changed = {node: _constant(self._after, twin) for node, twin in twins}
+        if before.rounded != after.rounded:
+            changed[before.activation] = after.prepare(self._value(before))
+        plain = {node: self.env[node] for node in changed}
+        self.env.update(changed)
+        result = super().run_node(n)
+        self.env.update(plain)
+        return result
+
+    def _value(self, layer: Layer) -> Tensor:
+        """A layer's input before rounding; where that is gone already, as it was rounded before the pass."""
+        return self.env[layer.value if layer.value in self.env else layer.activation]
+
+
+def find_changes(before: Program, after: Program) -> list[Change]:
+    """What is different after a pass: layers first, then other tensors that both programs read."""
+    earlier, later = find_layers(before), find_layers(after)
+    changes: list[Change] = []
+    covered: set[str] = set()
+    for name, layer in earlier.items():
+        twin = later.get(name)
+        if twin is None or len(layer.constants) != len(twin.constants):
+            continue
+        covered |= _tensors(layer) | _tensors(twin)
+        if layer.rounded != twin.rounded or not _same_constants(before, layer, after, twin):
+            changes.append(Change(name, layer, twin))
+    for name in before.parameter_names():
+        if name not in covered and after.has_tensor(name) and not _same(before.tensor(name), after.tensor(name)):
+            changes.append(Change(name, tensors={name: after.tensor(name)}))
+    return changes
+
+
+def _same_constants(before: Program, layer: Layer, after: Program, twin: Layer) -> bool:
+    pairs = zip(layer.constants, twin.constants, strict=True)
+    return all(_same(_constant(before, node), _constant(after, other)) for node, other in pairs)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
+def _tensors(layer: Layer) -> set[str]:
+    """Names of the tensors that a layer's constants come from."""
+    names: set[str] = set()
+    stack = list(layer.constants)
+    while stack:
+        node = stack.pop()
+        if node.op == "get_attr":
+            names.add(str(node.target))
+        stack += node.all_input_nodes
+    return names
+
+
+def _constant(program: Program, node: Node) -> Any:
+    """The value of a node that depends on no input."""
+    if node.op == "get_attr":
+        return program.tensor(str(node.target)).detach()
+
+    def value(source: Node) -> Any:
+        return _constant(program, source)
+
+    target: Any = node.target
+    return target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
