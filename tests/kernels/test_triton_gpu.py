@@ -213,3 +213,35 @@ def test_interpreted_compiled_and_inductor_kernels_in_one_process(
     check_products(MXFP8_E4M3, torch.float32, (40, 96), (3,), error_over_bound)
     compiled = torch.compile(lambda a: a.softmax(-1))(x)  # its kernel uses triton's own max and sum
     assert (compiled - x.softmax(-1)).abs().max().item() <= 2**-20
+
+
+PLANES_OPTIONS = [
+    {"rows": 8, "out": 64, "warps": 2, "joined": False, "split": 4},
+    {"rows": 8, "out": 32, "warps": 1, "joined": False, "split": 3, "dependent": True, "prefetch": 2},
+    {"rows": 16, "out": 64, "split": 2, "stages": 3},
+    {"rows": 64, "out": 128, "warps": 8, "stages": 2, "dependent": True},
+    {"rows": 128, "out": 128, "warps": 8, "stages": 2, "joined": False, "group": 2},
+]
+
+
+@pytest.mark.parametrize("options", PLANES_OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_planes(
+    error_over_bound: ErrorOverBound, fmt: MXFormat, shape: tuple[int, int], options: dict[str, int]
+) -> None:
+    from mxcompile.kernels import triton_planes
+    from mxcompile.kernels.planes import to_planes
+
+    elements, scales, w = random_weight(fmt, *shape, torch.bfloat16)
+    planes, config = to_planes(elements, scales, fmt, shape[1]), triton_planes.Config(**options)
+    assert torch.equal(triton_planes.dequantize(planes), w)
+    for m in ROWS:
+        x = torch.randn(m, shape[1], device="cuda").to(torch.bfloat16)
+        bias = torch.randn(shape[0], device="cuda").to(torch.bfloat16) if m % 2 else None
+        counters = torch.zeros(triton_planes.counters_needed(m, planes, config), dtype=torch.int32, device="cuda")
+        y = triton_planes.linear(x, planes, bias, config, counters)
+        assert error_over_bound(y, x, w, bias) <= 1, f"{m} rows"
+        for _ in range(3):
+            assert torch.equal(triton_planes.linear(x, planes, bias, config, counters), y), f"{m} rows: repeated"
+        assert not counters.any()

@@ -1,0 +1,55 @@
+"""Compile kernels in many processes at once, into Triton's cache, before the one that times them needs them.
+
+A worker runs each configuration once on a small weight: what Triton specializes on (alignment, sizes that are
+multiples of 16) is the same as for the large ones.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mxcompile.kernels.planes import Planes
+    from mxcompile.kernels.triton_planes import Config
+
+_OUT = 512
+
+
+def compile_all(jobs: "list[tuple[str, Config]]", sizes: list[int]) -> None:
+    """Each configuration for its format, and for inputs of `sizes`."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=min(14, os.cpu_count() or 1), mp_context=context) as pool:
+        for problem in pool.map(_compile, *zip(*jobs, strict=True), repeat(sizes), chunksize=4):
+            if problem is not None:
+                print(problem, flush=True)
+
+
+def _compile(fmt: str, config: "Config", sizes: list[int]) -> str | None:
+    import torch
+
+    from mxcompile.kernels import triton_planes
+
+    try:
+        for size in sizes:
+            x = torch.zeros(config.rows, size, dtype=torch.bfloat16, device="cuda")
+            triton_planes.linear(x, _weight(fmt, size), None, config)
+        torch.cuda.synchronize()
+    except Exception as error:  # what does not compile or fit is found again, and recorded, where it is timed
+        return f"{fmt} {config}: {str(error).strip().splitlines()[0][:160]}"
+    return None
+
+
+@cache
+def _weight(fmt: str, size: int) -> "Planes":
+    import torch
+
+    from mxcompile import reference
+    from mxcompile.formats import FORMATS, ScaleRule
+    from mxcompile.kernels.planes import to_planes
+    from mxcompile.packing import pack
+
+    codes, scales = reference.quantize(torch.ones(_OUT, size, device="cuda"), FORMATS[fmt], ScaleRule.FLOOR)
+    return to_planes(pack(codes, FORMATS[fmt]), scales, FORMATS[fmt], size)

@@ -1,0 +1,131 @@
+"""A plane of a weight (planes.py) -> bfloat16 values in registers, in Triton kernels: as PTX, from its layout.
+
+For each field of a plane one shift, rotation or nothing, and one LOP3; then one fused multiply-add for two elements.
+The interpreter, which knows no PTX, applies the same fields with integer operations.
+"""
+
+# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
+# pyright: basic, reportGeneralTypeIssues=false
+# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from mxcompile.formats import MXFormat
+from mxcompile.kernels.planes import Field, PlaneLayout, plane_layout
+from mxcompile.kernels.triton_elements import narrow, widen
+
+
+@cache
+def layout_constants(fmt: MXFormat) -> dict[str, tuple[Any, ...]]:
+    """What the kernels know of a layout, at compile time.
+
+    SHAPE: planes, words, constant, offset. FIELDS: of every plane. ASSEMBLY: of every plane, and the addend's.
+    """
+    layout = plane_layout(fmt)
+    assembly = [_assembly(layout, plane) for plane in range(layout.planes)]
+    return {
+        "SHAPE": (layout.planes, layout.words, layout.constant, layout.offset),
+        "FIELDS": tuple(tuple((int(f.word == 2), f.rotation, f.mask) for f in plane) for plane in layout.fields),
+        "ASSEMBLY": (*assembly, _addend_assembly(layout)),
+    }
+
+
+def _shift(field: Field) -> str | None:
+    """PTX that brings a field's bits to their places (and others with them), from register %s; None: they are there."""
+    sources = [bit + field.rotation for bit in range(16) if field.mask >> bit & 1]
+    if field.rotation == 0:
+        return None
+    if max(sources) < 16:
+        return f"shr.b32 t, %s, {field.rotation};"
+    if min(sources) >= 16:
+        return f"shl.b32 t, %s, {16 - field.rotation};"
+    return {8: "prmt.b32 t, %s, 0, 0x2301;"}[field.rotation]
+
+
+def _assembly(layout: PlaneLayout, plane: int) -> str:
+    """PTX that decodes two neighbouring elements: $0 = value, $1 = first word, $2 = last word, $3 = scale, $5 = addend.
+
+    Scale and addend are bfloat16 pairs in 32-bit elements, of which Triton passes one for each of the two elements.
+    """
+    lines = [f"mov.b32 p, {_pair(layout.constant)};"] if layout.constant else []
+    for field in layout.fields[plane]:
+        source, shift = "$2" if field.word == 2 else "$1", _shift(field)
+        if shift is not None:
+            lines.append(shift % source)
+            source = "t"
+        if layout.constant == 0 and field is layout.fields[plane][0]:
+            lines.append(f"and.b32 p, {source}, {_pair(field.mask)};")
+        else:
+            lines.append(f"lop3.b32 p, {source}, {_pair(field.mask)}, p, 0xEA;")
+    addend = "$5" if layout.offset else "z"
+    zero = "" if layout.offset else "mov.b32 z, 0x80008000; "
+    return f"{{ .reg .b32 p, t, z; {' '.join(lines)} {zero}fma.rn.bf16x2 $0, p, $3, {addend}; }}"
+
+
+def _addend_assembly(layout: PlaneLayout) -> str:
+    """PTX for `offset * scale` in both halves of a bfloat16 pair."""
+    offset = int(torch.tensor(float(layout.offset)).to(torch.bfloat16).view(torch.int16)) & 0xFFFF
+    return f"{{ .reg .b32 c, z; mov.b32 c, {_pair(offset)}; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, c, z; }}"
+
+
+def _pair(half: int) -> str:
+    return f"0x{half:04X}{half:04X}"
+
+
+@triton.jit
+def _decode(first, last, scales, plane, FIELDS: tl.constexpr, CONSTANT: tl.constexpr, OFFSET: tl.constexpr):
+    """What the assembly does, in plain operations: words `[n, 32]` and scale words `[n]` to float32 `[n, 32]`."""
+    pattern = CONSTANT
+    for from_last, rotation, mask in FIELDS[plane]:
+        word = (last if from_last else first).to(tl.int32) & 0xFFFF
+        pattern = pattern | (((word >> rotation) | (word << (16 - rotation))) & mask)
+    value = (pattern << 16).to(tl.float32, bitcast=True) + OFFSET  # pyright: ignore[reportAttributeAccessIssue]
+    scale = (((scales >> (8 * (plane % 4))) & 0xFF) << 23).to(tl.float32, bitcast=True)
+    return widen(narrow(value * scale[:, None], tl.bfloat16))  # pyright: ignore[reportArgumentType]
+
+
+@triton.jit
+def plane_values(
+    w0,
+    w1,
+    w2,
+    s0,
+    s1,
+    plane: tl.constexpr,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """One plane of a tile, `[n, 32]`, from a slab's words and scales: bfloat16, or float32 in the interpreter."""
+    PLANES: tl.constexpr = SHAPE[0]
+    WORDS: tl.constexpr = SHAPE[1]
+    OFFSET: tl.constexpr = SHAPE[3]
+    word = w0 if WORDS == 1 or 2 * plane < PLANES else w1
+    scales = s0 if plane < 4 else s1
+    if INTERPRETED:
+        values = _decode(word, w2, scales, plane, FIELDS, SHAPE[2], OFFSET)
+    else:
+        pair = ((scales >> (8 * (plane % 4))) & 0xFF) * 0x00800080
+        addend = pair
+        if OFFSET != 0:
+            addend = tl.inline_asm_elementwise(ASSEMBLY[PLANES], "=r,r", [pair], dtype=tl.int32, is_pure=True, pack=1)
+        values = tl.inline_asm_elementwise(
+            ASSEMBLY[plane],
+            "=r,r,r,r,r,r,r",
+            [
+                word,
+                w2,
+                tl.broadcast_to(pair[:, None], word.shape),
+                tl.broadcast_to(addend[:, None], word.shape),  # pyright: ignore[reportArgumentType]
+            ],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    return values

@@ -1,0 +1,403 @@
+"""y = x @ dequantize(w).T + bias for a weight in planes (planes.py), decoded in registers; and w itself in bfloat16.
+
+One kernel from decode to prefill: the weight is the left operand, `acc[out, tokens] += plane[out, 32] @ x.T[32, :]`
+(or four planes at a time), so that its rows fill the tensor core's fixed dimension however few the tokens are, and on
+Hopper wgmma takes it from registers. A `Config` says how the product is cut.
+
+With 4 or 8 warps and 64 rows or more a warpgroup's Triton uses wgmma; else mma.sync, which needs neither descriptors
+nor waits and takes 8 tokens. Joined planes make one chain of wgmma that runs while the next slab is decoded.
+
+**Split K** without atomics on values: each program writes its partial sums, and the last one to arrive at a tile (a
+counter per tile tells) adds them in the order of the splits, casts, and sets the counter back to zero. So results are
+equal bit for bit on repeat, and nothing needs clearing in between. Counters must not be shared by calls that may run at
+the same time.
+
+**Dependent launch** (`Config.dependent`, compute capability 9.0): the kernel may start while the one before it in the
+stream still runs, fetches weights into L2, which no kernel of the stream writes, and only then waits for it.
+
+The interpreter knows neither inline PTX nor bfloat16 products: there, the same table of fields (planes.py) is applied
+with integer operations and the same values are multiplied as float32.
+"""
+
+# ruff: noqa: N803, N806, SIM108  (upper case marks what is known at compile time, as everywhere in Triton)
+# pyright: basic, reportGeneralTypeIssues=false
+# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import MXFormat
+from mxcompile.kernels.planes import Planes, plane_layout
+from mxcompile.kernels.triton_decode import layout_constants, plane_values
+from mxcompile.kernels.triton_elements import launch, narrow, unsupported_device, widen
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a product is cut: `rows` tokens x `out` outputs a program, K in `split` parts.
+
+    group: how many tiles of tokens run side by side for the same outputs (for L2). joined: one dot over 128 columns
+    instead of one a plane. registers: at most so many a thread, 0 for the compiler's choice. prefetch: slabs that a
+    program asks L2 for before it waits for the kernel before it, with `dependent` launch only.
+    """
+
+    rows: int
+    out: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 4
+    joined: bool = True
+    group: int = 8
+    registers: int = 0
+    dependent: bool = False
+    prefetch: int = 0
+
+
+def supports(x: Tensor) -> str | None:
+    """None if `linear` can serve `x`, or the reason why not."""
+    if x.dtype != torch.bfloat16:
+        return f"planes are decoded to bfloat16, the activation is {str(x.dtype).removeprefix('torch.')}"
+    return unsupported_device(x)
+
+
+def linear(x: Tensor, planes: Planes, bias: Tensor | None, config: Config, counters: Tensor | None = None) -> Tensor:
+    """`x @ dequantize(planes).T + bias`, summed in float32 and rounded once: x `[..., in]`, y `[..., out]`.
+
+    counters: int32 zeros, at least `counters_needed(...)` of them, which a split K sets back to zero; made if missing.
+    """
+    if x.shape[-1] != planes.size or (bias is not None and bias.shape != (planes.out,)):
+        raise MXCompileError(f"a linear of {planes.size} inputs and {planes.out} outputs cannot take {tuple(x.shape)}")
+    y = torch.empty((*x.shape[:-1], planes.out), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x = x.reshape(math.prod(x.shape[:-1]), planes.size)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, tiles = x.shape[0], counters_needed(x.shape[0], planes, config)
+    split = min(config.split, planes.words.shape[1])
+    partial = y
+    if split > 1:
+        partial = torch.empty((split, rows, planes.out), dtype=torch.float32, device=x.device)
+        counters = torch.zeros(tiles, dtype=torch.int32, device=x.device) if counters is None else counters
+    launch(
+        _planes_kernel,
+        tiles * split,
+        x,
+        planes.words,
+        planes.scales,
+        x if bias is None else bias.contiguous(),
+        y,
+        partial,
+        y if counters is None else counters,
+        2.0**planes.lift,
+        rows,
+        planes.out,
+        planes.size,
+        planes.words.shape[1],
+        x.stride(0),
+        HAS_BIAS=bias is not None,
+        PADDED=planes.size % plane_layout(planes.fmt).columns != 0,
+        INTERPRETED=not x.is_cuda,
+        **constants(planes.fmt, replace(config, split=split)),
+        **options(config),
+    )
+    return y
+
+
+def counters_needed(rows: int, planes: Planes, config: Config) -> int:
+    """Tiles of the output, each of which needs a counter if K is split."""
+    return -(-rows // config.rows) * -(-planes.out // config.out)
+
+
+def constants(fmt: MXFormat, config: Config) -> dict[str, Any]:
+    """The compile-time arguments of the kernel that follow from a format and a configuration."""
+    return {
+        **layout_constants(fmt),
+        "TILE_M": config.rows,
+        "TILE_N": config.out,
+        "SPLIT": config.split,
+        "GROUP": config.group,
+        "JOINED": config.joined,
+        "DEPENDENT": config.dependent,
+        "PREFETCH": config.prefetch,
+        "POLICY": "evict_first" if config.rows <= 64 else "",
+    }
+
+
+def options(config: Config) -> dict[str, Any]:
+    """What the compiler is told."""
+    return {
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+        **({"launch_pdl": True} if config.dependent else {}),
+        **({"maxnreg": config.registers} if config.registers else {}),
+    }
+
+
+def dequantize(planes: Planes, out: Tensor | None = None, slabs: int = 2, warps: int = 4) -> Tensor:
+    """The weight's values `[out, size]` in bfloat16, into `out` if given; `slabs` of a tile by each program."""
+    shape = (planes.out, planes.size)
+    y = torch.empty(shape, dtype=torch.bfloat16, device=planes.words.device) if out is None else out
+    if y.shape != shape or y.dtype != torch.bfloat16 or y.stride(1) != 1:
+        raise MXCompileError(f"planes of {shape} cannot be written to {y.dtype} {tuple(y.shape)}")
+    groups = -(-planes.words.shape[1] // slabs)
+    launch(
+        _dequantize_kernel,
+        planes.words.shape[0] * groups,
+        planes.words,
+        planes.scales,
+        y,
+        2.0**planes.lift,
+        planes.out,
+        planes.size,
+        planes.words.shape[1],
+        y.stride(0),
+        **layout_constants(planes.fmt),
+        SLABS=slabs,
+        INTERPRETED=not y.is_cuda,
+        LIFTED=planes.lift != 0,
+        num_warps=warps,
+        enable_fp_fusion=True,
+    )
+    return y
+
+
+@triton.jit
+def _side_by_side(a, b, c, d):
+    """Four `[n, 32]` as `[n, 128]`: as operands of a tensor core, a matter of naming registers."""
+    quad = tl.join(tl.join(a, b), tl.join(c, d))
+    return tl.reshape(tl.permute(quad, (0, 3, 2, 1)), (a.shape[0], 128))
+
+
+@triton.jit
+def _multiply(values, tokens, acc, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        result = tl.dot(values, widen(tokens), acc, input_precision="ieee")
+    else:
+        result = tl.dot(values, tokens, acc)
+    return result
+
+
+@triton.jit
+def _place(tile, m_size, n_size, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
+    """The tile's place: `GROUP` tiles of tokens next to each other for the same outputs, then the next outputs."""
+    m_tiles = (m_size + TILE_M - 1) // TILE_M
+    n_tiles = (n_size + TILE_N - 1) // TILE_N
+    first = tile // (GROUP * n_tiles) * GROUP
+    group = tl.minimum(m_tiles - first, GROUP)
+    in_group = tile % (GROUP * n_tiles)
+    return first + in_group % group, in_group // group
+
+
+@triton.jit
+def _weight_pointers(words, scales, n, n_size, slabs, first, PLANES: tl.constexpr, WORDS: tl.constexpr):
+    """Where slab `first` of rows `n` begins; a row beyond the last tile of 64 is the last one of that again."""
+    row = tl.minimum(n, (n_size + 63) // 64 * 64 - 1)
+    slab = (row // 64).to(tl.int64) * slabs + first
+    w = words + (slab * (WORDS * 64 * 32) + row % 64 * 32)[:, None] + tl.arange(0, 32)[None, :]
+    return w, scales + slab * (PLANES // 4 * 64) + row % 64
+
+
+@triton.jit
+def _prefetch(words, row, n_size, slabs, first, TILE_N: tl.constexpr, WORDS: tl.constexpr, SLABS: tl.constexpr):
+    """Ask L2 for the first slabs of the tiles from `row` on, by lines of 128 bytes."""
+    for i in tl.static_range((TILE_N + 63) // 64 * WORDS):
+        tile = tl.minimum(row // 64 + i // WORDS, (n_size - 1) // 64)
+        line = first * (WORDS * 32) + i % WORDS * (SLABS * 32) + tl.arange(0, SLABS * 32)
+        line = tl.minimum(line, slabs * (WORDS * 32) - 1)
+        pointers = words + tile.to(tl.int64) * slabs * (WORDS * 64 * 32) + line * 64
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _add_slab(
+    acc,
+    w,
+    s,
+    rows,
+    column,
+    k_size,
+    m_inside,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    JOINED: tl.constexpr,
+    PADDED: tl.constexpr,
+    POLICY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """acc plus the product of a slab, which begins at `column`, with x at `rows`."""
+    PLANES: tl.constexpr = SHAPE[0]
+    WORDS: tl.constexpr = SHAPE[1]
+    w0 = tl.load(w, eviction_policy=POLICY)  # pyright: ignore[reportArgumentType]
+    w1 = tl.load(w + 2048, eviction_policy=POLICY) if WORDS > 1 else w0  # pyright: ignore[reportArgumentType]
+    w2 = tl.load(w + 4096, eviction_policy=POLICY) if WORDS > 2 else w0  # pyright: ignore[reportArgumentType]
+    s0 = tl.load(s)
+    s1 = tl.load(s + 64) if PLANES > 4 else s0
+    if JOINED:
+        for quad in tl.static_range(PLANES // 4):
+            values = _side_by_side(
+                plane_values(w0, w1, w2, s0, s1, 4 * quad, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+                plane_values(w0, w1, w2, s0, s1, 4 * quad + 1, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+                plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+                plane_values(w0, w1, w2, s0, s1, 4 * quad + 3, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+            )
+            k = column + quad * 128 + tl.arange(0, 128)
+            inside = m_inside & (k[:, None] < k_size) if PADDED else m_inside
+            tokens = tl.load(rows + k[:, None], mask=inside, other=0.0)
+            acc = _multiply(values, tokens, acc, INTERPRETED)
+    else:
+        for plane in tl.static_range(PLANES):
+            values = plane_values(w0, w1, w2, s0, s1, plane, SHAPE, FIELDS, ASSEMBLY, INTERPRETED)
+            k = column + plane * 32 + tl.arange(0, 32)
+            inside = m_inside & (k[:, None] < k_size) if PADDED else m_inside
+            tokens = tl.load(rows + k[:, None], mask=inside, other=0.0)
+            acc = _multiply(values, tokens, acc, INTERPRETED)
+    return acc
+
+
+@triton.jit(do_not_specialize=["m_size", "lift"])
+def _planes_kernel(
+    x,
+    words,
+    scales,
+    bias,
+    y,
+    partial,
+    counters,
+    lift,
+    m_size,
+    n_size,
+    k_size,
+    slabs,
+    x_stride,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    JOINED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    POLICY: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    PLANES: tl.constexpr = SHAPE[0]
+    WORDS: tl.constexpr = SHAPE[1]
+    split = tl.program_id(0) % SPLIT
+    tile = tl.program_id(0) // SPLIT
+    m_tile, n_tile = _place(tile, m_size, n_size, TILE_M, TILE_N, GROUP)
+    m = m_tile * TILE_M + tl.arange(0, TILE_M)
+    n = n_tile * TILE_N + tl.arange(0, TILE_N)
+    m_inside = m[None, :] < m_size
+    first = split * slabs // SPLIT
+    count = (split + 1) * slabs // SPLIT - first
+    tl.assume(count > 0)  # with a way around the loop, ptxas makes every wgmma wait for the one before it
+    w, s = _weight_pointers(words, scales, n, n_size, slabs, first, PLANES, WORDS)
+    if DEPENDENT:
+        if PREFETCH > 0:
+            _prefetch(words, n_tile * TILE_N, n_size, slabs, first, TILE_N, WORDS, PREFETCH)
+        gdc_launch_dependents()
+        gdc_wait()
+    rows = x + m[None, :].to(tl.int64) * x_stride
+    acc = tl.full((TILE_N, TILE_M), 0.0, tl.float32)
+    for slab in range(count):
+        column = (first + slab) * (PLANES * 32)
+        acc = _add_slab(
+            acc, w, s, rows, column, k_size, m_inside, SHAPE, FIELDS, ASSEMBLY, JOINED, PADDED, POLICY, INTERPRETED
+        )
+        w += WORDS * 64 * 32
+        s += PLANES // 4 * 64
+    inside = m_inside & (n[:, None] < n_size)
+    at = m[None, :].to(tl.int64) * n_size + n[:, None]
+    if SPLIT == 1:
+        _finish(acc, bias, y, at, n, n_size, inside, lift, HAS_BIAS, INTERPRETED)
+    else:
+        whole = m_size.to(tl.int64) * n_size
+        tl.store(partial + split * whole + at, acc, mask=inside)
+        if _arrives_last(counters + tile, SPLIT):
+            acc = tl.full((TILE_N, TILE_M), 0.0, tl.float32)
+            for other in tl.static_range(SPLIT):
+                acc += tl.load(partial + other * whole + at, mask=inside, other=0.0, cache_modifier=".cg")
+            _finish(acc, bias, y, at, n, n_size, inside, lift, HAS_BIAS, INTERPRETED)
+
+
+@triton.jit
+def _arrives_last(counter, SPLIT: tl.constexpr):
+    """Whether this program is the last of `SPLIT` to come here, whose stores it then sees; sets the counter back."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if arrived == SPLIT - 1:
+        tl.store(counter, 0)
+    return arrived == SPLIT - 1
+
+
+@triton.jit
+def _finish(acc, bias, y, at, n, n_size, inside, lift, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Sums to results: scaled, with the bias, rounded once."""
+    acc = acc * lift
+    if HAS_BIAS:
+        acc += widen(tl.load(bias + n, mask=n < n_size, other=0.0))[:, None]
+    result = narrow(acc, y.dtype.element_ty) if INTERPRETED else acc.to(y.dtype.element_ty)
+    tl.store(y + at, result, mask=inside)
+
+
+@triton.jit(do_not_specialize=["lift"])
+def _dequantize_kernel(
+    words,
+    scales,
+    y,
+    lift,
+    n_size,
+    k_size,
+    slabs,
+    y_stride,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    SLABS: tl.constexpr,
+    LIFTED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    PLANES: tl.constexpr = SHAPE[0]
+    WORDS: tl.constexpr = SHAPE[1]
+    groups = (slabs + SLABS - 1) // SLABS
+    tile = tl.program_id(0) // groups
+    row = tl.arange(0, 64)
+    n = tile * 64 + row
+    rows = y + n[:, None].to(tl.int64) * y_stride
+    for i in tl.static_range(SLABS):
+        slab = (tl.program_id(0) % groups) * SLABS + i
+        at = tile.to(tl.int64) * slabs + tl.minimum(slab, slabs - 1)
+        w = words + at * (WORDS * 64 * 32) + row[:, None] * 32 + tl.arange(0, 32)[None, :]
+        s = scales + at * (PLANES // 4 * 64) + row
+        w0 = tl.load(w, eviction_policy="evict_first")
+        w1 = tl.load(w + 2048, eviction_policy="evict_first") if WORDS > 1 else w0
+        w2 = tl.load(w + 4096, eviction_policy="evict_first") if WORDS > 2 else w0
+        s0 = tl.load(s)
+        s1 = tl.load(s + 64) if PLANES > 4 else s0
+        for plane in tl.static_range(PLANES):
+            values = plane_values(w0, w1, w2, s0, s1, plane, SHAPE, FIELDS, ASSEMBLY, INTERPRETED)
+            if LIFTED or INTERPRETED:
+                values = narrow(values.to(tl.float32) * lift, tl.bfloat16)  # pyright: ignore[reportArgumentType]
+            k = slab * (PLANES * 32) + plane * 32 + tl.arange(0, 32)[None, :]
+            tl.store(rows + k, values, mask=(n[:, None] < n_size) & (k < k_size))

@@ -1,0 +1,168 @@
+"""triton_planes.py against float64 and reference.dequantize in Triton's interpreter; its PTX by executing the text."""
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxcompile import reference
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT6, MXFormat, ScaleRule
+from mxcompile.kernels.planes import Planes, plane_layout, to_planes
+from mxcompile.packing import pack
+
+ErrorOverBound = Callable[..., float]
+
+
+def weight(fmt: MXFormat, out: int, size: int) -> tuple[Planes, Tensor]:
+    """A random weight in planes, and its values."""
+    values = torch.randn(out, size, generator=torch.Generator().manual_seed(out * 1000 + size))
+    codes, scales = reference.quantize(values, fmt, ScaleRule.FLOOR)
+    return to_planes(pack(codes, fmt), scales, fmt, size), reference.dequantize(
+        codes, scales, fmt, size, torch.bfloat16
+    )
+
+
+def tokens(rows: int, size: int) -> Tensor:
+    return torch.randn(rows, size, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (1, {"rows": 8, "out": 32, "joined": False}),
+        (3, {"rows": 16, "out": 64, "split": 3}),
+        (17, {"rows": 16, "out": 128, "split": 2, "joined": False, "group": 1}),
+    ],
+)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_every_format(
+    interpreted: SimpleNamespace, error_over_bound: ErrorOverBound, fmt: MXFormat, rows: int, options: dict[str, int]
+) -> None:
+    config = interpreted.planes.Config(**options)
+    planes, w = weight(fmt, 70, 600)
+    x, bias = tokens(rows, 600), tokens(1, 70)[0] if rows != 3 else None
+    counters = torch.zeros(interpreted.planes.counters_needed(rows, planes, config), dtype=torch.int32)
+    y = interpreted.planes.linear(x, planes, bias, config, counters)
+    assert (y.shape, y.dtype) == ((rows, 70), torch.bfloat16)
+    assert error_over_bound(y, x, w, bias) <= 1
+    assert not counters.any()
+    assert torch.equal(interpreted.planes.linear(x, planes, bias, config), y)
+
+
+@pytest.mark.parametrize(("out", "size"), [(1, 1), (64, 128), (130, 257)])
+@pytest.mark.parametrize("fmt", [MXFP8_E4M3, MXFP6_E3M2, MXINT4], ids=str)
+def test_any_size_in_bounds(
+    interpreted: SimpleNamespace,
+    error_over_bound: ErrorOverBound,
+    accesses: ...,
+    fmt: MXFormat,
+    out: int,
+    size: int,
+) -> None:
+    planes, w = weight(fmt, out, size)
+    x, bias = tokens(5, size), tokens(1, out)[0]
+    y = interpreted.planes.linear(x, planes, bias, interpreted.planes.Config(16, 128, split=8 if size == 1 else 1))
+    assert error_over_bound(y, x, w, bias) <= 1
+    accesses.assert_within([x, planes.words, planes.scales, bias], y)
+
+
+def test_any_shape_and_stride(interpreted: SimpleNamespace, error_over_bound: ErrorOverBound) -> None:
+    planes, w = weight(MXFP4, 20, 77)
+    x = tokens(100, 154)
+    config = interpreted.planes.Config(8, 64)
+    for view in (x[:, ::2], x[:6, 3:80], x[:6, :77].unflatten(0, (3, 2)).transpose(0, 1), x[0, :77], x[:0, :77]):
+        y = interpreted.planes.linear(view, planes, None, config)
+        assert y.shape == (*view.shape[:-1], 20)
+        assert error_over_bound(y.reshape(-1, 20), view.reshape(-1, 77), w, None) <= 1
+    with pytest.raises(MXCompileError, match="cannot take"):
+        interpreted.planes.linear(x, planes, None, config)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_dequantize_exactly(interpreted: SimpleNamespace, fmt: MXFormat) -> None:
+    planes, w = weight(fmt.with_block(64), 70, 300)
+    assert torch.equal(interpreted.planes.dequantize(planes), w)
+
+
+def test_lifted_scales(interpreted: SimpleNamespace, error_over_bound: ErrorOverBound) -> None:
+    codes, scales = reference.quantize(torch.randn(40, 128), MXFP4, ScaleRule.FLOOR)
+    scales += 20
+    planes = to_planes(pack(codes, MXFP4), scales, MXFP4, 128)
+    w = reference.dequantize(codes, scales, MXFP4, 128, torch.bfloat16)
+    assert planes.lift > 0
+    assert torch.equal(interpreted.planes.dequantize(planes), w)
+    y = interpreted.planes.linear(tokens(3, 128), planes, None, interpreted.planes.Config(8, 64))
+    assert error_over_bound(y, tokens(3, 128), w, None) <= 1
+
+
+def test_supports_says_why_not(interpreted: SimpleNamespace) -> None:
+    assert "the activation is float16" in interpreted.planes.supports(torch.zeros(2, 32, dtype=torch.float16))
+    assert "need a CUDA device" in interpreted.planes.supports(torch.zeros(2, 32, dtype=torch.bfloat16))
+
+
+def halves(word: int) -> list[float]:
+    bits = torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32) << 16
+    return bits.view(torch.float32).tolist()
+
+
+def execute(ptx: str, registers: dict[str, int]) -> int:
+    """What the few PTX instructions that decode elements leave in $0."""
+    registers = dict(registers)
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    for name, text in re.findall(r" ([a-z][\w.]+) ([^;{}]*);", ptx):
+        target, *names = text.split(", ")
+        a, b, c = ([value(n) for n in names] + [0, 0, 0])[:3]
+        match name.split(".")[0]:
+            case "mov":
+                result = a
+            case "and":
+                result = a & b
+            case "shr":
+                result = a >> b
+            case "shl":
+                result = (a << b) & 0xFFFFFFFF
+            case "lop3":
+                assert names[3] == "0xEA"
+                result = (a & b) | c
+            case "prmt":
+                data = (b << 32) | a
+                result = sum(((data >> (8 * ((c >> (4 * i)) & 7))) & 0xFF) << (8 * i) for i in range(4))
+            case "fma":
+                sums = [p * q + r for p, q, r in zip(halves(a), halves(b), halves(c), strict=True)]
+                low, high = (torch.tensor(sums, dtype=torch.float64).to(torch.bfloat16).view(torch.int16) & -1).tolist()
+                result = (low & 0xFFFF) | ((high & 0xFFFF) << 16)
+            case _:
+                raise AssertionError(f"{name} is not known here")
+        registers[target] = result
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_assembly_decodes_every_code_in_every_plane(interpreted: SimpleNamespace, fmt: MXFormat) -> None:
+    table = reference.element_table(fmt)
+    held = [code for code, v in enumerate(table) if abs(v) <= fmt.max_value or (fmt is MXINT4 or fmt is MXINT6)]
+    layout = plane_layout(fmt)
+    codes = torch.tensor(held, dtype=torch.uint8)[:, None].repeat(1, layout.columns)
+    codes[:, 1::2] = codes[:, 1::2].flip(0)
+    scales = torch.full((len(held), layout.planes), 120, dtype=torch.uint8)
+    planes = to_planes(pack(codes, fmt), scales, fmt, layout.columns)
+    expected = reference.dequantize(codes, scales, fmt, layout.columns, torch.float32)
+    assembly = interpreted.planes.layout_constants(fmt)["ASSEMBLY"]
+    for row, plane in ((row, plane) for row in range(len(held)) for plane in range(layout.planes)):
+        words = [
+            (int(low) & 0xFFFF) | ((int(high) & 0xFFFF) << 16)
+            for low, high in planes.words[row // 64, 0, :, row % 64, :2].tolist()
+        ]
+        byte = (int(planes.scales[row // 64, 0, plane // 4, row % 64]) >> (8 * (plane % 4))) & 0xFF
+        scale = byte * 0x00800080
+        addend = execute(assembly[-1], {"$1": scale}) if layout.offset else scale
+        first = words[layout.fields[plane][0].word]
+        result = execute(assembly[plane], {"$1": first, "$2": words[-1], "$3": scale, "$5": addend})
+        assert halves(result) == expected[row, plane * 32 : plane * 32 + 2].tolist(), (held[row], plane)
