@@ -3,65 +3,87 @@
     python benchmarks/accuracy.py --formats mxint4:mxint8 --out benchmarks/results/accuracy.jsonl
 
 SmolLM2-135M. Text: Python's help topics, calibration from their first half, test windows from their second; or files.
-`closes` is the share of the gap between the first algorithm (plain rounding) and float that is closed. Nothing is drawn
-at random but the tokens sampled by a search and the planted channels (`--planted`), both with seed 0.
+`gap_closed` is the share closed of the gap between float and rounding to nearest with OCP's scales (`rtn_nll`), in
+nats. Nothing is drawn at random but the tokens sampled by a search and the factors of `--variant`, with seed 0.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from planted import plant
-from torch import Tensor
+from planted import plant, take_off_grid
+from torch import Tensor, nn
 
 import mxcompile
 from mxcompile import smollm2
-from mxcompile.demo import help_text
 from mxcompile.evaluation import evaluate, token_windows
+from mxcompile.formats import parse_format
 from mxcompile.pipeline import Pipeline
+from mxcompile.texts import help_text, read_text, token_ids
 
+FLOOR: Final = "round-weights{format=W,rule=floor}"
 ALGORITHMS: Final = {
     "rtn": "round-weights{format=W}",
     "rtn weighted": "round-weights{format=W,weighted=true}",
     "smooth-quant": "smooth-quant | round-weights{format=W}",
     "smooth-quant searched": "smooth-quant{alpha=none,weight=W,activation=A} | round-weights{format=W}",
     "awq-fold": "awq-fold{weight=W,activation=A} | round-weights{format=W}",
+    "gptq": "gptq{format=W,activation=A}",
+    "awq-fold + gptq": "awq-fold{weight=W,activation=A} | gptq{format=W,activation=A,correction=0.25}",
+    "awq-fold + gptq + tune-vectors": "awq-fold{weight=W,activation=A} | gptq{format=W,activation=A,correction=0.25}"
+    " | tune-vectors{activation=A}",
+    "gptq + tune-vectors": "gptq{format=W,activation=A,correction=0.25} | tune-vectors{activation=A}",
 }
 LOWER: Final = " | lower-mx{weight=W,activation=A}"
 HALVES: Final = {"first": slice(None, 1), "second": slice(1, None), "all": slice(None)}
+VARIANTS: Final[dict[str, Callable[[nn.Module], nn.Module]]] = {
+    "": lambda model: model,
+    "planted": plant,
+    "off-grid": take_off_grid,
+}
 
 
 def main() -> None:
     arguments = parser(__doc__).parse_args()
     model, tokenizer = smollm2.load()
-    model = (plant(model) if arguments.planted else model).to(arguments.device)
+    model = VARIANTS[arguments.variant](model).to(arguments.device)
     batches, test = texts(arguments, tokenizer)
-    exact = evaluate(model, test).nll
     program = mxcompile.trace(model, {"input_ids": batches[0]["input_ids"][:1, :64]})
+    exact = evaluate(model, test).nll
+
+    def measured(text: str, weight: str, activation: str) -> tuple[float, float]:
+        """(negative log-likelihood, seconds of the pipeline)."""
+        filled = (text + LOWER).replace("=W", f"={weight}").replace("=A", f"={activation}").replace(";", ",")
+        began = time.perf_counter()
+        lowered = Pipeline.parse(filled).run(program, batches)
+        seconds = time.perf_counter() - began
+        return evaluate(mxcompile.deploy(lowered, model, check=False), test).nll, seconds
+
     for pair in arguments.formats.split(","):
         weight, activation = pair.split("/") if "/" in pair else pair.split(":")
-        first: float | None = None
+        floor, _ = measured(FLOOR, weight, activation)
         for name in arguments.algorithms.split(","):
-            text = (ALGORITHMS.get(name, name) + LOWER).replace("=W", f"={weight}").replace("=A", f"={activation}")
-            began = time.perf_counter()
-            lowered = Pipeline.parse(text.replace(";", ",")).run(program, batches)
-            seconds = time.perf_counter() - began
-            nll = evaluate(mxcompile.deploy(lowered, model, check=False), test).nll
-            first = nll if first is None else first
-            row: dict[str, Any] = {"weight": weight, "activation": activation, "algorithm": name}
-            row |= {"planted": True} if arguments.planted else {}
-            row |= {"nll_float": round(exact, 4), "nll": round(nll, 4)}
-            row |= {"closes": round((first - nll) / (first - exact), 3), "seconds": round(seconds, 1)}
-            row |= described(arguments, batches, test)
-            print(json.dumps(row), flush=True)
-            if arguments.out:
-                with arguments.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            nll, seconds = measured(ALGORITHMS.get(name, name), weight, activation)
+            row: dict[str, Any] = {"model": f"SmolLM2-135M-Instruct {arguments.variant}".strip(), "recipe": name}
+            row |= {"weight": weight, "activation": activation, "block": parse_format(weight).block_size}
+            row |= {"nll": round(nll, 4), "float_nll": round(exact, 4), "rtn_nll": round(floor, 4)}
+            row |= {"gap_closed": round((floor - nll) / (floor - exact), 3), "perplexity": round(math.exp(nll), 3)}
+            write(row | described(arguments, batches, test) | {"seconds": round(seconds, 1)}, arguments.out)
+
+
+def write(row: dict[str, Any], out: Path | None) -> None:
+    """Print a record, and add it to a file."""
+    print(json.dumps(row), flush=True)
+    if out:
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -72,10 +94,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="weight:activation (weight/activation, to give block sizes), comma-separated",
     )
     parser.add_argument(
-        "--algorithms", default="rtn,rtn weighted,smooth-quant,awq-fold",
+        "--algorithms", default="rtn,smooth-quant,awq-fold,gptq,awq-fold + gptq,awq-fold + gptq + tune-vectors",
         help="comma-separated names, or passes before lower-mx with W, A for the formats and ; between options",
     )  # fmt: skip
-    parser.add_argument("--planted", action="store_true", help="plant outlier channels first")
+    parser.add_argument("--variant", choices=VARIANTS, default="", help="change the model first, not what it computes")
     parser.add_argument("--calibration", type=int, default=128, help="windows of 512 tokens")
     parser.add_argument("--calibration-text", type=Path, help="a .txt file, or .jsonl with a text a line")
     parser.add_argument("--test-text", type=Path, help="likewise; help topics if left out")
@@ -90,24 +112,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """(calibration batches of four windows, test windows)."""
     own = arguments.test_text is None
-    test_ids = tokens(tokenizer, help_text() if own else read(arguments.test_text))
+    test_ids = token_ids(tokenizer, help_text() if own else read_text(arguments.test_text))
     halves = test_ids.chunk(2)
     if own and (arguments.test_half != "second" or arguments.calibration_text):
         sys.exit("help topics serve for both calibration and test only as first and second half: name both files")
-    calibration = halves[0] if own else tokens(tokenizer, read(arguments.calibration_text))
+    calibration = halves[0] if own else token_ids(tokenizer, read_text(arguments.calibration_text))
     part = torch.cat(halves[HALVES[arguments.test_half]]).to(arguments.device)
     windows = list(token_windows(calibration.to(arguments.device), 512, arguments.calibration))
     batches = [{"input_ids": torch.cat(windows[i : i + 4])} for i in range(0, len(windows), 4)]
     return batches, list(islice(token_windows(part, arguments.length), arguments.windows))
-
-
-def read(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    return "\n\n".join(json.loads(line)["text"] for line in text.splitlines()) if path.suffix == ".jsonl" else text
-
-
-def tokens(tokenizer: Any, text: str) -> Tensor:
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
 
 
 def described(arguments: argparse.Namespace, batches: list[dict[str, Tensor]], test: list[Tensor]) -> dict[str, Any]:
@@ -115,8 +128,11 @@ def described(arguments: argparse.Namespace, batches: list[dict[str, Tensor]], t
     names = [arguments.test_text, arguments.calibration_text]
     test_name, calibration_name = (path.name if path else "help topics" for path in names)
     return {
-        "test": f"{test_name}, {arguments.test_half} half, {len(test)}x{test[0].shape[1]}",
+        "text": f"{test_name}, {arguments.test_half} half",
+        "tokens": sum(window.shape[1] for window in test),
+        "length": arguments.length,
         "calibration": f"{calibration_name}, {windows}x512",
+        "seed": 0,
         "device": arguments.device,
     }
 

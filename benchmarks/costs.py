@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mxcompile
 from mxcompile import smollm2
 from mxcompile.api import as_pipeline
-from mxcompile.demo import help_text
 from mxcompile.evaluation import token_windows
 from mxcompile.storage import stored_bytes
+from mxcompile.texts import help_text
 
 _STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -88,7 +88,7 @@ def measure(source: str | None, recipe: str, tokens: int, windows: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a local path or hub id; SmolLM2-135M if left out")
-    parser.add_argument("--recipe", default="w4a8-mxint", help="a name, or a pipeline's text")
+    parser.add_argument("--recipe", default="w4a8-mxint-quick", help="a name, or a pipeline's text")
     parser.add_argument("--tokens", type=int, default=64, help="length of the example input")
     parser.add_argument("--calibration", type=int, default=0, help="windows of 512 tokens; the example input if 0")
     parser.add_argument("--out", type=Path, help="add the result here, one JSON object a line")

@@ -1,13 +1,16 @@
-"""Outlier channels planted into a Llama-like model without changing what it computes.
+"""A Llama-like model made harder to quantize, or taken off the grid of its weights, without changing what it computes.
 
-In front of every attention and MLP, 1 % of the norm's channels are multiplied by up to 64 and the same columns of the
-linears that read them divided by as much: the outliers that make large models hard to quantize, in a small one.
+`plant`: in front of every attention and MLP, 1 % of the norm's channels are multiplied by up to 64 and the same columns
+of the linears that read them divided by as much: the outliers that make large models hard to quantize.
+
+`take_off_grid`: the channels of every norm and of the MLPs' inner value are multiplied by random factors in [1/2, 2]
+and divided out again in the linears that read them: weights from a 4-bit file no longer lie on its levels.
 """
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SHARE, LARGEST = 0.01, 64.0
 
@@ -17,10 +20,38 @@ def plant(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in model.model.layers:  # pyright: ignore
-            attention, mlp = layer.self_attn, layer.mlp
-            _plant(layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj], generator)
-            _plant(layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj], generator)
+            for norm, readers in _norms(layer):
+                _plant(norm, readers, generator)
     return model
+
+
+def take_off_grid(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Change a model in place and return it. Factors are log-uniform: up to rounding it computes the same."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.model.layers:  # pyright: ignore
+            for norm, readers in _norms(layer):
+                factors = _spread(norm.weight, generator)
+                norm.weight *= factors
+                for reader in readers:
+                    reader.weight /= factors
+            mlp = layer.mlp
+            factors = _spread(mlp.up_proj.weight[:, 0], generator)
+            mlp.up_proj.weight *= factors.unsqueeze(1)
+            mlp.down_proj.weight /= factors
+    return model
+
+
+def _norms(layer: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        (layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
+        (layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+    ]  # pyright: ignore
+
+
+def _spread(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.exp2(2 * torch.rand(len(like), generator=generator) - 1).to(like.device)
 
 
 def _plant(norm: nn.Module, readers: list[nn.Linear], generator: torch.Generator) -> None:

@@ -5,8 +5,10 @@
 {RTN, GPTQ, SmoothQuant, AWQ, SmoothQuant + GPTQ, AWQ + GPTQ} x weight formats x block sizes, activations of 8 bits of
 the same kind; GPTQ is the paper's (micro-block of 128, OCP scales) or ours. The reversed order, a fold after GPTQ, is
 one that a pipeline refuses: here the rounded weights are declared float again, folded, and rounded to nearest. (Our
-search never takes factors that lose: on weights that are already rounded it may fold nothing.)
-Prints perplexities, one line a format and block, and where the ranking differs from the paper's.
+AWQ search never takes factors that lose: on weights that are already rounded it may fold nothing. SmoothQuant always
+folds.)
+Prints perplexities, one line a format and block, and whether the paper's ranking holds; `--table` prints a file of such
+records again, and in how many of them it holds.
 """
 
 import itertools
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import accuracy
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 import mxcompile
@@ -30,44 +34,55 @@ GPTQ = {
     "paper": "gptq{format=W,activation=A,order=none,rule=floor,microblock=128}",
     "ours": "gptq{format=W,activation=A,correction=0.25}",
 }
-SMOOTH, AWQ = "smooth-quant", "awq-fold{weight=W,activation=A}"
-WORST_TO_BEST: Final = ("RTN", "GPTQ", "AWQ+GPTQ")
-"""What the paper finds below 8 bits in every model (its Tables 1 and 2); SmoothQuant is above or below RTN."""
+FOLDS: Final = {"": None, "SmoothQuant": "smooth-quant", "AWQ": "awq-fold{weight=W,activation=A}"}
+REVERSED: Final = {"GPTQ, SmoothQuant": FOLDS["SmoothQuant"], "GPTQ, AWQ": FOLDS["AWQ"]}
+ALGORITHMS: Final = ("RTN", "GPTQ", "SmoothQuant", "AWQ", "SmoothQuant+GPTQ", "AWQ+GPTQ", *REVERSED)
+VERDICTS: Final = {
+    "GPTQ better than RTN": lambda row: row["GPTQ"] < row["RTN"],
+    "AWQ+GPTQ better than GPTQ": lambda row: row["AWQ+GPTQ"] < row["GPTQ"],
+    "AWQ+GPTQ better than AWQ": lambda row: row["AWQ+GPTQ"] < row["AWQ"],
+    "AWQ+GPTQ best of all": lambda row: min(row.values()) == row["AWQ+GPTQ"],
+    "AWQ after GPTQ worse than before it": lambda row: row["GPTQ, AWQ"] > row["AWQ+GPTQ"],
+    "SmoothQuant after GPTQ worse than before it": lambda row: row["GPTQ, SmoothQuant"] > row["SmoothQuant+GPTQ"],
+}
+"""What the paper finds below 8 bits (its Tables 1 and 2)."""
 
 
-def pipelines(gptq: str) -> dict[str, str]:
-    """Passes in front of lower-mx, by the paper's name."""
-    return {
-        "RTN": ROUND,
-        "GPTQ": gptq,
-        "SmoothQuant": f"{SMOOTH} | {ROUND}",
-        "AWQ": f"{AWQ} | {ROUND}",
-        "SmoothQuant+GPTQ": f"{SMOOTH} | {gptq}",
-        "AWQ+GPTQ": f"{AWQ} | {gptq}",
-    }
+class Study:
+    """A model with its data: perplexities of algorithms for some formats."""
 
+    def __init__(self, arguments: Any) -> None:
+        model, tokenizer = smollm2.load()
+        self.model = model.to(arguments.device)
+        self.batches, self.test = accuracy.texts(arguments, tokenizer)
+        self.program = mxcompile.trace(self.model, {"input_ids": self.batches[0]["input_ids"][:1, :64]})
 
-def reversed_order(program: Program, batches: Batches, gptq: str, names: dict[str, str]) -> Program:
-    """GPTQ, then AWQ: the rounded weights are taken for float ones."""
-    rounded = Pipeline.parse(filled(gptq, names)).run(program, batches)
-    rounded.stage = Stage.FLOAT
-    rounded.rounded.clear()
-    return Pipeline.parse(filled(f"{AWQ} | {ROUND} | {LOWER}", names)).run(rounded, batches)
+    def perplexities(self, kind: str, names: dict[str, str]) -> Iterator[tuple[str, float]]:
+        """(the paper's name of an algorithm, perplexity), one after the other; every fold is made once."""
+        for fold, text in FOLDS.items():
+            folded = self.program if text is None else self.run(text, self.program, names)
+            for rounding, passes in {"RTN": ROUND, "GPTQ": GPTQ[kind]}.items():
+                rounded = self.run(passes, folded, names)
+                parts = [part for part in (fold, rounding) if part] if rounding == "GPTQ" or not fold else [fold]
+                yield "+".join(parts), self.perplexity(rounded, names)
+                if rounding == "GPTQ" and text is None:
+                    for name, late in REVERSED.items():
+                        yield name, self.perplexity(self.folded_late(rounded, f"{late} | {ROUND}", names), names)
 
+    def folded_late(self, rounded: Program, text: str, names: dict[str, str]) -> Program:
+        """A fold after GPTQ: the rounded weights are taken for float ones."""
+        floats = rounded.copy()
+        floats.stage = Stage.FLOAT
+        floats.rounded.clear()
+        return self.run(text, floats, names)
 
-def filled(text: str, names: dict[str, str]) -> str:
-    return text.replace("=W", f"={names['weight']}").replace("=A", f"={names['activation']}")
+    def run(self, text: str, program: Program, names: dict[str, str]) -> Program:
+        filled = text.replace("=W", f"={names['weight']}").replace("=A", f"={names['activation']}")
+        return Pipeline.parse(filled).run(program, self.batches)
 
-
-def perplexities(
-    model: Any, program: Program, batches: Batches, test: list[Tensor], kind: str, names: dict[str, str]
-) -> Iterator[tuple[str, float]]:
-    """Perplexity by the paper's name of the algorithm, one after the other."""
-    for name, text in pipelines(GPTQ[kind]).items():
-        lowered = Pipeline.parse(filled(f"{text} | {LOWER}", names)).run(program, batches)
-        yield name, evaluate(mxcompile.deploy(lowered, model, check=False), test).perplexity
-    lowered = reversed_order(program, batches, GPTQ[kind], names)
-    yield "GPTQ, then AWQ", evaluate(mxcompile.deploy(lowered, model, check=False), test).perplexity
+    def perplexity(self, rounded: Program, names: dict[str, str]) -> float:
+        lowered = self.run(LOWER, rounded, names)
+        return evaluate(mxcompile.deploy(lowered, self.model, check=False), self.test).perplexity
 
 
 def main() -> None:
@@ -75,31 +90,37 @@ def main() -> None:
     parser.set_defaults(formats="mxint4,mxint6,mxint8,mxfp4,mxfp6_e2m3,mxfp8_e4m3")
     parser.add_argument("--blocks", default="16,32,128")
     parser.add_argument("--gptq", default="paper,ours", help="which GPTQ: paper, ours or both")
+    parser.add_argument("--table", type=Path, help="only print these records")
     arguments = parser.parse_args()
-    model, tokenizer = smollm2.load()
-    model = model.to(arguments.device)
-    batches, test = accuracy.texts(arguments, tokenizer)
-    program = mxcompile.trace(model, {"input_ids": batches[0]["input_ids"][:1, :64]})
-    print(f"float {evaluate(model, test).perplexity:.3f}", flush=True)
+    if arguments.table:
+        show([json.loads(line) for line in arguments.table.read_text().splitlines()])
+        return
+    study = Study(arguments)
+    exact = round(evaluate(study.model, study.test).perplexity, 3)
     choices = itertools.product(arguments.formats.split(","), arguments.blocks.split(","), arguments.gptq.split(","))
+    rows: list[dict[str, Any]] = []
     for fmt, block, kind in choices:
         activation = "mxint8" if "int" in fmt else "mxfp8_e4m3"
         names = {"weight": f"{fmt}:{block}", "activation": f"{activation}:{block}"}
-        row = {n: round(p, 3) for n, p in perplexities(model, program, batches, test, kind, names)}
-        report(names, kind, row, accuracy.described(arguments, batches, test), arguments.out)
+        found = {name: round(value, 3) for name, value in study.perplexities(kind, names)}
+        rows.append({**names, "gptq": kind, "float": exact, "perplexity": {name: found[name] for name in ALGORITHMS}})
+        accuracy.write(rows[-1] | accuracy.described(arguments, study.batches, study.test), arguments.out)
+    show(rows)
 
 
-def report(names: dict[str, str], kind: str, row: dict[str, float], about: dict[str, Any], out: Path | None) -> None:
-    """One line, and in words whether the paper's ranking holds."""
-    found = [row[name] for name in WORST_TO_BEST]
-    agrees = all(before >= after for before, after in itertools.pairwise(found)) and min(row.values()) == found[-1]
-    worse = row["GPTQ, then AWQ"] > row["AWQ+GPTQ"]
-    print(f"{names['weight']:14} {kind:5} " + "  ".join(f"{name} {value:.2f}" for name, value in row.items()))
-    verdicts = {"AWQ+GPTQ best, GPTQ better than RTN": agrees, "reversed order worse": worse}
-    print(" " * 20, "; ".join(f"{what}: {'yes' if holds else 'no'}" for what, holds in verdicts.items()), flush=True)
-    if out is not None:
-        with out.open("a") as file:
-            file.write(json.dumps({**names, "gptq": kind, "perplexity": row, **about}) + "\n")
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table, and in words where the paper's ranking holds."""
+    table = Table("weights", "GPTQ", *ALGORITHMS, title=f"perplexity; float {rows[0]['float']:.2f}")
+    for row in rows:
+        values = row["perplexity"]
+        best = min(values.values())
+        cells = [f"[bold]{v:.2f}[/]" if v == best else f"{v:.2f}" for v in (values[name] for name in ALGORITHMS)]
+        table.add_row(row["weight"], row["gptq"], *cells)
+    console = Console()
+    console.print(table)
+    for what, holds in VERDICTS.items():
+        no = [f"{row['weight']} ({row['gptq']})" for row in rows if not holds(row["perplexity"])]
+        console.print(f"{what}: {len(rows) - len(no)} of {len(rows)}" + (f"; not {', '.join(no)}" if no else ""))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ class FuseMXGemm(Pass):
     gives = Stage.FUSED
     preserves_function = True
 
+    @property
+    def reads_calibration(self) -> bool:
+        """Never: a rewrite of the graph alone."""
+        return False
+
     def run(self, program: Program) -> PassResult:
         """Apply the fusion rules to the graph."""
         result = fuse(program.graph)

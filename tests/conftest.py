@@ -1,9 +1,10 @@
-"""What every test file may use: traced programs of the tiny models, one thread, and a fixed seed.
+"""What every test file may use: traced programs of the tiny models, one of them saved, one thread, a fixed seed.
 
 The models themselves are plain functions in `models.py`.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +40,22 @@ def traced() -> Callable[[str], Program]:
         return programs[name].copy()
 
     return get
+
+
+@pytest.fixture(scope="session")
+def local_model(tmp_path_factory) -> Path:
+    """A tiny Llama with a word tokenizer, saved as a hub would hold it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    words = ["[UNK]", "[EOS]", "The", "capital", "of", "France", "is", "Germany", "Italy", "Paris", "Berlin", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = build("llama")
+    model.generation_config.eos_token_id = 1
+    model.generation_config.pad_token_id = 1
+    model.save_pretrained(folder)
+    names = {"unk_token": "[UNK]", "eos_token": "[EOS]", "pad_token": "[EOS]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder

@@ -43,7 +43,7 @@ def test_every_recipe_compiled_agrees_in_float32(recipe):
 
 
 def test_the_profile_shows_the_kernels():
-    example, _, deployed = on_gpu("llama", "w4a8-mxint")
+    example, _, deployed = on_gpu("llama", "w4a8-mxint-quick")
     compiled = inductor.compile_module(deployed)
     with torch.no_grad():
         compiled(**example, use_cache=False)
@@ -59,7 +59,7 @@ def test_the_profile_shows_the_kernels():
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generates_the_same_tokens(name, cache):
     """float32, so that the argmax does not hang on the order of a bf16 sum."""
-    _, lowered, plain = on_gpu(name, "w4a8-mxint", torch.float32)
+    _, lowered, plain = on_gpu(name, "w4a8-mxint-quick", torch.float32)
     compiled = inductor.compile_module(mxcompile.deploy(lowered, build(name).cuda()))
     prompt = {key: value.cuda() for key, value in inputs(name, 2, 8, seed=7).items()}
     how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
@@ -70,7 +70,7 @@ def test_generates_the_same_tokens(name, cache):
 
 def test_moves_to_the_gpu_after_quantization():
     model, example = build("llama"), inputs("llama")
-    deployed = mxcompile.quantize_and_compile(model, example, compile=False)
+    deployed = mxcompile.quantize_and_compile(model, example, compile=False, recipe="w4a8-mxint-quick")
     with torch.no_grad():
         wanted = output(deployed(**example))
         moved = deployed.cuda()

@@ -19,7 +19,7 @@ from mxcompile.storage import stored_bytes
 from mxcompile.weight import MXWeight
 
 
-def quantized(name, recipe="w4a8-mxint", **options):
+def quantized(name, recipe="w4a8-mxint-quick", **options):
     model, example = build(name), inputs(name)
     program = mxcompile.trace(model, example, **options)
     lowered = mxcompile.recipes()[recipe].run(program)
@@ -64,7 +64,7 @@ def test_nothing_is_shared_and_nothing_of_the_model_changes():
     model, example = build("llama-tied"), inputs("llama-tied")
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    lowered = mxcompile.recipes()["w4a8-mxint"].run(mxcompile.trace(model, example))
+    lowered = mxcompile.recipes()["w4a8-mxint-quick"].run(mxcompile.trace(model, example))
     deployed = mxcompile.deploy(lowered, model)
     with torch.no_grad():
         for parameter in deployed.parameters():

@@ -21,7 +21,7 @@ NO_COMPILER = inductor.why_no_inductor(torch.device("cpu"))
 needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 
 
-def deployed(name, recipe="w4a8-mxint"):
+def deployed(name, recipe="w4a8-mxint-quick"):
     model, example = build(name), inputs(name)
     return mxcompile.deploy(mxcompile.recipes()[recipe].run(mxcompile.trace(model, example)), model)
 
@@ -93,8 +93,8 @@ def test_near_misses_are_reported_with_reasons(watched):
             return torch.bmm(x, self.weight)
 
     model, x = Experts(), torch.randn(2, 5, 64)
-    module = mxcompile.quantize_and_compile(model, x)
-    reference = mxcompile.quantize_and_compile(model, x, compile=False)
+    module = mxcompile.quantize_and_compile(model, x, recipe="w4a8-mxint-quick")
+    reference = mxcompile.quantize_and_compile(model, x, compile=False, recipe="w4a8-mxint-quick")
     with torch.no_grad():
         torch.testing.assert_close(module(x), reference(x), rtol=0, atol=1e-5)
     (result,) = watched
@@ -145,7 +145,7 @@ def test_many_models_in_one_process_stay_compiled():
     before = counters["stats"]["unique_graphs"]
     for seed in range(10):
         torch.manual_seed(seed)
-        module = mxcompile.quantize_and_compile(nn.Linear(64, 32 + seed), torch.randn(3, 64))
+        module = mxcompile.quantize_and_compile(nn.Linear(64, 32 + seed), torch.randn(3, 64), recipe="w4a8-mxint-quick")
         module(torch.randn(5, 64))
     assert counters["stats"]["unique_graphs"] == before + 10
 
@@ -153,8 +153,8 @@ def test_many_models_in_one_process_stay_compiled():
 @needs_compiler
 def test_torchs_own_attention_layers_compile():
     layer, x = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval(), torch.randn(2, 5, 64)
-    compiled = mxcompile.quantize_and_compile(layer, x)
-    plain = mxcompile.quantize_and_compile(layer, x, compile=False)
+    compiled = mxcompile.quantize_and_compile(layer, x, recipe="w4a8-mxint-quick")
+    plain = mxcompile.quantize_and_compile(layer, x, compile=False, recipe="w4a8-mxint-quick")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), plain(x), rtol=0, atol=1e-5)
     assert torch.backends.mha.get_fastpath_enabled()
@@ -171,8 +171,8 @@ def test_without_a_compiler_the_model_runs_fused_and_says_so(monkeypatch):
     monkeypatch.setattr(fusion, "fuse", lambda graph, fuse=fusion.fuse: (fuse(graph), seen.append(graph))[0])
     model, x = build("mlp"), inputs("mlp")
     with pytest.warns(UserWarning, match=r"^torch.compile needs a C\+\+ compiler .* and there is none: .* uncompiled$"):
-        module = mxcompile.quantize_and_compile(model, x)
-    reference = mxcompile.quantize_and_compile(model, x, compile=False)
+        module = mxcompile.quantize_and_compile(model, x, recipe="w4a8-mxint-quick")
+    reference = mxcompile.quantize_and_compile(model, x, compile=False, recipe="w4a8-mxint-quick")
     with torch.no_grad():
         assert torch.equal(module(**x), reference(**x))
     assert [len([n for n in graph.nodes if n.target is LINEAR]) for graph in seen] == [2]
@@ -183,7 +183,7 @@ def test_with_a_compiler_nothing_is_said():
         pytest.skip(NO_COMPILER)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"))
+        mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"), recipe="w4a8-mxint-quick")
 
 
 def test_the_cache_key_follows_the_code(tmp_path, monkeypatch):
@@ -199,5 +199,5 @@ def test_no_global_setting_changes():
     from torch._inductor import config
 
     before = config.get_config_copy()
-    mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"))
+    mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"), recipe="w4a8-mxint-quick")
     assert config.get_config_copy() == before

@@ -17,7 +17,7 @@ FLOORS = [
     {"importance", "nearest", "packing", "reference", "rows"},
     {"kernels"},
     {"ops"},
-    {"inputs", "ledger", "selection", "measure"},
+    {"inputs", "ledger", "selection", "overrides", "measure", "texts"},
     {"program", "weight"},
     {
         "analysis",
@@ -31,11 +31,12 @@ FLOORS = [
         "resume",
         "search",
     },
-    {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion"},
-    {"pipeline", "deploy", "dump", "inductor"},
+    {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion", "scoring"},
+    {"pipeline", "deploy", "dump", "inductor", "probe"},
     {"passes"},
     {"api", "progress", "smollm2"},
-    {"demo", "cli", "__init__", "__main__"},
+    {"bisection"},
+    {"demo", "comparison", "cli", "__init__", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from models import inputs, llama, output
-from planted import LARGEST, plant
+from planted import LARGEST, plant, take_off_grid
 
 import mxcompile
 from mxcompile.measure import sqnr_db
 from mxcompile.pipeline import Pipeline
+from mxcompile.weight import MXWeight
 
 
 def rounded_db(model, x):
@@ -44,3 +45,23 @@ def test_rounding_loses_more():
 def test_a_seed_makes_the_same_model_every_time(seed):
     one, other = plant(llama(1), seed).state_dict(), plant(llama(1), seed).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_off_the_grid_the_function_stays():
+    """Weights on the levels of MXINT4 round without loss; moved, they no longer do, and the logits are the same."""
+    x = inputs("llama", 3, 16)
+    model = mxcompile.quantize_and_compile(llama(2), x, recipe="w4a16-mxint-quick", compile=False)
+    on_grid = llama(2)
+    with torch.no_grad():
+        for name, parameter in on_grid.named_parameters():
+            packed = model.get_parameter(name)
+            parameter.copy_(packed.dequantize() if isinstance(packed, MXWeight) else packed)
+    recipe = "lower-mx{weight=mxint4}"
+    with torch.no_grad():
+        before = output(on_grid(**x))
+        assert torch.equal(
+            output(mxcompile.quantize_and_compile(on_grid, x, recipe=recipe, compile=False)(**x)), before
+        )
+        moved = take_off_grid(on_grid)
+        assert sqnr_db(before, output(moved(**x))) > 110
+        assert sqnr_db(before, output(mxcompile.quantize_and_compile(moved, x, recipe=recipe, compile=False)(**x))) < 30

@@ -5,12 +5,11 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 import torch
-from models import build
 from typer.testing import CliRunner
 
 from mxcompile.cli import app
+from mxcompile.demo import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,32 +18,13 @@ def blocks(path: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def local_model(tmp_path_factory) -> Path:
-    """A tiny Llama with a word tokenizer, saved as a hub would hold it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    words = ["[UNK]", "[EOS]", "The", "capital", "of", "France", "is", "Germany", "Italy", "Paris", "Berlin", "."]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    model = build("llama")
-    model.generation_config.eos_token_id = 1
-    model.generation_config.pad_token_id = 1
-    model.save_pretrained(folder)
-    names = {"unk_token": "[UNK]", "eos_token": "[EOS]", "pad_token": "[EOS]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    return folder
-
-
 def test_python_blocks_and_the_commands_that_read_their_dump(local_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in blocks(ROOT / "README.md", "python"):
         text = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(local_model))
         exec(compile(text, "README.md", "exec"), namespace)
-    assert "w4a8-mxint   7 weights, largest change of a logit" in capsys.readouterr().out
+    assert "w4a8-mxint-quick 7 weights, largest change of a logit" in capsys.readouterr().out
     for line in blocks(ROOT / "README.md", "bash")[2].splitlines():
         result = CliRunner().invoke(app, shlex.split(line)[1:])
         assert result.exit_code == 0, line
@@ -56,10 +36,29 @@ def test_demo_runs_on_a_local_model(local_model, tmp_path):
     options = f"--out {tmp_path / 'demo'} --length 32 --windows 2 --new-tokens 4 --no-compile"
     result = CliRunner().invoke(app, ["demo", str(local_model), *shlex.split(options)], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
-    rows = re.findall(r"^ +(float|w8a8-mxint|w4a8-mxint) +([\d.]+) +(\d+)% +([\d.]+) ", result.output, re.MULTILINE)
-    assert [row[0] for row in rows] == ["float", "w8a8-mxint", "w4a8-mxint"]
+    rows = re.findall(
+        r"^ +(float|w8a8-mxint|w4a8-mxint-quick) +([\d.]+) +(\d+)% +([\d.]+) ", result.output, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["float", "w8a8-mxint", "w4a8-mxint-quick"]
     assert 100 == int(rows[0][2]) > int(rows[1][2]) > int(rows[2][2])
-    assert (tmp_path / "demo" / "w4a8-mxint" / "02-lower-mx.txt").exists()
+    assert (tmp_path / "demo" / "w4a8-mxint-quick" / "02-lower-mx.txt").exists()
+
+
+def test_the_command_that_evaluates(local_model, monkeypatch):
+    monkeypatch.setattr("mxcompile.smollm2.load", lambda: load_model(str(local_model)))
+    (line,) = blocks(ROOT / "README.md", "bash")[3].splitlines()
+    result = CliRunner().invoke(app, shlex.split(line)[1:], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert "510 tokens of Python's help topics, 2 windows of 256\n" in result.output
+    assert re.search(r"^ +w4a8-mxint-quick +[\d.]+ +[\d.]+ +[+-][\d.]+% +[\d.]+ +[\d.]+%", result.output, re.MULTILINE)
+
+
+def test_the_command_that_bisects(local_model, monkeypatch):
+    monkeypatch.setattr("mxcompile.smollm2.load", lambda: load_model(str(local_model)))
+    (line,) = blocks(ROOT / "README.md", "bash")[4].splitlines()
+    result = CliRunner().invoke(app, shlex.split(line.replace("--kl 0.3", "--kl 0.001"))[1:], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert "to blame" in result.output
 
 
 def test_ci_installs_and_tests_as_readme_says():
@@ -96,11 +95,62 @@ def test_the_architecture_table_is_the_measured_one():
     assert min(min(record["sqnr_db_smooth"], record["sqnr_db_awq"]) for record in records) > 111
 
 
+ACCURACY = (
+    "rtn",
+    "smooth-quant",
+    "smooth-quant searched",
+    "awq-fold",
+    "awq-fold + gptq",
+    "awq-fold + gptq + tune-vectors",
+)
+
+
 def test_the_accuracy_table_is_the_measured_one():
-    """Shares closed, and the rise by rounding, of every pair of formats."""
-    records = [json.loads(line) for line in (ROOT / "benchmarks/results/accuracy.jsonl").read_text().splitlines()]
+    """The gap of every pair of formats, and the shares closed; a dash where nothing was measured."""
+    records = results("accuracy.jsonl")
     text = (ROOT / "README.md").read_text()
-    for pair in dict.fromkeys((r["weight"], r["activation"]) for r in records):
-        rows = [r for r in records if (r["weight"], r["activation"]) == pair and not r.get("planted")]
-        shares = " | ".join(f"{r['closes']:.0%}".replace("%", " %") for r in rows[1:])
-        assert f"| {pair[0]}, {pair[1]} | {rows[0]['nll'] - rows[0]['nll_float']:.3f} | {shares} |" in text
+    for pair in dict.fromkeys((r["weight"], r["activation"]) for r in records if r["rtn_nll"]):
+        rows = {
+            r["recipe"]: r
+            for r in records
+            if (r["weight"], r["activation"], r["model"]) == (*pair, "SmolLM2-135M-Instruct")
+        }
+        first = next(iter(rows.values()))
+        shares = [percent(rows[name]["gap_closed"]) if name in rows else "-" for name in ACCURACY]
+        gap = first["rtn_nll"] - first["float_nll"]
+        assert f"| {pair[0]}, {pair[1]} | {gap:.3f} | {' | '.join(shares)} |" in text
+
+
+def test_the_study_is_the_measured_one():
+    text = (ROOT / "docs" / "study.md").read_text()
+    for row in results("study.jsonl"):
+        values = row["perplexity"].values()
+        cells = [f"**{value:.2f}**" if value == min(values) else f"{value:.2f}" for value in values]
+        assert f"| {row['weight']} | {row['gptq']} | {' | '.join(cells)} |" in text
+
+
+def test_the_times_of_a_large_model_are_the_measured_ones():
+    rows = {row["pipeline"]: row for row in results("large-h100.jsonl")}
+    text = (ROOT / "README.md").read_text()
+    assert f"{rows['rtn']['seconds_32_layers']:.0f} s to round" in text
+    assert f"{rows['gptq']['seconds_32_layers']:.0f} s with `gptq`" in text
+    assert f"at most {rows['gptq']['peak_gib_32_layers']:.1f} GiB" in text
+
+
+def test_other_projects_numbers_are_the_measured_ones():
+    rows = {row["row"]: row for row in results("peers.jsonl")}
+    text = (ROOT / "README.md").read_text()
+    torchao, compressor = rows["torchao-rtn-rceil-mxfp4"], rows["llm-compressor-gptq-mxfp4"]
+    assert f"{torchao['perplexity']:.2f} rounded by torchao {torchao['version']}" in text
+    assert f"{compressor['perplexity']:.2f} by llm-compressor {compressor['version']}" in text
+    (own,) = (row for row in results("accuracy.jsonl") if row["recipe"] == "gptq + tune-vectors")
+    assert f"Ours is {own['perplexity']:.2f} with activations in {own['activation']}" in text
+    assert {row["text"] for row in (torchao, compressor, own)} == {"wikitext2-validation.txt, second half"}
+
+
+def results(name):
+    return [json.loads(line) for line in (ROOT / "benchmarks/results" / name).read_text().splitlines()]
+
+
+def percent(share):
+    return f"{share:.0%}".replace("%", " %")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "format": ["-m", "ruff", "format", "--check", "."],
     "lint": ["-m", "ruff", "check", "."],
-    "types": ["-m", "pyright"],
+    "types": ["-m", "pyright", "--pythonpath", sys.executable],
 }
 
 
