@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from mxcompile.analysis.dataflow import TRANSPOSES, swapped_axes
 from mxcompile.ledger import Miss, PassResult
-from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.program import where
 from mxcompile.rules import Any, Call, Match, Pattern, Rule, apply_rules
 
@@ -33,7 +33,7 @@ _WEIGHT = Call(DEQUANTIZE, Any("elements"), Any("scales"), Any("format"), Any("s
 _TRANSPOSED_WEIGHT = Call(TRANSPOSES, _WEIGHT, name="transpose")
 _CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
 _MULTIPLIES = frozenset({aten.mm.default, aten.matmul.default})
-_PURE = frozenset({QUANTIZE, DEQUANTIZE, MULTIPLY, operator.getitem})
+_PURE = frozenset({QUANTIZE, DEQUANTIZE, MULTIPLY, ROTATE, operator.getitem})
 _OTHER_MATMULS = frozenset(
     {aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default, *_MULTIPLIES, aten.addmm.default}
 )

@@ -4,6 +4,7 @@
     mx::dequantize(elements, scales, format, size, dtype) -> values
     mx::quantize_dequantize(x, format, rule) -> values               the two above, fused
     mx::linear(x, elements, scales, bias, format) -> y               dequantize + linear, fused
+    mx::rotate(x, block) -> x in runs of block times Hadamard        on the way into a matmul; see `hadamard.py`
     mx::multiply(x, multiplier, digest) -> x * multiplier            on the way into a matmul of a deployed module
 
 `format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch import _check as check  # pyright: ignore[reportPrivateUsage] - documented API
 
-from mxcompile import packing, reference
+from mxcompile import hadamard, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.kernels import dispatch
 
@@ -59,6 +60,16 @@ def multiply(x: Tensor, multiplier: Tensor, digest: str) -> Tensor:
     """`x * multiplier`: x `[..., in]`, multiplier `[in]`."""
     del digest
     return x * multiplier
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """`x` with every run of `block` channels rotated: x `[..., in]`, `in` a multiple of the block."""
+    return hadamard.rotate_input(x, block)
+
+
+def _fake_rotate(x: Tensor, block: int) -> Tensor:
+    check(x.shape[-1] % block == 0, lambda: f"{x.shape[-1]} channels are no multiple of a rotation of {block}")
+    return x.new_empty(x.shape)
 
 
 def _fake_quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
@@ -107,6 +118,7 @@ def _register() -> None:
         ),
         "linear(Tensor x, Tensor elements, Tensor scales, Tensor? bias, str format) -> Tensor": (linear, _fake_linear),
         "multiply(Tensor x, Tensor multiplier, str digest) -> Tensor": (multiply, multiply),
+        "rotate(Tensor x, int block) -> Tensor": (rotate, _fake_rotate),
     }
     for schema, (implementation, fake) in schemas.items():
         name = schema.partition("(")[0]
@@ -122,3 +134,4 @@ DEQUANTIZE = torch.ops.mx.dequantize.default
 QUANTIZE_DEQUANTIZE = torch.ops.mx.quantize_dequantize.default
 LINEAR = torch.ops.mx.linear.default
 MULTIPLY = torch.ops.mx.multiply.default
+ROTATE = torch.ops.mx.rotate.default

@@ -12,7 +12,7 @@ kept: 256 rows of every layer's input and output, 512 of the logits.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import LayerNumbers, Measured, PassResult
 from mxcompile.measure import kl_divergence, sqnr_db, top1_agreement
 from mxcompile.pipeline import Pipeline
-from mxcompile.preservation import LEAST_DB, agreement_db, output_tensors
+from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage
 
 _ROWS = 256
@@ -76,15 +76,15 @@ class Measure(Instrument):
         folded = step.current.preserves_function and program.stage is Stage.FLOAT and result.rewrites > 0
         if folded and self._exact:
             now = self._show(program.copy())
-            if agreement_db(self._float.outputs, now.outputs)[0] >= LEAST_DB:
+            if agreement_db(self._float.outputs, now.outputs)[0] >= step.current.least_db(program):
                 measured = _of_folds(self._float, now)
-                self._float = now
+                self._float = replace(now, outputs=self._float.outputs)
                 return measured
         elif folded and result.folds:
             carried = self._float.program.copy()
             for fold in result.folds:
                 fold.apply(carried)
-            self._float = self._show(carried)
+            self._float = replace(self._show(carried), outputs=self._float.outputs)
         self._exact = self._exact and result.rewrites == 0
         return self._compare(program, self._float)
 

@@ -1,8 +1,8 @@
 """MXWeight: a parameter that holds packed MX elements and scales in place of a float tensor.
 
 It has the shape and dtype of the weight it stands for. A matmul with it (`F.linear`, `@`, `addmm`, `bmm`, grouped
-matmul) computes what a lowered Program does: the input is multiplied by a vector, quantized and dequantized as the
-weight says, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any other
+matmul) computes what a lowered Program does: the input is multiplied by a vector, rotated, quantized and dequantized as
+the weight says, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any other
 arithmetic is refused with the operator's name: nothing is dequantized behind the user's back.
 
 Survives `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.export`.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
-from mxcompile.ops import DEQUANTIZE, MULTIPLY, QUANTIZE
+from mxcompile.ops import DEQUANTIZE, MULTIPLY, QUANTIZE, ROTATE
 
 aten = torch.ops.aten
 
@@ -30,6 +30,7 @@ class MXLayout:
     transposed: the contracted dimension is the weight's second to last one; the packed form always has it last.
     activation, rule: format and scale rule of the input, or None if it stays float.
     multiplier: a name for the values that the input is multiplied by (equal names, equal values), or None.
+    rotation: block of the rotation of the input (`hadamard.py`), after the multiplication, or None.
     """
 
     format: str
@@ -38,6 +39,7 @@ class MXLayout:
     activation: str | None = None
     rule: str | None = None
     multiplier: str | None = None
+    rotation: int | None = None
 
 
 class MXWeight(Tensor):
@@ -98,6 +100,8 @@ class MXWeight(Tensor):
         spec = self.layout_
         if self.multiplier is not None:
             x = MULTIPLY(x, self.multiplier, str(spec.multiplier))
+        if spec.rotation is not None:
+            x = ROTATE(x, spec.rotation)
         if spec.activation is None:
             return x
         elements, scales = QUANTIZE(x, spec.activation, spec.rule)

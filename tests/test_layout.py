@@ -14,7 +14,7 @@ PRODUCT = [*sorted((ROOT / "mxcompile").rglob("*.py")), *sorted((ROOT / "passes"
 FLOORS = [
     {"errors"},
     {"formats"},
-    {"importance", "nearest", "packing", "reference", "rows"},
+    {"hadamard", "importance", "nearest", "packing", "reference", "rows"},
     {"kernels"},
     {"ops"},
     {"inputs", "ledger", "selection", "overrides", "measure", "texts"},
@@ -29,6 +29,7 @@ FLOORS = [
         "evaluation",
         "preservation",
         "resume",
+        "rotation",
         "search",
     },
     {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion", "scoring"},
