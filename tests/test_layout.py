@@ -32,7 +32,7 @@ FLOORS = [
         "rotation",
         "search",
     },
-    {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion", "scoring"},
+    {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion", "joining", "scoring"},
     {"pipeline", "deploy", "dump", "inductor", "probe"},
     {"passes"},
     {"api", "progress", "smollm2"},
