@@ -1,11 +1,12 @@
 // MX on the CPU: products with packed weights, decoding, and rounding of activations. See cpu.py, which builds it.
 //
-// Bytes lie as packing.py says. Loops over the elements of a block have fixed length, so that a compiler turns them into
-// vector instructions of whatever machine it builds for; nothing here depends on one.
+// Bytes lie as packing.py says. Loops over the elements of a block have fixed length, so that a compiler turns them
+// into vector instructions of whatever machine it builds for.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // A weight [rows, ...], a bias [rows] or null, and where the product goes: [tokens, rows].
 struct Weight {
@@ -36,6 +37,10 @@ using E5M2 = Element<8, 5, 2, -14, 15, 123>;
 using E3M2 = Element<6, 3, 2, -2, 4, 31>;
 using E2M3 = Element<6, 2, 3, 0, 2, 31>;
 using E2M1 = Element<4, 2, 1, 0, 2, 7>;
+
+constexpr float exact_power(int exponent) {
+  return exponent < 0 ? 1.0f / float(1 << -exponent) : float(1 << exponent);
+}
 
 inline float from_bits(uint32_t bits) {
   float value;
@@ -91,7 +96,7 @@ template <class E>
 struct Scales {
   float values[256];
   Scales() {
-    const float unit = E::INTEGER ? 1.0f / float(1 << E::MANTISSA_BITS) : 1.0f;
+    const float unit = E::INTEGER ? exact_power(-E::MANTISSA_BITS) : 1.0f;
     for (int byte = 0; byte < 255; ++byte) values[byte] = power_of_two(byte - EXPONENT_BIAS) * unit;
     values[255] = NAN;
   }
@@ -105,11 +110,17 @@ inline typename Lanes<N>::Floats decode(typename Lanes<N>::Ints codes) {
   using Ints = typename Lanes<N>::Ints;
   using Floats = typename Lanes<N>::Floats;
   constexpr int32_t SIGN = 1 << (E::BITS - 1);
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+  if constexpr (std::is_same_v<E, E2M1> && N == 16) {  // a table of all values is one register
+    const Floats values = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
+    return __builtin_shuffle(values, codes);
+  }
+#endif
   if constexpr (E::INTEGER) {
     return __builtin_convertvector((codes ^ SIGN) - SIGN, Floats);
   } else {
     constexpr int BIAS = E::EMIN - 1 + EXPONENT_BIAS;
-    constexpr float SMALLEST = E::EMIN < 0 ? 1.0f / float(1 << (E::MANTISSA_BITS - E::EMIN)) : 1.0f / float(1 << E::MANTISSA_BITS);
+    constexpr float SMALLEST = exact_power(E::EMIN - E::MANTISSA_BITS);
     const Ints magnitude = codes & (SIGN - 1);
     const Ints small = (Ints)(__builtin_convertvector(magnitude, Floats) * SMALLEST);
     const Ints large = (magnitude << (23 - E::MANTISSA_BITS)) + (BIAS << 23);
@@ -141,7 +152,8 @@ inline void decode_block(const uint8_t* packed, float scale, float* values) {
     }
   } else {
     for (int i = 0; i < B / 4; i += N) {
-      const auto first = load_bytes<N>(packed + i), second = load_bytes<N>(packed + B / 4 + i), high = load_bytes<N>(packed + B / 2 + i);
+      const auto first = load_bytes<N>(packed + i), second = load_bytes<N>(packed + B / 4 + i);
+      const auto high = load_bytes<N>(packed + B / 2 + i);
       put(i, (first & 15) | ((high & 3) << 4));
       put(B / 4 + i, (second & 15) | ((high & 12) << 2));
       put(B / 2 + i, (first >> 4) | (high & 48));
@@ -225,7 +237,7 @@ inline void round_block(float* values, float threshold, int or_equal, int larges
   exponent = exponent > largest - E::EMAX ? largest - E::EMAX : exponent;
   const float down = power_of_two(-exponent), up = power_of_two(exponent);
   if constexpr (E::INTEGER) {
-    constexpr float STEPS = float(1 << E::MANTISSA_BITS), MOST = float(E::MAX_CODE);
+    constexpr float STEPS = exact_power(E::MANTISSA_BITS), MOST = float(E::MAX_CODE);
     for (int i = 0; i < B; ++i) {
       float steps = ((values[i] * down) * STEPS + MAGIC) - MAGIC;
       steps = steps > MOST ? MOST : steps;
@@ -235,7 +247,7 @@ inline void round_block(float* values, float threshold, int or_equal, int larges
   } else {
     constexpr int LOW = E::EMIN + EXPONENT_BIAS, HIGH = E::EMAX + EXPONENT_BIAS;
     constexpr uint32_t MASK = (1u << E::MANTISSA_BITS) - 1;
-    constexpr float MOST = float((1 << E::MANTISSA_BITS) + (E::MAX_CODE & MASK)) / float(1 << E::MANTISSA_BITS) * float(1 << E::EMAX);
+    constexpr float MOST = (1.0f + float(E::MAX_CODE & MASK) * exact_power(-E::MANTISSA_BITS)) * exact_power(E::EMAX);
     for (int i = 0; i < B; ++i) {
       const float v = values[i] * down;
       int e = int((to_bits(v) >> 23) & 255u);
