@@ -17,7 +17,8 @@ FLOORS = [
     {"hadamard", "importance", "nearest", "packing", "reference", "rows"},
     {"kernels"},
     {"ops"},
-    {"inputs", "ledger", "selection", "overrides", "measure", "texts"},
+    {"distributions", "inputs", "selection", "overrides", "measure", "texts"},
+    {"ledger"},
     {"program", "weight"},
     {
         "analysis",
