@@ -19,6 +19,8 @@ FLOORS = [
     {"ops"},
     {"distributions", "inputs", "selection", "overrides", "measure", "texts"},
     {"ledger"},
+    {"folder"},
+    {"report"},
     {"program", "weight"},
     {
         "analysis",
