@@ -6,6 +6,7 @@ const MEANINGS = {
   accumulated_db: "Each layer on the way through the quantized model: what has accumulated up to it.",
   weight_db: "Each weight against the float model’s. A pass that keeps the function has no such number.",
 };
+const GAP = 32; // between panels, as in page.css
 const CLEAR = 60; // dB: what a fold's float rounding costs is far above, what a format costs far below
 
 function drawMaps() {
@@ -46,13 +47,17 @@ function heatCells(pass, low, high) {
   });
 }
 
+// As many panels side by side as there is room for, their cells as wide as that leaves.
 function cellSize(available) {
-  const columns = new Set(report.layers.map((layer) => layer.column)).size;
-  const left = 8 + 6.2 * d3.max(shortened("row").values(), (label) => label.length);
-  const labels = 5.6 * d3.max(shortened("column").values(), (label) => label.length);
+  const longest = (kind) => d3.max(shortened(kind).values(), (label) => label.length);
+  const columns = shortened("column").size;
+  const left = 8 + 6.2 * longest("row");
   const right = 24; // for the end of a slanted label
-  const even = (available - 32 * (measured.length - 1)) / measured.length;
-  const width = Math.max(26, Math.min(52, (Math.min(available, Math.max(even, left + 28 * columns + right)) - left - right) / columns));
+  const beside = Math.floor((available + GAP) / (left + 28 * columns + right + GAP));
+  const panels = Math.max(1, Math.min(beside, measured.length));
+  const room = (available + GAP) / panels - GAP - left - right;
+  const width = Math.max(26, Math.min(52, room / columns));
+  const labels = 5.6 * longest("column");
   const slanted = labels > width;
   return { left, columns, width, slanted, right: slanted ? right : 0, top: slanted ? 8 + 0.62 * labels : 16 };
 }

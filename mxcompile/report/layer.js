@@ -35,21 +35,22 @@ function drawPassLinks(article, name) {
 
 // The weight against the traced one; the input against what it is rounded to, or against the traced model's.
 function drawDistributions(article, name, pass) {
+  const box = article.append("div").attr("class", "distributions");
   const found = report.passes[pass].distributions[name];
   if (!found) {
-    article.append("p").attr("class", "absent").text("No distributions: this layer could not be compared after this pass.");
+    box.append("p").attr("class", "absent").text("No distributions: this layer could not be compared after this pass.");
     return;
   }
   const first = measured.find((each) => report.passes[each].distributions[name]);
   const traced = report.passes[first].distributions[name].before;
   const { after } = found;
-  drawDistribution(article, "Weight", traced.weight, after.weight, "traced", "after the pass");
-  if (after.rounded) drawDistribution(article, "Input", after.input, after.rounded, "as it comes", "rounded");
-  else if (after.input) drawDistribution(article, "Input", traced.input, after.input, "traced", "after the pass");
+  drawDistribution(box, "Weight", traced.weight, after.weight, "traced", "after the pass");
+  if (after.rounded) drawDistribution(box, "Input", after.input, after.rounded, "as it comes", "rounded");
+  else if (after.input) drawDistribution(box, "Input", traced.input, after.input, "traced", "after the pass");
 }
 
-function drawDistribution(article, title, one, other, oneName, otherName) {
-  const figure = article.append("figure").attr("class", "distribution");
+function drawDistribution(box, title, one, other, oneName, otherName) {
+  const figure = box.append("figure").attr("class", "distribution");
   const caption = figure.append("figcaption");
   caption.append("strong").text(title);
   const same = JSON.stringify(one) === JSON.stringify(other);
