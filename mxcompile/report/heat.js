@@ -52,14 +52,14 @@ function cellSize(available) {
   const longest = (kind) => d3.max(shortened(kind).values(), (label) => label.length);
   const columns = shortened("column").size;
   const left = 8 + 6.2 * longest("row");
-  const right = 24; // for the end of a slanted label
+  const labels = 5.6 * longest("column");
+  const right = 0.79 * labels - 12; // for the end of a slanted label
   const beside = Math.floor((available + GAP) / (left + 28 * columns + right + GAP));
   const panels = Math.max(1, Math.min(beside, measured.length));
   const room = (available + GAP) / panels - GAP - left - right;
   const width = Math.max(26, Math.min(52, room / columns));
-  const labels = 5.6 * longest("column");
   const slanted = labels > width;
-  return { left, columns, width, slanted, right: slanted ? right : 0, top: slanted ? 8 + 0.62 * labels : 16 };
+  return { left, columns, width, slanted, right: slanted ? right : 0, top: slanted ? 12 + 0.62 * labels : 16 };
 }
 
 function heatPlot(cells, { left, right, top, columns, width, slanted }) {
@@ -73,12 +73,14 @@ function heatPlot(cells, { left, right, top, columns, width, slanted }) {
     marginLeft: left,
     marginRight: right,
     marginBottom: 0,
-    x: { axis: "top", label: null, tickSize: 0, tickPadding: slanted ? -2 : 4, tickRotate: slanted ? -38 : 0, domain: names.keys(), tickFormat: (c) => names.get(c) },
+    padding: 0,
+    round: false,
+    x: { axis: "top", label: null, tickSize: 0, tickPadding: slanted ? 5 : 4, tickRotate: slanted ? -38 : 0, domain: names.keys(), tickFormat: (c) => names.get(c) },
     y: { label: null, tickSize: 0, tickPadding: 5, domain: rows.keys(), tickFormat: (r) => rows.get(r) },
     marks: [
       Plot.cell(cells, {
         ...place,
-        inset: 0.5,
+        inset: 1,
         fill: { value: (c) => `color-mix(in oklab, var(--worst) ${Math.round(100 * c.ink)}%, var(--best))`, scale: null },
         href: (c) => layerLink(c.pass, c.name),
         ariaLabel: (c) => `${c.name}, ${passTitle(c.pass)}: ${described(c)}`,
@@ -104,12 +106,12 @@ function cellText(value) {
   return value < 100 ? decibels(value) : d3.format(".0f")(value);
 }
 
-// Labels of rows or columns without what all of them begin with; columns by their last name where that tells them apart.
+// Labels of rows or columns by their last names, as many as tell one from all others.
 function shortened(kind) {
   const all = [...new Set(report.layers.map((layer) => layer[kind]))];
-  const last = all.map((label) => label.slice(label.lastIndexOf(".") + 1));
-  if (new Set(last).size === all.length) return new Map(all.map((label, i) => [label, last[i] || "(top)"]));
-  return new Map(all.map((label) => [label, label || "(top)"]));
+  const endings = (label) => label.split(".").map((_, i, parts) => parts.slice(parts.length - 1 - i).join("."));
+  const counts = d3.rollup(all.flatMap(endings), (same) => same.length, (ending) => ending);
+  return new Map(all.map((label) => [label, endings(label).find((ending) => counts.get(ending) === 1) || label || "(top)"]));
 }
 
 // One stop of the tab key for each panel; arrow keys go from cell to cell.
