@@ -5,6 +5,7 @@ from mxcompile.api import quantize_and_compile
 from mxcompile.bisection import Bisection, bisect
 from mxcompile.deploy import deploy
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.export import export
 from mxcompile.ledger import Ledger, Miss, PassResult
 from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline import Pass, Pipeline
@@ -29,6 +30,7 @@ __all__ = [
     "bisect",
     "deploy",
     "evaluate",
+    "export",
     "formats",
     "quantize_and_compile",
     "recipes",

@@ -61,5 +61,9 @@ class PreservationError(MXCompileError):
     """A pass that must keep the model's function has changed it; the pass was undone."""
 
 
+class CompileError(MXCompileError):
+    """The machine lacks what compiling needs."""
+
+
 class DeployError(MXCompileError):
     """A lowered Program cannot be carried back into the module."""

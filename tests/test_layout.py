@@ -38,7 +38,7 @@ FLOORS = [
     {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion", "joining", "scoring"},
     {"pipeline", "deploy", "dump", "inductor", "probe"},
     {"passes"},
-    {"api", "progress", "smollm2"},
+    {"api", "export", "progress", "smollm2"},
     {"bisection"},
     {"demo", "comparison", "cli", "__init__", "__main__"},
 ]
