@@ -21,6 +21,7 @@ from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import RECIPES, recipes
+from mxcompile.passes.rotate import Rotate
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.passes.tune_vectors import TuneVectors
@@ -40,6 +41,7 @@ BUILT_IN = {
     "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),
+    "rotate": st.builds(Rotate, formats, st.none() | formats, st.sampled_from([None, 2, 32, 128])),
     "gptq": st.builds(Gptq, formats, st.none() | formats, alphas, st.sampled_from(Order), rules, grids, alphas, flags)
     | st.builds(Gptq, formats, rule=st.none(), order=st.just(Order.NONE)),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
