@@ -22,6 +22,7 @@ from mxcompile.multiplier import digest, multiplier_of
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage, where
+from mxcompile.storage import own_tensors, place_all
 from mxcompile.weight import MXLayout, MXWeight
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,17 +57,16 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
             "(fusing happens inside torch.compile)"
         )
     weights = _placements(program)
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    own = own_tensors(model)
     _check_names(program, weights, own)
     changed = _changed_tensors(program, own)
     replaced = {*weights, *changed}
     kept_by_another_name = {id(tensor) for name, tensor in own.items() if name not in replaced}
     memo: dict[int, Any] = {id(own[name]): own[name] for name in replaced if id(own[name]) not in kept_by_another_name}
     deployed = copy.deepcopy(model, memo)
-    for name, tensor in changed.items():
-        _place(deployed, name, tensor.detach().clone())
-    for name, placement in weights.items():
-        _place(deployed, name, _weight(program, placement))
+    copies = {id(tensor): tensor.detach().clone() for tensor in changed.values()}
+    place_all(deployed, {name: copies[id(tensor)] for name, tensor in changed.items()})
+    place_all(deployed, {name: _weight(program, placement) for name, placement in weights.items()})
     deployed.requires_grad_(False).eval()
     if check:
         _check_agreement(program, deployed)
@@ -171,13 +171,3 @@ def _check_agreement(program: Program, deployed: nn.Module) -> None:
             f"output {name} of the deployed module agrees with the lowered program's only to {agreement:.1f} dB: the "
             "module does something that the trace does not show (a branch, state)"
         )
-
-
-def _place(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor at the place of a parameter or buffer."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if isinstance(getattr(owner, leaf), nn.Parameter):
-        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-    else:
-        setattr(owner, leaf, value)

@@ -1,6 +1,8 @@
-"""How many bytes a module's tensors take."""
+"""The tensors that a module holds: how many bytes they take, and others put in their places."""
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from mxcompile.weight import MXWeight
 
@@ -16,3 +18,23 @@ def stored_bytes(module: nn.Module) -> int:
                 seen.add(part.data_ptr())
                 total += part.numel() * part.element_size()
     return total
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, then buffers, under all their names."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return parameters | dict(module.named_buffers(remove_duplicate=False))
+
+
+def place_all(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in the places of parameters and buffers; names with one object get one parameter."""
+    own = own_tensors(module)
+    parameters: dict[int, nn.Parameter] = {}
+    for name, value in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if isinstance(own[name], nn.Parameter):
+            parameter = parameters.setdefault(id(value), nn.Parameter(value, requires_grad=False))
+            owner.register_parameter(leaf, parameter)
+        else:
+            setattr(owner, leaf, value)
