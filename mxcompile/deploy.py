@@ -16,12 +16,14 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import slot
 from mxcompile.analysis.matmuls import find_matmuls
+from mxcompile.checkpoint import adopt
 from mxcompile.edit import BLOCK_AXIS
 from mxcompile.errors import DeployError
 from mxcompile.multiplier import digest, multiplier_of
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage, where
+from mxcompile.provenance import Provenance
 from mxcompile.storage import own_tensors, place_all
 from mxcompile.weight import MXLayout, MXWeight
 
@@ -67,7 +69,7 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
     copies = {id(tensor): tensor.detach().clone() for tensor in changed.values()}
     place_all(deployed, {name: copies[id(tensor)] for name, tensor in changed.items()})
     place_all(deployed, {name: _weight(program, placement) for name, placement in weights.items()})
-    deployed.requires_grad_(False).eval()
+    adopt(deployed.requires_grad_(False).eval(), Provenance(" | ".join(record.spec for record in program.ledger)))
     if check:
         _check_agreement(program, deployed)
     return deployed

@@ -17,7 +17,7 @@ FLOORS = [
     {"importance", "nearest", "packing", "reference", "rows"},
     {"kernels"},
     {"ops"},
-    {"inputs", "ledger", "selection", "overrides", "measure", "texts"},
+    {"inputs", "ledger", "selection", "overrides", "measure", "texts", "provenance"},
     {"program", "weight"},
     {
         "analysis",
@@ -31,7 +31,7 @@ FLOORS = [
         "resume",
         "search",
     },
-    {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion", "scoring"},
+    {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion", "scoring", "checkpoint"},
     {"pipeline", "deploy", "dump", "inductor", "probe"},
     {"passes"},
     {"api", "progress", "smollm2"},
