@@ -36,7 +36,7 @@ FLOORS = [
     {"passes"},
     {"api", "progress", "smollm2"},
     {"bisection"},
-    {"demo", "comparison", "cli", "__init__", "__main__"},
+    {"demo", "comparison", "commands", "cli", "__init__", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
