@@ -67,8 +67,8 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
     memo: dict[int, Any] = {id(own[name]): own[name] for name in replaced if id(own[name]) not in kept_by_another_name}
     deployed = copy.deepcopy(model, memo)
     copies = {id(tensor): tensor.detach().clone() for tensor in changed.values()}
-    place_all(deployed, {name: copies[id(tensor)] for name, tensor in changed.items()})
-    place_all(deployed, {name: _weight(program, placement) for name, placement in weights.items()})
+    place_all(deployed, [(name, copies[id(tensor)]) for name, tensor in changed.items()])
+    place_all(deployed, [(name, _weight(program, placement)) for name, placement in weights.items()])
     adopt(deployed.requires_grad_(False).eval(), Provenance(" | ".join(record.spec for record in program.ledger)))
     if check:
         _check_agreement(program, deployed)

@@ -1,6 +1,6 @@
 """The tensors that a module holds: how many bytes they take, and others put in their places."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -26,14 +26,16 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
-def place_all(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in the places of parameters and buffers; names with one object get one parameter."""
-    own = own_tensors(module)
+def place_all(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Put tensors, by name, in the places of parameters and buffers; names with one object get one parameter.
+
+    One after the other, so that what was there before is let go of while the next one is made.
+    """
     parameters: dict[int, nn.Parameter] = {}
-    for name, value in tensors.items():
+    for name, value in tensors:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        if isinstance(own[name], nn.Parameter):
+        if isinstance(getattr(owner, leaf), nn.Parameter):
             parameter = parameters.setdefault(id(value), nn.Parameter(value, requires_grad=False))
             owner.register_parameter(leaf, parameter)
         else:

@@ -1,15 +1,13 @@
 """Saved and loaded: the same module to the bit, at its packed size, from files that are read when they are needed."""
 
 import copy
-import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from models import LANGUAGE_MODELS, MODELS, build, inputs, output
+from checkpoints import assert_runs, assert_same, deployed, load, weight_files
+from models import MODELS, build, inputs, output
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 import mxcompile
 from mxcompile import inductor, packing, reference
 from mxcompile.analysis.matmuls import find_matmuls
-from mxcompile.checkpoint import Checkpoint, register
+from mxcompile.checkpoint import Checkpoint
 from mxcompile.errors import CheckpointError, InputError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, ScaleRule, activation_rule
 from mxcompile.multiplier import insert_multiplier
@@ -26,55 +24,9 @@ from mxcompile.provenance import Provenance
 from mxcompile.storage import own_tensors, stored_bytes
 from mxcompile.weight import MXLayout, MXWeight
 
-OWN = ("mlp", "cnn")
-"""Modules that transformers does not know."""
-
-
-@pytest.fixture(scope="module")
-def deployed():
-    """deployed("llama") is that model quantized, always the same object."""
-    made: dict[object, nn.Module] = {}
-
-    def get(name: str, recipe: str = "w4a8-mxint-quick", **options) -> nn.Module:
-        key = (name, recipe, *map(str, options.items()))
-        if key not in made:
-            program = mxcompile.trace(build(name), inputs(name), **options)
-            made[key] = mxcompile.deploy(
-                mxcompile.Pipeline.parse(RECIPES.get(recipe, recipe)).run(program), build(name)
-            )
-        return made[key]
-
-    return get
-
-
-def skeleton(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return type(build(name))()
-
-
-def load(path: Path, name: str) -> nn.Module:
-    return mxcompile.load(path, model=skeleton(name) if name in OWN else None)
-
-
-def assert_same(given: nn.Module, wanted: nn.Module) -> None:
-    mine, theirs = own_tensors(given), own_tensors(wanted)
-    assert mine.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        other = mine[name]
-        assert (type(other), other.dtype, other.shape) == (type(tensor), tensor.dtype, tensor.shape), name
-        pairs = [(other, tensor)]
-        if isinstance(tensor, MXWeight):
-            assert other.layout_ == tensor.layout_, name
-            pairs = list(zip(other.parts, tensor.parts, strict=True))
-        assert all(torch.equal(*pair) for pair in pairs), name
-
-
-def weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors"))
-
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_kind_of_model(deployed, name, tmp_path):
+def test_every_kind_of_model(name, tmp_path):
     model = deployed(name)
     mxcompile.save(model, tmp_path)
     loaded = load(tmp_path, name)
@@ -84,30 +36,6 @@ def test_every_kind_of_model(deployed, name, tmp_path):
     assert_same(loaded, model)
     with torch.no_grad():
         assert torch.equal(output(loaded(**inputs(name, 3, 11))), output(model(**inputs(name, 3, 11))))
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in OWN])
-def test_transformers_loads_and_saves_it(deployed, name, tmp_path):
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    model, kind = deployed(name), AutoModelForCausalLM if name in LANGUAGE_MODELS else AutoModel
-    model.save_pretrained(tmp_path / "first")
-    loaded = kind.from_pretrained(tmp_path / "first")
-    assert_same(loaded, model)
-    loaded.save_pretrained(tmp_path / "second")
-    files = {path.name for path in (tmp_path / "first").iterdir()}
-    assert files == {path.name for path in (tmp_path / "second").iterdir()}
-    for file in files:
-        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
-    with torch.no_grad():
-        assert torch.equal(output(loaded(**inputs(name))), output(model(**inputs(name))))
-
-
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_what_is_loaded_generates(deployed, name, tmp_path):
-    mxcompile.save(deployed(name), tmp_path)
-    how = {**inputs(name, 1, 5), "max_new_tokens": 6, "do_sample": False}
-    assert torch.equal(load(tmp_path, name).generate(**how), deployed(name).generate(**how))
 
 
 @pytest.mark.parametrize("block", BLOCK_SIZES)
@@ -127,7 +55,7 @@ def test_every_format_and_block_size(name, block, tmp_path):
     assert_same(mxcompile.load(tmp_path, model=empty), model)
 
 
-def test_the_files_take_the_packed_size(deployed, tmp_path):
+def test_the_files_take_the_packed_size(tmp_path):
     for name in ("llama", "llama-tied", "mixtral"):
         mxcompile.save(deployed(name), tmp_path / name)
         (file,) = weight_files(tmp_path / name)
@@ -135,7 +63,7 @@ def test_the_files_take_the_packed_size(deployed, tmp_path):
         assert 0 < file.stat().st_size - stored_bytes(deployed(name)) < 150 * len(names)
 
 
-def test_safetensors_reads_the_files(deployed, tmp_path):
+def test_safetensors_reads_the_files(tmp_path):
     mxcompile.save(deployed("llama"), tmp_path)
     with safe_open(weight_files(tmp_path)[0], "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -145,7 +73,7 @@ def test_safetensors_reads_the_files(deployed, tmp_path):
         assert torch.equal(file.get_tensor(f"{name}.scales"), weight.scales)
 
 
-def test_shards_and_their_index(deployed, tmp_path):
+def test_shards_and_their_index(tmp_path):
     mxcompile.save(deployed("llama"), tmp_path, max_shard_size="20KB")
     files = [file.name for file in weight_files(tmp_path)]
     assert files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
@@ -158,15 +86,15 @@ def test_shards_and_their_index(deployed, tmp_path):
 
 
 @pytest.mark.parametrize("size", ["", "5 GX", "-1", 0, "0GB"])
-def test_shard_sizes_that_cannot_be(deployed, tmp_path, size):
+def test_shard_sizes_that_cannot_be(tmp_path, size):
     with pytest.raises(CheckpointError, match="max_shard_size"):
         mxcompile.save(deployed("mlp"), tmp_path, max_shard_size=size)
 
 
 @pytest.mark.parametrize("include", [["lm_head"], ["lm_head", "model.embed_tokens"]], ids=["alone", "both"])
-def test_tied_heads(deployed, include, tmp_path):
+def test_tied_heads(include, tmp_path):
     """Quantized alone it is tied no more; with its embedding it shares bytes, but prepares its input."""
-    model = deployed("llama-tied", include=include)
+    model = deployed("llama-tied", include=tuple(include))
     mxcompile.save(model, tmp_path)
     loaded = mxcompile.load(tmp_path)
     assert_same(loaded, model)
@@ -176,10 +104,22 @@ def test_tied_heads(deployed, include, tmp_path):
         assert torch.equal(loaded(**inputs("llama")).logits, model(**inputs("llama")).logits)
 
 
-def test_a_tied_float_head_stays_one_parameter(deployed, tmp_path):
+def test_a_tied_float_head_stays_one_parameter(tmp_path):
     mxcompile.save(deployed("llama-tied"), tmp_path)
     loaded = mxcompile.load(tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "vit"])
+def test_folds_and_multipliers_of_a_recipe(name, tmp_path):
+    """Conv1D with a multiplier, three-dimensional experts, norms that have changed."""
+    formats = "weight=mxint4,activation=mxint8"
+    recipe = f"awq-fold{{{formats}}} | round-weights{{format=mxint4}} | lower-mx{{{formats}}}"
+    model = mxcompile.quantize_and_compile(build(name), inputs(name), recipe=recipe, compile=False)
+    multiplied = [p for p in model.parameters() if isinstance(p, MXWeight) and p.multiplier is not None]
+    assert multiplied or name != "gpt2"
+    mxcompile.save(model, tmp_path)
+    assert_same(mxcompile.load(tmp_path), model)
 
 
 class Multiplied(nn.Module):
@@ -257,50 +197,7 @@ def test_tensors_of_odd_shapes_and_dtypes(tmp_path):
     assert_same(mxcompile.load(tmp_path, model=Odd()), quantized)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype, tmp_path):
-    model = mxcompile.quantize_and_compile(
-        build("llama", dtype), inputs("llama"), recipe="w4a8-mxint-quick", compile=False
-    )
-    mxcompile.save(model, tmp_path)
-    loaded = mxcompile.load(tmp_path)
-    assert_same(loaded, model)
-    assert loaded.config.dtype == dtype
-
-
-def test_transformers_casts_as_asked(deployed, tmp_path):
-    """As `.to(dtype)` does, but for buffers outside of the state dict, which transformers keeps."""
-    from transformers import LlamaForCausalLM
-
-    mxcompile.save(deployed("llama"), tmp_path)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    wanted = copy.deepcopy(deployed("llama")).to(torch.bfloat16)
-    wanted.model.rotary_emb = copy.deepcopy(deployed("llama").model.rotary_emb)
-    assert_same(loaded, wanted)
-
-
-def test_parameters_of_another_dtype_than_the_model_s(deployed, tmp_path):
-    from transformers import LlamaForCausalLM
-
-    model = copy.deepcopy(deployed("llama"))
-    model.model.norm.to(torch.float64)
-    mxcompile.save(model, tmp_path)
-    assert_same(LlamaForCausalLM.from_pretrained(tmp_path), model)
-
-
-def test_a_compiled_module_is_saved_as_it_is_uncompiled(deployed, tmp_path):
-    model = copy.deepcopy(deployed("llama"))
-    mxcompile.save(model, tmp_path / "plain")
-    compiled = inductor.compile_module(model)
-    inductor._compile_generate(model, torch.device("cuda"))  # as on a GPU, where it leaves a compile_config
-    compiled.save_pretrained(tmp_path / "compiled")
-    mxcompile.save(torch.compile(compiled), tmp_path / "wrapped")
-    for path in (tmp_path / "plain").iterdir():
-        for other in ("compiled", "wrapped"):
-            assert path.read_bytes() == (tmp_path / other / path.name).read_bytes()
-
-
-def test_what_made_it_is_kept(deployed, tmp_path):
+def test_what_made_it_is_kept(tmp_path):
     model = copy.deepcopy(deployed("mlp", "w8a8-mxint"))
     provenance = Provenance.of(model)
     assert provenance.recipe == RECIPES["w8a8-mxint"]
@@ -311,55 +208,7 @@ def test_what_made_it_is_kept(deployed, tmp_path):
     assert Checkpoint(tmp_path).card.provenance == provenance
 
 
-def pickled(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_copy_saves_itself(deployed, copied, tmp_path):
-    """Its `save_pretrained` is its own, not that of the module it was copied from."""
-    copied = copied(deployed("llama"))
-    with torch.no_grad():
-        copied.model.norm.weight.zero_()
-    copied.save_pretrained(tmp_path)
-    assert not mxcompile.load(tmp_path).model.norm.weight.any()
-
-
-def test_tokenizer_and_generation_config_come_along(deployed, local_model, tmp_path):
-    from transformers import AutoTokenizer, GenerationConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(local_model)
-    model = copy.deepcopy(deployed("llama"))
-    model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=1)
-    mxcompile.save(model, tmp_path, tokenizer=tokenizer, processor=tokenizer)
-    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
-    assert mxcompile.load(tmp_path).generation_config.max_new_tokens == 7
-    assert {"tokenizer.json", "generation_config.json"} <= Checkpoint(tmp_path).card.files.keys()
-
-
-def test_a_file_that_came_along_may_be_changed_but_not_in_silence(deployed, tmp_path):
-    mxcompile.save(deployed("llama"), tmp_path)
-    path = tmp_path / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": 3}))
-    with pytest.warns(UserWarning, match=r"generation_config.json has been changed since it was saved"):
-        loaded = mxcompile.load(tmp_path)
-    assert loaded.generation_config.max_new_tokens == 3
-
-
-def test_options_of_save_pretrained(deployed, tmp_path):
-    model = deployed("llama")
-    model.save_pretrained(tmp_path / "no", is_main_process=False)
-    assert not (tmp_path / "no").exists()
-    with pytest.raises(CheckpointError, match="save_pretrained cannot take push_to_hub, variant"):
-        model.save_pretrained(tmp_path, push_to_hub=True, variant="fp8", safe_serialization=True)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(weight_files(tmp_path)) > 3
-
-
-def test_a_quantized_model_is_not_quantized_again(deployed, tmp_path):
+def test_a_quantized_model_is_not_quantized_again(tmp_path):
     mxcompile.save(deployed("llama"), tmp_path)
     with pytest.raises(InputError, match=r"this LlamaForCausalLM is quantized already: trace the float model"):
         mxcompile.trace(mxcompile.load(tmp_path), inputs("llama"))
@@ -376,7 +225,7 @@ def test_a_quantized_model_is_not_quantized_again(deployed, tmp_path):
         (lambda model: model.register_buffer("x", torch.ones(2).cfloat().to(torch.complex128)), r"x is torch.complex"),
     ],
 )
-def test_what_cannot_be_saved(deployed, change, message, tmp_path):
+def test_what_cannot_be_saved(change, message, tmp_path):
     model = build("mlp") if "no MX" in message else copy.deepcopy(deployed("mlp"))
     change(model)
     with pytest.raises(CheckpointError, match=message):
@@ -389,7 +238,7 @@ class Stateful(nn.Module):
         return {}
 
 
-def test_a_skeleton_must_be_the_saved_module(deployed, tmp_path):
+def test_a_skeleton_must_be_the_saved_module(tmp_path):
     mxcompile.save(deployed("mlp"), tmp_path)
     with pytest.raises(CheckpointError, match=r"holds a MLP, the model given is a CNN"):
         mxcompile.load(tmp_path, model=build("cnn"))
@@ -412,45 +261,6 @@ def test_a_skeleton_must_be_the_saved_module(deployed, tmp_path):
         with pytest.raises(CheckpointError, match=difference):
             mxcompile.load(tmp_path, model=model)
         assert all(tensor is before[name] for name, tensor in own_tensors(model).items())
-
-
-def test_transformers_is_told_when_a_model_of_another_class_is_asked_for(deployed, tmp_path):
-    from transformers import AutoModel
-
-    mxcompile.save(deployed("llama"), tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds a LlamaForCausalLM, not a LlamaModel: load that"):
-        AutoModel.from_pretrained(tmp_path)
-
-
-IN_A_FRESH_PROCESS = """
-import sys
-import mxcompile
-assert not any(name.startswith("transformers") for name in sys.modules)
-from transformers import LlamaForCausalLM
-model = LlamaForCausalLM.from_pretrained(sys.argv[1])
-assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "MXWeight"
-"""
-
-
-def test_transformers_is_not_imported_but_told_when_it_is(deployed, tmp_path):
-    mxcompile.save(deployed("llama"), tmp_path)
-    assert_runs(IN_A_FRESH_PROCESS, tmp_path)
-
-
-def test_transformers_may_have_been_imported_before(deployed, tmp_path, monkeypatch):
-    """Without mxcompile a model in eight bits, whose elements are as many as its values, is refused."""
-    from transformers import LlamaForCausalLM
-    from transformers.quantizers import auto
-
-    mxcompile.save(deployed("llama", "w8a8-mxint"), tmp_path)
-    monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
-    monkeypatch.setattr(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING))
-    del auto.AUTO_QUANTIZER_MAPPING["mxcompile"], auto.AUTO_QUANTIZATION_CONFIG_MAPPING["mxcompile"]
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        LlamaForCausalLM.from_pretrained(tmp_path)
-    for _ in range(2):
-        register()
-    assert_same(LlamaForCausalLM.from_pretrained(tmp_path), deployed("llama", "w8a8-mxint"))
 
 
 MEASURED = """
@@ -499,22 +309,16 @@ with torch.no_grad():
 assert counters["inductor"]["fxgraph_cache_hit"] == 1, counters
 assert counters["inductor"]["fxgraph_cache_miss"] == 0, counters
 """
+
+
 NO_COMPILER = inductor.why_no_inductor(torch.device("cpu"))
 
 
 @pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
-def test_another_process_finds_what_was_compiled(deployed, tmp_path, monkeypatch):
+def test_another_process_finds_what_was_compiled(tmp_path, monkeypatch):
     mxcompile.save(deployed("mlp"), tmp_path)
     model = mxcompile.load(tmp_path, model=build("mlp"), compile=True)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs("mlp")), deployed("mlp")(**inputs("mlp")), rtol=0, atol=1e-5)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     assert_runs(COMPILED, tmp_path)
-
-
-def assert_runs(program: str, *arguments: object) -> str:
-    """In a process of its own; returns what it prints."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -43,7 +43,7 @@ def _fill(model: M, checkpoint: Checkpoint) -> M:
     check_fits(model, checkpoint.names, tensors)
     _check_values(model, tensors)
     own = own_tensors(model)
-    place_all(model, {name: tensor for name, tensor in tensors.items() if name in own})
+    place_all(model, [(name, tensor) for name, tensor in tensors.items() if name in own])
     adopt(model.requires_grad_(False).eval(), checkpoint.card.provenance)
     return model
 

@@ -6,6 +6,7 @@ of the state dict). This file is imported while transformers is: it may import n
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -81,19 +82,21 @@ class MXCompileQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Put tensors in their places; those that transformers has cast to another dtype, as asked, stay so."""
-        checkpoint, own = self.checkpoint, own_tensors(model)
-        as_saved = str(self.dtype).removeprefix("torch.") == checkpoint.card.config.get("dtype")
-        moved: dict[int, torch.Tensor] = {}
-        chosen: dict[str, torch.Tensor] = {}
-        for name, value in self.tensors.items():
-            is_weight = isinstance(value, MXWeight)
-            if name in own and (as_saved or is_weight or name in checkpoint.names.temporary):
-                dtype = self.dtype if is_weight and not as_saved else value.dtype
-                chosen[name] = moved.setdefault(id(value), value.to(own[name].device, dtype))
-        place_all(model, chosen)
+        place_all(model, self._moved({name: tensor.device for name, tensor in own_tensors(model).items()}))
         del self.tensors
         adopt(model.requires_grad_(False), self.checkpoint.card.provenance)
         return model
+
+    def _moved(self, devices: dict[str, torch.device]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that transformers has not loaded as they were saved, where it has put what it has."""
+        checkpoint = self.checkpoint
+        as_saved = str(self.dtype).removeprefix("torch.") == checkpoint.card.config.get("dtype")
+        moved: dict[int, torch.Tensor] = {}
+        for name, value in self.tensors.items():
+            is_weight = isinstance(value, MXWeight)
+            if name in devices and (as_saved or is_weight or name in checkpoint.names.temporary):
+                dtype = self.dtype if is_weight and not as_saved else value.dtype
+                yield name, moved.setdefault(id(value), value.to(devices[name], dtype))
 
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - theirs is untyped
         """By the `save_pretrained` that the model gets."""
