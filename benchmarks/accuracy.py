@@ -39,6 +39,10 @@ ALGORITHMS: Final = {
     "awq-fold + gptq": "awq-fold{weight=W,activation=A} | gptq{format=W,activation=A,correction=0.25}",
     "awq-fold + gptq + tune-vectors": "awq-fold{weight=W,activation=A} | gptq{format=W,activation=A,correction=0.25}"
     " | tune-vectors{activation=A}",
+    "awq-fold + rotate + gptq": "awq-fold{weight=W,activation=A} | rotate{weight=W,activation=A}"
+    " | gptq{format=W,activation=A,correction=0.25}",
+    "awq-fold + rotate + gptq + tune-vectors": "awq-fold{weight=W,activation=A} | rotate{weight=W,activation=A}"
+    " | gptq{format=W,activation=A,correction=0.25} | tune-vectors{activation=A}",
     "gptq + tune-vectors": "gptq{format=W,activation=A,correction=0.25} | tune-vectors{activation=A}",
 }
 LOWER: Final = " | lower-mx{weight=W,activation=A}"

@@ -48,7 +48,8 @@ def quantize_and_compile(
         calibration data, or without any "w4a8-mxint-quick", with a warning.
     calibration: batches as example inputs are given, for language models about 128 windows of 512 tokens in a few
         batches; passes that learn have only the example inputs if None.
-    dump: a folder for the graph after every pass, diffs, and what each pass did, in numbers for each layer too.
+    dump: a folder for the graph after every pass, diffs, what each pass did, in numbers for each layer too, and a page
+        that shows all of it, `index.html`.
     probe: what those numbers are measured on, like the example inputs (which it is if None); False measures nothing.
     compile: False returns the deployed module without `torch.compile`.
     include, exclude: name patterns; see `Selection`. The output head stays float unless included.

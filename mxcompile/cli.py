@@ -23,8 +23,9 @@ from mxcompile.bisection import bisect as find_culprits
 from mxcompile.commands import add_to
 from mxcompile.comparison import Question, compare, prepare, report
 from mxcompile.demo import load_model, run_demo
-from mxcompile.dump import DumpReader
+from mxcompile.dump import write_page
 from mxcompile.errors import MXCompileError
+from mxcompile.folder import DumpReader
 from mxcompile.formats import FORMATS, activation_rule
 from mxcompile.passes import PASSES
 from mxcompile.passes.recipes import DEFAULT, QUICK, RECIPES
@@ -162,10 +163,14 @@ def show(
     folder: Annotated[Path, typer.Argument(help="a dump folder")],
     name: Annotated[str | None, typer.Argument(metavar="PASS", help="name or number of a pass")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="what each pass did to each layer")] = False,
+    html: Annotated[bool, typer.Option("--html", help="write the dump's page, index.html, again")] = False,
 ) -> None:
     """Print a dump's summary, the graph after a pass, or the numbers of all layers."""
     reader = DumpReader(folder)
     console = _console()
+    if html:
+        console.print(write_page(folder), markup=False)
+        return
     if layers:
         console.print(reader.ledger().to_layer_table())
         return

@@ -159,4 +159,5 @@ def _report(console: Console, rows: list[Row], folder: Path, length: int) -> Non
     console.print(_CAPTION)
     for row in rows:
         console.print(f"[bold]{row.name}[/bold]: {PROMPT}[green]{row.text.rstrip()}[/green]", highlight=False)
-    console.print(f"graphs after every pass: {folder} (mxcompile show {folder / rows[-1].name})")
+    last = folder / rows[-1].name
+    console.print(f"what every pass did: {last / 'index.html'} (or mxcompile show {last})")

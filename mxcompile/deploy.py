@@ -24,6 +24,7 @@ from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage, where
 from mxcompile.provenance import Provenance
+from mxcompile.rotation import rotation_of
 from mxcompile.storage import own_tensors, place_all
 from mxcompile.weight import MXLayout, MXWeight
 
@@ -96,14 +97,16 @@ def _placements(program: Program) -> dict[str, _Placement]:
 def _lowered_reads(program: Program) -> Iterator[_Placement]:
     for matmul in find_matmuls(program)[0]:
         activation, rule, value = _preparation(matmul.activation)
-        multiplier = multiplier_of(program, value)
+        rotation = rotation_of(value)
+        multiplier = multiplier_of(program, value if rotation is None else cast(Node, value.args[0]))
         if matmul.is_lowered:
-            layout = MXLayout(*_decoding(matmul.root), activation, rule, _digest(program, multiplier))
+            layout = MXLayout(*_decoding(matmul.root), activation, rule, _digest(program, multiplier), rotation)
             yield _placement(program, matmul.root, matmul.root.args[:2], matmul.node, layout, multiplier)
-        elif multiplier is not None:
+        elif multiplier is not None or rotation is not None:
+            what = "multiplied" if rotation is None else "rotated"
             raise DeployError(
-                f"{where(matmul.node)} reads a multiplied input, but its weight stays float, and only an MX weight can "
-                "carry the multiplier: quantize it, or insert no multiplier in front of it"
+                f"{where(matmul.node)} reads a {what} input, but its weight stays float, and only an MX weight can "
+                "carry that: quantize it, or leave it out of the pass that changed its input"
             )
     for node in program.graph.nodes:
         lookups = node.args[:2] if node.target is DEQUANTIZE else ()

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from mxcompile.analysis.dataflow import TRANSPOSES, swapped_axes
 from mxcompile.ledger import Miss, PassResult
-from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.program import where
 from mxcompile.rules import Any, Call, Match, Pattern, Rule, apply_rules
 
@@ -33,7 +33,8 @@ _WEIGHT = Call(DEQUANTIZE, Any("elements"), Any("scales"), Any("format"), Any("s
 _TRANSPOSED_WEIGHT = Call(TRANSPOSES, _WEIGHT, name="transpose")
 _CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
 _MULTIPLIES = frozenset({aten.mm.default, aten.matmul.default})
-_PURE = frozenset({QUANTIZE, DEQUANTIZE, MULTIPLY, operator.getitem})
+VIEWS = frozenset({aten.view.default, aten.reshape.default})
+_PURE = frozenset({QUANTIZE, DEQUANTIZE, MULTIPLY, ROTATE, operator.getitem, *VIEWS})
 _OTHER_MATMULS = frozenset(
     {aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default, *_MULTIPLIES, aten.addmm.default}
 )
@@ -57,7 +58,7 @@ def fused_linears(graph: Graph) -> list[Node]:
 
 
 def _merge_equal_calls(graph: Graph) -> None:
-    """Let equal `mx::` calls on equal operands be one node; they are pure. Multipliers are equal by their digests."""
+    """Let equal `mx::` calls and views of equal operands be one node. Multipliers are equal by their digests."""
     first: dict[AnyType, Node] = {}
     for node in list(graph.nodes):
         if node.target not in _PURE:
@@ -65,10 +66,14 @@ def _merge_equal_calls(graph: Graph) -> None:
         operands = node.args
         if node.target is MULTIPLY:
             operands = (node.args[0], node.args[2], node.args[1].meta["val"].dtype)  # pyright: ignore
-        known = first.setdefault((node.target, operands), node)
+        known = first.setdefault((node.target, _hashable(operands)), node)
         if known is not node:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
+
+
+def _hashable(operands: AnyType) -> AnyType:
+    return tuple(map(_hashable, operands)) if isinstance(operands, list | tuple) else operands
 
 
 def _check_round_trip(match: Match) -> str | None:

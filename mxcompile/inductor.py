@@ -21,7 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
-from mxcompile import fusion, ops, rules
+from mxcompile import fusion, joining, ops, rules
 from mxcompile.analysis import dataflow
 from mxcompile.inputs import Inputs
 from mxcompile.ledger import PassResult
@@ -43,6 +43,7 @@ class FuseMX(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Rewrite the graph in place."""
         result = fusion.fuse(graph)
+        joining.join_linears(graph)
         self.results.append(result)
         logger.info("fused %d MX operations, %d misses", result.rewrites, len(result.misses))
         for miss in result.misses:
@@ -50,7 +51,9 @@ class FuseMX(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Changes with the code of the rules, so that graphs compiled with older ones are not taken from the cache."""
-        return get_hash_for_files(tuple(str(module.__file__) for module in (fusion, rules, dataflow, ops)), __file__)
+        return get_hash_for_files(
+            tuple(str(module.__file__) for module in (fusion, joining, rules, dataflow, ops)), __file__
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FuseMX":
         return self
@@ -129,6 +132,7 @@ def _fused_eager() -> Callable[..., Any]:
 
     def run(graph_module: GraphModule, _inputs: Any) -> Any:
         fusion.fuse(graph_module.graph)
+        joining.join_linears(graph_module.graph)
         graph_module.recompile()
         return make_boxed_func(graph_module.forward)
 

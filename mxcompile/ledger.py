@@ -7,12 +7,13 @@ all records of a run: a table, and a file that others may read (`ledger.json`).
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from mxcompile.distributions import Distribution
 from mxcompile.errors import DumpError
 
 SCHEMA = 2
@@ -77,12 +78,14 @@ class Measured:
 
     output_db: SQNR of its outputs, the least. kl, top1: mean KL(float || now) in nats and share of positions with the
     same largest entry, of the output called logits; None without one. layers: by the names of their weights.
+    distributions: likewise; too many for the ledger's file, they have one of their own.
     """
 
     output_db: float
     kl: float | None
     top1: float | None
     layers: dict[str, LayerNumbers]
+    distributions: dict[str, Distribution] = field(default_factory=dict[str, Distribution])
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,9 @@ class Ledger:
     """The records of a run. pipeline: its text form. bytes: of the model before the first pass.
 
     The file is a JSON object, `{"schema": 2, "pipeline": str, "bytes": int, "passes": [...]}`; a pass has the fields of
-    `PassRecord`, with those of `Miss`, `Measured` and `LayerNumbers` inside. A number that is not finite is the string
-    "inf" (an SQNR without any error), "-inf" or "nan"; null is what was not measured. The schema's number changes with
-    every change of names or meanings.
+    `PassRecord`, with those of `Miss`, `Measured` (but for its distributions) and `LayerNumbers` inside. A number that
+    is not finite is the string "inf" (an SQNR without any error), "-inf" or "nan"; null is what was not measured. The
+    schema's number changes with every change of names or meanings.
     """
 
     pipeline: str
@@ -134,11 +137,19 @@ class Ledger:
     def to_json(self) -> str:
         """The file's text."""
         content = {"schema": SCHEMA, "pipeline": self.pipeline, "bytes": self.bytes}
-        return json.dumps(content | {"passes": [_plain(asdict(record)) for record in self.passes]}, indent=1) + "\n"
+        return json.dumps(content | {"passes": [plain(_fields(record)) for record in self.passes]}, indent=1) + "\n"
 
     def layers(self) -> tuple[str, ...]:
         """Names of all layers that were measured, in graph order."""
         return tuple(dict.fromkeys(name for record in self.passes for name in _layers_of(record)))
+
+    def misses(self) -> dict[Miss, list[str]]:
+        """Each miss once, with the passes that met it."""
+        found: dict[Miss, list[str]] = {}
+        for record in self.passes:
+            for miss in record.misses:
+                found.setdefault(miss, []).append(record.name)
+        return found
 
     def to_table(self) -> Table:
         """A row for every pass; what was not measured is left empty."""
@@ -192,12 +203,20 @@ def _measured(content: dict[str, Any]) -> Measured:
     return Measured(**_read(content) | {"layers": layers})
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+def _fields(record: PassRecord) -> dict[str, Any]:
+    if record.measured is None:
+        return asdict(record)
+    fields = asdict(replace(record, measured=replace(record.measured, distributions={})))
+    del fields["measured"]["distributions"]
+    return fields
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: what is not finite is a word."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return _INFINITE.get(value, "nan")
     return value

@@ -21,6 +21,7 @@ from mxcompile.analysis.matmuls import Matmul, read_instead
 from mxcompile.edit import insert_call, insert_tensor
 from mxcompile.errors import MXCompileError
 from mxcompile.program import Program, where
+from mxcompile.rotation import rotation_of
 
 _MULTIPLIED = "mx_multiplied"  # key of `Node.meta` on an inserted multiply; the user's own ones have none
 _MUL = torch.ops.aten.mul.Tensor
@@ -86,6 +87,8 @@ def unfoldable_groups(program: Program, misses: Iterable[Unfoldable]) -> list[Sc
             by_value.setdefault(miss.matmul.activation, []).append(miss.matmul)
     groups: list[ScaleGroup] = []
     for value, matmuls in by_value.items():
+        if rotation_of(value) is not None:
+            continue  # an input is multiplied before it is rotated
         if any(destinations(matmul.root) - {m.node for m in matmuls} for matmul in matmuls):
             continue  # a weight that reads other values too would need one multiplier for all of them
         size = matmuls[0].in_features

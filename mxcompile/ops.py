@@ -4,26 +4,29 @@
     mx::dequantize(elements, scales, format, size, dtype) -> values
     mx::quantize_dequantize(x, format, rule) -> values               the two above, fused
     mx::linear(x, elements, scales, bias, format) -> y               dequantize + linear, fused
+    mx::linears(x, elements, scales, biases, format, activation, rule) -> ys    the two above, for weights of one input
+    mx::rotate(x, block) -> x in runs of block times Hadamard        on the way into a matmul; see `hadamard.py`
     mx::multiply(x, multiplier, digest) -> x * multiplier            on the way into a matmul of a deployed module
 
 `format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
 (`packing.py`), uint8 `[..., blocks * block_bytes]`; scales are E8M0 bytes `[..., blocks]`; blocks run along the last
 dimension, whose true length is `size`.
 
-The first two are the reference itself on every device. The fused two go to the fastest kernel that serves the call
+The first two are the reference itself on every device. The fused ones go to the fastest kernel that serves the call
 (`kernels.dispatch`) and mean exactly the composition of the first two with `aten.linear`.
 
 `digest` names a multiplier's values. Weights that share an input each bring a multiplier of their own, and inside
 `torch.compile` nothing else says that they are equal, so that one product will do.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch import _check as check  # pyright: ignore[reportPrivateUsage] - documented API
 
-from mxcompile import packing, reference
+from mxcompile import hadamard, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.kernels import dispatch
 
@@ -55,10 +58,35 @@ def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, for
     return dispatch.linear(x, elements, scales, bias, _format(format))
 
 
+def linears(
+    x: Tensor,
+    elements: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    format: str,
+    activation: str | None,
+    rule: str | None,
+) -> list[Tensor]:
+    """`linear` for each weight, all of one format and inner size, of x rounded to `activation` by `rule` if given."""
+    weights = list(zip(elements, scales, biases, strict=True))
+    rounding = None if activation is None or rule is None else (_format(activation), _rule(rule))
+    return dispatch.linears(x, weights, _format(format), rounding)
+
+
 def multiply(x: Tensor, multiplier: Tensor, digest: str) -> Tensor:
     """`x * multiplier`: x `[..., in]`, multiplier `[in]`."""
     del digest
     return x * multiplier
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """`x` with every run of `block` channels rotated: x `[..., in]`, `in` a multiple of the block."""
+    return hadamard.rotate_input(x, block)
+
+
+def _fake_rotate(x: Tensor, block: int) -> Tensor:
+    check(x.shape[-1] % block == 0, lambda: f"{x.shape[-1]} channels are no multiple of a rotation of {block}")
+    return x.new_empty(x.shape)
 
 
 def _fake_quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
@@ -89,6 +117,22 @@ def _fake_linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | Non
     return x.new_empty((*x.shape[:-1], elements.shape[0]))
 
 
+def _fake_linears(
+    x: Tensor,
+    elements: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    format: str,
+    activation: str | None,
+    rule: str | None,
+) -> list[Tensor]:
+    check((activation is None) == (rule is None), lambda: "an activation format comes with a scale rule")
+    if activation is not None and rule is not None:
+        x = _fake_quantize_dequantize(x, activation, rule)
+    weights = zip(elements, scales, biases, strict=True)
+    return [_fake_linear(x, packed, exponents, bias, format) for packed, exponents, bias in weights]
+
+
 def _check_rule(rule: str, fmt: MXFormat) -> None:
     scale_rule: ScaleRule = _rule(rule)
     scale_rule.threshold(fmt)
@@ -106,7 +150,10 @@ def _register() -> None:
             _fake_quantize_dequantize,
         ),
         "linear(Tensor x, Tensor elements, Tensor scales, Tensor? bias, str format) -> Tensor": (linear, _fake_linear),
+        "linears(Tensor x, Tensor[] elements, Tensor[] scales, Tensor?[] biases, str format, "
+        "str? activation, str? rule) -> Tensor[]": (linears, _fake_linears),
         "multiply(Tensor x, Tensor multiplier, str digest) -> Tensor": (multiply, multiply),
+        "rotate(Tensor x, int block) -> Tensor": (rotate, _fake_rotate),
     }
     for schema, (implementation, fake) in schemas.items():
         name = schema.partition("(")[0]
@@ -121,4 +168,6 @@ QUANTIZE = torch.ops.mx.quantize.default
 DEQUANTIZE = torch.ops.mx.dequantize.default
 QUANTIZE_DEQUANTIZE = torch.ops.mx.quantize_dequantize.default
 LINEAR = torch.ops.mx.linear.default
+LINEARS = torch.ops.mx.linears.default
 MULTIPLY = torch.ops.mx.multiply.default
+ROTATE = torch.ops.mx.rotate.default

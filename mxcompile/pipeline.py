@@ -16,7 +16,7 @@ from mxcompile.inputs import as_batches
 from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import PassRecord, PassResult
 from mxcompile.overrides import Overrides
-from mxcompile.preservation import OnChange, check_preserved, remember
+from mxcompile.preservation import LEAST_DB, OnChange, check_preserved, remember
 from mxcompile.program import Program, Stage
 from mxcompile.resume import Resume
 
@@ -42,6 +42,11 @@ class Pass(ABC):
     def reads_calibration(self) -> bool:
         """Whether calibration data can make a difference to the pass; True unless it is known that it cannot."""
         return True
+
+    def least_db(self, program: Program) -> float:
+        """How well outputs before and after must agree if the pass keeps the function."""
+        del program
+        return LEAST_DB
 
     def requests(self, program: Program) -> Sequence[Request]:
         """Statistics of values that `run` will read from `program.statistics`; gathered before it is called."""
@@ -115,7 +120,8 @@ class Pipeline:
         """Run the passes on a copy of the program and return the copy.
 
         calibration: a batch or an iterable of batches as `trace` takes inputs; the example inputs if None.
-        on_change: what to do when a pass that must keep the function does not (less than 100 dB on the example inputs):
+        on_change: what to do when a pass that must keep the function does not (less than `least_db`, 100 dB for most,
+            on the example inputs):
             "error" undoes it and raises PreservationError, "warn" warns and goes on.
         resume: a folder for what slow passes (gptq) have finished; the same run, started again, goes on from there.
         """
@@ -197,11 +203,11 @@ def _report(instruments: Sequence[Instrument], program: Program, step: Step, don
 def _preserving(current: Pass, program: Program, on_change: OnChange) -> tuple[PassResult, float]:
     """Run a pass that must keep the function, check that it did, and undo it if not."""
     remember(program)
-    before = program.copy()
+    before, least = program.copy(), current.least_db(program)
     result = current.run(program)
     program.graph_module.recompile()
     try:
-        return result, check_preserved(program, before, result.folds, current.name, on_change)
+        return result, check_preserved(program, before, result.folds, current.name, least, on_change)
     except PreservationError:
         program.graph_module = before.graph_module
         raise

@@ -3,7 +3,7 @@
 One node a line: name, type and shape, call, module path. No file paths, object ids or times; dynamic sizes are
 renamed s0, s1, ... in order of appearance; columns have fixed widths (a longer name overflows its own line alone). A
 tensor that the graph reads is printed with its largest magnitude and a hash of its bytes, since a rewritten weight does
-not show in the graph.
+not show in the graph, and with the format that its values have been rounded to.
 """
 
 import hashlib
@@ -72,7 +72,7 @@ def _line(program: Program, node: Node, symbols: dict[str, str]) -> str:
         case "placeholder":
             return head + "input"
         case "get_attr":
-            return head + f'tensor "{node.target}" {summarize(program.tensor(str(node.target)))}'
+            return head + _tensor(program, str(node.target))
         case "output":
             return f"return {_argument(node.args[0])}"
         case "call_module":
@@ -81,6 +81,12 @@ def _line(program: Program, node: Node, symbols: dict[str, str]) -> str:
             call = f"{print_target(node.target)}{_arguments(node)}"
             path = module_path(node)
             return head + (f"{call:<{_CALL}} # {path}" if path else call)
+
+
+def _tensor(program: Program, name: str) -> str:
+    rounding = program.rounded.get(name)
+    fmt = "" if rounding is None else f" format={rounding.format}"
+    return f'tensor "{name}" {summarize(program.tensor(name))}{fmt}'
 
 
 def _arguments(node: Node) -> str:

@@ -7,12 +7,13 @@ is the float model from there on, or, if something has been lost before, the flo
 
 It costs one forward of the probe at the start and one a pass, with every layer's matmul repeated on a sample of rows (a
 second one, if a lossy pass came before a fold). Of a probe of many tokens that sample, evenly spaced, is all that is
-kept: 256 rows of every layer's input and output, 512 of the logits.
+kept: 256 rows of every layer's input and output, 512 of the logits. From those rows, and from rows of its weight, come
+the layer's distributions around each pass.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from torch.fx import Node
 
 from mxcompile.analysis.layers import Layer, Rounded, find_layers
 from mxcompile.calibration.run import Runner, run_outputs
+from mxcompile.distributions import Distribution, Histogram, Values
 from mxcompile.inputs import Inputs, as_inputs
 from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import LayerNumbers, Measured, PassResult
 from mxcompile.measure import kl_divergence, sqnr_db, top1_agreement
 from mxcompile.pipeline import Pipeline
-from mxcompile.preservation import LEAST_DB, agreement_db, output_tensors
+from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage
 
 _ROWS = 256
@@ -64,33 +66,41 @@ class Measure(Instrument):
         self._given = None if probe is None else as_inputs(probe)
         self._float: _Float | None = None
         self._exact = True
+        self._values: dict[str, Values] = {}
 
     def start(self, program: Program, pipeline: Pipeline) -> None:
         """Run the probe through the float model."""
         self._exact = True
         self._float = self._show(program.copy())
+        self._values = _all_values(self._float)
 
     def measure(self, program: Program, step: Step, result: PassResult) -> Measured:
         """Run the probe through what the pass has left."""
+        before = self._values
+        measured, self._values = self._measure(program, step, result)
+        both = {name: Distribution(before[name], after) for name, after in self._values.items() if name in before}
+        return replace(measured, distributions=both)
+
+    def _measure(self, program: Program, step: Step, result: PassResult) -> tuple[Measured, dict[str, Values]]:
         assert self._float is not None
         folded = step.current.preserves_function and program.stage is Stage.FLOAT and result.rewrites > 0
         if folded and self._exact:
             now = self._show(program.copy())
-            if agreement_db(self._float.outputs, now.outputs)[0] >= LEAST_DB:
+            if agreement_db(self._float.outputs, now.outputs)[0] >= step.current.least_db(program):
                 measured = _of_folds(self._float, now)
-                self._float = now
-                return measured
+                self._float = replace(now, outputs=self._float.outputs)
+                return measured, _all_values(now)
         elif folded and result.folds:
             carried = self._float.program.copy()
             for fold in result.folds:
                 fold.apply(carried)
-            self._float = self._show(carried)
+            self._float = replace(self._show(carried), outputs=self._float.outputs)
         self._exact = self._exact and result.rewrites == 0
         return self._compare(program, self._float)
 
     def finish(self, program: Program) -> None:
         """Let go of the float model."""
-        self._float = None
+        self._float, self._values = None, {}
 
     def _probe(self, program: Program) -> Inputs:
         return self._given or program.example
@@ -107,9 +117,10 @@ class Measure(Instrument):
         outputs = _run(program, self._probe(program), layers, keep)
         return _Float(program, layers, shown, outputs)
 
-    def _compare(self, program: Program, exact: _Float) -> Measured:
+    def _compare(self, program: Program, exact: _Float) -> tuple[Measured, dict[str, Values]]:
         layers = find_layers(program)
         numbers: dict[str, LayerNumbers] = {}
+        values: dict[str, Values] = {}
         prepared = _Prepared()
 
         def compare(layer: Layer, runner: _Watching, output: Tensor) -> None:
@@ -119,11 +130,12 @@ class Measure(Instrument):
             pairs = zip(layer.operands, known.operands, strict=True)
             local = runner.again(layer, [prepared(layer, x) if n is layer.activation else x for n, x in pairs])
             along = _sample(output, layer) if layer.operands == (layer.activation,) else None
-            weight = exact.layers[layer.name].rows(exact.program)
-            numbers[layer.name] = _numbers(layer, _db(weight, layer.rows(program)), known.output, local, along)
+            weight, wanted = layer.rows(program), exact.layers[layer.name].rows(exact.program)
+            numbers[layer.name] = _numbers(layer, _db(wanted, weight), known.output, local, along)
+            values[layer.name] = _values(layer, weight, known.operands, prepared)
 
         outputs = _run(program, self._probe(program), layers, compare)
-        return _measured(exact.outputs, outputs, numbers)
+        return _measured(exact.outputs, outputs, numbers), values
 
 
 class _Watching(Runner):
@@ -192,6 +204,21 @@ def _numbers(
     activation = None if layer.rounded is None else layer.rounded.format
     local_db = None if local is None else _db(wanted, local)
     return LayerNumbers(layer.format, activation, weight_db, local_db, accumulated, error)
+
+
+def _all_values(exact: _Float) -> dict[str, Values]:
+    prepared = _Prepared()
+    found = ((layer, exact.shown[name].operands) for name, layer in exact.layers.items())
+    return {layer.name: _values(layer, layer.rows(exact.program), operands, prepared) for layer, operands in found}
+
+
+def _values(layer: Layer, weight: Tensor, operands: tuple[Tensor, ...], prepared: _Prepared) -> Values:
+    pairs = zip(layer.operands, operands, strict=True)
+    given = next((operand for node, operand in pairs if node is layer.activation), None)
+    if given is None:
+        return Values(Histogram.of(weight), None, None)
+    rounded = None if layer.rounded is None else Histogram.of(prepared(layer, given))
+    return Values(Histogram.of(weight), Histogram.of(given), rounded)
 
 
 def _of_folds(before: _Float, after: _Float) -> Measured:

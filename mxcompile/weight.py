@@ -1,9 +1,10 @@
 """MXWeight: a parameter that holds packed MX elements and scales in place of a float tensor.
 
 It has the shape and dtype of the weight it stands for. A matmul with it (`F.linear`, `@`, `addmm`, `bmm`, grouped
-matmul) computes what a lowered Program does: the input is multiplied by a vector, quantized and dequantized as the
-weight says, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any other
-arithmetic is refused with the operator's name: nothing is dequantized behind the user's back.
+matmul) computes what a lowered Program does: the input is multiplied by a vector, rotated, quantized and dequantized as
+the weight says, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any other
+arithmetic is refused with the operator's name: nothing is dequantized behind the user's back. In eager mode the kernels
+serve `F.linear`; inside `torch.compile` and `torch.export` every step is an op of the graph.
 
 Survives `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.export`.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
-from mxcompile.ops import DEQUANTIZE, MULTIPLY, QUANTIZE
+from mxcompile.ops import DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
 
@@ -30,6 +31,7 @@ class MXLayout:
     transposed: the contracted dimension is the weight's second to last one; the packed form always has it last.
     activation, rule: format and scale rule of the input, or None if it stays float.
     multiplier: a name for the values that the input is multiplied by (equal names, equal values), or None.
+    rotation: block of the rotation of the input (`hadamard.py`), after the multiplication, or None.
     """
 
     format: str
@@ -38,6 +40,7 @@ class MXLayout:
     activation: str | None = None
     rule: str | None = None
     multiplier: str | None = None
+    rotation: int | None = None
 
 
 class MXWeight(Tensor):
@@ -98,8 +101,12 @@ class MXWeight(Tensor):
         spec = self.layout_
         if self.multiplier is not None:
             x = MULTIPLY(x, self.multiplier, str(spec.multiplier))
+        if spec.rotation is not None:
+            x = ROTATE(x, spec.rotation)
         if spec.activation is None:
             return x
+        if not torch.compiler.is_compiling():
+            return QUANTIZE_DEQUANTIZE(x, spec.activation, spec.rule)
         elements, scales = QUANTIZE(x, spec.activation, spec.rule)
         return DEQUANTIZE(elements, scales, spec.activation, x.shape[-1], x.dtype)
 
@@ -189,7 +196,16 @@ def _right_operand(op: Callable[..., Tensor], place: int) -> Callable[..., Tenso
 
 
 def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tensor:
+    if _served_by_kernels(input, weight):
+        args = ([weight.elements], [weight.scales], [bias], weight.layout_.format, None, None)
+        return LINEARS(weight.prepare(input), *args)[0]
     return F.linear(weight.prepare(input), weight.dequantize(), bias)
+
+
+def _served_by_kernels(x: Tensor, weight: MXWeight) -> bool:
+    """Outside `torch.compile`, whose graphs show every step, for a product without gradients of the right dtype."""
+    plain = weight.dim() == 2 and not weight.layout_.transposed and x.dtype == weight.dtype
+    return plain and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: MXWeight, *args: Any, **kwargs: Any) -> Tensor:

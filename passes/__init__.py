@@ -6,6 +6,7 @@ from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
+from mxcompile.passes.rotate import Rotate
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.passes.tune_vectors import TuneVectors
@@ -14,6 +15,7 @@ from mxcompile.pipeline import Pass
 PASSES: Final[dict[str, type[Pass]]] = {
     "smooth-quant": SmoothQuant,
     "awq-fold": AwqFold,
+    "rotate": Rotate,
     "gptq": Gptq,
     "round-weights": RoundWeights,
     "tune-vectors": TuneVectors,

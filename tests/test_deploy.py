@@ -132,7 +132,7 @@ def multiplied(model, x, lower="lower-mx{weight=mxint4,activation=mxint8}", **op
 @pytest.mark.parametrize("lower", ["lower-mx{weight=mxint4,activation=mxint8}", "lower-mx{weight=mxint4}"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_multipliers_travel_with_the_weights(lower, dtype):
-    model, x = Gated().to(dtype).eval(), torch.randn(3, 64, dtype=dtype)
+    model, x = Gated().to(dtype).eval(), torch.randn(6, 64, dtype=dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     lowered = multiplied(model, x, lower)
     deployed = mxcompile.deploy(lowered, model)

@@ -9,8 +9,10 @@ from models import build, inputs
 
 import mxcompile
 from mxcompile import Pipeline
-from mxcompile.dump import Dump, DumpReader
+from mxcompile.distributions import Distributions
+from mxcompile.dump import Dump
 from mxcompile.errors import DumpError, PassError, UnknownNameError
+from mxcompile.folder import DumpReader, Failure
 from mxcompile.printer import print_program
 
 TEXT = "smooth-quant | round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"
@@ -31,6 +33,8 @@ def test_writes_the_graph_and_its_diff_for_every_pass(tmp_path):
         "02-round-weights.txt",
         "03-lower-mx.diff",
         "03-lower-mx.txt",
+        "distributions.json",
+        "index.html",
         "ledger.json",
         "pipeline.txt",
         "summary.txt",
@@ -64,6 +68,14 @@ def test_ledger_holds_what_the_passes_did(tmp_path):
     ]
 
 
+def test_distributions_are_those_measured(tmp_path):
+    program = mxcompile.trace(build("mlp"), inputs("mlp"))
+    lowered = Pipeline.parse(TEXT).run(program, instruments=[Dump(tmp_path), mxcompile.Measure()])
+    found = Distributions.load(tmp_path).passes
+    assert list(found) == [record.measured.distributions for record in lowered.ledger]
+    assert set(found[0]) == {"up.weight", "down.weight"}
+
+
 def test_numbers_without_a_json_form_are_words(tmp_path):
     program = mxcompile.trace(build("mlp"), inputs("mlp"))
     program.set_tensor("up.weight", torch.zeros(128, 64))
@@ -76,7 +88,7 @@ def test_two_dumps_of_one_thing_differ_in_times_only(tmp_path):
     dump(tmp_path / "a")
     dump(tmp_path / "b")
     for path in (tmp_path / "a").iterdir():
-        if path.name not in ("ledger.json", "summary.txt"):
+        if path.name not in ("ledger.json", "summary.txt", "index.html"):
             assert path.read_text() == (tmp_path / "b" / path.name).read_text()
 
 
@@ -112,24 +124,43 @@ def test_a_bad_folder_is_refused_before_the_model_is_traced(tmp_path):
         mxcompile.quantize_and_compile("not even a model", None, dump=tmp_path, recipe="w4a8-mxint-quick")
 
 
-def test_a_failing_pass_leaves_what_it_was_given(tmp_path):
-    class Explode(mxcompile.Pass):
-        name = "explode"
+class Explode(mxcompile.Pass):
+    name = "explode"
 
-        def run(self, program):
-            program.set_tensor("up.weight", torch.zeros(1))
-            raise ValueError("no fuel")
+    def run(self, program):
+        program.set_tensor("up.weight", torch.zeros(1))
+        raise ValueError("no fuel\nat all")
 
+
+def explode(folder):
     program = mxcompile.trace(build("mlp"), inputs("mlp"))
     pipeline = Pipeline([Explode(), *Pipeline.parse(TEXT).passes])
     with pytest.raises(PassError, match="'explode' failed: ValueError: no fuel"):
-        pipeline.run(program, instruments=[Dump(tmp_path)])
+        pipeline.run(program, instruments=[Dump(folder)])
+    return program
+
+
+def test_a_failing_pass_leaves_what_it_was_given(tmp_path):
+    program = explode(tmp_path)
     text = (tmp_path / "01-explode.FAILED.txt").read_text()
     assert (
         text
-        == f"# explode failed: ValueError: no fuel\n# still to run: {TEXT}\n# the graph before it:\n"
+        == f"# explode failed: ValueError: no fuel\nat all\n# still to run: {TEXT}\n# the graph before it:\n"
         + print_program(program)
     )
+
+
+def test_reader_tells_a_failed_run_from_what_is_left_of_another(tmp_path):
+    dump(tmp_path)
+    assert DumpReader(tmp_path).failure() is None
+    explode(tmp_path)
+    reader = DumpReader(tmp_path)
+    assert reader.failure() == Failure(1, "explode failed: ValueError: no fuel\nat all", TEXT)
+    assert reader.stages() == ["00-trace"]
+    assert reader.pipeline() == ["explode", *TEXT.split(" | ")]
+    dump(tmp_path)
+    assert DumpReader(tmp_path).failure() is None
+    assert not list(tmp_path.glob("*.FAILED.txt"))
 
 
 def test_reader_finds_stages_by_name_and_number(tmp_path):

@@ -125,6 +125,11 @@ def test_a_weight_trained_in_between_changes_its_own_line():
     assert "absmax=3 sha=" in line
 
 
+def test_a_rounded_weight_says_its_format(program):
+    rounded = lines(Pipeline.parse("round-weights{format=mxint4}").run(program))
+    assert [line.split('"')[1] for line in rounded if line.endswith(" format=mxint4")] == ["up.weight", "down.weight"]
+
+
 def test_one_bit_shows(program):
     before = lines(program)
     weight = program.tensor("up.weight").detach().clone()

@@ -44,7 +44,7 @@ class Facts:
         operands: list[Operand] = []
         for value, readers in shared.items():
             weight = torch.cat([weights[matmul.node].flatten(0, -2) for matmul, _ in readers])
-            sample = _fewer(self.known[value][TokenSample], weight)
+            sample = fewer(self.known[value][TokenSample], weight)
             importance = self.known[value][ChannelImportance]
             operands.append(Operand(sample, importance, weight, readers[0][1].to(weight.device)))
         return operands
@@ -91,7 +91,7 @@ def _squared_error(wanted: Values, given: Values) -> float:
     return total
 
 
-def _fewer(rows: Tensor, weight: Tensor) -> Tensor:
+def fewer(rows: Tensor, weight: Tensor) -> Tensor:
     """Fewer tokens for the stacked weights of many experts: outputs `[tokens, out]` are held at once.
 
     Every n-th one: a sample begins with its largest tokens.

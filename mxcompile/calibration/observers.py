@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mxcompile.hadamard import rotate_input
 from mxcompile.importance import floored, token_weights
 from mxcompile.rows import row_slices
 
@@ -111,6 +112,27 @@ class ChannelImportance(_ChannelMean):
     def _total(self, rows: Tensor) -> Tensor:
         slices = row_slices(rows, token_weights(rows.float()))
         return torch.stack([(part.float().square() * counts).double().sum(0) for part, counts in slices]).sum(0)
+
+
+class Rotated:
+    """Shows another observer the value rotated over blocks of its channels (`hadamard.py`)."""
+
+    def __init__(self, inner: Observer, block: int) -> None:
+        self.inner, self.block = inner, block
+
+    def update(self, x: Tensor) -> None:
+        """x: `[..., channels]`."""
+        self.inner.update(rotate_input(x, self.block))
+
+    def merge(self, other: Observer) -> None:
+        """What the other one has shown too."""
+        if isinstance(other, Rotated) and other.block == self.block:
+            self.inner.merge(other.inner)
+
+    @property
+    def value(self) -> Tensor:
+        """The inner one's."""
+        return self.inner.value
 
 
 class TokenSample:

@@ -108,6 +108,7 @@ def _write_packing(packing: Packing) -> dict[str, Any]:
 
 def _parse_packing(entry: dict[str, Any]) -> Packing:
     activation, rule = take_some(entry, "activation", str), take_some(entry, "rule", str)
+    rotation = take_some(entry, "rotation", int)
     layout = MXLayout(
         str(parse_format(take(entry, "format", str))),
         take(entry, "size", int),
@@ -115,12 +116,16 @@ def _parse_packing(entry: dict[str, Any]) -> Packing:
         None if activation is None else str(parse_format(activation)),
         None if rule is None else str(parse_scale_rule(rule)),
         take_some(entry, "multiplier", str),
+        rotation,
     )
     dtype = take(entry, "dtype", str)
     if not 0 < layout.size < _LARGEST or (activation is None) != (rule is None) or dtype not in _DTYPES:
         raise CheckpointError(f"{entry} describes no weight")
+    if rotation is not None and (rotation < 1 or rotation & (rotation - 1) or layout.size % rotation):
+        raise CheckpointError(f"{entry} describes no weight: {rotation} is no power of two that divides {layout.size}")
     if rule is not None:
         parse_scale_rule(rule).threshold(parse_format(str(activation)))
-    if known := set(entry) - {"format", "size", "transposed", "activation", "rule", "multiplier", "dtype"}:
-        raise CheckpointError(f"{sorted(known)} of a weight means nothing to this version of mxcompile")
-    return Packing(layout, _DTYPES[dtype])
+    packing = Packing(layout, _DTYPES[dtype])
+    if _write_packing(packing) != entry:
+        raise CheckpointError(f"{entry} says more of a weight than this version of mxcompile understands")
+    return packing

@@ -1,0 +1,187 @@
+"""Tokens a second: greedy decoding and prefill of a quantized model beside the float one, each in its own process.
+
+    python benchmarks/decode.py --out benchmarks/results/decode-cpu.jsonl
+
+SmolLM2-135M-Instruct on the CPU, batch 1, static cache, through `generate`. Decoding is the time of `--tokens` tokens
+after a prompt of `--prompt`, prefill that of one forward of `--prefill` tokens that fills the cache. Ways take turns;
+the best of the rounds counts, as other work on the machine only ever slows one down. `--llama` adds llama.cpp on the
+file that SmolLM2 comes in (`pip install llama-cpp-python`).
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import mxcompile
+from mxcompile import smollm2
+from mxcompile.inductor import compile_module
+from mxcompile.texts import help_text
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EAGER, COMPILED = "float eager", "float compiled"
+WAYS: Final = (
+    (EAGER, "float32"),
+    (EAGER, "bfloat16"),
+    (COMPILED, "float32"),
+    (COMPILED, "bfloat16"),
+    ("w4a8-mxint-quick", "float32"),
+    ("w4a8-mxint-quick", "bfloat16"),
+    ("w8a8-mxint", "bfloat16"),
+    ("w4a8-mxfp-quick", "bfloat16"),
+)
+LLAMA: Final = ("llama.cpp", "q4_1")
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if arguments.way:
+        print(json.dumps(measured(arguments, *arguments.way.split(":"))))
+        return
+    ways = [way for way in WAYS if way[1] in arguments.dtypes.split(",")]
+    ways += [LLAMA] if arguments.llama else []
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for _ in range(arguments.rounds):
+        for way in ways:
+            row = in_process(arguments, way)
+            known = best.setdefault(way, row)
+            for name in ("decode", "prefill"):
+                known[name] = max(known[name], row[name])
+    rows = list(best.values())
+    show(rows)
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--llama", action="store_true", help="llama.cpp too")
+    parser.add_argument("--out", type=Path, help="add the results here, one JSON object a line")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    return parser
+
+
+def in_process(arguments: argparse.Namespace, way: tuple[str, str]) -> dict[str, Any]:
+    """One measurement in a process of its own: nothing that another way has compiled or holds is there."""
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("tokens", "prompt", "prefill", "threads")]
+    command = [sys.executable, __file__, *options, f"--way={':'.join(way)}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(way)} failed:\n{done.stderr[-3000:]}")
+    row = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def measured(arguments: argparse.Namespace, what: str, dtype: str) -> dict[str, Any]:
+    torch.set_num_threads(arguments.threads)
+    about = {"model": "SmolLM2-135M-Instruct", "way": what, "dtype": dtype, "threads": arguments.threads}
+    about |= {"prompt": arguments.prompt, "tokens": arguments.tokens, "prefill_tokens": arguments.prefill}
+    if what == LLAMA[0]:
+        return about | llama(arguments)
+    model, ids = prepared(what, DTYPES[dtype], arguments)
+    versions = {"torch": torch.__version__, "transformers": importlib.import_module("transformers").__version__}
+    with torch.no_grad():
+        return about | rates(model, ids, arguments) | versions
+
+
+def prepared(what: str, dtype: torch.dtype, arguments: argparse.Namespace) -> tuple[Any, Tensor]:
+    """(the model as it is to be run, token ids `[1, prefill]`)"""
+    model, tokenizer = smollm2.load()
+    text = help_text()[: 20 * arguments.prefill]
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.prefill]
+    model = model.to(dtype).eval()
+    if what == EAGER:
+        return model, ids
+    if what == COMPILED:
+        return compile_module(model), ids
+    return mxcompile.quantize_and_compile(model, {"input_ids": ids[:, :16]}, recipe=what), ids
+
+
+def rates(model: Any, ids: Tensor, arguments: argparse.Namespace) -> dict[str, float]:
+    """Tokens a second, decoding and prefill."""
+    prompt = ids[:, : arguments.prompt]
+
+    def generate(count: int) -> None:
+        options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+        model.generate(prompt, cache_implementation="static", **options)
+
+    def decode() -> None:
+        generate(arguments.tokens + 2)
+
+    for _ in range(2):
+        generate(4)
+    prefill = seconds(lambda: model(ids, use_cache=True))
+    first = seconds(lambda: generate(2))
+    return {
+        "decode": round(arguments.tokens / (seconds(decode) - first), 1),
+        "prefill": round(arguments.prefill / prefill, 1),
+    }
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """The least of three, after one that does not count."""
+    call()
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def llama(arguments: argparse.Namespace) -> dict[str, Any]:
+    """llama.cpp's Python binding on the same file, greedy."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        sys.exit("--llama: pip install llama-cpp-python")
+    llama_cpp = importlib.import_module("llama_cpp")
+    text = help_text()[: 20 * arguments.prefill]
+    model = llama_cpp.Llama(str(smollm2.fetch()), n_threads=arguments.threads, n_ctx=2048, verbose=False)
+    tokens = model.tokenize(text.encode())[: arguments.prefill]
+
+    def evaluate(count: int) -> None:
+        model.reset()
+        model.eval(tokens[:count])
+
+    def decode(count: int) -> None:
+        evaluate(arguments.prompt)
+        for _ in range(count):
+            model.eval([model.sample(temp=0.0)])
+
+    prefill = seconds(lambda: evaluate(arguments.prefill))
+    first, all_ = seconds(lambda: decode(2)), seconds(lambda: decode(arguments.tokens + 2))
+    rates = {"decode": arguments.tokens / (all_ - first), "prefill": arguments.prefill / prefill}
+    return {name: round(value, 1) for name, value in rates.items()} | {"llama-cpp-python": llama_cpp.__version__}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Rates, and how many times those of the fastest float way."""
+    table = Table("", "dtype", "decode, tokens/s", "", "prefill, tokens/s", "", box=None)
+    floats = [row for row in rows if row["way"] in (EAGER, COMPILED)]
+    fastest = {name: max((row[name] for row in floats), default=None) for name in ("decode", "prefill")}
+    for row in rows:
+        cells = [f"{row[name]:.1f}" for name in fastest]
+        ratios = ["" if best is None else f"{row[name] / best:.2f}x" for name, best in fastest.items()]
+        table.add_row(row["way"], row["dtype"], cells[0], ratios[0], cells[1], ratios[1])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

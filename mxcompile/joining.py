@@ -1,0 +1,57 @@
+"""linear(quantize_dequantize(x), w1), linear(quantize_dequantize(x), w2) -> linears(x, [w1, w2]), on the CPU.
+
+One call in place of three (q, k, v and the rounding of their input): what a call costs is much of what a small product
+costs there. On a GPU the rounding is left alone, to be merged with what makes x.
+"""
+
+import operator
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from mxcompile.fusion import VIEWS
+from mxcompile.ops import LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
+
+
+def join_linears(graph: Graph) -> int:
+    """Join all `mx::linear` calls that share an input and a weight format; returns the number of joined calls made."""
+    groups: dict[tuple[Node, str], list[Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=LINEAR, sort=True):
+        if node.meta["val"].device.type == "cpu":
+            groups.setdefault((node.args[0], node.args[4]), []).append(node)
+    return sum(_join(graph, value, nodes) for (value, _), nodes in groups.items())
+
+
+def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    nodes = [node for node in nodes if all(place[part] < place[nodes[0]] for part in node.all_input_nodes)]
+    rounded = _rounded(value)
+    if rounded is None and len(nodes) == 1:
+        return False
+    columns = [[node.args[index] for node in nodes] for index in (1, 2, 3)]
+    with graph.inserting_before(nodes[0]):
+        x, activation, rule = (value, None, None) if rounded is None else rounded.args
+        if rounded is not None and rounded is not value:
+            x = graph.create_node("call_function", value.target, (x, *value.args[1:]), name=f"{value.name}_plain")
+            x.meta["val"] = value.meta["val"]
+        args = (x, *columns, nodes[0].args[4], activation, rule)
+        joined = graph.create_node("call_function", LINEARS, args, name=f"{nodes[0].name}_joined")
+        joined.meta["val"] = [node.meta["val"] for node in nodes]
+        for index, node in enumerate(nodes):
+            part: Any = graph.create_node("call_function", operator.getitem, (joined, index), name=f"{node.name}_part")
+            part.meta = {key: entry for key, entry in node.meta.items() if key in ("val", "nn_module_stack")}
+            node.replace_all_uses_with(part)
+    for node in nodes:
+        graph.erase_node(node)
+    for dead in dict.fromkeys((value, rounded)):
+        if dead is not None and dead.op == "call_function" and not dead.users:
+            graph.erase_node(dead)
+    return True
+
+
+def _rounded(value: Node) -> Node | None:
+    """The rounding that made a value, also if the value is a view of it with the same last dimension."""
+    source = value.args[0] if value.target in VIEWS else value
+    if not isinstance(source, Node) or source.target is not QUANTIZE_DEQUANTIZE:
+        return None
+    return source if source.meta["val"].shape[-1] == value.meta["val"].shape[-1] else None

@@ -1,0 +1,170 @@
+"""MX on the CPU, by mx_cpu.cpp: products with packed weights for up to four tokens, decoding, rounding of inputs.
+
+More tokens than four are multiplied by torch: the weight is decoded into a buffer that the next layer uses again.
+Rounding and decoding are bit for bit `reference.py`'s, products up to the order of a float32 sum.
+"""
+
+import ctypes
+import math
+import threading
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.kernels.cpu_build import library, why_not
+
+PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Packed elements `[out, bytes]`, scales `[out, blocks]`, and a bias `[out]` or None."""
+MOST_TOKENS = 4
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_VALUES_A_THREAD = 1 << 17
+_local = threading.local()
+
+
+def supports(x: Tensor, fmt: MXFormat) -> str | None:
+    """None if `linear` can serve, or the reason why not."""
+    if x.device.type != "cpu":
+        return "runs on the CPU"
+    if x.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 and float16 inputs, not {x.dtype}"
+    return why_not(fmt)
+
+
+def supports_rounding(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> str | None:
+    """None if `quantize_dequantize` can serve, or the reason why not."""
+    if rule is ScaleRule.MSE:
+        return "scale rule mse searches exponents, which the CPU kernel does not do"
+    try:
+        rule.threshold(fmt)
+    except MXCompileError as error:
+        return str(error)
+    return supports(x, fmt)
+
+
+def linears(
+    x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | None = None
+) -> list[Tensor]:
+    """`x @ dequantize(elements, scales).T + bias` for some weights of one format and inner size.
+
+    x `[..., in]`, rounded to a format first if one is given. Returns `[..., out]` for each weight.
+    """
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if 0 < len(rows) <= MOST_TOKENS:
+        outputs = _multiply(rows, weights, fmt, rounding)
+    else:
+        rows = rows if rounding is None else quantize_dequantize(rows, *rounding)
+        outputs = [_decode_and_multiply(rows, weight, fmt) for weight in weights]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def decode(
+    elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Packed elements `[rows, bytes]` and scales `[rows, blocks]` to values `[rows, size]`, in `out` if it fits."""
+    wide = dtype != torch.bfloat16
+    rows = len(elements)
+    place = torch.float32 if wide else torch.bfloat16
+    values = out if out is not None and out.dtype == place else torch.empty(rows * size, dtype=place)
+    values = values[: rows * size].view(rows, size)
+    library(fmt).mx_decode(
+        _pointer(elements), _pointer(scales), _pointer(values), wide, _long(rows), _long(size), _threads(values.numel())
+    )
+    return values.to(dtype)
+
+
+def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+    """What reference.quantize_dequantize gives, bit for bit (the payload of a NaN excepted)."""
+    given = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
+    values = torch.empty_like(given)
+    size = x.shape[-1]
+    _round(given, values, size, fmt, rule, x.dtype)
+    return values.to(x.dtype)
+
+
+def _round(x: Tensor, to: Tensor, stride: int, fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> None:
+    """x `[..., size]`, values of `dtype`, to the memory of `to`, rows `stride` apart."""
+    library(fmt).mx_round(
+        _pointer(x),
+        x.dtype == torch.float32,
+        _pointer(to),
+        to.dtype == torch.float32,
+        _long(math.prod(x.shape[:-1])),
+        _long(x.shape[-1]),
+        _long(stride),
+        ctypes.c_float(rule.threshold(fmt) / 2),
+        rule is ScaleRule.EVEN,
+        int(torch.finfo(dtype).max).bit_length() - 1,
+        _threads(x.numel()),
+    )
+
+
+def _multiply(
+    x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | None
+) -> list[Tensor]:
+    """x `[1 to 4, in]`; sums and bias in float32, rounded once."""
+    tokens, size = x.shape
+    stride = fmt.blocks(size) * fmt.block_size
+    wide = torch.zeros(tokens, stride)
+    if rounding is None:
+        wide[:, :size] = x
+    elif x.dtype == torch.float16:
+        wide[:, :size] = quantize_dequantize(x, *rounding)
+    else:
+        _round(x.contiguous(), wide, stride, *rounding, x.dtype)
+    kept = [(e.contiguous(), s.contiguous(), None if b is None else b.float().contiguous()) for e, s, b in weights]
+    outputs = [torch.empty(tokens, len(elements)) for elements, _, _ in kept]
+    table = (_Weight * len(kept))()
+    for row, (elements, scales, bias), y in zip(table, kept, outputs, strict=True):
+        row.elements, row.scales, row.y, row.rows = elements.data_ptr(), scales.data_ptr(), y.data_ptr(), len(elements)
+        row.bias = None if bias is None else bias.data_ptr()
+    values = sum(y.shape[-1] for y in outputs) * stride
+    library(fmt).mx_multiply(
+        table, len(kept), _pointer(wide), _long(stride), _long(tokens), _long(fmt.blocks(size)), _threads(values)
+    )
+    return [y.to(x.dtype) for y in outputs]
+
+
+def _decode_and_multiply(x: Tensor, packed: PackedWeight, fmt: MXFormat) -> Tensor:
+    elements, scales, bias = packed
+    room = _buffer(len(elements) * x.shape[-1], x.dtype)
+    return F.linear(x, decode(elements.contiguous(), scales.contiguous(), fmt, x.shape[-1], x.dtype, room), bias)
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of mx_cpu.cpp."""
+
+    _fields_ = (
+        ("elements", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+    )
+
+
+def _buffer(values: int, dtype: torch.dtype) -> Tensor:
+    """Room for a decoded weight, one for each thread and dtype, as large as the largest asked for so far."""
+    place = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    name = str(place)
+    held: Tensor | None = getattr(_local, name, None)
+    if held is None or held.numel() < values:
+        held = torch.empty(values, dtype=place)
+        setattr(_local, name, held)
+    return held
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _long(value: int) -> ctypes.c_int64:
+    return ctypes.c_int64(value)
+
+
+def _threads(values: int) -> int:
+    return max(1, min(torch.get_num_threads(), values // _VALUES_A_THREAD))

@@ -1,0 +1,118 @@
+"""Dump folder -> `index.html`: the overview as HTML, the rest as JSON and scripts that draw it when it is asked for.
+
+Everything that comes from the model (names, errors) is text: the template escapes it, JSON leaves out `<`, `>` and `&`,
+and the scripts set text, never HTML. The page's policy lets nothing be fetched and only the scripts in it run.
+"""
+
+import hashlib
+from base64 import b64encode
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from math import isinf
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2.filters import do_filesizeformat
+
+from mxcompile.folder import DumpReader
+from mxcompile.ledger import Ledger, Measured
+from mxcompile.report.content import page_content
+
+_LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "vendor/diff2html.min.js")
+_SCRIPTS = ("page.js", "search.js", "heat.js", "layer.js", "passes.js", "graph.js")
+_STYLES = ("vendor/diff2html.min.css", "page.css")
+_FOLDER = files("mxcompile.report")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number of the overview, with what it is and a remark."""
+
+    label: str
+    value: str
+    remark: str = ""
+
+
+def print_page(dump: DumpReader) -> str:
+    """The page as text; the same dump gives the same page."""
+    ledger = dump.ledger()
+    failure = dump.failure()
+    return _template().render(
+        ledger=ledger,
+        pipeline=dump.pipeline(),
+        tiles=_tiles(ledger),
+        failure=failure,
+        content=page_content(dump, ledger),
+        scripts=_scripts(),
+        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in _scripts()),
+        styles=list(map(_asset, _STYLES)),
+        licenses=_asset("vendor/LICENSES.txt"),
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("mxcompile.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters |= {"db": _db, "nats": _nats, "share": _share}
+    return environment.get_template("page.html")
+
+
+@cache
+def _scripts() -> tuple[str, str]:
+    """The libraries, and what draws the page."""
+    return ";\n".join(map(_asset, _LIBRARIES)), '"use strict";\n' + "\n".join(map(_asset, _SCRIPTS))
+
+
+def _asset(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    return b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _tiles(ledger: Ledger) -> list[Tile]:
+    if not ledger.passes:
+        return [Tile("Size", do_filesizeformat(ledger.bytes), "float, nothing has run")]
+    last = ledger.passes[-1]
+    size = f"{last.bytes / ledger.bytes:.0%} of {do_filesizeformat(ledger.bytes)}" if ledger.bytes else ""
+    tiles = [Tile("Size", do_filesizeformat(last.bytes), size)]
+    if last.measured is not None:
+        tiles += _measured_tiles(last.measured)
+    misses = ledger.misses()
+    return [
+        *tiles,
+        Tile("Misses", str(len(misses)), "left alone, with reasons" if misses else "nothing was left alone"),
+    ]
+
+
+def _measured_tiles(measured: Measured) -> list[Tile]:
+    tiles = [Tile("Output SQNR", _db(measured.output_db), "against the float model")]
+    if measured.kl is not None:
+        tiles.append(Tile("KL divergence", _nats(measured.kl), "nats a position, from the float model"))
+        tiles.append(Tile("Top-1 agreement", _share(measured.top1), "of positions, with the float model"))
+    pairs = Counter((layer.weight or "float", layer.activation or "float") for layer in measured.layers.values())
+    formats = ", ".join(f"{count} in {weight} on {given}" for (weight, given), count in pairs.most_common(2))
+    return [*tiles, Tile("Layers", str(len(measured.layers)), formats)]
+
+
+def _db(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "exact" if isinf(value) and value > 0 else f"{value:.1f} dB"
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{max(value, 0.0):.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -1,0 +1,121 @@
+"""linear(x, w) -> linear(mx::rotate(x), w H): spread an outlier over the block that shares its scale.
+
+Small Hadamard rotations along the diagonal, one for each run of channels as long as an MX block, of a value and of the
+weights that read it: of weights once, of values at run time. Rotations over more than a block only carry outliers into
+blocks that had none (Shao et al., arXiv 2511.04214; Egiazarian et al., arXiv 2509.23202). A value is rotated where that
+saves a tenth of the error of the matmuls that read it, both quantizers in the loop: with 4-bit inputs mostly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.fx import Node
+
+from mxcompile.analysis.choice import choose
+from mxcompile.analysis.dataflow import destinations
+from mxcompile.analysis.matmuls import Matmul, finite_rows
+from mxcompile.analysis.segments import find_segments
+from mxcompile.calibration.facts import fewer
+from mxcompile.calibration.observers import ChannelImportance, Observer, Rotated, TokenSample
+from mxcompile.calibration.sweep import Sweep
+from mxcompile.errors import PipelineError
+from mxcompile.formats import MXFormat
+from mxcompile.hadamard import rotate_input, rotate_weight
+from mxcompile.ledger import Fold, Miss, PassResult
+from mxcompile.pipeline import Pass
+from mxcompile.preservation import LEAST_DB, LEAST_DB_ROUNDED
+from mxcompile.program import Program, where
+from mxcompile.rotation import rotate, rotation_of
+from mxcompile.search import Operand, Quantizers, output_error
+
+_PAYS = 0.9  # a rotation at run time must save this much of the error
+_NOT_WORTH = f"a rotation would save less than {1 - _PAYS:.0%} of the error"
+
+
+@dataclass(frozen=True)
+class Rotate(Pass):
+    """weight, activation: the formats that later passes will use (activation none: weight-only).
+
+    block: channels that are mixed, a power of two; none: as many as share a scale of the input, or of the weight.
+    """
+
+    weight: MXFormat
+    activation: MXFormat | None = None
+    block: int | None = None
+
+    name = "rotate"
+    preserves_function = True
+
+    def __post_init__(self) -> None:
+        if self.size < 2 or self.size & (self.size - 1):
+            raise PipelineError(f"rotate{{block={self.size}}}: give a power of two, 2 or more")
+
+    @property
+    def size(self) -> int:
+        """Channels of a rotation."""
+        return (self.activation or self.weight).block_size if self.block is None else self.block
+
+    def least_db(self, program: Program) -> float:
+        """Rotated weights are not numbers of 16 bits any more and have to be rounded to them."""
+        dtypes = {program.tensor(matmul.parameter).dtype for matmul in choose(program).matmuls}
+        return LEAST_DB_ROUNDED if any(dtype.itemsize < 4 for dtype in dtypes) else LEAST_DB
+
+    def run(self, program: Program) -> PassResult:
+        """Try value by value, segment by segment; rotate at the end, as nothing that is measured depends on it."""
+        sweep = Sweep(program, program.batches)
+        folds: list[Fold] = []
+        misses: list[Miss] = []
+        numbers: dict[str, dict[str, float]] = {}
+        for segment in program.through(find_segments(program, choose(program).matmuls)):
+            readers = {value: segment.reading(value) for value in segment.inputs if rotation_of(value) is None}
+            reasons = {value: self._why_not(matmuls) for value, matmuls in readers.items()}
+            seen = {value: _Seen(self.size) for value, reason in reasons.items() if reason is None}
+            sweep.advance(segment, {value: shown.observers for value, shown in seen.items()})
+            for value, shown in seen.items():
+                fold = self._fold(value, readers[value], shown)
+                ratio = self._error_over_plain(program, readers[value], shown)
+                numbers[fold.where] = {"error_over_plain": ratio}
+                if ratio < _PAYS:
+                    folds.append(fold)
+                else:
+                    reasons[value] = _NOT_WORTH
+            misses += [Miss(where(m.node), r) for value, r in reasons.items() if r for m in readers[value]]
+        for fold in folds:
+            fold.apply(program)
+        return PassResult(len(folds), tuple(misses), numbers, tuple(folds))
+
+    def _why_not(self, readers: Sequence[Matmul]) -> str | None:
+        size = readers[0].in_features
+        if size % self.size:
+            return f"{size} input channels are not a multiple of a rotation of {self.size}"
+        if any(destinations(matmul.root) - {other.node for other in readers} for matmul in readers):
+            return "its weight multiplies other values too, which would have to be rotated as well"
+        return None
+
+    def _fold(self, value: Node, readers: Sequence[Matmul], shown: "_Seen") -> Fold:
+        names = frozenset(matmul.node.name for matmul in readers)
+        apply = partial(rotate, names=names, block=self.size, importance=shown.rotated.value)
+        return Fold(f"%{value.name} -> {', '.join(m.module_path or m.parameter for m in readers)}", apply)
+
+    def _error_over_plain(self, program: Program, readers: Sequence[Matmul], shown: "_Seen") -> float:
+        """Squared error of the matmuls' outputs on a sample of tokens, rotated over plain."""
+        weight = torch.cat([finite_rows(program, matmul).float().flatten(0, -2) for matmul in readers])
+        sample = fewer(shown.sample.value, weight)
+        alone = torch.full((sample.shape[-1],), -1, device=weight.device)  # no channel has a factor
+        plain = Operand(sample, shown.plain.value, weight, alone)
+        turned = (rotate_input(sample, self.size), shown.rotated.value, rotate_weight(weight, self.size))
+        errors = [
+            output_error([operand], Quantizers(self.weight, self.activation))(torch.ones(0))
+            for operand in (plain, Operand(*turned, alone))
+        ]
+        return errors[1] / max(errors[0], 1e-30)
+
+
+class _Seen:
+    """What is observed of a value: a sample of tokens, and how much its channels matter, as it is and rotated."""
+
+    def __init__(self, block: int) -> None:
+        self.sample, self.plain, self.rotated = TokenSample(), ChannelImportance(), ChannelImportance()
+        self.observers: list[Observer] = [self.sample, self.plain, Rotated(self.rotated, block)]

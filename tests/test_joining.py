@@ -1,0 +1,86 @@
+"""Joining linears of one input: before and after, what is left alone, and the same results."""
+
+import pytest
+import torch
+from torch import nn
+
+import mxcompile
+from mxcompile.fusion import fuse
+from mxcompile.joining import join_linears
+from mxcompile.ops import LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
+
+
+class Three(nn.Module):
+    """Two linears of one value and a third of what they make; `keep` gives the rounded value away too."""
+
+    def __init__(self, other: int = 32) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(64, 32), nn.Linear(64, other, bias=False), nn.Linear(32, 16)
+
+    def forward(self, x):
+        first, second = self.first(x), self.second(x)
+        return self.third(torch.tanh(first)), second
+
+
+def fused_graph(recipe, x, **options):
+    """(graph module with fused MX operations, of the deployed module)"""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Three().eval()
+    deployed = mxcompile.quantize_and_compile(model, x, recipe=recipe, compile=False, **options)
+    module = torch.export.export(deployed, (x,), strict=False).run_decompositions({}).module()
+    fuse(module.graph)
+    return module
+
+
+def text(graph):
+    """Calls on MX weights and what they read."""
+    names = {LINEAR: "linear", LINEARS: "linears", QUANTIZE_DEQUANTIZE: "round"}
+    return [names[node.target] for node in graph.nodes if node.target in names]
+
+
+X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "before", "after", "calls"),
+    [
+        ("w4a8-mxint-quick", ["round", "linear", "linear", "round", "linear"], ["linears", "linears"], 2),
+        ("w4a16-mxint-quick", ["linear", "linear", "linear"], ["linears", "linear"], 1),
+    ],
+)
+@pytest.mark.parametrize("x", [X, X[0], X[:1, :1]], ids=["3-D", "2-D", "one token"])
+def test_before_and_after(recipe, before, after, calls, x):
+    """A rounding goes with its linears, behind a view too; a single linear without one stays as it is."""
+    module = fused_graph(recipe, x)
+    assert text(module.graph) == before
+    wanted = module(x)
+    assert join_linears(module.graph) == calls
+    module.graph.lint()
+    module.recompile()
+    assert text(module.graph) == after
+    for given, value in zip(module(x), wanted, strict=True):
+        torch.testing.assert_close(given, value, rtol=0, atol=1e-5)
+    assert join_linears(module.graph) == 0
+
+
+def test_other_formats_are_other_calls():
+    module = fused_graph("w4a8-mxint-quick", X, overrides={"second": mxcompile.formats.MXINT8})
+    assert join_linears(module.graph) == 3
+    assert text(module.graph) == ["linears", "linears", "linears"]
+
+
+def test_a_rounded_value_that_others_read_stays():
+    module = fused_graph("w4a8-mxint-quick", X)
+    (first, *_) = module.graph.find_nodes(op="call_function", target=QUANTIZE_DEQUANTIZE)
+    output = module.graph.output_node()
+    output.args = ((*output.args[0], first),)
+    assert join_linears(module.graph) == 2
+    assert text(module.graph) == ["round", "linears", "linears"]
+
+
+def test_a_gpu_graph_is_left_alone():
+    module = fused_graph("w4a8-mxint-quick", X)
+    for node in module.graph.find_nodes(op="call_function", target=LINEAR):
+        node.meta["val"] = node.meta["val"].to("meta")
+    assert join_linears(module.graph) == 0
