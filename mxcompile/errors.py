@@ -67,3 +67,11 @@ class CompileError(MXCompileError):
 
 class DeployError(MXCompileError):
     """A lowered Program cannot be carried back into the module."""
+
+
+class CheckpointError(MXCompileError):
+    """A model cannot be saved as it is, or a folder does not hold a model as it was saved."""
+
+
+class RecoveryError(MXCompileError):
+    """A quantized model is further from its float self than was asked for."""

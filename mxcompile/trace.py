@@ -21,6 +21,7 @@ from mxcompile.errors import InputError, TraceError
 from mxcompile.inputs import Inputs, as_inputs, map_leaves
 from mxcompile.program import Program
 from mxcompile.selection import Selection
+from mxcompile.weight import MXWeight
 
 _ADVICE = (
     "Try: replace Python control flow on tensor values by torch.where or torch.cond, .item() by tensor arithmetic; "
@@ -40,8 +41,11 @@ def trace(
 
     example_inputs: keyword arguments (a dict or a tokenizer's output), a tuple of positional ones, or a tensor.
     include, exclude, allow_partial: what is to be quantized, see `Selection`.
-    Raises InputError if the model itself fails on the inputs, TraceError if it runs but cannot be traced.
+    Raises InputError if the model is quantized already or itself fails on the inputs, TraceError if it runs but cannot
+    be traced.
     """
+    if any(isinstance(parameter, MXWeight) for parameter in model.parameters()):
+        raise InputError(f"this {type(model).__name__} is quantized already: trace the float model that it was made of")
     inputs = as_inputs(example_inputs)
     shadow = _shadow(model, inputs)
     graph_module = _export(shadow, inputs).module()
