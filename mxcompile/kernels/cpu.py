@@ -107,10 +107,10 @@ def _multiply(
     kept = [
         (e.contiguous(), s.contiguous(), None if b is None else b.to(given.dtype).contiguous()) for e, s, b in weights
     ]
-    outputs = [given.new_empty(tokens, len(elements)) for elements, _, _ in kept]
+    outputs = [given.new_empty(tokens, elements.shape[0]) for elements, _, _ in kept]
     table = (_Weight * len(kept))()
     for row, (elements, scales, bias), y in zip(table, kept, outputs, strict=True):
-        row.elements, row.scales, row.y, row.rows = elements.data_ptr(), scales.data_ptr(), y.data_ptr(), len(elements)
+        row.elements, row.scales, row.y, row.rows = elements.data_ptr(), scales.data_ptr(), y.data_ptr(), elements.shape[0]
         row.bias, row.wide = None if bias is None else bias.data_ptr(), wide
     how = None if rounding is None else ctypes.byref(_rounding(*rounding, x.dtype))
     threads = _threads(sum(y.shape[-1] for y in outputs) * size)
@@ -136,7 +136,7 @@ def _plain(x: Tensor) -> Tensor:
 
 def _decode_and_multiply(x: Tensor, packed: PackedWeight, fmt: MXFormat) -> Tensor:
     elements, scales, bias = packed
-    room = _buffer(len(elements) * x.shape[-1], x.dtype)
+    room = _buffer(elements.shape[0] * x.shape[-1], x.dtype)
     return F.linear(x, decode(elements.contiguous(), scales.contiguous(), fmt, x.shape[-1], x.dtype, room), bias)
 
 
