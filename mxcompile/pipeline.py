@@ -64,13 +64,15 @@ class Pass(ABC):
 class Pipeline:
     """An ordered tuple of passes, `Pipeline([SmoothQuant(), LowerMX(weight=MXINT4)])`.
 
-    Raises PipelineError if the order cannot be right. It never reorders.
+    Raises PipelineError if the order cannot be right; it never reorders. Raises MXCompileError for a format that is not
+    what its name says.
     """
 
     def __init__(self, passes: Iterable[Pass]) -> None:
         self.passes = tuple(passes)
         stage, origin = Stage.FLOAT, "trace"
         for current in self.passes:
+            spec.check_formats(current)
             if stage not in current.accepts:
                 raise PipelineError(_wrong_stage(current, stage, origin))
             if current.gives is not None and current.gives != stage:

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from mxcompile.errors import MXCompileError, PipelineError, UnknownNameError
-from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
+from mxcompile.formats import MXFormat, ScaleRule, check_name, parse_format, parse_scale_rule
 from mxcompile.overrides import Overrides
 
 T = TypeVar("T")
@@ -49,6 +49,14 @@ def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
         return table[name](**options)
     except TypeError as error:
         raise PipelineError(f"{name}: {error}") from error
+
+
+def check_formats(value: Any) -> None:
+    """Raise MXCompileError if the text of a format among the options means another one."""
+    for option in (getattr(value, field.name) for field in _fields(value)):
+        for fmt in option.values() if isinstance(option, Overrides) else (option,):
+            if isinstance(fmt, MXFormat):
+                check_name(fmt)
 
 
 def _fields(value: Any) -> "tuple[Field[Any], ...]":

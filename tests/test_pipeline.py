@@ -21,6 +21,7 @@ from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import RECIPES, recipes
+from mxcompile.passes.rotate import Rotate
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.passes.tune_vectors import TuneVectors
@@ -40,6 +41,7 @@ BUILT_IN = {
     "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),
+    "rotate": st.builds(Rotate, formats, st.none() | formats, st.none() | st.sampled_from([2, 16, 64])),
     "gptq": st.builds(Gptq, formats, st.none() | formats, alphas, st.sampled_from(Order), rules, grids, alphas, flags)
     | st.builds(Gptq, formats, rule=st.none(), order=st.just(Order.NONE)),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
@@ -166,7 +168,7 @@ def test_recipes_are_pipelines():
         ("lowermx", "unknown pass 'lowermx': did you mean lower-mx?"),
         ("zzz", f"unknown pass 'zzz': known: {', '.join(sorted(PASSES))}"),
         ("smooth-quant{alpa=1}", "unknown option of smooth-quant 'alpa': did you mean alpha?"),
-        ("lower-mx{weight=mxint5}", "unknown format 'mxint5': did you mean mxint8 or mxint6 or mxint4?"),
+        ("lower-mx{weight=int4}", "unknown format 'int4': did you mean mxint4 or mxint8 or mxint6?"),
         ("round-weights{format=mxint4,rule=flor}", "unknown scale rule 'flor': did you mean floor?"),
     ],
 )
