@@ -68,7 +68,7 @@ class Dump(Instrument):
     def failed(self, program: Program, step: Step, error: Exception) -> None:
         """Write what the failing pass was given."""
         rest = " | ".join(str(p) for p in step.pipeline.passes[step.index :]) or "nothing"
-        failure = Failure(step.index, f"{step.current} failed: {type(error).__name__}: {error}", rest)
+        failure = Failure(step.index, str(error), rest)
         self._write(f"{stem(step.index, step.current.name)}.FAILED.txt", failure.to_text(self._text))
         write_page(self.folder)
 

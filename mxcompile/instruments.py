@@ -38,7 +38,7 @@ class Instrument:
         """After a pass, with what it did."""
 
     def failed(self, program: Program, step: Step, error: Exception) -> None:
-        """A pass raised; the program may be half rewritten."""
+        """A pass raised, or left what cannot be run; the program may be half rewritten. The error names the pass."""
 
     def finish(self, program: Program) -> None:
         """After the last pass."""

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from mxcompile import spec, verify
+from mxcompile import failures, spec, verify
 from mxcompile.calibration.run import Request, gather
-from mxcompile.errors import MXCompileError, PassError, PipelineError, PreservationError
+from mxcompile.errors import PipelineError, PreservationError
 from mxcompile.formats import MXFormat
 from mxcompile.inputs import as_batches
 from mxcompile.instruments import Instrument, Step
@@ -172,15 +172,15 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
             program.statistics.clear()
             program.outputs = program.outputs if current.preserves_function else None
         verify.check(program)
+        seconds = time.perf_counter() - began
+        measured = [found for i in instruments if (found := i.measure(program, step, result)) is not None]
     except Exception as error:
+        failure = failures.named(error, current.name)
         for instrument in instruments:
-            instrument.failed(program, step, error)
-        if isinstance(error, MXCompileError):
-            error.add_note(f"raised by pass {current.name!r}")
+            instrument.failed(program, step, failure)
+        if failure is error:
             raise
-        raise PassError(f"pass {current.name!r} failed: {type(error).__name__}: {error}") from error
-    seconds = time.perf_counter() - began
-    measured = [found for i in instruments if (found := i.measure(program, step, result)) is not None]
+        raise failure from error
     record = PassRecord(
         current.name,
         str(current),

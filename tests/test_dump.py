@@ -145,7 +145,7 @@ def test_a_failing_pass_leaves_what_it_was_given(tmp_path):
     text = (tmp_path / "01-explode.FAILED.txt").read_text()
     assert (
         text
-        == f"# explode failed: ValueError: no fuel\nat all\n# still to run: {TEXT}\n# the graph before it:\n"
+        == f"# pass 'explode' failed: ValueError: no fuel\nat all\n# still to run: {TEXT}\n# the graph before it:\n"
         + print_program(program)
     )
 
@@ -155,7 +155,7 @@ def test_reader_tells_a_failed_run_from_what_is_left_of_another(tmp_path):
     assert DumpReader(tmp_path).failure() is None
     explode(tmp_path)
     reader = DumpReader(tmp_path)
-    assert reader.failure() == Failure(1, "explode failed: ValueError: no fuel\nat all", TEXT)
+    assert reader.failure() == Failure(1, "pass 'explode' failed: ValueError: no fuel\nat all", TEXT)
     assert reader.stages() == ["00-trace"]
     assert reader.pipeline() == ["explode", *TEXT.split(" | ")]
     dump(tmp_path)

@@ -22,6 +22,7 @@ FLOORS = [
     {"folder"},
     {"report"},
     {"program", "weight"},
+    {"failures"},
     {
         "analysis",
         "columns",
