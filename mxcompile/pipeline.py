@@ -162,7 +162,7 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
     program.report = partial(_report, instruments, program, step)
     began = time.perf_counter()
     try:
-        gather(program, current.requests(program), program.batches)
+        gather(program, current.requests(program))
         if current.preserves_function:
             result, preserved = _preserving(current, program, on_change)
         else:
