@@ -1,10 +1,12 @@
 """mxcompile: post-training quantization of PyTorch models to Microscaling formats, as passes over exported graphs."""
 
 from mxcompile import formats
-from mxcompile.api import quantize_and_compile
+from mxcompile.api import load, quantize_and_compile
 from mxcompile.bisection import Bisection, bisect
+from mxcompile.checkpoint import register, save
 from mxcompile.deploy import deploy
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.export import export
 from mxcompile.ledger import Ledger, Miss, PassResult
 from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline import Pass, Pipeline
@@ -29,9 +31,14 @@ __all__ = [
     "bisect",
     "deploy",
     "evaluate",
+    "export",
     "formats",
+    "load",
     "quantize_and_compile",
     "recipes",
+    "save",
     "token_windows",
     "trace",
 ]
+
+register()  # so that transformers reads quantized checkpoints

@@ -1,12 +1,14 @@
-"""One call: trace, run the pipeline, deploy, compile. A reader starts here."""
+"""One call: trace, run the pipeline, deploy, compile. A reader starts here. Another: load what was saved, compile."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
+import torch
 from torch import nn
 
+from mxcompile import checkpoint
 from mxcompile.deploy import deploy
 from mxcompile.dump import Dump
 from mxcompile.errors import UnknownNameError
@@ -67,6 +69,45 @@ def quantize_and_compile(
     program = pipeline.run(program, calibration, watchers, resume=resume)
     deployed = deploy(program, model)
     return compile_module(deployed) if compile else deployed
+
+
+@overload
+def load(
+    path: str | Path, *, model: M, device: str | torch.device | None = None, compile: bool = False, verify: bool = True
+) -> M: ...
+@overload
+def load(
+    path: str | Path,
+    *,
+    model: None = None,
+    device: str | torch.device | None = None,
+    compile: bool = False,
+    verify: bool = True,
+) -> Any: ...
+def load(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device | None = None,
+    compile: bool = False,
+    verify: bool = True,
+) -> Any:
+    """Read a quantized model that `save` wrote.
+
+    model: a module of the saved one's class, to be filled: on the meta device, if you like, so that it takes no memory.
+        Not needed for models of transformers.
+    device: where to put it; None leaves it on the CPU, where weights are mapped files, read when they are used: while
+        the model lives, replace these files (as `save` does), do not write into them.
+    compile: as `quantize_and_compile` does; what an earlier process has compiled is taken from torch's cache.
+    verify: False skips checksums, and with them the reading of every weight; for a file that was changed on purpose.
+
+    Returns the module, in eval mode. Raises CheckpointError if the folder does not hold a model as it was saved, or it
+    is another than the one given; nothing is half loaded.
+    """
+    loaded = checkpoint.load(path, model=model, verify=verify)
+    if device is not None:
+        loaded.to(device)
+    return compile_module(loaded) if compile else loaded
 
 
 def as_pipeline(recipe: str | Pipeline) -> Pipeline:

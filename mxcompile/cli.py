@@ -1,4 +1,7 @@
-"""The command line: `mxcompile demo | eval | bisect | show | diff | groups | recipes | passes | formats`."""
+"""The command line: `mxcompile demo | eval | bisect | show | diff | groups | recipes | passes | formats`.
+
+Those about checkpoints are in `commands.py`.
+"""
 
 import json
 import sys
@@ -17,6 +20,7 @@ from rich.theme import Theme
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import find_groups
 from mxcompile.bisection import bisect as find_culprits
+from mxcompile.commands import add_to
 from mxcompile.comparison import Question, compare, prepare, report
 from mxcompile.demo import load_model, run_demo
 from mxcompile.dump import write_page
@@ -235,6 +239,9 @@ def formats() -> None:
     for name, fmt in FORMATS.items():
         table.add_row(name, f"{fmt.bits_per_value:g}", f"{fmt.max_value:g}", str(activation_rule(fmt)))
     _console().print(table)
+
+
+add_to(app)
 
 
 def main() -> None:

@@ -118,12 +118,11 @@ class Answer:
 
 def compare(console: Console, question: Question) -> Answer:
     """Load, quantize if that is asked for, and evaluate; the console is told how far it is."""
+    if question.recipe is not None:
+        return quantize(console, question, question.recipe)[2]
     texts = _texts(question)
     name = question.model or smollm2.NAME
     model, tokenizer, data = _prepared(console, question, texts)
-    if question.recipe is not None:
-        quantized = _quantized(console, model, data, question.recipe)
-        return _answer(console, data, question, quantized, name, model)
     if question.against is None:
         return _answer(console, data, question, model)
     reference, other_tokenizer = _load(console, question.against, question.device)
@@ -131,6 +130,13 @@ def compare(console: Console, question: Question) -> Answer:
         raise InputError(f"{name} and {question.against} cannot be compared: they split the text into different tokens")
     _check_model(question.against, reference, data)
     return _answer(console, data, question, model, question.against, reference)
+
+
+def quantize(console: Console, question: Question, recipe: str) -> tuple[nn.Module, Any, Answer]:
+    """The model as the recipe quantized it, its tokenizer, and how it compares with its float self."""
+    model, tokenizer, data = _prepared(console, question, _texts(question))
+    quantized = _quantized(console, model, data, recipe)
+    return quantized, tokenizer, _answer(console, data, question, quantized, question.model or smollm2.NAME, model)
 
 
 def prepare(console: Console, question: Question) -> tuple[Any, Data]:

@@ -16,13 +16,16 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import slot
 from mxcompile.analysis.matmuls import find_matmuls
+from mxcompile.checkpoint import adopt
 from mxcompile.edit import BLOCK_AXIS
 from mxcompile.errors import DeployError
 from mxcompile.multiplier import digest, multiplier_of
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage, where
+from mxcompile.provenance import Provenance
 from mxcompile.rotation import rotation_of
+from mxcompile.storage import own_tensors, place_all
 from mxcompile.weight import MXLayout, MXWeight
 
 M = TypeVar("M", bound=nn.Module)
@@ -57,18 +60,17 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
             "(fusing happens inside torch.compile)"
         )
     weights = _placements(program)
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    own = own_tensors(model)
     _check_names(program, weights, own)
     changed = _changed_tensors(program, own)
     replaced = {*weights, *changed}
     kept_by_another_name = {id(tensor) for name, tensor in own.items() if name not in replaced}
     memo: dict[int, Any] = {id(own[name]): own[name] for name in replaced if id(own[name]) not in kept_by_another_name}
     deployed = copy.deepcopy(model, memo)
-    for name, tensor in changed.items():
-        _place(deployed, name, tensor.detach().clone())
-    for name, placement in weights.items():
-        _place(deployed, name, _weight(program, placement))
-    deployed.requires_grad_(False).eval()
+    copies = {id(tensor): tensor.detach().clone() for tensor in changed.values()}
+    place_all(deployed, [(name, copies[id(tensor)]) for name, tensor in changed.items()])
+    place_all(deployed, [(name, _weight(program, placement)) for name, placement in weights.items()])
+    adopt(deployed.requires_grad_(False).eval(), Provenance(" | ".join(record.spec for record in program.ledger)))
     if check:
         _check_agreement(program, deployed)
     return deployed
@@ -174,13 +176,3 @@ def _check_agreement(program: Program, deployed: nn.Module) -> None:
             f"output {name} of the deployed module agrees with the lowered program's only to {agreement:.1f} dB: the "
             "module does something that the trace does not show (a branch, state)"
         )
-
-
-def _place(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor at the place of a parameter or buffer."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if isinstance(getattr(owner, leaf), nn.Parameter):
-        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-    else:
-        setattr(owner, leaf, value)

@@ -61,5 +61,17 @@ class PreservationError(MXCompileError):
     """A pass that must keep the model's function has changed it; the pass was undone."""
 
 
+class CompileError(MXCompileError):
+    """The machine lacks what compiling needs."""
+
+
 class DeployError(MXCompileError):
     """A lowered Program cannot be carried back into the module."""
+
+
+class CheckpointError(MXCompileError):
+    """A model cannot be saved as it is, or a folder does not hold a model as it was saved."""
+
+
+class RecoveryError(MXCompileError):
+    """A quantized model is further from its float self than was asked for."""

@@ -4,16 +4,27 @@ import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mxcompile.errors import InputError
+from mxcompile.errors import InputError, UnknownNameError
 from mxcompile.measure import kl_divergence, top1_agreement
 
 _ROWS = 512
 _LARGEST_EXPONENT = 709.0
+
+
+class Metric(StrEnum):
+    """What recovery is measured by: the share of equal predictions; the reference's perplexity over the model's;
+    exp(-KL).
+    """
+
+    TOP1 = "top1"
+    PERPLEXITY = "perplexity"
+    KL = "kl"
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,15 @@ class Evaluation:
     def reference_perplexity(self) -> float | None:
         """exp(reference_nll)."""
         return None if self.reference_nll is None else _exp(self.reference_nll)
+
+    def recovery(self, metric: Metric | str = Metric.TOP1) -> float:
+        """How much of the reference model is left, 1 if nothing is lost; raises InputError without a reference."""
+        if self.top1 is None or self.kl is None or self.reference_nll is None:
+            raise InputError("there is no recovery without a reference: evaluate(model, windows, reference)")
+        if metric not in set(Metric):
+            raise UnknownNameError("metric", metric, Metric)
+        ratio = _exp(self.reference_nll - self.nll)
+        return {Metric.TOP1: self.top1, Metric.PERPLEXITY: ratio, Metric.KL: math.exp(-self.kl)}[Metric(metric)]
 
 
 def evaluate(model: nn.Module, windows: Tensor | Iterable[Tensor], reference: nn.Module | None = None) -> Evaluation:

@@ -5,8 +5,6 @@
 H H^T = 2^n: the two powers of two cancel exactly, and no square root is needed.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -22,18 +20,13 @@ def rotate_weight(w: Tensor, block: int) -> Tensor:
 
 
 def _times(x: Tensor, block: int, halvings: int) -> Tensor:
+    """Sylvester's H by sums and differences: the order of additions is the same on every device."""
     wide = x if x.dtype == torch.float64 else x.float()
-    matrix = _hadamard(block).to(wide.device, wide.dtype) * 2.0**-halvings
-    return (wide.unflatten(-1, (-1, block)) @ matrix).flatten(-2).to(x.dtype)
-
-
-@cache
-def _hadamard(size: int) -> Tensor:
-    """Sylvester's matrix of +1 and -1, symmetric, float32 `[size, size]`."""
-    matrix = torch.ones(1, 1)
-    for _ in range(_log2(size)):
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix
+    runs = wide.unflatten(-1, (-1, block))
+    for step in range(_log2(block)):
+        first, second = runs.unflatten(-1, (-1, 2, 1 << step)).unbind(-2)
+        runs = torch.stack((first + second, first - second), -2).flatten(-3)
+    return (runs.flatten(-2) * 2.0**-halvings).to(x.dtype)
 
 
 def _log2(size: int) -> int:

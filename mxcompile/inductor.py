@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -16,17 +17,24 @@ from torch import nn
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
-from torch._inductor import cpp_builder, exc
+from torch._inductor import aoti_compile_and_package, cpp_builder, exc
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
 from mxcompile import fusion, joining, ops, rules
 from mxcompile.analysis import dataflow
+from mxcompile.errors import CompileError
 from mxcompile.inputs import Inputs
 from mxcompile.ledger import PassResult
 
 M = TypeVar("M", bound=nn.Module)
+_STEPS: dict[Any, Callable[..., Any]] = {
+    ops.QUANTIZE: ops.quantize,
+    ops.DEQUANTIZE: ops.dequantize,
+    ops.MULTIPLY: ops.multiply,
+    ops.ROTATE: ops.rotate,
+}
 logger = logging.getLogger(__name__)
 
 
@@ -75,6 +83,18 @@ def why_no_inductor(device: torch.device) -> str | None:
     if not has_triton():
         return f"torch.compile needs triton for {device.type} and there is none"
     return None
+
+
+def compile_ahead(exported: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an AOTInductor package in which `mx::` calls are the reference's own steps: it needs no mxcompile.
+
+    Raises CompileError if Inductor cannot compile for the device of its tensors.
+    """
+    device = next((tensor.device for tensor in exported.state_dict.values()), torch.device("cpu"))
+    if missing := why_no_inductor(device):
+        raise CompileError(missing)
+    plain = exported.run_decompositions(_STEPS)
+    aoti_compile_and_package(plain, package_path=str(path))
 
 
 def compile_module(module: M) -> M:

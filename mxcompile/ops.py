@@ -21,6 +21,7 @@ The first two are the reference itself on every device. The fused ones go to the
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,6 +164,18 @@ def _register() -> None:
 
 
 _register()
+
+
+def _setup_rotate(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    del output
+    ctx.block = inputs[1]
+
+
+def _rotate_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.mx.rotate.default(gradient, ctx.block), None  # the matrix is symmetric
+
+
+torch.library.register_autograd("mx::rotate", _rotate_back, setup_context=_setup_rotate, lib=_LIBRARY)
 
 QUANTIZE = torch.ops.mx.quantize.default
 DEQUANTIZE = torch.ops.mx.dequantize.default

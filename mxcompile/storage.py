@@ -1,6 +1,8 @@
-"""How many bytes a module's tensors take."""
+"""The tensors that a module holds: how many bytes they take, and others put in their places."""
 
-from torch import nn
+from collections.abc import Iterable
+
+from torch import Tensor, nn
 
 from mxcompile.weight import MXWeight
 
@@ -16,3 +18,25 @@ def stored_bytes(module: nn.Module) -> int:
                 seen.add(part.data_ptr())
                 total += part.numel() * part.element_size()
     return total
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, then buffers, under all their names."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return parameters | dict(module.named_buffers(remove_duplicate=False))
+
+
+def place_all(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Put tensors, by name, in the places of parameters and buffers; names with one object get one parameter.
+
+    One after the other, so that what was there before is let go of while the next one is made.
+    """
+    parameters: dict[int, nn.Parameter] = {}
+    for name, value in tensors:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if isinstance(getattr(owner, leaf), nn.Parameter):
+            parameter = parameters.setdefault(id(value), nn.Parameter(value, requires_grad=False))
+            owner.register_parameter(leaf, parameter)
+        else:
+            setattr(owner, leaf, value)

@@ -6,9 +6,10 @@ that shares its tensors, in eval mode and without a key/value cache among its ou
 """
 
 import copy
+import functools
 import inspect
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mxcompile.errors import InputError, TraceError
 from mxcompile.inputs import Inputs, as_inputs, map_leaves
 from mxcompile.program import Program
 from mxcompile.selection import Selection
+from mxcompile.weight import MXWeight
 
 _ADVICE = (
     "Try: replace Python control flow on tensor values by torch.where or torch.cond, .item() by tensor arithmetic; "
@@ -39,16 +41,14 @@ def trace(
 
     example_inputs: keyword arguments (a dict or a tokenizer's output), a tuple of positional ones, or a tensor.
     include, exclude, allow_partial: what is to be quantized, see `Selection`.
-    Raises InputError if the model itself fails on the inputs, TraceError if it runs but cannot be traced.
+    Raises InputError if the model is quantized already or itself fails on the inputs, TraceError if it runs but cannot
+    be traced.
     """
+    if any(isinstance(parameter, MXWeight) for parameter in model.parameters()):
+        raise InputError(f"this {type(model).__name__} is quantized already: trace the float model that it was made of")
     inputs = as_inputs(example_inputs)
-    _bind(model, inputs)
-    shadow = structure_copy(model).eval()
-    config = getattr(shadow, "config", None)
-    if hasattr(config, "use_cache"):
-        config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
-    exported = _export(shadow, inputs)
-    graph_module = exported.module()
+    shadow = _shadow(model, inputs)
+    graph_module = _export(shadow, inputs).module()
     program = Program(
         GraphModule(graph_module, graph_module.graph),
         inputs,
@@ -60,6 +60,34 @@ def trace(
     _tidy(program)
     _check_selection(program, shadow)
     return program
+
+
+def exported_program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """A module as `torch.export` sees it, sizes dynamic; a Hugging Face output becomes a dict, which every torch reads.
+
+    Raises InputError or TraceError, as `trace` does.
+    """
+    shadow = _shadow(model, inputs)
+    forward = shadow.forward
+
+    @functools.wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return dict(output.items()) if isinstance(output, Mapping) else output
+
+    shadow.forward = plain
+    return _export(shadow, inputs)
+
+
+def _shadow(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """What is traced for a model: its structure on the same tensors, in eval mode, uncompiled, without a cache."""
+    _bind(model, inputs)
+    shadow = structure_copy(model).eval()
+    shadow._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - what `model.compile()` sets
+    config = getattr(shadow, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
+    return shadow
 
 
 def _patterns(given: Iterable[str]) -> tuple[str, ...]:

@@ -55,6 +55,20 @@ def test_the_profile_shows_the_kernels():
     assert sum(n for key, n in counts.items() if "_quantize_dequantize_kernel" in key) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_saved_from_one_device_and_loaded_to_the_other(dtype, tmp_path):
+    example, _, deployed = on_gpu("llama", "w4a8-mxint-quick", dtype)
+    inductor.compile_module(deployed).save_pretrained(tmp_path / "gpu")
+    loaded = mxcompile.load(tmp_path / "gpu")
+    assert loaded.device.type == "cpu"
+    mxcompile.save(loaded, tmp_path / "cpu")
+    for path in (tmp_path / "gpu").iterdir():
+        assert path.read_bytes() == (tmp_path / "cpu" / path.name).read_bytes()
+    moved = mxcompile.load(tmp_path / "cpu", device="cuda")
+    with torch.no_grad():
+        assert torch.equal(moved._call_impl(**example).logits, deployed._call_impl(**example).logits)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generates_the_same_tokens(name, cache):

@@ -87,6 +87,16 @@ def test_a_tied_head_can_be_quantized_alone_or_with_its_embedding():
     assert stored_bytes(both) < stored_bytes(quantized("llama-tied")[3]) < stored_bytes(alone)
 
 
+def test_a_tied_parameter_that_a_pass_has_changed_stays_one():
+    model = build("llama-tied")
+    program = mxcompile.trace(model, inputs("llama-tied"))
+    (name,) = program.aliases.keys() & set(program.parameter_names())
+    program.set_tensor(name, program.tensor(name) * 2)
+    deployed = mxcompile.deploy(mxcompile.recipes()["w4a8-mxint-quick"].run(program), model)
+    assert torch.equal(deployed.lm_head.weight, model.lm_head.weight * 2)
+    assert deployed.lm_head.weight is deployed.model.embed_tokens.weight
+
+
 def test_packed_bytes_in_memory():
     """14 % of float32 for the quantized part: 4.25 of 32 bits."""
     model, _, _, deployed = quantized("mlp")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from models import LANGUAGE_MODELS, VOCABULARY, build
 from torch import Tensor, nn
 
-from mxcompile.errors import InputError
-from mxcompile.evaluation import Evaluation, check_causal, evaluate, token_windows
+from mxcompile.errors import InputError, UnknownNameError
+from mxcompile.evaluation import Evaluation, Metric, check_causal, evaluate, token_windows
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 FLOAT32 = 1e-6  # relative rounding of a float32 sum of a few hundred terms of one size
@@ -255,3 +255,15 @@ def test_windows_are_consecutive_and_whole(total, length, count):
     assert len(cut) == min(total // length, total if count is None else count)
     joined = torch.cat([window[0] for window in cut]) if cut else tokens[:0]
     assert torch.equal(joined, tokens[: len(cut) * length])
+
+
+def test_recovery_is_one_without_a_loss_and_falls():
+    same = Evaluation(100, nll=3.0, kl=0.0, top1=1.0, reference_nll=3.0)
+    worse = Evaluation(100, nll=3.5, kl=0.25, top1=0.75, reference_nll=3.0)
+    assert [same.recovery(metric) for metric in Metric] == [1.0, 1.0, 1.0]
+    assert [worse.recovery(metric) for metric in Metric] == pytest.approx([0.75, math.exp(-0.5), math.exp(-0.25)])
+    assert worse.recovery() == worse.recovery("top1")
+    with pytest.raises(UnknownNameError, match=r"unknown metric 'bleu': known: kl, perplexity, top1"):
+        worse.recovery("bleu")
+    with pytest.raises(InputError, match="no recovery without a reference"):
+        Evaluation(100, nll=3.0).recovery()

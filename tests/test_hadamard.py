@@ -60,5 +60,11 @@ def test_sizes_that_do_not_fit_are_refused():
         ROTATE(torch.empty(2, 100, device="meta"), 32)
 
 
+@pytest.mark.parametrize("block", [2, 8, 32])
+def test_gradients(block):
+    x = torch.randn(2, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda value: ROTATE(value, block), x)
+
+
 def test_op_is_a_good_custom_op():
-    torch.library.opcheck(ROTATE, (torch.randn(3, 64), 32))
+    torch.library.opcheck(ROTATE, (torch.randn(3, 64, requires_grad=True), 32))

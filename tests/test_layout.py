@@ -17,7 +17,7 @@ FLOORS = [
     {"hadamard", "importance", "nearest", "packing", "reference", "rows"},
     {"kernels"},
     {"ops"},
-    {"distributions", "inputs", "selection", "overrides", "measure", "texts"},
+    {"distributions", "inputs", "selection", "overrides", "measure", "provenance", "texts"},
     {"ledger"},
     {"folder"},
     {"report"},
@@ -36,12 +36,12 @@ FLOORS = [
         "rotation",
         "search",
     },
-    {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion", "joining", "scoring"},
+    {"rules", "calibration", "verify", "spec", "instruments", "trace", "fusion", "joining", "scoring", "checkpoint"},
     {"pipeline", "deploy", "dump", "inductor", "probe"},
     {"passes"},
-    {"api", "progress", "smollm2"},
+    {"api", "export", "progress", "smollm2"},
     {"bisection"},
-    {"demo", "comparison", "cli", "__init__", "__main__"},
+    {"demo", "comparison", "commands", "cli", "__init__", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -41,7 +41,7 @@ BUILT_IN = {
     "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),
-    "rotate": st.builds(Rotate, formats, st.none() | formats, st.none() | st.sampled_from([2, 16, 64])),
+    "rotate": st.builds(Rotate, formats, st.none() | formats, st.sampled_from([None, 2, 32, 128])),
     "gptq": st.builds(Gptq, formats, st.none() | formats, alphas, st.sampled_from(Order), rules, grids, alphas, flags)
     | st.builds(Gptq, formats, rule=st.none(), order=st.just(Order.NONE)),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
@@ -168,7 +168,7 @@ def test_recipes_are_pipelines():
         ("lowermx", "unknown pass 'lowermx': did you mean lower-mx?"),
         ("zzz", f"unknown pass 'zzz': known: {', '.join(sorted(PASSES))}"),
         ("smooth-quant{alpa=1}", "unknown option of smooth-quant 'alpa': did you mean alpha?"),
-        ("lower-mx{weight=int4}", "unknown format 'int4': did you mean mxint4 or mxint8 or mxint6?"),
+        ("lower-mx{weight=mxint5}", "unknown format 'mxint5': did you mean mxint8 or mxint6 or mxint4?"),
         ("round-weights{format=mxint4,rule=flor}", "unknown scale rule 'flor': did you mean floor?"),
     ],
 )
@@ -404,20 +404,21 @@ class Fail(Negate):
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "message", "instrument_sees", "notes"),
     [
-        ("raise", "pass 'fail' failed: ZeroDivisionError: no reason"),
-        ("refuse", "pass 'fail': cannot do this to %linear"),
+        ("raise", "pass 'fail' failed: ZeroDivisionError: no reason", "ZeroDivisionError", []),
+        ("refuse", "cannot do this to %linear", "PassError", ["raised by pass 'fail'"]),
     ],
 )
-def test_a_pass_that_raises(error, message, program):
+def test_a_pass_that_raises(error, message, instrument_sees, notes, program):
     before, log = print_program(program), []
     with pytest.raises(PassError) as caught:
         Pipeline([Negate(), Fail(error=error), Negate()]).run(program, instruments=[Log("a", log), Log("b", log)])
     assert str(caught.value) == message
+    assert getattr(caught.value, "__notes__", []) == notes
     assert isinstance(caught.value.__cause__, ZeroDivisionError) == (error == "raise")
     assert [entry[:2] for entry in log[-4:]] == [("a", "before"), ("b", "before"), ("a", "failed"), ("b", "failed")]
-    assert log[-1] == ("b", "failed", 2, "fail", "PassError")
+    assert log[-1] == ("b", "failed", 2, "fail", instrument_sees)
     assert print_program(program) == before
     assert program.ledger == []
 

@@ -61,6 +61,26 @@ def test_the_command_that_bisects(local_model, monkeypatch):
     assert "to blame" in result.output
 
 
+def test_the_commands_about_checkpoints(local_model, tmp_path, monkeypatch):
+    """On a model whose predictions are close to each other: it recovers less than the real one. The last command needs
+    a network, and is tested in `test_commands.py`.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mxcompile.smollm2.load", lambda: load_model(str(local_model)))
+    quantize, generate, inspect, evaluate, harness = blocks(ROOT / "README.md", "bash")[5].splitlines()
+    shown = {
+        f"{quantize} --force": "written to out/model",
+        generate: "The capital of France is",
+        inspect: "mxint8",
+        evaluate: "top-1",
+    }
+    for line, words in shown.items():
+        result = CliRunner().invoke(app, shlex.split(line)[1:], env={"COLUMNS": "160"})
+        assert result.exit_code == 0, result.output
+        assert words in result.output
+    assert harness.startswith("mxcompile lm-eval --model hf --model_args pretrained=out/model ")
+
+
 def test_ci_installs_and_tests_as_readme_says():
     install, tests = blocks(ROOT / "README.md", "bash")[1].strip().rsplit(" && ", 1)
     script = (ROOT / ".ci" / "run").read_text()
@@ -146,6 +166,19 @@ def test_other_projects_numbers_are_the_measured_ones():
     (own,) = (row for row in results("accuracy.jsonl") if row["recipe"] == "gptq + tune-vectors")
     assert f"Ours is {own['perplexity']:.2f} with activations in {own['activation']}" in text
     assert {row["text"] for row in (torchao, compressor, own)} == {"wikitext2-validation.txt, second half"}
+
+
+def test_the_costs_of_checkpoints_are_the_measured_ones():
+    row = results("saving.jsonl")[-1]
+    text = (ROOT / "README.md").read_text()
+    extra = row["weight file bytes"] - row["stored bytes"] + row["index bytes"]
+    assert f"is {row['stored bytes'] / 1e6:.1f} MB (its embedding is float32), and {extra / 1e3:.0f} kB" in text
+    for kind in ("verified", "unverified"):
+        seconds, peak = row[f"{kind} load seconds"], row[f"{kind} peak over stored"]
+        assert re.search(rf"{seconds:.2f} s and {peak:.2f} times", text)
+    first, second = (row[f"{process} process forward seconds"] for process in ("first", "second"))
+    assert f"at the first call, {first:.0f} s for SmolLM2" in text
+    assert f"from torch's cache, in {second:.0f} s" in text
 
 
 def results(name):

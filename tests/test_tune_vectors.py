@@ -43,6 +43,17 @@ def test_predictions_come_nearer_to_the_exact_ones(run):
     mxcompile.deploy(tuned, model)
 
 
+def test_gradients_go_through_rotations(run):
+    """Vectors in front of a rotation are trained as those in front of plain matmuls are."""
+    model, _, _, lower = run
+    rotated = "rotate{weight=mxint4,activation=mxint4}"
+    rest = "round-weights{format=mxint4} | tune-vectors{activation=mxint4,steps=%d,rate=0.01}"
+    plain, tuned = (lower(f"{rotated} | {rest % steps}") for steps in (0, 48))
+    assert plain.ledger[0].rewrites > 0
+    assert tuned.ledger[2].rewrites == 5
+    assert divergence(model, tuned) < 0.97 * divergence(model, plain)
+
+
 def test_only_vectors_change(run):
     model, program, batches, _ = run
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,17 @@
+"""Checkpoints: a quantized module in a folder, as Hugging Face lays one out, and read again.
+
+    config.json                        what made it, and which index counts           (card.py)
+    model.safetensors.index.json       what the tensors are, in which file, checksums (index.py)
+    model-00001-of-00001.safetensors   the tensors                                    (shards.py, contents.py)
+    tokenizer.json, ...                what came along
+
+A save changes a folder at one moment (folder.py), a load checks everything before it hands anything out (reader.py).
+transformers reads such folders too, through a quantizer that `import mxcompile` makes known to it (registration.py).
+"""
+
+from mxcompile.checkpoint.load import load
+from mxcompile.checkpoint.reader import Checkpoint
+from mxcompile.checkpoint.registration import register
+from mxcompile.checkpoint.save import adopt, save
+
+__all__ = ["Checkpoint", "adopt", "load", "register", "save"]

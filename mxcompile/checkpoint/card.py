@@ -1,0 +1,107 @@
+"""What `config.json` says about a checkpoint: the one file whose renaming makes a save count.
+
+It names the index (`transformers_weights`, which transformers follows too), and under `quantization_config` the
+recipe, versions, and the SHA-256 of the index, of the files that came along (tokenizer, generation) and of itself.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from mxcompile.checkpoint.fields import file_name, read_json, relative_path, sha256, take, take_map
+from mxcompile.checkpoint.index import SCHEMA
+from mxcompile.errors import CheckpointError
+from mxcompile.provenance import Provenance
+
+CONFIG: Final = "config.json"
+METHOD: Final = "mxcompile"
+_WEIGHTS, _QUANTIZATION = "transformers_weights", "quantization_config"
+_BLANK: Final = "0" * 64
+
+
+@dataclass(frozen=True)
+class Card:
+    """module: name of the saved module's class. index: name of the index file, and its SHA-256.
+
+    files: SHA-256 of those that came along. config: the model's own configuration, empty for a module without one.
+    """
+
+    module: str
+    provenance: Provenance | None
+    index: str
+    index_sha256: str
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def read(cls, folder: Path, *, verify: bool = True) -> "Card":
+        """Read a folder's. verify: False accepts a file that was edited.
+
+        Raises CheckpointError if the folder holds no model of ours, or a damaged one.
+        """
+        path = folder / CONFIG
+        if not path.is_file():
+            raise CheckpointError(f"{folder} holds no saved model: it has no {CONFIG}")
+        data, content = read_json(path)
+        ours = _ours(folder, content)
+        try:
+            card = _parse(content, ours)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+        if verify and not _is_whole(data, str(ours.get("sha256"))):
+            raise CheckpointError(
+                f"{path} is not as it was saved: restore it; or if you changed it on purpose, load with verify=False "
+                "and save again"
+            )
+        return card
+
+    def to_json(self) -> bytes:
+        """The file."""
+        ours = {
+            "quant_method": METHOD,
+            "schema": SCHEMA,
+            "module": self.module,
+            "recipe": self.provenance and self.provenance.recipe,
+            "versions": dict(self.provenance.versions) if self.provenance else {},
+            "index_sha256": self.index_sha256,
+            "files": dict(self.files),
+            "sha256": _BLANK,
+        }
+        content = dict(self.config) | {_WEIGHTS: self.index, _QUANTIZATION: ours}
+        text = json.dumps(content, indent=2) + "\n"
+        return text.replace(_BLANK, sha256(text.encode())).encode()
+
+
+def _ours(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The part that mxcompile wrote, of a schema that this version reads."""
+    ours = content.get(_QUANTIZATION)
+    if not isinstance(ours, dict):
+        raise CheckpointError(f"{folder} holds a model that is not quantized: mxcompile.save writes what load reads")
+    method = ours.get("quant_method")  # pyright: ignore[reportUnknownVariableType]
+    if method != METHOD:
+        raise CheckpointError(f"{folder} holds a model that was quantized by {method!r}, not by mxcompile.save")
+    if ours.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{folder} was saved with schema {ours.get('schema')!r}, this version of mxcompile reads {SCHEMA}: use the "
+            "version that saved it, or a newer one"
+        )
+    return ours  # pyright: ignore[reportUnknownVariableType]
+
+
+def _is_whole(data: bytes, digest: str) -> bool:
+    """Whether a file has the digest that is written in it, where zeros stood when it was made."""
+    return len(digest) == len(_BLANK) and sha256(data.replace(digest.encode(), _BLANK.encode())) == digest
+
+
+def _parse(content: dict[str, Any], ours: dict[str, Any]) -> Card:
+    recipe = None if ours.get("recipe") is None else take(ours, "recipe", str)
+    return Card(
+        take(ours, "module", str),
+        None if recipe is None else Provenance(recipe, take_map(ours, "versions", str)),
+        file_name(take(content, _WEIGHTS, str), ".safetensors.index.json"),
+        take(ours, "index_sha256", str),
+        {relative_path(name): digest for name, digest in take_map(ours, "files", str).items()},
+        {key: value for key, value in content.items() if key not in (_WEIGHTS, _QUANTIZATION)},
+    )

@@ -1,0 +1,60 @@
+"""Models of transformers: what there is to save besides tensors, and how one is built again."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from transformers import PreTrainedModel
+
+from mxcompile.checkpoint.contents import Names
+from mxcompile.checkpoint.reader import Checkpoint
+from mxcompile.errors import CheckpointError, MXCompileError
+
+
+def build(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The saved model. Raises CheckpointError if transformers does not have its class or cannot build it."""
+    name = checkpoint.card.module
+    kind = getattr(transformers, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel) or kind.config_class is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds a {name}, which is no model of transformers: build one yourself and give "
+            "load(path, model=...)"
+        )
+    try:
+        config = kind.config_class.from_pretrained(checkpoint.folder)
+        config.quantization_config["verify"] = checkpoint.verify
+        return kind.from_pretrained(checkpoint.folder, config=config)
+    except MXCompileError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot build the {name} of {checkpoint.folder}: {error}"
+        ) from error
+
+
+def configuration(model: PreTrainedModel, names: Names) -> dict[str, Any]:
+    """What `config.json` says of a model, as transformers writes it; of an earlier quantization nothing is left."""
+    config = copy.deepcopy(model.config)
+    for leftover in ("quantization_config", "transformers_weights"):
+        if hasattr(config, leftover):
+            delattr(config, leftover)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    tied = cast(dict[str, str], getattr(model, "all_tied_weights_keys", {}))
+    if any(len(set(names.sources(pair))) > 1 for pair in tied.items()):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return json.loads(config.to_json_string(use_diff=True))
+
+
+def save_generation(model: PreTrainedModel, folder: Path) -> None:
+    """Write the generation config of a model that generates, but not how a GPU has compiled it."""
+    if not model.can_generate():
+        return
+    config = copy.copy(model.generation_config)
+    config.compile_config = None
+    try:
+        config.save_pretrained(folder)
+    except ValueError as error:
+        raise CheckpointError(f"transformers refuses to save model.generation_config: {error}") from error

@@ -1,0 +1,140 @@
+"""Safetensors files: written tensor by tensor with a checksum of each, mapped into memory and checked when read.
+
+A GPU's weights pass through the memory of one tensor. Reading is lazy, the system brings a page in when it is touched;
+checking a tensor touches all of its pages once, at several GB/s.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mxcompile.errors import CheckpointError
+
+_DTYPES: Final = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ADVICE: Final = "copy the checkpoint again, or save it again"
+_LENGTH_BYTES: Final = 8
+_ALIGNMENT: Final = 8
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file. header: CRC-32 of everything in front of the tensors' bytes. tensors: CRC-32 of each one's bytes."""
+
+    bytes: int
+    header: int
+    tensors: Mapping[str, int]
+
+
+def split(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tensor]]:
+    """In their order, into groups of at most so many bytes; a tensor that is larger is one by itself."""
+    groups: list[dict[str, Tensor]] = [{}]
+    room = largest
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and groups[-1]:
+            groups.append({})
+            room = largest
+        groups[-1][name] = tensor
+        room -= tensor.nbytes
+    return groups
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> Shard:
+    """Write a file and wait until it is on the disk."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligned, without gaps
+    header = _header(ordered)
+    checksums: dict[str, int] = {}
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in ordered.items():
+            data = _bytes(tensor.detach().cpu().contiguous())
+            checksums[name] = zlib.crc32(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return Shard(path.stat().st_size, zlib.crc32(header), checksums)
+
+
+def read(path: Path, shard: Shard, *, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, mapped into memory. verify: False looks at the file's size and its list of tensors only.
+
+    Raises CheckpointError if the file is not the one that was written.
+    """
+    try:
+        _check_file(path, shard)
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(shard.tensors):
+                raise CheckpointError(f"{path} does not hold the tensors that the index names")
+            for name, checksum in shard.tensors.items():
+                tensor = file.get_tensor(name)
+                if verify and zlib.crc32(_bytes(tensor)) != checksum:
+                    raise _damaged(path, name)
+                yield name, tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): {_ADVICE}") from error
+
+
+def check_dtypes(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise CheckpointError for a tensor that a file cannot hold."""
+    for name, tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors files cannot hold: cast it")
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _check_file(path: Path, shard: Shard) -> None:
+    """Raise CheckpointError if a file has another size or list of tensors than was written."""
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard.bytes:
+        what = "is missing" if size is None else f"has {size} bytes, {shard.bytes} were written"
+        raise CheckpointError(f"{path} {what}: {_ADVICE}")
+    if zlib.crc32(_read_header(path, shard.bytes)) != shard.header:
+        raise _damaged(path, "its list of tensors")
+
+
+def _read_header(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        length = file.read(_LENGTH_BYTES)
+        return length + file.read(min(int.from_bytes(length, "little"), most))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore - numpy's stubs of 3.11
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({what} is not what was written): {_ADVICE}")

@@ -1,0 +1,327 @@
+"""What is not as it was saved is refused, with a reason, before anything of it is used."""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from models import build, inputs
+from safetensors.torch import load_file, save_file
+
+import mxcompile
+from mxcompile.checkpoint import Checkpoint
+from mxcompile.checkpoint.fields import sha256
+from mxcompile.errors import CheckpointError
+from mxcompile.storage import own_tensors
+
+CORRUPTED = 2000
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A quantized MLP in two files."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"), recipe="w4a8-mxint-quick", compile=False)
+    mxcompile.save(model, folder, max_shard_size="6KB")
+    assert len(list(folder.glob("*.safetensors"))) == 2
+    return folder
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path) -> Path:
+    """A copy to be damaged."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def refused(folder: Path, message: str, **options) -> None:
+    model = build("mlp")
+    before = own_tensors(model)
+    with pytest.raises(CheckpointError, match=message):
+        mxcompile.load(folder, model=model, **options)
+    assert all(tensor is before[name] for name, tensor in own_tensors(model).items())
+    assert model.up.weight.requires_grad
+
+
+@st.composite
+def damages(draw, files: dict[str, bytes]) -> tuple[str, bytes]:
+    """A file of a checkpoint and what it holds instead: bits flipped, cut, added to, or bytes replaced."""
+    name = draw(st.sampled_from(sorted(files)))
+    data = bytearray(files[name])
+    place = draw(st.integers(0, len(data) - 1))
+    match draw(st.sampled_from(["flip", "cut", "grow", "replace", "swap"])):
+        case "flip":
+            data[place] ^= 1 << draw(st.integers(0, 7))
+        case "cut":
+            del data[place:]
+        case "grow":
+            data[place:place] = draw(st.binary(min_size=1, max_size=9))
+        case "replace":
+            new = draw(st.binary(min_size=1, max_size=9))
+            data[place : place + len(new)] = new
+        case _:
+            other = draw(st.integers(0, len(data) - 1))
+            data[place], data[other] = data[other], data[place]
+    return name, bytes(data)
+
+
+def test_no_damaged_file_is_accepted(checkpoint, tmp_path):
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    folder, model = shutil.copytree(checkpoint, tmp_path / "copy"), build("mlp")
+    tried = 0
+
+    @settings(
+        max_examples=CORRUPTED * 4 // 3,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(damages(files))
+    def check(damage):
+        nonlocal tried
+        name, data = damage
+        if data == files[name]:
+            return
+        tried += 1
+        (folder / name).write_bytes(data)
+        try:
+            with pytest.raises(CheckpointError):
+                mxcompile.load(folder, model=model)
+        finally:
+            (folder / name).write_bytes(files[name])
+
+    check()
+    assert tried >= CORRUPTED
+    assert torch.equal(
+        mxcompile.load(folder, model=model)(**inputs("mlp")),
+        mxcompile.load(checkpoint, model=build("mlp"))(**inputs("mlp")),
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_bits_of_the_json_files_are_not_flipped(folder, name):
+    """Also where checksums are not compared nothing but a CheckpointError comes of it."""
+    data, model = (folder / name).read_bytes(), build("mlp")
+    for place in range(0, len(data), 3):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            mxcompile.load(folder, model=model)
+        with suppress(CheckpointError):
+            Checkpoint(folder, verify=False).tensors()
+
+
+def edit(folder: Path, change, *, config: bool = False) -> None:
+    """Change the index (or the config), and make all checksums fit what it is then."""
+    index = json.loads((folder / INDEX).read_text())
+    card = json.loads((folder / "config.json").read_text())
+    change(card if config else index)
+    text = json.dumps(index)
+    (folder / INDEX).write_text(text)
+    card["quantization_config"] |= {"index_sha256": sha256(text.encode()), "sha256": "0" * 64}
+    text = json.dumps(card)
+    (folder / "config.json").write_text(text.replace("0" * 64, sha256(text.encode())))
+
+
+def ours(index):
+    return index["metadata"]["mxcompile"]
+
+
+def test_an_edited_checkpoint_with_the_right_checksums_loads(folder):
+    edit(folder, lambda card: card.update(note="mine"), config=True)
+    mxcompile.load(folder, model=build("mlp"))
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("mine", "his"))
+    refused(folder, r"config.json is not as it was saved: restore it; or .* verify=False and save again")
+    mxcompile.load(folder, model=build("mlp"), verify=False)
+
+
+SHARD = "model-00001-of-00002.safetensors"
+OUTSIDE = [
+    "../other.safetensors",
+    "/etc/passwd.safetensors",
+    "a/b.safetensors",
+    "..\\x.safetensors",
+    ".hidden.safetensors",
+    "a\0.safetensors",
+    "x.bin",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_files_outside_of_the_folder_are_not_opened(folder, name):
+    def rename(index):
+        ours(index)["shards"][name] = ours(index)["shards"].pop(SHARD)
+        index["weight_map"] = {k: name if file == SHARD else file for k, file in index["weight_map"].items()}
+
+    edit(folder, rename)
+    refused(folder, "is not a name that a file of a checkpoint can have")
+
+
+@pytest.mark.parametrize("name", ["../tokenizer.json", "/tokenizer.json", "a/../../tokenizer.json", "."])
+def test_files_that_came_along_stay_inside(folder, name):
+    edit(folder, lambda card: card["quantization_config"]["files"].update({name: "0"}), config=True)
+    refused(folder, "is not a name that a file of a checkpoint can have")
+    edit(folder, lambda card: card.update(transformers_weights="../" + INDEX), config=True)
+    refused(folder, "is not a name that a file of a checkpoint can have")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: ours(index).update(schema=2), r"it has schema 2, this version of mxcompile reads 1"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(format="mxint5"), r"unknown format 'mxint5'"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(format="mxint4:8"), r"block size 8 is not one of"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(rule="round"), r"unknown scale rule 'round'"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(rule="7.25"), r"7.25 is a threshold of mxfp4"),
+        (lambda index: ours(index)["weights"]["up.weight"].pop("rule"), r"describes no weight"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(size=-1), r"describes no weight"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(size=10**30), r"describes no weight"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(size=True), r"'size' is not of its type"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(dtype="int8"), r"describes no weight"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(rotation=3), r"3 is no power of two that divides 64"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(rotation=128), r"128 is no power of two that"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(zero=1), r"'zero': 1.* says more of a weight than"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(size=640), r"up.weight has scales \[128, 2\]: 640"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(format="mxint8"), r"up.weight has elements \[128, 2"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(multiplier="m"), r"contradict each other"),
+        (lambda index: ours(index)["weights"].pop("up.weight"), r"only saved: up.weight.scales"),
+        (lambda index: ours(index)["aliases"].update(x="y"), r"contradict each other"),
+        (lambda index: ours(index)["temporary"].append("x"), r"contradict each other"),
+        (lambda index: ours(index)["crc32"].pop("up.weight"), r"gaps"),
+        (lambda index: ours(index)["shards"].pop(SHARD), r"gaps"),
+        (lambda index: index["weight_map"].update({"up.weight": 3}), r"'up.weight' is not of its type"),
+        (lambda index: index.pop("weight_map"), r"'weight_map' is missing"),
+        (lambda index: index.update(metadata=[]), r"'metadata' is not of its type"),
+        (lambda index: ours(index)["weights"].update(x=[]), r"'x' is not of its type"),
+    ],
+)
+def test_an_index_that_cannot_be(folder, change, message):
+    edit(folder, change)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda card: card["quantization_config"].update(schema=2),
+            r"saved with schema 2, .* reads 1: use the version",
+        ),
+        (
+            lambda card: card["quantization_config"].update(quant_method="gptq"),
+            r"quantized by 'gptq', not by mxcompile",
+        ),
+        (lambda card: card["quantization_config"].pop("module"), r"config.json is damaged: 'module' is missing"),
+        (lambda card: card["quantization_config"].update(recipe=3), r"config.json is damaged: 'recipe' is not of its"),
+        (lambda card: card["quantization_config"].update(versions={"torch": 2}), r"config.json is damaged: 'torch'"),
+        (lambda card: card.pop("transformers_weights"), r"config.json is damaged: 'transformers_weights' is missing"),
+        (
+            lambda card: card["quantization_config"].update(module="Trainer"),
+            r"holds a Trainer, the model given is a MLP",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be(folder, change, message):
+    edit(folder, change, config=True)
+    refused(folder, message)
+
+
+def test_a_class_is_looked_up_among_models_only(folder):
+    for name in ("AutoConfig", "os.system", "__class__", "PreTrainedModel"):
+        edit(folder, lambda card, name=name: card["quantization_config"].update(module=name), config=True)
+        edit(folder, lambda card: card.update(model_type="llama"), config=True)
+        with pytest.raises(CheckpointError, match=rf"holds a {name}, which is no model of transformers"):
+            mxcompile.load(folder)
+
+
+def test_other_folders(tmp_path):
+    refused(tmp_path, r"holds no saved model: it has no config.json")
+    refused(tmp_path / "nowhere", r"nowhere holds no saved model")
+    build("llama").save_pretrained(tmp_path)
+    refused(tmp_path, r"holds a model that is not quantized: mxcompile.save writes what load reads")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    refused(tmp_path, r"config.json cannot be read as JSON")
+    (tmp_path / "config.json").write_text("[]")
+    refused(tmp_path, r"config.json holds no JSON object")
+
+
+def test_files_that_are_missing_or_of_another_size(folder):
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).unlink()
+    refused(folder, rf"{SHARD} is missing: copy the checkpoint again", verify=False)
+    (folder / SHARD).mkdir()
+    refused(folder, rf"{SHARD} is missing")
+    (folder / SHARD).rmdir()
+    (folder / SHARD).write_bytes(data[:-1])
+    refused(folder, rf"{SHARD} has {len(data) - 1} bytes, {len(data)} were written", verify=False)
+    os.truncate(folder / SHARD, 0)
+    refused(folder, rf"{SHARD} has 0 bytes")
+    (folder / INDEX).unlink()
+    refused(folder, rf"{INDEX} cannot be read as JSON \(No such file or directory\)")
+
+
+def test_the_damaged_tensor_is_named(folder):
+    checkpoint = Checkpoint(folder)
+    data = bytearray((folder / SHARD).read_bytes())
+    data[-1] ^= 1
+    (folder / SHARD).write_bytes(data)
+    last = list(load_file(folder / SHARD))[-1]
+    assert last in checkpoint.index.shards[SHARD].tensors
+    refused(folder, rf"{SHARD} is damaged \([\w.]+ is not what was written\)")
+    mxcompile.load(folder, model=build("mlp"), verify=False)
+
+
+def test_a_safetensors_file_of_other_tensors(folder):
+    """Sizes and checksums fit, the file does not."""
+    tensors = load_file(folder / SHARD)
+    name = next(iter(tensors))
+    tensors["other" + name] = tensors.pop(name)
+    save_file(tensors, folder / SHARD)
+    data = (folder / SHARD).read_bytes()
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    edit(folder, lambda index: ours(index)["shards"][SHARD].update(bytes=len(data), header=zlib.crc32(header)))
+    refused(folder, rf"{re.escape(SHARD)} does not hold the tensors that the index names")
+    junk = (10**15).to_bytes(8, "little") + data[8:]
+    (folder / SHARD).write_bytes(junk)
+    edit(folder, lambda index: ours(index)["shards"][SHARD].update(header=zlib.crc32(junk)))
+    refused(folder, rf"{re.escape(SHARD)} cannot be read")
+
+
+def test_transformers_loads_no_damaged_checkpoint(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe="w4a8-mxint-quick", compile=False)
+    model.save_pretrained(tmp_path)
+    (shard,) = tmp_path.glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    for load in (AutoModelForCausalLM.from_pretrained, mxcompile.load):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(CheckpointError, match="not as it was saved"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_what_transformers_cannot_build_is_explained(tmp_path):
+    model = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe="w4a8-mxint-quick", compile=False)
+    model.save_pretrained(tmp_path)
+    card = json.loads((tmp_path / "config.json").read_text())
+    card |= {"num_attention_heads": "four"}
+    card["quantization_config"]["sha256"] = "0" * 64
+    text = json.dumps(card)
+    (tmp_path / "config.json").write_text(text.replace("0" * 64, sha256(text.encode())))
+    with pytest.raises(CheckpointError, match=r"transformers [\d.]+ cannot build the LlamaForCausalLM of"):
+        mxcompile.load(tmp_path)

@@ -1,0 +1,202 @@
+"""Saving over a checkpoint: killed at any moment, either the old or the new one is there, whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, inputs
+
+import mxcompile
+from mxcompile.checkpoint import Checkpoint
+from mxcompile.errors import CheckpointError
+from mxcompile.weight import MXWeight
+
+POINTS = 50
+KILLED = '''
+"""Saves the new model over a copy of the old one, killed in front of the n-th thing done to the file system."""
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import mxcompile
+from mxcompile.checkpoint import shards
+from models import build
+from transformers import AutoTokenizer
+
+torch.set_num_threads(1)
+old, new, work = map(Path, sys.argv[1:4])
+model = mxcompile.load(new)
+tokenizer = AutoTokenizer.from_pretrained(new)
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.fsync"}
+
+
+def count_down(left):
+    def step(event, arguments):
+        nonlocal left
+        writes = event != "open" or (str(arguments[0]).startswith(str(work)) and arguments[1] not in ("r", "rb"))
+        if event in EVENTS and writes:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(step)
+    sync, tensor_bytes = os.fsync, shards._bytes
+    os.fsync = lambda handle: (step("os.fsync", ()), sync(handle))
+    shards._bytes = lambda tensor: (step("os.fsync", ()), tensor_bytes(tensor))[1]  # between two tensors of a file
+
+
+point = 0
+while True:
+    point += 1
+    folder = work / f"{point:03}"
+    shutil.copytree(old, folder)
+    child = os.fork()
+    if child == 0:
+        count_down(point)
+        mxcompile.save(model, folder, tokenizer=tokenizer, max_shard_size="10KB")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        print(point - 1, os.WEXITSTATUS(status))
+        break
+'''
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, local_model) -> tuple[Path, Path]:
+    """Two checkpoints that differ in recipe, tokenizer, generation config, and number of files."""
+    from transformers import AutoTokenizer
+
+    old, new = tmp_path_factory.mktemp("old"), tmp_path_factory.mktemp("new")
+    tokenizer = AutoTokenizer.from_pretrained(local_model)
+    for folder, recipe, size in ((old, "w8a8-mxint", "40KB"), (new, "w4a8-mxint-quick", "10KB")):
+        model = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe=recipe, compile=False)
+        model.generation_config.max_new_tokens = len(recipe)
+        tokenizer.add_tokens([recipe])
+        mxcompile.save(model, folder, tokenizer=tokenizer, max_shard_size=size)
+    return old, new
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files by name; in place of weights, their index and config, what these hold."""
+    checkpoint = Checkpoint(folder)
+    own = {checkpoint.card.index, *checkpoint.index.shards, "config.json"}
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in own}
+    for name, tensor in checkpoint.tensors().items():
+        for part in tensor.parts if isinstance(tensor, MXWeight) else (tensor,):
+            found[name] = found.get(name, b"") + part.numpy().tobytes()
+    return found | {"config": str(checkpoint.card.config).encode()}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of a process")
+def test_killed_at_any_moment(folders, tmp_path, monkeypatch):
+    old, new = folders
+    wanted = [contents(old), contents(new)]
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    command = [sys.executable, "-c", KILLED, old, new, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    points, status = map(int, done.stdout.split())
+    assert status == 0
+    assert points >= POINTS
+    found: list[int] = []
+    for folder in sorted(tmp_path.iterdir()):
+        given = contents(folder)
+        found += [which for which, files in enumerate(wanted) if files.items() <= given.items()]
+    assert len(found) == points + 1
+    assert found == sorted(found)
+    assert set(found) == {0, 1}
+
+
+def test_nothing_of_the_old_one_is_left(folders, tmp_path):
+    """In turn under two names, so that no file is written over; a save into the folder it was loaded from too."""
+    old, new = folders
+    for folder in (old, new, old):
+        mxcompile.save(mxcompile.load(folder), tmp_path)
+        assert contents(tmp_path).items() <= contents(folder).items()
+        mxcompile.save(mxcompile.load(tmp_path), tmp_path)
+        assert contents(tmp_path).items() <= contents(folder).items()
+        stem = Checkpoint(tmp_path).card.index.partition(".")[0]
+        weights = {f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors"}
+        assert names(tmp_path) == {"config.json", "generation_config.json", *weights}
+
+
+def test_a_model_in_use_is_not_disturbed(folders, tmp_path):
+    old, new = folders
+    mxcompile.save(mxcompile.load(old), tmp_path)
+    used = mxcompile.load(tmp_path)
+    before = used(**inputs("llama")).logits
+    for _ in range(2):
+        mxcompile.save(mxcompile.load(new), tmp_path)
+    assert torch.equal(used(**inputs("llama")).logits, before)
+
+
+def test_other_files_are_left_alone(folders, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    mxcompile.save(mxcompile.load(folders[0]), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "{}"),
+        ("config.json", '{"quantization_config": {"quant_method": "gptq"}}'),
+        ("config.json", "not JSON"),
+        ("model.safetensors", ""),
+        ("pytorch_model-00001-of-00002.bin", ""),
+    ],
+)
+def test_another_model_s_folder_is_refused(folders, tmp_path, file, text):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(
+        CheckpointError, match=rf"holds something else \({file}\): name a new folder, or delete that one"
+    ):
+        mxcompile.save(mxcompile.load(folders[0]), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+    assert (tmp_path / file).read_text() == text
+
+
+def test_a_damaged_checkpoint_can_be_saved_over(folders, tmp_path):
+    old, new = folders
+    mxcompile.save(mxcompile.load(old), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("")
+    mxcompile.save(mxcompile.load(new), tmp_path)
+    assert contents(tmp_path).items() <= contents(new).items()
+
+
+def test_a_file_is_no_folder(folders, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file is a file: name a folder"):
+        mxcompile.save(mxcompile.load(folders[0]), tmp_path / "file")
+
+
+def test_a_full_disk_is_explained_and_leaves_the_old_one(folders, tmp_path, monkeypatch):
+    old, new = folders
+    mxcompile.save(mxcompile.load(old), tmp_path)
+    model, before = mxcompile.load(new), names(tmp_path)
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"No space left .* before is whole"):
+            mxcompile.save(model, tmp_path)
+        with pytest.raises(CheckpointError, match=r"No space left"):
+            mxcompile.save(model, tmp_path / "new")
+    assert names(tmp_path) == before
+    assert contents(tmp_path).items() <= contents(old).items()
+    mxcompile.save(model, tmp_path)
+    assert contents(tmp_path).items() <= contents(new).items()

@@ -1,0 +1,197 @@
+"""`mxcompile quantize | generate | inspect | lm-eval`: a checkpoint made, refused, run and shown."""
+
+import json
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import mxcompile
+from mxcompile.cli import app
+from mxcompile.demo import load_model
+from mxcompile.errors import CheckpointError, InputError, RecoveryError, UnknownNameError
+from mxcompile.passes.recipes import RECIPES
+from mxcompile.storage import stored_bytes
+
+WORDS = ["The", "capital", "of", "France", "is", "Germany", "Italy", "Paris", "Berlin", "."]
+
+
+def run(*arguments: object) -> Any:
+    """The result of a command that may raise."""
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "160"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    generator = torch.Generator().manual_seed(0)
+    path.write_text(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (1200,), generator=generator).tolist()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantize(local_model, text):
+    """quantize(out, ...) is the command on a tiny model and text."""
+
+    def start(out: Path, *options: object) -> Any:
+        size = ("--text", text, "--length", 32, "--windows", 4)
+        return run("quantize", local_model, "--out", out, *size, *options)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def checkpoint(quantize, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "new"
+    quantize(folder, "--recipe", "w4a8-mxint-quick")
+    return folder
+
+
+def test_quantize_writes_model_and_tokenizer_and_says_how_good_it_is(quantize, tmp_path):
+    result = quantize(tmp_path / "out", "--recipe", "w8a8-mxint", "--min-recovery", 0.8)
+    assert re.search(r"^ +w8a8-mxint +[\d.]+ +[\d.]+ +[+-][\d.]+% +[\d.]+ +[\d.]+%", result.stdout, re.MULTILINE)
+    assert re.search(
+        r"^recovery \(top1\) 0\.\d+; written to .*out \(mxcompile generate .*out --prompt", result.stdout, re.M
+    )
+    model, tokenizer = load_model(str(tmp_path / "out"))
+    assert type(model.model.layers[0].mlp.up_proj.weight).__name__ == "MXWeight"
+    assert tokenizer("Paris").input_ids == [9]
+
+
+def test_what_recovers_too_little_is_not_written(quantize, tmp_path):
+    """Four bits of random weights keep far fewer than nine of ten predictions."""
+    out = tmp_path / "out"
+    with pytest.raises(RecoveryError, match=r"recovery \(top1\) 0\.\d+, less than 0.99: nothing is written; .*--force"):
+        quantize(out, "--min-recovery", 0.99)
+    assert not out.exists()
+    result = quantize(out, "--min-recovery", 0.99, "--force", "--json")
+    answer = json.loads(result.stdout)
+    assert answer["top1"] == answer["recovery"] < 0.99
+    assert (answer["metric"], answer["out"]) == ("top1", str(out))
+    assert "less than 0.99; written to" in result.stderr
+    assert mxcompile.load(out).config.model_type == "llama"
+
+
+def test_json_is_printed_of_a_refused_model_too(local_model, text, tmp_path):
+    arguments = ["quantize", local_model, "--out", tmp_path / "out", "--text", text, "--length", 32, "--json"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--min-recovery", "1"])
+    assert isinstance(result.exception, RecoveryError)
+    assert json.loads(result.stdout)["out"] is None
+
+
+@pytest.mark.parametrize("metric", ["top1", "perplexity", "kl"])
+def test_other_metrics(quantize, tmp_path, metric):
+    answer = json.loads(quantize(tmp_path / metric, "--metric", metric, "--json").stdout)
+    ratio = answer["reference"]["perplexity"] / answer["model"]["perplexity"]
+    wanted = {"top1": answer["top1"], "perplexity": ratio, "kl": torch.tensor(-answer["kl"]).double().exp().item()}
+    assert answer["recovery"] == pytest.approx(wanted[metric], rel=1e-6)
+
+
+def test_what_cannot_be_is_said_before_the_work(quantize, tmp_path, monkeypatch):
+    monkeypatch.setattr("mxcompile.comparison.load_model", lambda source: pytest.fail("loaded"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds something else"):
+        quantize(tmp_path)
+    refused = CliRunner().invoke(app, ["quantize", "--out", str(tmp_path / "out"), "--metric", "top2"])
+    assert refused.exit_code == 2
+    with pytest.raises(UnknownNameError, match="unknown recipe"):
+        quantize(tmp_path / "out", "--recipe", "w9a9")
+
+
+def test_generate_goes_on_with_a_prompt(checkpoint):
+    model, tokenizer = load_model(str(checkpoint))
+    prompt = "The capital of France is"
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    wanted = tokenizer.decode(model.generate(ids, max_new_tokens=5, do_sample=False)[0], skip_special_tokens=True)
+    how = ("generate", checkpoint, "--prompt", prompt, "--max-new-tokens", 5)
+    assert run(*how).stdout == f"{wanted}\n"
+    answer = json.loads(run(*how, "--json").stdout)
+    assert (answer["text"], answer["prompt"]) == (wanted, prompt)
+    assert 0 < answer["tokens"] <= 5
+
+
+def test_inspect_shows_formats_sizes_and_what_made_it(checkpoint):
+    output = run("inspect", checkpoint, "--verify").stdout
+    assert f"recipe: {RECIPES['w4a8-mxint-quick']}\n" in output
+    assert re.search(r"made by: mxcompile [\d.]+, torch 2\.\S+, transformers 5\.\S+\n", output)
+    assert re.search(r"^ +mxint4 +mxint8 +7 +36,864 +0.02", output, re.MULTILINE)
+    assert "every byte is as it was saved" in output
+    lines = run("inspect", checkpoint, "--tensors").stdout
+    assert re.search(r"^ +model.layers.0.mlp.up_proj.weight +mxint4 +mxint8 +128 x 64 +0.00", lines, re.MULTILINE)
+
+
+def test_inspect_as_json(checkpoint):
+    found = json.loads(run("inspect", checkpoint, "--json").stdout)
+    assert (found["module"], found["recipe"]) == ("LlamaForCausalLM", RECIPES["w4a8-mxint-quick"])
+    assert found["versions"]["torch"] == torch.__version__
+    assert sum(tensor["bytes"] for tensor in found["tensors"]) == stored_bytes(mxcompile.load(checkpoint))
+    assert {tensor["format"] for tensor in found["tensors"]} == {"mxint4", "float32"}
+    assert set(found["files"]) | {"config.json"} == {path.name for path in checkpoint.iterdir()}
+
+
+def test_a_checkpoint_is_a_model_for_the_other_commands(checkpoint, local_model, text):
+    size = ("--text", text, "--length", 32, "--windows", 2, "--json")
+    answer = json.loads(run("eval", checkpoint, "--against", local_model, *size).stdout)
+    assert answer["model"]["bytes"] == stored_bytes(mxcompile.load(checkpoint)) < answer["reference"]["bytes"]
+    for command in ("bisect", "groups"):
+        with pytest.raises(InputError, match="this LlamaForCausalLM is quantized already"):
+            run(command, checkpoint, *(size if command == "bisect" else ()))
+
+
+def test_a_damaged_checkpoint_is_one_message(checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="holds no saved model"):
+        run("inspect", tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        run("generate", tmp_path)
+
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install 'mxcompile[eval]'")
+@pytest.mark.filterwarnings("default")
+def test_lm_eval_runs_on_a_checkpoint(checkpoint, tmp_path, monkeypatch):
+    """A task of two questions, one of which has the answer that the model finds likelier."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = load_model(str(checkpoint))
+    with torch.no_grad():
+        scores = model(tokenizer("The capital", return_tensors="pt").input_ids).logits[0, -1]
+    likelier = int(scores[9] < scores[10])
+    rows = [{"question": "The capital", "choices": ["Paris", "Berlin"], "answer": right} for right in (0, 1, likelier)]
+    (tmp_path / "tiny.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "tiny.yaml").write_text(TASK.format(file=tmp_path / "tiny.jsonl"))
+    how = ("--model", "hf", "--model_args", f"pretrained={checkpoint}", "--tasks", "tiny", "--include_path", tmp_path)
+    run("lm-eval", *how, "--device", "cpu", "--output_path", tmp_path / "result.json")
+    (written,) = tmp_path.glob("result*.json")
+    assert json.loads(written.read_text())["results"]["tiny"]["acc,none"] == pytest.approx(2 / 3)
+
+
+def test_lm_eval_says_how_it_is_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    with pytest.raises(InputError, match=r"lm_eval is not installed .*: pip install 'mxcompile\[eval\]'"):
+        run("lm-eval", "--tasks", "tiny")

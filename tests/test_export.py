@@ -1,0 +1,139 @@
+"""Exported models: read by torch and mxcompile.ops alone, compiled ahead without either, with the same numbers."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from models import build, inputs, output
+
+import mxcompile
+from mxcompile.errors import CompileError, InputError
+from mxcompile.inductor import why_no_inductor
+from mxcompile.measure import sqnr_db
+
+CPU = torch.device("cpu")
+missing = why_no_inductor(CPU)
+needs_compiler = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+
+def deployed(name, recipe="w4a8-mxint-quick", **options):
+    return mxcompile.quantize_and_compile(build(name), inputs(name), recipe=recipe, compile=False, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "vit", "mlp"])
+def test_archive_computes_the_same_on_other_sizes(name, tmp_path):
+    model = deployed(name)
+    path = mxcompile.export(model, inputs(name), tmp_path / "model.pt2")
+    loaded = torch.export.load(path).module()
+    x = inputs(name, batch=3, length=11, seed=5)
+    with torch.no_grad():
+        wanted, given = output(model(**x)), output(loaded(**x))
+    assert sqnr_db(wanted, given) > 100  # the kernels serve both; tokens are counted together in one, not in the other
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_archive_holds_packed_weights_and_fused_calls(tmp_path):
+    path = mxcompile.export(deployed("mlp"), inputs("mlp"), tmp_path / "model.pt2")
+    program = torch.export.load(path)
+    calls = [str(node.target) for node in program.graph.nodes if "mx" in str(node.target)]
+    assert calls == ["mx.quantize_dequantize.default", "mx.linear.default"] * 2
+    assert sum(value.dtype == torch.uint8 for value in program.state_dict.values()) == 4
+
+
+LOAD = """
+import sys, torch
+import mxcompile.ops
+archive, x, out = sys.argv[1:]
+module = torch.export.load(archive).module()
+with torch.no_grad():
+    torch.save(module(**torch.load(x))["logits"], out)
+assert "transformers" not in sys.modules
+"""
+
+
+def test_archive_needs_torch_and_ops_alone(tmp_path):
+    """A Hugging Face model, in a process that never imports transformers."""
+    model, x = deployed("llama"), inputs("llama", seed=3)
+    mxcompile.export(model, inputs("llama"), tmp_path / "model.pt2")
+    torch.save(x, tmp_path / "x.pt")
+    files = [str(tmp_path / name) for name in ("model.pt2", "x.pt", "out.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD, *files], check=True)
+    with torch.no_grad():
+        assert sqnr_db(model(**x).logits, torch.load(tmp_path / "out.pt")) > 100
+
+
+def test_a_compiled_module_is_exported_as_it_is(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # without a compiler it says that it runs uncompiled
+        model = mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"), recipe="w4a8-mxint-quick")
+    loaded = torch.export.load(mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2")).module()
+    plain = deployed("mlp")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs("mlp")), plain(**inputs("mlp")))
+
+
+def test_rotations_and_multipliers_are_exported(tmp_path):
+    recipe = "awq-fold{weight=mxfp4,activation=mxfp4} | rotate{weight=mxfp4,activation=mxfp4} | "
+    recipe += "round-weights{format=mxfp4} | lower-mx{weight=mxfp4,activation=mxfp4}"
+    model = deployed("gpt2", recipe)
+    loaded = torch.export.load(mxcompile.export(model, inputs("gpt2"), tmp_path / "model.pt2")).module()
+    calls = {str(node.target) for node in loaded.graph.nodes}
+    assert "mx.rotate.default" in calls
+    with torch.no_grad():
+        assert sqnr_db(output(model(**inputs("gpt2"))), output(loaded(**inputs("gpt2")))) > 100
+
+
+RUN = """
+import sys, torch
+from torch._inductor import aoti_load_package
+package, x, out = sys.argv[1:]
+torch.save(aoti_load_package(package)(**torch.load(x)), out)
+assert "mxcompile" not in sys.modules
+"""
+
+
+@needs_compiler
+def test_compiled_ahead_it_needs_torch_alone(tmp_path):
+    """The reference's own steps, compiled: the same numbers in a process without mxcompile, on another batch size."""
+    model = deployed("mlp", "rotate{weight=mxint4,activation=mxfp4} | lower-mx{weight=mxint4,activation=mxfp4}")
+    mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2", compile=True)
+    x = inputs("mlp", batch=3, length=11, seed=5)
+    torch.save(x, tmp_path / "x.pt")
+    files = [str(tmp_path / name) for name in ("model.pt2", "x.pt", "out.pt")]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", RUN, *files], check=True)
+    with torch.no_grad():
+        assert sqnr_db(model(**x), torch.load(tmp_path / "out.pt")) > 100
+
+
+def test_what_cannot_be_exported_says_so(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="MLP holds no MX weights: give what quantize_and_compile or deploy has"):
+        mxcompile.export(build("mlp"), inputs("mlp"), tmp_path / "model.pt2")
+    model = deployed("mlp")
+    with pytest.raises(InputError, match=r"ends in \.pt2"):
+        mxcompile.export(model, inputs("mlp"), tmp_path / "model.bin")
+    with pytest.raises(InputError, match=r"do not fit MLP\.forward"):
+        mxcompile.export(model, {"y": torch.zeros(1)}, tmp_path / "model.pt2")
+    monkeypatch.setattr("mxcompile.inductor.why_no_inductor", lambda _: "no compiler here")
+    with pytest.raises(CompileError, match="no compiler here"):
+        mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2", compile=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+    path.write_text("older")
+    monkeypatch.setattr("torch.export.save", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="the disk is full"):
+        mxcompile.export(deployed("mlp"), inputs("mlp"), path)
+    assert path.read_text() == "older"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_the_model_stays_as_it_was(tmp_path):
+    model = deployed("llama")
+    before = dict(vars(model.config))
+    mxcompile.export(model, inputs("llama"), tmp_path / "model.pt2")
+    assert vars(model.config) == before
+    assert "forward" not in vars(model)
