@@ -6,6 +6,8 @@ from mxcompile.bisection import Bisection, bisect
 from mxcompile.checkpoint import register, save
 from mxcompile.deploy import deploy
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.explain import explain
+from mxcompile.explanation import Explanation
 from mxcompile.export import export
 from mxcompile.ledger import Ledger, Miss, PassResult
 from mxcompile.passes.recipes import recipes
@@ -19,6 +21,7 @@ from mxcompile.weight import MXWeight
 __all__ = [
     "Bisection",
     "Evaluation",
+    "Explanation",
     "Ledger",
     "MXWeight",
     "Measure",
@@ -31,6 +34,7 @@ __all__ = [
     "bisect",
     "deploy",
     "evaluate",
+    "explain",
     "export",
     "formats",
     "load",

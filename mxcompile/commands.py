@@ -1,4 +1,4 @@
-"""The commands that make, run and show checkpoints: `mxcompile quantize | generate | inspect | lm-eval`.
+"""The commands that make, run and show checkpoints: `mxcompile quantize | generate | inspect | lm-eval | explain`.
 
 `cli.py` puts them beside the others.
 """
@@ -21,6 +21,7 @@ from mxcompile.comparison import Question
 from mxcompile.demo import load_model
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.evaluation import Metric
+from mxcompile.explain import explain as find_kernels
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import QUICK
 
@@ -140,6 +141,24 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
+def explain(
+    model: Model = None,
+    recipe: Annotated[str, typer.Option(help="a recipe or pipeline; without effect on a checkpoint")] = QUICK,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Print which kernel will serve each layer on a device and why, its bytes, what stays float, and what that means
+    for speed. Nothing is quantized.
+    """
+    loaded, tokenizer = load_model(model)
+    example = {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids}
+    found = find_kernels(loaded, example, recipe=recipe, device=device)
+    if as_json:
+        print(json.dumps(found.record()))
+    else:
+        found.print_to(console())
+
+
 def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
@@ -148,7 +167,7 @@ def _streamer(tokenizer: Any) -> Any:
 
 def add_to(app: typer.Typer) -> None:
     """Make them commands."""
-    for command in (quantize, generate, inspect):
+    for command in (quantize, generate, inspect, explain):
         app.command()(command)
     unread = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command("lm-eval", context_settings=unread, add_help_option=False)(lm_eval)
