@@ -6,7 +6,7 @@ which of them serves. Of a model that is quantized already, its `MXWeight`s say 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import cast
 
 import torch
@@ -168,12 +168,13 @@ def _served(name: str, x: Tensor, fmt: MXFormat, rounding: tuple[str, str] | Non
 
 
 def _refusals(answers: dict[str, str | None]) -> list[str]:
-    """Why the kernels in front of the one that serves do not."""
+    """Why the kernels in front of the one that serves do not; those of another kind of device go without saying."""
     found: list[str] = []
     for name, reason in answers.items():
         if reason is None:
             break
-        found.append(f"no {name}: {reason}")
+        if not reason.startswith("runs on"):
+            found.append(f"no {name}: {reason}")
     return found
 
 
@@ -188,7 +189,7 @@ def _sized(served: Served, weight: Tensor, size: int, *, alone: bool = True) -> 
     fmt = parse_format(str(served.weight))
     before = weight.numel() * weight.element_size() if alone else 0
     after = fmt.storage_bytes(weight.numel() // size, size)
-    return Served(**(vars(served) | {"shape": tuple(weight.shape), "bytes_before": before, "bytes_after": after}))
+    return replace(served, shape=tuple(weight.shape), bytes_before=before, bytes_after=after)
 
 
 def _name(program: Program, matmul: Matmul) -> str:

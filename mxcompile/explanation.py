@@ -87,14 +87,19 @@ class Explanation:
         for column in ("weight", "input", *(("kernel",) if same else ("1 token", "many tokens"))):
             table.add_column(column, no_wrap=True)
         table.add_column("MB", justify="right", no_wrap=True)
+        heading = ""
         for layer in self.layers:
+            prefix, star, name = layer.pattern.rpartition("*.")
+            if star and prefix != heading:
+                table.add_row(f"{prefix}*")
+            heading = prefix
             kernels = (layer.decode,) if same else (layer.decode, layer.prefill)
             size = f"{layer.bytes_before / 1e6:.2f}"
             if layer.weight is not None:
                 size += f" -> {layer.bytes_after / 1e6:.2f}"
             formats = (layer.weight or "float", layer.activation or "float")
             count = f"x{layer.count}" if layer.count > 1 else ""
-            table.add_row(Text(layer.pattern), count, *formats, *kernels, size)
+            table.add_row(Text("  " * bool(star) + name), count, *formats, *kernels, size)
         return table
 
     def print_to(self, console: Console) -> None:
@@ -155,10 +160,11 @@ class Explanation:
         few = all(parse_format(layer.weight or "").bits <= 4 for layer in self.quantized)
         times = TIMES_ON_CPU[4 if few else 8]
         verdict = "slower" if min(times.values()) > 1 else "faster" if max(times.values()) < 1 else "slower or faster"
-        listed = ", ".join(f"{ratio:g} times for {count} token{'s' * (count > 1)}" for count, ratio in times.items())
+        first, *others = times.items()
+        listed = ", ".join(f"{ratio:g} for {count}" for count, ratio in others)
         return (
-            f"{verdict} than float on a CPU: SmolLM2-135M with weights in {4 if few else 8} bits was measured to take "
-            f"{listed} of what its float self takes"
+            f"{verdict} than float on a CPU: SmolLM2-135M with weights in {4 if few else 8} bits took {first[1]:g} times "
+            f"its float self's time for {first[0]} token, {listed}"
         )
 
 
