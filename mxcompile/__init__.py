@@ -13,7 +13,7 @@ from mxcompile.export import export
 from mxcompile.ledger import Ledger, Miss, PassResult
 from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline import Pass, Pipeline
-from mxcompile.printer import print_diff, print_program
+from mxcompile.printer import print_changes, print_program
 from mxcompile.probe import Measure
 from mxcompile.program import Program
 from mxcompile.rules import Rule, apply_rules
@@ -42,7 +42,7 @@ __all__ = [
     "formats",
     "load",
     "observers",
-    "print_diff",
+    "print_changes",
     "print_program",
     "quantize_and_compile",
     "recipes",

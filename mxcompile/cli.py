@@ -98,7 +98,7 @@ def bisect(
     loaded, data = prepare(screen, question)
     probe = [{"input_ids": window.to(device)} for window in data.windows]
     kl = 0.1 if kl is None and perplexity is None else kl
-    with Progress(screen, last=None) as progress:
+    with Progress(screen, last="scoring") as progress:
         found = find_culprits(
             loaded,
             probe[0],

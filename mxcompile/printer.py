@@ -34,9 +34,11 @@ def print_program(program: Program) -> str:
     return "\n".join(lines) + "\n"
 
 
-def print_diff(before: Program, after: Program) -> str:
-    """What changed, as a unified diff of the two texts; nothing if they are equal. Good for tests of a pass."""
-    return diff_text(print_program(before), print_program(after), "before", "after")
+def print_changes(before: Program, after: Program) -> str:
+    """The lines that differ, each behind its `-` or `+` and without the padding of columns: for tests of a pass."""
+    lines = diff_text(print_program(before), print_program(after), "", "").splitlines()[2:]
+    changed = [line for line in lines if line[0] in "-+"]
+    return "".join(f"{line[0]} {' '.join(line[1:].split())}\n" for line in changed)
 
 
 def print_type(value: Any, symbols: dict[str, str] | None = None) -> str:

@@ -1,7 +1,7 @@
 """Where commands print: results on stdout, in colours on a terminal and at full width elsewhere; messages on stderr."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.highlighter import RegexHighlighter
 from rich.text import Text
 from rich.theme import Theme
+
+from mxcompile.ledger import plain
 
 Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 _UNBOUNDED = 10_000  # columns where no terminal sets a width
@@ -56,9 +58,9 @@ def _console(stderr: bool) -> Console:
     return console
 
 
-def print_json(content: Mapping[str, Any]) -> None:
-    """One line on stdout."""
-    typer.echo(json.dumps(content))
+def print_json(content: dict[str, Any]) -> None:
+    """One line on stdout; a number that is not finite is the word "inf", "-inf" or "nan"."""
+    typer.echo(json.dumps(plain(content)))
 
 
 def graph_text(text: str) -> Text:

@@ -17,7 +17,7 @@ FLOORS = [
     {"hadamard", "importance", "nearest", "packing", "reference", "rows"},
     {"kernels"},
     {"ops"},
-    {"distributions", "inputs", "selection", "overrides", "measure", "provenance", "texts"},
+    {"distributions", "inputs", "selection", "overrides", "measure", "provenance", "tables", "texts"},
     {"ledger"},
     {"folder"},
     {"report"},
@@ -41,7 +41,7 @@ FLOORS = [
     {"passes"},
     {"api", "export", "progress", "smollm2"},
     {"bisection"},
-    {"demo", "comparison", "commands", "cli", "__init__", "__main__"},
+    {"demo", "screen", "comparison", "commands", "listing", "viewing", "cli", "__init__", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
