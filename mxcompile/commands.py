@@ -3,7 +3,6 @@
 `cli.py` puts them beside the others.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
-from mxcompile import comparison
+from mxcompile import comparison, smollm2
 from mxcompile.checkpoint import Checkpoint, save
 from mxcompile.checkpoint.description import Description
 from mxcompile.checkpoint.folder import check_free
@@ -24,15 +22,11 @@ from mxcompile.evaluation import Metric
 from mxcompile.explain import explain as find_kernels
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import QUICK
+from mxcompile.progress import waiting
+from mxcompile.screen import Json, messages, print_json, results
 
 Model = Annotated[str | None, typer.Argument(help="a local path or hub id; SmolLM2-135M if left out")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
-
-
-def console(stderr: bool = False) -> Console:
-    """Where a command prints; with --json, messages go to stderr."""
-    return Console(highlight=False, soft_wrap=True, stderr=stderr)
 
 
 def quantize(
@@ -61,23 +55,24 @@ def quantize(
     Recovery is how much of the float model is left: the share of tokens predicted alike (top1), its perplexity over the
     quantized model's (perplexity), or exp(-KL) (kl).
     """
-    screen = console(stderr=as_json)
     check_free(out)
     question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
-    quantized, tokenizer, answer = comparison.quantize(screen, question, recipe)
+    quantized, tokenizer, answer = comparison.quantize(messages(), question, recipe)
     recovery = answer.scores.recovery(metric)
     enough = min_recovery is None or recovery >= min_recovery
     if enough or force:
-        save(quantized, out, tokenizer=tokenizer)
+        with waiting(messages(), "writing"):
+            save(quantized, out, tokenizer=tokenizer)
     found = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
     if as_json:
-        print(json.dumps(answer.record() | found))
+        print_json(answer.record() | found)
     else:
-        comparison.report(screen, answer)
+        comparison.report(results(), answer)
     verdict = f"recovery ({metric}) {recovery:.3f}" + ("" if enough else f", less than {min_recovery}")
     if not enough and not force:
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
-    screen.print(f"{verdict}; written to {out} (mxcompile generate {out} --prompt ...)")
+    screen = messages() if as_json else results()
+    screen.print(f"{verdict}; written to {out} (mxcompile generate {out} --prompt ...)", markup=False)
 
 
 def generate(
@@ -89,8 +84,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Go on with a text, greedily; the model is a checkpoint, or any language model."""
-    loaded, tokenizer = load_model(model)
-    loaded = loaded.to(device)
+    with waiting(messages(), "loading"):
+        loaded, tokenizer = load_model(model)
+        loaded = loaded.to(device)
     if compile:
         compile_module(loaded)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
@@ -109,7 +105,7 @@ def generate(
         seconds = time.perf_counter() - began
         text = tokenizer.decode(output, skip_special_tokens=True)
         tokens = len(output) - inputs.input_ids.shape[1]
-        print(json.dumps({"text": text, "prompt": prompt, "tokens": tokens, "seconds": seconds}))
+        print_json({"text": text, "prompt": prompt, "tokens": tokens, "seconds": seconds})
 
 
 def inspect(
@@ -119,13 +115,14 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print what a checkpoint holds: formats, sizes, the recipe and versions that made it."""
-    description = Description(Checkpoint(folder, verify=verify))
+    with waiting(messages(), "reading"):
+        description = Description(Checkpoint(folder, verify=verify))
     if as_json:
-        print(json.dumps(description.record()))
+        print_json(description.record())
         return
-    description.print_to(console(), every=tensors)
+    description.print_to(results(), every=tensors)
     if verify:
-        console().print("every byte is as it was saved")
+        results().print("every byte is as it was saved")
 
 
 def lm_eval(context: typer.Context) -> None:
@@ -150,13 +147,14 @@ def explain(
     """Print which kernel will serve each layer on a device and why, its bytes, what stays float, and what that means
     for speed. Nothing is quantized.
     """
+    messages().print(f"loading {model or smollm2.NAME}", markup=False)
     loaded, tokenizer = load_model(model)
     example = {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids}
     found = find_kernels(loaded, example, recipe=recipe, device=device)
     if as_json:
-        print(json.dumps(found.record()))
+        print_json(found.record())
     else:
-        found.print_to(console())
+        found.print_to(results())
 
 
 def _streamer(tokenizer: Any) -> Any:

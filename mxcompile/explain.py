@@ -20,9 +20,9 @@ from mxcompile.errors import InputError, PipelineError
 from mxcompile.explanation import (
     CPU,
     CPU_DECODED,
-    DEQUANTIZED,
     FLOAT,
     LOOKUP,
+    UNFUSED,
     Explanation,
     Served,
     grouped,
@@ -156,7 +156,7 @@ def _served(name: str, x: Tensor, fmt: MXFormat, rounding: tuple[str, str] | Non
         answers = rounding_choices(x, parse_format(rounding[0]), parse_scale_rule(rounding[1]))
         reasons += [f"rounding of its input: {why}" for why in _refusals(answers)]
     if unfused is not None:
-        decode = prefill = DEQUANTIZED
+        decode = prefill = UNFUSED
         reasons.append(unfused)
     else:
         answers = choices(x, fmt)

@@ -5,15 +5,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from mxcompile.formats import parse_format
+from mxcompile.tables import table
 
-FLOAT, LOOKUP, DEQUANTIZED = "torch", "lookup", "dequantize"
-CPU, CPU_DECODED, TRITON, REFERENCE = "cpu", "decode + torch", "triton_linear", "reference"
+FLOAT, LOOKUP, UNFUSED = "torch", "lookup", "unfused"
+CPU, CPU_DECODED, TRITON, REFERENCE = "cpu", "decoded", "triton_linear", "reference"
 MEANINGS: Final = {
     FLOAT: "a float weight, multiplied by torch",
     LOOKUP: "the packed rows that are looked up are decoded",
@@ -21,7 +20,7 @@ MEANINGS: Final = {
     CPU_DECODED: "the CPU kernel decodes the layer into a buffer, which torch multiplies",
     TRITON: "the GPU kernel decodes packed weights inside the product",
     REFERENCE: "no kernel: the weight is decoded in plain PyTorch at every call, then multiplied",
-    DEQUANTIZED: "not fused: the whole weight is decoded at every call, then torch multiplies",
+    UNFUSED: "the whole weight is decoded at every call, then torch multiplies",
 }
 TIMES_ON_CPU: Final = {4: {1: 2.3, 16: 1.8, 256: 1.2}, 8: {1: 1.7, 16: 2.2, 256: 1.2}}
 """Time over the float model's, by bits of the weights and tokens a call: SmolLM2-135M with float inputs, compiled, on
@@ -80,27 +79,20 @@ class Explanation:
 
     def to_table(self) -> Table:
         """A row for layers that are alike."""
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-        table.add_column("layer", overflow="fold")
-        table.add_column("", justify="right", no_wrap=True)
         same = all(layer.decode == layer.prefill for layer in self.layers)
-        for column in ("weight", "input", *(("kernel",) if same else ("1 token", "many tokens"))):
-            table.add_column(column, no_wrap=True)
-        table.add_column("MB", justify="right", no_wrap=True)
+        rows: list[list[str]] = []
         heading = ""
         for layer in self.layers:
             prefix, star, name = layer.pattern.rpartition("*.")
             if star and prefix != heading:
-                table.add_row(f"{prefix}*")
+                rows.append([f"{prefix}*", *[""] * (6 if same else 7)])
             heading = prefix
             kernels = (layer.decode,) if same else (layer.decode, layer.prefill)
-            size = f"{layer.bytes_before / 1e6:.2f}"
-            if layer.weight is not None:
-                size += f" -> {layer.bytes_after / 1e6:.2f}"
-            formats = (layer.weight or "float", layer.activation or "float")
-            count = f"x{layer.count}" if layer.count > 1 else ""
-            table.add_row(Text("  " * bool(star) + name), count, *formats, *kernels, size)
-        return table
+            sizes = (f"{layer.bytes_before / 1e6:.2f}", f"{layer.bytes_after / 1e6:.2f}" if layer.weight else "")
+            formats = (layer.weight or "float", layer.activation or "")
+            rows.append([f"{'  ' * bool(star)}{name}", *formats, *kernels, str(layer.count), *sizes])
+        names = ("layer", "weight", "input", *(("kernel",) if same else ("1 token", "many tokens")))
+        return table(names, ("layers", "MB", "as MX"), rows)
 
     def print_to(self, console: Console) -> None:
         """The table, what its words mean, why nothing better serves, and what follows."""
@@ -121,7 +113,7 @@ class Explanation:
             return
         if self.uncompiled is not None:
             yield f"{self.uncompiled}: every operation runs by itself"
-        unfused = [layer for layer in self.quantized if layer.decode in (DEQUANTIZED, REFERENCE)]
+        unfused = [layer for layer in self.quantized if layer.decode in (UNFUSED, REFERENCE)]
         if unfused:
             layers = sum(layer.count for layer in unfused)
             yield f"{layers} of {sum(layer.count for layer in self.quantized)} MX weights are decoded at every call"
@@ -149,7 +141,7 @@ class Explanation:
 
     def _verdict(self) -> str:
         kernels = {layer.decode for layer in self.quantized}
-        if kernels & {DEQUANTIZED, REFERENCE}:
+        if kernels & {UNFUSED, REFERENCE}:
             return "slower than float, as far as such layers go: decoding writes out what a float model only reads"
         if TRITON in kernels:
             return (
@@ -163,8 +155,8 @@ class Explanation:
         first, *others = times.items()
         listed = ", ".join(f"{ratio:g} for {count}" for count, ratio in others)
         return (
-            f"{verdict} than float on a CPU: SmolLM2-135M with weights in {4 if few else 8} bits took {first[1]:g} times "
-            f"its float self's time for {first[0]} token, {listed}"
+            f"{verdict} than float on a CPU: SmolLM2-135M with weights in {4 if few else 8} bits took {first[1]:g} "
+            f"times its float self's time for {first[0]} token, {listed}"
         )
 
 

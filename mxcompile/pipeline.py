@@ -172,6 +172,7 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
             program.statistics.clear()
             program.outputs = program.outputs if current.preserves_function else None
         verify.check(program)
+        program.graph_module.recompile()
         seconds = time.perf_counter() - began
         measured = [found for i in instruments if (found := i.measure(program, step, result)) is not None]
     except Exception as error:

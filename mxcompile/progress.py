@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self, TextIO, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -26,7 +26,7 @@ _WIDTH = 24
 class Progress(Instrument):
     """Says which pass runs and how far it is, and afterwards what it did.
 
-    Used in a `with`, it also shows `first` until the pipeline starts and `last` after it has ended.
+    Used in a `with`, it also shows what comes before the first pass and behind the last one.
     """
 
     def __init__(self, console: Console, first: str = "tracing", last: str = "deploying") -> None:
@@ -34,11 +34,11 @@ class Progress(Instrument):
         self._first, self._last = first, last
         self._inside = False
         self._bars: Bars | None = None
-        self._task: TaskID | None = None
+        self._title = ""
 
     def __enter__(self) -> Self:
         self._inside = True
-        self._show(self._first)
+        self.report(self._first)
         return self
 
     def __exit__(
@@ -49,15 +49,15 @@ class Progress(Instrument):
 
     def before(self, program: Program, step: Step) -> None:
         """Show the pass at work."""
-        self._show(_title(step))
+        self.report(_name(step))
 
     def segment(self, program: Program, step: Step, done: int, total: int) -> None:
         """Show how far it is."""
-        self.report(_title(step), done, total)
+        self.report(_name(step), done, total)
 
     def measure(self, program: Program, step: Step, result: PassResult) -> Measured | None:
         """Say that its work is done and is being measured."""
-        self._show(f"{_title(step)}: measuring")
+        self.report(f"{_name(step)}, measuring")
         return None
 
     def after(self, program: Program, step: Step, record: PassRecord) -> None:
@@ -72,34 +72,29 @@ class Progress(Instrument):
         self._stop()
 
     def finish(self, program: Program) -> None:
-        """Show what comes after the passes."""
-        if self._inside and self._last:
-            self._show(self._last)
+        """Show what comes behind the passes."""
+        if self._inside:
+            self.report(self._last)
 
-    def report(self, title: str, done: int, total: int) -> None:
-        """Show something that is `done` of `total` parts far."""
-        if self._bars is None or self._task is None or self._bars.tasks[-1].description != title:
-            self._show(title)
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, completed=done, total=total)
-
-    def _show(self, title: str) -> None:
-        self._stop()
-        if not self.console.is_terminal:
-            return
-        self._bars = bars(self.console)
-        self._bars.start()
-        self._task = self._bars.add_task(title, total=None)
+    def report(self, title: str, done: int = 0, total: int | None = None) -> None:
+        """Show what is at work, and that it is `done` of `total` parts far."""
+        if self._bars is None or self._title != title:
+            self._stop()
+            self._title = title
+            self._bars = bars(self.console)
+            self._bars.start()
+            self._bars.add_task(title, total=None)
+        self._bars.update(self._bars.task_ids[-1], completed=done, total=total)
 
     def _stop(self) -> None:
         if self._bars is not None:
             self._bars.stop()
-        self._bars = self._task = None
+        self._bars = None
 
 
 def bars(console: Console) -> Bars:
     """Bars as they all look; gone when they are done, and none at all where there is no terminal."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(_WIDTH), _Count(), _Time())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(_WIDTH), _Count(), _Time())
     return Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -111,20 +106,11 @@ def track(console: Console, items: Sequence[T], title: str) -> Iterator[T]:
 
 @contextmanager
 def waiting(console: Console, title: str) -> Generator[None]:
-    """Show how long something takes that does not say how far it is."""
+    """Show how long something takes that does not say how far it is; bars of other libraries (tqdm) are left out."""
     with bars(console) as shown:
         shown.add_task(title, total=None)
-        yield
-
-
-@contextmanager
-def libraries_quiet() -> Generator[None]:
-    """Drop the bars that other libraries (tqdm) draw on stderr, unless it is a terminal."""
-    if sys.stderr.isatty():
-        yield
-        return
-    with redirect_stderr(_WithoutBars(sys.stderr)):
-        yield
+        with redirect_stderr(_WithoutBars(sys.stderr)):
+            yield
 
 
 class _WithoutBars(TextIOBase):
@@ -173,5 +159,5 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _title(step: Step) -> str:
+def _name(step: Step) -> str:
     return f"[{step.index}/{len(step.pipeline.passes)}] {step.current.name}"

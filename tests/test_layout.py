@@ -17,7 +17,7 @@ FLOORS = [
     {"hadamard", "importance", "nearest", "packing", "reference", "rows"},
     {"kernels"},
     {"ops"},
-    {"distributions", "inputs", "selection", "overrides", "measure", "provenance", "texts"},
+    {"distributions", "inputs", "selection", "overrides", "measure", "provenance", "tables", "texts"},
     {"ledger"},
     {"folder"},
     {"report"},
@@ -42,7 +42,7 @@ FLOORS = [
     {"api", "export", "progress", "smollm2"},
     {"explanation"},
     {"bisection", "explain"},
-    {"demo", "comparison", "commands", "cli", "__init__", "__main__"},
+    {"demo", "screen", "comparison", "commands", "listing", "viewing", "cli", "__init__", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
