@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from contextlib import suppress
 from typing import Any
 
 project = "mxcompile"
@@ -36,19 +37,24 @@ _NAMES = re.compile(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
 def _documented(given: Any) -> set[str]:
     """Names that a docstring may explain line by line: parameters, and fields of a dataclass."""
     names = set(getattr(given, "__dataclass_fields__", ()))
-    try:
+    with suppress(TypeError, ValueError):
         names |= set(inspect.signature(given).parameters)
-    except (TypeError, ValueError):
-        pass
     return names
 
 
+def _one_a_line(lines: list[str], names: set[str]) -> list[str]:
+    """`device: of the model. recipe: its name` -> two lines, where both are names to be explained."""
+    known = "|".join(map(re.escape, names))
+    split = re.compile(rf"(?<=[.;]) (?=(?:{known})(?:, (?:{known}))*: )") if names else None
+    return [part for line in lines for part in (split.split(line) if split else [line])]
+
+
 def _as_fields(_app: object, kind: str, _name: str, given: object, _options: object, lines: list[str]) -> None:
-    """`recipe: a name` with its hanging lines -> a field list, which reStructuredText sets as one."""
-    if kind not in ("function", "method", "class"):
-        return
+    """`recipe: a name` with its hanging lines -> a field list; what is indented -> a literal block."""
     names, result, inside = _documented(given), list[str](), False
-    for line in lines:
+    if kind == "module":
+        names.clear()
+    for line in _one_a_line(lines, names):
         match = _NAMES.match(line)
         if match and (inside or set(match[1].split(", ")) & names):
             result += [""] * bool(not inside and result and result[-1])
@@ -57,9 +63,13 @@ def _as_fields(_app: object, kind: str, _name: str, given: object, _options: obj
         elif inside and line[:1].isupper():
             result += ["", line]
             inside = False
+        elif inside:
+            result.append(f"    {line.strip()}" if line else line)
+            inside = bool(line)
         else:
-            result.append(f"    {line.strip()}" if inside and line else line)
-            inside = inside and bool(line)
+            if line.startswith("    ") and (not result or not result[-1]):
+                result += ["::", ""]
+            result.append(line)
     lines[:] = result
 
 

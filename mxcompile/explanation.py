@@ -50,7 +50,9 @@ class Served:
 
 @dataclass(frozen=True)
 class Explanation:
-    """device: that it is about. recipe: None for a model that is quantized already. layers: in the order of the model.
+    """Which kernels will serve a model's layers on a device, and what that comes to.
+
+    device: that it is about. recipe: None for a model that is quantized already. layers: in the order of the model.
 
     bytes_before, bytes_after: of the whole model. uncompiled: why `torch.compile` cannot run for the device, or None.
     """

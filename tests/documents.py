@@ -52,7 +52,7 @@ def run_command(line: str) -> str:
 
 
 def run_page(path: Path, model: Path) -> None:
-    """Run the blocks of a page in order: python in one namespace, sh line by line; text is what the last of those prints."""
+    """Run the blocks of a page in order: python in one namespace, sh line by line; text is what that has printed."""
     namespace: dict[str, Any] = {"__name__": path.stem}
     printed = ""
     for block in read(path):
