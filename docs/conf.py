@@ -36,7 +36,7 @@ _NAMES = re.compile(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
 
 def _documented(given: Any) -> set[str]:
     """Names that a docstring may explain line by line: parameters, and fields of a dataclass."""
-    names = set(getattr(given, "__dataclass_fields__", ()))
+    names = {*getattr(given, "__dataclass_fields__", ()), *getattr(given, "__annotations__", ())}
     with suppress(TypeError, ValueError):
         names |= set(inspect.signature(given).parameters)
     return names
@@ -50,7 +50,7 @@ def _one_a_line(lines: list[str], names: set[str]) -> list[str]:
 
 
 def _as_fields(_app: object, kind: str, _name: str, given: object, _options: object, lines: list[str]) -> None:
-    """`recipe: a name` with its hanging lines -> a field list; what is indented -> a literal block."""
+    """`recipe: a name` with its hanging lines -> a definition list; what is indented -> a literal block."""
     names, result, inside = _documented(given), list[str](), False
     if kind == "module":
         names.clear()
@@ -58,7 +58,7 @@ def _as_fields(_app: object, kind: str, _name: str, given: object, _options: obj
         match = _NAMES.match(line)
         if match and (inside or set(match[1].split(", ")) & names):
             result += [""] * bool(not inside and result and result[-1])
-            result.append(f":{match[1]}: {match[2]}")
+            result += [", ".join(f"``{name}``" for name in match[1].split(", ")), f"    {match[2]}"]
             inside = True
         elif inside and line[:1].isupper():
             result += ["", line]
@@ -69,7 +69,7 @@ def _as_fields(_app: object, kind: str, _name: str, given: object, _options: obj
         else:
             if line.startswith("    ") and (not result or not result[-1]):
                 result += ["::", ""]
-            result.append(line)
+            result.append(line if "`" in line or line.startswith("    ") else re.sub(r"[*|]", r"\\\g<0>", line))
     lines[:] = result
 
 
