@@ -53,6 +53,8 @@ def quantize(
 
     Recovery is how much of the float model is left: the share of tokens predicted alike (top1), its perplexity over the
     quantized model's (perplexity), or exp(-KL) (kl).
+
+    --json: as of eval, and "recovery", "metric", "out" (null if nothing is written).
     """
     check_free(out)
     question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
@@ -82,7 +84,10 @@ def generate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Go on with a text, greedily; the model is a checkpoint, or any language model."""
+    """Go on with a text, greedily; the model is a checkpoint, or any language model.
+
+    --json: {"text", "prompt", "tokens", "seconds"}; the text begins with the prompt, tokens are those generated.
+    """
     with waiting(messages(), "loading"):
         loaded, tokenizer = load_model(model)
         loaded = loaded.to(device)
@@ -113,7 +118,11 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="read all of it and compare checksums")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what a checkpoint holds: formats, sizes, the recipe and versions that made it."""
+    """Print what a checkpoint holds: formats, sizes, the recipe and versions that made it.
+
+    --json: {"folder", "module", "recipe", "versions", "bytes", "files", "tensors": [{"name", "format", "input", "shape",
+    "bytes"}]}.
+    """
     with waiting(messages(), "reading"):
         description = Description(Checkpoint(folder, verify=verify))
     if as_json:

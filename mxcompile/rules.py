@@ -19,7 +19,6 @@ from mxcompile.analysis.dataflow import operand
 from mxcompile.ledger import Miss, PassResult
 from mxcompile.program import where
 
-
 _CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
 
 
@@ -34,7 +33,7 @@ class Match:
         return self.parts[name]
 
     def replace(self, target: AnyType, *args: AnyType, name: str = "") -> Node:
-        """Put `target(*args)`, a value of the same shape and dtype, in place of the root; it keeps the root's module."""
+        """Put `target(*args)`, of the same shape and dtype, in place of the root, in the same module."""
         graph = self.root.graph
         with graph.inserting_before(self.root):
             made = graph.create_node("call_function", target, args, name=name or None)

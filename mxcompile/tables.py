@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 Cell = str | Text
-_NARROWEST = 12  # characters of a name in one line, at least
+_NARROWEST = 16  # characters of a name in one line, at least
 
 
 def table(
