@@ -1,6 +1,7 @@
 """The commands that print what there is: `mxcompile passes | recipes | formats | groups`."""
 
 import inspect
+import re
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -140,8 +141,9 @@ def show_groups(model: Model = None, as_json: Json = False) -> None:
 
 def _describe(kind: type[Pass]) -> None:
     screen = results()
-    screen.print(Text(f"{kind.name}: {_rewrite(kind)}", style="bold"))
-    screen.print(Text(inspect.cleandoc(kind.__doc__ or "")))
+    screen.print(Text(f"{kind.name}: {_rewrite(kind)}", style="bold"), soft_wrap=False)
+    text = re.sub(r"\n +", " ", inspect.cleandoc(kind.__doc__ or ""))  # an option in a line, as long as it is
+    screen.print(Text(text), soft_wrap=False)
     record = _pass_record(kind)
     keeps = "; keeps the function, which is checked" if kind.preserves_function else ""
     stage = f", leaves it {record['gives']}" if record["gives"] else ""
