@@ -1,4 +1,4 @@
-"""A pass chooses formats for weights (`program.formats`): later passes take them, overrides count before, dumps show it."""
+"""A pass chooses formats for weights: passes behind it take them, overrides count before, dumps show it."""
 
 from dataclasses import dataclass
 
