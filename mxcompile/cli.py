@@ -60,6 +60,9 @@ def evaluate(
     """Print a language model's perplexity; with --recipe, of its quantized self too, and how far that is from it.
 
     Every token of a window is predicted from those before it; there is no special token in front of them.
+
+    --json: {"model": {"name", "bytes", "nll", "perplexity"}, "recipe", "reference", "kl", "top1", "text", "length",
+    "windows", "tokens", "calibration"}; the reference, null or like the model, is what kl and top1 compare with.
     """
     question = Question(model, against, recipe, text, length, windows, calibration_text, calibration, device)
     answer = compare(messages(), question)
@@ -92,6 +95,9 @@ def bisect(
     """Find the pass, and in it the layers, that bring a model over a threshold, and what to leave out to mend it.
 
     Takes about two forwards of the windows for every layer.
+
+    --json: {"metric", "threshold", "scores": [{"pass", "score"}], "culprit", "contributions": {layer: what it adds},
+    "guilty", "restored", "fix": null or {"names", "format", "score", "mends"}, "forwards"}.
     """
     question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
     screen = messages()

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from mxcompile import comparison, smollm2
@@ -54,6 +53,8 @@ def quantize(
 
     Recovery is how much of the float model is left: the share of tokens predicted alike (top1), its perplexity over the
     quantized model's (perplexity), or exp(-KL) (kl).
+
+    --json: as of eval, and "recovery", "metric", "out" (null if nothing is written).
     """
     check_free(out)
     question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
@@ -83,29 +84,30 @@ def generate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Go on with a text, greedily; the model is a checkpoint, or any language model."""
+    """Go on with a text, greedily; the model is a checkpoint, or any language model.
+
+    --json: {"text", "prompt", "tokens", "seconds"}; the text begins with the prompt, tokens are those generated.
+    """
     with waiting(messages(), "loading"):
         loaded, tokenizer = load_model(model)
         loaded = loaded.to(device)
     if compile:
         compile_module(loaded)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    streamer = None if as_json else _streamer(tokenizer)
+    encoded = tokenizer(prompt, return_tensors="pt").to(device)
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
     began = time.perf_counter()
-    with torch.no_grad():
-        output = loaded.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            cache_implementation="static" if compile else None,
-            streamer=streamer,
-        )[0]
-    if as_json:
-        seconds = time.perf_counter() - began
-        text = tokenizer.decode(output, skip_special_tokens=True)
-        tokens = len(output) - inputs.input_ids.shape[1]
-        print_json({"text": text, "prompt": prompt, "tokens": tokens, "seconds": seconds})
+    if not (compile or as_json):
+        loaded.generate(**inputs, **options, streamer=_streamer(tokenizer))
+        return
+    with waiting(messages(), "compiling, generating" if compile else "generating"):
+        output = loaded.generate(**inputs, **options, cache_implementation="static" if compile else None)[0]
+    text = tokenizer.decode(output, skip_special_tokens=True)
+    if not as_json:
+        typer.echo(text)
+        return
+    tokens, seconds = len(output) - inputs["input_ids"].shape[1], time.perf_counter() - began
+    print_json({"text": text, "prompt": prompt, "tokens": tokens, "seconds": seconds})
 
 
 def inspect(
@@ -114,7 +116,11 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="read all of it and compare checksums")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what a checkpoint holds: formats, sizes, the recipe and versions that made it."""
+    """Print what a checkpoint holds: formats, sizes, the recipe and versions that made it.
+
+    --json: {"folder", "module", "recipe", "versions", "bytes", "files", "tensors": [{"name", "format", "input",
+    "shape", "bytes"}]}.
+    """
     with waiting(messages(), "reading"):
         description = Description(Checkpoint(folder, verify=verify))
     if as_json:

@@ -99,5 +99,5 @@ def _write(path: Path, text: str) -> None:
 
 def _summary(ledger: Ledger) -> str:
     rendered = StringIO()
-    ledger.print_to(Console(width=_WIDTH, file=rendered, force_terminal=False))
+    ledger.print_to(Console(width=_WIDTH, file=rendered, force_terminal=False, soft_wrap=True))
     return "".join(f"{line.rstrip()}\n" for line in rendered.getvalue().splitlines())

@@ -161,9 +161,9 @@ class Ledger:
 
     def to_table(self) -> Table:
         """A row for every pass; what was not measured is left empty."""
-        numbers = ("rewrites", "misses", "seconds", "MB", "outputs dB", "KL", "top-1", "kept to dB")
-        rows = [(f"{place:02}-{record.name}", *_cells(record)) for place, record in enumerate(self.passes, start=1)]
-        return table(("pass",), numbers, rows, "passes")
+        title = "passes: outputs and what they were kept to in dB, KL in nats"
+        numbers = ("rewrites", "misses", "s", "MB", "outputs", "KL", "top-1", "kept to")
+        return table(("pass",), numbers, [(record.name, *_cells(record)) for record in self.passes], title)
 
     def to_layer_table(self, worst: int | None = None) -> Table:
         """A row for every layer, or for those with the largest error of their own, the worst first.

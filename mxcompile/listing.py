@@ -1,6 +1,7 @@
 """The commands that print what there is: `mxcompile passes | recipes | formats | groups`."""
 
 import inspect
+import re
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from mxcompile.analysis.groups import ScaleGroup, find_groups
 from mxcompile.commands import Model
 from mxcompile.demo import load_model
 from mxcompile.errors import UnknownNameError
-from mxcompile.formats import FORMATS, activation_rule
+from mxcompile.formats import FORMATS, MXFormat, activation_rule
 from mxcompile.passes import PASSES
 from mxcompile.passes.recipes import DEFAULT, QUICK, recipes
 from mxcompile.pipeline import Pass
@@ -73,13 +74,18 @@ def show_recipes(as_json: Json = False) -> None:
             }
         )
         return
+    screen = results()
+    between = "\n" if screen.is_terminal else " "  # one line a recipe where it may be searched
     rows = [
-        (name, "\n| ".join(map(str, pipeline.passes)), "yes" if pipeline.reads_calibration else "no")
+        (
+            f"{name}{between}(calibrates)" if pipeline.reads_calibration else name,
+            f" |{between}".join(map(str, pipeline.passes)),
+        )
         for name, pipeline in found.items()
     ]
-    results().print(table(("recipe", "pipeline", "calibrates"), (), rows))
+    screen.print(table(("recipe", "pipeline"), (), rows))
     for name, when in defaults.items():
-        results().print(f"{name} is the default {when}", style="dim")
+        screen.print(f"{name} is the default {when}", style="dim")
 
 
 def show_formats(as_json: Json = False) -> None:
@@ -87,22 +93,15 @@ def show_formats(as_json: Json = False) -> None:
 
     --json: {"formats": [{"name", "bits", "bits_per_value", "largest", "activation_rule"}]}, at block size 32.
     """
-    records = [
-        {
-            "name": name,
-            "bits": fmt.bits,
-            "bits_per_value": fmt.bits_per_value,
-            "largest": fmt.max_value,
-            "activation_rule": str(activation_rule(fmt)),
-        }
-        for name, fmt in FORMATS.items()
-    ]
+    rules = {name: str(activation_rule(fmt)) for name, fmt in FORMATS.items()}
     if as_json:
-        print_json({"formats": records})
+        print_json(
+            {"formats": [_format_record(fmt) | {"activation_rule": rules[fmt.name]} for fmt in FORMATS.values()]}
+        )
         return
     rows = [
-        (r["name"], r["activation_rule"], str(r["bits"]), f"{r['bits_per_value']:g}", f"{r['largest']:g}")
-        for r in records
+        (name, rules[name], str(fmt.bits), f"{fmt.bits_per_value:g}", f"{fmt.max_value:g}")
+        for name, fmt in FORMATS.items()
     ]
     numbers = ("bits", "with scale", "largest element")
     results().print(table(("format", "scale rule of activations"), numbers, rows))
@@ -142,8 +141,9 @@ def show_groups(model: Model = None, as_json: Json = False) -> None:
 
 def _describe(kind: type[Pass]) -> None:
     screen = results()
-    screen.print(Text(f"{kind.name}: {_rewrite(kind)}", style="bold"))
-    screen.print(Text(inspect.cleandoc(kind.__doc__ or "")))
+    screen.print(Text(f"{kind.name}: {_rewrite(kind)}", style="bold"), soft_wrap=False)
+    text = re.sub(r"\n +", " ", inspect.cleandoc(kind.__doc__ or ""))  # an option in a line, as long as it is
+    screen.print(Text(text), soft_wrap=False)
     record = _pass_record(kind)
     keeps = "; keeps the function, which is checked" if kind.preserves_function else ""
     stage = f", leaves it {record['gives']}" if record["gives"] else ""
@@ -162,6 +162,10 @@ def _pass_record(kind: type[Pass]) -> dict[str, Any]:
         "preserves_function": kind.preserves_function,
         "options": [asdict(option) for option in spec.options(kind)],
     }
+
+
+def _format_record(fmt: MXFormat) -> dict[str, Any]:
+    return {"name": fmt.name, "bits": fmt.bits, "bits_per_value": fmt.bits_per_value, "largest": fmt.max_value}
 
 
 def _rewrite(kind: type[Pass]) -> str:

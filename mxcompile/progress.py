@@ -84,7 +84,7 @@ class Progress(Instrument):
             self._bars = bars(self.console)
             self._bars.start()
             self._bars.add_task(title, total=None)
-        self._bars.update(self._bars.task_ids[-1], completed=done, total=total)
+        _tell(self._bars, done, total)
 
     def _stop(self) -> None:
         if self._bars is not None:
@@ -101,7 +101,10 @@ def bars(console: Console) -> Bars:
 def track(console: Console, items: Sequence[T], title: str) -> Iterator[T]:
     """The items, with a bar for how many have been taken."""
     with bars(console) as shown:
-        yield from shown.track(items, description=title)
+        shown.add_task(title, total=None)
+        for done, item in enumerate(items):
+            _tell(shown, done, len(items))
+            yield item
 
 
 @contextmanager
@@ -142,15 +145,22 @@ class _Count(ProgressColumn):
 
 
 class _Time(ProgressColumn):
-    """The time left; until that can be told, the time taken."""
-
-    max_refresh = 0.5
+    """The time left, if the parts to come take as long as those done; until that can be told, the time taken."""
 
     def render(self, task: Task) -> Text:
         """`1:05 left` or `0:12`."""
-        left = None if task.total is None else task.time_remaining
-        taken = _clock(task.elapsed or 0)
-        return Text(taken if left is None else f"{_clock(left)} left", style="dim")
+        taken = task.elapsed or 0.0
+        if task.total is None or not task.completed:
+            return Text(_clock(taken), style="dim")
+        told = task.fields["told"]  # when the last part was done
+        left = told * (task.total - task.completed) / task.completed - (taken - told)
+        return Text(f"{_clock(max(left, 0.0))} left", style="dim")
+
+
+def _tell(shown: Bars, done: int, total: int | None) -> None:
+    """Set how far the one task of the bars is."""
+    (task,) = shown.tasks
+    shown.update(task.id, completed=done, total=total, told=task.elapsed or 0.0)
 
 
 def _clock(seconds: float) -> str:

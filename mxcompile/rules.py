@@ -19,7 +19,6 @@ from mxcompile.analysis.dataflow import operand
 from mxcompile.ledger import Miss, PassResult
 from mxcompile.program import where
 
-
 _CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
 
 
@@ -34,10 +33,11 @@ class Match:
         return self.parts[name]
 
     def replace(self, target: AnyType, *args: AnyType, name: str = "") -> Node:
-        """Put `target(*args)`, a value of the same shape and dtype, in place of the root; it keeps the root's module."""
+        """Put `target(*args)`, of the same shape and dtype, in place of the root, in the same module."""
         graph = self.root.graph
+        name = name or getattr(target, "__name__", str(target)).partition(".")[0]
         with graph.inserting_before(self.root):
-            made = graph.create_node("call_function", target, args, name=name or None)
+            made = graph.create_node("call_function", target, args, name=name)
         made.meta = {key: self.root.meta[key] for key in _CARRIED if key in self.root.meta}
         self.root.replace_all_uses_with(made)
         graph.erase_node(self.root)

@@ -1,6 +1,7 @@
 """Tables as every command prints them: names to the left, numbers to the right, nothing cut off.
 
-Names fold where a terminal is too narrow, numbers stay whole; a column without any entry is left out.
+Names fold where a terminal is too narrow, numbers stay whole (on a console with `soft_wrap`, whatever its width); a
+column without any entry is left out.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 Cell = str | Text
-_NARROWEST = 12  # characters of a name in one line, at least
+_NARROWEST = 16  # characters of a name in one line, at least
 
 
 def table(

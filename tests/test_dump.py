@@ -103,7 +103,7 @@ def test_summary_lists_each_miss_once_with_the_passes_that_met_it(tmp_path):
     Pipeline.parse("round-weights{format=mxint4} | lower-mx{weight=mxint4}").run(program, instruments=[Dump(tmp_path)])
     misses = [line for line in (tmp_path / "summary.txt").read_text().splitlines() if "convolution" in line]
     assert len(misses) == 2
-    assert all(line.endswith("(round-weights, lower-mx)") for line in misses)
+    assert all(line.endswith("round-weights, lower-mx") for line in misses)
 
 
 def test_writes_over_its_own_dump_and_over_nothing_else(tmp_path):

@@ -3,8 +3,8 @@
 import json
 import re
 import shlex
+from typing import Any
 
-import torch
 from documents import ROOT, blocks, run_python
 from typer.testing import CliRunner
 
@@ -87,15 +87,23 @@ def test_the_two_commands_differ_in_what_they_run_only():
 
 
 def test_writing_a_pass(tmp_path, monkeypatch, capsys):
+    """The blocks one after the other, as a reader would type them; then the tests that they define."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    example, use = blocks(ROOT / "passes" / "README.md", "python")
+    example, *others = blocks(ROOT / "passes" / "README.md", "python")
     assert example.count("\n") <= 30
-    namespace: dict[str, object] = {"__name__": "passes_readme"}
-    for block in (example, use):
+    namespace: dict[str, Any] = {"__name__": "passes_readme"}
+    for block in (example, *others):
         exec(compile(block, "passes/README.md", "exec", dont_inherit=True), namespace)
-    assert "clip-weights{ratio=0.95} 2 rewrites, 0 misses" in capsys.readouterr().out
-    assert "MXWeight" in str(namespace["quantized"][0].weight)
+    assert "worst-layers{share=0.5} 1 rewrites, 0 misses {'2.weight': {'sqnr_db':" in capsys.readouterr().out
+    assert [namespace["quantized"][index].weight.layout_.format for index in (0, 2)] == ["mxint4", "mxint8"]
+    tests = [value for name, value in namespace.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+    for line in re.findall(r"`mxcompile ((?:show|diff|passes) [^`]*)`", (ROOT / "passes" / "README.md").read_text()):
+        result = CliRunner().invoke(app, shlex.split(line))
+        assert result.exit_code == 0, line
+    assert example[example.index("@dataclass") :] in (ROOT / "docs" / "examples" / "custom_pass.py").read_text()
 
 
 def test_the_architecture_table_is_the_measured_one():

@@ -13,8 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mxcompile
 from mxcompile import Pass, PassResult, Request, choose, formats, observers
 from mxcompile.analysis.matmuls import finite_rows
-from mxcompile.measure import sqnr_db
-from mxcompile.reference import quantize_dequantize
+from mxcompile.measure import rounding_db, sqnr_db
 from mxcompile.tables import table
 
 
@@ -25,7 +24,6 @@ class WorstLayers(Pass):
     low: formats.MXFormat = formats.MXINT4
     high: formats.MXFormat = formats.MXINT8
     share: float = 0.05
-
     name = "worst-layers"
     preserves_function = True
 
@@ -35,10 +33,8 @@ class WorstLayers(Pass):
     def run(self, program):
         choice, sqnr = choose(program), {}
         for matmul, request in program.through(list(zip(choice.matmuls, self.requests(program), strict=True))):
-            weight = finite_rows(program, matmul)  # [out, in]
-            matters = request.result(program).sqrt()  # [in]
-            rounded = quantize_dequantize(weight, self.low, formats.ScaleRule.MSE)
-            sqnr[matmul.parameter] = sqnr_db(weight * matters, rounded * matters)
+            weight = finite_rows(program, matmul)  # [..., out, in]
+            sqnr[matmul.parameter] = rounding_db(weight, self.low, request.result(program))
         worst = sorted(sqnr, key=sqnr.get)[: math.ceil(self.share * len(sqnr))]
         new = [name for name in worst if program.formats.get(name) != self.high]
         program.formats |= dict.fromkeys(new, self.high)
@@ -49,13 +45,14 @@ PLAIN = "round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8
 
 
 def small_llama() -> LlamaForCausalLM:
-    """Four layers; a few entries of one weight are far larger than the others of their blocks."""
+    """Four layers; a weight of the third one has an outlier in every block, which leaves few levels to the others."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     with torch.no_grad():
         weight = model.model.layers[2].mlp.down_proj.weight
-        weight.mul_(1 + 20 * (torch.rand_like(weight) < 0.01))
+        weight.mul_(8)
+        weight[:, ::32] *= 8
     return model
 
 

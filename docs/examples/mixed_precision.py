@@ -16,7 +16,10 @@ MIXES = {
     "all in mxint4": {},
     "down projections in mxint8": {"*.down_proj": MXINT8},
     "attention in mxfp8": {"*.self_attn.*": MXFP8_E4M3},
-    "first layer in mxint8, but its v_proj float": {"model.layers.0.*": MXINT8, "model.layers.0.self_attn.v_proj": None},
+    "first layer in mxint8, but its v_proj float": {
+        "model.layers.0.*": MXINT8,
+        "model.layers.0.self_attn.v_proj": None,
+    },
 }
 
 
