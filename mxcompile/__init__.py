@@ -1,24 +1,31 @@
 """mxcompile: post-training quantization of PyTorch models to Microscaling formats, as passes over exported graphs."""
 
 from mxcompile import formats
+from mxcompile.analysis.choice import choose
 from mxcompile.api import load, quantize_and_compile
 from mxcompile.bisection import Bisection, bisect
+from mxcompile.calibration import observers
+from mxcompile.calibration.run import Request
 from mxcompile.checkpoint import register, save
 from mxcompile.deploy import deploy
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.explain import explain
+from mxcompile.explanation import Explanation
 from mxcompile.export import export
 from mxcompile.ledger import Ledger, Miss, PassResult
 from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline import Pass, Pipeline
+from mxcompile.printer import print_changes, print_program
 from mxcompile.probe import Measure
 from mxcompile.program import Program
-from mxcompile.rules import Rule
+from mxcompile.rules import Rule, apply_rules
 from mxcompile.trace import trace
 from mxcompile.weight import MXWeight
 
 __all__ = [
     "Bisection",
     "Evaluation",
+    "Explanation",
     "Ledger",
     "MXWeight",
     "Measure",
@@ -27,13 +34,20 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "Program",
+    "Request",
     "Rule",
+    "apply_rules",
     "bisect",
+    "choose",
     "deploy",
     "evaluate",
+    "explain",
     "export",
     "formats",
     "load",
+    "observers",
+    "print_changes",
+    "print_program",
     "quantize_and_compile",
     "recipes",
     "save",

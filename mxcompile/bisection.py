@@ -7,12 +7,13 @@ forwards of the probe for L changes. What is left gets 8 bits, or is left in flo
 see whether that mends it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from mxcompile.analysis.layers import Layer, find_layers
@@ -27,9 +28,12 @@ from mxcompile.ledger import PassRecord
 from mxcompile.pipeline import Pass, Pipeline
 from mxcompile.program import Program
 from mxcompile.scoring import Divergence, Perplexity, Score
+from mxcompile.tables import table
 from mxcompile.trace import trace
 
+T = TypeVar("T")
 _LISTED = 12
+Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -93,30 +97,23 @@ class Bisection:
 
     def to_table(self) -> Table:
         """The score after each pass."""
-        table = Table("pass", title="passes", title_justify="left")
-        table.add_column(self.metric, justify="right", no_wrap=True)
-        table.add_column("")
-        for place, (name, score) in enumerate(
-            zip(["float", *map(str, self.pipeline.passes)], self.scores, strict=True)
-        ):
+        names = ["float", *map(str, self.pipeline.passes)]
+        rows: list[tuple[Text, Text, Text]] = []
+        for place, (name, score) in enumerate(zip(names, self.scores, strict=True)):
             blame = f"the first above {self.threshold:g}" if place == self.culprit else ""
-            table.add_row(name, f"{score:.4f}", blame, style="bold" if blame else None)
-        return table
+            rows.append(_row(name, blame, f"{score:.4f}"))
+        return table(("pass", ""), (self.metric,), rows, "passes")
 
     def to_layer_table(self, count: int = _LISTED) -> Table:
         """What contributes most, and every guilty one."""
         found = self.contributions or {}
         order = sorted(found, key=lambda name: -found[name])
-        table = Table("layer", title=f"changes of {self.culprit_pass}", title_justify="left")
-        table.add_column(f"{self.metric} alone adds", justify="right", no_wrap=True)
-        table.add_column("")
-        for place, name in enumerate(order):
-            guilty = name in self.guilty
-            if guilty or place < count:
-                table.add_row(
-                    name, f"{found[name]:+.4f}", "to blame" if guilty else "", style="bold" if guilty else None
-                )
-        return table
+        rows = [
+            _row(name, "to blame" if name in self.guilty else "", f"{found[name]:+.4f}")
+            for place, name in enumerate(order)
+            if name in self.guilty or place < count
+        ]
+        return table(("layer", ""), (f"{self.metric} alone adds",), rows, f"changes of {self.culprit_pass}")
 
     def print_to(self, console: Console) -> None:
         """The tables, and what follows from them."""
@@ -140,6 +137,11 @@ class Bisection:
         yield f"{self.forwards} forwards of the probe"
 
 
+def _row(name: str, blame: str, number: str) -> tuple[Text, Text, Text]:
+    style = "bold red" if blame else ""
+    return Text(name, style), Text(blame, style), Text(number, style)
+
+
 def bisect(
     model: nn.Module,
     example_inputs: object,
@@ -153,12 +155,13 @@ def bisect(
     exclude: Iterable[str] = (),
     allow_partial: bool = False,
     instruments: Sequence[Instrument] = (),
+    report: Report | None = None,
 ) -> Bisection:
     """Find the pass, then the smallest set of layers, that bring a model over a threshold.
 
     kl, perplexity: the threshold, one of the two: mean KL(float || quantized) in nats a position, or perplexity.
-    probe: a batch or batches to measure on, as the example inputs (which it is if None). Others: as in
-    `quantize_and_compile`.
+    probe: a batch or batches to measure on, as the example inputs (which it is if None). report: told what is done,
+    how many of its steps, and of how many. Others: as in `quantize_and_compile`.
     """
     if (kl is None) == (perplexity is None):
         raise InputError("give one threshold: kl=... or perplexity=...")
@@ -169,7 +172,7 @@ def bisect(
     threshold = kl if kl is not None else perplexity
     assert threshold is not None
     score = Divergence.of(program, batches) if kl is not None else Perplexity(batches)
-    return _Search(score, threshold, pipeline, calibration, instruments).run(program)
+    return _Search(score, threshold, pipeline, calibration, instruments, report).run(program)
 
 
 class _Snapshots(Instrument):
@@ -194,13 +197,14 @@ class _Search:
     pipeline: Pipeline
     calibration: object
     instruments: Sequence[Instrument]
+    report: Report | None = None
     forwards: int = 0
 
     def run(self, program: Program) -> Bisection:
         snapshots = _Snapshots()
         self.pipeline.run(program, self.calibration, [*self.instruments, snapshots])
         programs = snapshots.programs
-        scores = tuple(self._score(Runner(each), each) for each in programs)
+        scores = tuple(self._score(Runner(each), each) for each in self._through("scoring each pass", programs))
         found = Bisection(self.score.name, self.threshold, self.pipeline, scores)
         if scores[0] > self.threshold:
             raise InputError(f"the float model itself has a {found.metric} of {scores[0]:.4f}: give a higher threshold")
@@ -222,7 +226,7 @@ class _Search:
             return self._score(hybrid, before)
 
         plain = found.scores[(found.culprit or 1) - 1]
-        alone = {change.name: score([change]) - plain for change in changes}
+        alone = {c.name: score([c]) - plain for c in self._through("trying each change alone", changes)}
         found = replace(found, contributions=alone)
         if score(changes) <= self.threshold:
             return found
@@ -245,7 +249,7 @@ class _Search:
     def _pruned(self, ordered: list[Change], count: int, score: Callable[[Iterable[Change]], float]) -> list[Change]:
         """The first changes but for those that need not be undone, tried from the smallest contribution on."""
         guilty = ordered[:count]
-        for change in reversed(ordered[:count]):
+        for change in self._through("giving back what need not be undone", ordered[:count][::-1]):
             fewer = [other for other in guilty if other is not change]
             if fewer and score([other for other in ordered if other not in fewer]) <= self.threshold:
                 guilty = fewer
@@ -278,6 +282,12 @@ class _Search:
         weights = [layer.name.partition(" (")[0] for layer in chosen]
         pairs = zip(chosen, weights, strict=True)
         return tuple(dict.fromkeys(la.module_path if paths.count(la.module_path) == 1 else w for la, w in pairs))
+
+    def _through(self, what: str, parts: Sequence[T]) -> Iterator[T]:
+        for done, part in enumerate(parts):
+            if self.report is not None:
+                self.report(what, done, len(parts))
+            yield part
 
     def _score(self, runner: Runner, program: Program) -> float:
         self.forwards += 1

@@ -1,19 +1,16 @@
-"""The commands that make, run and show checkpoints: `mxcompile quantize | generate | inspect | lm-eval`.
+"""The commands that make, run and show checkpoints: `mxcompile quantize | generate | inspect | lm-eval | explain`.
 
 `cli.py` puts them beside the others.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
 
-from mxcompile import comparison
+from mxcompile import comparison, smollm2
 from mxcompile.checkpoint import Checkpoint, save
 from mxcompile.checkpoint.description import Description
 from mxcompile.checkpoint.folder import check_free
@@ -21,17 +18,14 @@ from mxcompile.comparison import Question
 from mxcompile.demo import load_model
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.evaluation import Metric
+from mxcompile.explain import explain as find_kernels
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import QUICK
+from mxcompile.progress import waiting
+from mxcompile.screen import Json, messages, print_json, results
 
 Model = Annotated[str | None, typer.Argument(help="a local path or hub id; SmolLM2-135M if left out")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
-
-
-def console(stderr: bool = False) -> Console:
-    """Where a command prints; with --json, messages go to stderr."""
-    return Console(highlight=False, soft_wrap=True, stderr=stderr)
 
 
 def quantize(
@@ -59,24 +53,27 @@ def quantize(
 
     Recovery is how much of the float model is left: the share of tokens predicted alike (top1), its perplexity over the
     quantized model's (perplexity), or exp(-KL) (kl).
+
+    --json: as of eval, and "recovery", "metric", "out" (null if nothing is written).
     """
-    screen = console(stderr=as_json)
     check_free(out)
     question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
-    quantized, tokenizer, answer = comparison.quantize(screen, question, recipe)
+    quantized, tokenizer, answer = comparison.quantize(messages(), question, recipe)
     recovery = answer.scores.recovery(metric)
     enough = min_recovery is None or recovery >= min_recovery
     if enough or force:
-        save(quantized, out, tokenizer=tokenizer)
+        with waiting(messages(), "writing"):
+            save(quantized, out, tokenizer=tokenizer)
     found = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
     if as_json:
-        print(json.dumps(answer.record() | found))
+        print_json(answer.record() | found)
     else:
-        comparison.report(screen, answer)
+        comparison.report(results(), answer)
     verdict = f"recovery ({metric}) {recovery:.3f}" + ("" if enough else f", less than {min_recovery}")
     if not enough and not force:
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
-    screen.print(f"{verdict}; written to {out} (mxcompile generate {out} --prompt ...)")
+    screen = messages() if as_json else results()
+    screen.print(f"{verdict}; written to {out} (mxcompile generate {out} --prompt ...)", markup=False)
 
 
 def generate(
@@ -87,28 +84,30 @@ def generate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Go on with a text, greedily; the model is a checkpoint, or any language model."""
-    loaded, tokenizer = load_model(model)
-    loaded = loaded.to(device)
+    """Go on with a text, greedily; the model is a checkpoint, or any language model.
+
+    --json: {"text", "prompt", "tokens", "seconds"}; the text begins with the prompt, tokens are those generated.
+    """
+    with waiting(messages(), "loading"):
+        loaded, tokenizer = load_model(model)
+        loaded = loaded.to(device)
     if compile:
         compile_module(loaded)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    streamer = None if as_json else _streamer(tokenizer)
+    encoded = tokenizer(prompt, return_tensors="pt").to(device)
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
     began = time.perf_counter()
-    with torch.no_grad():
-        output = loaded.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            cache_implementation="static" if compile else None,
-            streamer=streamer,
-        )[0]
-    if as_json:
-        seconds = time.perf_counter() - began
-        text = tokenizer.decode(output, skip_special_tokens=True)
-        tokens = len(output) - inputs.input_ids.shape[1]
-        print(json.dumps({"text": text, "prompt": prompt, "tokens": tokens, "seconds": seconds}))
+    if not (compile or as_json):
+        loaded.generate(**inputs, **options, streamer=_streamer(tokenizer))
+        return
+    with waiting(messages(), "compiling, generating" if compile else "generating"):
+        output = loaded.generate(**inputs, **options, cache_implementation="static" if compile else None)[0]
+    text = tokenizer.decode(output, skip_special_tokens=True)
+    if not as_json:
+        typer.echo(text)
+        return
+    tokens, seconds = len(output) - inputs["input_ids"].shape[1], time.perf_counter() - began
+    print_json({"text": text, "prompt": prompt, "tokens": tokens, "seconds": seconds})
 
 
 def inspect(
@@ -117,14 +116,19 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="read all of it and compare checksums")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what a checkpoint holds: formats, sizes, the recipe and versions that made it."""
-    description = Description(Checkpoint(folder, verify=verify))
+    """Print what a checkpoint holds: formats, sizes, the recipe and versions that made it.
+
+    --json: {"folder", "module", "recipe", "versions", "bytes", "files", "tensors": [{"name", "format", "input",
+    "shape", "bytes"}]}.
+    """
+    with waiting(messages(), "reading"):
+        description = Description(Checkpoint(folder, verify=verify))
     if as_json:
-        print(json.dumps(description.record()))
+        print_json(description.record())
         return
-    description.print_to(console(), every=tensors)
+    description.print_to(results(), every=tensors)
     if verify:
-        console().print("every byte is as it was saved")
+        results().print("every byte is as it was saved")
 
 
 def lm_eval(context: typer.Context) -> None:
@@ -140,6 +144,25 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
+def explain(
+    model: Model = None,
+    recipe: Annotated[str, typer.Option(help="a recipe or pipeline; without effect on a checkpoint")] = QUICK,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Print which kernel will serve each layer on a device and why, its bytes, what stays float, and what that means
+    for speed. Nothing is quantized.
+    """
+    messages().print(f"loading {model or smollm2.NAME}", markup=False)
+    loaded, tokenizer = load_model(model)
+    example = {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids}
+    found = find_kernels(loaded, example, recipe=recipe, device=device)
+    if as_json:
+        print_json(found.record())
+    else:
+        found.print_to(results())
+
+
 def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
@@ -148,7 +171,7 @@ def _streamer(tokenizer: Any) -> Any:
 
 def add_to(app: typer.Typer) -> None:
     """Make them commands."""
-    for command in (quantize, generate, inspect):
+    for command in (quantize, generate, inspect, explain):
         app.command()(command)
     unread = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command("lm-eval", context_settings=unread, add_help_option=False)(lm_eval)

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from mxcompile import smollm2
@@ -20,8 +17,9 @@ from mxcompile.demo import load_model
 from mxcompile.errors import InputError
 from mxcompile.evaluation import Evaluation, check_causal, evaluate, token_windows
 from mxcompile.passes.recipes import RECIPES
-from mxcompile.progress import Progress
+from mxcompile.progress import Progress, track, waiting
 from mxcompile.storage import stored_bytes
+from mxcompile.tables import table
 from mxcompile.texts import help_text, read_text, token_ids
 
 _CALIBRATION_LENGTH, _CALIBRATION_BATCH = 512, 4
@@ -159,20 +157,15 @@ def report(console: Console, answer: Answer) -> None:
     console.print(f"{scores.tokens} tokens of {data.text}, {len(data.windows)} windows of {data.windows[0].shape[1]}")
     if data.calibration is not None:
         console.print(f"calibrated on {data.calibration}")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("model")
     compared = scores.reference_perplexity is not None
-    for column in ("MB", "perplexity", *(("change", "KL", "top-1") if compared else ())):
-        table.add_column(column, justify="right")
-    row = [answer.label, f"{answer.bytes / 1e6:.1f}", f"{scores.perplexity:.3f}"]
+    rows = [[answer.label, f"{answer.bytes / 1e6:.1f}", f"{scores.perplexity:.3f}", "", "", ""]]
     if scores.reference_perplexity is not None:
-        before = f"{scores.reference_perplexity:.3f}"
-        float_ = ", float" if answer.recipe else ""
-        table.add_row(f"{answer.reference}{float_}", f"{answer.reference_bytes / 1e6:.1f}", before)
+        name = f"{answer.reference}{', float' if answer.recipe else ''}"
+        size, before = f"{answer.reference_bytes / 1e6:.1f}", f"{scores.reference_perplexity:.3f}"
         change = scores.perplexity / scores.reference_perplexity - 1
-        row += [f"{change:+.2%}", f"{scores.kl:.4f}", f"{scores.top1:.1%}"]
-    table.add_row(*row)
-    console.print(table)
+        rows[0][3:] = f"{change:+.2%}", f"{scores.kl:.4f}", f"{scores.top1:.1%}"
+        rows.insert(0, [name, size, before, "", "", ""])
+    console.print(table(("model",), ("MB", "perplexity", "change", "KL", "top-1"), rows))
     if compared:
         console.print("KL: divergence from the first, nats a token; top-1: share of tokens predicted alike")
 
@@ -222,8 +215,9 @@ def _windows(text: str, ids: Tensor, length: int, count: int) -> list[Tensor]:
 
 
 def _load(console: Console, source: str | None, device: str) -> tuple[Any, Any]:
-    console.print(f"loading {source or smollm2.NAME}")
-    model, tokenizer = load_model(source)
+    console.print(f"loading {source or smollm2.NAME}", markup=False)
+    with waiting(console, "loading"):
+        model, tokenizer = load_model(source)
     return model.to(device), tokenizer
 
 
@@ -237,11 +231,12 @@ def _check_model(name: str, model: Any, data: Data) -> None:
 
 
 def _quantized(console: Console, model: nn.Module, data: Data, recipe: str) -> nn.Module:
-    console.print(f"quantizing: {as_pipeline(recipe)}")
+    console.print(f"quantizing: {as_pipeline(recipe)}", markup=False)
     example = {"input_ids": data.windows[0][:, :_EXAMPLE].to(next(model.parameters()).device)}
-    return quantize_and_compile(
-        model, example, recipe=recipe, calibration=data.batches, compile=False, instruments=[Progress(console)]
-    )
+    with Progress(console) as progress:
+        return quantize_and_compile(
+            model, example, recipe=recipe, calibration=data.batches, compile=False, instruments=[progress]
+        )
 
 
 def _answer(
@@ -252,9 +247,7 @@ def _answer(
     reference_name: str | None = None,
     reference: nn.Module | None = None,
 ) -> Answer:
-    quiet = not console.is_terminal
-    windows = track(data.windows, "evaluating", console=console, transient=True, disable=quiet)
-    scores = evaluate(model, windows, reference)
+    scores = evaluate(model, track(console, data.windows, "evaluating"), reference)
     reference_bytes = 0 if reference is None else stored_bytes(reference)
     name = question.model or smollm2.NAME
     return Answer(data, name, question.recipe, stored_bytes(model), reference_name, reference_bytes, scores)

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from mxcompile import smollm2
@@ -21,8 +18,9 @@ from mxcompile.api import quantize_and_compile
 from mxcompile.errors import InputError
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
 from mxcompile.inductor import compile_module
-from mxcompile.progress import Progress
+from mxcompile.progress import Progress, track, waiting
 from mxcompile.storage import stored_bytes
+from mxcompile.tables import table
 from mxcompile.texts import help_text
 
 _PROBE = 256
@@ -62,7 +60,8 @@ def run_demo(
     new_tokens: generated greedily from a fixed prompt. The graph dumps go to `folder`, one folder a recipe.
     """
     console.print(f"loading {source or smollm2.NAME}")
-    model, tokenizer = load_model(source)
+    with waiting(console, "loading"):
+        model, tokenizer = load_model(source)
     ids: Tensor = tokenizer(help_text(), return_tensors="pt").input_ids[0]
     text = list(token_windows(ids, length, windows))
     prompt: Tensor = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -70,15 +69,16 @@ def run_demo(
     rows = [_measure(console, "float", model, None, text, (prompt, tokenizer, new_tokens))]
     for recipe in recipes:
         console.print(f"[bold]{recipe}[/bold]")
-        quantized = quantize_and_compile(
-            model,
-            {"input_ids": text[0]},
-            recipe=recipe,
-            dump=folder / recipe,
-            probe={"input_ids": text[0][:, :_PROBE]},
-            compile=False,
-            instruments=[Progress(console)],
-        )
+        with Progress(console) as progress:
+            quantized = quantize_and_compile(
+                model,
+                {"input_ids": text[0]},
+                recipe=recipe,
+                dump=folder / recipe,
+                probe={"input_ids": text[0][:, :_PROBE]},
+                compile=False,
+                instruments=[progress],
+            )
         rows.append(_measure(console, recipe, quantized, model, text, (prompt, tokenizer, new_tokens), compile))
     _report(console, rows, folder, length)
     return rows
@@ -110,12 +110,11 @@ def _measure(
     compile: bool = False,
 ) -> Row:
     size = stored_bytes(model)
-    windows = track(text, f"  evaluating {name}", console=console, transient=True)
-    evaluation = evaluate(model, windows, reference)
+    evaluation = evaluate(model, track(console, text, f"evaluating {name}"), reference)
     console.print(f"  perplexity {evaluation.perplexity:.3f}")
     prompt, tokenizer, new_tokens = generation
     if compile:
-        with console.status("  compiling (once for the prompt, once for the decode step; cached on disk)"):
+        with waiting(console, "compiling (once for the prompt, once for the decode step; cached on disk)"):
             compile_module(model)
             _generate(model, prompt, new_tokens)
     seconds, tokens = _generate(model, prompt, new_tokens)
@@ -138,24 +137,22 @@ def _generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, Tenso
 
 def _report(console: Console, rows: list[Row], folder: Path, length: int) -> None:
     title = f"{rows[0].evaluation.tokens} tokens of Python's help topics, length {length}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("model", no_wrap=True)
-    for column in ("MB", "size", "perplexity", "change", "KL", "top-1", "tokens/s"):
-        table.add_column(column, justify="right")
     before = rows[0]
-    for row in rows:
-        score = row.evaluation
-        table.add_row(
+    cells = [
+        (
             row.name,
             f"{row.bytes / 1e6:.1f}",
             f"{row.bytes / before.bytes:.0%}",
-            f"{score.perplexity:.3f}",
-            f"{score.perplexity / before.evaluation.perplexity - 1:+.2%}",
-            "" if score.kl is None else f"{score.kl:.4f}",
-            "" if score.top1 is None else f"{score.top1:.1%}",
+            f"{row.evaluation.perplexity:.3f}",
+            f"{row.evaluation.perplexity / before.evaluation.perplexity - 1:+.2%}",
+            "" if row.evaluation.kl is None else f"{row.evaluation.kl:.4f}",
+            "" if row.evaluation.top1 is None else f"{row.evaluation.top1:.1%}",
             f"{row.tokens_per_second:.1f}",
         )
-    console.print(table)
+        for row in rows
+    ]
+    numbers = ("MB", "size", "perplexity", "change", "KL", "top-1", "tokens/s")
+    console.print(table(("model",), numbers, cells, title))
     console.print(_CAPTION)
     for row in rows:
         console.print(f"[bold]{row.name}[/bold]: {PROMPT}[green]{row.text.rstrip()}[/green]", highlight=False)

@@ -27,7 +27,6 @@ from mxcompile.program import Program
 from mxcompile.report.page import print_page
 
 _WIDTH = 140
-_WORST = 12
 
 
 class Dump(Instrument):
@@ -68,7 +67,7 @@ class Dump(Instrument):
     def failed(self, program: Program, step: Step, error: Exception) -> None:
         """Write what the failing pass was given."""
         rest = " | ".join(str(p) for p in step.pipeline.passes[step.index :]) or "nothing"
-        failure = Failure(step.index, f"{step.current} failed: {type(error).__name__}: {error}", rest)
+        failure = Failure(step.index, str(error), rest)
         self._write(f"{stem(step.index, step.current.name)}.FAILED.txt", failure.to_text(self._text))
         write_page(self.folder)
 
@@ -100,11 +99,5 @@ def _write(path: Path, text: str) -> None:
 
 def _summary(ledger: Ledger) -> str:
     rendered = StringIO()
-    console = Console(width=_WIDTH, file=rendered)
-    console.print(ledger.to_table())
-    if ledger.layers():
-        console.print(ledger.to_layer_table(worst=_WORST))
-    text = rendered.getvalue()
-    if reasons := ledger.misses():
-        text += "\nmisses\n" + "".join(f"  {miss} ({', '.join(names)})\n" for miss, names in reasons.items())
-    return text
+    ledger.print_to(Console(width=_WIDTH, file=rendered, force_terminal=False, soft_wrap=True))
+    return "".join(f"{line.rstrip()}\n" for line in rendered.getvalue().splitlines())

@@ -22,7 +22,7 @@ _GRAPH = "# the graph before it:"
 
 @dataclass(frozen=True)
 class Failure:
-    """A pass that failed. index: its place from 1. message: the pass and its error. rest: what was still to run."""
+    """A pass that failed. index: its place from 1. message: its error, which names it. rest: what was still to run."""
 
     index: int
     message: str

@@ -4,8 +4,12 @@ A block of `block_size` elements shares one power-of-two scale, stored as E8M0 (
 Floating formats and MXINT8 follow the OCP Microscaling Formats specification v1.0. MXINT6 and MXINT4 are *not* OCP:
 they are the extension of MXINT8 to fewer bits used by Sharify et al. (arXiv 2405.07135). OCP fixes the block at 32;
 16, 64 and 128 are offered because the paper and other toolkits use them.
+
+Any other element of 2 to 8 bits has a name that says all of it, `mxint3` or `mxfp5_e3m1`, and can be used wherever a
+format is asked for; `integer` and `floating` make them. They run as the reference does, no kernel serves them.
 """
 
+import re
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Self
@@ -15,6 +19,7 @@ from mxcompile.errors import MXCompileError, UnknownNameError
 BLOCK_SIZES: Final = (16, 32, 64, 128)
 SCALE_BIAS: Final = 127
 SCALE_NAN: Final = 255
+_NAME: Final = re.compile(r"mxint(?P<integer>\d+)|mxfp(?P<bits>\d+)_e(?P<exponent>\d+)m(?P<mantissa>\d+)")
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,37 @@ class MXFormat:
         return self.name if self.block_size == 32 else f"{self.name}:{self.block_size}"
 
 
-def _integer(bits: int) -> MXFormat:
+def integer(bits: int) -> MXFormat:
+    """Two's complement elements of 2 to 8 bits, symmetric: MXINT8 is `integer(8)`, and `integer(2)` has -1, 0 and 1."""
+    if not 2 <= bits <= 8:
+        raise MXCompileError(f"an integer element of {bits} bits: give 2 to 8")
     return MXFormat(f"mxint{bits}", bits, 0, bits - 2, 0, 0, 2 - 2.0 ** (2 - bits))
 
 
-MXINT8: Final = _integer(8)
-MXINT6: Final = _integer(6)
-MXINT4: Final = _integer(4)
+def floating(exponent_bits: int, mantissa_bits: int) -> MXFormat:
+    """Elements of a sign, 1 to 5 exponent bits (biased as IEEE's) and a mantissa, 8 bits at most, with subnormals.
+
+    Every code is a finite number, as in OCP's formats of 6 and 4 bits. But with 5 exponent bits the largest exponent
+    stands for Inf and NaN, as in OCP's E5M2, and `floating(4, 3)` is OCP's E4M3, which has a NaN. Without a mantissa, a
+    value halfway between two powers of two goes to the larger one.
+    """
+    bits = 1 + exponent_bits + mantissa_bits
+    if not 1 <= exponent_bits <= 5 or mantissa_bits < 0 or bits > 8:
+        raise MXCompileError(
+            f"a floating element of {exponent_bits} exponent and {mantissa_bits} mantissa bits: give 1 to 5 exponent "
+            "bits, and at most 8 bits with the sign"
+        )
+    name = f"mxfp{bits}_e{exponent_bits}m{mantissa_bits}"
+    if name in _KNOWN:
+        return _KNOWN[name]
+    bias = 2 ** (exponent_bits - 1) - 1
+    emax = bias + (exponent_bits < 5)
+    return MXFormat(name, bits, exponent_bits, mantissa_bits, 1 - bias, emax, (2 - 2.0**-mantissa_bits) * 2.0**emax)
+
+
+MXINT8: Final = integer(8)
+MXINT6: Final = integer(6)
+MXINT4: Final = integer(4)
 MXFP8_E4M3: Final = MXFormat("mxfp8_e4m3", 8, 4, 3, -6, 8, 448.0)
 MXFP8_E5M2: Final = MXFormat("mxfp8_e5m2", 8, 5, 2, -14, 15, 57344.0)
 MXFP6_E3M2: Final = MXFormat("mxfp6_e3m2", 6, 3, 2, -2, 4, 28.0)
@@ -90,20 +119,48 @@ MXFP4: Final = MXFormat("mxfp4", 4, 2, 1, 0, 2, 6.0)
 FORMATS: Final[dict[str, MXFormat]] = {
     f.name: f for f in (MXINT8, MXINT6, MXINT4, MXFP8_E4M3, MXFP8_E5M2, MXFP6_E3M2, MXFP6_E2M3, MXFP4)
 }
-_ALIASES: Final = {"mxfp8": MXFP8_E4M3, "mxfp6": MXFP6_E3M2, "mxfp4_e2m1": MXFP4}
+"""Those that kernels serve."""
+_KNOWN: Final = FORMATS | {"mxfp8": MXFP8_E4M3, "mxfp6": MXFP6_E3M2, "mxfp4_e2m1": MXFP4}
 
 
 def parse_format(text: str) -> MXFormat:
-    """`"mxint4"` or, with a block size, `"mxint4:64"`. `mxfp8` means E4M3 and `mxfp6` E3M2."""
+    """`"mxint4"` or, with a block size, `"mxint4:64"`. `mxfp8` means E4M3 and `mxfp6` E3M2.
+
+    Raises UnknownNameError for what is no format, MXCompileError for one that cannot be.
+    """
     name, colon, block = text.strip().lower().partition(":")
-    known = FORMATS | _ALIASES
-    if name not in known:
-        raise UnknownNameError("format", text, known)
+    fmt = _KNOWN.get(name) or _spelled_out(name)
+    if fmt is None:
+        raise UnknownNameError("format", text, _KNOWN)
     if not colon:
-        return known[name]
+        return fmt
     if not block.isdecimal():
         raise MXCompileError(f"format {text!r}: after ':' comes the block size, as in {name}:64")
-    return known[name].with_block(int(block))
+    return fmt.with_block(int(block))
+
+
+def check_name(fmt: MXFormat) -> None:
+    """Raise MXCompileError for a format that is not what its name says: graphs and files hold names."""
+    if fmt != parse_format(str(fmt)):
+        raise MXCompileError(f"{fmt!r} is not what {str(fmt)!r} means: make formats with integer(...), floating(...)")
+
+
+def no_kernel(fmt: MXFormat) -> str | None:
+    """Why no kernel serves a format, in a sentence; None for those of `FORMATS`."""
+    return None if fmt.name in FORMATS else f"there is no kernel for {fmt.name}"
+
+
+def _spelled_out(name: str) -> MXFormat | None:
+    """The format whose name says what its elements are."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    if match["integer"]:
+        return integer(int(match["integer"]))
+    fmt = floating(int(match["exponent"]), int(match["mantissa"]))
+    if fmt.bits != int(match["bits"]):
+        raise MXCompileError(f"format {name!r} has {fmt.bits} bits with its sign: write {fmt.name}")
+    return fmt
 
 
 class ScaleRule(Enum):

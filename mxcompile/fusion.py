@@ -31,7 +31,6 @@ _ROUND_TRIP = Call(
 )
 _WEIGHT = Call(DEQUANTIZE, Any("elements"), Any("scales"), Any("format"), Any("size"), Any("dtype"), name="weight")
 _TRANSPOSED_WEIGHT = Call(TRANSPOSES, _WEIGHT, name="transpose")
-_CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
 _MULTIPLIES = frozenset({aten.mm.default, aten.matmul.default})
 VIEWS = frozenset({aten.view.default, aten.reshape.default})
 _PURE = frozenset({QUANTIZE, DEQUANTIZE, MULTIPLY, ROTATE, operator.getitem, *VIEWS})
@@ -83,11 +82,11 @@ def _check_round_trip(match: Match) -> str | None:
 
 def _fuse_round_trip(graph: Graph, match: Match) -> None:
     args = (match["x"], match["format"], match["rule"])
-    _replace(graph, match, QUANTIZE_DEQUANTIZE, args, f"{match['x'].name}_mx")
+    match.replace(QUANTIZE_DEQUANTIZE, *args, name=f"{match['x'].name}_mx")
 
 
 def _open_multiply(graph: Graph, match: Match) -> None:
-    _replace(graph, match, aten.mul.Tensor, (match["x"], match["multiplier"]), f"{match['x'].name}_multiplied")
+    match.replace(aten.mul.Tensor, match["x"], match["multiplier"], name=f"{match['x'].name}_multiplied")
 
 
 def _check_linear(match: Match) -> str | None:
@@ -108,14 +107,7 @@ def _check_linear(match: Match) -> str | None:
 
 def _fuse_linear(graph: Graph, match: Match) -> None:
     args = (match["x"], match["elements"], match["scales"], match.parts.get("bias"), match["format"])
-    _replace(graph, match, LINEAR, args, f"{match.root.name}_mx")
-
-
-def _replace(graph: Graph, match: Match, target: AnyType, args: tuple[AnyType, ...], name: str) -> None:
-    fused = graph.create_node("call_function", target, args, name=name)
-    fused.meta = {key: match.root.meta[key] for key in _CARRIED if key in match.root.meta}
-    match.root.replace_all_uses_with(fused)
-    graph.erase_node(match.root)
+    match.replace(LINEAR, *args, name=f"{match.root.name}_mx")
 
 
 def _linear_rule(name: str, pattern: Pattern) -> Rule:

@@ -29,7 +29,7 @@ class Instrument:
         """Before a pass, and before its statistics are gathered."""
 
     def segment(self, program: Program, step: Step, done: int, total: int) -> None:
-        """Before each of the segments or steps that a pass goes through with calibration data; `done` are finished."""
+        """Before each of the parts that a pass goes through (segments, batches, matmuls); `done` are finished."""
 
     def measure(self, program: Program, step: Step, result: PassResult) -> Measured | None:
         """After a pass has succeeded and before it is recorded: numbers for its record, if it makes any."""
@@ -38,7 +38,7 @@ class Instrument:
         """After a pass, with what it did."""
 
     def failed(self, program: Program, step: Step, error: Exception) -> None:
-        """A pass raised; the program may be half rewritten."""
+        """A pass raised, or left what cannot be run; the program may be half rewritten. The error names the pass."""
 
     def finish(self, program: Program) -> None:
         """After the last pass."""

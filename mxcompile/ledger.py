@@ -11,13 +11,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mxcompile.distributions import Distribution
 from mxcompile.errors import DumpError
+from mxcompile.tables import graded, table
 
 SCHEMA = 2
 FILE = "ledger.json"
+_GOOD_DB, _BAD_DB = 30.0, 15.0  # an SQNR that costs little; one that is felt: their colours in tables
 _INFINITE = {math.inf: "inf", -math.inf: "-inf"}
 
 
@@ -134,10 +138,14 @@ class Ledger:
             raise DumpError(f"{file} has schema {schema}, this version of mxcompile reads {SCHEMA}: dump it again")
         return cls(content["pipeline"], content["bytes"], tuple(map(_record, content["passes"])))
 
+    def record(self) -> dict[str, Any]:
+        """Plain values: what the file holds."""
+        passes = [plain(_fields(record)) for record in self.passes]
+        return {"schema": SCHEMA, "pipeline": self.pipeline, "bytes": self.bytes, "passes": passes}
+
     def to_json(self) -> str:
         """The file's text."""
-        content = {"schema": SCHEMA, "pipeline": self.pipeline, "bytes": self.bytes}
-        return json.dumps(content | {"passes": [plain(_fields(record)) for record in self.passes]}, indent=1) + "\n"
+        return json.dumps(self.record(), indent=1) + "\n"
 
     def layers(self) -> tuple[str, ...]:
         """Names of all layers that were measured, in graph order."""
@@ -153,32 +161,39 @@ class Ledger:
 
     def to_table(self) -> Table:
         """A row for every pass; what was not measured is left empty."""
-        table = Table("pass", title="passes", title_justify="left")
-        for column in ("rewrites", "misses", "seconds", "MB", "outputs", "KL", "top-1", "kept to"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for record in self.passes:
-            found = record.measured
-            numbers = ("", "", "") if found is None else (_db(found.output_db), _number(found.kl), _share(found.top1))
-            counts = (str(record.rewrites), str(len(record.misses)), f"{record.seconds:.2f}")
-            table.add_row(record.spec, *counts, f"{record.bytes / 1e6:.1f}", *numbers, _db(record.preserved_db))
-        return table
+        title = "passes: outputs and what they were kept to in dB, KL in nats"
+        numbers = ("rewrites", "misses", "s", "MB", "outputs", "KL", "top-1", "kept to")
+        return table(("pass",), numbers, [(record.name, *_cells(record)) for record in self.passes], title)
 
     def to_layer_table(self, worst: int | None = None) -> Table:
         """A row for every layer, or for those with the largest error of their own, the worst first.
 
-        local: the last pass's. along the path: after every pass.
+        local: the last pass's. after a pass: along the path.
         """
         measured = [record for record in self.passes if record.measured is not None]
-        table = Table("layer", "weight", "input", title="layers: SQNR in dB", title_justify="left")
-        for column in ("of weight", "local", *(f"after {record.name}" for record in measured)):
-            table.add_column(column, justify="right")
+        rows: list[list[str | Text]] = []
         for name in self.layers() if worst is None else self.worst(worst):
             numbers = [_layers_of(record).get(name) for record in measured]
             last = next(found for found in reversed(numbers) if found is not None)
-            formats = last.weight or "float", last.activation or "float"
-            along = (_db(found.accumulated_db if found else None) for found in numbers)
-            table.add_row(name, *formats, _db(last.weight_db), _db(last.local_db), *along)
-        return table
+            row = [name, last.weight or "float", last.activation or "float", _db(last.weight_db), _db(last.local_db)]
+            rows.append([*row, *(_db(found.accumulated_db if found else None) for found in numbers)])
+        along = ("after\n" + record.name.replace("-", "-\n") for record in measured)
+        title = f"layers{'' if worst is None else ', the worst first'}: SQNR in dB"
+        return table(("layer", "weight", "input"), ("of\nweight", "local", *along), rows, title)
+
+    def to_miss_table(self) -> Table:
+        """What was left alone, why, and by which passes."""
+        rows = [(miss.where, miss.reason, ", ".join(names)) for miss, names in self.misses().items()]
+        return table(("left alone", "because", "by"), (), rows, "misses")
+
+    def print_to(self, console: Console, worst: int = 12) -> None:
+        """The pipeline, and the tables: of passes, of the worst layers, and of misses."""
+        console.print(Text("\n| ".join(self.pipeline.split(" | "))))
+        console.print(self.to_table())
+        if self.layers():
+            console.print(self.to_layer_table(worst))
+        if self.misses():
+            console.print(self.to_miss_table())
 
     def worst(self, count: int) -> list[str]:
         """The layers with the largest error of their own after the last measured pass, the worst first."""
@@ -229,10 +244,18 @@ def _read(value: Any, *texts: str) -> Any:
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
-def _db(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "exact" if value == math.inf else f"{value:.1f} dB"
+def _cells(record: PassRecord) -> tuple[str | Text, ...]:
+    """A pass's numbers as a table has them."""
+    misses = Text(str(len(record.misses)), style="yellow" if record.misses else "")
+    counts = (str(record.rewrites), misses, f"{record.seconds:.2f}", f"{record.bytes / 1e6:.1f}")
+    found = record.measured
+    numbers = ("", "", "") if found is None else (_db(found.output_db), _number(found.kl), _share(found.top1))
+    return *counts, *numbers, _db(record.preserved_db)
+
+
+def _db(value: float | None) -> Text:
+    text = "" if value is None else "exact" if value == math.inf else f"{value:.1f}"
+    return graded(text, value, _GOOD_DB, _BAD_DB)
 
 
 def _number(value: float | None) -> str:

@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from mxcompile import reference
+from mxcompile.formats import MXFormat, ScaleRule
+
 _VALUES = 1 << 18  # in float64 at a time
 
 
@@ -21,6 +24,16 @@ def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
         return math.inf
     ratio = power / noise
     return math.nan if math.isnan(ratio) else 10 * math.log10(ratio) if ratio > 0.0 else -math.inf
+
+
+def rounding_db(weight: Tensor, fmt: MXFormat, importance: Tensor | None = None) -> float:
+    """SQNR in dB of a weight `[..., out, in]` rounded to nearest (scales of least squared error).
+
+    importance: the mean square of each input channel `[in]`; with it, about the SQNR of the matmul's output.
+    """
+    counts = torch.ones(weight.shape[-1]) if importance is None else importance.sqrt()
+    counts = counts.to(weight.device)
+    return sqnr_db(weight * counts, reference.quantize_dequantize(weight, fmt, ScaleRule.MSE) * counts)
 
 
 def top1_agreement(reference: Tensor, other: Tensor) -> float:

@@ -1,11 +1,14 @@
 """How codes lie in memory: `[..., blocks * block_size]` codes <-> `[..., blocks * block_bytes]` bytes.
 
-Packing works inside one block, so a row is a run of blocks and blocks never share a byte:
+Packing works inside one block, so a row is a run of blocks and blocks never share a byte. The bits of an element are
+cut, from the low ones up, into fields of 8, 4, 2 or 1 bits, the widest first, and a block is all its elements' first
+fields, then all their second ones:
 
 - 8 bits: a byte each.
 - 4 bits: byte i holds element i in its low nibble and element i + block_size/2 in its high one.
 - 6 bits: the low four bits of every element packed as above, then their high two bits: byte i of that second part
   holds elements i, i + block_size/4, i + 2*block_size/4 and i + 3*block_size/4, from the low bits up.
+- 3 bits: two bits of every element, then one; 5 and 7 bits likewise (4 + 1, 4 + 2 + 1).
 
 Splitting a block into contiguous parts (instead of interleaving neighbours) lets a kernel unpack with one shift and one
 mask per part. Scales are one E8M0 byte a block, `[..., blocks]`.
@@ -20,32 +23,29 @@ from mxcompile.formats import MXFormat
 def pack(codes: Tensor, fmt: MXFormat) -> Tensor:
     """Codes (uint8, one a byte) `[..., blocks * block_size]` to packed bytes `[..., blocks * block_bytes]`."""
     blocks = codes.unflatten(-1, (-1, fmt.block_size))
-    match fmt.bits:
-        case 8:
-            packed = blocks
-        case 4:
-            packed = _join(blocks, parts=2)
-        case 6:
-            packed = torch.cat([_join(blocks & 0xF, parts=2), _join(blocks >> 4, parts=4)], dim=-1)
-        case _:
-            raise NotImplementedError(f"no packing for {fmt.bits}-bit elements")
-    return packed.flatten(-2).contiguous()
+    fields = [_join((blocks >> low) & _mask(width), parts=8 // width) for low, width in _fields(fmt.bits)]
+    return torch.cat(fields, dim=-1).flatten(-2)
 
 
 def unpack(packed: Tensor, fmt: MXFormat) -> Tensor:
     """The inverse of `pack`."""
     blocks = packed.unflatten(-1, (-1, fmt.block_bytes))
-    match fmt.bits:
-        case 8:
-            codes = blocks
-        case 4:
-            codes = _split(blocks, parts=2)
-        case 6:
-            half = fmt.block_size // 2
-            codes = _split(blocks[..., :half], parts=2) | (_split(blocks[..., half:], parts=4) << 4)
-        case _:
-            raise NotImplementedError(f"no packing for {fmt.bits}-bit elements")
+    fields = _fields(fmt.bits)
+    sections = blocks.split([fmt.block_size * width // 8 for _, width in fields], dim=-1)
+    codes = _split(sections[0], parts=8 // fields[0][1])
+    for (low, width), section in zip(fields[1:], sections[1:], strict=True):
+        codes = codes | (_split(section, parts=8 // width) << low)
     return codes.flatten(-2)
+
+
+def _fields(bits: int) -> list[tuple[int, int]]:
+    """(lowest bit, width) of each field of an element."""
+    widths = [width for width in (8, 4, 2, 1) if bits & width]
+    return [(sum(widths[:index]), width) for index, width in enumerate(widths)]
+
+
+def _mask(width: int) -> int:
+    return (1 << width) - 1
 
 
 def _join(values: Tensor, parts: int) -> Tensor:
@@ -61,5 +61,4 @@ def _join(values: Tensor, parts: int) -> Tensor:
 def _split(packed: Tensor, parts: int) -> Tensor:
     """The inverse of `_join`."""
     width = 8 // parts
-    mask = (1 << width) - 1
-    return torch.cat([(packed >> (part * width)) & mask for part in range(parts)], dim=-1)
+    return torch.cat([(packed >> (part * width)) & _mask(width) for part in range(parts)], dim=-1)

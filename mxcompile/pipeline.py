@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from mxcompile import spec, verify
+from mxcompile import failures, spec, verify
 from mxcompile.calibration.run import Request, gather
-from mxcompile.errors import MXCompileError, PassError, PipelineError, PreservationError
+from mxcompile.errors import PipelineError, PreservationError
 from mxcompile.formats import MXFormat
 from mxcompile.inputs import as_batches
 from mxcompile.instruments import Instrument, Step
@@ -64,13 +64,15 @@ class Pass(ABC):
 class Pipeline:
     """An ordered tuple of passes, `Pipeline([SmoothQuant(), LowerMX(weight=MXINT4)])`.
 
-    Raises PipelineError if the order cannot be right. It never reorders.
+    Raises PipelineError if the order cannot be right; it never reorders. Raises MXCompileError for a format that is not
+    what its name says.
     """
 
     def __init__(self, passes: Iterable[Pass]) -> None:
         self.passes = tuple(passes)
         stage, origin = Stage.FLOAT, "trace"
         for current in self.passes:
+            spec.check_formats(current)
             if stage not in current.accepts:
                 raise PipelineError(_wrong_stage(current, stage, origin))
             if current.gives is not None and current.gives != stage:
@@ -160,7 +162,7 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
     program.report = partial(_report, instruments, program, step)
     began = time.perf_counter()
     try:
-        gather(program, current.requests(program), program.batches)
+        gather(program, current.requests(program))
         if current.preserves_function:
             result, preserved = _preserving(current, program, on_change)
         else:
@@ -170,15 +172,16 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
             program.statistics.clear()
             program.outputs = program.outputs if current.preserves_function else None
         verify.check(program)
+        program.graph_module.recompile()
+        seconds = time.perf_counter() - began
+        measured = [found for i in instruments if (found := i.measure(program, step, result)) is not None]
     except Exception as error:
+        failure = failures.named(error, current.name)
         for instrument in instruments:
-            instrument.failed(program, step, error)
-        if isinstance(error, MXCompileError):
-            error.add_note(f"raised by pass {current.name!r}")
+            instrument.failed(program, step, failure)
+        if failure is error:
             raise
-        raise PassError(f"pass {current.name!r} failed: {type(error).__name__}: {error}") from error
-    seconds = time.perf_counter() - began
-    measured = [found for i in instruments if (found := i.measure(program, step, result)) is not None]
+        raise failure from error
     record = PassRecord(
         current.name,
         str(current),

@@ -3,7 +3,7 @@
 One node a line: name, type and shape, call, module path. No file paths, object ids or times; dynamic sizes are
 renamed s0, s1, ... in order of appearance; columns have fixed widths (a longer name overflows its own line alone). A
 tensor that the graph reads is printed with its largest magnitude and a hash of its bytes, since a rewritten weight does
-not show in the graph, and with the format that its values have been rounded to.
+not show in the graph, with the format that its values have been rounded to, or the one chosen for later passes.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from mxcompile.folder import diff_text
 from mxcompile.program import Program, module_path
 
 _NAME, _TYPE, _CALL = 40, 28, 84
@@ -31,6 +32,13 @@ def print_program(program: Program) -> str:
     symbols: dict[str, str] = {}
     lines = [_line(program, node, symbols).rstrip() for node in program.graph.nodes]
     return "\n".join(lines) + "\n"
+
+
+def print_changes(before: Program, after: Program) -> str:
+    """The lines that differ, each behind its `-` or `+` and without the padding of columns: for tests of a pass."""
+    lines = diff_text(print_program(before), print_program(after), "", "").splitlines()[2:]
+    changed = [line for line in lines if line[0] in "-+"]
+    return "".join(f"{line[0]} {' '.join(line[1:].split())}\n" for line in changed)
 
 
 def print_type(value: Any, symbols: dict[str, str] | None = None) -> str:
@@ -84,8 +92,11 @@ def _line(program: Program, node: Node, symbols: dict[str, str]) -> str:
 
 
 def _tensor(program: Program, name: str) -> str:
-    rounding = program.rounded.get(name)
-    fmt = "" if rounding is None else f" format={rounding.format}"
+    fmt = ""
+    if name in program.rounded:
+        fmt = f" format={program.rounded[name].format}"
+    elif name in program.formats:
+        fmt = f" chosen={program.formats[name] or 'float'}"
     return f'tensor "{name}" {summarize(program.tensor(name))}{fmt}'
 
 

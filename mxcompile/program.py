@@ -66,6 +66,8 @@ class Program:
     rounded: parameter name -> how its values have been rounded.
     batches: calibration data, while a pipeline runs. statistics: (value name, observer name) -> what they showed.
     importance: weight name -> mean square of each of its input channels `[in]`, where a pass has measured it.
+    formats: weight name -> the format that a pass has chosen for it, None for float; later passes use it in place of
+    their default, where their overrides say nothing.
     origin: the program as traced, once passes have run. outputs: the output tensors on the example inputs, kept while
     passes preserve the function.
     report: told how many segments of how many a pass has gone through. resume: keeps what long passes have finished.
@@ -91,6 +93,7 @@ class Program:
         self.batches: tuple[Inputs, ...] = (example,)
         self.statistics: dict[tuple[str, str], Tensor] = {}
         self.importance: dict[str, Tensor] = {}
+        self.formats: dict[str, MXFormat | None] = {}
         self.origin: Program | None = None
         self.outputs: dict[str, Tensor] | None = None
         self.report: Callable[[int, int], None] | None = None
@@ -123,12 +126,13 @@ class Program:
         other.batches = self.batches
         other.statistics = dict(self.statistics)
         other.importance = dict(self.importance)
+        other.formats = dict(self.formats)
         other.origin = self.origin
         other.outputs = self.outputs
         return other
 
     def through(self, parts: Sequence[T]) -> Iterator[T]:
-        """The parts of a pass's work (segments, training steps), each reported when its turn comes."""
+        """The parts of a pass's work (segments, batches, matmuls), each reported when its turn comes."""
         for done, part in enumerate(parts):
             if self.report is not None:
                 self.report(done, len(parts))

@@ -19,6 +19,8 @@ from mxcompile.analysis.dataflow import operand
 from mxcompile.ledger import Miss, PassResult
 from mxcompile.program import where
 
+_CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
+
 
 @dataclass(frozen=True)
 class Match:
@@ -29,6 +31,17 @@ class Match:
 
     def __getitem__(self, name: str) -> AnyType:
         return self.parts[name]
+
+    def replace(self, target: AnyType, *args: AnyType, name: str = "") -> Node:
+        """Put `target(*args)`, of the same shape and dtype, in place of the root, in the same module."""
+        graph = self.root.graph
+        name = name or getattr(target, "__name__", str(target)).partition(".")[0]
+        with graph.inserting_before(self.root):
+            made = graph.create_node("call_function", target, args, name=name)
+        made.meta = {key: self.root.meta[key] for key in _CARRIED if key in self.root.meta}
+        self.root.replace_all_uses_with(made)
+        graph.erase_node(self.root)
+        return made
 
 
 class Pattern:
@@ -87,7 +100,8 @@ class Rule:
     """A local rewrite.
 
     check: None if the match may be rewritten, else the reason in a sentence.
-    rewrite: edits the graph; replaces all uses of `match.root` and may leave dead nodes behind.
+    rewrite: edits the graph in front of `match.root`; replaces all uses of it (`match.replace` does) and may leave dead
+        nodes behind.
     """
 
     name: str

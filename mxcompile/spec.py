@@ -7,16 +7,31 @@ value means follows from the field's type.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from mxcompile.errors import MXCompileError, PipelineError, UnknownNameError
-from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
+from mxcompile.formats import MXFormat, ScaleRule, check_name, parse_format, parse_scale_rule
 from mxcompile.overrides import Overrides
 
 T = TypeVar("T")
 _CALL = re.compile(r"\s*(?P<name>[a-z0-9-]+)\s*(\{(?P<options>.*)\})?\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a pass. values: what may be given, in words. default: in text form, None if it must be given."""
+
+    name: str
+    values: str
+    default: str | None
+
+
+def options(kind: type) -> list[Option]:
+    """The options of a pass's class, in order."""
+    hints = get_type_hints(kind)
+    return [Option(f.name, _values(hints[f.name]), _default(f)) for f in _fields(kind)]
 
 
 def print_call(name: str, value: Any) -> str:
@@ -51,9 +66,36 @@ def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
         raise PipelineError(f"{name}: {error}") from error
 
 
+def check_formats(value: Any) -> None:
+    """Raise MXCompileError if the text of a format among the options means another one."""
+    for option in (getattr(value, field.name) for field in _fields(value)):
+        for fmt in option.values() if isinstance(option, Overrides) else (option,):
+            if isinstance(fmt, MXFormat):
+                check_name(fmt)
+
+
 def _fields(value: Any) -> "tuple[Field[Any], ...]":
     """The options of a pass or its class; one without options need not be a dataclass."""
     return fields(value) if is_dataclass(value) else ()
+
+
+def _default(field: "Field[Any]") -> str | None:
+    return None if field.default is MISSING else _print(field.default)
+
+
+def _values(hint: Any) -> str:
+    """What `_parse` reads for a type, in words."""
+    choices = [choice for choice in get_args(hint) if choice is not type(None)]
+    if type(None) in get_args(hint):
+        return f"{_values(choices[0])}, none"
+    if getattr(hint, "__origin__", None) is Mapping:
+        return "[pattern=format,...]"
+    if getattr(hint, "__origin__", None) is tuple:
+        return "[word,...]"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return ", ".join(str(choice.value) for choice in hint)
+    known = {MXFormat: "a format", bool: "true, false", int: "an integer", float: "a number", str: "a word"}
+    return known.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _is_default(value: Any, field: "Field[Any]") -> bool:

@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.errors import VerifyError
+from mxcompile.failures import last_node
 from mxcompile.formats import parse_format
 from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
 from mxcompile.program import Program, Stage, where
@@ -17,10 +18,14 @@ def check(program: Program) -> None:
     try:
         program.graph.lint()
     except (RuntimeError, ValueError) as error:
-        raise VerifyError(f"the graph is malformed: {error}") from error
+        node = last_node(error)
+        at = "" if node is None else f" at {where(node)}"
+        raise VerifyError(f"the graph is malformed{at}: {str(error).splitlines()[0]}") from error
     for node in program.graph.nodes:
         if node.op == "get_attr" and not program.has_tensor(str(node.target)):
             raise VerifyError(f"{where(node)} reads {node.target!r}, which the program does not hold")
+        if node.op == "get_attr":
+            _check_tensor(program, node)
         if node.op == "call_function":
             _check_stage(program.stage, node)
         if node.target is DEQUANTIZE:
@@ -34,6 +39,16 @@ def _check_stage(stage: Stage, node: Node) -> None:
         raise VerifyError(f"{where(node)} is {node.target}, but the program is not fused")
     if "val" not in node.meta:
         raise VerifyError(f"{where(node)} has no type: insert nodes with mxcompile.edit.insert_call")
+
+
+def _check_tensor(program: Program, node: Node) -> None:
+    """A tensor is what the nodes behind it were traced with."""
+    tensor, known = program.tensor(str(node.target)), node.meta.get("val")
+    if isinstance(known, Tensor) and (tensor.shape != known.shape or tensor.dtype != known.dtype):
+        raise VerifyError(
+            f"{where(node)} reads {node.target!r}, which is {tensor.dtype} {tuple(tensor.shape)} and was "
+            f"{known.dtype} {tuple(known.shape)}: put in its place what has the same shape and dtype"
+        )
 
 
 def _check_dequantize(node: Node) -> None:

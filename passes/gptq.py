@@ -41,7 +41,10 @@ _FEW = "tokens of calibration data are few for {} input channels: what they do n
 class Gptq(Pass):
     """format, activation: of the weights, and of their inputs at run time (none: float).
 
-    damping, order, rule, sweeps, microblock: as in `ColumnRounding`.
+    damping: added to the diagonal of the inputs' moments, times its mean. order: of the columns, as they are (none), or
+        those that matter most first: columns, or whole blocks. rule: fixes scales beforehand; none searches them block
+        by block. sweeps: how often each block is rounded again. microblock: columns rounded at once, with scales by
+        `rule` from the weights as they then are; 0: column by column (`ColumnRounding` says more).
     correction: how much of what earlier layers have lost is aimed at, 0 to 1. residual: with a correction, also aim at
         what the residual stream has lost by the place where the output is added to it. Experts get no correction: their
         tokens may differ between the two models.

@@ -68,7 +68,7 @@ class LowerMX(Pass):
         weights: dict[str, Node] = {}
         inputs: dict[Node, Node] = {}
         todo = [matmul for matmul in choice.matmuls if not matmul.is_lowered]
-        for matmul in todo:
+        for matmul in program.through(todo):
             if matmul.parameter not in weights:
                 weights[matmul.parameter] = self._lower_weight(program, matmul, formats[matmul.node])
             matmul.reader.replace_input_with(matmul.root, weights[matmul.parameter])

@@ -59,7 +59,7 @@ class RoundWeights(Pass):
         choice, formats = override_formats(program, choose(program), self.format, self.overrides)
         misses = list(choice.misses)
         numbers: dict[str, dict[str, float]] = {}
-        for matmul in choice.matmuls:
+        for matmul in program.through(choice.matmuls):
             if matmul.parameter in program.rounded:
                 continue
             if not choice.alone(matmul):

@@ -306,9 +306,8 @@ def test_calibration_data_of_a_pipeline(program):
 
 
 def test_a_batch_that_does_not_fit_names_the_pass(program):
-    with pytest.raises(InputError, match="a calibration batch has") as caught:
+    with pytest.raises(InputError, match=r"^pass 'ask': a calibration batch has"):
         Pipeline([Ask([])]).run(program, {"y": torch.ones(1)})
-    assert caught.value.__notes__ == ["raised by pass 'ask'"]
 
 
 @pytest.mark.parametrize("calibration", [[], 3], ids=["empty", "number"])

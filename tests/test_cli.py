@@ -1,5 +1,6 @@
-"""The command line: readable tables and graphs, one-line errors, and a demo that runs on a local model."""
+"""The command line: readable tables and graphs, the same for machines, one-line errors."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,16 +10,33 @@ from models import build, inputs
 from typer.testing import CliRunner
 
 import mxcompile
+from mxcompile import Ledger, Pass, Pipeline
 from mxcompile.cli import app, main
-from mxcompile.formats import FORMATS
+from mxcompile.dump import Dump
+from mxcompile.errors import PassError, UnknownNameError
+from mxcompile.formats import FORMATS, parse_format
 from mxcompile.passes import PASSES
 from mxcompile.passes.recipes import RECIPES
 
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+def run(*arguments: str, terminal: int | None = None) -> str:
+    """What a command prints: into a pipe, or on a terminal of so many columns."""
+    env = {"COLUMNS": None, "FORCE_COLOR": None, "NO_COLOR": None}
+    env = env if terminal is None else env | {"COLUMNS": str(terminal), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    result = CliRunner().invoke(app, arguments, env=env)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
+
+
+def run_json(*arguments: str) -> dict:
+    """The one line that a command prints for machines."""
+    output = run(*arguments, "--json", terminal=80)
+    assert output.count("\n") == 1
+    return json.loads(output)
 
 
 @pytest.fixture(scope="module")
@@ -28,44 +46,153 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("command", "names"), [("recipes", RECIPES), ("passes", PASSES), ("formats", FORMATS)])
-def test_lists_what_there_is(command, names):
-    output = run(command)
-    assert all(name in output for name in names)
+@pytest.fixture
+def gpt2(monkeypatch) -> None:
+    """The model that `groups` looks at."""
 
-
-def test_groups_prints_who_divides_and_who_multiplies(monkeypatch):
     def load(source):
         assert source is None
         return build("gpt2"), lambda text, **_: SimpleNamespace(**inputs("gpt2"))
 
-    monkeypatch.setattr("mxcompile.cli.load_model", load)
+    monkeypatch.setattr("mxcompile.listing.load_model", load)
+
+
+# What there is
+
+
+@pytest.mark.parametrize(("command", "names"), [("recipes", RECIPES), ("passes", PASSES), ("formats", FORMATS)])
+def test_lists_what_there_is(command, names):
+    output = run(command)
+    assert all(re.search(rf"^ {name}\s", output, re.MULTILINE) for name in names)
+    assert list(names) == [record["name"] for record in run_json(command)[command]]
+
+
+def test_recipes():
+    for record in run_json("recipes")["recipes"]:
+        assert set(record) == {"name", "pipeline", "reads_calibration", "default"}
+        assert record["pipeline"] == RECIPES[record["name"]]
+        assert record["reads_calibration"] == ("gptq" in record["pipeline"])
+    assert re.search(rf"^ w8a8-mxint +{re.escape(RECIPES['w8a8-mxint'])} *$", run("recipes"), re.MULTILINE)
+
+
+def test_formats():
+    for record in run_json("formats")["formats"]:
+        fmt = parse_format(record["name"])
+        assert set(record) == {"name", "bits", "bits_per_value", "largest", "activation_rule"}
+        assert (record["bits"], record["bits_per_value"], record["largest"]) == (
+            fmt.bits,
+            fmt.bits_per_value,
+            fmt.max_value,
+        )
+
+
+def test_a_pass_with_all_that_its_options_may_be():
+    output = run("passes", "gptq")
+    assert "works on a float or rounded program, leaves it rounded" in output
+    assert re.search(r"^ format +a format +must be given *$", output, re.MULTILINE)
+    assert re.search(r"^ order +none, columns, blocks +blocks *$", output, re.MULTILINE)
+    assert "keeps the function, which is checked" in run("passes", "awq-fold")
+    (record,) = run_json("passes", "lower-mx")["passes"]
+    assert set(record) == {"name", "rewrite", "accepts", "gives", "preserves_function", "options"}
+    assert (record["accepts"], record["gives"]) == (["float", "rounded", "lowered"], "lowered")
+    assert record["options"][0] == {"name": "weight", "values": "a format", "default": None}
+    assert record["options"][1] == {"name": "activation", "values": "a format, none", "default": "none"}
+    with pytest.raises(UnknownNameError, match="unknown pass 'gptk': did you mean gptq"):
+        run("passes", "gptk")
+
+
+def test_groups_prints_who_divides_and_who_multiplies(gpt2):
     output = run("groups")
     assert "3 scale groups" in output
-    assert re.search(r"64 +│ transformer.h.0.ln_1.weight +│ transformer.h.0.attn.c_attn.weight", output)
-    assert "not foldable: %addmm_3 in transformer.h.0.mlp.c_proj: %view_9 is read by %pow_1, aten.pow" in output
+    names = r"transformer.h.0.ln_1.weight +transformer.h.0.attn.c_attn.weight"
+    assert re.search(rf"^ %\w+ +{names} +64 *$", output, re.MULTILINE)
+    assert re.search(r"%addmm_3 in transformer.h.0.mlp.c_proj +%view_9 is read by %pow_1, aten.pow", output)
+    found = run_json("groups")
+    assert set(found) == {"groups", "unfoldable"}
+    assert len(found["groups"]) == 3
+    assert set(found["groups"][0]) == {"value", "factors", "divided", "multiplied"}
+    assert found["groups"][0]["divided"] == ["transformer.h.0.ln_1.weight", "transformer.h.0.ln_1.bias"]
+    assert found["unfoldable"][0]["where"] == "%addmm_3 in transformer.h.0.mlp.c_proj"
+
+
+# Dumps
 
 
 def test_show_prints_the_summary_and_the_stages(folder):
     output = run("show", str(folder))
-    assert re.search(r"lower-mx\{weight=mxint4,activation=mxint8\}\s+│\s+2 │", output)
+    assert output.startswith("round-weights{format=mxint4}\n| lower-mx{weight=mxint4,activation=mxint8}\n")
+    assert re.search(r"^ lower-mx +2 +0 +\d+\.\d\d +0\.\d +\d+\.\d *$", output, re.MULTILINE)
     assert "00-trace, 01-round-weights, 02-lower-mx" in output
 
 
 def test_show_prints_the_numbers_of_all_layers(folder):
     output = run("show", str(folder), "--layers")
-    assert re.search(r"up.weight +│ mxint4 +│ mxint8 +│ +\d+\.\d dB │ +\d+\.\d dB │", output)
-    assert "after lower-mx" in output
+    assert re.search(r"^ up.weight +mxint4 +mxint8( +\d+\.\d){4} *$", output, re.MULTILINE)
+
+
+def test_show_for_machines_is_the_ledger(folder):
+    record = run_json("show", str(folder))
+    assert record.pop("graphs") == ["00-trace", "01-round-weights", "02-lower-mx"]
+    assert record.pop("failure") is None
+    assert record == json.loads((folder / "ledger.json").read_text()) == Ledger.load(folder).record()
 
 
 def test_show_prints_a_graph_whole_and_unwrapped(folder):
-    assert run("show", str(folder), "lower-mx") == (folder / "02-lower-mx.txt").read_text() + "\n"
+    text = (folder / "02-lower-mx.txt").read_text()
+    assert run("show", str(folder), "lower-mx") == text + "\n"
+    coloured = run("show", str(folder), "lower-mx", terminal=80)
+    assert coloured != ANSI.sub("", coloured) == text + "\n"
+    assert run_json("show", str(folder), "2") == {"pass": "02-lower-mx", "graph": text}
+
+
+def test_show_tells_of_the_pass_that_failed(tmp_path, traced):
+    class Broken(Pass):
+        name = "broken"
+
+        def run(self, program):
+            raise PassError("broken [is] no pass")
+
+    with pytest.raises(PassError):
+        Pipeline([Broken()]).run(traced("mlp"), instruments=[Dump(tmp_path)])
+    assert "pass 1 failed: broken [is] no pass" in run("show", str(tmp_path))
+    failure = run_json("show", str(tmp_path))["failure"]
+    assert failure == {"pass": 1, "error": "broken [is] no pass", "rest": "nothing"}
 
 
 def test_diff_prints_what_changed(folder):
     output = run("diff", str(folder), "trace", "lower-mx")
     assert re.search(r'^\+%up_weight_elements .* tensor "up.weight_elements"', output, re.MULTILINE)
+    added = len(re.findall(r"^\+%", output, re.MULTILINE))
+    assert f"00-trace to 02-lower-mx: 4 lines removed, {added} added" in output
+    coloured = run("diff", str(folder), "trace", "lower-mx", terminal=80)
+    assert coloured != ANSI.sub("", coloured) == output
+    record = run_json("diff", str(folder), "0", "2")
+    assert (record["first"], record["second"]) == ("00-trace", "02-lower-mx")
+    assert (record["removed"], record["added"]) == (4, added)
+    assert record["diff"] in output
+
+
+def test_no_difference(folder):
     assert run("diff", str(folder), "1", "1") == "no difference\n"
+    record = run_json("diff", str(folder), "1", "1")
+    assert (record["removed"], record["added"], record["diff"]) == (0, 0, "")
+
+
+# Terminals and pipes
+
+
+@pytest.mark.parametrize("command", ["show", "layers", "passes", "passes gptq", "recipes", "formats", "groups"])
+def test_colours_on_a_terminal_plain_and_whole_in_a_pipe(folder, gpt2, command):
+    known = {"show": ["show", str(folder)], "layers": ["show", str(folder), "--layers"]}
+    arguments = known.get(command, command.split())
+    piped, narrow = run(*arguments), run(*arguments, terminal=80)
+    assert "\x1b" not in piped
+    assert "\x1b[" in narrow
+    plain = ANSI.sub("", narrow)
+    assert "…" not in piped + plain
+    tables = [line for line in plain.splitlines() if line.startswith(" ")]
+    assert max(map(len, tables)) <= 80
+    assert sorted("".join(piped.split()).replace("─", "")) == sorted("".join(plain.split()).replace("─", ""))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_inspect_shows_formats_sizes_and_what_made_it(checkpoint):
     assert re.search(r"^ +mxint4 +mxint8 +7 +36,864 +0.02", output, re.MULTILINE)
     assert "every byte is as it was saved" in output
     lines = run("inspect", checkpoint, "--tensors").stdout
-    assert re.search(r"^ +model.layers.0.mlp.up_proj.weight +mxint4 +mxint8 +128 x 64 +0.00", lines, re.MULTILINE)
+    assert re.search(r"^ +model.layers.0.mlp.up_proj.weight +mxint4 +mxint8 +128x64 +0.00", lines, re.MULTILINE)
 
 
 def test_inspect_as_json(checkpoint):

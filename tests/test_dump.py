@@ -103,7 +103,7 @@ def test_summary_lists_each_miss_once_with_the_passes_that_met_it(tmp_path):
     Pipeline.parse("round-weights{format=mxint4} | lower-mx{weight=mxint4}").run(program, instruments=[Dump(tmp_path)])
     misses = [line for line in (tmp_path / "summary.txt").read_text().splitlines() if "convolution" in line]
     assert len(misses) == 2
-    assert all(line.endswith("(round-weights, lower-mx)") for line in misses)
+    assert all(line.endswith("round-weights, lower-mx") for line in misses)
 
 
 def test_writes_over_its_own_dump_and_over_nothing_else(tmp_path):
@@ -145,7 +145,7 @@ def test_a_failing_pass_leaves_what_it_was_given(tmp_path):
     text = (tmp_path / "01-explode.FAILED.txt").read_text()
     assert (
         text
-        == f"# explode failed: ValueError: no fuel\nat all\n# still to run: {TEXT}\n# the graph before it:\n"
+        == f"# pass 'explode' failed: ValueError: no fuel\nat all\n# still to run: {TEXT}\n# the graph before it:\n"
         + print_program(program)
     )
 
@@ -155,7 +155,7 @@ def test_reader_tells_a_failed_run_from_what_is_left_of_another(tmp_path):
     assert DumpReader(tmp_path).failure() is None
     explode(tmp_path)
     reader = DumpReader(tmp_path)
-    assert reader.failure() == Failure(1, "explode failed: ValueError: no fuel\nat all", TEXT)
+    assert reader.failure() == Failure(1, "pass 'explode' failed: ValueError: no fuel\nat all", TEXT)
     assert reader.stages() == ["00-trace"]
     assert reader.pipeline() == ["explode", *TEXT.split(" | ")]
     dump(tmp_path)

@@ -57,7 +57,7 @@ def test_aliases_case_and_spaces(text, fmt):
 
 @pytest.mark.parametrize(
     ("text", "near"),
-    [("mxint5", "mxint"), ("int4", "mxint4"), ("mxfp8_e3m4", "mxfp8_e4m3"), ("mxpf4", "mxfp4"), ("mxint3:64", "mxint")],
+    [("mxint", "mxint"), ("int4", "mxint4"), ("mxfp8_e4", "mxfp8_e4m3"), ("mxpf4", "mxfp4"), ("mxint4x:64", "mxint")],
 )
 def test_an_unknown_format_names_the_nearest(text, near):
     with pytest.raises(UnknownNameError, match=f"unknown format '{text}': did you mean .*{near}"):

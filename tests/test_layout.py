@@ -17,11 +17,12 @@ FLOORS = [
     {"hadamard", "importance", "nearest", "packing", "reference", "rows"},
     {"kernels"},
     {"ops"},
-    {"distributions", "inputs", "selection", "overrides", "measure", "provenance", "texts"},
+    {"distributions", "inputs", "selection", "overrides", "measure", "provenance", "tables", "texts"},
     {"ledger"},
     {"folder"},
     {"report"},
     {"program", "weight"},
+    {"failures"},
     {
         "analysis",
         "columns",
@@ -39,8 +40,9 @@ FLOORS = [
     {"pipeline", "deploy", "dump", "inductor", "probe"},
     {"passes"},
     {"api", "export", "progress", "smollm2"},
-    {"bisection"},
-    {"demo", "comparison", "commands", "cli", "__init__", "__main__"},
+    {"explanation"},
+    {"bisection", "explain"},
+    {"demo", "screen", "comparison", "commands", "listing", "viewing", "cli", "__init__", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -147,8 +147,8 @@ X, ELEMENTS, SCALES = torch.ones(2, 64), torch.zeros(7, 64, dtype=torch.uint8), 
 
 @eager_and_fake
 def test_unknown_formats_and_rules(fake):
-    with pytest.raises(UnknownNameError, match="unknown format 'mxint9': did you mean mxint"):
-        run(fake, QUANTIZE, X, "mxint9", "floor")
+    with pytest.raises(UnknownNameError, match="unknown format 'mxin4': did you mean mxint"):
+        run(fake, QUANTIZE, X, "mxin4", "floor")
     with pytest.raises(UnknownNameError, match="unknown scale rule 'flor': did you mean floor"):
         run(fake, QUANTIZE, X, "mxint8", "flor")
     with pytest.raises(UnknownNameError, match="unknown format"):

@@ -56,7 +56,8 @@ def test_round_trip(given_):
     [
         ("*.down_proj=mxint8", "is not a list [pattern=format,pattern=none]"),
         ("[*.down_proj]", "cannot read '*.down_proj'; write pattern=format or pattern=none"),
-        ("[*.down_proj=mxint9]", "unknown format 'mxint9': did you mean"),
+        ("[*.down_proj=mxint9]", "an integer element of 9 bits: give 2 to 8"),
+        ("[*.down_proj=mxin4]", "unknown format 'mxin4': did you mean mxint4"),
     ],
 )
 def test_unreadable_text(text, message):

@@ -3,27 +3,20 @@
 import json
 import re
 import shlex
-from pathlib import Path
+from typing import Any
 
-import torch
+from documents import ROOT, blocks, run_python
 from typer.testing import CliRunner
 
 from mxcompile.cli import app
 from mxcompile.demo import load_model
-
-ROOT = Path(__file__).parent.parent
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_python_blocks_and_the_commands_that_read_their_dump(local_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in blocks(ROOT / "README.md", "python"):
-        text = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(local_model))
-        exec(compile(text, "README.md", "exec"), namespace)
+        run_python(block, "README.md", namespace, local_model)
     assert "w4a8-mxint-quick 7 weights, largest change of a logit" in capsys.readouterr().out
     for line in blocks(ROOT / "README.md", "bash")[2].splitlines():
         result = CliRunner().invoke(app, shlex.split(line)[1:])
@@ -94,15 +87,23 @@ def test_the_two_commands_differ_in_what_they_run_only():
 
 
 def test_writing_a_pass(tmp_path, monkeypatch, capsys):
+    """The blocks one after the other, as a reader would type them; then the tests that they define."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    example, use = blocks(ROOT / "passes" / "README.md", "python")
+    example, *others = blocks(ROOT / "passes" / "README.md", "python")
     assert example.count("\n") <= 30
-    namespace: dict[str, object] = {"__name__": "passes_readme"}
-    for block in (example, use):
+    namespace: dict[str, Any] = {"__name__": "passes_readme"}
+    for block in (example, *others):
         exec(compile(block, "passes/README.md", "exec", dont_inherit=True), namespace)
-    assert "clip-weights{ratio=0.95} 2 rewrites, 0 misses" in capsys.readouterr().out
-    assert "MXWeight" in str(namespace["quantized"][0].weight)
+    assert "worst-layers{share=0.5} 1 rewrites, 0 misses {'2.weight': {'sqnr_db':" in capsys.readouterr().out
+    assert [namespace["quantized"][index].weight.layout_.format for index in (0, 2)] == ["mxint4", "mxint8"]
+    tests = [value for name, value in namespace.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+    for line in re.findall(r"`mxcompile ((?:show|diff|passes) [^`]*)`", (ROOT / "passes" / "README.md").read_text()):
+        result = CliRunner().invoke(app, shlex.split(line))
+        assert result.exit_code == 0, line
+    assert example[example.index("@dataclass") :] in (ROOT / "docs" / "examples" / "custom_pass.py").read_text()
 
 
 def test_the_architecture_table_is_the_measured_one():

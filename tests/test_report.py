@@ -217,7 +217,7 @@ def test_a_failed_pass_is_shown_with_the_graph_before_it(tmp_path):
     with pytest.raises(PassError):
         dump(tmp_path, build("mlp"), inputs("mlp"), ROUND, fail, "lower-mx{weight=mxint4}")
     found = page(tmp_path)
-    assert "Pass 2 of 3 failed own failed: ValueError: no fuel in <img src=x onerror=alert(1)>" in found.text
+    assert "Pass 2 of 3 failed pass 'own' failed: ValueError: no fuel in <img src=x onerror=alert(1)>" in found.text
     assert "Still to run: lower-mx{weight=mxint4}" in found.text
     assert [stage["name"] for stage in found.content["stages"]] == ["00-trace", "01-round-weights"]
     assert "up.weight" in found.content["passes"][0]["numbers"]

@@ -218,3 +218,22 @@ def test_operands_that_are_left_out_have_the_schemas_default():
     graph = graph_of(lambda g, x, y: g.call_function(aten.layer_norm.default, (x, [8])))
     norm = graph.output_node().args[0]
     assert [operand(norm, index, default="other") for index in (2, 4, 5)] == [None, 1e-5, True]
+
+
+def test_replace_keeps_type_and_module_and_gives_a_short_unique_name():
+    graph = graph_of(lambda g, x, y: g.call_function(aten.pow.Tensor_Scalar, (x, 2)))
+    (root,) = graph.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar)
+    root.meta = {"val": "the type", "nn_module_stack": {"a": "module"}, "other": 1}
+    x = graph.find_nodes(op="placeholder")[0]
+    rule = Rule(
+        "square",
+        Call(aten.pow.Tensor_Scalar, Any("x"), 2),
+        lambda match: None,
+        lambda graph, match: match.replace(aten.mul.Tensor, match["x"], match["x"]),
+    )
+    assert apply_rules(graph, [rule]).rewrites == 1
+    (made,) = graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+    assert (made.name, made.args) == ("mul", (x, x))
+    assert made.meta == {"val": "the type", "nn_module_stack": {"a": "module"}}
+    assert graph.output_node().all_input_nodes == [made]
+    assert not graph.find_nodes(op="call_function", target=aten.pow.Tensor_Scalar)

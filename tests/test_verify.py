@@ -85,7 +85,7 @@ def break_type(program: Program, linear: Node) -> None:
 
 
 BREAKS = {
-    break_order: r"the graph is malformed: Argument 'layer_norm' of Node 'linear' was used before it has been defined",
+    break_order: r"the graph is malformed at %linear in up: Argument 'layer_norm' of Node 'linear' was used before",
     break_tensor: r"up\.bias",
     break_kind: r"%up_bias reads 'up\.bias', which the program does not hold",
     break_quantize: r"%early in up is mx\.quantize\.default, but the program is not lowered: a pass sets its `gives`",
@@ -121,7 +121,7 @@ def test_a_pass_that_leaves_an_invalid_program(how, program):
     with pytest.raises(VerifyError, match=BREAKS[how]) as caught:
         Pipeline([Break(how)]).run(program, instruments=[Watch()])
     assert failures == [("break", caught.value)]
-    assert caught.value.__notes__ == ["raised by pass 'break'"]
+    assert str(caught.value).startswith("pass 'break': ")
 
 
 # Packed bytes

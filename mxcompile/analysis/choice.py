@@ -66,6 +66,7 @@ def override_formats(
 ) -> tuple[Choice, dict[Node, MXFormat]]:
     """Leave in float what an override says, and the weight formats of all others, by matmul or embedding.
 
+    Overrides count before what an earlier pass has chosen (`program.formats`), and that before the default.
     Raises UnknownNameError for a pattern that matches nothing that would be quantized, and PipelineError if readers of
     one weight would have it in different formats.
     """
@@ -73,11 +74,17 @@ def override_formats(
     names |= {node: tuple(_embedding_names(program, node)) for node in choice.embeddings}
     matched = {node: last_match(overrides, known) for node, known in names.items()}
     _check_patterns(choice, overrides, [name for known in names.values() for name in known])
-    formats = {node: default if pattern is None else overrides[pattern] for node, pattern in matched.items()}
+    weights = {m.node: m.parameter for m in choice.matmuls}
+    weights |= {node: str(cast(Node, node.args[0]).target) for node in choice.embeddings}
+    formats = {
+        node: program.formats.get(weights[node], default) if pattern is None else overrides[pattern]
+        for node, pattern in matched.items()
+    }
     left = list(choice.left_float)
     for matmul in choice.matmuls:
         if formats[matmul.node] is None and not matmul.is_lowered:
-            reason = f"left in float: override {matched[matmul.node]}=none"
+            pattern = matched[matmul.node]
+            reason = "left in float: " + ("chosen by a pass" if pattern is None else f"override {pattern}=none")
             left.append(Refusal(matmul.node, reason, _bytes(program, matmul)))
     by_weight: dict[str, set[MXFormat | None]] = {}
     for matmul in choice.matmuls:

@@ -22,7 +22,10 @@ Observers = Mapping[Node, Sequence[Observer]]
 
 @dataclass(frozen=True)
 class Request:
-    """A statistic that a pass needs: an observer kind (a class without arguments) on the value of a node."""
+    """A statistic that a pass needs: an observer kind (a class without arguments) on the value of a node, by its name.
+
+    Equal requests have one answer: `request.result(program)` while the pass runs.
+    """
 
     value: str
     observer: Callable[[], Observer]
@@ -31,6 +34,10 @@ class Request:
     def key(self) -> tuple[str, str]:
         """Where the result is found in `Program.statistics`."""
         return self.value, getattr(self.observer, "__name__", str(self.observer))
+
+    def result(self, program: Program) -> Tensor:
+        """What the observer has seen; raises KeyError if it was not asked for."""
+        return program.statistics[self.key]
 
 
 class Runner(Interpreter):
@@ -97,8 +104,8 @@ def unshared(values: Values, nodes: Iterable[Node]) -> Values:
     return dict(zip(values, copies, strict=True))
 
 
-def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inputs]) -> None:
-    """Measure what is requested and not yet known, over all batches, into `program.statistics`."""
+def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inputs] | None = None) -> None:
+    """Measure what is requested and not yet known, over all batches (None: the program's), into its statistics."""
     wanted = {request.key: request for request in requests if request.key not in program.statistics}
     if not wanted:
         return
@@ -114,7 +121,7 @@ def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inpu
     needed = list(nodes.values())
     needed = needed[: max(map(needed.index, by_value)) + 1]
     computed = computing(needed)
-    for batch in batches:
+    for batch in program.through(program.batches) if batches is None else batches:
         given = arguments(program, batch)
         for node, value in given.items():
             show(node, value)

@@ -1,18 +1,16 @@
 """What a checkpoint holds, for people (`mxcompile inspect`) and for programs."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from mxcompile.checkpoint.contents import Packing
 from mxcompile.checkpoint.reader import Checkpoint
+from mxcompile.tables import table
 from mxcompile.weight import MXWeight
 
 
@@ -73,28 +71,18 @@ class Description:
         console.print(self._every() if every else self._by_format())
 
     def _by_format(self) -> Table:
-        table = _table(left=("format", "input"), right=("tensors", "values", "MB"))
+        rows: list[tuple[str, ...]] = []
         for (fmt, rounded), entries in self.groups().items():
             values, size = sum(math.prod(entry.shape) for entry in entries), sum(entry.bytes for entry in entries)
-            table.add_row(fmt, rounded or "", str(len(entries)), f"{values:,}", f"{size / 1e6:.2f}")
-        return table
+            rows.append((fmt, rounded or "", str(len(entries)), f"{values:,}", f"{size / 1e6:.2f}"))
+        return table(("format", "input"), ("tensors", "values", "MB"), rows)
 
     def _every(self) -> Table:
-        table = _table(left=("tensor", "format", "input"), right=("shape", "MB"))
-        table.columns[0].no_wrap = False
-        for entry in self.entries:
-            shape = " x ".join(map(str, entry.shape))
-            table.add_row(Text(entry.name), entry.format, entry.input or "", shape, f"{entry.bytes / 1e6:.2f}")
-        return table
-
-
-def _table(left: Iterable[str], right: Iterable[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for column in left:
-        table.add_column(column, no_wrap=True, overflow="fold")
-    for column in right:
-        table.add_column(column, no_wrap=True, justify="right")
-    return table
+        rows = [
+            (entry.name, entry.format, entry.input or "", "x".join(map(str, entry.shape)), f"{entry.bytes / 1e6:.2f}")
+            for entry in self.entries
+        ]
+        return table(("tensor", "format", "input"), ("shape", "MB"), rows)
 
 
 def _entry(name: str, tensor: Tensor, packing: Packing | None, shared: bool) -> Entry:

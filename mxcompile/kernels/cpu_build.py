@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import platformdirs
 import torch
 
-from mxcompile.formats import MXFormat
+from mxcompile.formats import MXFormat, no_kernel
 
 _SOURCE = Path(__file__).with_name("mx_cpu.cpp")
 _INCLUDED = _SOURCE.with_name("mx_cpu_dot.h")
@@ -44,6 +44,8 @@ class BuildError(Exception):
 @cache
 def library(fmt: MXFormat) -> ctypes.CDLL:
     """The functions of mx_cpu.cpp for a format. Raises BuildError, each time again."""
+    if reason := no_kernel(fmt):
+        raise BuildError(reason)
     compiler = _compiler()
     command = [compiler, *_OPTIONS, *_tuning(), f"-DMX_ELEMENT={ELEMENTS[fmt.name]}", f"-DMX_BLOCK={fmt.block_size}"]
     made_from = (_SOURCE.read_text(), _INCLUDED.read_text(), _version(compiler), " ".join(command), _processor())

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mxcompile import packing
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFormat
+from mxcompile.formats import MXFormat, no_kernel
 from mxcompile.reference import element_table
 
 TILE: Final = 64
@@ -96,8 +96,9 @@ def plane_layout(fmt: MXFormat) -> PlaneLayout:
 
 def why_not(elements: Tensor, scales: Tensor, fmt: MXFormat) -> str | None:
     """Why a packed weight `[out, bytes]` cannot be held in planes, in a sentence; None if it can. Reads the data."""
-    if fmt.block_size < LANES:
-        return f"planes hold blocks of {LANES} or more, not {fmt.block_size}"
+    small = f"planes hold blocks of {LANES} or more, not {fmt.block_size}" if fmt.block_size < LANES else None
+    if reason := no_kernel(fmt) or small:
+        return reason
     if elements.dim() != 2 or elements.shape[1] == 0:
         return f"planes hold 2-D weights with at least one column, not {tuple(elements.shape)}"
     codes = packing.unpack(elements, fmt)

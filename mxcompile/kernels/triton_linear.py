@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFormat
+from mxcompile.formats import MXFormat, no_kernel
 from mxcompile.kernels.triton_elements import (
     decode,
     element_constants,
@@ -40,9 +40,8 @@ from mxcompile.kernels.triton_elements import (
 
 
 def supports(x: Tensor, fmt: MXFormat) -> str | None:
-    """None if `linear` can serve `x`, or the reason why not. Every format and block size is served."""
-    del fmt
-    return unsupported_dtype(x.dtype) or unsupported_device(x)
+    """None if `linear` can serve `x`, or the reason why not. Every format of `FORMATS` is served."""
+    return no_kernel(fmt) or unsupported_dtype(x.dtype) or unsupported_device(x)
 
 
 def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat) -> Tensor:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.formats import MXFormat, ScaleRule, no_kernel
 from mxcompile.kernels.triton_elements import (
     decode,
     element_constants,
@@ -43,14 +43,14 @@ _WARPS = 4
 
 
 def supports(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> str | None:
-    """None if `quantize_dequantize` can serve, or the reason why not. Every format and block size is served."""
+    """None if `quantize_dequantize` can serve, or the reason why not. Every format of `FORMATS` is served."""
     if rule is ScaleRule.MSE:
         return "scale rule mse searches exponents, which the Triton kernel does not do"
     try:
         rule.threshold(fmt)
     except MXCompileError as error:
         return str(error)
-    return unsupported_dtype(x.dtype) or unsupported_device(x)
+    return no_kernel(fmt) or unsupported_dtype(x.dtype) or unsupported_device(x)
 
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
