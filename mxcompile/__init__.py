@@ -3,7 +3,7 @@
 from mxcompile import formats
 from mxcompile.api import load, quantize_and_compile
 from mxcompile.bisection import Bisection, bisect
-from mxcompile.checkpoint import register, save
+from mxcompile.checkpoint import read_gguf, register, save
 from mxcompile.deploy import deploy
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
 from mxcompile.export import export
@@ -35,6 +35,7 @@ __all__ = [
     "formats",
     "load",
     "quantize_and_compile",
+    "read_gguf",
     "recipes",
     "save",
     "token_windows",
