@@ -1,4 +1,4 @@
-"""The commands that make, run and show checkpoints: `mxcompile quantize | generate | inspect | lm-eval`.
+"""The commands that make, run and show checkpoints: `mxcompile quantize | convert | generate | inspect | lm-eval`.
 
 `cli.py` puts them beside the others.
 """
@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 
 from mxcompile import comparison
-from mxcompile.checkpoint import Checkpoint, save
+from mxcompile.api import load
+from mxcompile.checkpoint import Checkpoint, check_free, save
 from mxcompile.checkpoint.description import Description
-from mxcompile.checkpoint.folder import check_free
 from mxcompile.comparison import Question
-from mxcompile.demo import load_model
+from mxcompile.demo import load_model, load_tokenizer
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.evaluation import Metric
 from mxcompile.inductor import compile_module
@@ -26,6 +26,10 @@ from mxcompile.passes.recipes import QUICK
 
 Model = Annotated[str | None, typer.Argument(help="a local path or hub id; SmolLM2-135M if left out")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="mxcompile, compressed-tensors, or gguf (to a file); by the name if left out"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 
 
@@ -37,6 +41,7 @@ def console(stderr: bool = False) -> Console:
 def quantize(
     model: Model = None,
     out: Annotated[Path, typer.Option(help="folder for the checkpoint")] = Path("out/quantized"),
+    format: Format = None,
     recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
     min_recovery: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="write nothing if less of the float model is left")
@@ -61,13 +66,13 @@ def quantize(
     quantized model's (perplexity), or exp(-KL) (kl).
     """
     screen = console(stderr=as_json)
-    check_free(out)
+    check_free(out, format)
     question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
     quantized, tokenizer, answer = comparison.quantize(screen, question, recipe)
     recovery = answer.scores.recovery(metric)
     enough = min_recovery is None or recovery >= min_recovery
     if enough or force:
-        save(quantized, out, tokenizer=tokenizer)
+        save(quantized, out, tokenizer=tokenizer, format=format)
     found = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
     if as_json:
         print(json.dumps(answer.record() | found))
@@ -77,6 +82,17 @@ def quantize(
     if not enough and not force:
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
     screen.print(f"{verdict}; written to {out} (mxcompile generate {out} --prompt ...)")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="a quantized model: a folder of any format, or a GGUF file")],
+    out: Annotated[Path, typer.Argument(help="where to write it")],
+    format: Format = None,
+) -> None:
+    """Write a quantized model in another format: the same elements and scales, nothing is rounded again."""
+    check_free(out, format)
+    save(load(source), out, tokenizer=load_tokenizer(source), format=format)
+    console().print(f"{source} written to {out}")
 
 
 def generate(
@@ -148,7 +164,7 @@ def _streamer(tokenizer: Any) -> Any:
 
 def add_to(app: typer.Typer) -> None:
     """Make them commands."""
-    for command in (quantize, generate, inspect):
+    for command in (quantize, convert, generate, inspect):
         app.command()(command)
     unread = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command("lm-eval", context_settings=unread, add_help_option=False)(lm_eval)

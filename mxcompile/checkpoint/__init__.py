@@ -10,10 +10,10 @@ transformers reads such folders too, through a quantizer that `import mxcompile`
 Other projects' checkpoints are the business of interop/.
 """
 
-from mxcompile.checkpoint.interop import read_gguf
+from mxcompile.checkpoint.interop import is_foreign, read_gguf
 from mxcompile.checkpoint.load import load
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.registration import register
-from mxcompile.checkpoint.save import adopt, save
+from mxcompile.checkpoint.save import adopt, check_free, save
 
-__all__ = ["Checkpoint", "adopt", "load", "read_gguf", "register", "save"]
+__all__ = ["Checkpoint", "adopt", "check_free", "is_foreign", "load", "read_gguf", "register", "save"]

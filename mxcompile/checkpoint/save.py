@@ -12,6 +12,7 @@ from mxcompile.checkpoint.card import Card
 from mxcompile.checkpoint.contents import Names, take_apart
 from mxcompile.checkpoint.fields import sha256
 from mxcompile.checkpoint.folder import Saving, write
+from mxcompile.checkpoint.folder import check_free as check_own
 from mxcompile.checkpoint.index import Index
 from mxcompile.checkpoint.registration import is_pretrained
 from mxcompile.errors import CheckpointError, UnknownNameError
@@ -38,7 +39,7 @@ def save(
     model: what `deploy` or `quantize_and_compile` returned, compiled or not; it is not changed.
     path: a new folder, one with a checkpoint that is to be replaced, or one without any model in it. Replacing happens
         at one moment: a save that is interrupted, even killed, leaves the old checkpoint or the new one.
-    tokenizer, processor: written beside it by their own `save_pretrained`.
+    tokenizer, processor: written beside it by their own `save_pretrained`; a GGUF file has no place for them.
     max_shard_size: of a file of weights, in bytes or as "5GB".
     format: "mxcompile", which None means too; or for other programs "compressed-tensors", to a new folder, or "gguf",
         to a file, which a path that ends in .gguf means too. These do not hold everything: what they cannot is refused.
@@ -55,7 +56,7 @@ def save(
         )
     shards.check_dtypes(tensors.items())
     folder, others = Path(path), (tokenizer, processor)
-    foreign = parse_format_name(format, folder)
+    foreign = _foreign(format, folder)
     if foreign is not None:
         interop.save(folder, foreign, module, names, largest, lambda to: _write_beside(module, to, names, others))
         return
@@ -74,7 +75,17 @@ def save(
         raise CheckpointError(f"{folder} cannot be written ({error}): what was saved there before is whole") from error
 
 
-def parse_format_name(format: str | None, path: Path) -> str | None:
+def check_free(path: str | Path, format: str | None = None) -> None:
+    """Raise CheckpointError if something is there that `save` to that path would not replace."""
+    folder = Path(path)
+    foreign = _foreign(format, folder)
+    if foreign is None:
+        check_own(folder)
+    else:
+        interop.check_free(folder, foreign)
+
+
+def _foreign(format: str | None, path: Path) -> str | None:
     """Another project's format, by its name or a file's; None for our own."""
     if format is None:
         return interop.GGUF if path.suffix == ".gguf" else None
