@@ -1,14 +1,15 @@
 """What the tests of other projects' checkpoints share: models in formats that others have."""
 
 import json
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from models import build, inputs
 from torch import nn
 
 import mxcompile
+from mxcompile.program import Program
 from mxcompile.storage import own_tensors
 from mxcompile.weight import MXWeight
 
@@ -22,29 +23,29 @@ PAIRS = (
     ("mxfp8_e4m3", "mxfp8_e4m3"),
 )
 
-_MADE: dict[Any, nn.Module] = {}
+
+@cache
+def traced(name: str, dtype: torch.dtype) -> tuple[nn.Module, Program]:
+    """A tiny model and its program, to be copied."""
+    model = build(name)
+    for parameter in model.parameters():  # not its buffers: transformers loads those of bfloat16 models in float32
+        parameter.data = parameter.data.to(dtype)
+    example = inputs(name) if name != "mlp" else {"x": inputs(name)["x"].to(dtype)}
+    return model, mxcompile.trace(model, example)
 
 
+@cache
 def quantized(
-    weight: str = "mxfp4",
-    activation: str = "none",
-    name: str = "llama",
-    dtype: torch.dtype = torch.bfloat16,
-    overrides: dict[str, Any] | None = None,
+    weight: str = "mxfp4", activation: str = "none", name: str = "llama", dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
-    """A tiny model, without overrides always the same object: not to be changed."""
-    key = (weight, activation, name, dtype)
-    if overrides is not None or key not in _MADE:
-        model = build(name)
-        for parameter in model.parameters():  # not its buffers: transformers loads those of bfloat16 models in float32
-            parameter.data = parameter.data.to(dtype)
-        example = inputs(name) if name != "mlp" else {"x": inputs(name)["x"].to(dtype)}
-        recipe = f"lower-mx{{weight={weight},activation={activation}}}"
-        made = mxcompile.quantize_and_compile(model, example, recipe=recipe, compile=False, overrides=overrides)
-        if overrides is not None:
-            return made
-        _MADE[key] = made
-    return _MADE[key]
+    """A tiny model, always the same object: not to be changed."""
+    return lowered(f"lower-mx{{weight={weight},activation={activation}}}", name, dtype)
+
+
+def lowered(recipe: str, name: str = "llama", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A tiny model quantized by a pipeline."""
+    model, program = traced(name, dtype)
+    return mxcompile.deploy(mxcompile.Pipeline.parse(recipe).run(program.copy()), model, check=False)
 
 
 def assert_same_values(given: nn.Module, wanted: nn.Module) -> None:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from interop import PAIRS, assert_same_values, edit_config, quantized
+from interop import PAIRS, assert_same_values, edit_config, lowered, quantized, traced
 from models import build, inputs
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,6 +25,7 @@ pytest.importorskip("compressed_tensors", reason="install the test extra")
 pytestmark = pytest.mark.filterwarnings("default")
 
 FORMAT = "compressed-tensors"
+LOWER = "lower-mx{weight=mxfp4,activation=none}"
 PRESETS = {
     ("mxfp4", "none"): "MXFP4A16",
     ("mxfp4", "mxfp4"): "MXFP4",
@@ -144,8 +145,7 @@ def test_rows_round_trip_for_every_code():
 
 
 def test_mixed_formats_take_a_group_each(tmp_path):
-    mixed = {"*.down_proj": FORMATS["mxfp8_e4m3"], "*.o_proj": None}
-    model = quantized(overrides=mixed)
+    model = lowered("lower-mx{weight=mxfp4,activation=none,overrides=[*.down_proj=mxfp8_e4m3,*.o_proj=none]}")
     mxcompile.save(model, tmp_path / "out", format=FORMAT)
     content = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (content["format"], len(content["config_groups"])) == ("mixed-precision", 2)
@@ -159,7 +159,7 @@ def test_mixed_formats_take_a_group_each(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma"])
 def test_tied_heads_stay_tied(name, tmp_path):
-    model = quantized("mxfp4", "none", name)
+    model = quantized("mxfp4", "none", name, torch.float32)
     mxcompile.save(model, tmp_path / "out", format=FORMAT)
     loaded = mxcompile.load(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -195,27 +195,23 @@ def test_saved_again_in_our_format(saved, tmp_path):
     assert_same_values(mxcompile.load(tmp_path / "again"), loaded)
 
 
-def lowered(name="llama", recipe="lower-mx{weight=mxfp4,activation=none}", **options):
-    return mxcompile.quantize_and_compile(build(name), inputs(name), recipe=recipe, compile=False, **options)
-
-
 def with_multiplier():
-    program = mxcompile.trace(build("llama"), inputs("llama"))
-    insert_multiplier(program, [m for m in find_matmuls(program)[0] if "down_proj" in str(m.node.meta)][:1])
-    recipe = mxcompile.Pipeline.parse("lower-mx{weight=mxfp4,activation=none}")
-    return mxcompile.deploy(recipe.run(program), build("llama"), check=False)
+    model, program = traced("llama", torch.bfloat16)
+    program = program.copy()
+    insert_multiplier(program, find_matmuls(program)[0][6:7])
+    return mxcompile.deploy(mxcompile.Pipeline.parse(LOWER).run(program), model, check=False)
 
 
 REFUSED = {
     "mxint4": (
-        lambda: lowered(recipe="lower-mx{weight=mxint4,activation=none}"),
+        lambda: lowered("lower-mx{weight=mxint4,activation=none}"),
         r"q_proj.weight: compressed-tensors has no mxint4, of .* only mxfp4, mxfp6_e2m3, mxfp8_e4m3 in blocks of 32",
     ),
-    "mxfp6_e3m2": (lambda: lowered(recipe="lower-mx{weight=mxfp6_e3m2,activation=none}"), r"has no mxfp6_e3m2, of"),
-    "block": (lambda: lowered(recipe="lower-mx{weight=mxfp4:64,activation=none}"), r"q_proj.weight: .* no mxfp4:64"),
+    "mxfp6_e3m2": (lambda: lowered("lower-mx{weight=mxfp6_e3m2,activation=none}"), r"has no mxfp6_e3m2, of"),
+    "block": (lambda: lowered("lower-mx{weight=mxfp4:64,activation=none}"), r"q_proj.weight: .* no mxfp4:64"),
     "input": (
-        lambda: lowered(recipe="lower-mx{weight=mxfp4,activation=mxint8}"),
-        r"q_proj.weight: compressed-tensors has no its input in mxint8|no input in mxint8",
+        lambda: lowered("lower-mx{weight=mxfp4,activation=mxint8}"),
+        r"q_proj.weight: compressed-tensors has no mxint8 for inputs, of",
     ),
     "rotation": (
         lambda: lowered(
@@ -224,8 +220,11 @@ REFUSED = {
         r"an input that is rotated \(use a recipe without rotate\)",
     ),
     "multiplier": (with_multiplier, r"an input that is multiplied by a vector \(use a recipe without explicit mult"),
-    "conv1d": (lambda: lowered("gpt2"), r"c_attn.weight: .* a weight that is no nn.Linear's \(leave it out with excl"),
-    "experts": (lambda: lowered("mixtral"), r"layers.0.mlp.*: .* a weight that is no nn.Linear's"),
+    "conv1d": (
+        lambda: lowered(LOWER, "gpt2"),
+        r"c_attn.weight: .* a weight that is no nn.Linear's \(leave it out with excl",
+    ),
+    "experts": (lambda: lowered(LOWER, "mixtral"), r"layers.0.mlp.*: .* a weight that is no nn.Linear's"),
 }
 
 

@@ -119,9 +119,9 @@ def _bits(name: str, weight: MXWeight, owner: nn.Module | None) -> Group:
     advice = "mxcompile.save without format=... keeps it as it is"
     for wanted in (fmt, activation):
         if wanted is not None and wanted not in STORED.values():
-            what = "" if wanted is fmt else "its input in "
+            what = "" if wanted is fmt else " for inputs"
             raise CheckpointError(
-                f"{name}: compressed-tensors has no {what}{wanted}, of {', '.join(map(str, FORMATS))} only "
+                f"{name}: compressed-tensors has no {wanted}{what}, of {', '.join(map(str, FORMATS))} only "
                 f"{', '.join(map(str, STORED.values()))} in blocks of 32: quantize to these, or {advice}"
             )
     reasons = {
