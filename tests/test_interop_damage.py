@@ -1,4 +1,4 @@
-"""Other projects' files with bytes that are wrong: a CheckpointError, or a model that the bytes describe. Nothing else."""
+"""Other projects' files with wrong bytes: a CheckpointError, or a model that the bytes describe, nothing else."""
 
 from pathlib import Path
 
