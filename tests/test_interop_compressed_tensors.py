@@ -219,7 +219,7 @@ REFUSED = {
         ),
         r"an input that is rotated \(use a recipe without rotate\)",
     ),
-    "multiplier": (with_multiplier, r"an input that is multiplied by a vector \(use a recipe without explicit mult"),
+    "multiplier": (with_multiplier, r"an input that is multiplied by a vector \(use awq-fold{multiply=false}\)"),
     "conv1d": (
         lambda: lowered(LOWER, "gpt2"),
         r"c_attn.weight: .* a weight that is no nn.Linear's \(leave it out with excl",

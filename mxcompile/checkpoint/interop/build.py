@@ -4,7 +4,6 @@ Names and shapes are compared with an empty model first: nothing is loaded that 
 claims is allocated before tensors of that size are there.
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
@@ -99,8 +98,7 @@ def _load(source: Path, kind: Any, config: Any, tensors: Mapping[str, Tensor]) -
     weights = {name: value for name, value in tensors.items() if isinstance(value, MXWeight)}
     blank = {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in weights.items()}
     try:
-        with warnings.catch_warnings(record=True):
-            model = kind.from_pretrained(None, config=config, state_dict={**tensors, **blank}, dtype=config.dtype)
+        model = kind.from_pretrained(None, config=config, state_dict={**tensors, **blank}, dtype=config.dtype)
     except Exception as error:
         raise CheckpointError(f"transformers cannot load the {kind.__name__} of {source}: {error}") from error
     place_all(model, list(weights.items()))

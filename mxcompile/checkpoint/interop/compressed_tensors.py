@@ -125,7 +125,7 @@ def _bits(name: str, weight: MXWeight, owner: nn.Module | None) -> Group:
                 f"{', '.join(map(str, STORED.values()))} in blocks of 32: quantize to these, or {advice}"
             )
     reasons = {
-        "an input that is multiplied by a vector (use a recipe without explicit multiplies)": layout.multiplier,
+        "an input that is multiplied by a vector (use awq-fold{multiply=false})": layout.multiplier,
         "an input that is rotated (use a recipe without rotate)": layout.rotation,
         "a weight that is no nn.Linear's (leave it out with exclude)": not isinstance(owner, nn.Linear)
         or layout.transposed,

@@ -191,7 +191,7 @@ def _encoded(name: str, value: Tensor, config: Any, architecture: str) -> Any:
     layout = turned.layout_
     reasons = {
         f"{layout.format} weights (quantize to {MXFP4} in blocks of 32)": layout.format != str(MXFP4),
-        "an input that is multiplied by a vector (use a recipe without explicit multiplies)": layout.multiplier,
+        "an input that is multiplied by a vector (use awq-fold{multiply=false})": layout.multiplier,
         "an input that is rotated (use a recipe without rotate)": layout.rotation,
         f"a row of {layout.size} values, no multiple of 32 (leave it out with exclude)": layout.size % 32,
     }
