@@ -364,6 +364,13 @@ def test_files_that_are_missing_or_outside(tmp_path):
             mxcompile.load(folder)
 
 
+def test_a_generation_config_that_cannot_be(saved):
+    folder = saved()
+    (folder / "generation_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match="transformers cannot load the LlamaForCausalLM"):
+        mxcompile.load(folder)
+
+
 def test_a_model_that_does_not_fit_is_not_touched(saved):
     model = build("llama")
     before = own_tensors(model)

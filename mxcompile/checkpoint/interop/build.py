@@ -95,15 +95,15 @@ def _check_tensors(source: Path, empty: Any, tensors: dict[str, Tensor]) -> None
 
 def _load(source: Path, kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     """By transformers, which fills in what is not stored; MX weights take their places afterwards."""
+    from transformers import GenerationConfig
+
     weights = {name: value for name, value in tensors.items() if isinstance(value, MXWeight)}
     blank = {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in weights.items()}
     try:
         model = kind.from_pretrained(None, config=config, state_dict={**tensors, **blank}, dtype=config.dtype)
+        if model.can_generate() and (source / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source)
     except Exception as error:
         raise CheckpointError(f"transformers cannot load the {kind.__name__} of {source}: {error}") from error
     place_all(model, list(weights.items()))
-    if model.can_generate() and (source / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(source)
     return model.requires_grad_(False).eval()
