@@ -6,7 +6,7 @@ from mxcompile.api import load, quantize_and_compile
 from mxcompile.bisection import Bisection, bisect
 from mxcompile.calibration import observers
 from mxcompile.calibration.run import Request
-from mxcompile.checkpoint import register, save
+from mxcompile.checkpoint import read_gguf, register, save
 from mxcompile.deploy import deploy
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
 from mxcompile.explain import explain
@@ -49,6 +49,7 @@ __all__ = [
     "print_changes",
     "print_program",
     "quantize_and_compile",
+    "read_gguf",
     "recipes",
     "save",
     "token_windows",

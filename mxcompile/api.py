@@ -92,7 +92,7 @@ def load(
     compile: bool = False,
     verify: bool = True,
 ) -> Any:
-    """Read a quantized model that `save` wrote.
+    """Read a quantized model that `save` wrote; or an MX checkpoint of llm-compressor, gpt-oss, or a GGUF file.
 
     model: a module of the saved one's class, to be filled: on the meta device, if you like, so that it takes no memory.
         Not needed for models of transformers.

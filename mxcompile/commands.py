@@ -1,4 +1,4 @@
-"""The commands that make, run and show checkpoints: `mxcompile quantize | generate | inspect | lm-eval | explain`.
+"""The commands about models in folders: `mxcompile quantize | convert | generate | inspect | lm-eval | explain`.
 
 `cli.py` puts them beside the others.
 """
@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from mxcompile import comparison, smollm2
-from mxcompile.checkpoint import Checkpoint, save
+from mxcompile.api import load
+from mxcompile.checkpoint import Checkpoint, check_free, save
 from mxcompile.checkpoint.description import Description
-from mxcompile.checkpoint.folder import check_free
 from mxcompile.comparison import Question
-from mxcompile.demo import load_model
+from mxcompile.demo import load_model, load_tokenizer
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.evaluation import Metric
 from mxcompile.explain import explain as find_kernels
@@ -26,11 +26,16 @@ from mxcompile.screen import Json, messages, print_json, results
 
 Model = Annotated[str | None, typer.Argument(help="a local path or hub id; SmolLM2-135M if left out")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="mxcompile, compressed-tensors, or gguf (to a file); by the name if left out"),
+]
 
 
 def quantize(
     model: Model = None,
     out: Annotated[Path, typer.Option(help="folder for the checkpoint")] = Path("out/quantized"),
+    format: Format = None,
     recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
     min_recovery: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="write nothing if less of the float model is left")
@@ -56,14 +61,14 @@ def quantize(
 
     --json: as of eval, and "recovery", "metric", "out" (null if nothing is written).
     """
-    check_free(out)
+    check_free(out, format)
     question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
     quantized, tokenizer, answer = comparison.quantize(messages(), question, recipe)
     recovery = answer.scores.recovery(metric)
     enough = min_recovery is None or recovery >= min_recovery
     if enough or force:
         with waiting(messages(), "writing"):
-            save(quantized, out, tokenizer=tokenizer)
+            save(quantized, out, tokenizer=tokenizer, format=format)
     found = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
     if as_json:
         print_json(answer.record() | found)
@@ -74,6 +79,18 @@ def quantize(
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
     screen = messages() if as_json else results()
     screen.print(f"{verdict}; written to {out} (mxcompile generate {out} --prompt ...)", markup=False)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="a quantized model: a folder of any format, or a GGUF file")],
+    out: Annotated[Path, typer.Argument(help="where to write it")],
+    format: Format = None,
+) -> None:
+    """Write a quantized model in another format: the same elements and scales, nothing is rounded again."""
+    check_free(out, format)
+    with waiting(messages(), "writing"):
+        save(load(source), out, tokenizer=load_tokenizer(source), format=format)
+    results().print(f"{source} written to {out}", markup=False)
 
 
 def generate(
@@ -171,7 +188,7 @@ def _streamer(tokenizer: Any) -> Any:
 
 def add_to(app: typer.Typer) -> None:
     """Make them commands."""
-    for command in (quantize, generate, inspect, explain):
+    for command in (quantize, convert, generate, inspect, explain):
         app.command()(command)
     unread = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command("lm-eval", context_settings=unread, add_help_option=False)(lm_eval)

@@ -14,7 +14,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mxcompile import smollm2
-from mxcompile.api import quantize_and_compile
+from mxcompile.api import load, quantize_and_compile
+from mxcompile.checkpoint import is_foreign
 from mxcompile.errors import InputError
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
 from mxcompile.inductor import compile_module
@@ -91,6 +92,8 @@ def load_model(source: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
 
     try:
+        if is_foreign(Path(source)):
+            return load(source), AutoTokenizer.from_pretrained(source)
         return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -98,6 +101,15 @@ def load_model(source: str | None) -> tuple[Any, Any]:
             f"{source} cannot be loaded ({reason}); give a hub id, or a folder that holds a causal language model and "
             "its tokenizer"
         ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, None if there is none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _measure(

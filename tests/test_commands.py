@@ -154,6 +154,28 @@ def test_a_damaged_checkpoint_is_one_message(checkpoint, tmp_path):
         run("generate", tmp_path)
 
 
+def test_quantize_for_other_programs_and_convert(quantize, text, tmp_path):
+    recipe = ("--recipe", "lower-mx{weight=mxfp8_e4m3,activation=none}")
+    quantize(tmp_path / "theirs", *recipe, "--format", "compressed-tensors")
+    assert "compressed-tensors" in (tmp_path / "theirs" / "config.json").read_text()
+    run("convert", tmp_path / "theirs", tmp_path / "own")
+    assert "mxfp8_e4m3" in run("inspect", tmp_path / "own").stdout
+    size = ("--text", text, "--length", 32, "--windows", 2, "--json")
+    answer = json.loads(run("eval", tmp_path / "theirs", "--against", tmp_path / "own", *size).stdout)
+    assert (answer["kl"], answer["top1"]) == (0, 1)
+    with pytest.raises(CheckpointError, match="GGUF cannot hold mxfp8_e4m3 weights"):
+        run("convert", tmp_path / "own", tmp_path / "model.gguf")
+
+
+def test_places_that_are_taken_are_said_before_the_work(quantize, tmp_path, monkeypatch):
+    monkeypatch.setattr("mxcompile.comparison.load_model", lambda source: pytest.fail("loaded"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is there already"):
+        quantize(tmp_path, "--format", "compressed-tensors")
+    with pytest.raises(UnknownNameError, match="unknown checkpoint format 'ggml'"):
+        quantize(tmp_path / "out", "--format", "ggml")
+
+
 TASK = """
 task: tiny
 dataset_path: json

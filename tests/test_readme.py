@@ -5,9 +5,11 @@ import re
 import shlex
 from typing import Any
 
+import torch
 from documents import ROOT, blocks, run_python
 from typer.testing import CliRunner
 
+import mxcompile
 from mxcompile.cli import app
 from mxcompile.demo import load_model
 
@@ -72,6 +74,20 @@ def test_the_commands_about_checkpoints(local_model, tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
         assert words in result.output
     assert harness.startswith("mxcompile lm-eval --model hf --model_args pretrained=out/model ")
+
+
+def test_the_commands_that_convert(local_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model(str(local_model))
+    example = tokenizer("The capital", return_tensors="pt")
+    quantized = mxcompile.quantize_and_compile(model, example, recipe="w4a16-mxfp-quick", compile=False)
+    mxcompile.save(quantized, "out/mxfp4", tokenizer=tokenizer, format="compressed-tensors")
+    for line in blocks(ROOT / "README.md", "bash")[6].splitlines():
+        result = CliRunner().invoke(app, shlex.split(line)[1:], env={"COLUMNS": "160"})
+        assert result.exit_code == 0, result.output
+        assert f"written to {line.split()[-1]}" in result.output
+    weight = mxcompile.load("out/again.gguf").model.layers[0].mlp.up_proj.weight
+    assert torch.equal(weight.dequantize(), quantized.model.layers[0].mlp.up_proj.weight.dequantize())
 
 
 def test_ci_installs_and_tests_as_readme_says():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build, inputs
+from safetensors.torch import load_file
 
 import mxcompile
 from mxcompile import smollm2
@@ -52,6 +53,36 @@ def test_w4a8_covers_every_decoder_linear_at_its_true_size(real, w4a8):
     assert len(packed) == 210
     assert sum(p.packed_bytes for p in packed) * 8 == sum(p.numel() for p in packed) * 4.25
     assert stored_bytes(quantized) < 0.32 * stored_bytes(model)
+
+
+def test_mxfp4_for_other_programs_comes_back_to_the_bit(real, tmp_path):
+    """As compressed-tensors decodes it, as we do, and 4.25 bits a value in the file; in GGUF the same."""
+    compressors = pytest.importorskip("compressed_tensors.compressors", reason="install the test extra")
+    from compressed_tensors.quantization import preset_name_to_scheme
+
+    model, windows = real
+    quantized = mxcompile.quantize_and_compile(
+        model, {"input_ids": windows[0][:, :64]}, recipe="lower-mx{weight=mxfp4,activation=none}", compile=False
+    )
+    mxcompile.save(quantized, tmp_path / "model", format="compressed-tensors")
+    mxcompile.save(quantized, tmp_path / "model.gguf")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    wanted = dict(quantized.named_parameters())
+    scheme = preset_name_to_scheme("MXFP4A16", ["Linear"])
+    compressor = compressors.BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
+    for path in (tmp_path / "model", tmp_path / "model.gguf"):
+        loaded = mxcompile.load(path)
+        for name, tensor in loaded.named_parameters():
+            other = wanted[name]
+            assert type(tensor) is type(other), name
+            values = [p.dequantize() if isinstance(p, MXWeight) else p for p in (tensor, other)]
+            assert torch.equal(*values), name
+    for name in [name.removesuffix("_packed") for name in stored if name.endswith("_packed")]:
+        parts = {"weight_packed": stored[f"{name}_packed"], "weight_scale": stored[f"{name}_scale"]}
+        theirs = compressor.decompress(parts, scheme)["weight"]
+        assert torch.equal(theirs.float(), wanted[name].dequantize().float()), name
+    written = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert 0 < written - stored_bytes(quantized) < 60_000
 
 
 LOADED = """

@@ -7,11 +7,13 @@
 
 A save changes a folder at one moment (folder.py), a load checks everything before it hands anything out (reader.py).
 transformers reads such folders too, through a quantizer that `import mxcompile` makes known to it (registration.py).
+Other projects' checkpoints are the business of interop/.
 """
 
+from mxcompile.checkpoint.interop import is_foreign, read_gguf
 from mxcompile.checkpoint.load import load
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.registration import register
-from mxcompile.checkpoint.save import adopt, save
+from mxcompile.checkpoint.save import adopt, check_free, save
 
-__all__ = ["Checkpoint", "adopt", "load", "register", "save"]
+__all__ = ["Checkpoint", "adopt", "check_free", "is_foreign", "load", "read_gguf", "register", "save"]

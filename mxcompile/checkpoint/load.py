@@ -6,6 +6,7 @@ from typing import TypeVar, overload
 
 from torch import Tensor, nn
 
+from mxcompile.checkpoint import interop
 from mxcompile.checkpoint.contents import check_fits
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.save import adopt
@@ -20,7 +21,14 @@ def load(path: str | Path, *, model: M, verify: bool = True) -> M: ...
 @overload
 def load(path: str | Path, *, model: None = None, verify: bool = True) -> nn.Module: ...
 def load(path: str | Path, *, model: nn.Module | None = None, verify: bool = True) -> nn.Module:
-    """The module that `save` wrote, in eval mode, on mapped files: pages are read when they are touched."""
+    """The module that `save` wrote, in eval mode, on mapped files: pages are read when they are touched.
+
+    Or the model of another project's checkpoint, in `interop`'s formats.
+    """
+    if interop.is_foreign(Path(path)):
+        loaded = interop.load(Path(path), model)
+        adopt(loaded, None)
+        return loaded
     checkpoint = Checkpoint(path, verify=verify)
     if model is not None:
         return _fill(model, checkpoint)

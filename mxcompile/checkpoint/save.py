@@ -7,16 +7,18 @@ from typing import Any, Final
 
 from torch import nn
 
-from mxcompile.checkpoint import shards
+from mxcompile.checkpoint import interop, shards
 from mxcompile.checkpoint.card import Card
 from mxcompile.checkpoint.contents import Names, take_apart
 from mxcompile.checkpoint.fields import sha256
 from mxcompile.checkpoint.folder import Saving, write
+from mxcompile.checkpoint.folder import check_free as check_own
 from mxcompile.checkpoint.index import Index
 from mxcompile.checkpoint.registration import is_pretrained
-from mxcompile.errors import CheckpointError
+from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.provenance import Provenance
 
+_OWN: Final = "mxcompile"
 _SHARD_SIZE: Final = "5GB"
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", re.IGNORECASE)
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -30,14 +32,17 @@ def save(
     tokenizer: Any = None,
     processor: Any = None,
     max_shard_size: int | str = _SHARD_SIZE,
+    format: str | None = None,
 ) -> None:
     """Write a quantized model to a folder, from which `load` (and transformers' `from_pretrained`) reads it.
 
     model: what `deploy` or `quantize_and_compile` returned, compiled or not; it is not changed.
     path: a new folder, one with a checkpoint that is to be replaced, or one without any model in it. Replacing happens
         at one moment: a save that is interrupted, even killed, leaves the old checkpoint or the new one.
-    tokenizer, processor: written beside it by their own `save_pretrained`.
+    tokenizer, processor: written beside it by their own `save_pretrained`; a GGUF file has no place for them.
     max_shard_size: of a file of weights, in bytes or as "5GB".
+    format: "mxcompile", which None means too; or for other programs "compressed-tensors", to a new folder, or "gguf",
+        to a file, which a path that ends in .gguf means too. These do not hold everything: what they cannot is refused.
 
     Raises CheckpointError if there is nothing quantized, the module holds what a checkpoint cannot, or the folder
     holds something else.
@@ -50,10 +55,14 @@ def save(
             f"{type(module).__name__} has no MX weights: quantize it first, this saves quantized models"
         )
     shards.check_dtypes(tensors.items())
-    folder = Path(path)
+    folder, others = Path(path), (tokenizer, processor)
+    foreign = _foreign(format, folder)
+    if foreign is not None:
+        interop.save(folder, foreign, module, names, largest, lambda to: _write_beside(module, to, names, others))
+        return
     try:
         with Saving(folder) as saving:
-            config = _write_beside(module, saving.stage, names, (tokenizer, processor))
+            config = _write_beside(module, saving.stage, names, others)
             groups = shards.split(tensors, largest)
             files = [f"{saving.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
             written = {file: shards.write(saving.new(file), group) for file, group in zip(files, groups, strict=True)}
@@ -64,6 +73,25 @@ def save(
             saving.commit(Card(kind, Provenance.of(module), index, sha256(data), saving.staged(), config))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error}): what was saved there before is whole") from error
+
+
+def check_free(path: str | Path, format: str | None = None) -> None:
+    """Raise CheckpointError if something is there that `save` to that path would not replace."""
+    folder = Path(path)
+    foreign = _foreign(format, folder)
+    if foreign is None:
+        check_own(folder)
+    else:
+        interop.check_free(folder, foreign)
+
+
+def _foreign(format: str | None, path: Path) -> str | None:
+    """Another project's format, by its name or a file's; None for our own."""
+    if format is None:
+        return interop.GGUF if path.suffix == ".gguf" else None
+    if format not in (_OWN, *interop.WRITTEN):
+        raise UnknownNameError("checkpoint format", format, (_OWN, *interop.WRITTEN))
+    return None if format == _OWN else format
 
 
 def adopt(model: nn.Module, provenance: Provenance | None) -> None:

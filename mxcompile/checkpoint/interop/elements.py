@@ -1,0 +1,60 @@
+"""MX elements as other projects lay them out in memory <-> as `packing.py` does. Scales are E8M0 bytes everywhere.
+
+- pairs: 4-bit codes, byte i holds element 2i in its low nibble, 2i + 1 in its high one (compressed-tensors, gpt-oss).
+- triples: four 6-bit codes, the first lowest, as three bytes from the low end (compressed-tensors).
+- bytes: a byte each.
+"""
+
+import torch
+from torch import Tensor
+
+from mxcompile.errors import CheckpointError
+from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, SCALE_NAN, MXFormat
+from mxcompile.packing import pack, unpack
+from mxcompile.weight import MXLayout, MXWeight
+
+STORED = {4: MXFP4, 6: MXFP6_E2M3, 8: MXFP8_E4M3}
+"""The formats that compressed-tensors has, by bits."""
+
+
+def to_rows(weight: MXWeight, fmt: MXFormat) -> Tensor:
+    """Elements as uint8 `[..., out, in * bits / 8]`: pairs, triples or bytes; in is a whole number of blocks."""
+    codes = unpack(weight.elements, fmt)
+    if fmt.bits == 4:
+        return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    if fmt.bits == 6:
+        quads = codes.unflatten(-1, (-1, 4)).int()
+        word = quads[..., 0] | (quads[..., 1] << 6) | (quads[..., 2] << 12) | (quads[..., 3] << 18)
+        return torch.stack([(word >> shift & 0xFF) for shift in (0, 8, 16)], dim=-1).to(torch.uint8).flatten(-2)
+    return codes
+
+
+def from_rows(name: str, rows: Tensor, scales: Tensor, fmt: MXFormat, layout: MXLayout, dtype: torch.dtype) -> MXWeight:
+    """The weight of that layout; rows as `to_rows` gives them, scales uint8 `[..., out, blocks]`.
+
+    Raises CheckpointError, naming the weight, if the two do not fit each other.
+    """
+    wanted = [*scales.shape[:-1], scales.shape[-1] * fmt.block_bytes] if scales.dim() else []
+    if scales.dtype != torch.uint8 or scales.dim() < 2 or list(rows.shape) != wanted or rows.dtype != torch.uint8:
+        raise CheckpointError(
+            f"{name} has elements {list(rows.shape)} ({rows.dtype}) and scales {list(scales.shape)} ({scales.dtype}), "
+            f"which do not make a weight in {fmt}"
+        )
+    check_scales(name, scales)
+    return MXWeight(pack(_codes(rows, fmt), fmt), scales, layout, dtype)
+
+
+def check_scales(name: str, scales: Tensor) -> None:
+    """Raise CheckpointError for a scale that is NaN: other projects decode it as another value."""
+    if bool((scales == SCALE_NAN).any()):
+        raise CheckpointError(f"{name} has a scale that is NaN: quantize weights that are finite")
+
+
+def _codes(rows: Tensor, fmt: MXFormat) -> Tensor:
+    if fmt.bits == 4:
+        return torch.stack([rows & 0xF, rows >> 4], dim=-1).flatten(-2)
+    if fmt.bits == 6:
+        triples = rows.unflatten(-1, (-1, 3)).int()
+        word = triples[..., 0] | (triples[..., 1] << 8) | (triples[..., 2] << 16)
+        return torch.stack([(word >> shift & 0x3F) for shift in (0, 6, 12, 18)], dim=-1).to(torch.uint8).flatten(-2)
+    return rows

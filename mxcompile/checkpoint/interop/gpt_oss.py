@@ -1,0 +1,45 @@
+"""gpt-oss checkpoints: experts in MXFP4, everything else as it is. Read only.
+
+    experts.down_proj_blocks uint8 [E, out, in/32, 16], experts.down_proj_scales uint8 [E, out, in/32]
+        -> experts.down_proj (MXWeight of [E, in, out], contracted along in)
+
+A byte of blocks holds an even element in its low nibble and the next one in its high one; checked with transformers'
+`convert_moe_packed_tensors`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from mxcompile.checkpoint.interop.elements import from_rows
+from mxcompile.checkpoint.interop.files import read_tensors
+from mxcompile.errors import CheckpointError
+from mxcompile.formats import MXFP4
+from mxcompile.weight import MXLayout
+
+METHOD: Final = "mxfp4"
+_BLOCKS, _SCALES = "_blocks", "_scales"
+
+
+def read(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, MX weights made of their parts. Raises CheckpointError if it is damaged."""
+    if config.get("model_type") != "gpt_oss":
+        raise CheckpointError(
+            f"{folder} holds a {config.get('model_type')} quantized by {METHOD!r}: of that kind mxcompile reads gpt_oss"
+        )
+    stored = read_tensors(folder)
+    tensors: dict[str, Tensor] = {}
+    for name in [name.removesuffix(_BLOCKS) for name in stored if name.endswith(_BLOCKS)]:
+        blocks, scales = stored.pop(name + _BLOCKS), stored.pop(name + _SCALES, None)
+        if scales is None or blocks.dim() != 4 or scales.dim() != 3 or blocks.shape[-1] != MXFP4.block_bytes:
+            raise CheckpointError(
+                f"{folder}: {name} has no scales, or elements {list(blocks.shape)} that are no blocks"
+            )
+        layout = MXLayout(str(MXFP4), 32 * scales.shape[-1], transposed=True)
+        tensors[name] = from_rows(f"{folder}: {name}", blocks.flatten(-2), scales, MXFP4, layout, dtype)
+    if not tensors:
+        raise CheckpointError(f"{folder} says that it was quantized by {METHOD!r} and holds no blocks of that")
+    return stored | tensors

@@ -1,0 +1,91 @@
+"""gpt-oss checkpoints, as transformers decodes them: experts in MXFP4, contracted along their second dimension."""
+
+import json
+
+import pytest
+import torch
+from interop import edit_config
+from models import inputs
+from safetensors.torch import load_file, save_file
+
+import mxcompile
+from mxcompile.errors import CheckpointError
+from mxcompile.weight import MXWeight
+
+EXPERTS = "model.layers.0.mlp.experts."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A random model whose experts are bytes."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, **heads, num_experts_per_tok=2, pad_token_id=0)).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    for name, (out, size) in {"gate_up_proj": (192, 64), "down_proj": (64, 96)}.items():
+        del tensors[EXPERTS + name]
+        tensors[f"{EXPERTS}{name}_blocks"] = torch.randint(256, (4, out, size // 32, 16), dtype=torch.uint8)
+        tensors[f"{EXPERTS}{name}_scales"] = torch.randint(115, 124, (4, out, size // 32), dtype=torch.uint8)
+    save_file(tensors, file, {"format": "pt"})
+    edit_config(tmp_path / "model", lambda c: c.update(quantization_config={"quant_method": "mxfp4"}))
+    return tmp_path / "model"
+
+
+def test_experts_are_decoded_as_by_transformers(folder):
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    loaded = mxcompile.load(folder)
+    stored = load_file(folder / "model.safetensors")
+    experts = loaded.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, name)
+        assert isinstance(weight, MXWeight)
+        wanted = convert_moe_packed_tensors(stored[f"{EXPERTS}{name}_blocks"], stored[f"{EXPERTS}{name}_scales"])
+        assert torch.equal(weight.dequantize(), wanted)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
+    with torch.no_grad():
+        given, wanted = loaded(**inputs("llama")).logits, theirs(**inputs("llama")).logits
+    assert torch.equal(given, wanted)
+
+
+def test_saved_in_our_format(folder, tmp_path):
+    loaded = mxcompile.load(folder)
+    mxcompile.save(loaded, tmp_path / "own")
+    again = mxcompile.load(tmp_path / "own")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs("llama")).logits, loaded(**inputs("llama")).logits)
+    with pytest.raises(CheckpointError, match=r"mlp.experts.gate_up_proj: .* no nn.Linear's .*leave it out"):
+        mxcompile.save(loaded, tmp_path / "theirs", format="compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{EXPERTS}down_proj_scales"), r"down_proj has no scales, or elements \[4, 64, 3, 16\]"),
+        (lambda t: t.pop(f"{EXPERTS}down_proj_blocks"), r"holds .*down_proj_scales, which a GptOssForCausalLM"),
+        (lambda t: t.update({f"{EXPERTS}down_proj_blocks": torch.zeros(4, 64, 3, 8).byte()}), r"that are no blocks"),
+        (lambda t: t.update({f"{EXPERTS}down_proj_blocks": torch.zeros(4, 64, 2, 16).byte()}), r"do not make a weight"),
+        (lambda t: t.update({f"{EXPERTS}down_proj_scales": torch.zeros(4, 64, 3).short()}), r"do not make a weight"),
+        (lambda t: [t.pop(name) for name in list(t) if "_blocks" in name], r"and holds no blocks of that"),
+    ],
+)
+def test_tensors_that_cannot_be(folder, change, message):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        mxcompile.load(folder)
+
+
+def test_other_models_of_that_method(folder):
+    edit_config(folder, lambda c: c.update(model_type="llama"))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    with pytest.raises(
+        CheckpointError, match=r"holds a llama quantized by 'mxfp4': of that kind mxcompile reads gpt_oss"
+    ):
+        mxcompile.load(folder)
