@@ -9,6 +9,8 @@ from mxcompile.calibration.run import Request
 from mxcompile.checkpoint import register, save
 from mxcompile.deploy import deploy
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.explain import explain
+from mxcompile.explanation import Explanation
 from mxcompile.export import export
 from mxcompile.ledger import Ledger, Miss, PassResult
 from mxcompile.passes.recipes import recipes
@@ -23,6 +25,7 @@ from mxcompile.weight import MXWeight
 __all__ = [
     "Bisection",
     "Evaluation",
+    "Explanation",
     "Ledger",
     "MXWeight",
     "Measure",
@@ -38,6 +41,7 @@ __all__ = [
     "choose",
     "deploy",
     "evaluate",
+    "explain",
     "export",
     "formats",
     "load",

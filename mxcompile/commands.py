@@ -1,4 +1,4 @@
-"""The commands that make, run and show checkpoints: `mxcompile quantize | generate | inspect | lm-eval`.
+"""The commands that make, run and show checkpoints: `mxcompile quantize | generate | inspect | lm-eval | explain`.
 
 `cli.py` puts them beside the others.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mxcompile import comparison
+from mxcompile import comparison, smollm2
 from mxcompile.checkpoint import Checkpoint, save
 from mxcompile.checkpoint.description import Description
 from mxcompile.checkpoint.folder import check_free
@@ -18,6 +18,7 @@ from mxcompile.comparison import Question
 from mxcompile.demo import load_model
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.evaluation import Metric
+from mxcompile.explain import explain as find_kernels
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import QUICK
 from mxcompile.progress import waiting
@@ -143,6 +144,25 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
+def explain(
+    model: Model = None,
+    recipe: Annotated[str, typer.Option(help="a recipe or pipeline; without effect on a checkpoint")] = QUICK,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Print which kernel will serve each layer on a device and why, its bytes, what stays float, and what that means
+    for speed. Nothing is quantized.
+    """
+    messages().print(f"loading {model or smollm2.NAME}", markup=False)
+    loaded, tokenizer = load_model(model)
+    example = {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids}
+    found = find_kernels(loaded, example, recipe=recipe, device=device)
+    if as_json:
+        print_json(found.record())
+    else:
+        found.print_to(results())
+
+
 def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
@@ -151,7 +171,7 @@ def _streamer(tokenizer: Any) -> Any:
 
 def add_to(app: typer.Typer) -> None:
     """Make them commands."""
-    for command in (quantize, generate, inspect):
+    for command in (quantize, generate, inspect, explain):
         app.command()(command)
     unread = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command("lm-eval", context_settings=unread, add_help_option=False)(lm_eval)

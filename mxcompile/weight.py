@@ -99,16 +99,20 @@ class MXWeight(Tensor):
     def prepare(self, x: Tensor) -> Tensor:
         """The input of a matmul with this weight, as the matmul sees it."""
         spec = self.layout_
-        if self.multiplier is not None:
-            x = MULTIPLY(x, self.multiplier, str(spec.multiplier))
-        if spec.rotation is not None:
-            x = ROTATE(x, spec.rotation)
+        x = self.transform(x)
         if spec.activation is None:
             return x
         if not torch.compiler.is_compiling():
             return QUANTIZE_DEQUANTIZE(x, spec.activation, spec.rule)
         elements, scales = QUANTIZE(x, spec.activation, spec.rule)
         return DEQUANTIZE(elements, scales, spec.activation, x.shape[-1], x.dtype)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The input of a matmul with this weight, before it is rounded."""
+        spec = self.layout_
+        if self.multiplier is not None:
+            x = MULTIPLY(x, self.multiplier, str(spec.multiplier))
+        return x if spec.rotation is None else ROTATE(x, spec.rotation)
 
     def swap_axes(self) -> "MXWeight":
         """The weight with its last two dimensions exchanged, on the same bytes."""
@@ -197,8 +201,9 @@ def _right_operand(op: Callable[..., Tensor], place: int) -> Callable[..., Tenso
 
 def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tensor:
     if _served_by_kernels(input, weight):
-        args = ([weight.elements], [weight.scales], [bias], weight.layout_.format, None, None)
-        return LINEARS(weight.prepare(input), *args)[0]
+        spec = weight.layout_
+        args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule)
+        return LINEARS(weight.transform(input), *args)[0]
     return F.linear(weight.prepare(input), weight.dequantize(), bias)
 
 

@@ -16,13 +16,15 @@ def _rounded(weight: str, activation: str | None) -> str:
 def _learned(weight: str, activation: str | None) -> str:
     """The most accurate: needs calibration data, 128 windows of 512 tokens or so.
 
-    With 8-bit floating inputs GPTQ does better without a fold in front of it (`benchmarks/accuracy.py`).
+    With 8-bit floating inputs GPTQ does better without a fold in front of it, with 4-bit ones also after rotations
+    (`benchmarks/accuracy.py`).
     """
     given = _input(activation)
     prepared = f"{{{given[1:]}}}" if given else ""
     fold = "" if activation == "mxfp8_e4m3" else f"awq-fold{{weight={weight}{given}}} | "
+    turn = f"rotate{{weight={weight}{given}}} | " if activation == "mxfp4" else ""
     return (
-        f"{fold}gptq{{format={weight}{given},correction=0.25}} | tune-vectors{prepared} | "
+        f"{fold}{turn}gptq{{format={weight}{given},correction=0.25}} | tune-vectors{prepared} | "
         f"lower-mx{{weight={weight}{given}}}"
     )
 

@@ -40,7 +40,8 @@ FLOORS = [
     {"pipeline", "deploy", "dump", "inductor", "probe"},
     {"passes"},
     {"api", "export", "progress", "smollm2"},
-    {"bisection"},
+    {"explanation"},
+    {"bisection", "explain"},
     {"demo", "screen", "comparison", "commands", "listing", "viewing", "cli", "__init__", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

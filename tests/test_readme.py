@@ -3,27 +3,20 @@
 import json
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
+from documents import ROOT, blocks, run_python
 from typer.testing import CliRunner
 
 from mxcompile.cli import app
 from mxcompile.demo import load_model
-
-ROOT = Path(__file__).parent.parent
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_python_blocks_and_the_commands_that_read_their_dump(local_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in blocks(ROOT / "README.md", "python"):
-        text = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(local_model))
-        exec(compile(text, "README.md", "exec"), namespace)
+        run_python(block, "README.md", namespace, local_model)
     assert "w4a8-mxint-quick 7 weights, largest change of a logit" in capsys.readouterr().out
     for line in blocks(ROOT / "README.md", "bash")[2].splitlines():
         result = CliRunner().invoke(app, shlex.split(line)[1:])

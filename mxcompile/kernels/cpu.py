@@ -8,6 +8,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels.cpu_build import library, why_not
+from mxcompile.kernels.cpu_build import ELEMENTS, library, why_not
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Packed elements `[out, bytes]`, scales `[out, blocks]`, and a bias `[out]` or None."""
@@ -54,10 +55,12 @@ def linears(
     x `[..., in]`, rounded to a format first if one is given. Returns `[..., out]` for each weight.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if 0 < len(rows) <= MOST_TOKENS:
+    few = 0 < len(rows) <= MOST_TOKENS
+    if rounding is not None and not (few and _rounds_with(rounding[0], fmt, x.dtype)):
+        rows, rounding = quantize_dequantize(rows, *rounding), None
+    if few:
         outputs = _multiply(rows, weights, fmt, rounding)
     else:
-        rows = rows if rounding is None else quantize_dequantize(rows, *rounding)
         outputs = [_decode_and_multiply(rows, weight, fmt) for weight in weights]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
@@ -79,28 +82,19 @@ def decode(
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     """What reference.quantize_dequantize gives, bit for bit (the payload of a NaN excepted)."""
-    given = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
+    given = _plain(x)
     values = torch.empty_like(given)
     size = x.shape[-1]
-    _round(given, values, size, fmt, rule, x.dtype)
-    return values.to(x.dtype)
-
-
-def _round(x: Tensor, to: Tensor, stride: int, fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> None:
-    """x `[..., size]`, values of `dtype`, to the memory of `to`, rows `stride` apart."""
     library(fmt).mx_round(
-        _pointer(x),
-        x.dtype == torch.float32,
-        _pointer(to),
-        to.dtype == torch.float32,
+        _pointer(given),
+        _pointer(values),
+        given.dtype == torch.float32,
         _long(math.prod(x.shape[:-1])),
-        _long(x.shape[-1]),
-        _long(stride),
-        ctypes.c_float(rule.threshold(fmt) / 2),
-        rule is ScaleRule.EVEN,
-        int(torch.finfo(dtype).max).bit_length() - 1,
+        _long(size),
+        ctypes.byref(_rounding(fmt, rule, x.dtype)),
         _threads(x.numel()),
     )
+    return values.to(x.dtype)
 
 
 def _multiply(
@@ -108,30 +102,41 @@ def _multiply(
 ) -> list[Tensor]:
     """x `[1 to 4, in]`; sums and bias in float32, rounded once."""
     tokens, size = x.shape
-    stride = fmt.blocks(size) * fmt.block_size
-    wide = torch.zeros(tokens, stride)
-    if rounding is None:
-        wide[:, :size] = x
-    elif x.dtype == torch.float16:
-        wide[:, :size] = quantize_dequantize(x, *rounding)
-    else:
-        _round(x.contiguous(), wide, stride, *rounding, x.dtype)
-    kept = [(e.contiguous(), s.contiguous(), None if b is None else b.float().contiguous()) for e, s, b in weights]
-    outputs = [torch.empty(tokens, len(elements)) for elements, _, _ in kept]
+    given = _plain(x)
+    wide = given.dtype == torch.float32
+    kept = [
+        (e.contiguous(), s.contiguous(), None if b is None else b.to(given.dtype).contiguous()) for e, s, b in weights
+    ]
+    outputs = [given.new_empty(tokens, elements.shape[0]) for elements, _, _ in kept]
     table = (_Weight * len(kept))()
     for row, (elements, scales, bias), y in zip(table, kept, outputs, strict=True):
-        row.elements, row.scales, row.y, row.rows = elements.data_ptr(), scales.data_ptr(), y.data_ptr(), len(elements)
-        row.bias = None if bias is None else bias.data_ptr()
-    values = sum(y.shape[-1] for y in outputs) * stride
-    library(fmt).mx_multiply(
-        table, len(kept), _pointer(wide), _long(stride), _long(tokens), _long(fmt.blocks(size)), _threads(values)
-    )
-    return [y.to(x.dtype) for y in outputs]
+        row.elements, row.scales, row.y, row.rows = elements.data_ptr(), scales.data_ptr(), y.data_ptr(), elements.shape[0]
+        row.bias, row.wide = None if bias is None else bias.data_ptr(), wide
+    how = None if rounding is None else ctypes.byref(_rounding(*rounding, x.dtype))
+    threads = _threads(sum(y.shape[-1] for y in outputs) * size)
+    library(fmt).mx_multiply(table, len(kept), _pointer(given), wide, _long(tokens), _long(size), how, threads)
+    return outputs if given.dtype == x.dtype else [y.to(x.dtype) for y in outputs]
+
+
+def _rounds_with(activation: MXFormat, weight: MXFormat, dtype: torch.dtype) -> bool:
+    """Whether a weight's own library rounds the input: blocks as long as the weight's, not of float16."""
+    return activation.block_size == weight.block_size and dtype != torch.float16
+
+
+@cache
+def _rounding(fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> "_Rounding":
+    largest = int(torch.finfo(dtype).max).bit_length() - 1
+    return _Rounding(list(ELEMENTS).index(fmt.name), rule.threshold(fmt) / 2, rule is ScaleRule.EVEN, largest)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Contiguous, in bfloat16 or float32."""
+    return (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
 
 
 def _decode_and_multiply(x: Tensor, packed: PackedWeight, fmt: MXFormat) -> Tensor:
     elements, scales, bias = packed
-    room = _buffer(len(elements) * x.shape[-1], x.dtype)
+    room = _buffer(elements.shape[0] * x.shape[-1], x.dtype)
     return F.linear(x, decode(elements.contiguous(), scales.contiguous(), fmt, x.shape[-1], x.dtype, room), bias)
 
 
@@ -144,6 +149,18 @@ class _Weight(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
+        ("wide", ctypes.c_int),
+    )
+
+
+class _Rounding(ctypes.Structure):
+    """`Rounding` of mx_cpu.cpp."""
+
+    _fields_ = (
+        ("element", ctypes.c_int),
+        ("threshold", ctypes.c_float),
+        ("or_equal", ctypes.c_int),
+        ("largest", ctypes.c_int),
     )
 
 

@@ -21,7 +21,8 @@ import torch
 from mxcompile.formats import MXFormat, no_kernel
 
 _SOURCE = Path(__file__).with_name("mx_cpu.cpp")
-_ELEMENTS = {
+_INCLUDED = _SOURCE.with_name("mx_cpu_dot.h")
+ELEMENTS = {
     "mxint8": "Int8",
     "mxint6": "Int6",
     "mxint4": "Int4",
@@ -31,6 +32,7 @@ _ELEMENTS = {
     "mxfp6_e2m3": "E2M3",
     "mxfp4": "E2M1",
 }
+"""A format's element type in mx_cpu.cpp, in the order of its `with_element`."""
 _OPTIONS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 _SECONDS = 120
 
@@ -45,8 +47,8 @@ def library(fmt: MXFormat) -> ctypes.CDLL:
     if reason := no_kernel(fmt):
         raise BuildError(reason)
     compiler = _compiler()
-    command = [compiler, *_OPTIONS, *_tuning(), f"-DMX_ELEMENT={_ELEMENTS[fmt.name]}", f"-DMX_BLOCK={fmt.block_size}"]
-    made_from = (_SOURCE.read_text(), _version(compiler), " ".join(command), _processor())
+    command = [compiler, *_OPTIONS, *_tuning(), f"-DMX_ELEMENT={ELEMENTS[fmt.name]}", f"-DMX_BLOCK={fmt.block_size}"]
+    made_from = (_SOURCE.read_text(), _INCLUDED.read_text(), _version(compiler), " ".join(command), _processor())
     name = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
     folder = Path(platformdirs.user_cache_dir("mxcompile", appauthor=False)) / "cpu"
     path = folder / f"{fmt.name}-{fmt.block_size}-{name}.so"

@@ -1,8 +1,8 @@
 """Which implementation serves a call: the fastest kernel whose `supports` has no objection, else the reference.
 
 The choice depends on device, dtype and format alone. Without a C++ compiler the reference serves on the CPU for
-`linear`, and for values its equal in fewer passes, `nearest.py`. `choices` gives every candidate's answer, for dumps
-and errors.
+`linear`, and for values its equal in fewer passes, `nearest.py`. `choices` gives every candidate's answer, for dumps,
+errors and `mxcompile explain`.
 """
 
 from collections.abc import Sequence
@@ -58,6 +58,14 @@ def choices(x: Tensor, fmt: MXFormat) -> dict[str, str | None]:
     on_gpu = "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
     answer = on_gpu if kernel is None else kernel.supports(x, fmt)
     return {"triton_linear": answer, "cpu": cpu.supports(x, fmt), "reference": None}
+
+
+def rounding_choices(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> dict[str, str | None]:
+    """The same for `quantize_dequantize`."""
+    kernel = _triton("triton_quantize", x)
+    on_gpu = "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
+    answer = on_gpu if kernel is None else kernel.supports(x, fmt, rule)
+    return {"triton_quantize": answer, "cpu": cpu.supports_rounding(x, fmt, rule), "reference": None}
 
 
 def _triton(name: str, x: Tensor) -> ModuleType | None:

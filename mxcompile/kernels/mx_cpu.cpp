@@ -4,17 +4,30 @@
 // into vector instructions of whatever machine it builds for.
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
-// A weight [rows, ...], a bias [rows] or null, and where the product goes: [tokens, rows].
+// A weight [rows, ...], a bias [rows] or null, and where the product goes, [tokens, rows]; both float32 if `wide`,
+// otherwise bfloat16.
 struct Weight {
   const uint8_t* elements;
   const uint8_t* scales;
-  const float* bias;
-  float* y;
+  const void* bias;
+  void* y;
   int64_t rows;
+  int wide;
+};
+
+// How inputs are rounded. element: place in `with_element`. threshold: of the mantissa of a block's maximum, in [0.5, 1].
+// largest: the exponent of the input dtype's largest value.
+struct Rounding {
+  int element;
+  float threshold;
+  int or_equal;
+  int largest;
 };
 
 namespace {
@@ -170,6 +183,29 @@ inline float total(Lanes<16>::Floats values) {
   return parts[0];
 }
 
+inline uint16_t to_bfloat16(float value) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+inline float load(const float* from, int64_t at) { return from[at]; }
+inline float load(const uint16_t* from, int64_t at) { return from_bits(uint32_t(from[at]) << 16); }
+inline void store(float* to, int64_t at, float value) { to[at] = value; }
+inline void store(uint16_t* to, int64_t at, float value) { to[at] = to_bfloat16(value); }
+
+// Add the bias, round once, store.
+inline void finish(const Weight& weight, int64_t m, int64_t n, float value) {
+  const int64_t at = m * weight.rows + n;
+  if (weight.wide) {
+    const float* bias = static_cast<const float*>(weight.bias);
+    store(static_cast<float*>(weight.y), at, bias == nullptr ? value : value + bias[n]);
+  } else {
+    const uint16_t* bias = static_cast<const uint16_t*>(weight.bias);
+    store(static_cast<uint16_t*>(weight.y), at, bias == nullptr ? value : value + load(bias, n));
+  }
+}
+
 // y [M, n] = x [M, blocks * B] times row n of a weight, for its rows from `begin` to `end`.
 template <class E, int B, int M>
 void multiply_rows(const Weight& weight, const float* x, int64_t stride, int64_t blocks, int64_t begin, int64_t end) {
@@ -186,22 +222,10 @@ void multiply_rows(const Weight& weight, const float* x, int64_t stride, int64_t
           sums[m][i / 16 % 2] += load_floats<16>(x + m * stride + block * B + i) * load_floats<16>(values + i);
     }
     for (int m = 0; m < M; ++m) {
-      const Lanes<16>::Floats both = sums[m][0] + sums[m][1];
-      weight.y[m * weight.rows + n] = total(both) + (weight.bias == nullptr ? 0.0f : weight.bias[n]);
+      finish(weight, m, n, total(sums[m][0] + sums[m][1]));
     }
   }
 }
-
-inline uint16_t to_bfloat16(float value) {
-  const uint32_t bits = to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-inline float load(const float* from, int64_t at) { return from[at]; }
-inline float load(const uint16_t* from, int64_t at) { return from_bits(uint32_t(from[at]) << 16); }
-inline void store(float* to, int64_t at, float value) { to[at] = value; }
-inline void store(uint16_t* to, int64_t at, float value) { to[at] = to_bfloat16(value); }
 
 // One row of a weight to values, `size` of them.
 template <class E, int B, class T>
@@ -218,31 +242,31 @@ void decode_row(const uint8_t* packed, const uint8_t* scales, T* values, int64_t
   }
 }
 
-// Values of a block to the nearest elements times the block's scale; reference.py says how.
+// Values of a block to the nearest elements; returns the block's scale. reference.py says how.
 template <class E, int B>
-inline void round_block(float* values, float threshold, int or_equal, int largest) {
+inline float to_elements(float* values, const Rounding& rounding) {
   uint32_t amax = 0;
   for (int i = 0; i < B; ++i) {
     const uint32_t magnitude = to_bits(values[i]) & 0x7fffffffu;
     amax = magnitude > amax ? magnitude : amax;
   }
   if (amax >= 0x7f800000u) {
-    for (int i = 0; i < B; ++i) values[i] = NAN;
-    return;
+    for (int i = 0; i < B; ++i) values[i] = 0.0f;
+    return NAN;
   }
   int exponent;
   const float mantissa = std::frexp(from_bits(amax), &exponent);
-  exponent += -1 - E::EMAX + (or_equal ? mantissa >= threshold : mantissa > threshold);
+  exponent += -1 - E::EMAX + (rounding.or_equal ? mantissa >= rounding.threshold : mantissa > rounding.threshold);
   exponent = exponent < -EXPONENT_BIAS ? -EXPONENT_BIAS : exponent;
-  exponent = exponent > largest - E::EMAX ? largest - E::EMAX : exponent;
-  const float down = power_of_two(-exponent), up = power_of_two(exponent);
+  exponent = exponent > rounding.largest - E::EMAX ? rounding.largest - E::EMAX : exponent;
+  const float down = power_of_two(-exponent);
   if constexpr (E::INTEGER) {
     constexpr float STEPS = exact_power(E::MANTISSA_BITS), MOST = float(E::MAX_CODE);
     for (int i = 0; i < B; ++i) {
       float steps = ((values[i] * down) * STEPS + MAGIC) - MAGIC;
       steps = steps > MOST ? MOST : steps;
       steps = steps < -MOST ? -MOST : steps;
-      values[i] = (steps + 0.0f) * (1.0f / STEPS) * up;
+      values[i] = (steps + 0.0f) * (1.0f / STEPS);
     }
   } else {
     constexpr int LOW = E::EMIN + EXPONENT_BIAS, HIGH = E::EMAX + EXPONENT_BIAS;
@@ -257,40 +281,125 @@ inline void round_block(float* values, float threshold, int or_equal, int larges
       float rounded = (v + shift) - shift;
       rounded = rounded > MOST ? MOST : rounded;
       rounded = rounded < -MOST ? -MOST : rounded;
-      values[i] = std::copysign(rounded, v) * up;
+      values[i] = std::copysign(rounded, v);
     }
+  }
+  return power_of_two(exponent);
+}
+
+// Up to B values, the others zero.
+template <int B, class From>
+inline void load_block(const From* from, int64_t count, float* values) {
+  if (count >= B) {
+    for (int i = 0; i < B; ++i) values[i] = load(from, i);
+  } else {
+    for (int i = 0; i < B; ++i) values[i] = i < count ? load(from, i) : 0.0f;
   }
 }
 
 // One row, rounded in its own type; `to` may be wider.
 template <class E, int B, class From, class To>
-void round_row(const From* from, To* to, int64_t size, float threshold, int or_equal, int largest) {
+void round_row(const From* from, To* to, int64_t size, const Rounding& rounding) {
   for (int64_t start = 0; start < size; start += B) {
-    float values[B] = {};
-    const int64_t count = size - start < B ? size - start : B;
-    if (count == B) {
-      for (int i = 0; i < B; ++i) values[i] = load(from, start + i);
-    } else {
-      for (int64_t i = 0; i < count; ++i) values[i] = load(from, start + i);
-    }
-    round_block<E, B>(values, threshold, or_equal, largest);
+    float values[B];
+    load_block<B>(from + start, size - start, values);
+    const float scale = to_elements<E, B>(values, rounding);
+    for (int i = 0; i < B; ++i) values[i] *= scale;
     if constexpr (sizeof(From) < sizeof(To))
       for (int i = 0; i < B; ++i) values[i] = from_bits(uint32_t(to_bfloat16(values[i])) << 16);
-    if (count == B) {
+    if (size - start >= B) {
       for (int i = 0; i < B; ++i) store(to, start + i, values[i]);
     } else {
-      for (int64_t i = 0; i < count; ++i) store(to, start + i, values[i]);
+      for (int64_t i = 0; i < size - start; ++i) store(to, start + i, values[i]);
     }
   }
 }
 
-template <class E, int B, class From, class To>
-void round_rows(const void* from, void* to, int64_t rows, int64_t size, int64_t stride, float threshold, int or_equal,
-                int largest, int threads) {
+template <class E, int B, class T>
+void round_rows(const void* from, void* to, int64_t rows, int64_t size, const Rounding& rounding, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row)
-    round_row<E, B>(static_cast<const From*>(from) + row * size, static_cast<To*>(to) + row * stride, size, threshold,
-                    or_equal, largest);
+    round_row<E, B>(static_cast<const T*>(from) + row * size, static_cast<T*>(to) + row * size, size, rounding);
+}
+
+}  // namespace
+
+#include "mx_cpu_dot.h"
+
+namespace {
+
+// Call `function` with a value of the element type that has this place; nothing (void) is at -1.
+template <class F>
+void with_element(int place, const F& function) {
+  switch (place) {
+    case 0: return function(Int8{});
+    case 1: return function(Int6{});
+    case 2: return function(Int4{});
+    case 3: return function(E4M3{});
+    case 4: return function(E5M2{});
+    case 5: return function(E3M2{});
+    case 6: return function(E2M3{});
+    case 7: return function(E2M1{});
+    default: return function(nullptr);
+  }
+}
+
+// For every weight, rows [begin, end) of each thread.
+template <class F>
+void share_rows(const Weight* weights, int count, int threads, const F& multiply) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int part = 0; part < threads; ++part)
+    for (int i = 0; i < count; ++i)
+      multiply(weights[i], weights[i].rows * part / threads, weights[i].rows * (part + 1) / threads);
+}
+
+// Products of M rows of x, rounded to A's values (or as they are, if A is nullptr_t).
+template <class E, int B, int M, class A, class From>
+void multiply_values(const Weight* weights, int count, const From* x, int64_t size, const Rounding* rounding, int threads) {
+  static thread_local std::vector<float> room;
+  const int64_t blocks = (size + B - 1) / B, stride = blocks * B;
+  room.assign(M * stride, 0.0f);
+  float* values = room.data();
+  for (int m = 0; m < M; ++m)
+    if constexpr (std::is_same_v<A, std::nullptr_t>) {
+      for (int64_t i = 0; i < size; ++i) values[m * stride + i] = load(x + m * size, i);
+    } else {
+      round_row<A, B>(x + m * size, values + m * stride, size, *rounding);
+    }
+  share_rows(weights, count, threads, [&](const Weight& weight, int64_t begin, int64_t end) {
+    multiply_rows<E, B, M>(weight, values, stride, blocks, begin, end);
+  });
+}
+
+#ifdef MX_DOT
+// The same, of A's elements. False if that cannot be done.
+template <class E, int B, int M, class A, class From>
+bool multiply_elements(const Weight* weights, int count, const From* x, int64_t size, const Rounding& rounding, int threads) {
+  static thread_local std::vector<Chunk<E>> room;
+  const int64_t blocks = (size + B - 1) / B, row = blocks * (B / Dot<E>::PARTS);
+  const int64_t chunks = (row + Dot<E>::CHUNK - 1) / Dot<E>::CHUNK;
+  room.assign(M * chunks, Chunk<E>{});
+  Chunk<E>* laid = room.data();
+  for (int m = 0; m < M; ++m)
+    if (!lay_out<E, B, A>(x + m * size, size, rounding, laid + m * chunks, chunks)) return false;
+  share_rows(weights, count, threads, [&](const Weight& weight, int64_t begin, int64_t end) {
+    dot_range<E, B, M>(weight, laid, chunks, blocks, begin, end);
+  });
+  return true;
+}
+#endif
+
+template <class E, int B, int M, class From>
+void multiply(const Weight* weights, int count, const From* x, int64_t size, const Rounding* rounding, int threads) {
+  with_element(rounding == nullptr ? -1 : rounding->element, [&](auto element) {
+    using A = decltype(element);
+#ifdef MX_DOT
+    if constexpr (!std::is_same_v<A, std::nullptr_t>)
+      if constexpr (Dot<E>::template TAKES<A>)
+        if (multiply_elements<E, B, M, A>(weights, count, x, size, *rounding, threads)) return;
+#endif
+    multiply_values<E, B, M, A>(weights, count, x, size, rounding, threads);
+  });
 }
 
 }  // namespace
@@ -300,17 +409,23 @@ constexpr int BLOCK = MX_BLOCK;
 
 extern "C" {
 
-// The products of x [m, blocks * BLOCK], rows `stride` apart, with some weights; m from 1 to 4.
-void mx_multiply(const Weight* weights, int count, const float* x, int64_t stride, int64_t m, int64_t blocks,
-                 int threads) {
-  const auto rows = m == 1   ? multiply_rows<Format, BLOCK, 1>
-                    : m == 2 ? multiply_rows<Format, BLOCK, 2>
-                    : m == 3 ? multiply_rows<Format, BLOCK, 3>
-                             : multiply_rows<Format, BLOCK, 4>;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int part = 0; part < threads; ++part)
-    for (int i = 0; i < count; ++i)
-      rows(weights[i], x, stride, blocks, weights[i].rows * part / threads, weights[i].rows * (part + 1) / threads);
+// The products of x [m, size], rounded first unless `rounding` is null, with some weights; m from 1 to 4. wide: x is
+// float32, otherwise bfloat16.
+void mx_multiply(const Weight* weights, int count, const void* x, int wide, int64_t m, int64_t size,
+                 const Rounding* rounding, int threads) {
+  const auto call = [&](auto tokens) {
+    constexpr int M = decltype(tokens)::value;
+    if (wide)
+      multiply<Format, BLOCK, M>(weights, count, static_cast<const float*>(x), size, rounding, threads);
+    else
+      multiply<Format, BLOCK, M>(weights, count, static_cast<const uint16_t*>(x), size, rounding, threads);
+  };
+  switch (m) {
+    case 1: return call(std::integral_constant<int, 1>{});
+    case 2: return call(std::integral_constant<int, 2>{});
+    case 3: return call(std::integral_constant<int, 3>{});
+    case 4: return call(std::integral_constant<int, 4>{});
+  }
 }
 
 // values [rows, size], float32 or (wide == 0) bfloat16.
@@ -327,13 +442,9 @@ void mx_decode(const uint8_t* elements, const uint8_t* scales, void* values, int
   }
 }
 
-// to [rows, size], rows `stride` apart, = from [rows, size] rounded. from_wide, to_wide: float32, otherwise bfloat16.
-// threshold: of the mantissa of a block's maximum, in [0.5, 1].
-void mx_round(const void* from, int from_wide, void* to, int to_wide, int64_t rows, int64_t size, int64_t stride,
-              float threshold, int or_equal, int largest, int threads) {
-  const auto call = from_wide ? round_rows<Format, BLOCK, float, float>
-                    : to_wide ? round_rows<Format, BLOCK, uint16_t, float>
-                              : round_rows<Format, BLOCK, uint16_t, uint16_t>;
-  call(from, to, rows, size, stride, threshold, or_equal, largest, threads);
+// to [rows, size] = from [rows, size] rounded to this format; both float32 if `wide`, otherwise bfloat16.
+void mx_round(const void* from, void* to, int wide, int64_t rows, int64_t size, const Rounding* rounding, int threads) {
+  const auto call = wide ? round_rows<Format, BLOCK, float> : round_rows<Format, BLOCK, uint16_t>;
+  call(from, to, rows, size, *rounding, threads);
 }
 }

@@ -1,5 +1,7 @@
 """The CPU kernels: rounding and decoding bit for bit as the reference, products within the bound of a float32 sum."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -132,15 +134,23 @@ def test_dispatch_takes_it():
     assert "mxfp4" in str(cpu.supports_rounding(x, MXINT4, ScaleRule.T725))
 
 
-@pytest.fixture(name="elsewhere")
-def built_elsewhere(monkeypatch, tmp_path):
+@contextmanager
+def building_in(folder):
     """Nothing built yet, and an empty folder to build in."""
-    monkeypatch.setattr(cpu_build.platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path))
-    for function in (cpu_build.library, cpu_build._why_not):
+    functions = (cpu_build.library, cpu_build._why_not)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_build.platformdirs, "user_cache_dir", lambda *_, **__: str(folder))
+        for function in functions:
+            function.cache_clear()
+        yield
+    for function in functions:
         function.cache_clear()
-    yield tmp_path
-    for function in (cpu_build.library, cpu_build._why_not):
-        function.cache_clear()
+
+
+@pytest.fixture(name="elsewhere")
+def built_elsewhere(tmp_path):
+    with building_in(tmp_path):
+        yield tmp_path
 
 
 def test_without_a_compiler_the_reference_serves_and_the_reason_is_known(elsewhere, monkeypatch):

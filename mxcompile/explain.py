@@ -1,0 +1,209 @@
+"""Which kernel will multiply each layer of a quantized model on a device, and why no better one: `mxcompile explain`.
+
+Nothing is rounded and nothing calibrated: a float model is traced, its matmuls chosen as `lower-mx` chooses them, and
+lowered with packed weights that hold no values; the fusion rules say which of them become `mx::linear`, the kernels
+which of them serves. Of a model that is quantized already, its `MXWeight`s say all of that.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from mxcompile.analysis.choice import choose, override_formats, refuse_inseparable, slot
+from mxcompile.analysis.matmuls import Matmul, Refusal, find_matmuls
+from mxcompile.api import as_pipeline
+from mxcompile.errors import InputError, PipelineError
+from mxcompile.explanation import (
+    CPU,
+    CPU_DECODED,
+    FLOAT,
+    LOOKUP,
+    UNFUSED,
+    Explanation,
+    Served,
+    grouped,
+)
+from mxcompile.formats import MXFormat, activation_rule, parse_format, parse_scale_rule
+from mxcompile.fusion import fuse
+from mxcompile.inductor import why_no_inductor
+from mxcompile.kernels.dispatch import choices, rounding_choices
+from mxcompile.passes.lower_mx import LowerMX
+from mxcompile.passes.recipes import QUICK
+from mxcompile.pipeline import Pipeline
+from mxcompile.program import Program, module_path, where
+from mxcompile.storage import stored_bytes
+from mxcompile.trace import trace
+from mxcompile.weight import MXWeight
+
+_NO_2D = "no fused kernel: the weight is {}-D, mx::linear takes 2-D weights; it is dequantized first"
+
+
+def explain(
+    model: nn.Module,
+    example_inputs: object = None,
+    *,
+    recipe: str | Pipeline = QUICK,
+    device: str | torch.device | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    overrides: Mapping[str, MXFormat | None] | None = None,
+) -> Explanation:
+    """Which kernel will serve each layer, how many bytes it takes, and what stays float; the model is not changed.
+
+    model: a float model, with example inputs as `quantize_and_compile` takes them, or one that is quantized (deployed,
+        or loaded), which needs none.
+    recipe: as in `quantize_and_compile`; only the formats that it gives count, nothing is calibrated.
+    device: to run on; the model's if None. The model may be elsewhere.
+    include, exclude, overrides: as in `quantize_and_compile`.
+
+    Raises InputError if there is no such device or the example inputs are missing, PipelineError if the recipe lowers
+    nothing.
+    """
+    place = _device(model, device)
+    if any(isinstance(parameter, MXWeight) for parameter in model.parameters()):
+        layers = tuple(_of_quantized(model, place))
+        packed = stored_bytes(model)
+        saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
+        return Explanation(str(place), None, grouped(layers), packed + saved, packed, why_no_inductor(place))
+    if example_inputs is None:
+        raise InputError("explain traces a float model: give example_inputs, as for quantize_and_compile")
+    pipeline = as_pipeline(recipe)
+    pipeline = pipeline.with_overrides(overrides) if overrides else pipeline
+    program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=True)
+    layers = tuple(_of_float(program, _lowering(pipeline), place))
+    before = stored_bytes(model)
+    saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
+    return Explanation(str(place), str(recipe), grouped(layers), before, before - saved, why_no_inductor(place))
+
+
+class _Unfilled(LowerMX):
+    """`lower-mx` with packed weights of the right sizes that nothing is written to."""
+
+    def _quantize(self, program: Program, name: str, rows: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+        del program, name
+        shape, blocks = rows.shape[:-1], fmt.blocks(rows.shape[-1])
+        elements = rows.new_empty((*shape, blocks * fmt.block_bytes), dtype=torch.uint8)
+        return elements, rows.new_empty((*shape, blocks), dtype=torch.uint8)
+
+
+def _lowering(pipeline: Pipeline) -> _Unfilled:
+    for current in pipeline.passes:
+        if isinstance(current, LowerMX):
+            return _Unfilled(**{field.name: getattr(current, field.name) for field in fields(current)})
+    raise PipelineError(f"{pipeline} lowers nothing: end the pipeline with lower-mx")
+
+
+def _of_float(program: Program, lowering: LowerMX, device: torch.device) -> Iterator[Served]:
+    """The matmuls by a weight in graph order, then the embeddings that were asked for."""
+    choice, formats = override_formats(program, choose(program), lowering.weight, lowering.overrides)
+    choice = refuse_inseparable(program, choice)
+    lowered = program.copy()
+    lowering.run(lowered)
+    unfused = {miss.where: miss.reason for miss in fuse(lowered.graph).misses}
+    matmuls = {matmul.node: matmul for matmul in find_matmuls(program)[0]}
+    refused = {refusal.node: refusal for refusal in (*choice.refusals, *choice.left_float)}
+    rule = lowering.activation_rule or (None if lowering.activation is None else activation_rule(lowering.activation))
+    rounding = None if lowering.activation is None or rule is None else (str(lowering.activation), str(rule))
+    seen: set[str] = set()
+    for node in program.graph.nodes:
+        if node in refused:
+            yield _left_float(program, refused[node], matmuls.get(node))
+        elif node in matmuls and matmuls[node].parameter not in seen:
+            matmul = matmuls[node]
+            seen.add(matmul.parameter)
+            x = torch.empty((1, matmul.in_features), dtype=matmul.activation.meta["val"].dtype, device=device)
+            served = _served(_name(program, matmul), x, formats[node], rounding, unfused.get(where(node)))
+            yield _sized(served, program.tensor(matmul.parameter), matmul.in_features, alone=choice.alone(matmul))
+    for node in choice.embeddings:
+        name = str(cast(Node, node.args[0]).target)
+        table = program.tensor(name)
+        served = Served(_short(name), 1, (), str(formats[node]), None, LOOKUP, LOOKUP, (), 0, 0)
+        yield _sized(served, table, table.shape[-1], alone=name not in seen)
+
+
+def _of_quantized(model: nn.Module, device: torch.device) -> Iterator[Served]:
+    """The MX weights of a module, and the float ones of its `nn.Linear`s."""
+    seen: set[int] = set()
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if id(weight) in seen or not isinstance(weight, MXWeight):
+            if isinstance(owner, nn.Linear) and weight.dim() == 2 and id(weight) not in seen:
+                seen.add(id(weight))
+                reasons = ("it was left in float when the model was quantized",)
+                size = weight.numel() * weight.element_size()
+                yield Served(_short(name), 1, tuple(weight.shape), None, None, FLOAT, FLOAT, reasons, size, size)
+            continue
+        seen.add(id(weight))
+        spec = weight.layout_
+        if isinstance(owner, nn.Embedding):
+            served = Served(_short(name), 1, (), spec.format, None, LOOKUP, LOOKUP, (), 0, 0)
+        else:
+            x = torch.empty((1, spec.size), dtype=weight.dtype, device=device)
+            rounding = None if spec.activation is None else (spec.activation, str(spec.rule))
+            unfused = None if weight.dim() == 2 else _NO_2D.format(weight.dim())
+            served = _served(_short(name), x, parse_format(spec.format), rounding, unfused)
+        yield _sized(served, weight, spec.size)
+
+
+def _served(name: str, x: Tensor, fmt: MXFormat, rounding: tuple[str, str] | None, unfused: str | None) -> Served:
+    """What multiplies x `[1, in]` by a weight of that format, and its reasons; sizes are filled in by `_sized`."""
+    reasons: list[str] = []
+    if rounding is not None:
+        answers = rounding_choices(x, parse_format(rounding[0]), parse_scale_rule(rounding[1]))
+        reasons += [f"rounding of its input: {why}" for why in _refusals(answers)]
+    if unfused is not None:
+        decode = prefill = UNFUSED
+        reasons.append(unfused)
+    else:
+        answers = choices(x, fmt)
+        decode = prefill = next(name for name, reason in answers.items() if reason is None)
+        reasons += _refusals(answers)
+    if decode == CPU:
+        prefill = CPU_DECODED
+    return Served(name, 1, (), str(fmt), rounding and rounding[0], decode, prefill, tuple(reasons), 0, 0)
+
+
+def _refusals(answers: dict[str, str | None]) -> list[str]:
+    """Why the kernels in front of the one that serves do not; those of another kind of device go without saying."""
+    found: list[str] = []
+    for name, reason in answers.items():
+        if reason is None:
+            break
+        if not reason.startswith("runs on"):
+            found.append(f"no {name}: {reason}")
+    return found
+
+
+def _left_float(program: Program, refusal: Refusal, matmul: Matmul | None) -> Served:
+    name = module_path(refusal.node) or refusal.node.name if matmul is None else _name(program, matmul)
+    shape = () if matmul is None else tuple(program.tensor(matmul.parameter).shape)
+    return Served(name, 1, shape, None, None, FLOAT, FLOAT, (refusal.reason,), refusal.bytes, refusal.bytes)
+
+
+def _sized(served: Served, weight: Tensor, size: int, *, alone: bool = True) -> Served:
+    """With the sizes of a weight, whose blocks run along a dimension of that size; not alone: the float one stays."""
+    fmt = parse_format(str(served.weight))
+    before = weight.numel() * weight.element_size() if alone else 0
+    after = fmt.storage_bytes(weight.numel() // size, size)
+    return replace(served, shape=tuple(weight.shape), bytes_before=before, bytes_after=after)
+
+
+def _name(program: Program, matmul: Matmul) -> str:
+    return _short(slot(program, matmul.parameter, matmul.node) or matmul.parameter)
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight")
+
+
+def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"there is no device {str(device)!r} here ({str(error).splitlines()[0]})") from error

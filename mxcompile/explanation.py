@@ -1,0 +1,183 @@
+"""What `explain` has found out: layers alike in a row each, and in words what decides how fast the model will be."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from mxcompile.formats import parse_format
+from mxcompile.tables import table
+
+FLOAT, LOOKUP, UNFUSED = "torch", "lookup", "unfused"
+CPU, CPU_DECODED, TRITON, REFERENCE = "cpu", "decoded", "triton_linear", "reference"
+MEANINGS: Final = {
+    FLOAT: "a float weight, multiplied by torch",
+    LOOKUP: "the packed rows that are looked up are decoded",
+    CPU: "the CPU kernel multiplies packed weights as they are",
+    CPU_DECODED: "the CPU kernel decodes the layer into a buffer, which torch multiplies",
+    TRITON: "the GPU kernel decodes packed weights inside the product",
+    REFERENCE: "no kernel: the weight is decoded in plain PyTorch at every call, then multiplied",
+    UNFUSED: "the whole weight is decoded at every call, then torch multiplies",
+}
+TIMES_ON_CPU: Final = {4: {1: 2.3, 16: 1.8, 256: 1.2}, 8: {1: 1.7, 16: 2.2, 256: 1.2}}
+"""Time over the float model's, by bits of the weights and tokens a call: SmolLM2-135M with float inputs, compiled, on
+2 cores (`benchmarks/results/cpu-decode.jsonl`)."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Layers alike, and what multiplies them.
+
+    pattern: their name, with * for numbers. count: how many. shape: of a weight. weight, activation: formats, None for
+    float. decode, prefill: what serves 1 token and many, a key of `MEANINGS`. reasons: why nothing better does, or why
+    they stay float. bytes_before, bytes_after: of all of them; 0 if the weight is counted elsewhere.
+    """
+
+    pattern: str
+    count: int
+    shape: tuple[int, ...]
+    weight: str | None
+    activation: str | None
+    decode: str
+    prefill: str
+    reasons: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernels will serve a model's layers on a device, and what that comes to.
+
+    device: that it is about. recipe: None for a model that is quantized already. layers: in the order of the model.
+
+    bytes_before, bytes_after: of the whole model. uncompiled: why `torch.compile` cannot run for the device, or None.
+    """
+
+    device: str
+    recipe: str | None
+    layers: tuple[Served, ...]
+    bytes_before: int
+    bytes_after: int
+    uncompiled: str | None
+
+    @property
+    def quantized(self) -> tuple[Served, ...]:
+        """The layers with MX weights."""
+        return tuple(layer for layer in self.layers if layer.weight is not None)
+
+    @property
+    def left_float(self) -> tuple[Served, ...]:
+        """The layers that stay float."""
+        return tuple(layer for layer in self.layers if layer.weight is None)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        layers = [vars(layer) | {"shape": list(layer.shape), "reasons": list(layer.reasons)} for layer in self.layers]
+        return vars(self) | {"layers": layers, "conclusions": list(self.conclusions())}
+
+    def to_table(self) -> Table:
+        """A row for layers that are alike."""
+        same = all(layer.decode == layer.prefill for layer in self.layers)
+        rows: list[list[str]] = []
+        heading = ""
+        for layer in self.layers:
+            prefix, star, name = layer.pattern.rpartition("*.")
+            if star and prefix != heading:
+                rows.append([f"{prefix}*", *[""] * (6 if same else 7)])
+            heading = prefix
+            kernels = (layer.decode,) if same else (layer.decode, layer.prefill)
+            sizes = (f"{layer.bytes_before / 1e6:.2f}", f"{layer.bytes_after / 1e6:.2f}" if layer.weight else "")
+            formats = (layer.weight or "float", layer.activation or "")
+            rows.append([f"{'  ' * bool(star)}{name}", *formats, *kernels, str(layer.count), *sizes])
+        names = ("layer", "weight", "input", *(("kernel",) if same else ("1 token", "many tokens")))
+        return table(names, ("layers", "MB", "as MX"), rows)
+
+    def print_to(self, console: Console) -> None:
+        """The table, what its words mean, why nothing better serves, and what follows."""
+        console.print(f"on {self.device}" + (f", by {self.recipe}" if self.recipe else ""), markup=False)
+        console.print(self.to_table())
+        for word in dict.fromkeys(kernel for layer in self.layers for kernel in (layer.decode, layer.prefill)):
+            console.print(f"{word}: {MEANINGS.get(word, word)}", markup=False)
+        for line in (*self._reasons(), *self.conclusions()):
+            console.print(line, markup=False)
+
+    def conclusions(self) -> Iterator[str]:
+        """How large the model gets, whether it gets faster, and what decides that."""
+        share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
+        before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
+        yield f"whole model: {before:.1f} -> {after:.1f} MB ({share:.0%})"
+        if not self.quantized:
+            yield "nothing is quantized: it stays as fast as it is"
+            return
+        if self.uncompiled is not None:
+            yield f"{self.uncompiled}: every operation runs by itself"
+        unfused = [layer for layer in self.quantized if layer.decode in (UNFUSED, REFERENCE)]
+        if unfused:
+            layers = sum(layer.count for layer in unfused)
+            yield f"{layers} of {sum(layer.count for layer in self.quantized)} MX weights are decoded at every call"
+        if covered := self._not_covered():
+            yield covered
+        yield self._verdict()
+
+    def _reasons(self) -> Iterator[str]:
+        found: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for reason in layer.reasons:
+                found.setdefault(reason, []).append(layer.pattern)
+        for reason, patterns in found.items():
+            everywhere = len(patterns) == len(self.quantized) > 1
+            listed = "all MX weights" if everywhere else ", ".join(patterns)
+            yield f"- {listed}: {reason}"
+
+    def _not_covered(self) -> str | None:
+        """What of the matmul weights stays float, and is read for every token."""
+        left = sum(layer.bytes_before for layer in self.left_float)
+        total = left + sum(layer.bytes_after for layer in self.quantized)
+        if not left or not total:
+            return None
+        return f"matmul weights that stay float are {left / total:.0%} of the bytes that are read for every token"
+
+    def _verdict(self) -> str:
+        kernels = {layer.decode for layer in self.quantized}
+        if kernels & {UNFUSED, REFERENCE}:
+            return "slower than float, as far as such layers go: decoding writes out what a float model only reads"
+        if TRITON in kernels:
+            return (
+                "faster or not on a GPU: not measured for whole models; its kernel is right for all shapes, not tuned"
+            )
+        if CPU not in kernels or self.uncompiled is not None:
+            return "faster or not: nothing like it has been measured"
+        few = all(parse_format(layer.weight or "").bits <= 4 for layer in self.quantized)
+        times = TIMES_ON_CPU[4 if few else 8]
+        verdict = "slower" if min(times.values()) > 1 else "faster" if max(times.values()) < 1 else "slower or faster"
+        first, *others = times.items()
+        listed = ", ".join(f"{ratio:g} for {count}" for count, ratio in others)
+        return (
+            f"{verdict} than float on a CPU: SmolLM2-135M with weights in {4 if few else 8} bits took {first[1]:g} "
+            f"times its float self's time for {first[0]} token, {listed}"
+        )
+
+
+def grouped(layers: Iterable[Served]) -> tuple[Served, ...]:
+    """Those that differ in the numbers of their names alone, as one; at the place of the first."""
+    found: dict[Served, Served] = {}
+    for layer in layers:
+        reasons = tuple(map(_starred, layer.reasons))
+        plain = replace(layer, pattern=_starred(layer.pattern), reasons=reasons)
+        key = replace(plain, bytes_before=0, bytes_after=0)
+        known = found.get(key, replace(key, count=0))
+        found[key] = replace(
+            plain,
+            count=known.count + layer.count,
+            bytes_before=known.bytes_before + layer.bytes_before,
+            bytes_after=known.bytes_after + layer.bytes_after,
+        )
+    return tuple(found.values())
+
+
+def _starred(text: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", text)

@@ -1,0 +1,155 @@
+// Products that sum each block in integers, or in pairs of bfloat16, and scale the sums: for rounded inputs, on
+// processors with AVX-512's dot products. Included by mx_cpu.cpp, whose products multiply values.
+//
+// x is held as elements in the order in which a weight's bytes give theirs, 64 bytes at a time. Sums of integers are
+// exact; of bfloat16 they are float32's, of exact products.
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
+    defined(__AVX512BF16__) && defined(__GNUC__)
+#define MX_DOT 1
+#include <immintrin.h>
+
+namespace {
+
+// How the elements of a weight are multiplied: GROUP of x's in a lane of 32 bits, PARTS of them from one vector of codes.
+template <class E>
+struct Dot {
+  static constexpr bool INTEGER = E::INTEGER && E::BITS != 6, BFLOAT = std::is_same_v<E, E2M1>;
+  static constexpr bool EXISTS = INTEGER || BFLOAT;
+  static constexpr int PARTS = 8 / E::BITS, GROUP = INTEGER ? 4 : 2, CHUNK = 16 * GROUP, OFFSET = 1 << (E::BITS - 1);
+  static constexpr float UNIT = INTEGER ? exact_power(-E::MANTISSA_BITS) : 1.0f;
+  // Whether inputs rounded to A can be multiplied so.
+  template <class A>
+  static constexpr bool TAKES = EXISTS && (BFLOAT || A::INTEGER);
+};
+
+// What 64 bytes of integer codes, or 32 of E2M1's, are multiplied by. start: what the codes' offset adds, taken away.
+template <class E>
+struct alignas(64) Chunk {
+  uint8_t x[Dot<E>::PARTS][64];
+  int32_t start[16];
+  float scale[16];
+};
+
+template <class E>
+inline __m512 dot(__mmask64 mask, const uint8_t* codes, const Chunk<E>& chunk) {
+  const __m512i first = _mm512_load_si512(chunk.x[0]), last = _mm512_load_si512(chunk.x[Dot<E>::PARTS - 1]);
+  const __m512i nibble = _mm512_set1_epi16(E::BITS == 4 && Dot<E>::INTEGER ? 0x0f0f : 0x000f);
+  if constexpr (Dot<E>::INTEGER) {
+    const __m512i sign = _mm512_set1_epi8(E::BITS == 4 ? char(0x88) : char(0x80));
+    const __m512i loaded = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, codes), sign);
+    __m512i sum = _mm512_load_si512(chunk.start);
+    if constexpr (E::BITS == 4) {
+      sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(loaded, nibble), first);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(_mm512_srli_epi16(loaded, 4), nibble), last);
+    } else {
+      sum = _mm512_dpbusd_epi32(sum, loaded, first);
+    }
+    return _mm512_cvtepi32_ps(sum);
+  } else {
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(__mmask32(mask), codes));
+    const __m512i table = _mm512_castsi256_si512(_mm256_setr_epi16(  // E2M1's values in bfloat16
+        0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, int16_t(0x8000), int16_t(0xbf00),
+        int16_t(0xbf80), int16_t(0xbfc0), int16_t(0xc000), int16_t(0xc040), int16_t(0xc080), int16_t(0xc0c0)));
+    const __m512i low = _mm512_permutexvar_epi16(_mm512_and_si512(wide, nibble), table);
+    const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(wide, 4), table);
+    const __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), __m512bh(low), __m512bh(first));
+    return _mm512_dpbf16_ps(sum, __m512bh(high), __m512bh(last));
+  }
+}
+
+// The scale of every lane: bytes of `count` blocks, each for LANES lanes.
+template <int LANES>
+inline __m512 lane_scales(const uint8_t* bytes, __mmask16 mask) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes));
+  const __m512i each = _mm512_permutexvar_epi32(_mm512_srli_epi32(lane, __builtin_ctz(LANES)), wide);
+  __m512i bits = _mm512_slli_epi32(each, 23);
+  bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(each, each), _mm512_set1_epi32(0x00400000));
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(each, _mm512_set1_epi32(255));
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
+}
+
+// y [M, n] = x [M, ...] times R rows of a weight from n on.
+template <class E, int B, int R, int M>
+inline void dot_rows(const Weight& weight, const Chunk<E>* x, int64_t chunks, int64_t blocks, int64_t n, float* y) {
+  constexpr int BYTES = B * E::BITS / 8, STEP = Dot<E>::CHUNK, LANES = B / (Dot<E>::GROUP * Dot<E>::PARTS);
+  constexpr int BLOCKS = LANES < 16 ? 16 / LANES : 1;
+  const uint8_t* codes = weight.elements + n * blocks * BYTES;
+  const uint8_t* scales = weight.scales + n * blocks;
+  __m512 sums[R][M];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t left = blocks * BYTES - chunk * STEP, block = chunk * 16 / LANES;
+    const __mmask64 mask = left >= STEP ? ~0ull : (1ull << left) - 1;
+    const __mmask16 among = blocks - block >= BLOCKS ? (1 << BLOCKS) - 1 : (1 << (blocks - block)) - 1;
+    for (int r = 0; r < R; ++r) {
+      const __m512 scale = lane_scales<(LANES < 16 ? LANES : 16)>(scales + r * blocks + block, among);
+      for (int m = 0; m < M; ++m) {
+        const Chunk<E>& with = x[m * chunks + chunk];
+        const __m512 sum = _mm512_mul_ps(dot<E>(mask, codes + r * blocks * BYTES + chunk * STEP, with),
+                                         _mm512_load_ps(with.scale));
+        sums[r][m] = _mm512_fmadd_ps(sum, scale, sums[r][m]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) y[m * R + r] = _mm512_reduce_add_ps(sums[r][m]);
+}
+
+template <class E, int B, int M>
+void dot_range(const Weight& weight, const Chunk<E>* x, int64_t chunks, int64_t blocks, int64_t begin, int64_t end) {
+  constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
+  float y[R * M];
+  int64_t n = begin;
+  for (; n + R <= end; n += R) {
+    dot_rows<E, B, R, M>(weight, x, chunks, blocks, n, y);
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) finish(weight, m, n + r, y[m * R + r]);
+  }
+  for (; n < end; ++n) {
+    dot_rows<E, B, 1, M>(weight, x, chunks, blocks, n, y);
+    for (int m = 0; m < M; ++m) finish(weight, m, n, y[m]);
+  }
+}
+
+// One row of x, rounded to A's elements and laid out; `count` chunks, zeroed. False if a scale is so near to the ends of
+// float32 that a sum times it could leave them.
+template <class E, int B, class A, class From>
+bool lay_out(const From* from, int64_t size, const Rounding& rounding, Chunk<E>* chunks, int64_t count) {
+  using Element = std::conditional_t<Dot<E>::INTEGER, int8_t, uint16_t>;
+  constexpr int RUN = B / Dot<E>::PARTS, LANES = RUN / Dot<E>::GROUP, PIECE = RUN < Dot<E>::CHUNK ? RUN : Dot<E>::CHUNK;
+  for (int64_t start = 0, block = 0; start < size; start += B, ++block) {
+    float values[B];
+    load_block<B>(from + start, size - start, values);
+    const float scale = to_elements<A, B>(values, rounding);
+    if (scale < 0x1p-100f || scale > 0x1p100f) return false;
+    Element elements[B];
+    for (int i = 0; i < B; ++i) {
+      if constexpr (Dot<E>::INTEGER)
+        elements[i] = Element(int32_t(values[i] * exact_power(A::MANTISSA_BITS)));
+      else
+        elements[i] = Element(to_bits(values[i]) >> 16);  // exact: no element has more than 7 bits of mantissa
+    }
+    for (int part = 0; part < Dot<E>::PARTS; ++part)
+      for (int at = 0; at < RUN; at += PIECE) {
+        const int64_t place = block * RUN + at;
+        std::memcpy(chunks[place / Dot<E>::CHUNK].x[part] + place % Dot<E>::CHUNK * sizeof(Element),
+                    elements + part * RUN + at, PIECE * sizeof(Element));
+      }
+    const float unit = Dot<E>::INTEGER ? scale * exact_power(-A::MANTISSA_BITS) * Dot<E>::UNIT : scale;
+    for (int64_t lane = block * LANES; lane < (block + 1) * LANES; ++lane) chunks[lane / 16].scale[lane % 16] = unit;
+  }
+  if constexpr (Dot<E>::INTEGER)
+    for (int64_t chunk = 0; chunk < count; ++chunk) {
+      __m512i sum = _mm512_setzero_si512();
+      for (const auto& part : chunks[chunk].x)
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(char(Dot<E>::OFFSET)), _mm512_load_si512(part));
+      _mm512_store_si512(chunks[chunk].start, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+    }
+  return true;
+}
+
+}  // namespace
+#endif

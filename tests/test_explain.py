@@ -1,0 +1,178 @@
+"""`explain`: which kernel serves each layer, by the same graph and rules that the deployed model goes through."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, inputs, llama
+from rich.console import Console
+from typer.testing import CliRunner
+
+import mxcompile
+from mxcompile.cli import app
+from mxcompile.errors import InputError, PipelineError
+from mxcompile.explanation import TIMES_ON_CPU, Served, grouped
+from mxcompile.formats import MXFP8_E4M3
+from mxcompile.kernels import cpu_build, dispatch
+from mxcompile.storage import stored_bytes
+
+ROOT = Path(__file__).parent.parent
+MODULE = sys.modules["mxcompile.explain"]  # of that name the package has the function
+needs_compiler = pytest.mark.skipif(
+    cpu_build.why_not(MXFP8_E4M3) is not None, reason="there is no C++ compiler for the CPU kernels"
+)
+
+
+def words(found: mxcompile.Explanation) -> str:
+    console = Console(width=200, highlight=False)
+    with console.capture() as capture:
+        found.print_to(console)
+    return capture.get()
+
+
+@needs_compiler
+def test_layers_alike_are_one_row_with_kernel_formats_and_bytes():
+    model = llama(3)
+    found = mxcompile.explain(model, inputs("llama"), recipe="w4a8-mxint-quick")
+    first = found.layers[0]
+    count = len(model.model.layers)
+    assert (first.pattern, first.count, first.shape) == ("model.layers.*.self_attn.q_proj", count, (64, 64))
+    assert (first.weight, first.activation, first.decode, first.prefill) == ("mxint4", "mxint8", "cpu", "decoded")
+    assert (first.bytes_before, first.bytes_after) == (count * 64 * 64 * 4, count * 64 * 64 * 17 // 32)
+    (head,) = found.left_float
+    assert head.reasons == ("the output head stays float; ask for it with include=['lm_head']",)
+    text = words(found)
+    assert re.search(r"^ model\.layers\.\*", text, re.MULTILINE)
+    assert re.search(r"^   self_attn\.q_proj +mxint4 +mxint8 +cpu +decoded +\d +[\d.]+ +[\d.]+ *$", text, re.MULTILINE)
+    assert "cpu: the CPU kernel multiplies packed weights as they are" in text
+    assert "matmul weights that stay float are" in text
+
+
+@pytest.mark.parametrize(("name", "include"), [("llama", ()), ("mixtral", ("lm_head",)), ("gpt2", ())])
+def test_sizes_are_those_of_the_quantized_model_and_so_says_the_quantized_model(name, include):
+    model, example = build(name), inputs(name)
+    before = mxcompile.explain(model, example, recipe="w8a8-mxfp", include=include)
+    quantized = mxcompile.quantize_and_compile(model, example, recipe="w8a8-mxfp", include=include, compile=False)
+    after = mxcompile.explain(quantized)
+    assert before.bytes_after == after.bytes_after == stored_bytes(quantized)
+    assert before.bytes_before == after.bytes_before == stored_bytes(model)
+    told = [(layer.pattern, layer.count, layer.weight, layer.activation, layer.decode) for layer in before.layers]
+    assert told == [
+        (layer.pattern, layer.count, layer.weight, layer.activation, layer.decode) for layer in after.layers
+    ]
+
+
+def test_a_tied_table_that_stays_float_is_not_saved():
+    model = build("gemma")
+    found = mxcompile.explain(model, inputs("gemma"), recipe="w8a8-mxfp", include=["lm_head"])
+    quantized = mxcompile.quantize_and_compile(
+        model, inputs("gemma"), recipe="w8a8-mxfp", include=["lm_head"], compile=False
+    )
+    assert found.layers[-1].pattern == "lm_head"
+    assert found.layers[-1].bytes_before == 0
+    assert found.bytes_after == stored_bytes(quantized)
+
+
+def test_experts_have_no_fused_kernel_and_the_rules_say_why():
+    found = mxcompile.explain(build("mixtral"), inputs("mixtral"))
+    experts = [layer for layer in found.layers if "experts" in layer.pattern]
+    assert [layer.decode for layer in experts] == ["unfused", "unfused"]
+    assert all("its weight is dequantized first" in layer.reasons[-1] for layer in experts)
+    assert "MX weights are decoded at every call" in words(found)
+    assert "slower than float" in words(found)
+
+
+def test_formats_and_rules_without_a_kernel_are_explained():
+    recipe = "lower-mx{weight=mxint3,activation=mxint8,activation_rule=mse}"
+    found = mxcompile.explain(build("llama"), inputs("llama"), recipe=recipe)
+    first = found.layers[0]
+    assert (first.decode, first.prefill) == ("reference", "reference")
+    rounding, product = first.reasons
+    assert rounding.startswith("rounding of its input: no cpu: scale rule mse searches exponents")
+    assert product == "no cpu: there is no kernel for mxint3"
+    assert f"- all MX weights: {product}" in words(found)
+
+
+def test_overrides_exclusions_and_convolutions():
+    overrides = {"*.down_proj": MXFP8_E4M3, "*.up_proj": None}
+    found = mxcompile.explain(build("llama"), inputs("llama"), exclude=["*.o_proj"], overrides=overrides)
+    layers = {layer.pattern.rpartition(".")[2]: layer for layer in found.layers}
+    assert layers["down_proj"].weight == "mxfp8_e4m3"
+    assert layers["up_proj"].reasons == ("left in float: override *.up_proj=none",)
+    assert layers["o_proj"].reasons == ("left in float: excluded",)
+    (first, *_) = mxcompile.explain(build("vit"), inputs("vit")).layers
+    assert (first.weight, first.decode) == (None, "torch")
+    assert "a convolution" in first.reasons[0]
+
+
+def test_a_gpu_and_a_machine_without_a_compiler(monkeypatch):
+    """What the dispatcher would answer there is what is told."""
+    monkeypatch.setattr(MODULE, "choices", lambda x, fmt: {"triton_linear": None, "reference": None})
+    found = mxcompile.explain(build("llama"), inputs("llama"))
+    assert {layer.decode for layer in found.quantized} == {"triton_linear"}
+    assert "not measured for whole models" in words(found)
+    missing = "there is no C++ compiler"
+    monkeypatch.setattr(MODULE, "choices", lambda x, fmt: {"cpu": missing, "reference": None})
+    monkeypatch.setattr(MODULE, "why_no_inductor", lambda device: missing)
+    text = words(mxcompile.explain(build("llama"), inputs("llama")))
+    assert f"{missing}: every operation runs by itself" in text
+    assert f"no cpu: {missing}" in text
+
+
+def test_what_cannot_be_explained():
+    model = build("llama")
+    with pytest.raises(InputError, match="give example_inputs"):
+        mxcompile.explain(model)
+    with pytest.raises(InputError, match="there is no device 'meat' here"):
+        mxcompile.explain(model, inputs("llama"), device="meat")
+    with pytest.raises(PipelineError, match="lowers nothing"):
+        mxcompile.explain(model, inputs("llama"), recipe="round-weights{format=mxint4}")
+
+
+def test_the_model_is_untouched_and_nothing_is_rounded(monkeypatch):
+    model = build("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr("mxcompile.passes.lower_mx.round_rows", lambda *_: pytest.fail("rounded"))
+    mxcompile.explain(model, inputs("llama"), recipe="w4a8-mxint")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_roundings_kernels_answer_as_the_products_do():
+    x = torch.empty(1, 32)
+    answers = dispatch.rounding_choices(x, MXFP8_E4M3, mxcompile.formats.ScaleRule.FLOOR)
+    assert list(answers) == ["triton_quantize", "cpu", "reference"]
+    assert answers["triton_quantize"] == "runs on a GPU"
+
+
+def test_layers_of_different_reasons_stay_apart():
+    layer = Served("a.0.w", 1, (4, 4), "mxint4", None, "cpu", "decoded", (), 64, 9)
+    other = Served("a.1.w", 1, (4, 4), "mxint4", None, "cpu", "decoded", ("why",), 64, 9)
+    assert [found.count for found in grouped([layer, layer, other])] == [2, 1]
+    assert grouped([layer, layer])[0].bytes_after == 18
+
+
+def test_the_command_on_a_model_and_on_its_checkpoint(local_model, tmp_path):
+    result = CliRunner().invoke(app, ["explain", str(local_model), "--recipe", "w8a8-mxint"], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert re.search(r"self_attn\.q_proj +mxint8 +mxint8", result.output)
+    record = json.loads(CliRunner().invoke(app, ["explain", str(local_model), "--json"]).stdout)
+    assert record["layers"][0]["pattern"] == "model.layers.*.self_attn.q_proj"
+    assert record["conclusions"]
+    model = mxcompile.demo.load_model(str(local_model))
+    quantized = mxcompile.quantize_and_compile(model[0], inputs("llama"), recipe="w8a8-mxint", compile=False)
+    mxcompile.save(quantized, tmp_path / "saved", tokenizer=model[1])
+    saved = json.loads(CliRunner().invoke(app, ["explain", str(tmp_path / "saved"), "--json"]).stdout)
+    assert saved["recipe"] is None
+    assert saved["bytes_after"] == stored_bytes(quantized)
+
+
+def test_the_times_are_the_measured_ones():
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/cpu-decode.jsonl").read_text().splitlines()]
+    measured: dict[int, dict[int, float]] = {}
+    for row in rows:
+        bits = int(re.findall(r"\d+", row["recipe"])[0])
+        measured.setdefault(bits, {})[row["tokens"]] = round(row["compiled ms"] / row["float ms"], 1)
+    assert measured == TIMES_ON_CPU
