@@ -110,7 +110,8 @@ def _multiply(
     outputs = [given.new_empty(tokens, elements.shape[0]) for elements, _, _ in kept]
     table = (_Weight * len(kept))()
     for row, (elements, scales, bias), y in zip(table, kept, outputs, strict=True):
-        row.elements, row.scales, row.y, row.rows = elements.data_ptr(), scales.data_ptr(), y.data_ptr(), elements.shape[0]
+        row.elements, row.scales, row.y = elements.data_ptr(), scales.data_ptr(), y.data_ptr()
+        row.rows = elements.shape[0]
         row.bias, row.wide = None if bias is None else bias.data_ptr(), wide
     how = None if rounding is None else ctypes.byref(_rounding(*rounding, x.dtype))
     threads = _threads(sum(y.shape[-1] for y in outputs) * size)
