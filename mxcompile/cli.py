@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from mxcompile import commands, listing, viewing
@@ -132,5 +131,5 @@ def main() -> None:
     try:
         app()
     except MXCompileError as error:
-        Console(stderr=True).print(Text(f"error: {error}", style="red"))
+        messages().print(Text(f"error: {error}", style="red"))
         raise SystemExit(1) from None

@@ -77,10 +77,6 @@ class DumpReader:
         """How the values of each layer are distributed."""
         return Distributions.load(self.folder)
 
-    def summary(self) -> str:
-        """The summary."""
-        return (self.folder / SUMMARY).read_text(encoding="utf-8")
-
     def failure(self) -> Failure | None:
         """The pass that failed, if one did."""
         index = len(self.stages())

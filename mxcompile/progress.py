@@ -122,6 +122,7 @@ class _WithoutBars(TextIOBase):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._drawn = False
+        self.rich_proxied_file = getattr(stream, "rich_proxied_file", stream)  # what rich's consoles write to instead
 
     def write(self, text: str, /) -> int:
         """Pass on what is no bar, nor the end of one."""

@@ -147,6 +147,17 @@ def test_a_checkpoint_is_a_model_for_the_other_commands(checkpoint, local_model,
             run(command, checkpoint, *(size if command == "bisect" else ()))
 
 
+def test_results_go_to_stdout_and_what_happens_on_the_way_to_stderr(local_model, text):
+    how = ("eval", local_model, "--recipe", "w4a8-mxint-quick", "--text", text, "--length", 32, "--windows", 2)
+    result = run(*how)
+    assert result.stdout.startswith("62 tokens of words.txt, 2 windows of 32\n")
+    steps = ["loading", "quantizing: round-weights", "  round-weights: 7 rewrites", "  lower-mx: 7 rewrites"]
+    places = [result.stderr.index(f"{step}") for step in steps]
+    assert places == sorted(places)
+    assert "\x1b" not in result.stdout + result.stderr
+    assert not re.search("loading|rewrites", result.stdout)
+
+
 def test_a_damaged_checkpoint_is_one_message(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="holds no saved model"):
         run("inspect", tmp_path)

@@ -131,6 +131,20 @@ def test_bars_of_other_libraries_are_left_out_and_their_messages_are_not(monkeyp
     assert sys.stderr.getvalue() == "a warning\n"
 
 
+def test_a_terminal_shows_the_bar_and_the_messages_but_not_the_bars_of_others(monkeypatch):
+    """The console writes to stderr itself, as that of every command does."""
+    real = StringIO()
+    monkeypatch.setattr(sys, "stderr", real)
+    with waiting(Console(stderr=True, force_terminal=True, width=80), "loading"):
+        for text in ("\rtheirs: 50%", "\rtheirs: 100%", "\n", "a warning\n"):
+            sys.stderr.write(text)
+        sys.stderr.flush()
+    assert sys.stderr is real
+    assert "loading" in real.getvalue()
+    assert real.getvalue().count("a warning") == 1
+    assert "theirs" not in real.getvalue()
+
+
 def test_bisect_says_how_far_it_is():
     seen = []
     recipe = "lower-mx{weight=mxint4,activation=mxint4}"
