@@ -11,13 +11,13 @@ from rich.text import Text
 
 from mxcompile import commands, listing, viewing
 from mxcompile.bisection import bisect as find_culprits
-from mxcompile.commands import Device, Model
 from mxcompile.comparison import Question, compare, prepare, report
 from mxcompile.demo import run_demo
 from mxcompile.errors import MXCompileError
+from mxcompile.options import Calibration, CalibrationText, Device, Json, Length, Model, TextFile
 from mxcompile.passes.recipes import QUICK
 from mxcompile.progress import Progress
-from mxcompile.screen import Json, messages, print_json, results
+from mxcompile.screen import messages, print_json, results
 
 app = typer.Typer(
     help="Quantize PyTorch models to Microscaling (MX) formats.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -44,15 +44,11 @@ def evaluate(
         str | None, typer.Option(help="another model, to compare with: a path, a hub id, smollm2")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="quantize the model by a recipe or pipeline, and compare")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help='.txt, or .jsonl of {"text": ...}; else Python\'s help topics')
-    ] = None,
-    length: Annotated[int, typer.Option(min=2, help="tokens a window of the text")] = 2048,
+    text: TextFile = None,
+    length: Length = 2048,
     windows: Annotated[int, typer.Option(min=0, help="number of windows; 0 for all of the text")] = 4,
-    calibration_text: Annotated[
-        Path | None, typer.Option(help="for recipes that calibrate; else the first half of the text")
-    ] = None,
-    calibration: Annotated[int, typer.Option(min=1, help="windows of 512 tokens to calibrate with")] = 32,
+    calibration_text: CalibrationText = None,
+    calibration: Calibration = 32,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -79,15 +75,11 @@ def bisect(
         float | None, typer.Option(help="the largest KL divergence from the float model that will do")
     ] = None,
     perplexity: Annotated[float | None, typer.Option(help="the largest perplexity that will do")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help='.txt, or .jsonl of {"text": ...}; else Python\'s help topics')
-    ] = None,
-    length: Annotated[int, typer.Option(min=2, help="tokens a window of the text")] = 256,
+    text: TextFile = None,
+    length: Length = 256,
     windows: Annotated[int, typer.Option(min=1, help="number of windows")] = 1,
-    calibration_text: Annotated[
-        Path | None, typer.Option(help="for recipes that calibrate; else the first half of the text")
-    ] = None,
-    calibration: Annotated[int, typer.Option(min=1, help="windows of 512 tokens to calibrate with")] = 32,
+    calibration_text: CalibrationText = None,
+    calibration: Calibration = 32,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:

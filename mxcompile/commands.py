@@ -20,16 +20,10 @@ from mxcompile.errors import InputError, RecoveryError
 from mxcompile.evaluation import Metric
 from mxcompile.explain import explain as find_kernels
 from mxcompile.inductor import compile_module
+from mxcompile.options import Calibration, CalibrationText, Device, Format, Json, Length, Model, TextFile
 from mxcompile.passes.recipes import QUICK
 from mxcompile.progress import waiting
-from mxcompile.screen import Json, messages, print_json, results
-
-Model = Annotated[str | None, typer.Argument(help="a local path or hub id; SmolLM2-135M if left out")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
-Format = Annotated[
-    str | None,
-    typer.Option("--format", help="mxcompile, compressed-tensors, or gguf (to a file); by the name if left out"),
-]
+from mxcompile.screen import messages, print_json, results
 
 
 def quantize(
@@ -42,15 +36,11 @@ def quantize(
     ] = None,
     metric: Annotated[Metric, typer.Option(help="what that is measured by")] = Metric.TOP1,
     force: Annotated[bool, typer.Option("--force", help="write it all the same")] = False,
-    text: Annotated[
-        Path | None, typer.Option(help='.txt, or .jsonl of {"text": ...}; else Python\'s help topics')
-    ] = None,
-    length: Annotated[int, typer.Option(min=2, help="tokens a window of the text")] = 2048,
+    text: TextFile = None,
+    length: Length = 2048,
     windows: Annotated[int, typer.Option(min=0, help="number of windows to compare on; 0 for all of the text")] = 4,
-    calibration_text: Annotated[
-        Path | None, typer.Option(help="for recipes that calibrate; else the first half of the text")
-    ] = None,
-    calibration: Annotated[int, typer.Option(min=1, help="windows of 512 tokens to calibrate with")] = 32,
+    calibration_text: CalibrationText = None,
+    calibration: Calibration = 32,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -12,7 +12,6 @@ from rich.theme import Theme
 
 from mxcompile.ledger import plain
 
-Json = Annotated[bool, typer.Option("--json", help="print one line of JSON")]
 _UNBOUNDED = 10_000  # columns where no terminal sets a width
 _THEME = Theme(
     {

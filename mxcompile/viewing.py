@@ -8,7 +8,8 @@ from rich.text import Text
 
 from mxcompile.dump import write_page
 from mxcompile.folder import DumpReader
-from mxcompile.screen import Json, diff_text, graph_text, print_json, results
+from mxcompile.options import Json
+from mxcompile.screen import diff_text, graph_text, print_json, results
 
 Folder = Annotated[Path, typer.Argument(help="a dump folder")]
 

@@ -13,6 +13,13 @@ from models import build, inputs
 from mxcompile.program import Program
 from mxcompile.trace import trace
 
+SLOW = ("test_smollm2.py", "test_style.py", "test_export.py", "test_report_page.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first: started last, one of them would keep a worker busy after all others are done."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:

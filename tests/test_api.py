@@ -94,7 +94,7 @@ def test_compiled_by_default():
     [
         ("w4a8-mxin", r"unknown recipe 'w4a8-mxin': did you mean w4a8-mxint"),
         ("round-wieghts | lower-mx{weight=mxint4}", r"unknown pass 'round-wieghts': did you mean round-weights"),
-        ("lower-mx{weight=mxint5}", r"unknown format 'mxint5': did you mean mxint"),
+        ("lower-mx{weight=mximt4}", r"unknown format 'mximt4': did you mean mxint"),
         ("lower-mx{wieght=mxint4}", r"unknown option of lower-mx 'wieght': did you mean weight"),
         ("lower-mx{weight=mxint4} | smooth-quant", r"smooth-quant cannot run after lower-mx"),
     ],

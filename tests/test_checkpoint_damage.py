@@ -179,7 +179,7 @@ def test_files_that_came_along_stay_inside(folder, name):
     ("change", "message"),
     [
         (lambda index: ours(index).update(schema=2), r"it has schema 2, this version of mxcompile reads 1"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(format="mxint5"), r"unknown format 'mxint5'"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(format="mxyz4"), r"unknown format 'mxyz4'"),
         (lambda index: ours(index)["weights"]["up.weight"].update(format="mxint4:8"), r"block size 8 is not one of"),
         (lambda index: ours(index)["weights"]["up.weight"].update(rule="round"), r"unknown scale rule 'round'"),
         (lambda index: ours(index)["weights"]["up.weight"].update(rule="7.25"), r"7.25 is a threshold of mxfp4"),

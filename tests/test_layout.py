@@ -42,7 +42,7 @@ FLOORS = [
     {"api", "export", "progress", "smollm2"},
     {"explanation"},
     {"bisection", "explain"},
-    {"demo", "screen", "comparison", "commands", "listing", "viewing", "cli", "__init__", "__main__"},
+    {"demo", "options", "screen", "comparison", "commands", "listing", "viewing", "cli", "__init__", "__main__"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
