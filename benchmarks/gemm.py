@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mxcompile import reference
 from mxcompile.formats import FORMATS, MXFormat, ScaleRule, activation_rule
-from mxcompile.kernels import triton_linear, triton_planes, triton_quantize
+from mxcompile.kernels import triton_dequantize, triton_linear, triton_planes, triton_quantize
 from mxcompile.kernels.planes import Planes, plane_layout, to_planes
 from mxcompile.kernels.triton_planes import Config
 from mxcompile.packing import pack
@@ -154,7 +154,7 @@ def dequantized_call(w: Weight, x: Tensor, slabs: int, warps: int, chunk: int) -
             tiles = slice(first // 64, -(-min(first + rows, w.n) // 64))
             out = min(rows, w.n - first)
             part = Planes(planes.words[tiles], planes.scales[tiles], w.fmt, out, w.k, planes.lift)
-            values = triton_planes.dequantize(part, buffer[:out], slabs, warps)
+            values = triton_dequantize.dequantize(part, buffer[:out], slabs, warps)
             torch.mm(x, values.T, out=y[:, first : first + out])
         return y
 
@@ -294,6 +294,13 @@ def choose(lines: Iterable[dict[str, Any]], dependent: bool) -> list[dict[str, A
     return list(best.values())
 
 
+def write_cuts(chosen: list[dict[str, Any]], path: Path) -> None:
+    """What `mxcompile/kernels/planes_configs.py` reads."""
+    named = ("weight", "n", "k", "m", "path", "config")
+    lines = [{name: line[name] for name in named if name != "config" or line["path"] == "planes"} for line in chosen]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def table(run: Run, chosen: list[dict[str, Any]], activations: list[str]) -> None:
     """Time the chosen configurations, the plain kernel, and the same with activations quantized on the way."""
     counters = torch.zeros(1 << 16, dtype=torch.int32, device=DEVICE)
@@ -352,6 +359,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="time every candidate configuration")
     parser.add_argument("--choose", type=Path, help="keep the fastest line of each case of this file; needs no GPU")
     parser.add_argument("--configs", type=Path, help="time the configurations of this file (from --choose)")
+    parser.add_argument("--cuts", type=Path, help="--choose: write the table of cuts that the product reads")
     parser.add_argument("--dependent", action="store_true", help="--choose: allow dependent launch")
     parser.add_argument("--formats", default="mxint4,mxfp4", help="comma-separated")
     parser.add_argument("--activations", default="mxint8", help="--configs: formats, comma-separated, or empty")
@@ -369,6 +377,8 @@ def main() -> int:
         print(*totals(chosen), sep="\n")
         if arguments.out:
             arguments.out.write_text("".join(json.dumps(line) + "\n" for line in chosen))
+        if arguments.cuts:
+            write_cuts(chosen, arguments.cuts)
         return 0
     if not torch.cuda.is_available():
         print("gemm: no CUDA GPU here, nothing was timed")

@@ -26,9 +26,10 @@ from mxcompile.kernels import triton_planes
 from mxcompile.kernels.planes import plane_layout
 from mxcompile.kernels.triton_planes import Config
 
-_POINTERS = {"x": "*bf16", "words": "*i16", "scales": "*i32", "bias": "*bf16", "y": "*bf16", "counters": "*i32"}
-_MULTIPLES = ("n_size", "k_size", "slabs", "x_stride")
+_POINTERS = {"x": "*bf16", "words": "*i16", "scales": "*i32", "counters": "*i32"}
+_MULTIPLES = ("k_size", "slabs", "x_stride")
 _INTEGERS = ("m_size", *_MULTIPLES)
+_TUPLES = {"biases": "*bf16", "ys": "*bf16", "outs": "i32"}
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -47,13 +48,15 @@ class Report:
 
 
 def compile_kernel(fmt: MXFormat, config: Config) -> Any:
-    """The kernel as it is launched on a GPU: no bias, sizes that are multiples of 16."""
+    """The kernel as it is launched on a GPU: one weight, no bias, sizes that are multiples of 16."""
     kernel = triton_planes._planes_kernel
     given = triton_planes.constants(fmt, config) | {"HAS_BIAS": False, "PADDED": False, "INTERPRETED": False}
     signature = dict.fromkeys(given, "constexpr") | dict.fromkeys(_INTEGERS, "i32") | _POINTERS
     signature |= {"partial": "*bf16" if config.split == 1 else "*fp32", "lift": "fp32"}
+    signature |= {name: (kind,) for name, kind in _TUPLES.items()}
     names = kernel.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*_POINTERS, "partial", *_MULTIPLES)}
+    aligned |= {(names.index(name), 0): [["tt.divisibility", 16]] for name in _TUPLES}
     constants = {(names.index(name),): value for name, value in given.items()}
     source = ASTSource(kernel, {name: signature[name] for name in names}, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=triton_planes.options(config))

@@ -116,7 +116,9 @@ def _of_float(program: Program, lowering: LowerMX, device: torch.device) -> Iter
             matmul = matmuls[node]
             seen.add(matmul.parameter)
             x = torch.empty((1, matmul.in_features), dtype=matmul.activation.meta["val"].dtype, device=device)
-            served = _served(_name(program, matmul), x, formats[node], rounding, unfused.get(where(node)))
+            out = program.tensor(matmul.parameter).numel() // matmul.in_features
+            reason = unfused.get(where(node))
+            served = _served(_name(program, matmul), x, out, formats[node], rounding, reason)
             yield _sized(served, program.tensor(matmul.parameter), matmul.in_features, alone=choice.alone(matmul))
     for node in choice.embeddings:
         name = str(cast(Node, node.args[0]).target)
@@ -145,11 +147,14 @@ def _of_quantized(model: nn.Module, device: torch.device) -> Iterator[Served]:
             x = torch.empty((1, spec.size), dtype=weight.dtype, device=device)
             rounding = None if spec.activation is None else (spec.activation, str(spec.rule))
             unfused = None if weight.dim() == 2 else _NO_2D.format(weight.dim())
-            served = _served(_short(name), x, parse_format(spec.format), rounding, unfused)
+            out = weight.numel() // spec.size
+            served = _served(_short(name), x, out, parse_format(spec.format), rounding, unfused)
         yield _sized(served, weight, spec.size)
 
 
-def _served(name: str, x: Tensor, fmt: MXFormat, rounding: tuple[str, str] | None, unfused: str | None) -> Served:
+def _served(
+    name: str, x: Tensor, out: int, fmt: MXFormat, rounding: tuple[str, str] | None, unfused: str | None
+) -> Served:
     """What multiplies x `[1, in]` by a weight of that format, and its reasons; sizes are filled in by `_sized`."""
     reasons: list[str] = []
     if rounding is not None:
@@ -159,7 +164,7 @@ def _served(name: str, x: Tensor, fmt: MXFormat, rounding: tuple[str, str] | Non
         decode = prefill = UNFUSED
         reasons.append(unfused)
     else:
-        answers = choices(x, fmt)
+        answers = choices(x, fmt, out)
         decode = prefill = next(name for name, reason in answers.items() if reason is None)
         reasons += _refusals(answers)
     if decode == CPU:

@@ -12,13 +12,14 @@ from mxcompile.formats import parse_format
 from mxcompile.tables import table
 
 FLOAT, LOOKUP, UNFUSED = "torch", "lookup", "unfused"
-CPU, CPU_DECODED, TRITON, REFERENCE = "cpu", "decoded", "triton_linear", "reference"
+CPU, CPU_DECODED, PLANES, TRITON, REFERENCE = "cpu", "decoded", "planes", "triton_linear", "reference"
 MEANINGS: Final = {
     FLOAT: "a float weight, multiplied by torch",
     LOOKUP: "the packed rows that are looked up are decoded",
     CPU: "the CPU kernel multiplies packed weights as they are",
     CPU_DECODED: "the CPU kernel decodes the layer into a buffer, which torch multiplies",
-    TRITON: "the GPU kernel decodes packed weights inside the product",
+    PLANES: "the GPU's fast kernel, on weights that are arranged for it when the model is compiled",
+    TRITON: "the GPU's plain kernel decodes packed weights inside the product",
     REFERENCE: "no kernel: the weight is decoded in plain PyTorch at every call, then multiplied",
     UNFUSED: "the whole weight is decoded at every call, then torch multiplies",
 }

@@ -107,7 +107,8 @@ def _check_linear(match: Match) -> str | None:
 
 def _fuse_linear(graph: Graph, match: Match) -> None:
     args = (match["x"], match["elements"], match["scales"], match.parts.get("bias"), match["format"])
-    match.replace(LINEAR, *args, name=f"{match.root.name}_mx")
+    planes = match["weight"].args[len(DEQUANTIZE._schema.arguments) - 1 :]
+    match.replace(LINEAR, *args, *planes, name=f"{match.root.name}_mx")
 
 
 def _linear_rule(name: str, pattern: Pattern) -> Rule:

@@ -24,6 +24,7 @@ from torch.utils._triton import has_triton
 
 from mxcompile import fusion, joining, ops, rules
 from mxcompile.analysis import dataflow
+from mxcompile.arrangement import arrange
 from mxcompile.errors import CompileError
 from mxcompile.inputs import Inputs
 from mxcompile.ledger import PassResult
@@ -101,6 +102,9 @@ def compile_module(module: M) -> M:
     """Compile a deployed module in place, with MX fusion; where Inductor cannot run, only fuse, and say so."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     missing = why_no_inductor(device)
+    if device.type == "cuda":
+        for name, reason in arrange(module).items():
+            logger.info("%s stays in rows: %s", name, reason)
     if missing is None:
         _compile_call(module, options=compile_options())
         _compile_generate(module, device)

@@ -1,7 +1,8 @@
-"""linear(quantize_dequantize(x), w1), linear(quantize_dequantize(x), w2) -> linears(x, [w1, w2]), on the CPU.
+"""linear(quantize_dequantize(x), w1), linear(quantize_dequantize(x), w2) -> linears(x, [w1, w2]).
 
 One call in place of three (q, k, v and the rounding of their input): what a call costs is much of what a small product
-costs there. On a GPU the rounding is left alone, to be merged with what makes x.
+costs. On a GPU that goes for weights in planes, which one launch can serve, and the rounding stays an operation of its
+own.
 """
 
 import operator
@@ -15,17 +16,26 @@ from mxcompile.ops import LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
 def join_linears(graph: Graph) -> int:
     """Join all `mx::linear` calls that share an input and a weight format; returns the number of joined calls made."""
-    groups: dict[tuple[Node, str], list[Node]] = {}
+    groups: dict[tuple[Node, ...], list[Node]] = {}
     for node in graph.find_nodes(op="call_function", target=LINEAR, sort=True):
-        if node.meta["val"].device.type == "cpu":
-            groups.setdefault((node.args[0], node.args[4]), []).append(node)
-    return sum(_join(graph, value, nodes) for (value, _), nodes in groups.items())
+        if _on_cpu(node) or _planes(node):
+            groups.setdefault((node.args[0], *node.args[4:]), []).append(node)
+    return sum(_join(graph, key[0], nodes) for key, nodes in groups.items())
+
+
+def _on_cpu(node: Node) -> bool:
+    return node.meta["val"].device.type == "cpu"
+
+
+def _planes(node: Node) -> tuple[Any, ...]:
+    """The argument of `mx::linear` that says so, if it is there."""
+    return node.args[5:]
 
 
 def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
     place = {node: index for index, node in enumerate(graph.nodes)}
     nodes = [node for node in nodes if all(place[part] < place[nodes[0]] for part in node.all_input_nodes)]
-    rounded = _rounded(value)
+    rounded = _rounded(value) if _on_cpu(value) else None
     if rounded is None and len(nodes) == 1:
         return False
     columns = [[node.args[index] for node in nodes] for index in (1, 2, 3)]
@@ -34,7 +44,7 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
         if rounded is not None and rounded is not value:
             x = graph.create_node("call_function", value.target, (x, *value.args[1:]), name=f"{value.name}_plain")
             x.meta["val"] = value.meta["val"]
-        args = (x, *columns, nodes[0].args[4], activation, rule)
+        args = (x, *columns, nodes[0].args[4], activation, rule, *_planes(nodes[0]))
         joined = graph.create_node("call_function", LINEARS, args, name=f"{nodes[0].name}_joined")
         joined.meta["val"] = [node.meta["val"] for node in nodes]
         for index, node in enumerate(nodes):

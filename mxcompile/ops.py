@@ -1,16 +1,18 @@
 """The `mx::` operators: what a lowered graph is made of.
 
     mx::quantize(x, format, rule) -> (elements, scales)              explicit, one pair a value
-    mx::dequantize(elements, scales, format, size, dtype) -> values
+    mx::dequantize(elements, scales, format, size, dtype, planes) -> values
     mx::quantize_dequantize(x, format, rule) -> values               the two above, fused
-    mx::linear(x, elements, scales, bias, format) -> y               dequantize + linear, fused
-    mx::linears(x, elements, scales, biases, format, activation, rule) -> ys    the two above, for weights of one input
+    mx::linear(x, elements, scales, bias, format, planes) -> y       dequantize + linear, fused
+    mx::linears(x, elements, scales, biases, format, activation, rule, planes) -> ys
+                                                                     the two above, for weights of one input
     mx::rotate(x, block) -> x in runs of block times Hadamard        on the way into a matmul; see `hadamard.py`
     mx::multiply(x, multiplier, digest) -> x * multiplier            on the way into a matmul of a deployed module
 
 `format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
 (`packing.py`), uint8 `[..., blocks * block_bytes]`; scales are E8M0 bytes `[..., blocks]`; blocks run along the last
-dimension, whose true length is `size`.
+dimension, whose true length is `size`. With `planes` the bytes of a 2-D weight are arranged for the GPU's fast kernels
+(`kernels/planes.py`), in rows padded to whole slabs; it is the power of two that they lack.
 
 The first two are the reference itself on every device. The fused ones go to the fastest kernel that serves the call
 (`kernels.dispatch`) and mean exactly the composition of the first two with `aten.linear`.
@@ -29,7 +31,8 @@ from torch import _check as check  # pyright: ignore[reportPrivateUsage] - docum
 
 from mxcompile import hadamard, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
-from mxcompile.kernels import dispatch
+from mxcompile.kernels import arranging, dispatch
+from mxcompile.kernels import planes as plane_layouts
 
 _LIBRARY = torch.library.Library("mx", "DEF")
 _format = cache(parse_format)
@@ -43,9 +46,13 @@ def quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
     return packing.pack(codes, fmt), scales
 
 
-def dequantize(elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: int | None = None
+) -> Tensor:
     """Packed elements and scales to values `[..., size]`."""
     fmt = _format(format)
+    if planes is not None:
+        elements, scales = arranging.rows_of_planes(elements, scales, fmt, size, planes)
     return reference.dequantize(packing.unpack(elements, fmt), scales, fmt, size, dtype).contiguous()
 
 
@@ -54,9 +61,11 @@ def quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
     return dispatch.quantize_dequantize(x, _format(format), _rule(rule)).contiguous()
 
 
-def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
+def linear(
+    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: int | None = None
+) -> Tensor:
     """`x @ dequantize(elements, scales).T + bias`: x `[..., in]`, elements `[out, bytes]`, gives `[..., out]`."""
-    return dispatch.linear(x, elements, scales, bias, _format(format))
+    return dispatch.linear(x, elements, scales, bias, _format(format), planes)
 
 
 def linears(
@@ -67,11 +76,12 @@ def linears(
     format: str,
     activation: str | None,
     rule: str | None,
+    planes: int | None = None,
 ) -> list[Tensor]:
     """`linear` for each weight, all of one format and inner size, of x rounded to `activation` by `rule` if given."""
     weights = list(zip(elements, scales, biases, strict=True))
     rounding = None if activation is None or rule is None else (_format(activation), _rule(rule))
-    return dispatch.linears(x, weights, _format(format), rounding)
+    return dispatch.linears(x, weights, _format(format), rounding, planes)
 
 
 def multiply(x: Tensor, multiplier: Tensor, digest: str) -> Tensor:
@@ -98,9 +108,15 @@ def _fake_quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
     return elements, x.new_empty((*x.shape[:-1], blocks), dtype=torch.uint8)
 
 
-def _fake_dequantize(elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype) -> Tensor:
+def _fake_dequantize(
+    elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: int | None = None
+) -> Tensor:
     fmt = _format(format)
     check(elements.dtype == torch.uint8 and scales.dtype == torch.uint8, lambda: "elements and scales are bytes")
+    if planes is not None:
+        sizes = (elements.shape[-1], scales.shape[-1])
+        check(sizes == plane_layouts.padded_bytes(fmt, size), lambda: f"elements are not planes of {fmt}")
+        return elements.new_empty((elements.shape[0], size), dtype=dtype)
     check(scales.shape[-1] == fmt.blocks(size), lambda: f"{scales.shape[-1]} scales for {size} values of {fmt}")
     check(elements.shape[-1] == scales.shape[-1] * fmt.block_bytes, lambda: f"elements are not packed {fmt}")
     return elements.new_empty((*elements.shape[:-1], size), dtype=dtype)
@@ -111,8 +127,10 @@ def _fake_quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str) -> Tensor:
-    _fake_dequantize(elements, scales, format, x.shape[-1], x.dtype)
+def _fake_linear(
+    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: int | None = None
+) -> Tensor:
+    _fake_dequantize(elements, scales, format, x.shape[-1], x.dtype, planes)
     check(elements.dim() == 2, lambda: f"mx::linear takes a 2-D weight, not {elements.dim()}-D")
     check(bias is None or bias.shape == elements.shape[:1], lambda: "bias does not fit the weight")
     return x.new_empty((*x.shape[:-1], elements.shape[0]))
@@ -126,12 +144,13 @@ def _fake_linears(
     format: str,
     activation: str | None,
     rule: str | None,
+    planes: int | None = None,
 ) -> list[Tensor]:
     check((activation is None) == (rule is None), lambda: "an activation format comes with a scale rule")
     if activation is not None and rule is not None:
         x = _fake_quantize_dequantize(x, activation, rule)
     weights = zip(elements, scales, biases, strict=True)
-    return [_fake_linear(x, packed, exponents, bias, format) for packed, exponents, bias in weights]
+    return [_fake_linear(x, packed, exponents, bias, format, planes) for packed, exponents, bias in weights]
 
 
 def _check_rule(rule: str, fmt: MXFormat) -> None:
@@ -142,7 +161,8 @@ def _check_rule(rule: str, fmt: MXFormat) -> None:
 def _register() -> None:
     schemas = {
         "quantize(Tensor x, str format, str rule) -> (Tensor, Tensor)": (quantize, _fake_quantize),
-        "dequantize(Tensor elements, Tensor scales, str format, SymInt size, ScalarType dtype) -> Tensor": (
+        "dequantize(Tensor elements, Tensor scales, str format, SymInt size, ScalarType dtype, int? planes=None) "
+        "-> Tensor": (
             dequantize,
             _fake_dequantize,
         ),
@@ -150,9 +170,12 @@ def _register() -> None:
             quantize_dequantize,
             _fake_quantize_dequantize,
         ),
-        "linear(Tensor x, Tensor elements, Tensor scales, Tensor? bias, str format) -> Tensor": (linear, _fake_linear),
+        "linear(Tensor x, Tensor elements, Tensor scales, Tensor? bias, str format, int? planes=None) -> Tensor": (
+            linear,
+            _fake_linear,
+        ),
         "linears(Tensor x, Tensor[] elements, Tensor[] scales, Tensor?[] biases, str format, "
-        "str? activation, str? rule) -> Tensor[]": (linears, _fake_linears),
+        "str? activation, str? rule, int? planes=None) -> Tensor[]": (linears, _fake_linears),
         "multiply(Tensor x, Tensor multiplier, str digest) -> Tensor": (multiply, multiply),
         "rotate(Tensor x, int block) -> Tensor": (rotate, _fake_rotate),
     }

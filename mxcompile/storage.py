@@ -21,8 +21,10 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, then buffers, under all their names."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    """Parameters, then buffers, under all their names; MX weights in rows, whatever kernels they are arranged for."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    rows = {id(value): value.in_rows() for value in named.values() if isinstance(value, MXWeight)}
+    parameters: dict[str, Tensor] = {name: rows.get(id(value), value) for name, value in named.items()}
     return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 

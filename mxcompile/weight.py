@@ -6,7 +6,8 @@ the weight says, the weight is dequantized, and torch's own op multiplies. `F.em
 arithmetic is refused with the operator's name: nothing is dequantized behind the user's back. In eager mode the kernels
 serve `F.linear`; inside `torch.compile` and `torch.export` every step is an op of the graph.
 
-Survives `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.export`.
+Survives `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.export`. Compiled for a GPU its bytes may
+be arranged in planes; where nothing reads these (another device or dtype, a file) they go back to rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
+from mxcompile.formats import parse_format
+from mxcompile.kernels.arranging import lift_of_rows, planes_of_rows, rows_of_planes
 from mxcompile.ops import DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
@@ -32,6 +35,8 @@ class MXLayout:
     activation, rule: format and scale rule of the input, or None if it stays float.
     multiplier: a name for the values that the input is multiplied by (equal names, equal values), or None.
     rotation: block of the rotation of the input (`hadamard.py`), after the multiplication, or None.
+    planes: None if the bytes lie in rows (`packing.py`); if they are arranged for the GPU's fast kernels
+        (`kernels/planes.py`), the power of two that they lack.
     """
 
     format: str
@@ -41,6 +46,7 @@ class MXLayout:
     rule: str | None = None
     multiplier: str | None = None
     rotation: int | None = None
+    planes: int | None = None
 
 
 class MXWeight(Tensor):
@@ -92,7 +98,7 @@ class MXWeight(Tensor):
         """The float values, in the weight's shape and dtype; of an expanded weight, each value is decoded once."""
         spec = self.layout_
         elements, scales = (_unexpanded(part) for part in (self.elements, self.scales))
-        values = DEQUANTIZE(elements, scales, spec.format, spec.size, self.dtype)
+        values = DEQUANTIZE(elements, scales, spec.format, spec.size, self.dtype, *_if_planes(spec))
         values = values.transpose(-1, -2) if spec.transposed else values
         return values if values.shape == self.shape else values.expand(self.shape)
 
@@ -118,6 +124,29 @@ class MXWeight(Tensor):
         """The weight with its last two dimensions exchanged, on the same bytes."""
         spec = replace(self.layout_, transposed=not self.layout_.transposed)
         return MXWeight(self.elements, self.scales, spec, self.dtype, self.multiplier)
+
+    def in_rows(self) -> "MXWeight":
+        """The weight with its bytes in rows; itself if they are."""
+        spec = self.layout_
+        if spec.planes is None:
+            return self
+        fmt = parse_format(spec.format)
+        elements, scales = rows_of_planes(self.elements, self.scales, fmt, spec.size, spec.planes)
+        return MXWeight(elements, scales, replace(spec, planes=None), self.dtype, self.multiplier)
+
+    def in_planes(self, lift: int | None = None, place: tuple[Tensor, Tensor] | None = None) -> "MXWeight":
+        """The weight with its bytes in planes; itself if they are.
+
+        lift: what `kernels.arranging.lift_of_rows` has said, asked again if None, which raises MXCompileError if planes
+        cannot hold the weight. place: where to put the bytes.
+        """
+        spec = self.layout_
+        if spec.planes is not None:
+            return self
+        fmt = parse_format(spec.format)
+        lift = lift_of_rows(self.elements, self.scales, fmt, spec.size) if lift is None else lift
+        elements, scales = planes_of_rows(self.elements, self.scales, fmt, spec.size, lift, place)
+        return MXWeight(elements, scales, replace(spec, planes=lift), self.dtype, self.multiplier)
 
     def _stable_hash_for_caching(self) -> str:
         """What compiled graphs depend on; read by AOTAutograd's cache (torch 2.13 and later)."""
@@ -156,12 +185,25 @@ class MXWeight(Tensor):
                 "use weight.dequantize() for the float values"
             )
         dtype = options.pop("dtype", None) or weight.dtype
+        if func is aten._to_copy.default and not _keeps_planes(dtype, options.get("device"), weight):
+            weight = weight.in_rows()
         elements, scales, *rest = (func(part, *args[1:], **options) for part in weight.parts)
         layout = weight.layout_
         if rest and dtype != weight.dtype:
             rest = [rest[0].to(dtype)]
             layout = replace(layout, multiplier=f"{layout.multiplier} as {dtype}")
         return MXWeight(elements, scales, layout, dtype, *rest)
+
+
+def _if_planes(layout: MXLayout) -> tuple[int, ...]:
+    """The operators' last argument, where it is not what they take if it is left out."""
+    return () if layout.planes is None else (layout.planes,)
+
+
+def _keeps_planes(dtype: torch.dtype, device: torch.device | str | None, weight: MXWeight) -> bool:
+    """Whether a weight of that dtype, there, is read by the kernels for planes."""
+    kind = weight.device.type if device is None else torch.device(device).type
+    return dtype == torch.bfloat16 and kind == "cuda"
 
 
 def _unexpanded(part: Tensor) -> Tensor:
@@ -176,6 +218,7 @@ _COPIES = frozenset({aten.detach.default, aten.alias.default, aten.clone.default
 
 def _copy_into(weight: MXWeight, other: MXWeight) -> MXWeight:
     """Write the other's parts over the weight's. Its layout stays: compiled graphs do not look at it again."""
+    other = other.in_rows() if weight.layout_.planes is None else other.in_planes()
     if weight.layout_ != other.layout_:
         raise MXCompileError(
             f"cannot copy {other.layout_} into {weight.layout_}: put the other weight in its place "
@@ -202,7 +245,7 @@ def _right_operand(op: Callable[..., Tensor], place: int) -> Callable[..., Tenso
 def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tensor:
     if _served_by_kernels(input, weight):
         spec = weight.layout_
-        args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule)
+        args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule, *_if_planes(spec))
         return LINEARS(weight.transform(input), *args)[0]
     return F.linear(weight.prepare(input), weight.dequantize(), bias)
 
@@ -224,6 +267,7 @@ def _grouped_mm_fallback(input: Tensor, weight: MXWeight, offs: Tensor) -> Tenso
 def _embedding(input: Tensor, weight: MXWeight, *args: Any, **kwargs: Any) -> Tensor:
     del args, kwargs  # padding_idx and the like only matter for gradients
     spec = weight.layout_
+    weight = weight.in_rows()
     rows = [F.embedding(input, part) for part in (weight.elements, weight.scales)]
     return DEQUANTIZE(*rows, spec.format, spec.size, weight.dtype)
 

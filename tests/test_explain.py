@@ -110,12 +110,12 @@ def test_overrides_exclusions_and_convolutions():
 
 def test_a_gpu_and_a_machine_without_a_compiler(monkeypatch):
     """What the dispatcher would answer there is what is told."""
-    monkeypatch.setattr(MODULE, "choices", lambda x, fmt: {"triton_linear": None, "reference": None})
+    monkeypatch.setattr(MODULE, "choices", lambda x, fmt, out: {"triton_linear": None, "reference": None})
     found = mxcompile.explain(build("llama"), inputs("llama"))
     assert {layer.decode for layer in found.quantized} == {"triton_linear"}
     assert "not measured for whole models" in words(found)
     missing = "there is no C++ compiler"
-    monkeypatch.setattr(MODULE, "choices", lambda x, fmt: {"cpu": missing, "reference": None})
+    monkeypatch.setattr(MODULE, "choices", lambda x, fmt, out: {"cpu": missing, "reference": None})
     monkeypatch.setattr(MODULE, "why_no_inductor", lambda device: missing)
     text = words(mxcompile.explain(build("llama"), inputs("llama")))
     assert f"{missing}: every operation runs by itself" in text

@@ -1,8 +1,8 @@
 """Which implementation serves a call: the fastest kernel whose `supports` has no objection, else the reference.
 
-The choice depends on device, dtype and format alone. Without a C++ compiler the reference serves on the CPU for
-`linear`, and for values its equal in fewer passes, `nearest.py`. `choices` gives every candidate's answer, for dumps,
-errors and `mxcompile explain`.
+The choice depends on device, dtype, format, and whether a weight is held in rows or in planes (`planes.py`), nothing
+else. Without a C++ compiler the reference serves on the CPU for `linear`, and for values its equal in fewer passes,
+`nearest.py`. `choices` gives every candidate's answer, for dumps, errors and `mxcompile explain`.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,17 @@ from torch import Tensor
 
 from mxcompile import nearest, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels import cpu
+from mxcompile.kernels import arranging, cpu
 
 TRITON_MISSING = "triton is not installed"
 
 
-def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat) -> Tensor:
-    """`x @ dequantize(elements, scales).T + bias`; see `reference.linear`, elements packed."""
+def linear(
+    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat, planes: int | None = None
+) -> Tensor:
+    """`x @ dequantize(elements, scales).T + bias`; see `reference.linear`, elements packed, in rows or in planes."""
+    if planes is not None:
+        return linears(x, [(elements, scales, bias)], fmt, None, planes)[0]
     kernel = _triton("triton_linear", x)
     if kernel is not None and kernel.supports(x, fmt) is None:
         return kernel.linear(x, elements, scales, bias, fmt)
@@ -31,14 +35,24 @@ def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt
 
 
 def linears(
-    x: Tensor, weights: Sequence[cpu.PackedWeight], fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | None
+    x: Tensor,
+    weights: Sequence[cpu.PackedWeight],
+    fmt: MXFormat,
+    rounding: tuple[MXFormat, ScaleRule] | None,
+    planes: int | None = None,
 ) -> list[Tensor]:
     """`linear` with several weights of one x, rounded to that format first if one is given."""
     refused = cpu.supports(x, fmt) or (rounding and cpu.supports_rounding(x, *rounding))
-    if not refused:
+    if planes is None and not refused:
         return cpu.linears(x, weights, fmt, rounding)
     if rounding is not None:
         x = quantize_dequantize(x, *rounding)
+    if planes is not None:
+        kernel = _triton("planes_linear", x)
+        if kernel is not None and kernel.supports(x) is None:
+            return kernel.linears(x, weights, fmt, planes)
+        size = x.shape[-1]
+        weights = [(*arranging.rows_of_planes(*weight[:2], fmt, size, planes), weight[2]) for weight in weights]
     return [linear(x, elements, scales, bias, fmt) for elements, scales, bias in weights]
 
 
@@ -52,12 +66,16 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     return nearest.quantize_dequantize(x, fmt, rule)
 
 
-def choices(x: Tensor, fmt: MXFormat) -> dict[str, str | None]:
-    """For `linear`, in order of preference: kernel name -> None if it serves, or why not."""
-    kernel = _triton("triton_linear", x)
+def choices(x: Tensor, fmt: MXFormat, out: int) -> dict[str, str | None]:
+    """For a weight with so many outputs, in order of preference: kernel name -> None if it serves, or why not.
+
+    That of planes serves if the weight's data can be held so, too, which is found when a model is compiled.
+    """
     on_gpu = "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
+    kernel, fast = _triton("triton_linear", x), _triton("planes_linear", x)
     answer = on_gpu if kernel is None else kernel.supports(x, fmt)
-    return {"triton_linear": answer, "cpu": cpu.supports(x, fmt), "reference": None}
+    planes = on_gpu if fast is None else fast.supports(x) or arranging.why_no_shape(out, fmt)
+    return {"planes": planes, "triton_linear": answer, "cpu": cpu.supports(x, fmt), "reference": None}
 
 
 def rounding_choices(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> dict[str, str | None]:

@@ -16,7 +16,10 @@ with `scale` one byte of the int32 (plane j's is byte j % 4), already shifted by
 8-bit integers (as sign and magnitude) are bfloat16 subnormals or small normals times a large scale; narrower integers
 are 128 + n, which a multiply-add makes n. Every product is exact.
 
-MXWeight keeps packing.py's layout, which stays the definition; this one is made from it once, and gives it back.
+packing.py's layout stays the definition; this one is made from it once, and gives it back. `to_bytes` shows both
+tensors as rows of bytes, in which an MXWeight can hold them: `[out, slabs * WORDS * 64]` and `[out, slabs * PLANES]`,
+the sizes that rows of packed elements and scales would have if they were padded to whole slabs. A row of bytes is then
+no row of the weight.
 """
 
 from dataclasses import dataclass
@@ -94,38 +97,58 @@ def plane_layout(fmt: MXFormat) -> PlaneLayout:
     return _LAYOUTS[fmt.name]
 
 
+def why_no_format(fmt: MXFormat) -> str | None:
+    """Why no weight of a format can be held in planes, in a sentence; None if it depends on the weight."""
+    small = f"planes hold blocks of {LANES} or more, not {fmt.block_size}" if fmt.block_size < LANES else None
+    return no_kernel(fmt) or small
+
+
 def why_not(elements: Tensor, scales: Tensor, fmt: MXFormat) -> str | None:
     """Why a packed weight `[out, bytes]` cannot be held in planes, in a sentence; None if it can. Reads the data."""
-    small = f"planes hold blocks of {LANES} or more, not {fmt.block_size}" if fmt.block_size < LANES else None
-    if reason := no_kernel(fmt) or small:
-        return reason
+    try:
+        lift_for(*scale_range(elements, scales, fmt), fmt)
+    except MXCompileError as error:
+        return str(error)
+    return None
+
+
+def scale_range(elements: Tensor, scales: Tensor, fmt: MXFormat) -> tuple[int, int]:
+    """Smallest and largest scale byte, shifted by the format's exponent, over blocks that are not all zero.
+
+    Raises MXCompileError if planes cannot hold the weight whatever its scales are.
+    """
+    if reason := why_no_format(fmt):
+        raise MXCompileError(reason)
     if elements.dim() != 2 or elements.shape[1] == 0:
-        return f"planes hold 2-D weights with at least one column, not {tuple(elements.shape)}"
+        raise MXCompileError(f"planes hold 2-D weights with at least one column, not {tuple(elements.shape)}")
     codes = packing.unpack(elements, fmt)
     if _patterns(fmt, codes.device)[codes.long()].lt(0).any():
-        return f"the weight holds {fmt.name} codes (Inf, NaN, or -128) that planes cannot hold"
+        raise MXCompileError(f"the weight holds {fmt.name} codes (Inf, NaN, or -128) that planes cannot hold")
     if bool((scales == 255).any()):
-        return "the weight has a NaN scale"
-    smallest, largest = _scale_range(codes, scales, fmt)
+        raise MXCompileError("the weight has a NaN scale")
+    shifted = (scales.int() + plane_layout(fmt).exponent)[~_zero_blocks(codes, fmt)]
+    return (int(shifted.min()), int(shifted.max())) if shifted.numel() else (1, 1)
+
+
+def lift_for(smallest: int, largest: int, fmt: MXFormat) -> int:
+    """The least power of two for `scale_range`'s results. Raises MXCompileError if they are too far apart."""
     layout = plane_layout(fmt)
     lift = max(0, largest - layout.largest_scale)
     unit = smallest - 127 - layout.exponent + fmt.emin - fmt.mantissa_bits
     if smallest - lift < 1 or (lift and unit - lift < _BFLOAT16_SMALLEST):
-        return f"the weight's scales span 2**{largest - smallest}, too much for planes"
-    return None
+        raise MXCompileError(f"the weight's scales span 2**{largest - smallest}, too much for planes")
+    return lift
 
 
-def to_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int) -> Planes:
+def to_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, lift: int | None = None) -> Planes:
     """Repack elements `[out, blocks * block_bytes]` and scales `[out, blocks]` (see packing.py).
 
-    Raises MXCompileError with `why_not`'s sentence where that has one.
+    lift: as `lift_for` gives it for these rows and others; for these if None. Raises MXCompileError with `why_not`'s
+    sentence where that has one.
     """
-    reason = why_not(elements, scales, fmt)
-    if reason is not None:
-        raise MXCompileError(reason)
+    if lift is None:
+        lift = lift_for(*scale_range(elements, scales, fmt), fmt)
     layout, codes = plane_layout(fmt), packing.unpack(elements, fmt)
-    _, largest = _scale_range(codes, scales, fmt)
-    lift = max(0, largest - layout.largest_scale)
     zero = _zero_blocks(codes, fmt)
     shifted = scales.int() + layout.exponent - lift
     shifted = torch.where(zero, shifted.clamp(1, layout.largest_scale), shifted)
@@ -150,6 +173,28 @@ def from_planes(planes: Planes) -> tuple[Tensor, Tensor]:
     return packing.pack(codes.contiguous(), fmt), scales.clamp(0, 254).to(torch.uint8)
 
 
+def to_bytes(planes: Planes) -> tuple[Tensor, Tensor]:
+    """Words and scales as uint8 `[out, bytes]` and `[out, blocks]`, on the same memory."""
+    parts = (planes.words, planes.scales)
+    elements, scales = (part.view(torch.uint8).reshape(planes.out, -1) for part in parts)
+    return elements, scales
+
+
+def from_bytes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, lift: int) -> Planes:
+    """The inverse of `to_bytes`, on the same memory; both contiguous."""
+    layout, out = plane_layout(fmt), len(elements)
+    words = elements.view(torch.int16).view(out // TILE, -1, layout.words, TILE, LANES)
+    exponents = scales.view(torch.int32).view(out // TILE, -1, layout.planes // _SCALES_PER_WORD, TILE)
+    return Planes(words, exponents, fmt, out, size, lift)
+
+
+def padded_bytes(fmt: MXFormat, size: int) -> tuple[int, int]:
+    """Bytes of elements and of scales that a row of `size` values takes in planes."""
+    layout = plane_layout(fmt)
+    slabs = -(-size // layout.columns)
+    return slabs * layout.words * 2 * LANES, slabs * layout.planes
+
+
 def _tiled(values: Tensor, width: int, value: int = 0) -> Tensor:
     """`[out, n]` to `[tiles, slabs, 64, width]`, padded with `value`."""
     out, n = values.shape
@@ -161,12 +206,6 @@ def _tiled(values: Tensor, width: int, value: int = 0) -> Tensor:
 def _zero_blocks(codes: Tensor, fmt: MXFormat) -> Tensor:
     magnitude = codes if fmt.is_integer else codes & (2 ** (fmt.bits - 1) - 1)
     return magnitude.unflatten(-1, (-1, fmt.block_size)).amax(-1) == 0
-
-
-def _scale_range(codes: Tensor, scales: Tensor, fmt: MXFormat) -> tuple[int, int]:
-    """Smallest and largest scale byte, shifted by the format's exponent, over blocks that are not all zero."""
-    shifted = (scales.int() + plane_layout(fmt).exponent)[~_zero_blocks(codes, fmt)]
-    return (int(shifted.min()), int(shifted.max())) if shifted.numel() else (1, 1)
 
 
 def _patterns(fmt: MXFormat, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""y = x @ dequantize(w).T + bias for a weight in planes (planes.py), decoded in registers; and w itself in bfloat16.
+"""y = x @ dequantize(w).T + bias for a weight in planes (planes.py), decoded in registers.
 
 One kernel from decode to prefill: the weight is the left operand, `acc[out, tokens] += plane[out, 32] @ x.T[32, :]`
 (or four planes at a time), so that its rows fill the tensor core's fixed dimension however few the tokens are, and on
@@ -24,8 +24,9 @@ with integer operations and the same values are multiplied as float32.
 # As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
@@ -38,6 +39,8 @@ from mxcompile.formats import MXFormat
 from mxcompile.kernels.planes import Planes, plane_layout
 from mxcompile.kernels.triton_decode import layout_constants, plane_values
 from mxcompile.kernels.triton_elements import launch, narrow, unsupported_device, widen
+
+_MOST_WEIGHTS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -73,42 +76,71 @@ def linear(x: Tensor, planes: Planes, bias: Tensor | None, config: Config, count
 
     counters: int32 zeros, at least `counters_needed(...)` of them, which a split K sets back to zero; made if missing.
     """
-    if x.shape[-1] != planes.size or (bias is not None and bias.shape != (planes.out,)):
-        raise MXCompileError(f"a linear of {planes.size} inputs and {planes.out} outputs cannot take {tuple(x.shape)}")
-    y = torch.empty((*x.shape[:-1], planes.out), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
+    return linears(x, planes, [planes.out], [bias], config, counters)[0]
+
+
+def linears(
+    x: Tensor,
+    planes: Planes,
+    outs: Sequence[int],
+    biases: Sequence[Tensor | None],
+    config: Config,
+    counters: Tensor | None = None,
+) -> list[Tensor]:
+    """`linear` in one launch for up to three weights that lie behind each other in `planes`: `outs` rows of it each.
+
+    All of them have a bias or none; `outs` of several are multiples of `config.out`. See `linear` for the rest.
+    """
+    _check(x, planes, outs, biases, config)
+    ys = [torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device) for out in outs]
     x = x.reshape(math.prod(x.shape[:-1]), planes.size)
+    if x.shape[0] == 0:
+        return ys
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, tiles = x.shape[0], counters_needed(x.shape[0], planes, config)
     split = min(config.split, planes.words.shape[1])
-    partial = y
+    partial = ys[0]
     if split > 1:
         partial = torch.empty((split, rows, planes.out), dtype=torch.float32, device=x.device)
         counters = torch.zeros(tiles, dtype=torch.int32, device=x.device) if counters is None else counters
+    given = [x if bias is None else bias.contiguous() for bias in biases]
     launch(
         _planes_kernel,
         tiles * split,
         x,
         planes.words,
         planes.scales,
-        x if bias is None else bias.contiguous(),
-        y,
+        tuple(given),
+        tuple(ys),
         partial,
-        y if counters is None else counters,
+        ys[0] if counters is None else counters,
         2.0**planes.lift,
         rows,
-        planes.out,
+        tuple(outs),
         planes.size,
         planes.words.shape[1],
         x.stride(0),
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=biases[0] is not None,
         PADDED=planes.size % plane_layout(planes.fmt).columns != 0,
         INTERPRETED=not x.is_cuda,
         **constants(planes.fmt, replace(config, split=split)),
         **options(config),
     )
-    return y
+    return ys
+
+
+def _check(x: Tensor, planes: Planes, outs: Sequence[int], biases: Sequence[Tensor | None], config: Config) -> None:
+    """Shapes that disagree would make the kernel read or write out of bounds."""
+    if x.shape[-1] != planes.size or sum(outs) != planes.out or len(outs) != len(biases):
+        raise MXCompileError(f"a linear of {planes.size} inputs and {planes.out} outputs cannot take {tuple(x.shape)}")
+    for out, bias in zip(outs, biases, strict=True):
+        if bias is not None and bias.shape != (out,):
+            raise MXCompileError(f"a linear of {out} outputs cannot take a bias of shape {tuple(bias.shape)}")
+    together = len(outs) > 1
+    if len(outs) > _MOST_WEIGHTS or len({bias is None for bias in biases}) > 1:
+        raise MXCompileError(f"one launch takes up to {_MOST_WEIGHTS} weights, all with a bias or all without")
+    if together and any(out % config.out for out in outs):
+        raise MXCompileError(f"weights of {list(outs)} outputs are not cut by tiles of {config.out}")
 
 
 def counters_needed(rows: int, planes: Planes, config: Config) -> int:
@@ -140,34 +172,6 @@ def options(config: Config) -> dict[str, Any]:
         **({"launch_pdl": True} if config.dependent else {}),
         **({"maxnreg": config.registers} if config.registers else {}),
     }
-
-
-def dequantize(planes: Planes, out: Tensor | None = None, slabs: int = 2, warps: int = 4) -> Tensor:
-    """The weight's values `[out, size]` in bfloat16, into `out` if given; `slabs` of a tile by each program."""
-    shape = (planes.out, planes.size)
-    y = torch.empty(shape, dtype=torch.bfloat16, device=planes.words.device) if out is None else out
-    if y.shape != shape or y.dtype != torch.bfloat16 or y.stride(1) != 1:
-        raise MXCompileError(f"planes of {shape} cannot be written to {y.dtype} {tuple(y.shape)}")
-    groups = -(-planes.words.shape[1] // slabs)
-    launch(
-        _dequantize_kernel,
-        planes.words.shape[0] * groups,
-        planes.words,
-        planes.scales,
-        y,
-        2.0**planes.lift,
-        planes.out,
-        planes.size,
-        planes.words.shape[1],
-        y.stride(0),
-        **layout_constants(planes.fmt),
-        SLABS=slabs,
-        INTERPRETED=not y.is_cuda,
-        LIFTED=planes.lift != 0,
-        num_warps=warps,
-        enable_fp_fusion=True,
-    )
-    return y
 
 
 @triton.jit
@@ -225,6 +229,16 @@ def _prefetch(words, row, n_size, slabs, first, TILE_N: tl.constexpr, WORDS: tl.
 
 
 @triton.jit
+def _wait_for_kernel_before(
+    words, row, n_size, slabs, first, TILE_N: tl.constexpr, WORDS: tl.constexpr, PREFETCH: tl.constexpr
+):
+    if PREFETCH > 0:
+        _prefetch(words, row, n_size, slabs, first, TILE_N, WORDS, PREFETCH)
+    gdc_launch_dependents()
+    gdc_wait()
+
+
+@triton.jit
 def _add_slab(
     acc,
     w,
@@ -276,13 +290,13 @@ def _planes_kernel(
     x,
     words,
     scales,
-    bias,
-    y,
+    biases,
+    ys,
     partial,
     counters,
     lift,
     m_size,
-    n_size,
+    outs,
     k_size,
     slabs,
     x_stride,
@@ -303,21 +317,22 @@ def _planes_kernel(
 ):
     PLANES: tl.constexpr = SHAPE[0]
     WORDS: tl.constexpr = SHAPE[1]
+    n_size = outs[0]
+    for i in tl.static_range(1, len(outs)):
+        n_size += outs[i]
     split = tl.program_id(0) % SPLIT
     tile = tl.program_id(0) // SPLIT
     m_tile, n_tile = _place(tile, m_size, n_size, TILE_M, TILE_N, GROUP)
     m = m_tile * TILE_M + tl.arange(0, TILE_M)
-    n = n_tile * TILE_N + tl.arange(0, TILE_N)
+    row = n_tile * TILE_N
+    n = row + tl.arange(0, TILE_N)
     m_inside = m[None, :] < m_size
     first = split * slabs // SPLIT
     count = (split + 1) * slabs // SPLIT - first
     tl.assume(count > 0)  # with a way around the loop, ptxas makes every wgmma wait for the one before it
     w, s = _weight_pointers(words, scales, n, n_size, slabs, first, PLANES, WORDS)
     if DEPENDENT:
-        if PREFETCH > 0:
-            _prefetch(words, n_tile * TILE_N, n_size, slabs, first, TILE_N, WORDS, PREFETCH)
-        gdc_launch_dependents()
-        gdc_wait()
+        _wait_for_kernel_before(words, row, n_size, slabs, first, TILE_N, WORDS, PREFETCH)
     rows = x + m[None, :].to(tl.int64) * x_stride
     acc = tl.full((TILE_N, TILE_M), 0.0, tl.float32)
     for slab in range(count):
@@ -327,18 +342,18 @@ def _planes_kernel(
         )
         w += WORDS * 64 * 32
         s += PLANES // 4 * 64
-    inside = m_inside & (n[:, None] < n_size)
-    at = m[None, :].to(tl.int64) * n_size + n[:, None]
-    if SPLIT == 1:
-        _finish(acc, bias, y, at, n, n_size, inside, lift, HAS_BIAS, INTERPRETED)
-    else:
+    if SPLIT > 1:
         whole = m_size.to(tl.int64) * n_size
+        at = m[None, :].to(tl.int64) * n_size + n[:, None]
+        inside = m_inside & (n[:, None] < n_size)
         tl.store(partial + split * whole + at, acc, mask=inside)
         if _arrives_last(counters + tile, SPLIT):
             acc = tl.full((TILE_N, TILE_M), 0.0, tl.float32)
             for other in tl.static_range(SPLIT):
                 acc += tl.load(partial + other * whole + at, mask=inside, other=0.0, cache_modifier=".cg")
-            _finish(acc, bias, y, at, n, n_size, inside, lift, HAS_BIAS, INTERPRETED)
+            _finish(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS, INTERPRETED)
+    else:
+        _finish(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS, INTERPRETED)
 
 
 @triton.jit
@@ -352,52 +367,23 @@ def _arrives_last(counter, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, bias, y, at, n, n_size, inside, lift, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Sums to results: scaled, with the bias, rounded once."""
+def _finish(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Sums to results: scaled, with the bias, rounded once, to the tensor of the weight that the tile belongs to."""
     acc = acc * lift
+    if len(outs) == 1:
+        _write(acc, biases[0], ys[0], n, outs[0], m, m_inside, HAS_BIAS, INTERPRETED)
+    else:
+        start = row * 0
+        for i in tl.static_range(len(outs)):
+            if (row >= start) & (row < start + outs[i]):
+                _write(acc, biases[i], ys[i], n - start, outs[i], m, m_inside, HAS_BIAS, INTERPRETED)
+            start += outs[i]
+
+
+@triton.jit
+def _write(acc, bias, y, n, n_size, m, m_inside, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr):
     if HAS_BIAS:
         acc += widen(tl.load(bias + n, mask=n < n_size, other=0.0))[:, None]
     result = narrow(acc, y.dtype.element_ty) if INTERPRETED else acc.to(y.dtype.element_ty)
-    tl.store(y + at, result, mask=inside)
-
-
-@triton.jit(do_not_specialize=["lift"])
-def _dequantize_kernel(
-    words,
-    scales,
-    y,
-    lift,
-    n_size,
-    k_size,
-    slabs,
-    y_stride,
-    SHAPE: tl.constexpr,
-    FIELDS: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-    SLABS: tl.constexpr,
-    LIFTED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    PLANES: tl.constexpr = SHAPE[0]
-    WORDS: tl.constexpr = SHAPE[1]
-    groups = (slabs + SLABS - 1) // SLABS
-    tile = tl.program_id(0) // groups
-    row = tl.arange(0, 64)
-    n = tile * 64 + row
-    rows = y + n[:, None].to(tl.int64) * y_stride
-    for i in tl.static_range(SLABS):
-        slab = (tl.program_id(0) % groups) * SLABS + i
-        at = tile.to(tl.int64) * slabs + tl.minimum(slab, slabs - 1)
-        w = words + at * (WORDS * 64 * 32) + row[:, None] * 32 + tl.arange(0, 32)[None, :]
-        s = scales + at * (PLANES // 4 * 64) + row
-        w0 = tl.load(w, eviction_policy="evict_first")
-        w1 = tl.load(w + 2048, eviction_policy="evict_first") if WORDS > 1 else w0
-        w2 = tl.load(w + 4096, eviction_policy="evict_first") if WORDS > 2 else w0
-        s0 = tl.load(s)
-        s1 = tl.load(s + 64) if PLANES > 4 else s0
-        for plane in tl.static_range(PLANES):
-            values = plane_values(w0, w1, w2, s0, s1, plane, SHAPE, FIELDS, ASSEMBLY, INTERPRETED)
-            if LIFTED or INTERPRETED:
-                values = narrow(values.to(tl.float32) * lift, tl.bfloat16)  # pyright: ignore[reportArgumentType]
-            k = slab * (PLANES * 32) + plane * 32 + tl.arange(0, 32)[None, :]
-            tl.store(rows + k, values, mask=(n[:, None] < n_size) & (k < k_size))
+    at = m[None, :].to(tl.int64) * n_size + n[:, None]
+    tl.store(y + at, result, mask=m_inside & (n[:, None] < n_size))

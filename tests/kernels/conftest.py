@@ -22,12 +22,19 @@ from mxcompile.formats import MXFormat
 from mxcompile.reference import element_table
 
 _PACKAGE = "mxcompile.kernels"
-_MODULES = ("triton_elements", "triton_decode", "triton_linear", "triton_planes", "triton_quantize")
+_MODULES = (
+    "triton_elements",
+    "triton_decode",
+    "triton_dequantize",
+    "triton_linear",
+    "triton_planes",
+    "triton_quantize",
+)
 
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[SimpleNamespace]:
-    """The modules triton_linear, triton_planes and triton_quantize, interpreted, as `.linear`, `.planes`, `.quantize`.
+    """The modules triton_linear, triton_planes ..., interpreted, as `.linear`, `.planes`, `.dequantize`, `.quantize`.
 
     `.larger` is the combining function of quantize's maximum as it was written (see below).
     """
@@ -40,7 +47,8 @@ def interpreted() -> Iterator[SimpleNamespace]:
         # The interpreter recognizes triton's own maximum; it calls any other once an element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
         patch.setattr(quantize, "_larger", standard._elementwise_max)
-        yield SimpleNamespace(linear=linear, planes=copies["triton_planes"], quantize=quantize, larger=larger)
+        others = {"planes": copies["triton_planes"], "dequantize": copies["triton_dequantize"]}
+        yield SimpleNamespace(linear=linear, quantize=quantize, larger=larger, **others)
 
 
 def _import_interpreted() -> dict[str, ModuleType]:

@@ -230,12 +230,12 @@ PLANES_OPTIONS = [
 def test_planes(
     error_over_bound: ErrorOverBound, fmt: MXFormat, shape: tuple[int, int], options: dict[str, int]
 ) -> None:
-    from mxcompile.kernels import triton_planes
+    from mxcompile.kernels import triton_dequantize, triton_planes
     from mxcompile.kernels.planes import to_planes
 
     elements, scales, w = random_weight(fmt, *shape, torch.bfloat16)
     planes, config = to_planes(elements, scales, fmt, shape[1]), triton_planes.Config(**options)
-    assert torch.equal(triton_planes.dequantize(planes), w)
+    assert torch.equal(triton_dequantize.dequantize(planes), w)
     for m in ROWS:
         x = torch.randn(m, shape[1], device="cuda").to(torch.bfloat16)
         bias = torch.randn(shape[0], device="cuda").to(torch.bfloat16) if m % 2 else None

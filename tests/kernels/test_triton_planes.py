@@ -70,6 +70,35 @@ def test_any_size_in_bounds(
     accesses.assert_within([x, planes.words, planes.scales, bias], y)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("outs", [(64, 128), (128, 64, 64)])
+def test_weights_side_by_side(
+    interpreted: SimpleNamespace, error_over_bound: ErrorOverBound, outs: tuple[int, ...], split: int, with_bias: bool
+) -> None:
+    planes, w = weight(MXFP4, sum(outs), 300)
+    x, config = tokens(3, 300), interpreted.planes.Config(8, 64, split)
+    biases = [tokens(1, out)[0] if with_bias else None for out in outs]
+    ys = interpreted.planes.linears(x, planes, outs, biases, config)
+    for y, part, bias, out in zip(ys, w.split(outs), biases, outs, strict=True):
+        assert (y.shape, y.is_contiguous()) == ((3, out), True)
+        assert error_over_bound(y, x, part, bias) <= 1
+
+
+def test_weights_that_one_launch_cannot_take(interpreted: SimpleNamespace) -> None:
+    planes, _ = weight(MXFP4, 256, 64)
+    linears, config, x = interpreted.planes.linears, interpreted.planes.Config(8, 64), tokens(3, 64)
+    for outs, biases, problem in (
+        ([96, 160], [None, None], "not cut by tiles of 64"),
+        ([64] * 4, [None] * 4, "up to 3 weights"),
+        ([128, 128], [None, tokens(1, 128)[0]], "all with a bias or all without"),
+        ([128, 64], [None, None], "cannot take"),
+        ([256], [tokens(1, 64)[0]], "a bias of shape"),
+    ):
+        with pytest.raises(MXCompileError, match=problem):
+            linears(x, planes, outs, biases, config)
+
+
 def test_any_shape_and_stride(interpreted: SimpleNamespace, error_over_bound: ErrorOverBound) -> None:
     planes, w = weight(MXFP4, 20, 77)
     x = tokens(100, 154)
@@ -85,7 +114,7 @@ def test_any_shape_and_stride(interpreted: SimpleNamespace, error_over_bound: Er
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_dequantize_exactly(interpreted: SimpleNamespace, fmt: MXFormat) -> None:
     planes, w = weight(fmt.with_block(64), 70, 300)
-    assert torch.equal(interpreted.planes.dequantize(planes), w)
+    assert torch.equal(interpreted.dequantize.dequantize(planes), w)
 
 
 def test_lifted_scales(interpreted: SimpleNamespace, error_over_bound: ErrorOverBound) -> None:
@@ -94,7 +123,7 @@ def test_lifted_scales(interpreted: SimpleNamespace, error_over_bound: ErrorOver
     planes = to_planes(pack(codes, MXFP4), scales, MXFP4, 128)
     w = reference.dequantize(codes, scales, MXFP4, 128, torch.bfloat16)
     assert planes.lift > 0
-    assert torch.equal(interpreted.planes.dequantize(planes), w)
+    assert torch.equal(interpreted.dequantize.dequantize(planes), w)
     y = interpreted.planes.linear(tokens(3, 128), planes, None, interpreted.planes.Config(8, 64))
     assert error_over_bound(y, tokens(3, 128), w, None) <= 1
 

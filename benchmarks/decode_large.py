@@ -1,0 +1,143 @@
+"""Decoding and prefill of a model of Llama-3-8B's shape on a GPU: MX weights beside the same model in bfloat16.
+
+    python benchmarks/decode_large.py --out benchmarks/results/decode-h100.jsonl
+
+Random weights, batch 1, through `generate` with a static cache: the decode step is compiled and replayed as a CUDA
+graph, for the bfloat16 model by transformers itself. A token's time is that of `--tokens` tokens more, after a prompt
+of `--prompt` tokens; a step's is that of its kernels alone. Prefill is one compiled forward of `--prefill` tokens. With
+`--profile`, the kernels of a step and their times.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+import triton
+from large import build
+
+import mxcompile
+from mxcompile.inductor import compile_module
+from mxcompile.storage import stored_bytes
+
+FLOAT: Final = "bfloat16"
+LISTED: Final = 14
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    model = build(arguments.layers, "cuda")
+    head = model.lm_head.weight.nbytes + model.model.embed_tokens.weight.nbytes
+    rows: list[dict[str, Any]] = []
+    for recipe in (FLOAT, *arguments.recipes.split(",")):
+        began = time.perf_counter()
+        ready = model if recipe == FLOAT else quantized(model, recipe)
+        weights = stored_bytes(ready)
+        row = {"model": "Llama-3-8B shape, random", "layers": arguments.layers, "recipe": recipe}
+        row |= {"gib": round(weights / 2**30, 3), "decoder_gib": round((weights - head) / 2**30, 3)}
+        row |= measured(ready, arguments)
+        row["seconds_to_prepare"] = round(time.perf_counter() - began, 1)
+        row |= {"ratio": round(rows[0]["token_ms"] / row["token_ms"], 2) if rows else 1.0}
+        row |= {"step_ratio": round(rows[0]["step_ms"] / row["step_ms"], 2) if rows else 1.0}
+        row |= {"prefill_ratio": round(rows[0]["prefill_ms"] / row["prefill_ms"], 2) if rows else 1.0}
+        row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        rows.append(row | {"transformers": transformers.__version__})
+        print(json.dumps(rows[-1]), flush=True)
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        torch._dynamo.reset()
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--recipes", default="w4a8-mxint-quick", help="comma-separated")
+    parser.add_argument("--prompt", type=int, default=1900)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one decode step")
+    parser.add_argument("--out", type=Path, help="add the results here, one JSON object a line")
+    return parser
+
+
+def quantized(model: Any, recipe: str) -> Any:
+    ids = torch.arange(16, device="cuda")[None]
+    return mxcompile.quantize_and_compile(model, {"input_ids": ids}, recipe=recipe, probe=False)
+
+
+@torch.no_grad()
+def measured(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    ids = torch.randint(100, 100000, (1, arguments.prefill), generator=generator, device="cuda")
+    prompt = ids[:, : arguments.prompt]
+
+    def generate(count: int) -> None:
+        options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+        model.generate(prompt, cache_implementation="static", **options)
+
+    for _ in range(2):
+        generate(6)
+    short = seconds(lambda: generate(4))
+    token = (seconds(lambda: generate(arguments.tokens + 4)) - short) / arguments.tokens
+    step = step_seconds(model, arguments)
+    if model._compiled_call_impl is None:
+        compile_module(model)  # the float model's prefill, compiled the way ours is
+    for _ in range(2):
+        model(ids, use_cache=False, logits_to_keep=1)
+    prefill = seconds(lambda: model(ids, use_cache=False, logits_to_keep=1))
+    times = {"token_ms": token, "step_ms": step, "prefill_ms": prefill}
+    return {name: round(value * 1e3, 3) for name, value in times.items()}
+
+
+def step_seconds(model: Any, arguments: argparse.Namespace) -> float:
+    """Time of the kernels of one decode step, from a profile of `generate`."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    ids = torch.arange(arguments.prompt, device="cuda")[None] + 100
+    count = 12
+    with torch.profiler.profile(activities=activities) as profile:
+        options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+        model.generate(ids, cache_implementation="static", **options)
+        torch.cuda.synchronize()
+    events = sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
+    steps = by_step(events, count)
+    busy = sorted(sum(e.time_range.elapsed_us() for e in step) for step in steps)
+    if arguments.profile and steps:
+        show(steps[len(steps) // 2])
+    return busy[len(busy) // 2] / 1e6
+
+
+def by_step(events: list[Any], count: int) -> list[list[Any]]:
+    """The kernels of the last few tokens: the sequence of names repeats, and the argmax ends a token."""
+    ends = [i for i, event in enumerate(events) if "argmax" in event.name.lower() or "ArgMax" in event.name]
+    ends = ends[-(count - 4) :]
+    return [events[first + 1 : last + 1] for first, last in pairwise(ends)]
+
+
+def show(step: list[Any]) -> None:
+    totals: dict[str, list[float]] = {}
+    for event in step:
+        totals.setdefault(event.name[:70], []).append(event.time_range.elapsed_us())
+    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:LISTED]:
+        print(f"{sum(times):9.1f} us {len(times):4}x {name}", flush=True)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """The least of three."""
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+if __name__ == "__main__":
+    main()

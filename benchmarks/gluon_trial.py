@@ -1,0 +1,210 @@
+"""us of the Gluon kernel for many tokens beside cuBLAS bf16, checked against float64 first; or what ptxas made of it.
+
+    python benchmarks/gluon_trial.py --seconds 300
+    python benchmarks/gluon_trial.py --formats mxfp4 --rows 2048 --config rows=256,out=128,stages=3 --out trial.jsonl
+    python benchmarks/gluon_trial.py --sass          compiles for Hopper; needs no GPU
+
+A case that fails prints its error and the next one runs. Times are gemm.py's. `--sass` prints, for each configuration:
+registers a thread at launch, spilled bytes, shared bytes, whether ptxas serialized wgmma, and of the loop over slabs of
+one warpgroup the instructions, products (HGMMA), waits for them, and the instructions that decode (LOP3, HFMA2, shifts)
+between the first product after a wait and the next wait, over all that decode.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from mxcompile.formats import FORMATS, MXFormat
+from mxcompile.kernels import gluon_planes
+from mxcompile.kernels.gluon_planes import Config
+
+LIMIT = 232448
+_DECODE = r"LOP3|SHF|PRMT|HFMA2|HMUL2|IMAD R"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ptxas made of one kernel; see the module's docstring."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    serialized: bool
+    loop: int
+    products: int
+    waits: int
+    overlapped: str
+
+
+def compile_kernel(fmt: MXFormat, config: Config, has_bias: bool = False) -> Any:
+    """The kernel as it is launched on Hopper."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel = gluon_planes._planes_kernel
+    names = kernel.arg_names
+    types = {"x": "bf16", "words": "i16", "scales": "i32", "y": "bf16"}
+    given = gluon_planes.constants(fmt, config, has_bias)
+    signature = dict.fromkeys(given, "constexpr") | {"bias": "*bf16", "lift": "fp32"}
+    signature |= dict.fromkeys(("m_size", "n_size", "slabs"), "i32")
+    for name, dtype in types.items():
+        shape, layout = gluon_planes.block(name, config)
+        signature[name] = f"tensordesc<{dtype}{shape},{layout!r}>"
+    aligned = {(names.index("bias"),): [["tt.divisibility", 16]]}
+    constants = {(names.index(name),): value for name, value in given.items()}
+    source = GluonASTSource(kernel, {name: signature[name] for name in names}, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gluon_planes.options(config))
+
+
+def report(fmt: MXFormat, config: Config, has_bias: bool = False) -> Report:
+    from kernel_sass import _assemble, _tool
+
+    compiled = compile_kernel(fmt, config, has_bias)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        notes = _assemble(ptx, cubin)
+        body = _inner_loop(_tool("nvdisasm", "-c", str(cubin)))
+    decode, hidden, running = 0, 0, False
+    for line in body:
+        running = (running or "HGMMA" in line) and "WARPGROUP.DEPBAR" not in line
+        if re.search(rf"\*/ +(@!?P\d )?({_DECODE})", line):
+            decode, hidden = decode + 1, hidden + running
+    return Report(
+        registers=int(re.findall(r"Used (\d+) registers", notes)[0]),
+        spilled_bytes=int(re.findall(r"(\d+) bytes spill stores", notes)[0]),
+        shared_bytes=compiled.metadata.shared,
+        serialized="are serialized" in notes,
+        loop=len(body),
+        products=sum("HGMMA" in line for line in body),
+        waits=sum("WARPGROUP.DEPBAR" in line for line in body),
+        overlapped=f"{hidden}/{decode}",
+    )
+
+
+def _inner_loop(sass: str) -> list[str]:
+    """The instructions of the shortest run from a label to a branch back to it that multiplies."""
+    lines, labels, best = sass.splitlines(), {}, list[str]()
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = i
+        branch = re.search(r"BRA `\((\.L_x_\d+)\)", line)
+        body = lines[labels.get(branch[1], i) : i + 1] if branch else []
+        body = [other for other in body if re.search(r"/\*[0-9a-f]{4,}\*/ +\S", other)]
+        if any("HGMMA" in other for other in body) and (not best or len(body) < len(best)):
+            best = body
+    return best
+
+
+def default_configs(fmt: MXFormat, m: int) -> list[Config]:
+    """The cuts that fit into shared memory: those with the least traffic first."""
+    words = 1 if fmt.bits == 4 else 2
+    configs = [
+        Config(rows, out, stages, group, persistent)
+        for (rows, out), stages, group, persistent in product(
+            ((256, 128), (128, 256), (128, 128), (128, 64)), (2, 3, 4, 5), (8, 2), (True, False)
+        )
+        if rows <= max(128, m) and (m > 1024 or group == 8)
+    ]
+
+    def bytes_of(config: Config) -> int:
+        return config.stages * (config.rows * 256 + config.out * (64 * words + 4) + 16) + 256
+
+    def deepest(config: Config) -> bool:
+        limit = LIMIT if config.consumers == 2 else 115000
+        step = bytes_of(config) // config.stages
+        return bytes_of(config) <= limit and (bytes_of(config) + step > limit or config.stages == 5)
+
+    return [config for config in configs if deepest(config)]
+
+
+def trial(arguments: argparse.Namespace) -> int:
+    """Run every case; how many were wrong or failed."""
+    from gemm import SHAPES, Exact, cublas_call, floor, make_weight, microseconds, tokens, warm_up
+
+    start, wrong = time.monotonic(), 0
+    warm_up()
+    shapes = [(name, *SHAPES[name]) for name in arguments.shapes.split(",")]
+    for fmt, (name, n, k) in product(arguments.formats, shapes):
+        weight = make_weight(fmt, n, k)
+        for m in arguments.rows:
+            x = tokens(m, k)
+            exact = Exact(x, weight.values) if m <= 2048 or not arguments.unchecked else None
+            cublas = microseconds(cublas_call(weight, x), 2 * floor(fmt, n, k, m))
+            for config in arguments.config or default_configs(fmt, m):
+                if time.monotonic() - start > arguments.seconds:
+                    print(f"out of time before {fmt} {name} {m} {config}")
+                    return wrong
+                line: dict[str, Any] = {"weight": str(fmt), "shape": name, "m": m, **asdict(config)}
+                try:
+                    line |= measure(weight, x, exact, config, cublas)
+                except Exception as problem:  # whatever it is, the next configuration is to run
+                    line["failed"] = f"{type(problem).__name__}: {str(problem).strip()[-300:]}"
+                wrong += "us" not in line
+                print(json.dumps(line), flush=True)
+                if arguments.out:
+                    with arguments.out.open("a") as file:
+                        print(json.dumps(line), file=file)
+    return wrong
+
+
+def measure(weight: Any, x: Any, exact: Any, config: Config, cublas: float) -> dict[str, Any]:
+    """One configuration: its error over the bound, whether it repeats bit for bit, and if it is right, its time."""
+    from gemm import microseconds
+
+    if reason := gluon_planes.supports(x, weight.planes):
+        return {"failed": reason}
+    copies = weight.of("planes")
+
+    def call(i: int) -> Any:
+        return gluon_planes.linear(x, copies[i % len(copies)], None, config)
+
+    results = [call(i) for i in range(3)]
+    error = exact.error(results[0]) if exact else 0.0
+    equal = all(torch.equal(results[0], other) for other in results[1:])
+    line: dict[str, Any] = {"error": round(error, 3), "equal": equal}
+    if error <= 1 and equal:
+        us = microseconds(call, cublas)
+        line |= {"us": round(us, 1), "cublas": round(cublas, 1), "ratio": round(cublas / us, 3)}
+    return line
+
+
+def parse_config(text: str) -> Config:
+    fields = {name: int(value) for name, value in (item.split("=") for item in text.split(","))}
+    return Config(**{name: bool(value) if name == "persistent" else value for name, value in fields.items()})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", default="mxint4,mxfp4", type=lambda t: [FORMATS[name] for name in t.split(",")])
+    parser.add_argument("--rows", default="256,2048", type=lambda t: [int(m) for m in t.split(",")])
+    parser.add_argument("--shapes", default="qkv,o,gate_up,down", help="comma-separated")
+    parser.add_argument("--config", type=parse_config, action="append", help="rows=256,out=128,...; may be repeated")
+    parser.add_argument("--seconds", type=float, default=300.0, help="start nothing new after so many")
+    parser.add_argument("--out", type=Path, help="append the lines to this file")
+    parser.add_argument("--unchecked", action="store_true", help="do not compare with float64 above 2048 tokens")
+    parser.add_argument("--sass", action="store_true", help="compile and report; needs no GPU")
+    arguments = parser.parse_args()
+    if arguments.sass:
+        for fmt in arguments.formats:
+            for config in arguments.config or default_configs(fmt, 256):
+                print(fmt, config, report(fmt, config), sep="\n    ", flush=True)
+        return 0
+    if not torch.cuda.is_available():
+        print("gluon_trial: no CUDA GPU here, nothing was timed")
+        return 0
+    return 1 if trial(arguments) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Packed weights as bytes in rows (packing.py) <-> bytes in planes (planes.py), a few tiles at a time.
+
+Planes come with the power of two that their values lack, `lift`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import MXFormat
+from mxcompile.kernels.planes import (
+    TILE,
+    Planes,
+    from_bytes,
+    from_planes,
+    lift_for,
+    padded_bytes,
+    scale_range,
+    to_bytes,
+    to_planes,
+    why_no_format,
+)
+from mxcompile.rows import VALUES, VALUES_ON_GPU
+
+Parts = tuple[Tensor, Tensor]
+
+
+def why_no_shape(out: int, fmt: MXFormat) -> str | None:
+    """Why a weight with so many outputs must stay in rows, whatever its data is, in a sentence."""
+    if out % TILE:
+        return f"planes hold weights with a multiple of {TILE} outputs, not {out}"
+    return why_no_format(fmt)
+
+
+def why_not_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int) -> str | None:
+    """Why a packed weight must stay in rows, in a sentence; None if it can be held in planes. Reads the data."""
+    try:
+        lift_of_rows(elements, scales, fmt, size)
+    except MXCompileError as error:
+        return str(error)
+    return None
+
+
+def lift_of_rows(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int) -> int:
+    """The lift of a weight `[out, bytes]`. Raises MXCompileError where `why_not_planes` has a reason."""
+    if elements.dim() != 2:
+        raise MXCompileError(f"planes hold 2-D weights, not {elements.dim()}-D")
+    if (reason := why_no_shape(len(elements), fmt)) is not None:
+        raise MXCompileError(reason)
+    ranges = [scale_range(part, exponents, fmt) for part, exponents in _pieces(elements, scales, size)]
+    return lift_for(min(low for low, _ in ranges), max(high for _, high in ranges), fmt)
+
+
+def planes_of_rows(
+    elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, lift: int, out: Parts | None = None
+) -> Parts:
+    """Rows to planes, both as bytes, into `out` if given. lift: what `lift_of_rows` says."""
+    place = out or empty_planes(len(elements), fmt, size, elements.device)
+    start = 0
+    for part, exponents in _pieces(elements, scales, size):
+        for target, values in zip(place, to_bytes(to_planes(part, exponents, fmt, size, lift)), strict=True):
+            target[start : start + len(part)] = values
+        start += len(part)
+    return place
+
+
+def rows_of_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, lift: int) -> Parts:
+    """Planes to rows, both as bytes."""
+    planes = from_bytes(elements.contiguous(), scales.contiguous(), fmt, size, lift)
+    step = _tiles_at_once(elements, size)
+    pieces = [
+        from_planes(Planes(words, exponents, fmt, TILE * len(words), size, lift))
+        for words, exponents in zip(planes.words.split(step), planes.scales.split(step), strict=True)
+    ]
+    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+
+
+def empty_planes(out: int, fmt: MXFormat, size: int, device: torch.device) -> Parts:
+    """Room for a weight in planes, as bytes."""
+    width, blocks = padded_bytes(fmt, size)
+    words = torch.empty(out, width, dtype=torch.uint8, device=device)
+    return words, torch.empty(out, blocks, dtype=torch.uint8, device=device)
+
+
+def _pieces(elements: Tensor, scales: Tensor, size: int) -> Iterator[Parts]:
+    rows = TILE * _tiles_at_once(elements, size)
+    yield from zip(elements.split(rows), scales.split(rows), strict=True)
+
+
+def _tiles_at_once(elements: Tensor, size: int) -> int:
+    return max(1, (VALUES_ON_GPU if elements.is_cuda else VALUES) // (TILE * size))

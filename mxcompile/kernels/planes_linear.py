@@ -1,0 +1,111 @@
+"""Products with weights in planes on a GPU: the cut from the table, one launch for weights that lie side by side."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Final, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mxcompile.formats import MXFormat
+from mxcompile.kernels import triton_dequantize, triton_planes
+from mxcompile.kernels.planes import from_bytes
+from mxcompile.kernels.planes_configs import config_for
+from mxcompile.kernels.triton_planes import Config
+
+PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Planes as bytes, elements `[out, bytes]` and scales `[out, blocks]`, and a bias `[out]` or None."""
+_COUNTERS: Final = 4096
+_STREAMS: Final = 64
+_MOST_WEIGHTS: Final = 3
+
+
+def supports(x: Tensor) -> str | None:
+    """None if `linears` can serve `x`, or the reason why not."""
+    return triton_planes.supports(x)
+
+
+def linears(x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, lift: int) -> list[Tensor]:
+    """`x @ dequantize(w).T + bias` for weights of one format, inner size and lift: x `[..., in]`, bfloat16."""
+    rows = math.prod(x.shape[:-1])
+    order = sorted(range(len(weights)), key=lambda index: weights[index][0].data_ptr())
+    results: list[Tensor] = []
+    for group in _side_by_side([weights[index] for index in order]):
+        outs = [len(elements) for elements, _, _ in group]
+        config = config_for(fmt, sum(outs), x.shape[-1], max(1, rows), x.device)
+        separately = config is None or any(out % config.out for out in outs)
+        for part in [[weight] for weight in group] if separately else [group]:
+            results += _multiply(x, part, fmt, lift)
+    return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """Zeros that a split K counts with, `[streams, counters]`.
+
+    Made before anything is captured in a CUDA graph: call it when a model is prepared. Each stream has its own; graphs
+    that were captured on one stream must not run at the same time on two.
+    """
+    return torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+
+
+def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, lift: int) -> list[Tensor]:
+    rows = math.prod(x.shape[:-1])
+    outs, biases = [len(elements) for elements, _, _ in group], [bias for _, _, bias in group]
+    elements, scales = _together([weight[0] for weight in group]), _together([weight[1] for weight in group])
+    planes = from_bytes(elements, scales, fmt, x.shape[-1], lift)
+    config = config_for(fmt, planes.out, planes.size, max(1, rows), x.device)
+    if config is None:
+        return [F.linear(x, triton_dequantize.dequantize(planes, slabs=1), biases[0])]
+    free, config = _free_counters(x, planes.out, rows, config)
+    return triton_planes.linears(x, planes, outs, biases, config, free)
+
+
+def _free_counters(x: Tensor, out: int, rows: int, config: Config) -> tuple[Tensor | None, Config]:
+    """The stream's counters; without enough of them K stays whole."""
+    tiles = -(-rows // config.rows) * -(-out // config.out)
+    if config.split == 1:
+        return None, config
+    places, stream = _places(x.device), torch.cuda.current_stream(x.device).cuda_stream
+    place = places.setdefault(stream, len(places))
+    if place >= _STREAMS or tiles > _COUNTERS:
+        return None, replace(config, split=1)
+    return counters(x.device)[place], config
+
+
+def _side_by_side(weights: Sequence[PackedWeight]) -> Iterator[list[PackedWeight]]:
+    """Runs of up to three weights whose bytes follow each other in memory, all with a bias or all without."""
+    group: list[PackedWeight] = []
+    for weight in weights:
+        if group and not (len(group) < _MOST_WEIGHTS and _follows(group[-1], weight)):
+            yield group
+            group = []
+        group.append(weight)
+    if group:
+        yield group
+
+
+def _follows(first: PackedWeight, second: PackedWeight) -> bool:
+    def adjoin(one: Tensor, other: Tensor) -> bool:
+        same = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        whole = one.is_contiguous() and other.is_contiguous()
+        return same and whole and one.data_ptr() + one.numel() == other.data_ptr()
+
+    alike = (first[2] is None) == (second[2] is None)
+    return alike and adjoin(first[0], second[0]) and adjoin(first[1], second[1])
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """Parts that follow each other in memory as one."""
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    first = parts[0]
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
+
+
+@cache
+def _places(device: torch.device) -> dict[int, int]:
+    return {}

@@ -1,0 +1,128 @@
+"""The Gluon kernel: compiled for Hopper on a machine without a GPU, and its results on a Hopper GPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxcompile import reference
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXFP8_E5M2, MXINT4, MXINT8, MXFormat, ScaleRule
+from mxcompile.kernels.planes import Planes, to_planes
+from mxcompile.packing import pack
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon", reason="this version of Triton has no Gluon")
+
+FORMATS = (MXINT4, MXFP4, MXINT8, MXFP8_E4M3, MXFP8_E5M2)
+CUTS = ((256, 128, 3), (128, 256, 4), (128, 128, 4), (128, 64, 3))
+SHAPES = ((257, 1000), (512, 576), (1536, 4096))
+ROWS = (1, 128, 257, 700)
+ErrorOverBound = Callable[..., float]
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "cut"), [*((MXINT4, cut) for cut in CUTS), (MXFP4, CUTS[1]), (MXFP8_E4M3, (128, 256, 3))], ids=str
+)
+def test_compiles_for_hopper(fmt: MXFormat, cut: tuple[int, int, int]) -> None:
+    """wgmma is not serialized, and most of a slab is decoded while it runs."""
+    from gluon_trial import report
+
+    from mxcompile.kernels.gluon_planes import Config
+
+    rows, out, stages = cut
+    found = report(fmt, Config(rows=rows, out=out, stages=stages), has_bias=True)
+    assert not found.serialized
+    assert found.spilled_bytes == 0
+    assert found.shared_bytes <= (232448 if out > 64 else 115712)
+    assert found.products == 8 * (2 if out == 256 else 1)
+    assert found.waits == 4
+    hidden, decode = map(int, found.overlapped.split("/"))
+    assert hidden > 0.6 * decode
+
+
+def test_says_what_it_does_not_serve() -> None:
+    from mxcompile.kernels.gluon_planes import Config, linear, supports
+
+    planes, _ = _weight(MXINT4, 64, 128, "cpu")
+    x = torch.zeros(4, 128, dtype=torch.bfloat16)
+    assert "float16" in (supports(x.half(), planes) or "")
+    assert "CUDA" in (supports(x, planes) or "")
+    with pytest.raises(MXCompileError, match="cannot take"):
+        linear(x[:, :64], planes, None, Config())
+
+
+def _weight(fmt: MXFormat, out: int, size: int, device: str) -> tuple[Planes, Tensor]:
+    values = torch.randn(out, size, generator=torch.Generator().manual_seed(out))
+    codes, scales = reference.quantize(values, fmt, ScaleRule.FLOOR)
+    dense = reference.dequantize(codes, scales, fmt, size, torch.bfloat16)
+    return to_planes(pack(codes, fmt).to(device), scales.to(device), fmt, size), dense.to(device)
+
+
+@on_hopper
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_products(
+    error_over_bound: ErrorOverBound, cut: tuple[int, int, int], fmt: MXFormat, shape: tuple[int, int]
+) -> None:
+    from mxcompile.kernels.gluon_planes import Config, linear, supports
+
+    planes, dense = _weight(fmt, *shape, "cuda")
+    rows, out, stages = cut
+    stages = stages if fmt.bits == 4 or out == 64 else stages - 1
+    for m in ROWS:
+        generator = torch.Generator(device="cuda").manual_seed(m)
+        x = torch.randn(m, shape[1], generator=generator, device="cuda").to(torch.bfloat16)
+        assert supports(x, planes) is None
+        for bias in (None, torch.randn(shape[0], generator=generator, device="cuda").to(torch.bfloat16)):
+            for persistent in (False, True):
+                config = Config(rows, out, stages, persistent=persistent)
+                y = linear(x, planes, bias, config)
+                assert error_over_bound(y, x, dense, bias) <= 1, f"{m} rows, {config}"
+                for _ in range(3):
+                    assert torch.equal(linear(x, planes, bias, config), y), f"{m} rows, {config}: differs on repeat"
+
+
+@on_hopper
+def test_many_tiles_a_program(error_over_bound: ErrorOverBound) -> None:
+    """Stages come around many times, with one slab a tile and with several."""
+    from mxcompile.kernels.gluon_planes import Config, linear
+
+    for size in (96, 128, 384):
+        planes, dense = _weight(MXFP4, 8200, size, "cuda")
+        x = torch.randn(2000, size, device="cuda").to(torch.bfloat16)
+        for rows, out, stages in CUTS:
+            y = linear(x, planes, None, Config(rows, out, stages))
+            assert error_over_bound(y, x, dense, None) <= 1, (size, rows, out)
+
+
+@on_hopper
+def test_lift_and_views(error_over_bound: ErrorOverBound) -> None:
+    """The largest scales (planes hold them smaller, and the kernel lifts the sums), rows of a wider tensor, batches."""
+    from mxcompile.kernels.gluon_planes import Config, linear, supports
+
+    codes = torch.randint(0, 16, (192, 256), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    scales = torch.full((192, 8), 250, dtype=torch.uint8)
+    planes = to_planes(pack(codes, MXINT4).cuda(), scales.cuda(), MXINT4, 256)
+    assert planes.lift > 0
+    dense = reference.dequantize(codes, scales, MXINT4, 256, torch.bfloat16).cuda()
+    x = (torch.randn(2, 70, 512, device="cuda") * 2.0**-120).to(torch.bfloat16)[..., 256:]
+    assert supports(x, planes) is None
+    y = linear(x, planes, None, Config(128, 128, 4))
+    assert y.shape == (2, 70, 192)
+    assert error_over_bound(y.flatten(0, 1), x.flatten(0, 1), dense, None) <= 1
+
+
+@on_hopper
+def test_reasons() -> None:
+    from mxcompile.kernels.gluon_planes import supports
+
+    planes, _ = _weight(MXINT4, 64, 132, "cuda")
+    assert "16 bytes" in (supports(torch.zeros(4, 132, dtype=torch.bfloat16, device="cuda"), planes) or "")
+    planes, _ = _weight(MXFP6_E2M3, 64, 256, "cuda")
+    assert "columns" in (supports(torch.zeros(4, 256, dtype=torch.bfloat16, device="cuda"), planes) or "")
