@@ -107,7 +107,7 @@ def _check_linear(match: Match) -> str | None:
 
 def _fuse_linear(graph: Graph, match: Match) -> None:
     args = (match["x"], match["elements"], match["scales"], match.parts.get("bias"), match["format"])
-    planes = match["weight"].args[len(DEQUANTIZE._schema.arguments) - 1 :]
+    planes = match["weight"].args[len(_WEIGHT.operands) :]
     match.replace(LINEAR, *args, *planes, name=f"{match.root.name}_mx")
 
 

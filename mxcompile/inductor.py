@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo import mark_static_address, maybe_mark_dynamic
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import aoti_compile_and_package, cpp_builder, exc
@@ -135,9 +135,22 @@ def _compile_call(module: nn.Module, **how: Any) -> None:
             for tensor in Inputs(args, kwargs).tensors():
                 maybe_mark_dynamic(tensor, list(range(tensor.dim())))
         with _without_fast_path() if has_fast_path else nullcontext():
-            return compiled(*args, **kwargs)
+            result = compiled(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _fix_addresses(kwargs.get("past_key_values"))
+        return result
 
     module._compiled_call_impl = marked  # pyright: ignore[reportPrivateUsage]
+
+
+def _fix_addresses(cache: Any) -> None:
+    """Tell Dynamo that the tensors of a static cache stay where they are, or nothing that writes to them can be a CUDA
+    graph. transformers says so itself when it makes them, but not where that is compiled, as our prefill is.
+    """
+    for layer in getattr(cache, "layers", ()) if getattr(cache, "is_compileable", False) else ():
+        for tensor in vars(layer).values():
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                mark_static_address(tensor)
 
 
 @contextmanager

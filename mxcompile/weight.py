@@ -108,7 +108,7 @@ class MXWeight(Tensor):
         x = self.transform(x)
         if spec.activation is None:
             return x
-        if not torch.compiler.is_compiling():
+        if not _is_traced(x):
             return QUANTIZE_DEQUANTIZE(x, spec.activation, spec.rule)
         elements, scales = QUANTIZE(x, spec.activation, spec.rule)
         return DEQUANTIZE(elements, scales, spec.activation, x.shape[-1], x.dtype)
@@ -253,7 +253,12 @@ def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tens
 def _served_by_kernels(x: Tensor, weight: MXWeight) -> bool:
     """Outside `torch.compile`, whose graphs show every step, for a product without gradients of the right dtype."""
     plain = weight.dim() == 2 and not weight.layout_.transposed and x.dtype == weight.dtype
-    return plain and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
+    return plain and not _is_traced(x) and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether `torch.compile` or `torch.export` looks at the call: Dynamo, or (torch 2.11) what comes after it."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: MXWeight, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,9 +18,8 @@ A tile's result goes through one stage (two, if it is that large) to memory by T
 # As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton.language as tl
@@ -50,13 +49,15 @@ try:
     _send = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
     _thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
     _NEW = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-    _jit: Callable[..., Any] = gluon.jit
+    _jit: Any = gluon.jit
     _NO_GLUON = None
 except (ImportError, AttributeError) as error:
     _NO_GLUON = f"this version of Triton lacks what the Gluon kernel needs: {error}"
 
-    def _jit(fn: Any = None, **_: Any) -> Any:
-        return fn or _jit
+    def _undecorated(fn: Any = None, **_: Any) -> Any:
+        return fn or _undecorated
+
+    _jit = _undecorated
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def linear(x: Tensor, planes: Planes, bias: Tensor | None, config: Config) -> Te
         if config.persistent:
             fit = torch.cuda.get_device_properties(x.device).multi_processor_count * (3 - config.consumers)
             tiles = min(tiles, fit)
-        slabs = planes.words.shape[1]
+        slabs, kernel = planes.words.shape[1], cast(Any, _planes_kernel)
         tensors = {
             "x": flat if flat.stride(1) == 1 and flat.stride(0) >= planes.size else flat.contiguous(),
             "words": planes.words.view(planes.words.shape[0], -1, 64, 32),
@@ -119,7 +120,7 @@ def linear(x: Tensor, planes: Planes, bias: Tensor | None, config: Config) -> Te
             "y": y[:, : planes.out],
         }
         with torch.cuda.device(x.device):
-            _planes_kernel[(tiles,)](
+            kernel[(tiles,)](
                 *(TensorDescriptor.from_tensor(t, *block(name, config)) for name, t in tensors.items()),
                 y if bias is None else bias.contiguous(),
                 2.0**planes.lift,
@@ -154,7 +155,7 @@ def constants(fmt: MXFormat, config: Config, has_bias: bool) -> dict[str, Any]:
 
 def options(config: Config) -> dict[str, Any]:
     """What the compiler is told: three warpgroups (one is the producer's) share all registers, two half of them."""
-    return {"num_warps": 4, "maxnreg": 168 if config.consumers == 2 else 128}
+    return {"num_warps": 4, "maxnreg": 168 if config.consumers == 2 else 128, "enable_fp_fusion": True}
 
 
 @_jit

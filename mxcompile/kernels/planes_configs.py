@@ -15,15 +15,16 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import torch
 
 from mxcompile.formats import MXFormat, parse_format
+from mxcompile.kernels import gluon_planes, triton_planes
 from mxcompile.kernels.planes import plane_layout
-from mxcompile.kernels.triton_planes import Config
 
-FUSED, DEQUANTIZED = "planes", "dequantize+cublas"
+Config: TypeAlias = triton_planes.Config | gluon_planes.Config
+TRITON, GLUON, DEQUANTIZED = "planes", "gluon", "dequantize+cublas"
 _DEFAULT: Final = "sm90"
 _LEAST_SLABS: Final = 4
 _MANY_TOKENS: Final = 1024
@@ -31,7 +32,7 @@ _MANY_TOKENS: Final = 1024
 
 @dataclass(frozen=True)
 class Cut:
-    """How m tokens are multiplied by n x k: `config` of the fused kernel, None to dequantize and leave it to cuBLAS."""
+    """How m tokens are multiplied by n x k: `config` of a fused kernel, None to dequantize and leave it to cuBLAS."""
 
     fmt: MXFormat
     n: int
@@ -48,16 +49,16 @@ def config_for(fmt: MXFormat, n: int, k: int, m: int, device: torch.device) -> C
     known = known or list(cuts)
     rows = min((cut.m for cut in known if cut.m >= m), default=max(cut.m for cut in known))
     nearest = min((cut for cut in known if cut.m == rows), key=lambda cut: _distance(cut, n, k))
-    if nearest.config is None or (nearest.n, nearest.k) == (n, k):
+    if not isinstance(nearest.config, triton_planes.Config) or (nearest.n, nearest.k) == (n, k):
         return nearest.config
-    return _split_alike(nearest, nearest.config, n, k, -(-k // plane_layout(fmt).columns))
+    return _split_alike(nearest, nearest.config, n, -(-k // plane_layout(fmt).columns))
 
 
 def _distance(cut: Cut, n: int, k: int) -> float:
     return abs(math.log2(cut.n / n)) + abs(math.log2(cut.k / k))
 
 
-def _split_alike(cut: Cut, config: Config, n: int, k: int, slabs: int) -> Config:
+def _split_alike(cut: Cut, config: triton_planes.Config, n: int, slabs: int) -> Config:
     """K in such a power of two of parts that about as many programs run as in the measurement."""
     if cut.m >= _MANY_TOKENS:
         return config
@@ -72,10 +73,10 @@ def _cuts(name: str) -> tuple[Cut, ...]:
     return tuple(_cut(line) for line in map(json.loads, text.splitlines()) if "weight" in line)
 
 
-def _cut(line: dict[str, object]) -> Cut:
-    n, k, m = (int(str(line[key])) for key in ("n", "k", "m"))
-    config = Config(**line["config"]) if line["path"] == FUSED else None  # pyright: ignore[reportCallIssue]
-    return Cut(parse_format(str(line["weight"])), n, k, m, config)
+def _cut(line: dict[str, Any]) -> Cut:
+    kinds = {TRITON: triton_planes.Config, GLUON: gluon_planes.Config}
+    config = None if line["path"] == DEQUANTIZED else kinds[line["path"]](**line["config"])
+    return Cut(parse_format(line["weight"]), line["n"], line["k"], line["m"], config)
 
 
 @cache

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mxcompile.formats import MXFormat
-from mxcompile.kernels import triton_dequantize, triton_planes
+from mxcompile.kernels import gluon_planes, triton_dequantize, triton_planes
 from mxcompile.kernels.planes import from_bytes
-from mxcompile.kernels.planes_configs import config_for
-from mxcompile.kernels.triton_planes import Config
+from mxcompile.kernels.planes_configs import Config, config_for
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Planes as bytes, elements `[out, bytes]` and scales `[out, blocks]`, and a bias `[out]` or None."""
@@ -30,14 +29,12 @@ def supports(x: Tensor) -> str | None:
 
 def linears(x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, lift: int) -> list[Tensor]:
     """`x @ dequantize(w).T + bias` for weights of one format, inner size and lift: x `[..., in]`, bfloat16."""
-    rows = math.prod(x.shape[:-1])
     order = sorted(range(len(weights)), key=lambda index: weights[index][0].data_ptr())
     results: list[Tensor] = []
     for group in _side_by_side([weights[index] for index in order]):
-        outs = [len(elements) for elements, _, _ in group]
-        config = config_for(fmt, sum(outs), x.shape[-1], max(1, rows), x.device)
-        separately = config is None or any(out % config.out for out in outs)
-        for part in [[weight] for weight in group] if separately else [group]:
+        config = _config(x, group, fmt)
+        together = isinstance(config, triton_planes.Config) and not any(len(w[0]) % config.out for w in group)
+        for part in [group] if together else [[weight] for weight in group]:
             results += _multiply(x, part, fmt, lift)
     return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
@@ -53,20 +50,26 @@ def counters(device: torch.device) -> Tensor:
 
 
 def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, lift: int) -> list[Tensor]:
-    rows = math.prod(x.shape[:-1])
     outs, biases = [len(elements) for elements, _, _ in group], [bias for _, _, bias in group]
     elements, scales = _together([weight[0] for weight in group]), _together([weight[1] for weight in group])
     planes = from_bytes(elements, scales, fmt, x.shape[-1], lift)
-    config = config_for(fmt, planes.out, planes.size, max(1, rows), x.device)
-    if config is None:
-        return [F.linear(x, triton_dequantize.dequantize(planes, slabs=1), biases[0])]
-    free, config = _free_counters(x, planes.out, rows, config)
-    return triton_planes.linears(x, planes, outs, biases, config, free)
+    config = _config(x, group, fmt)
+    if isinstance(config, triton_planes.Config):
+        free, config = _free_counters(x, planes.out, config)
+        return triton_planes.linears(x, planes, outs, biases, config, free)
+    if config is not None and gluon_planes.supports(x, planes) is None:
+        return [gluon_planes.linear(x, planes, biases[0], config)]
+    return [F.linear(x, triton_dequantize.dequantize(planes, slabs=1), biases[0])]
 
 
-def _free_counters(x: Tensor, out: int, rows: int, config: Config) -> tuple[Tensor | None, Config]:
+def _config(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat) -> Config | None:
+    rows = math.prod(x.shape[:-1])
+    return config_for(fmt, sum(len(weight[0]) for weight in group), x.shape[-1], max(1, rows), x.device)
+
+
+def _free_counters(x: Tensor, out: int, config: triton_planes.Config) -> tuple[Tensor | None, triton_planes.Config]:
     """The stream's counters; without enough of them K stays whole."""
-    tiles = -(-rows // config.rows) * -(-out // config.out)
+    tiles = -(-math.prod(x.shape[:-1]) // config.rows) * -(-out // config.out)
     if config.split == 1:
         return None, config
     places, stream = _places(x.device), torch.cuda.current_stream(x.device).cuda_stream
