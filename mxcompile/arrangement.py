@@ -12,7 +12,7 @@ from torch import nn
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
 from mxcompile.kernels import arranging
-from mxcompile.kernels.dispatch import choices
+from mxcompile.kernels.dispatch import choices, prepare
 from mxcompile.storage import place_all
 from mxcompile.weight import MXLayout, MXWeight
 
@@ -38,6 +38,7 @@ def arrange(module: nn.Module) -> dict[str, str]:
     for name, weight in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
     for (_, layout), weights in groups.items():
+        prepare(weights[0].device)
         for weight, arranged in zip(weights, _side_by_side(weights, layout), strict=True):
             place_all(module, [(name, arranged) for name in names[id(weight)]])
     return kept

@@ -26,7 +26,7 @@ from mxcompile.program import Program, Stage, where
 from mxcompile.provenance import Provenance
 from mxcompile.rotation import rotation_of
 from mxcompile.storage import own_tensors, place_all
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.weight import MXLayout, MXWeight, step_by_step
 
 M = TypeVar("M", bound=nn.Module)
 _SUFFIX = "_elements"
@@ -168,7 +168,7 @@ def _check_agreement(program: Program, deployed: nn.Module) -> None:
     """Raise DeployError if the deployed module's outputs differ from the program's by more than float rounding."""
     example = program.example
     wanted = output_tensors(program(*example.args, **example.kwargs))
-    with torch.no_grad():
+    with torch.no_grad(), step_by_step():
         given = output_tensors(deployed(*example.args, **example.kwargs))
     agreement, name = agreement_db(wanted, given)
     if agreement < _AGREEMENT_DB:

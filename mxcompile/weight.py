@@ -10,7 +10,9 @@ Survives `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.exp
 be arranged in planes; where nothing reads these (another device or dtype, a file) they go back to rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -257,8 +259,25 @@ def _served_by_kernels(x: Tensor, weight: MXWeight) -> bool:
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether `torch.compile` or `torch.export` looks at the call: Dynamo, or (torch 2.11) what comes after it."""
-    return torch.compiler.is_compiling() or type(x) is not Tensor
+    """Whether every step has to be seen: by `torch.compile` or `torch.export`, that is Dynamo or (torch 2.11) what
+    comes after it, or because `step_by_step` asks for it.
+    """
+    return torch.compiler.is_compiling() or type(x) is not Tensor or _STEP_BY_STEP.get()
+
+
+@contextmanager
+def step_by_step() -> Generator[None]:
+    """Matmuls with MX weights as the operators that a lowered Program has, one by one, without the kernels that do all
+    of them at once and sum in another order.
+    """
+    token = _STEP_BY_STEP.set(True)
+    try:
+        yield
+    finally:
+        _STEP_BY_STEP.reset(token)
+
+
+_STEP_BY_STEP: ContextVar[bool] = ContextVar("mxcompile.step_by_step", default=False)
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: MXWeight, *args: Any, **kwargs: Any) -> Tensor:

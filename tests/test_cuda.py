@@ -100,7 +100,7 @@ def test_decoding_in_cuda_graphs_gives_the_tokens_of_eager_decoding():
     given = [compiled.generate(prompt, **how) for _ in range(3)]
     assert all(torch.equal(tokens, given[0]) for tokens in given)
     assert counters["cudagraph_skips"] == 0
-    assert (given[0] == wanted).float().mean() > 0.5  # near ties of a random model may fall either way
+    assert torch.equal(given[0][:, :12], wanted[:, :12])  # near ties of a random model fall either way sooner or later
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

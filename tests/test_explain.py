@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import mxcompile
 from mxcompile.cli import app
 from mxcompile.errors import InputError, PipelineError
-from mxcompile.explanation import SPEEDS_ON_CPU, Served, grouped
-from mxcompile.formats import MXFP8_E4M3
+from mxcompile.explanation import SPEEDS_ON_CPU, SPEEDS_ON_GPU, Served, grouped
+from mxcompile.formats import MXFP8_E4M3, parse_format
 from mxcompile.kernels import cpu_build, dispatch
 from mxcompile.storage import stored_bytes
 
@@ -114,6 +114,10 @@ def test_a_gpu_and_a_machine_without_a_compiler(monkeypatch):
     found = mxcompile.explain(build("llama"), inputs("llama"))
     assert {layer.decode for layer in found.quantized} == {"triton_linear"}
     assert "not measured for whole models" in words(found)
+    monkeypatch.setattr(MODULE, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
+    assert "faster than float on a GPU: with weights in 4 bits" in words(
+        mxcompile.explain(build("llama"), inputs("llama"))
+    )
     missing = "there is no C++ compiler"
     monkeypatch.setattr(MODULE, "choices", lambda x, fmt, out: {"cpu": missing, "reference": None})
     monkeypatch.setattr(MODULE, "why_no_inductor", lambda device: missing)
@@ -176,3 +180,17 @@ def test_the_times_are_the_measured_ones():
         (row,) = (row for row in rows if (row["way"], row["dtype"]) == (way, "bfloat16"))
         ratios = [row[name] / max(other[name] for other in floats) for name in ("decode", "prefill")]
         assert SPEEDS_ON_CPU[bits] == tuple(round(ratio, 1) for ratio in ratios)
+
+
+def test_the_speeds_on_a_gpu_are_those_measured():
+    """The least ratio of a layer's four products together, over the formats of that width that were measured."""
+    layers: dict[tuple[str, int], list[dict]] = {}
+    for line in map(json.loads, (ROOT / "benchmarks/results/gemm-h100.jsonl").read_text().splitlines()):
+        if line.get("m") == 1:
+            layers.setdefault((line["weight"], parse_format(line["weight"]).bits), []).append(line)
+    found: dict[int, float] = {}
+    for (_, bits), lines in layers.items():
+        assert len(lines) == 4
+        ratio = sum(line["cublas_bf16_us"] for line in lines) / sum(line["us"] for line in lines)
+        found[bits] = min(found.get(bits, ratio), ratio)
+    assert {bits: int(ratio * 10) / 10 for bits, ratio in found.items()} == SPEEDS_ON_GPU

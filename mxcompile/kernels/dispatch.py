@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from mxcompile import nearest, packing, reference
@@ -84,6 +85,12 @@ def rounding_choices(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> dict[str, str
     on_gpu = "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
     answer = on_gpu if kernel is None else kernel.supports(x, fmt, rule)
     return {"triton_quantize": answer, "cpu": cpu.supports_rounding(x, fmt, rule), "reference": None}
+
+
+def prepare(device: torch.device) -> None:
+    """Make what the kernels for planes share; it must be there before a CUDA graph is captured."""
+    if device.type == "cuda" and (kernel := _import("planes_linear")) is not None:
+        kernel.counters(device)
 
 
 def _triton(name: str, x: Tensor) -> ModuleType | None:

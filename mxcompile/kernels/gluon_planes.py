@@ -14,7 +14,7 @@ A tile's result goes through one stage (two, if it is that large) to memory by T
 """
 
 # ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
-# pyright: basic, reportGeneralTypeIssues=false
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 import math

@@ -20,6 +20,7 @@ PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 _COUNTERS: Final = 4096
 _STREAMS: Final = 64
 _MOST_WEIGHTS: Final = 3
+_SMALL: Final = 4096
 
 
 def supports(x: Tensor) -> str | None:
@@ -32,8 +33,7 @@ def linears(x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, lift: int
     order = sorted(range(len(weights)), key=lambda index: weights[index][0].data_ptr())
     results: list[Tensor] = []
     for group in _side_by_side([weights[index] for index in order]):
-        config = _config(x, group, fmt)
-        together = isinstance(config, triton_planes.Config) and not any(len(w[0]) % config.out for w in group)
+        together = _fits_one_launch(_config(x, group, fmt), [len(elements) for elements, _, _ in group])
         for part in [group] if together else [[weight] for weight in group]:
             results += _multiply(x, part, fmt, lift)
     return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
@@ -58,8 +58,22 @@ def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, lift: int
         free, config = _free_counters(x, planes.out, config)
         return triton_planes.linears(x, planes, outs, biases, config, free)
     if config is not None and gluon_planes.supports(x, planes) is None:
-        return [gluon_planes.linear(x, planes, biases[0], config)]
-    return [F.linear(x, triton_dequantize.dequantize(planes, slabs=1), biases[0])]
+        y = gluon_planes.linear(x, planes, _joined(biases), config)
+    else:
+        y = F.linear(x, triton_dequantize.dequantize(planes, slabs=1), _joined(biases))
+    return [part.contiguous() for part in y.split(outs, dim=-1)]
+
+
+def _fits_one_launch(config: Config | None, outs: Sequence[int]) -> bool:
+    """One result has to be copied apart where a kernel does not write several: worth it if a part is small."""
+    if isinstance(config, triton_planes.Config):
+        return not any(out % config.out for out in outs)
+    return min(outs) < _SMALL
+
+
+def _joined(biases: Sequence[Tensor | None]) -> Tensor | None:
+    given = [bias for bias in biases if bias is not None]
+    return torch.cat(given) if given else None
 
 
 def _config(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat) -> Config | None:
