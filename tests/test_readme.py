@@ -13,6 +13,8 @@ import mxcompile
 from mxcompile.cli import app
 from mxcompile.demo import load_model
 
+README = (ROOT / "README.md").read_text()
+
 
 def test_python_blocks_and_the_commands_that_read_their_dump(local_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -175,14 +177,50 @@ def test_the_times_of_a_large_model_are_the_measured_ones():
 
 
 def test_other_projects_numbers_are_the_measured_ones():
+    """Every row of the table, the best first."""
     rows = {row["row"]: row for row in results("peers.jsonl")}
-    text = (ROOT / "README.md").read_text()
-    torchao, compressor = rows["torchao-rtn-rceil-mxfp4"], rows["llm-compressor-gptq-mxfp4"]
-    assert f"{torchao['perplexity']:.2f} rounded by torchao {torchao['version']}" in text
-    assert f"{compressor['perplexity']:.2f} by llm-compressor {compressor['version']}" in text
-    (own,) = (row for row in results("accuracy.jsonl") if row["recipe"] == "gptq + tune-vectors")
-    assert f"Ours is {own['perplexity']:.2f} with activations in {own['activation']}" in text
-    assert {row["text"] for row in (torchao, compressor, own)} == {"wikitext2-validation.txt, second half"}
+    names = {
+        "mxfp4, mxcompile: `awq-fold`, `gptq`, `tune-vectors`": "mxcompile-tuned-mxfp4",
+        "mxfp4, mxcompile: `awq-fold`, `gptq`": "mxcompile-gptq-mxfp4",
+        "mxfp4, auto-round {version}": "auto-round-signed-gradient-mxfp4",
+        "mxfp4, llm-compressor {version}, GPTQ": "llm-compressor-gptq-mxfp4",
+        "int4 in groups of 32, llm-compressor {version}, GPTQ": "llm-compressor-gptq-int4",
+        "mxfp4, torchao {version}, rounded": "torchao-rtn-rceil-mxfp4",
+        "int4 in groups of 32, torchao {version}, rounded": "torchao-rtn-int4",
+    }
+    for text, name in names.items():
+        row = rows[name]
+        cells = (text.format(**row), f"{row['bits']:g}", f"{row['perplexity']:.2f}", f"{100 * row['gap_closed']:.0f} %")
+        assert f"| {' | '.join(cells)} |" in README
+        assert row["text"] == "wikitext2-validation.txt, second half"
+
+
+def test_the_speeds_on_a_gpu_are_the_measured_ones():
+    layers = {}
+    for line in results("gemm-h100.jsonl"):
+        if "us" in line:
+            shapes = layers.setdefault((line["weight"], line["m"]), {})
+            key = line["n"], line["k"]
+            shapes[key] = min(shapes.get(key, line), line, key=lambda other: other["us"])
+    rows = re.findall(r"^\| (mx\w+) \|((?: [\d.]* ?x? ?\|){5})$", README, re.MULTILINE)
+    assert [name for name, _ in rows] == ["mxint4", "mxfp4", "mxfp6_e2m3", "mxint8"]
+    for name, cells in rows:
+        for tokens, cell in zip((1, 16, 64, 256, 2048), cells.split("|"), strict=False):
+            shapes = layers.get((name, tokens), {}).values()
+            if not cell.strip():
+                assert len(shapes) < 4
+                continue
+            ratio = sum(line["cublas_bf16_us"] for line in shapes) / sum(line["us"] for line in shapes)
+            assert len(shapes) == 4
+            assert cell.strip() == f"{ratio:.2f} x"
+
+
+def test_the_times_of_two_layers_are_the_measured_ones():
+    plain, ours = (row for row in results("decode-h100.jsonl") if row["layers"] == 2)
+    text = " ".join(README.split())
+    for name, words in (("step", "{:.2f} ms in place of {:.2f}"), ("token", "{:.2f} ms a token in place of {:.2f}")):
+        assert words.format(ours[f"{name}_ms"], plain[f"{name}_ms"]) in text
+    assert f"2048 tokens {ours['prefill_ms']:.1f} ms in place of {plain['prefill_ms']:.1f}" in text
 
 
 def test_the_costs_of_checkpoints_are_the_measured_ones():

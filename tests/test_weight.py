@@ -12,7 +12,7 @@ from mxcompile import packing, reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.multiplier import digest
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.weight import MXLayout, MXWeight, step_by_step
 
 
 def pack(
@@ -111,6 +111,17 @@ def test_a_multiplier_is_part_of_the_weight(rows, multiplier):
     names, spec = weight.__tensor_flatten__()
     again = MXWeight.__tensor_unflatten__({name: getattr(weight, name) for name in names}, spec)
     assert (names, again.multiplier is multiplier) == (["elements", "scales", "multiplier"], True)
+
+
+def test_step_by_step_no_kernel_does_all_at_once(rows, x, monkeypatch):
+    """One token, whose products the CPU kernel would sum in an order of its own."""
+    weight = pack(rows, "mxint8")
+    wanted = F.linear(weight.prepare(x[:1]), weight.dequantize())
+    monkeypatch.setattr("mxcompile.weight.LINEARS", lambda *_: pytest.fail("a kernel was called"))
+    with step_by_step():
+        assert torch.equal(F.linear(x[:1], weight), wanted)
+    with pytest.raises(pytest.fail.Exception):
+        F.linear(x[:1], weight)
 
 
 def test_torchs_own_attention_reaches_its_weights():

@@ -127,7 +127,7 @@ def test_a_result_is_not_changed_by_the_next_call():
 @needs_compiler
 def test_dispatch_takes_it():
     x = torch.randn(2, 64)
-    assert dispatch.choices(x, MXINT4)["cpu"] is None
+    assert dispatch.choices(x, MXINT4, 64)["cpu"] is None
     assert "float64" in str(cpu.supports(x.double(), MXINT4))
     assert dispatch.quantize_dequantize(x.double(), MXINT8, ScaleRule.FLOOR).dtype == torch.float64
     assert "mse" in str(cpu.supports_rounding(x, MXINT4, ScaleRule.MSE))
@@ -158,7 +158,7 @@ def test_without_a_compiler_the_reference_serves_and_the_reason_is_known(elsewhe
     monkeypatch.delenv("CXX", raising=False)
     x = torch.randn(2, 64)
     elements, scales, weight = packed(MXINT4, 16, 64)
-    assert dispatch.choices(x, MXINT4)["cpu"] == (
+    assert dispatch.choices(x, MXINT4, 64)["cpu"] == (
         "there is no C++ compiler (g++ or clang++) to build the CPU kernels with"
     )
     assert torch.equal(dispatch.linear(x, elements, scales, None, MXINT4), torch.nn.functional.linear(x, weight))
