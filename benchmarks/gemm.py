@@ -9,7 +9,6 @@ the L2 cache several times; the median of five replays. It holds everything that
 timed likewise. `floor_share` is the larger of bytes / 3.0 TB/s and operations / 795 TFLOP/s, over the time. Before it
 is timed, each result is compared with float64 on random data: `error` is over the bound of a float32 sum and one
 rounding (kernel_check.py), at most 1 passes; what does not pass is not timed, and is recorded with its error.
-
 Rows with an activation format have a launch of the activation's quantize-dequantize in them.
 """
 
@@ -296,8 +295,7 @@ def choose(lines: Iterable[dict[str, Any]], dependent: bool) -> list[dict[str, A
 
 def write_cuts(chosen: list[dict[str, Any]], path: Path) -> None:
     """What `mxcompile/kernels/planes_configs.py` reads."""
-    named = ("weight", "n", "k", "m", "path", "config")
-    lines = [{name: line[name] for name in named if name != "config" or line["path"] == "planes"} for line in chosen]
+    lines = [{name: line[name] for name in ("weight", "n", "k", "m", "path", "config")} for line in chosen]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -34,17 +34,9 @@ def why_no_shape(out: int, fmt: MXFormat) -> str | None:
     return why_no_format(fmt)
 
 
-def why_not_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int) -> str | None:
-    """Why a packed weight must stay in rows, in a sentence; None if it can be held in planes. Reads the data."""
-    try:
-        lift_of_rows(elements, scales, fmt, size)
-    except MXCompileError as error:
-        return str(error)
-    return None
-
-
 def lift_of_rows(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int) -> int:
-    """The lift of a weight `[out, bytes]`. Raises MXCompileError where `why_not_planes` has a reason."""
+    """The lift of a weight `[out, bytes]`. Reads the data; raises MXCompileError, with the reason, if it must stay in
+    rows."""
     if elements.dim() != 2:
         raise MXCompileError(f"planes hold 2-D weights, not {elements.dim()}-D")
     if (reason := why_no_shape(len(elements), fmt)) is not None:

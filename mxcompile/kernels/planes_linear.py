@@ -19,7 +19,6 @@ PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Planes as bytes, elements `[out, bytes]` and scales `[out, blocks]`, and a bias `[out]` or None."""
 _COUNTERS: Final = 4096
 _STREAMS: Final = 64
-_MOST_WEIGHTS: Final = 3
 _SMALL: Final = 4096
 
 
@@ -97,7 +96,7 @@ def _side_by_side(weights: Sequence[PackedWeight]) -> Iterator[list[PackedWeight
     """Runs of up to three weights whose bytes follow each other in memory, all with a bias or all without."""
     group: list[PackedWeight] = []
     for weight in weights:
-        if group and not (len(group) < _MOST_WEIGHTS and _follows(group[-1], weight)):
+        if group and not (len(group) < triton_planes.MOST_WEIGHTS and _follows(group[-1], weight)):
             yield group
             group = []
         group.append(weight)

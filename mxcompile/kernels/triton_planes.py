@@ -40,7 +40,7 @@ from mxcompile.kernels.planes import Planes, plane_layout
 from mxcompile.kernels.triton_decode import layout_constants, plane_values
 from mxcompile.kernels.triton_elements import launch, narrow, unsupported_device, widen
 
-_MOST_WEIGHTS: Final = 3
+MOST_WEIGHTS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def _check(x: Tensor, planes: Planes, outs: Sequence[int], biases: Sequence[Tens
         if bias is not None and bias.shape != (out,):
             raise MXCompileError(f"a linear of {out} outputs cannot take a bias of shape {tuple(bias.shape)}")
     together = len(outs) > 1
-    if len(outs) > _MOST_WEIGHTS or len({bias is None for bias in biases}) > 1:
-        raise MXCompileError(f"one launch takes up to {_MOST_WEIGHTS} weights, all with a bias or all without")
+    if len(outs) > MOST_WEIGHTS or len({bias is None for bias in biases}) > 1:
+        raise MXCompileError(f"one launch takes up to {MOST_WEIGHTS} weights, all with a bias or all without")
     if together and any(out % config.out for out in outs):
         raise MXCompileError(f"weights of {list(outs)} outputs are not cut by tiles of {config.out}")
 
