@@ -4,17 +4,17 @@
     python benchmarks/gluon_trial.py --formats mxfp4 --rows 2048 --config rows=256,out=128,stages=3 --out trial.jsonl
     python benchmarks/gluon_trial.py --sass          compiles for Hopper; needs no GPU
 
-A case that fails prints its error and the next one runs. Times are gemm.py's. `--sass` prints, for each configuration:
-registers a thread at launch, spilled bytes, shared bytes, whether ptxas serialized wgmma, and of the loop over slabs of
-one warpgroup the instructions, products (HGMMA), waits for them, and the instructions that decode (LOP3, HFMA2, shifts)
-between the first product after a wait and the next wait, over all that decode.
+A case that fails prints its error and the next one runs. Times and lines are gemm.py's, for its `--choose`. `--sass`
+prints, for each configuration: registers a thread at launch, spilled bytes, shared bytes, whether ptxas serialized
+wgmma, and of the loop over slabs of one warpgroup the instructions, products (HGMMA), waits for them, and the
+instructions that decode (LOP3, HFMA2, shifts) between the first product after a wait and the next wait, over all that
+decode.
 """
 
 import argparse
 import json
 import re
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import triton
+from kernel_sass import examine, loops
 from triton.backends.compiler import GPUTarget
 
 from mxcompile.formats import FORMATS, MXFormat
@@ -67,43 +68,20 @@ def compile_kernel(fmt: MXFormat, config: Config, has_bias: bool = False) -> Any
 
 
 def report(fmt: MXFormat, config: Config, has_bias: bool = False) -> Report:
-    from kernel_sass import _assemble, _tool
-
-    compiled = compile_kernel(fmt, config, has_bias)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        notes = _assemble(ptx, cubin)
-        body = _inner_loop(_tool("nvdisasm", "-c", str(cubin)))
+    facts, sass = examine(compile_kernel(fmt, config, has_bias))
+    body = min(loops(sass), key=len)
     decode, hidden, running = 0, 0, False
     for line in body:
         running = (running or "HGMMA" in line) and "WARPGROUP.DEPBAR" not in line
         if re.search(rf"\*/ +(@!?P\d )?({_DECODE})", line):
             decode, hidden = decode + 1, hidden + running
     return Report(
-        registers=int(re.findall(r"Used (\d+) registers", notes)[0]),
-        spilled_bytes=int(re.findall(r"(\d+) bytes spill stores", notes)[0]),
-        shared_bytes=compiled.metadata.shared,
-        serialized="are serialized" in notes,
+        **facts,
         loop=len(body),
         products=sum("HGMMA" in line for line in body),
         waits=sum("WARPGROUP.DEPBAR" in line for line in body),
         overlapped=f"{hidden}/{decode}",
     )
-
-
-def _inner_loop(sass: str) -> list[str]:
-    """The instructions of the shortest run from a label to a branch back to it that multiplies."""
-    lines, labels, best = sass.splitlines(), {}, list[str]()
-    for i, line in enumerate(lines):
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = i
-        branch = re.search(r"BRA `\((\.L_x_\d+)\)", line)
-        body = lines[labels.get(branch[1], i) : i + 1] if branch else []
-        body = [other for other in body if re.search(r"/\*[0-9a-f]{4,}\*/ +\S", other)]
-        if any("HGMMA" in other for other in body) and (not best or len(body) < len(best)):
-            best = body
-    return best
 
 
 def default_configs(fmt: MXFormat, m: int) -> list[Config]:
@@ -145,7 +123,8 @@ def trial(arguments: argparse.Namespace) -> int:
                 if time.monotonic() - start > arguments.seconds:
                     print(f"out of time before {fmt} {name} {m} {config}")
                     return wrong
-                line: dict[str, Any] = {"weight": str(fmt), "shape": name, "m": m, **asdict(config)}
+                line: dict[str, Any] = {"weight": str(fmt), "activation": "bf16", "path": "gluon", "n": n, "k": k}
+                line |= {"m": m, "config": asdict(config)}
                 try:
                     line |= measure(weight, x, exact, config, cublas)
                 except Exception as problem:  # whatever it is, the next configuration is to run
@@ -160,7 +139,7 @@ def trial(arguments: argparse.Namespace) -> int:
 
 def measure(weight: Any, x: Any, exact: Any, config: Config, cublas: float) -> dict[str, Any]:
     """One configuration: its error over the bound, whether it repeats bit for bit, and if it is right, its time."""
-    from gemm import microseconds
+    from gemm import floor, microseconds
 
     if reason := gluon_planes.supports(x, weight.planes):
         return {"failed": reason}
@@ -175,7 +154,9 @@ def measure(weight: Any, x: Any, exact: Any, config: Config, cublas: float) -> d
     line: dict[str, Any] = {"error": round(error, 3), "equal": equal}
     if error <= 1 and equal:
         us = microseconds(call, cublas)
-        line |= {"us": round(us, 1), "cublas": round(cublas, 1), "ratio": round(cublas / us, 3)}
+        share = floor(weight.fmt, weight.n, weight.k, x.shape[0]) / us
+        line |= {"us": round(us, 2), "cublas_bf16_us": round(cublas, 2)}
+        line |= {"ratio": round(cublas / us, 3), "floor_share": round(share, 3)}
     return line
 
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,23 +65,44 @@ def compile_kernel(fmt: MXFormat, config: Config) -> Any:
 
 def report(fmt: MXFormat, config: Config) -> Report:
     compiled = compile_kernel(fmt, config)
+    facts, sass = examine(compiled)
+    body = max(loops(sass), key=len, default=[])
+    weights = config.out * plane_layout(fmt).columns
+    return Report(
+        **facts,
+        loop=len(body),
+        products=sum("HGMMA" in line or "HMMA" in line for line in body),
+        waits=sum("WARPGROUP.DEPBAR" in line for line in body),
+        elements=round(4 * weights / max(1, len(body) * config.warps), 1),
+    )
+
+
+def examine(compiled: Any) -> tuple[dict[str, Any], str]:
+    """What ptxas says of a kernel (registers, spilled_bytes, shared_bytes, serialized), and its SASS."""
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         ptx.write_text(compiled.asm["ptx"])
         notes = _assemble(ptx, cubin)
-        body = _loop(_tool("nvdisasm", "-c", str(cubin)))
-    loop = sum(bool(re.search(r"/\*[0-9a-f]{4,}\*/ +\S", line)) for line in body)
-    weights = config.out * plane_layout(fmt).columns
-    return Report(
-        registers=int(re.findall(r"Used (\d+) registers", notes)[0]),
-        spilled_bytes=int(re.findall(r"(\d+) bytes spill stores", notes)[0]),
-        shared_bytes=compiled.metadata.shared,
-        serialized="are serialized" in notes,
-        loop=loop,
-        products=sum("HGMMA" in line or "HMMA" in line for line in body),
-        waits=sum("WARPGROUP.DEPBAR" in line for line in body),
-        elements=round(4 * weights / max(1, loop * config.warps), 1),
-    )
+        sass = _tool("nvdisasm", "-c", str(cubin))
+    facts = {
+        "registers": int(re.findall(r"Used (\d+) registers", notes)[0]),
+        "spilled_bytes": int(re.findall(r"(\d+) bytes spill stores", notes)[0]),
+        "shared_bytes": compiled.metadata.shared,
+        "serialized": "are serialized" in notes,
+    }
+    return facts, sass
+
+
+def loops(sass: str) -> Iterator[list[str]]:
+    """The instructions of every run of lines from a label to a branch back to it that multiplies."""
+    lines, labels = sass.splitlines(), {}
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = i
+        branch = re.search(r"BRA `\((\.L_x_\d+)\)", line)
+        body = lines[labels.get(branch[1], i) : i + 1] if branch else []
+        if any("MMA" in other for other in body):
+            yield [other for other in body if re.search(r"/\*[0-9a-f]{4,}\*/ +\S", other)]
 
 
 def _assemble(ptx: Path, cubin: Path) -> str:
@@ -95,19 +117,6 @@ def _assemble(ptx: Path, cubin: Path) -> str:
 def _tool(name: str, *arguments: str) -> str:
     done = subprocess.run([str(_BIN / name), *arguments], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
-
-
-def _loop(sass: str) -> list[str]:
-    """The longest run of lines from a label to a branch back to it that multiplies."""
-    lines, labels, best = sass.splitlines(), {}, list[str]()
-    for i, line in enumerate(lines):
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = i
-        branch = re.search(r"BRA `\((\.L_x_\d+)\)", line)
-        body = lines[labels.get(branch[1], i) : i + 1] if branch else []
-        if len(body) > len(best) and any("MMA" in other for other in body):
-            best = body
-    return best
 
 
 def parse_config(text: str) -> Config:

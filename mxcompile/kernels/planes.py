@@ -103,15 +103,6 @@ def why_no_format(fmt: MXFormat) -> str | None:
     return no_kernel(fmt) or small
 
 
-def why_not(elements: Tensor, scales: Tensor, fmt: MXFormat) -> str | None:
-    """Why a packed weight `[out, bytes]` cannot be held in planes, in a sentence; None if it can. Reads the data."""
-    try:
-        lift_for(*scale_range(elements, scales, fmt), fmt)
-    except MXCompileError as error:
-        return str(error)
-    return None
-
-
 def scale_range(elements: Tensor, scales: Tensor, fmt: MXFormat) -> tuple[int, int]:
     """Smallest and largest scale byte, shifted by the format's exponent, over blocks that are not all zero.
 
@@ -143,8 +134,8 @@ def lift_for(smallest: int, largest: int, fmt: MXFormat) -> int:
 def to_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, lift: int | None = None) -> Planes:
     """Repack elements `[out, blocks * block_bytes]` and scales `[out, blocks]` (see packing.py).
 
-    lift: as `lift_for` gives it for these rows and others; for these if None. Raises MXCompileError with `why_not`'s
-    sentence where that has one.
+    lift: as `lift_for` gives it for these rows and others; for these if None, which raises MXCompileError, with the
+    reason, for a weight that planes cannot hold.
     """
     if lift is None:
         lift = lift_for(*scale_range(elements, scales, fmt), fmt)

@@ -7,7 +7,9 @@ file takes that one, any other GPU `sm90.jsonl`. To measure another:
     python benchmarks/gemm.py --choose sweep.jsonl --cuts mxcompile/kernels/configs/sm80.jsonl
 
 A shape that is not in the table takes the cut of the nearest one, with K split such that about as many programs run; a
-number of tokens takes that of the next larger one.
+number of tokens takes that of the next larger one. All powers of two up to 16 of a measured cut's splits were checked
+against float64: a compiler may get one of them wrong. A format or number of tokens that was not measured takes a cut
+that the tests on a GPU check in all formats, or is left to cuBLAS.
 """
 
 import json
@@ -27,7 +29,13 @@ Config: TypeAlias = triton_planes.Config | gluon_planes.Config
 TRITON, GLUON, DEQUANTIZED = "planes", "gluon", "dequantize+cublas"
 _DEFAULT: Final = "sm90"
 _LEAST_SLABS: Final = 4
+_MOST_PARTS: Final = 16
 _MANY_TOKENS: Final = 1024
+_UNMEASURED: Final = (
+    (8, triton_planes.Config(rows=8, out=64, split=4, warps=2, joined=False)),
+    (64, triton_planes.Config(rows=16, out=64, split=2, stages=3)),
+)
+"""Up to so many tokens; both are among the cuts of `test_planes` in `tests/kernels/test_triton_gpu.py`."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,20 @@ class Cut:
 @lru_cache(maxsize=4096)
 def config_for(fmt: MXFormat, n: int, k: int, m: int, device: torch.device) -> Config | None:
     """The cut for m tokens, n outputs and k inputs; None to dequantize the weight and leave the product to cuBLAS."""
-    cuts = _cuts(_file_of(device))
-    known = [cut for cut in cuts if cut.fmt.name == fmt.name] or [cut for cut in cuts if cut.fmt.bits == fmt.bits]
-    known = known or list(cuts)
-    rows = min((cut.m for cut in known if cut.m >= m), default=max(cut.m for cut in known))
+    known = [cut for cut in _cuts(_file_of(device)) if cut.fmt.name == fmt.name]
+    slabs = -(-k // plane_layout(fmt).columns)
+    rows = min((cut.m for cut in known if cut.m >= m), default=max((cut.m for cut in known), default=0))
+    if rows < min(m, _MANY_TOKENS):
+        return _unmeasured(m, slabs)
     nearest = min((cut for cut in known if cut.m == rows), key=lambda cut: _distance(cut, n, k))
     if not isinstance(nearest.config, triton_planes.Config) or (nearest.n, nearest.k) == (n, k):
         return nearest.config
-    return _split_alike(nearest, nearest.config, n, -(-k // plane_layout(fmt).columns))
+    return _split_alike(nearest, nearest.config, n, slabs)
+
+
+def _unmeasured(m: int, slabs: int) -> Config | None:
+    config = next((config for rows, config in _UNMEASURED if m <= rows), None)
+    return config if config is not None and config.split <= slabs else None
 
 
 def _distance(cut: Cut, n: int, k: int) -> float:
@@ -60,11 +74,10 @@ def _distance(cut: Cut, n: int, k: int) -> float:
 
 def _split_alike(cut: Cut, config: triton_planes.Config, n: int, slabs: int) -> Config:
     """K in such a power of two of parts that about as many programs run as in the measurement."""
-    if cut.m >= _MANY_TOKENS:
-        return config
     wanted = config.split * -(-cut.n // config.out) / -(-n // config.out)
-    parts = 2 ** round(math.log2(max(1.0, wanted)))
-    return replace(config, split=max(1, min(parts, slabs // _LEAST_SLABS, 16)))
+    most = min(_MOST_PARTS, max(1, slabs // _LEAST_SLABS))
+    parts = min(round(math.log2(max(1.0, wanted))), math.floor(math.log2(most)))
+    return replace(config, split=2**parts)
 
 
 @cache

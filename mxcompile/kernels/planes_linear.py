@@ -1,5 +1,6 @@
 """Products with weights in planes on a GPU: the cut from the table, one launch for weights that lie side by side."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 _COUNTERS: Final = 4096
 _STREAMS: Final = 64
 _SMALL: Final = 4096
+logger = logging.getLogger(__name__)
 
 
 def supports(x: Tensor) -> str | None:
@@ -56,11 +58,20 @@ def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, lift: int
     if isinstance(config, triton_planes.Config):
         free, config = _free_counters(x, planes.out, config)
         return triton_planes.linears(x, planes, outs, biases, config, free)
-    if config is not None and gluon_planes.supports(x, planes) is None:
+    refused = None if config is None else gluon_planes.supports(x, planes)
+    if config is not None and refused is None:
         y = gluon_planes.linear(x, planes, _joined(biases), config)
     else:
+        if refused is not None:
+            _tell(refused)
         y = F.linear(x, triton_dequantize.dequantize(planes, slabs=1), _joined(biases))
     return [part.contiguous() for part in y.split(outs, dim=-1)]
+
+
+@cache
+def _tell(reason: str) -> None:
+    """Once: what is fused elsewhere is dequantized and left to cuBLAS here."""
+    logger.info("products of many tokens are left to cuBLAS: %s", reason)
 
 
 def _fits_one_launch(config: Config | None, outs: Sequence[int]) -> bool:

@@ -1,13 +1,19 @@
-"""The table of cuts: every format and number of tokens has one that the kernel can take."""
+"""The table of cuts: it is the measured one, and what is not in it takes no cut that was never checked."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 
-from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXFormat
+from mxcompile.formats import FORMATS, MXFP4, MXFP6_E2M3, MXINT4, MXINT8, MXFormat
 
 pytest.importorskip("triton")
 
-SHAPES = [(6144, 4096), (4096, 14336), (64, 32), (49152, 576), (1024, 4096), (128256, 4096)]
+SHAPES = [(6144, 4096), (4096, 14336), (64, 32), (49152, 576), (1024, 4096), (128256, 4096), (512, 1500)]
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+MEASURED = {MXINT4: 2048, MXFP4: 2048, MXFP6_E2M3: 16, MXINT8: 1}
 
 
 @pytest.fixture(autouse=True)
@@ -20,17 +26,37 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 64, 65, 257, 5000])
 @pytest.mark.parametrize("fmt", [*FORMATS.values(), MXFP4.with_block(128)], ids=str)
-def test_every_product_has_a_cut(fmt: MXFormat, rows: int) -> None:
+def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
+    """A fused one up to 64 tokens, if K is not tiny, and beyond where measured; K in a power of two of parts."""
     from mxcompile.kernels import triton_planes
     from mxcompile.kernels.planes import plane_layout
     from mxcompile.kernels.planes_configs import config_for
 
+    measured = next((most for other, most in MEASURED.items() if other.name == fmt.name), 0)
     for n, k in SHAPES:
         config = config_for(fmt, n, k, rows, torch.device("cuda"))
-        assert isinstance(config, triton_planes.Config) == (rows <= 64)
-        if isinstance(config, triton_planes.Config):
-            assert config.rows >= rows or config.rows == 64
-            assert config.split <= max(1, -(-k // plane_layout(fmt).columns))
+        slabs = -(-k // plane_layout(fmt).columns)
+        if config is None:
+            assert rows > measured
+            assert rows > 64 or slabs < 4
+        elif isinstance(config, triton_planes.Config):
+            assert rows <= 64
+            assert config.split in (1, 2, 4, 8, 16)
+            assert config.split <= slabs
+        else:
+            assert measured == 2048
+
+
+def test_the_table_is_what_the_sweep_gives() -> None:
+    """And so is the list of the fastest, with nothing in it that was wrong."""
+    from gemm import choose, read
+
+    chosen = choose(read(RESULTS / "gemm-sweep-h100.jsonl"), dependent=False)
+    assert chosen == read(RESULTS / "gemm-h100.jsonl")
+    assert all(line["error"] <= 1 for line in chosen)
+    table = files("mxcompile.kernels").joinpath("configs", "sm90.jsonl").read_text().splitlines()
+    wanted = [{name: line[name] for name in ("weight", "n", "k", "m", "path", "config")} for line in chosen]
+    assert list(map(json.loads, table)) == wanted
 
 
 def test_other_shapes_are_split_into_as_many_programs() -> None:
