@@ -127,8 +127,7 @@ def test_no_kernel_serves_it(fmt):
     missing = f"there is no kernel for {fmt.name}"
     x = torch.randn(2, 64)
     assert dispatch.choices(x, fmt, 64)["cpu"] == cpu.supports_rounding(x, fmt, ScaleRule.FLOOR) == missing
-    elements, scales = torch.zeros(4, 2 * fmt.block_bytes, dtype=torch.uint8), torch.zeros(4, 2, dtype=torch.uint8)
-    assert planes.why_not(elements, scales, fmt) == missing
+    assert planes.why_no_format(fmt) == missing
 
 
 def test_no_triton_kernel_serves_it():
