@@ -22,7 +22,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
-from mxcompile import fusion, joining, ops, rules
+from mxcompile import fusion, guards, joining, ops, rules
 from mxcompile.analysis import dataflow
 from mxcompile.arrangement import arrange
 from mxcompile.errors import CompileError
@@ -106,15 +106,15 @@ def compile_module(module: M) -> M:
         for name, reason in arrange(module).items():
             logger.info("%s stays in rows: %s", name, reason)
     if missing is None:
-        _compile_call(module, options=compile_options())
+        _compile_call(module, "inductor", compile_options())
         _compile_generate(module, device)
     else:
         warnings.warn(f"{missing}: the model runs with fused MX operations, but uncompiled", stacklevel=3)
-        _compile_call(module, backend=_fused_eager())
+        _compile_call(module, _fused_eager())
     return module
 
 
-def _compile_call(module: nn.Module, **how: Any) -> None:
+def _compile_call(module: nn.Module, backend: Any, options: dict[str, Any] | None = None) -> None:
     """`module.compile()` under a code object of the module's own, with sizes of inputs dynamic from the start.
 
     Dynamo counts recompilations per code object and gives up after a few; the frames of a Hugging Face model are shared
@@ -126,14 +126,21 @@ def _compile_call(module: nn.Module, **how: Any) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
 
-    own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-    compiled = torch.compile(own, **how)
+    def compile_for_weights() -> Callable[..., Any]:
+        own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+        known = {**(options or {}), "guard_filter_fn": guards.outside_weights(module)}
+        return torch.compile(own, backend=backend, options=known)
+
     has_fast_path = any(isinstance(child, nn.MultiheadAttention) for child in module.modules())
+    compiled, compiled_for = compile_for_weights(), guards.layouts(module)
 
     def marked(*args: Any, **kwargs: Any) -> Any:
+        nonlocal compiled, compiled_for
         if not torch.compiler.is_compiling():
             for tensor in Inputs(args, kwargs).tensors():
                 maybe_mark_dynamic(tensor, list(range(tensor.dim())))
+            if (layouts := guards.layouts(module)) != compiled_for:
+                compiled, compiled_for = compile_for_weights(), layouts
         with _without_fast_path() if has_fast_path else nullcontext():
             result = compiled(*args, **kwargs)
         if not torch.compiler.is_compiling():

@@ -1,8 +1,7 @@
-"""linear(quantize_dequantize(x), w1), linear(quantize_dequantize(x), w2) -> linears(x, [w1, w2]).
+"""linear(quantize_dequantize(x), w1), linear(quantize_dequantize(x), w2) -> cpu_linears(x, [w1, w2]).
 
 One call in place of three (q, k, v and the rounding of their input): what a call costs is much of what a small product
-costs. On a GPU that goes for weights in planes, which one launch can serve, and the rounding stays an operation of its
-own.
+costs. On a GPU it is `linears`, of weights in planes, which one launch can serve; the rounding stays a call of its own.
 """
 
 import operator
@@ -11,7 +10,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from mxcompile.fusion import VIEWS
-from mxcompile.ops import LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
 
 def join_linears(graph: Graph) -> int:
@@ -45,7 +44,8 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
             x = graph.create_node("call_function", value.target, (x, *value.args[1:]), name=f"{value.name}_plain")
             x.meta["val"] = value.meta["val"]
         args = (x, *columns, nodes[0].args[4], activation, rule, *_planes(nodes[0]))
-        joined = graph.create_node("call_function", LINEARS, args, name=f"{nodes[0].name}_joined")
+        target = LINEARS if _planes(nodes[0]) else CPU_LINEARS
+        joined = graph.create_node("call_function", target, args, name=f"{nodes[0].name}_joined")
         joined.meta["val"] = [node.meta["val"] for node in nodes]
         for index, node in enumerate(nodes):
             part: Any = graph.create_node("call_function", operator.getitem, (joined, index), name=f"{node.name}_part")

@@ -6,6 +6,7 @@
     mx::linear(x, elements, scales, bias, format, planes) -> y       dequantize + linear, fused
     mx::linears(x, elements, scales, biases, format, activation, rule, planes) -> ys
                                                                      the two above, for weights of one input
+    mx::cpu_linears(the same but planes)                             the same, in C++ for a few tokens
     mx::rotate(x, block) -> x in runs of block times Hadamard        on the way into a matmul; see `hadamard.py`
     mx::multiply(x, multiplier, digest) -> x * multiplier            on the way into a matmul of a deployed module
 
@@ -15,7 +16,9 @@ dimension, whose true length is `size`. With `planes` the bytes of a 2-D weight 
 (`kernels/planes.py`), in rows padded to whole slabs; it is the power of two that they lack.
 
 The first two are the reference itself on every device. The fused ones go to the fastest kernel that serves the call
-(`kernels.dispatch`) and mean exactly the composition of the first two with `aten.linear`.
+(`kernels.dispatch`) and mean exactly the composition of the first two with `aten.linear`. Compiled graphs have
+`cpu_linears` in place of `linears`: C++, as Python takes longer to call a small product than the product takes; without
+errors for wrong sizes, which a compiled graph cannot have.
 
 `digest` names a multiplier's values. Weights that share an input each bring a multiplier of their own, and inside
 `torch.compile` nothing else says that they are equal, so that one product will do.
@@ -159,6 +162,9 @@ def _check_rule(rule: str, fmt: MXFormat) -> None:
 
 
 def _register() -> None:
+    of_linears = (
+        "Tensor x, Tensor[] elements, Tensor[] scales, Tensor?[] biases, str format, str? activation, str? rule"
+    )
     schemas = {
         "quantize(Tensor x, str format, str rule) -> (Tensor, Tensor)": (quantize, _fake_quantize),
         "dequantize(Tensor elements, Tensor scales, str format, SymInt size, ScalarType dtype, int? planes=None) "
@@ -174,8 +180,8 @@ def _register() -> None:
             linear,
             _fake_linear,
         ),
-        "linears(Tensor x, Tensor[] elements, Tensor[] scales, Tensor?[] biases, str format, "
-        "str? activation, str? rule, int? planes=None) -> Tensor[]": (linears, _fake_linears),
+        f"linears({of_linears}, int? planes=None) -> Tensor[]": (linears, _fake_linears),
+        f"cpu_linears({of_linears}) -> Tensor[]": (linears, _fake_linears),
         "multiply(Tensor x, Tensor multiplier, str digest) -> Tensor": (multiply, multiply),
         "rotate(Tensor x, int block) -> Tensor": (rotate, _fake_rotate),
     }
@@ -205,5 +211,6 @@ DEQUANTIZE = torch.ops.mx.dequantize.default
 QUANTIZE_DEQUANTIZE = torch.ops.mx.quantize_dequantize.default
 LINEAR = torch.ops.mx.linear.default
 LINEARS = torch.ops.mx.linears.default
+CPU_LINEARS = torch.ops.mx.cpu_linears.default
 MULTIPLY = torch.ops.mx.multiply.default
 ROTATE = torch.ops.mx.rotate.default

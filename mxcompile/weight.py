@@ -50,6 +50,9 @@ class MXLayout:
     rotation: int | None = None
     planes: int | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # Dynamo's guards hold a copy, and compare what is the same object in no time
+
 
 class MXWeight(Tensor):
     """elements: uint8 `[..., out, bytes]`, scales: uint8 `[..., out, blocks]`; see `packing.py`.
@@ -61,6 +64,7 @@ class MXWeight(Tensor):
     scales: Tensor
     multiplier: Tensor | None
     layout_: MXLayout
+    _flat: tuple[list[str], tuple[MXLayout, torch.dtype]]
 
     def __new__(
         cls, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype, multiplier: Tensor | None = None
@@ -75,11 +79,11 @@ class MXWeight(Tensor):
     def __init__(
         self, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype, multiplier: Tensor | None = None
     ) -> None:
-        del dtype
         self.elements = elements
         self.scales = scales
         self.multiplier = multiplier
         self.layout_ = layout
+        self._flat = ["elements", "scales", "multiplier"][: len(self.parts)], (layout, dtype)
 
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"MXWeight(shape={tuple(self.shape)}, {self.layout_})"
@@ -156,7 +160,7 @@ class MXWeight(Tensor):
         return f"MXWeight {self.layout_} {self.dtype} {parts}"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[MXLayout, torch.dtype]]:
-        return ["elements", "scales", "multiplier"][: len(self.parts)], (self.layout_, self.dtype)
+        return self._flat  # made once: every call of a compiled model asks every weight
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: tuple[MXLayout, torch.dtype], *_: Any) -> "MXWeight":

@@ -15,7 +15,7 @@ import mxcompile
 from mxcompile import fusion, inductor
 from mxcompile.analysis.choice import choose
 from mxcompile.multiplier import insert_multiplier, multiplier_of
-from mxcompile.ops import LINEAR, LINEARS
+from mxcompile.ops import CPU_LINEARS, LINEAR
 
 NO_COMPILER = inductor.why_no_inductor(torch.device("cpu"))
 needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
@@ -175,7 +175,7 @@ def test_without_a_compiler_the_model_runs_fused_and_says_so(monkeypatch):
     reference = mxcompile.quantize_and_compile(model, x, compile=False, recipe="w4a8-mxint-quick")
     with torch.no_grad():
         assert torch.equal(module(**x), reference(**x))
-    assert [len([n for n in graph.nodes if n.target in (LINEAR, LINEARS)]) for graph in seen] == [2]
+    assert [len([n for n in graph.nodes if n.target in (LINEAR, CPU_LINEARS)]) for graph in seen] == [2]
 
 
 def test_with_a_compiler_nothing_is_said():

@@ -7,7 +7,7 @@ from torch import nn
 import mxcompile
 from mxcompile.fusion import fuse
 from mxcompile.joining import join_linears
-from mxcompile.ops import LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
 
 class Three(nn.Module):
@@ -35,7 +35,7 @@ def fused_graph(recipe, x, **options):
 
 def text(graph):
     """Calls on MX weights and what they read."""
-    names = {LINEAR: "linear", LINEARS: "linears", QUANTIZE_DEQUANTIZE: "round"}
+    names = {LINEAR: "linear", LINEARS: "linears", CPU_LINEARS: "cpu_linears", QUANTIZE_DEQUANTIZE: "round"}
     return [names[node.target] for node in graph.nodes if node.target in names]
 
 
@@ -45,8 +45,8 @@ X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("recipe", "before", "after", "calls"),
     [
-        ("w4a8-mxint-quick", ["round", "linear", "linear", "round", "linear"], ["linears", "linears"], 2),
-        ("w4a16-mxint-quick", ["linear", "linear", "linear"], ["linears", "linear"], 1),
+        ("w4a8-mxint-quick", ["round", "linear", "linear", "round", "linear"], ["cpu_linears", "cpu_linears"], 2),
+        ("w4a16-mxint-quick", ["linear", "linear", "linear"], ["cpu_linears", "linear"], 1),
     ],
 )
 @pytest.mark.parametrize("x", [X, X[0], X[:1, :1]], ids=["3-D", "2-D", "one token"])
@@ -67,7 +67,7 @@ def test_before_and_after(recipe, before, after, calls, x):
 def test_other_formats_are_other_calls():
     module = fused_graph("w4a8-mxint-quick", X, overrides={"second": mxcompile.formats.MXINT8})
     assert join_linears(module.graph) == 3
-    assert text(module.graph) == ["linears", "linears", "linears"]
+    assert text(module.graph) == ["cpu_linears", "cpu_linears", "cpu_linears"]
 
 
 def test_a_rounded_value_that_others_read_stays():
@@ -76,7 +76,7 @@ def test_a_rounded_value_that_others_read_stays():
     output = module.graph.output_node()
     output.args = ((*output.args[0], first),)
     assert join_linears(module.graph) == 2
-    assert text(module.graph) == ["round", "linears", "linears"]
+    assert text(module.graph) == ["round", "cpu_linears", "cpu_linears"]
 
 
 def test_a_gpu_graph_is_left_alone():

@@ -1,10 +1,12 @@
 """MX on the CPU, by mx_cpu.cpp: products with packed weights for up to four tokens, decoding, rounding of inputs.
 
-More tokens than four are multiplied by torch: the weight is decoded into a buffer that the next layer uses again.
+More tokens than four are multiplied by torch: the weight is decoded into a buffer that the next layer uses again. Fewer
+come here from a compiled graph once for each kind of call; then mx_cpu_operator.cpp takes them.
 Rounding and decoding are bit for bit `reference.py`'s, products up to the order of a float32 sum.
 """
 
 import ctypes
+import logging
 import math
 import threading
 from collections.abc import Sequence
@@ -17,14 +19,14 @@ from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels.cpu_build import ELEMENTS, library, why_not
+from mxcompile.kernels.cpu_build import ELEMENTS, BuildError, library, operator, why_not
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Packed elements `[out, bytes]`, scales `[out, blocks]`, and a bias `[out]` or None."""
 MOST_TOKENS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_VALUES_A_THREAD = 1 << 17
 _local = threading.local()
+logger = logging.getLogger(__name__)
 
 
 def supports(x: Tensor, fmt: MXFormat) -> str | None:
@@ -59,6 +61,8 @@ def linears(
     if rounding is not None and not (few and _rounds_with(rounding[0], fmt, x.dtype)):
         rows, rounding = quantize_dequantize(rows, *rounding), None
     if few:
+        if rows.dtype != torch.float16:
+            _serve_without_python(fmt, rounding, rows.dtype)
         outputs = _multiply(rows, weights, fmt, rounding)
     else:
         outputs = [_decode_and_multiply(rows, weight, fmt) for weight in weights]
@@ -74,8 +78,9 @@ def decode(
     place = torch.float32 if wide else torch.bfloat16
     values = out if out is not None and out.dtype == place else torch.empty(rows * size, dtype=place)
     values = values[: rows * size].view(rows, size)
+    threads = torch.get_num_threads()
     library(fmt).mx_decode(
-        _pointer(elements), _pointer(scales), _pointer(values), wide, _long(rows), _long(size), _threads(values.numel())
+        _pointer(elements), _pointer(scales), _pointer(values), wide, _long(rows), _long(size), threads
     )
     return values.to(dtype)
 
@@ -92,7 +97,7 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
         _long(math.prod(x.shape[:-1])),
         _long(size),
         ctypes.byref(_rounding(fmt, rule, x.dtype)),
-        _threads(x.numel()),
+        torch.get_num_threads(),
     )
     return values.to(x.dtype)
 
@@ -114,9 +119,22 @@ def _multiply(
         row.rows = elements.shape[0]
         row.bias, row.wide = None if bias is None else bias.data_ptr(), wide
     how = None if rounding is None else ctypes.byref(_rounding(*rounding, x.dtype))
-    threads = _threads(sum(y.shape[-1] for y in outputs) * size)
+    threads = torch.get_num_threads()
     library(fmt).mx_multiply(table, len(kept), _pointer(given), wide, _long(tokens), _long(size), how, threads)
     return outputs if given.dtype == x.dtype else [y.to(x.dtype) for y in outputs]
+
+
+@cache
+def _serve_without_python(fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | None, dtype: torch.dtype) -> None:
+    """Let `mx::cpu_linears` with these arguments go by mx_cpu_operator.cpp from now on, if that can be built."""
+    try:
+        serve = operator().mx_serve
+    except BuildError as error:
+        logger.info("products of a few tokens go through Python: %s", error)
+        return
+    names = (None, None) if rounding is None else (str(rounding[0]).encode(), rounding[1].value.encode())
+    how = None if rounding is None else ctypes.byref(_rounding(*rounding, dtype))
+    serve(str(fmt).encode(), *names, dtype == torch.float32, library(fmt).mx_multiply, how)
 
 
 def _rounds_with(activation: MXFormat, weight: MXFormat, dtype: torch.dtype) -> bool:
@@ -182,7 +200,3 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 def _long(value: int) -> ctypes.c_int64:
     return ctypes.c_int64(value)
-
-
-def _threads(values: int) -> int:
-    return max(1, min(torch.get_num_threads(), values // _VALUES_A_THREAD))

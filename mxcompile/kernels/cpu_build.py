@@ -1,7 +1,8 @@
 """mx_cpu.cpp -> a library for one format, built with the machine's C++ compiler when it is first needed, and kept.
 
-A library takes about a second to build. It lies in the user's cache folder under a name that says what it was made
-from: the source, the compiler with its version and options, and the processor.
+mx_cpu_operator.cpp -> a library for this torch. A library takes a second or two to build. It lies in the user's cache
+folder under a name that says what it was made from: the sources, the compiler with its version and options, the
+processor, and torch's version where it matters.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,8 +22,7 @@ import torch
 
 from mxcompile.formats import MXFormat, no_kernel
 
-_SOURCE = Path(__file__).with_name("mx_cpu.cpp")
-_INCLUDED = _SOURCE.with_name("mx_cpu_dot.h")
+_FOLDER = Path(__file__).parent
 ELEMENTS = {
     "mxint8": "Int8",
     "mxint6": "Int6",
@@ -33,7 +34,7 @@ ELEMENTS = {
     "mxfp4": "E2M1",
 }
 """A format's element type in mx_cpu.cpp, in the order of its `with_element`."""
-_OPTIONS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+_OPTIONS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
 _SECONDS = 120
 
 
@@ -46,18 +47,16 @@ def library(fmt: MXFormat) -> ctypes.CDLL:
     """The functions of mx_cpu.cpp for a format. Raises BuildError, each time again."""
     if reason := no_kernel(fmt):
         raise BuildError(reason)
-    compiler = _compiler()
-    command = [compiler, *_OPTIONS, *_tuning(), f"-DMX_ELEMENT={ELEMENTS[fmt.name]}", f"-DMX_BLOCK={fmt.block_size}"]
-    made_from = (_SOURCE.read_text(), _INCLUDED.read_text(), _version(compiler), " ".join(command), _processor())
-    name = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
-    folder = Path(platformdirs.user_cache_dir("mxcompile", appauthor=False)) / "cpu"
-    path = folder / f"{fmt.name}-{fmt.block_size}-{name}.so"
-    try:
-        if not path.exists():
-            _build(command, path)
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"the kernel for {fmt} cannot be kept in {folder}: {error.strerror or error}") from error
+    options = ["-O3", *_tuning(), f"-DMX_ELEMENT={ELEMENTS[fmt.name]}", f"-DMX_BLOCK={fmt.block_size}"]
+    return _library(f"{fmt.name}-{fmt.block_size}", ("mx_cpu.cpp", "mx_cpu.h", "mx_cpu_dot.h"), options, _processor())
+
+
+@cache
+def operator() -> ctypes.CDLL:
+    """The function of mx_cpu_operator.cpp; to load it registers the operator. Raises BuildError, each time again."""
+    torch_folder = Path(torch.__file__).parent
+    options = ["-O2", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    return _library("operator", ("mx_cpu_operator.cpp", "mx_cpu.h"), options, torch.__version__)
 
 
 def why_not(fmt: MXFormat) -> str | None:
@@ -74,6 +73,22 @@ def _why_not(fmt: MXFormat) -> str | None:
     return None
 
 
+def _library(title: str, sources: Sequence[str], options: Sequence[str], built_for: str) -> ctypes.CDLL:
+    """The library of the first source, which includes the others."""
+    command = [_compiler(), *_OPTIONS, str(_FOLDER / sources[0]), *options]
+    texts = [(_FOLDER / source).read_text() for source in sources]
+    made_from = (*texts, _version(command[0]), " ".join(options), built_for)
+    name = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
+    folder = Path(platformdirs.user_cache_dir("mxcompile", appauthor=False)) / "cpu"
+    path = folder / f"{title}-{name}.so"
+    try:
+        if not path.exists():
+            _build(command, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the CPU kernel {title} cannot be kept in {folder}: {error.strerror or error}") from error
+
+
 def _build(command: list[str], path: Path) -> None:
     """Build under a temporary name, then rename: another process may be doing the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +96,7 @@ def _build(command: list[str], path: Path) -> None:
         made = Path(temporary) / path.name
         try:
             done = subprocess.run(
-                [*command, str(_SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=_SECONDS, check=False
+                [*command, "-o", str(made)], capture_output=True, text=True, timeout=_SECONDS, check=False
             )
         except subprocess.TimeoutExpired as error:
             raise BuildError(f"{command[0]} did not finish within {_SECONDS} s") from error

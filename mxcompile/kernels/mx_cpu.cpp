@@ -3,32 +3,15 @@
 // Bytes lie as packing.py says. Loops over the elements of a block have fixed length, so that a compiler turns them
 // into vector instructions of whatever machine it builds for.
 
+#include "mx_cpu.h"
+
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <vector>
-
-// A weight [rows, ...], a bias [rows] or null, and where the product goes, [tokens, rows]; both float32 if `wide`,
-// otherwise bfloat16.
-struct Weight {
-  const uint8_t* elements;
-  const uint8_t* scales;
-  const void* bias;
-  void* y;
-  int64_t rows;
-  int wide;
-};
-
-// How inputs are rounded. element: place in `with_element`. threshold: of the mantissa of a block's maximum, in [0.5, 1].
-// largest: the exponent of the input dtype's largest value.
-struct Rounding {
-  int element;
-  float threshold;
-  int or_equal;
-  int largest;
-};
 
 namespace {
 
@@ -406,13 +389,19 @@ void multiply(const Weight* weights, int count, const From* x, int64_t size, con
 
 using Format = MX_ELEMENT;  // given on the compiler's command line: one library for each format
 constexpr int BLOCK = MX_BLOCK;
+constexpr int64_t VALUES_A_THREAD = 1 << 17;
+
+static int worthwhile_threads(int64_t values, int most) {
+  return int(std::clamp<int64_t>(values / VALUES_A_THREAD, 1, most));
+}
 
 extern "C" {
 
-// The products of x [m, size], rounded first unless `rounding` is null, with some weights; m from 1 to 4. wide: x is
-// float32, otherwise bfloat16.
 void mx_multiply(const Weight* weights, int count, const void* x, int wide, int64_t m, int64_t size,
-                 const Rounding* rounding, int threads) {
+                 const Rounding* rounding, int most_threads) {
+  int64_t rows = 0;
+  for (int i = 0; i < count; ++i) rows += weights[i].rows;
+  const int threads = worthwhile_threads(rows * size, most_threads);
   const auto call = [&](auto tokens) {
     constexpr int M = decltype(tokens)::value;
     if (wide)
@@ -430,7 +419,8 @@ void mx_multiply(const Weight* weights, int count, const void* x, int wide, int6
 
 // values [rows, size], float32 or (wide == 0) bfloat16.
 void mx_decode(const uint8_t* elements, const uint8_t* scales, void* values, int wide, int64_t rows, int64_t size,
-               int threads) {
+               int most_threads) {
+  const int threads = worthwhile_threads(rows * size, most_threads);
   const int64_t blocks = (size + BLOCK - 1) / BLOCK, bytes = blocks * (BLOCK * Format::BITS / 8);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
@@ -443,8 +433,9 @@ void mx_decode(const uint8_t* elements, const uint8_t* scales, void* values, int
 }
 
 // to [rows, size] = from [rows, size] rounded to this format; both float32 if `wide`, otherwise bfloat16.
-void mx_round(const void* from, void* to, int wide, int64_t rows, int64_t size, const Rounding* rounding, int threads) {
+void mx_round(const void* from, void* to, int wide, int64_t rows, int64_t size, const Rounding* rounding,
+              int most_threads) {
   const auto call = wide ? round_rows<Format, BLOCK, float> : round_rows<Format, BLOCK, uint16_t>;
-  call(from, to, rows, size, *rounding, threads);
+  call(from, to, rows, size, *rounding, worthwhile_threads(rows * size, most_threads));
 }
 }

@@ -36,14 +36,16 @@ inline __m512 dot(__mmask64 mask, const uint8_t* codes, const Chunk<E>& chunk) {
   const __m512i first = _mm512_load_si512(chunk.x[0]), last = _mm512_load_si512(chunk.x[Dot<E>::PARTS - 1]);
   const __m512i nibble = _mm512_set1_epi16(E::BITS == 4 && Dot<E>::INTEGER ? 0x0f0f : 0x000f);
   if constexpr (Dot<E>::INTEGER) {
+    constexpr int XOR_AND = 0x28;  // (a ^ b) & c
     const __m512i sign = _mm512_set1_epi8(E::BITS == 4 ? char(0x88) : char(0x80));
-    const __m512i loaded = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, codes), sign);
+    const __m512i loaded = _mm512_maskz_loadu_epi8(mask, codes);
     __m512i sum = _mm512_load_si512(chunk.start);
     if constexpr (E::BITS == 4) {
-      sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(loaded, nibble), first);
-      sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(_mm512_srli_epi16(loaded, 4), nibble), last);
+      const __m512i high = _mm512_srli_epi16(loaded, 4);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_ternarylogic_epi32(loaded, sign, nibble, XOR_AND), first);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_ternarylogic_epi32(high, sign, nibble, XOR_AND), last);
     } else {
-      sum = _mm512_dpbusd_epi32(sum, loaded, first);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(loaded, sign), first);
     }
     return _mm512_cvtepi32_ps(sum);
   } else {
@@ -58,60 +60,71 @@ inline __m512 dot(__mmask64 mask, const uint8_t* codes, const Chunk<E>& chunk) {
   }
 }
 
-// The scale of every lane: bytes of `count` blocks, each for LANES lanes.
-template <int LANES>
-inline __m512 lane_scales(const uint8_t* bytes, __mmask16 mask) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes));
-  const __m512i each = _mm512_permutexvar_epi32(_mm512_srli_epi32(lane, __builtin_ctz(LANES)), wide);
+// The scales of up to 16 blocks, from their bytes.
+inline __m512 block_scales(const uint8_t* bytes, __mmask16 mask) {
+  const __m512i each = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes));
   __m512i bits = _mm512_slli_epi32(each, 23);
   bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(each, each), _mm512_set1_epi32(0x00400000));
   const __mmask16 nan = _mm512_cmpeq_epi32_mask(each, _mm512_set1_epi32(255));
   return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
 }
 
-// y [M, n] = x [M, ...] times R rows of a weight from n on.
+// Sums of the lanes of four vectors; each in an order of its own place alone.
+inline __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+
+// y [M][4] = x [M, ...] times R rows of a weight from n on, at most 4. Scales are decoded for 16 blocks at once, which are
+// as many chunks as a block has lanes.
 template <class E, int B, int R, int M>
 inline void dot_rows(const Weight& weight, const Chunk<E>* x, int64_t chunks, int64_t blocks, int64_t n, float* y) {
   constexpr int BYTES = B * E::BITS / 8, STEP = Dot<E>::CHUNK, LANES = B / (Dot<E>::GROUP * Dot<E>::PARTS);
-  constexpr int BLOCKS = LANES < 16 ? 16 / LANES : 1;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  constexpr int AHEAD = 4096;  // bytes; the processor's own prefetching stops at the end of a page
   const uint8_t* codes = weight.elements + n * blocks * BYTES;
   const uint8_t* scales = weight.scales + n * blocks;
-  __m512 sums[R][M];
+  __m512 sums[4][M], decoded[R];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t left = blocks * BYTES - chunk * STEP, block = chunk * 16 / LANES;
-    const __mmask64 mask = left >= STEP ? ~0ull : (1ull << left) - 1;
-    const __mmask16 among = blocks - block >= BLOCKS ? (1 << BLOCKS) - 1 : (1 << (blocks - block)) - 1;
-    for (int r = 0; r < R; ++r) {
-      const __m512 scale = lane_scales<(LANES < 16 ? LANES : 16)>(scales + r * blocks + block, among);
-      for (int m = 0; m < M; ++m) {
-        const Chunk<E>& with = x[m * chunks + chunk];
-        const __m512 sum = _mm512_mul_ps(dot<E>(mask, codes + r * blocks * BYTES + chunk * STEP, with),
-                                         _mm512_load_ps(with.scale));
-        sums[r][m] = _mm512_fmadd_ps(sum, scale, sums[r][m]);
+  for (int64_t block = 0, chunk = 0; block < blocks; block += 16) {
+    const __mmask16 among = blocks - block >= 16 ? 0xffff : (1 << (blocks - block)) - 1;
+    for (int r = 0; r < R; ++r) decoded[r] = block_scales(scales + r * blocks + block, among);
+    for (int part = 0; part < LANES && chunk < chunks; ++part, ++chunk) {
+      const int64_t left = blocks * BYTES - chunk * STEP;
+      const __mmask64 mask = left >= STEP ? ~0ull : (1ull << left) - 1;
+      const __m512i of_lane = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * part)), __builtin_ctz(LANES));
+      for (int r = 0; r < R; ++r) {
+        _mm_prefetch(codes + r * blocks * BYTES + chunk * STEP + AHEAD, _MM_HINT_T0);
+        const __m512 scale = _mm512_permutexvar_ps(of_lane, decoded[r]);
+        for (int m = 0; m < M; ++m) {
+          const Chunk<E>& with = x[m * chunks + chunk];
+          const __m512 sum = dot<E>(mask, codes + r * blocks * BYTES + chunk * STEP, with);
+          sums[r][m] = _mm512_fmadd_ps(_mm512_mul_ps(sum, _mm512_load_ps(with.scale)), scale, sums[r][m]);
+        }
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) y[m * R + r] = _mm512_reduce_add_ps(sums[r][m]);
+  for (int m = 0; m < M; ++m) _mm_storeu_ps(y + 4 * m, four_sums(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
 }
 
 template <class E, int B, int M>
 void dot_range(const Weight& weight, const Chunk<E>* x, int64_t chunks, int64_t blocks, int64_t begin, int64_t end) {
   constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
-  float y[R * M];
-  int64_t n = begin;
-  for (; n + R <= end; n += R) {
-    dot_rows<E, B, R, M>(weight, x, chunks, blocks, n, y);
+  float y[M][4];
+  const auto rows = [&](auto count, int64_t n) {
+    dot_rows<E, B, count, M>(weight, x, chunks, blocks, n, y[0]);
     for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) finish(weight, m, n + r, y[m * R + r]);
-  }
-  for (; n < end; ++n) {
-    dot_rows<E, B, 1, M>(weight, x, chunks, blocks, n, y);
-    for (int m = 0; m < M; ++m) finish(weight, m, n, y[m]);
-  }
+      for (int r = 0; r < count; ++r) finish(weight, m, n + r, y[m][r]);
+  };
+  int64_t n = begin;
+  for (; n + R <= end; n += R) rows(std::integral_constant<int, R>{}, n);
+  for (; n < end; ++n) rows(std::integral_constant<int, 1>{}, n);
 }
 
 // One row of x, rounded to A's elements and laid out; `count` chunks, zeroed. False if a scale is so near to the ends of

@@ -1,0 +1,99 @@
+"""`mx::cpu_linears` in C++ for a few tokens: the same bits as in Python, and Python where it does not serve."""
+
+import logging
+
+import pytest
+import torch
+
+from mxcompile import packing, reference
+from mxcompile.formats import MXFP4, MXINT8, ScaleRule, parse_format
+from mxcompile.kernels import cpu, cpu_build, dispatch
+
+LINEARS, IN_PYTHON = torch.ops.mx.cpu_linears.default, torch.ops.mx.linears.default
+
+
+def why_not():
+    try:
+        cpu_build.operator()
+    except cpu_build.BuildError as error:
+        return str(error)
+    return None
+
+
+needs_operator = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+def arguments(x, name, activation, rows=(48, 7)):
+    """What `mx::cpu_linears` takes, for weights with and without a bias."""
+    fmt, generator = parse_format(name), torch.Generator().manual_seed(0)
+    packed = [reference.quantize(torch.randn(n, x.shape[-1], generator=generator), fmt, ScaleRule.FLOOR) for n in rows]
+    elements, scales = [packing.pack(codes, fmt) for codes, _ in packed], [scales for _, scales in packed]
+    biases = [None, torch.randn(rows[1], generator=generator).to(x.dtype)]
+    return x, elements, scales, biases, name, activation, activation and "floor"
+
+
+@needs_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mxint4", "mxfp4:64", "mxfp6_e2m3", "mxint8:16"])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_the_same_bits_as_in_python(name, rounded, dtype):
+    activation = str(MXINT8.with_block(parse_format(name).block_size)) if rounded else None
+    for shape in ((1, 96), (1, 1, 96), (2, 2, 77), (3, 64), (5, 96), (96,), (0, 96)):
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        given = arguments(x, name, activation)
+        for y, expected in zip(LINEARS(*given), IN_PYTHON(*given), strict=True):
+            assert y.shape == expected.shape
+            assert torch.equal(y, expected)
+
+
+@needs_operator
+def test_python_is_asked_once_for_each_kind_of_call(monkeypatch):
+    given = arguments(torch.randn(1, 96), "mxint4:128", "mxint8:128")
+    LINEARS(*given)
+    monkeypatch.delattr(dispatch, "linears")
+    LINEARS(*given)
+    LINEARS(torch.randn(4, 96), *given[1:])
+    strided = torch.randn(96, 2).T
+    for x in (torch.randn(5, 96), torch.randn(1, 96).half(), strided):
+        with pytest.raises(RuntimeError, match="mx::linears"):
+            LINEARS(x, *given[1:3], [None, None], *given[4:])
+
+
+@needs_operator
+@pytest.mark.parametrize("part", ["elements", "scales"])
+def test_weights_with_strides(part):
+    x, elements, scales, biases, *rest = arguments(torch.randn(2, 96), "mxint4", "mxint8")
+    parts = {"elements": elements, "scales": scales}
+    expected = IN_PYTHON(x, elements, scales, biases, *rest)
+    parts[part] = [tensor.T.contiguous().T for tensor in parts[part]]
+    for y, right in zip(LINEARS(x, parts["elements"], parts["scales"], biases, *rest), expected, strict=True):
+        assert torch.equal(y, right)
+
+
+@needs_operator
+def test_a_nan_scale_and_the_smallest_scale():
+    """Byte 255 makes its row NaN, byte 0 is 2^-127, not nothing."""
+    x, elements, scales, _, *rest = arguments(torch.full((1, 64), 2.0**99), "mxfp4", "mxint8", rows=(5, 4))
+    scales[0][2, 1], scales[0][3] = 255, 0
+    elements[0][3] = 0x22
+    y = LINEARS(x, elements, scales, [None, None], *rest)[0]
+    assert y.isnan().tolist() == [[False, False, True, False, False]]
+    assert y[0, 3].item() == 64 * 2.0 ** (99 - 127)
+
+
+def test_what_cannot_be_built_stays_in_python(monkeypatch, caplog):
+    def missing():
+        raise cpu_build.BuildError("there is no header")
+
+    monkeypatch.setattr(cpu, "operator", missing)
+    cpu._serve_without_python.cache_clear()
+    caplog.set_level(logging.INFO, logger="mxcompile")
+    given = arguments(torch.randn(1, 96), "mxfp4", "mxfp8_e4m3")
+    try:
+        for _ in range(2):
+            IN_PYTHON(*given)
+    finally:
+        cpu._serve_without_python.cache_clear()
+    reasons = [record.message for record in caplog.records if "Python" in record.message]
+    assert reasons in ([], ["products of a few tokens go through Python: there is no header"])
+    assert bool(reasons) == (cpu.supports(given[0], MXFP4) is None)
