@@ -113,22 +113,8 @@ def test_compiled_equals_uncompiled_at_other_sizes(llama, batch, length):
         torch.testing.assert_close(output(compiled(**example)), output(plain(**example)), rtol=0, atol=1e-4)
 
 
-TORCH_2_11 = torch.__version__.startswith("2.11.")
-
-
 @needs_compiler
-@pytest.mark.parametrize(
-    "cache",
-    [
-        pytest.param(
-            None,
-            marks=pytest.mark.xfail(
-                TORCH_2_11, strict=True, reason="torch 2.11 writes bad C++ here, for float models too"
-            ),
-        ),
-        "static",
-    ],
-)
+@pytest.mark.parametrize("cache", [None, "static"])
 def test_generates_the_same_tokens(llama, cache):
     compiled, plain = llama
     how = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
