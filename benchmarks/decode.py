@@ -26,7 +26,6 @@ from torch import Tensor
 import mxcompile
 from mxcompile import smollm2
 from mxcompile.formats import MXINT8
-from mxcompile.inductor import compile_module
 from mxcompile.texts import help_text
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,7 +113,8 @@ def prepared(what: str, dtype: torch.dtype, arguments: argparse.Namespace) -> tu
     if what == EAGER:
         return model, ids
     if what == COMPILED:
-        return compile_module(model), ids
+        model.compile()
+        return model, ids
     head: Any = {"include": ["lm_head"], "overrides": {"lm_head": MXINT8}} if what == HEAD else {}
     recipe = what.partition(",")[0]
     return mxcompile.quantize_and_compile(model, {"input_ids": ids[:, :16]}, recipe=recipe, **head), ids

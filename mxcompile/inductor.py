@@ -22,7 +22,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
-from mxcompile import fusion, guards, joining, ops, rules
+from mxcompile import attention, fusion, guards, joining, ops, rules
 from mxcompile.analysis import dataflow
 from mxcompile.arrangement import arrange
 from mxcompile.errors import CompileError
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class FuseMX(CustomGraphPass):
-    """Fuses MX matmuls in the graphs that Inductor compiles.
+    """Fuses MX matmuls in the graphs that Inductor compiles, and opens attention of one query on the CPU.
 
     `results` has one entry per graph compiled in this process; graphs that Inductor takes from its cache were fused
     when they were first compiled and have none.
@@ -53,6 +53,7 @@ class FuseMX(CustomGraphPass):
         """Rewrite the graph in place."""
         result = fusion.fuse(graph)
         joining.join_linears(graph)
+        attention.open_attention(graph)
         self.results.append(result)
         logger.info("fused %d MX operations, %d misses", result.rewrites, len(result.misses))
         for miss in result.misses:
@@ -61,7 +62,7 @@ class FuseMX(CustomGraphPass):
     def uuid(self) -> Any:
         """Changes with the code of the rules, so that graphs compiled with older ones are not taken from the cache."""
         return get_hash_for_files(
-            tuple(str(module.__file__) for module in (fusion, joining, rules, dataflow, ops)), __file__
+            tuple(str(module.__file__) for module in (attention, fusion, joining, rules, dataflow, ops)), __file__
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FuseMX":
