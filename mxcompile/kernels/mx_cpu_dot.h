@@ -5,7 +5,7 @@
 // exact; of bfloat16 they are float32's, of exact products.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
-    defined(__AVX512BF16__) && defined(__GNUC__)
+    defined(__AVX512BF16__) && defined(__AVX512DQ__) && defined(__GNUC__)
 #define MX_DOT 1
 #include <immintrin.h>
 
