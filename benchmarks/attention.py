@@ -1,4 +1,4 @@
-"""Attention of one query on the CPU, compiled: torch's kernel beside the sums that `mxcompile/attention.py` makes of it.
+"""Attention of one query on the CPU, compiled: torch's kernel beside the sums of `mxcompile/attention.py`.
 
     python benchmarks/attention.py
 

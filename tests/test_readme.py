@@ -195,6 +195,28 @@ def test_other_projects_numbers_are_the_measured_ones():
         assert row["text"] == "wikitext2-validation.txt, second half"
 
 
+def test_the_tokens_a_second_on_the_cpu_are_the_measured_ones():
+    """Ratios are to the faster of the two float ways in the same dtype, compiled in all cases."""
+    rows = {(row["way"], row["dtype"]): row for row in results("decode-cpu.jsonl")}
+    ways = {
+        "float, eager": "float eager",
+        "float, compiled": "float compiled",
+        "`w4a8-mxint-quick`": "w4a8-mxint-quick",
+        "the same, output head in `mxint8`": "w4a8-mxint-quick, head mxint8",
+        "`w8a8-mxint` (before the last changes)": "w8a8-mxint",
+    }
+    given = re.findall(r"^\| (.*) \| (b?float\d+) \| (.*) \| (.*) \|$", README, re.MULTILINE)
+    assert len(given) == 7
+    for name, dtype, *cells in given:
+        plain = rows["float compiled", dtype]
+        for kind, digits, cell in zip(("decode", "prefill"), (1, 0), cells, strict=True):
+            value = rows[ways[name], dtype][kind]
+            ratio = "" if name.startswith("float") else f" ({value / plain[kind]:.1f} x)"
+            assert cell == f"{value:.{digits}f}{ratio}"
+    llama = rows["llama.cpp", "q4_1"]
+    assert f"| llama.cpp, Q4_1, output head in 8 bits | | {llama['decode']:.1f} | {llama['prefill']:.0f} |" in README
+
+
 def test_the_speeds_on_a_gpu_are_the_measured_ones():
     layers = {}
     for line in results("gemm-h100.jsonl"):
