@@ -36,10 +36,13 @@ def _has_one_query(node: Node) -> bool:
     uses_first = all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
     if query is None or key is None or dropout_or_causal or not uses_first:
         return False
-    heads, queries = query.shape[1:3]
-    is_known = all(isinstance(size, int) for size in (heads, queries, key.shape[1], query.shape[3]))
-    own_masks = mask is not None and mask.dim() > 2 and mask.shape[1] != 1
-    return is_known and queries == 1 and not (own_masks and heads != key.shape[1])
+    (heads, queries), shared = query.shape[1:3], key.shape[1]
+    is_known = all(isinstance(size, int) for size in (heads, queries, shared, query.shape[3]))
+    if mask is not None and (
+        not mask.dtype.is_floating_point or (mask.dim() > 2 and mask.shape[1] != 1 and heads != shared)
+    ):
+        return False
+    return is_known and queries == 1
 
 
 def _mask(node: Node) -> Any:
@@ -69,7 +72,9 @@ def _open(graph: Graph, node: Node) -> None:
         total = call(aten.clamp_min.default, call(aten.sum.dim_IntList, powers, [-1], True), _SMALLEST)
         shares = call(aten.unsqueeze.default, call(aten.div.Tensor, powers, total), -1)
         result = call(aten.sum.dim_IntList, call(aten.mul.Tensor, shares, value), [-2])
-        result = call(_CONVERT, call(aten.reshape.default, result, [-1, heads, 1, size]), of_query.dtype)
+        result = call(
+            _CONVERT, call(aten.reshape.default, result, [-1, heads, 1, value.meta["val"].shape[-1]]), of_query.dtype
+        )
     for part in list(node.users):
         part.replace_all_uses_with(result)
         graph.erase_node(part)
