@@ -38,6 +38,8 @@ FLOORS = [
     },
     {
         "arrangement",
+        "attention",
+        "guards",
         "rules",
         "calibration",
         "verify",
