@@ -49,11 +49,12 @@ bool is_plain(const Tensor& tensor, ScalarType dtype) {
 
 bool are_plain(const Tensors& elements, const Tensors& scales, const std::vector<std::optional<Tensor>>& biases,
                ScalarType dtype) {
+  if (scales.size() != elements.size() || biases.size() != elements.size()) return false;
   for (size_t i = 0; i < elements.size(); ++i)
     if (!is_plain(elements[i], ScalarType::Byte) || !is_plain(scales[i], ScalarType::Byte) ||
         (biases[i] && !is_plain(*biases[i], dtype)))
       return false;
-  return scales.size() == elements.size() && biases.size() == elements.size();
+  return true;
 }
 
 Tensors multiply(const Served& served, const Tensor& x, int64_t tokens, const Tensors& elements, const Tensors& scales,
