@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=1900)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prefill", type=int, default=2048)
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one decode step")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one decode step and of prefill")
     parser.add_argument("--out", type=Path, help="add the results here, one JSON object a line")
     return parser
 
@@ -91,25 +91,31 @@ def measured(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
     for _ in range(2):
         model(ids, use_cache=False, logits_to_keep=1)
     prefill = seconds(lambda: model(ids, use_cache=False, logits_to_keep=1))
+    if arguments.profile:
+        print(f"prefill of {arguments.prefill}: {prefill * 1e3:.2f} ms", flush=True)
+        show(kernels(lambda: model(ids, use_cache=False, logits_to_keep=1)))
     times = {"token_ms": token, "step_ms": step, "prefill_ms": prefill}
     return {name: round(value * 1e3, 3) for name, value in times.items()}
 
 
 def step_seconds(model: Any, arguments: argparse.Namespace) -> float:
     """Time of the kernels of one decode step, from a profile of `generate`."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
     ids = torch.arange(arguments.prompt, device="cuda")[None] + 100
     count = 12
-    with torch.profiler.profile(activities=activities) as profile:
-        options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
-        model.generate(ids, cache_implementation="static", **options)
-        torch.cuda.synchronize()
-    events = sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
-    steps = by_step(events, count)
+    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+    steps = by_step(kernels(lambda: model.generate(ids, cache_implementation="static", **options)), count)
     busy = sorted(sum(e.time_range.elapsed_us() for e in step) for step in steps)
     if arguments.profile and steps:
         show(steps[len(steps) // 2])
     return busy[len(busy) // 2] / 1e6
+
+
+def kernels(call: Callable[[], Any]) -> list[Any]:
+    """What the GPU did in a call, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
 
 
 def by_step(events: list[Any], count: int) -> list[list[Any]]:
@@ -120,6 +126,7 @@ def by_step(events: list[Any], count: int) -> list[list[Any]]:
 
 
 def show(step: list[Any]) -> None:
+    print(f"{sum(e.time_range.elapsed_us() for e in step):9.1f} us {len(step):4}  all kernels", flush=True)
     totals: dict[str, list[float]] = {}
     for event in step:
         totals.setdefault(event.name[:70], []).append(event.time_range.elapsed_us())
