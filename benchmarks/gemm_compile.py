@@ -6,6 +6,7 @@ multiples of 16) is the same as for the large ones.
 
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import repeat
@@ -13,13 +14,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mxcompile.kernels.planes import Planes
-    from mxcompile.kernels.triton_planes import Config
+    from mxcompile.kernels.planes_configs import Config
 
 _OUT = 512
 
 
-def compile_all(jobs: "list[tuple[str, Config]]", sizes: list[int]) -> None:
-    """Each configuration for its format, and for inputs of `sizes`."""
+def compile_all(jobs: "Sequence[tuple[str, Config | None]]", sizes: list[int]) -> None:
+    """Each configuration for its format, and for inputs of `sizes`; None is the kernel that dequantizes."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=min(14, os.cpu_count() or 1), mp_context=context) as pool:
         for problem in pool.map(_compile, *zip(*jobs, strict=True), repeat(sizes), chunksize=4):
@@ -27,19 +28,31 @@ def compile_all(jobs: "list[tuple[str, Config]]", sizes: list[int]) -> None:
                 print(problem, flush=True)
 
 
-def _compile(fmt: str, config: "Config", sizes: list[int]) -> str | None:
+def _compile(fmt: str, config: "Config | None", sizes: list[int]) -> str | None:
     import torch
-
-    from mxcompile.kernels import triton_planes
 
     try:
         for size in sizes:
-            x = torch.zeros(config.rows, size, dtype=torch.bfloat16, device="cuda")
-            triton_planes.linear(x, _weight(fmt, size), None, config)
+            _run(_weight(fmt, size), config)
         torch.cuda.synchronize()
     except Exception as error:  # what does not compile or fit is found again, and recorded, where it is timed
-        return f"{fmt} {config}: {str(error).strip().splitlines()[0][:160]}"
+        return f"{fmt} {config}: {' '.join(str(error).split())[:160]}"
     return None
+
+
+def _run(planes: "Planes", config: "Config | None") -> None:
+    import torch
+
+    from mxcompile.kernels import gluon_planes, triton_dequantize, triton_planes
+
+    if config is None:
+        triton_dequantize.dequantize(planes, slabs=1)
+        return
+    x = torch.zeros(config.rows, planes.size, dtype=torch.bfloat16, device="cuda")
+    if isinstance(config, triton_planes.Config):
+        triton_planes.linear(x, planes, None, config)
+    elif gluon_planes.supports(x, planes) is None:
+        gluon_planes.linear(x, planes, None, config)
 
 
 @cache

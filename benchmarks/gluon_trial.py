@@ -108,7 +108,7 @@ def default_configs(fmt: MXFormat, m: int) -> list[Config]:
 
 def trial(arguments: argparse.Namespace) -> int:
     """Run every case; how many were wrong or failed."""
-    from gemm import SHAPES, Exact, cublas_call, floor, make_weight, microseconds, tokens, warm_up
+    from gemm_timing import SHAPES, Exact, cublas_call, floor, make_weight, microseconds, tokens, warm_up
 
     start, wrong = time.monotonic(), 0
     warm_up()
@@ -139,7 +139,7 @@ def trial(arguments: argparse.Namespace) -> int:
 
 def measure(weight: Any, x: Any, exact: Any, config: Config, cublas: float) -> dict[str, Any]:
     """One configuration: its error over the bound, whether it repeats bit for bit, and if it is right, its time."""
-    from gemm import floor, microseconds
+    from gemm_timing import floor, microseconds
 
     if reason := gluon_planes.supports(x, weight.planes):
         return {"failed": reason}
