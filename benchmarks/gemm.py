@@ -1,6 +1,7 @@
 """us of an MX linear layer on a GPU, beside cuBLAS bf16 in the same run: formats x shapes of Llama-3-8B x tokens.
 
     python benchmarks/gemm.py --product --rows 1,64,2048 --out gemm.jsonl   what the product calls: the table
+    python benchmarks/gemm.py --product --beside humming,tinygemm           then other projects' kernels
     python benchmarks/gemm.py --sweep --seconds 500 --out sweep.jsonl       time every candidate configuration
     python benchmarks/gemm.py --choose sweep.jsonl --out configs.jsonl      keep the fastest right one of each case
 
@@ -9,20 +10,25 @@ the L2 cache several times; the median of five replays. It holds everything that
 timed likewise. `floor_share` is the larger of bytes / 3.0 TB/s and operations / 795 TFLOP/s, over the time. Before it
 is timed, each result is compared with float64 on random data: `error` is over the bound of a float32 sum and one
 rounding (kernel_check.py), at most 1 passes; what does not pass is not timed, and is recorded with its error.
-Rows with an activation format have a launch of the activation's quantize-dequantize in them.
+Rows with an activation format have a launch of the activation's quantize-dequantize in them. Others' kernels run in
+processes of their own after ours, which have half of the time at most; gemm_peers.py says how they are checked.
 """
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import gemm_peers
 import torch
 from gemm_compile import compile_all
+from gemm_peers import PEERS
 from gemm_sweep import sweep
 from gemm_timing import (
     SHAPES,
@@ -35,6 +41,7 @@ from gemm_timing import (
     cases,
     formats,
     in_a_line,
+    names,
     read,
     reason,
     totals,
@@ -46,6 +53,9 @@ from mxcompile.formats import MXFormat, activation_rule
 from mxcompile.kernels import gluon_planes, planes_linear, triton_quantize
 from mxcompile.kernels.planes import to_bytes
 from mxcompile.kernels.planes_configs import DEQUANTIZED, GLUON, TRITON, Config, config_for
+
+_GRACE = 60
+"""Seconds that a peer may be late: what it has begun when its time is over, it ends."""
 
 
 def product_call(w: Weight, x: Tensor) -> Call:
@@ -96,6 +106,26 @@ def quantized(case: Case, path: str, fmt: MXFormat) -> tuple[Case, str, Call]:
     return replace(case, exact=Exact(rounded, case.w.values)), path, call
 
 
+def time_beside(run: Run, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Others' kernels, each in a process that may crash or hang, with its share of the time that is left."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = arguments.out or Path(folder) / "lines.jsonl"
+        start = out.stat().st_size if out.exists() else 0
+        for index, peer in enumerate(arguments.beside):
+            seconds = (arguments.seconds - run.elapsed) / (len(arguments.beside) - index)
+            if seconds <= 0:
+                print(f"{peer}: no time left", flush=True)
+                continue
+            command = [sys.executable, gemm_peers.__file__, peer, "--seconds", f"{seconds:.0f}", "--out", str(out)]
+            command += ["--formats", ",".join(map(str, arguments.formats)), "--shapes", ",".join(arguments.shapes)]
+            command += ["--rows", ",".join(map(str, arguments.rows))]
+            try:
+                subprocess.run(command, timeout=seconds + _GRACE, check=False)
+            except subprocess.TimeoutExpired:
+                print(f"{peer}: stopped, it took too long", flush=True)
+        return read(out, start) if out.exists() else []
+
+
 def choose(lines: Iterable[dict[str, Any]], dependent: bool) -> list[dict[str, Any]]:
     """The fastest line of each format, shape and number of tokens; with or without dependent launch."""
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -114,6 +144,13 @@ def write_cuts(chosen: list[dict[str, Any]], path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def peers(text: str) -> list[str]:
+    for name in names(text):
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PEERS)}")
+    return names(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
@@ -122,6 +159,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--choose", type=Path, help="keep the fastest line of each case of this file; needs no GPU")
     add_case_options(parser)
     table = parser.add_argument_group("--product")
+    table.add_argument("--beside", type=peers, default="", help=f"other projects, comma-separated: {','.join(PEERS)}")
     table.add_argument("--activations", type=formats, default="", help="quantize them to these formats, too")
     chosen = parser.add_argument_group("--choose")
     chosen.add_argument("--cuts", type=Path, help="write the table of cuts that the product reads")
@@ -143,7 +181,7 @@ def main() -> int:
         print("gemm: no CUDA GPU here, nothing was timed")
         return 0
     command = " ".join(["python benchmarks/gemm.py", *sys.argv[1:]])
-    run = Run(command, arguments.seconds, arguments.out)
+    run = Run(command, arguments.seconds / 2 if arguments.beside else arguments.seconds, arguments.out)
     return time_sweep(run, arguments) if arguments.sweep else time_table(run, arguments)
 
 
@@ -155,11 +193,14 @@ def time_sweep(run: Run, arguments: argparse.Namespace) -> int:
 
 
 def time_table(run: Run, arguments: argparse.Namespace) -> int:
+    lost = False
     try:
         time_product(run, arguments)
-    finally:
-        print(*totals(run.lines), sep="\n")
-    return 1 if any("us" not in line for line in run.lines) else 0
+    except Exception as problem:  # others have processes, and a GPU, of their own
+        print(f"the product stopped: {reason(problem)}", flush=True)
+        lost = True
+    print(*totals([*run.lines, *time_beside(run, arguments)]), sep="\n")
+    return 1 if lost or any("us" not in line for line in run.lines) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What gemm.py and gluon_trial.py share: weights, the check against float64, the clock, the lines."""
+"""What gemm.py, gemm_peers.py and gluon_trial.py share: weights, the check against float64, the clock, the lines."""
 
 import argparse
 import json

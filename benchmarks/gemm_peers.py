@@ -1,0 +1,194 @@
+"""us of another project's product with the same MX weights and bfloat16 activations, checked and timed as ours are.
+
+    python benchmarks/gemm_peers.py humming --formats mxint4,mxfp4 --rows 1,64,2048 --seconds 300 --out gemm.jsonl
+
+`gemm.py --product --beside humming,tinygemm` runs it, too. What a peer makes of the weight is made once, before
+anything is timed; each number of tokens is finished for all shapes before the next, in the order given. `error` is over
+our bound (a float32 sum, rounded once): beyond 1 a peer rounds differently, and is timed nevertheless. A result that is
+off by more than 2 % of its norm is not timed. What a peer cannot do is printed, and gives no line.
+
+- tinygemm: `aten::_weight_int4pack_mm` of torch, groups of 32, scales in bfloat16: MXINT4.
+- humming (humming-kernels): compiles its kernels for these shapes and tokens, with nvrtc or nvcc of a CUDA toolkit.
+- gemlite: tunes itself for each shape and number of tokens, half a minute each: few at a time.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from gemm_timing import Call, Case, Run, Weight, add_case_options, cases, in_a_line, reason, rotated, totals, warm_up
+from torch import Tensor
+
+from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT8, MXFormat
+from mxcompile.packing import unpack
+from mxcompile.reference import scale_values
+
+GROSS = 0.02
+_INNER_K_TILES = 8
+Product = Callable[[Tensor], Call]
+"""Of an activation `[tokens, in]`, what multiplies it by copy i of the weight."""
+
+
+class NotServedError(Exception):
+    """A peer has no kernel for a format."""
+
+
+def stored(w: Weight) -> tuple[Tensor, Tensor]:
+    """Codes `[out, in]`, integers counted from their smallest, and exponents of the codes' steps as E8M0 bytes."""
+    codes = unpack(w.elements, w.fmt)[:, : w.k]
+    if not w.fmt.is_integer:
+        return codes, w.scales
+    return codes ^ (1 << (w.fmt.bits - 1)), w.scales - w.fmt.mantissa_bits
+
+
+def in_a_row(codes: Tensor, bits: int) -> Tensor:
+    """Codes `[out, in]` as a row of bits, the lowest first: bytes `[out, in * bits / 8]`."""
+    each = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
+    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (each.flatten(-2).unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
+
+
+def tinygemm_parts(codes: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_convert_weight_to_int4pack` takes, two codes a byte, the first one high; scales and zeros by group.
+
+    The kernel multiplies (code - 8) * scale + zero, so that all zeros are 0.
+    """
+    nibbles = (codes[:, ::2] << 4) | codes[:, 1::2]
+    scales = scale_values(steps).to(torch.bfloat16)
+    return nibbles, torch.stack([scales, torch.zeros_like(scales)], dim=-1).transpose(0, 1).contiguous()
+
+
+def tinygemm(w: Weight, rows: list[int]) -> Product:
+    del rows
+    if w.fmt != MXINT4:
+        raise NotServedError("serves mxint4 alone")
+    nibbles, scales_and_zeros = tinygemm_parts(*stored(w))
+    words = torch.ops.aten._convert_weight_to_int4pack(nibbles, _INNER_K_TILES)
+    copies, multiply = rotated([words, scales_and_zeros]), torch.ops.aten._weight_int4pack_mm
+
+    def product(x: Tensor) -> Call:
+        def call(i: int) -> Tensor:
+            words, scales = copies[i % len(copies)]
+            return multiply(x, words, w.fmt.block_size, scales)
+
+        return call
+
+    return product
+
+
+def humming_dtype(fmt: MXFormat) -> str:
+    return f"uint{fmt.bits}" if fmt.is_integer else f"float{fmt.bits}e{fmt.exponent_bits}m{fmt.mantissa_bits}"
+
+
+def humming(w: Weight, rows: list[int]) -> Product:
+    from humming.forward import humming_forward
+    from humming.layer import HummingLayer
+    from humming.tune import get_heuristics_config
+
+    codes, steps = stored(w)
+    kinds = {"dtype": humming_dtype(w.fmt), "scale_dtype": "float8e8m0", "group_size": w.fmt.block_size}
+    layer = HummingLayer(w.n, w.k, kinds, torch_dtype=torch.bfloat16).to(codes.device)
+    words, scales = in_a_row(codes, w.fmt.bits).view(torch.int32), steps.view(torch.float8_e8m0fnu)
+    layer.load_from_tensors({"weight": words, "weight_scale": scales})
+    layer.transform()
+    # Its own choice for each number of tokens; by itself it compiles those for all up to 8192, about 90 kernels.
+    cuts = [[m - 1, m, get_heuristics_config(layer.humming_config, m)] for m in sorted(set(rows))]
+    parts = dict(layer.named_parameters()) | {"locks": layer.locks}
+    copies = [dict(zip(parts, copy, strict=True)) for copy in rotated(list(parts.values()))]
+
+    def product(x: Tensor) -> Call:
+        return lambda i: humming_forward(layer.humming_config, x, **copies[i % len(copies)], tuning_config=cuts)
+
+    return product
+
+
+def gemlite(w: Weight, rows: list[int]) -> Product:
+    del rows
+    from gemlite import forward_functional, helper
+
+    (codes, steps), options = stored(w), {"device": str(w.values.device), "dtype": torch.bfloat16}
+    if w.fmt in (MXINT4, MXINT8):
+        kind = helper.A16W4_HQQ_INT if w.fmt == MXINT4 else helper.A16W8_HQQ_INT
+        scales = scale_values(steps).to(torch.bfloat16)
+        layer = kind(**options).from_weights(codes, scales, torch.full_like(scales, 2 ** (w.fmt.bits - 1)))
+    elif w.fmt in (MXFP4, MXFP8_E4M3):
+        kind = helper.A16W4_MXFP if w.fmt == MXFP4 else helper.A16W8_MXFP
+        elements = codes if w.fmt == MXFP4 else codes.view(torch.float8_e4m3fn)
+        layer = kind(**options).from_weights(elements, steps.view(torch.float8_e8m0fnu))
+    else:
+        raise NotServedError(f"does not serve {w.fmt}")
+    copies, about = rotated(layer.get_tensor_args()), layer.get_meta_args()
+
+    def product(x: Tensor) -> Call:
+        return lambda i: forward_functional(x, None, copies[i % len(copies)], about)
+
+    return product
+
+
+PEERS: dict[str, tuple[str, Callable[[Weight, list[int]], Product]]] = {
+    "humming": ("humming-kernels", humming),
+    "tinygemm": ("torch", tinygemm),
+    "gemlite": ("gemlite", gemlite),
+}
+"""By name: the package whose version counts, and what makes a product of a weight, for some numbers of tokens."""
+
+
+def compare(case: Case, path: str, product: Product) -> dict[str, Any]:
+    """Check and time; a result that is grossly wrong is a ValueError."""
+    call = product(case.x)
+    results = [call(i) for i in range(2)]
+    relative = max(case.exact.relative_error(y) for y in results)
+    if not relative <= GROSS:
+        raise ValueError(f"wrong by {relative:.1%} of the product's norm")
+    error = max(case.exact.error(y) for y in results)
+    return case.name(path) | {"error": round(error, 3)} | case.times(call)
+
+
+def time_peer(run: Run, name: str, arguments: argparse.Namespace) -> None:
+    """Every case that it can do; the others are printed."""
+    package, make = PEERS[name]
+    path = f"{name} {version(package)}"
+    made: dict[tuple[str, int, int], Product | None] = {}
+    for case in cases(run, arguments):
+        w, where = case.w, f"{path}, {case.w.fmt} {case.w.n} x {case.w.k}"
+        key = str(w.fmt), w.n, w.k
+        try:
+            if key not in made:
+                made[key] = None  # until it is made, and for good if that fails
+                made[key] = make(w, arguments.rows)
+            product = made[key]
+            if product is not None:
+                run.keep(compare(case, path, product))
+                print(in_a_line(run.lines[-1]), flush=True)
+        except NotServedError as problem:
+            print(f"{where}: {problem}", flush=True)
+        except Exception as problem:  # whatever it is, the next case is to run
+            print(f"{where}, {len(case.x)} tokens: {reason(problem)}", flush=True)
+            torch.cuda.synchronize()  # raises again where the GPU is lost to this process
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("peer", choices=PEERS)
+    add_case_options(parser)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gemm_peers: no CUDA GPU here, nothing was timed")
+        return 0
+    run = Run(" ".join(["python benchmarks/gemm_peers.py", *sys.argv[1:]]), arguments.seconds, arguments.out)
+    try:
+        warm_up()
+        with torch.no_grad():
+            time_peer(run, arguments.peer, arguments)
+    except Exception as problem:  # not installed, or the GPU is lost to this process
+        print(f"{arguments.peer}: {reason(problem)}", flush=True)
+        return 1
+    print(*totals(run.lines), sep="\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
