@@ -51,7 +51,7 @@ from torch import Tensor
 
 from mxcompile.formats import MXFormat, activation_rule
 from mxcompile.kernels import gluon_planes, planes_linear, triton_quantize
-from mxcompile.kernels.planes import to_bytes
+from mxcompile.kernels.planes import Scaling, to_bytes
 from mxcompile.kernels.planes_configs import DEQUANTIZED, GLUON, TRITON, Config, config_for
 
 _GRACE = 60
@@ -61,7 +61,7 @@ _GRACE = 60
 def product_call(w: Weight, x: Tensor) -> Call:
     """What a fused operation of a deployed model calls."""
     copies = [(*to_bytes(planes), None) for planes in w.of("planes")]
-    return lambda i: planes_linear.linears(x, [copies[i % len(copies)]], w.fmt, w.planes.lift)[0]
+    return lambda i: planes_linear.linears(x, [copies[i % len(copies)]], w.fmt, Scaling(w.planes.lift, w.planes.top))[0]
 
 
 def path_of(case: Case) -> tuple[str, Config | None]:

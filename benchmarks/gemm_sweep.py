@@ -86,7 +86,7 @@ def dequantized_call(w: Weight, x: Tensor, slabs: int, warps: int, chunk: int) -
         for first in range(0, w.n, rows):
             tiles = slice(first // 64, -(-min(first + rows, w.n) // 64))
             out = min(rows, w.n - first)
-            part = Planes(planes.words[tiles], planes.scales[tiles], w.fmt, out, w.k, planes.lift)
+            part = Planes(planes.words[tiles], planes.scales[tiles], w.fmt, out, w.k, planes.lift, planes.top)
             values = triton_dequantize.dequantize(part, buffer[:out], slabs, warps)
             torch.mm(x, values.T, out=y[:, first : first + out])
         return y

@@ -56,7 +56,11 @@ class Weight:
         return self.copies[form]
 
     def _copy(self, form: str, parts: list[Tensor]) -> Any:
-        return Planes(*parts, self.fmt, self.n, self.k, self.planes.lift) if form == "planes" else parts[0]
+        return (
+            Planes(*parts, self.fmt, self.n, self.k, self.planes.lift, self.planes.top)
+            if form == "planes"
+            else parts[0]
+        )
 
 
 def make_weight(fmt: MXFormat, n: int, k: int) -> Weight:

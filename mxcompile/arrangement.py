@@ -4,6 +4,7 @@ Weights of one module that are alike (q, k and v; gate and up) come to lie side 
 can serve them where they share an input. A table that is looked up, and whatever planes cannot hold, stays in rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
 from mxcompile.kernels import arranging
+from mxcompile.kernels.arranging import Range
 from mxcompile.kernels.dispatch import choices, prepare
+from mxcompile.kernels.planes import Scaling, scaling_for
 from mxcompile.storage import place_all
 from mxcompile.weight import MXLayout, MXWeight
 
@@ -20,7 +23,7 @@ from mxcompile.weight import MXLayout, MXWeight
 def arrange(module: nn.Module) -> dict[str, str]:
     """Put a module's MX weights in planes, in place; returns why others stay in rows, by name."""
     kept: dict[str, str] = {}
-    groups: dict[tuple[str, MXLayout], list[MXWeight]] = {}
+    groups: dict[tuple[str, MXLayout], list[tuple[MXWeight, Range]]] = {}
     looked_up = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     for name, weight in module.named_parameters():
         if not isinstance(weight, MXWeight) or weight.layout_.planes is not None:
@@ -28,36 +31,53 @@ def arrange(module: nn.Module) -> dict[str, str]:
         try:
             if id(weight) in looked_up:
                 raise MXCompileError("it is looked up, too")
-            layout = replace(weight.layout_, planes=_lift(weight), transposed=False)
+            found = _range(weight)
         except MXCompileError as error:
             kept[name] = str(error)
             continue
         parent = name.removesuffix(".weight").rpartition(".")[0]
-        groups.setdefault((parent, layout), []).append(weight)
+        groups.setdefault((parent, replace(weight.layout_, transposed=False)), []).append((weight, found))
     names: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
-    for (_, layout), weights in groups.items():
-        prepare(weights[0].device)
-        for weight, arranged in zip(weights, _side_by_side(weights, layout), strict=True):
-            place_all(module, [(name, arranged) for name in names[id(weight)]])
+    for group in groups.values():
+        for weights, scaling in _scaled_alike(group):
+            prepare(weights[0].device)
+            for weight, arranged in zip(weights, _side_by_side(weights, scaling), strict=True):
+                place_all(module, [(name, arranged) for name in names[id(weight)]])
     return kept
 
 
-def _lift(weight: MXWeight) -> int:
-    """The lift of the weight's planes; raises MXCompileError with the reason if it has to stay in rows."""
-    spec = weight.layout_
+def _range(weight: MXWeight) -> Range:
+    """The range of the weight's scales; raises MXCompileError with the reason if it has to stay in rows."""
+    spec, fmt = weight.layout_, parse_format(weight.layout_.format)
     if weight.dim() == 2:
-        fmt, x = parse_format(spec.format), torch.empty((1, spec.size), dtype=weight.dtype, device=weight.device)
+        x = torch.empty((1, spec.size), dtype=weight.dtype, device=weight.device)
         reason = choices(x, fmt, len(weight.elements))["planes"]
         if reason is not None:
             raise MXCompileError(reason)
-    return arranging.lift_of_rows(weight.elements, weight.scales, parse_format(spec.format), spec.size)
+    found = arranging.range_of_rows(weight.elements, weight.scales, fmt, spec.size)
+    scaling_for(*found, fmt)
+    return found
 
 
-def _side_by_side(weights: list[MXWeight], layout: MXLayout) -> list[MXWeight]:
+def _scaled_alike(group: list[tuple[MXWeight, Range]]) -> Iterator[tuple[list[MXWeight], Scaling]]:
+    """Weights that one launch can serve have one scaling; each has its own where that would take from one of them."""
+    fmt = parse_format(group[0][0].layout_.format)
+    own = [scaling_for(*found, fmt) for _, found in group]
+    try:
+        together = scaling_for(min(low for _, (low, _) in group), max(high for _, (_, high) in group), fmt)
+    except MXCompileError:
+        together = None
+    if together is not None and (together.top or not any(scaling.top for scaling in own)):
+        yield [weight for weight, _ in group], together
+    else:
+        yield from (([weight], scaling) for (weight, _), scaling in zip(group, own, strict=True))
+
+
+def _side_by_side(weights: list[MXWeight], scaling: Scaling) -> list[MXWeight]:
     """The weights in planes, one behind the other in two tensors."""
-    outs = [len(weight.elements) for weight in weights]
+    outs, layout = [len(weight.elements) for weight in weights], weights[0].layout_
     parts = arranging.empty_planes(sum(outs), parse_format(layout.format), layout.size, weights[0].device)
     places = zip(*(part.split(outs) for part in parts), strict=True)
-    return [weight.in_planes(layout.planes, place) for weight, place in zip(weights, places, strict=True)]
+    return [weight.in_planes(scaling, place) for weight, place in zip(weights, places, strict=True)]

@@ -1,15 +1,21 @@
 """linear(quantize_dequantize(x), w1), linear(quantize_dequantize(x), w2) -> cpu_linears(x, [w1, w2]).
 
 One call in place of three (q, k, v and the rounding of their input): what a call costs is much of what a small product
-costs. On a GPU it is `linears`, of weights in planes, which one launch can serve; the rounding stays a call of its own.
+costs. On a GPU it is `linears`, of weights in planes, which one launch can serve. The rounding goes with it only where
+many tokens may be multiplied at the rate of 8 bits; elsewhere it is better merged with what makes its input.
 """
 
+import math
 import operator
-from typing import Any
+from typing import Any, cast
 
 from torch.fx import Graph, Node
 
+from mxcompile.formats import parse_format, parse_scale_rule
 from mxcompile.fusion import VIEWS
+from mxcompile.kernels import fp8
+from mxcompile.kernels.dispatch import why_not_fp8
+from mxcompile.kernels.planes import Scaling
 from mxcompile.ops import CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
 
@@ -34,7 +40,9 @@ def _planes(node: Node) -> tuple[Any, ...]:
 def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
     place = {node: index for index, node in enumerate(graph.nodes)}
     nodes = [node for node in nodes if all(place[part] < place[nodes[0]] for part in node.all_input_nodes)]
-    rounded = _rounded(value) if _on_cpu(value) else None
+    rounded = _rounded(value)
+    if rounded is not None and not _on_cpu(value) and not _takes_fp8(value, nodes[0], rounded):
+        rounded = None
     if rounded is None and len(nodes) == 1:
         return False
     columns = [[node.args[index] for node in nodes] for index in (1, 2, 3)]
@@ -57,6 +65,16 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
         if dead is not None and dead.op == "call_function" and not dead.users:
             graph.erase_node(dead)
     return True
+
+
+def _takes_fp8(value: Node, node: Node, rounded: Node) -> bool:
+    """Whether a GPU multiplies at the rate of 8 bits, if there are enough tokens, and there may be."""
+    x, (weight, planes) = value.meta["val"], cast(tuple[Any, Any], node.args[4:6])
+    activation, rule = map(str, rounded.args[1:])
+    rounding = (parse_format(activation), parse_scale_rule(rule))
+    sizes = x.shape[:-1]
+    is_few = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < fp8.FEWEST_TOKENS
+    return not is_few and why_not_fp8(x, parse_format(weight), Scaling(*planes), rounding) is None
 
 
 def _rounded(value: Node) -> Node | None:

@@ -13,7 +13,7 @@
 `format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
 (`packing.py`), uint8 `[..., blocks * block_bytes]`; scales are E8M0 bytes `[..., blocks]`; blocks run along the last
 dimension, whose true length is `size`. With `planes` the bytes of a 2-D weight are arranged for the GPU's fast kernels
-(`kernels/planes.py`), in rows padded to whole slabs; it is the power of two that they lack.
+(`kernels/planes.py`), in rows padded to whole slabs; it is their `Scaling`.
 
 The first two are the reference itself on every device. The fused ones go to the fastest kernel that serves the call
 (`kernels.dispatch`) and mean exactly the composition of the first two with `aten.linear`. Compiled graphs have
@@ -36,6 +36,7 @@ from mxcompile import hadamard, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.kernels import arranging, dispatch
 from mxcompile.kernels import planes as plane_layouts
+from mxcompile.kernels.planes import Scaling
 
 _LIBRARY = torch.library.Library("mx", "DEF")
 _format = cache(parse_format)
@@ -50,12 +51,12 @@ def quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(
-    elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: int | None = None
+    elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: Sequence[int] | None = None
 ) -> Tensor:
     """Packed elements and scales to values `[..., size]`."""
     fmt = _format(format)
     if planes is not None:
-        elements, scales = arranging.rows_of_planes(elements, scales, fmt, size, planes)
+        elements, scales = arranging.rows_of_planes(elements, scales, fmt, size, Scaling(*planes))
     return reference.dequantize(packing.unpack(elements, fmt), scales, fmt, size, dtype).contiguous()
 
 
@@ -65,10 +66,10 @@ def quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
 
 
 def linear(
-    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: int | None = None
+    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: Sequence[int] | None = None
 ) -> Tensor:
     """`x @ dequantize(elements, scales).T + bias`: x `[..., in]`, elements `[out, bytes]`, gives `[..., out]`."""
-    return dispatch.linear(x, elements, scales, bias, _format(format), planes)
+    return dispatch.linear(x, elements, scales, bias, _format(format), _scaling(planes))
 
 
 def linears(
@@ -79,12 +80,16 @@ def linears(
     format: str,
     activation: str | None,
     rule: str | None,
-    planes: int | None = None,
+    planes: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """`linear` for each weight, all of one format and inner size, of x rounded to `activation` by `rule` if given."""
     weights = list(zip(elements, scales, biases, strict=True))
     rounding = None if activation is None or rule is None else (_format(activation), _rule(rule))
-    return dispatch.linears(x, weights, _format(format), rounding, planes)
+    return dispatch.linears(x, weights, _format(format), rounding, _scaling(planes))
+
+
+def _scaling(planes: Sequence[int] | None) -> Scaling | None:
+    return None if planes is None else Scaling(*planes)
 
 
 def multiply(x: Tensor, multiplier: Tensor, digest: str) -> Tensor:
@@ -112,7 +117,7 @@ def _fake_quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
 
 
 def _fake_dequantize(
-    elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: int | None = None
+    elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: Sequence[int] | None = None
 ) -> Tensor:
     fmt = _format(format)
     check(elements.dtype == torch.uint8 and scales.dtype == torch.uint8, lambda: "elements and scales are bytes")
@@ -131,7 +136,7 @@ def _fake_quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
 
 
 def _fake_linear(
-    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: int | None = None
+    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: Sequence[int] | None = None
 ) -> Tensor:
     _fake_dequantize(elements, scales, format, x.shape[-1], x.dtype, planes)
     check(elements.dim() == 2, lambda: f"mx::linear takes a 2-D weight, not {elements.dim()}-D")
@@ -147,7 +152,7 @@ def _fake_linears(
     format: str,
     activation: str | None,
     rule: str | None,
-    planes: int | None = None,
+    planes: Sequence[int] | None = None,
 ) -> list[Tensor]:
     check((activation is None) == (rule is None), lambda: "an activation format comes with a scale rule")
     if activation is not None and rule is not None:
@@ -167,7 +172,7 @@ def _register() -> None:
     )
     schemas = {
         "quantize(Tensor x, str format, str rule) -> (Tensor, Tensor)": (quantize, _fake_quantize),
-        "dequantize(Tensor elements, Tensor scales, str format, SymInt size, ScalarType dtype, int? planes=None) "
+        "dequantize(Tensor elements, Tensor scales, str format, SymInt size, ScalarType dtype, int[]? planes=None) "
         "-> Tensor": (
             dequantize,
             _fake_dequantize,
@@ -176,11 +181,11 @@ def _register() -> None:
             quantize_dequantize,
             _fake_quantize_dequantize,
         ),
-        "linear(Tensor x, Tensor elements, Tensor scales, Tensor? bias, str format, int? planes=None) -> Tensor": (
+        "linear(Tensor x, Tensor elements, Tensor scales, Tensor? bias, str format, int[]? planes=None) -> Tensor": (
             linear,
             _fake_linear,
         ),
-        f"linears({of_linears}, int? planes=None) -> Tensor[]": (linears, _fake_linears),
+        f"linears({of_linears}, int[]? planes=None) -> Tensor[]": (linears, _fake_linears),
         f"cpu_linears({of_linears}) -> Tensor[]": (linears, _fake_linears),
         "multiply(Tensor x, Tensor multiplier, str digest) -> Tensor": (multiply, multiply),
         "rotate(Tensor x, int block) -> Tensor": (rotate, _fake_rotate),

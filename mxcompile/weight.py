@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
-from mxcompile.kernels.arranging import lift_of_rows, planes_of_rows, rows_of_planes
+from mxcompile.kernels.arranging import planes_of_rows, range_of_rows, rows_of_planes
+from mxcompile.kernels.planes import Scaling, scaling_for
 from mxcompile.ops import DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ class MXLayout:
     multiplier: a name for the values that the input is multiplied by (equal names, equal values), or None.
     rotation: block of the rotation of the input (`hadamard.py`), after the multiplication, or None.
     planes: None if the bytes lie in rows (`packing.py`); if they are arranged for the GPU's fast kernels
-        (`kernels/planes.py`), the power of two that they lack.
+        (`kernels/planes.py`), how their scales are shifted.
     """
 
     format: str
@@ -48,7 +49,7 @@ class MXLayout:
     rule: str | None = None
     multiplier: str | None = None
     rotation: int | None = None
-    planes: int | None = None
+    planes: Scaling | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # Dynamo's guards hold a copy, and compare what is the same object in no time
@@ -140,19 +141,20 @@ class MXWeight(Tensor):
         elements, scales = rows_of_planes(self.elements, self.scales, fmt, spec.size, spec.planes)
         return MXWeight(elements, scales, replace(spec, planes=None), self.dtype, self.multiplier)
 
-    def in_planes(self, lift: int | None = None, place: tuple[Tensor, Tensor] | None = None) -> "MXWeight":
+    def in_planes(self, scaling: Scaling | None = None, place: tuple[Tensor, Tensor] | None = None) -> "MXWeight":
         """The weight with its bytes in planes; itself if they are.
 
-        lift: what `kernels.arranging.lift_of_rows` has said, asked again if None, which raises MXCompileError if planes
-        cannot hold the weight. place: where to put the bytes.
+        scaling: for the range of its scales, found if None, which raises MXCompileError if planes cannot hold the
+        weight. place: where to put the bytes.
         """
         spec = self.layout_
         if spec.planes is not None:
             return self
         fmt = parse_format(spec.format)
-        lift = lift_of_rows(self.elements, self.scales, fmt, spec.size) if lift is None else lift
-        elements, scales = planes_of_rows(self.elements, self.scales, fmt, spec.size, lift, place)
-        return MXWeight(elements, scales, replace(spec, planes=lift), self.dtype, self.multiplier)
+        if scaling is None:
+            scaling = scaling_for(*range_of_rows(self.elements, self.scales, fmt, spec.size), fmt)
+        elements, scales = planes_of_rows(self.elements, self.scales, fmt, spec.size, scaling, place)
+        return MXWeight(elements, scales, replace(spec, planes=scaling), self.dtype, self.multiplier)
 
     def _stable_hash_for_caching(self) -> str:
         """What compiled graphs depend on; read by AOTAutograd's cache (torch 2.13 and later)."""
@@ -201,7 +203,7 @@ class MXWeight(Tensor):
         return MXWeight(elements, scales, layout, dtype, *rest)
 
 
-def _if_planes(layout: MXLayout) -> tuple[int, ...]:
+def _if_planes(layout: MXLayout) -> tuple[Scaling, ...]:
     """The operators' last argument, where it is not what they take if it is left out."""
     return () if layout.planes is None else (layout.planes,)
 

@@ -1,6 +1,6 @@
 """Packed weights as bytes in rows (packing.py) <-> bytes in planes (planes.py), a few tiles at a time.
 
-Planes come with the power of two that their values lack, `lift`.
+Planes come with their `Scaling`: the power of two that their values lack, and what products at the rate of 8 bits need.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from mxcompile.formats import MXFormat
 from mxcompile.kernels.planes import (
     TILE,
     Planes,
+    Scaling,
     from_bytes,
     from_planes,
-    lift_for,
     padded_bytes,
     scale_range,
     to_bytes,
@@ -25,6 +25,7 @@ from mxcompile.kernels.planes import (
 from mxcompile.rows import VALUES, VALUES_ON_GPU
 
 Parts = tuple[Tensor, Tensor]
+Range = tuple[int, int]
 
 
 def why_no_shape(out: int, fmt: MXFormat) -> str | None:
@@ -34,36 +35,36 @@ def why_no_shape(out: int, fmt: MXFormat) -> str | None:
     return why_no_format(fmt)
 
 
-def lift_of_rows(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int) -> int:
-    """The lift of a weight `[out, bytes]`. Reads the data; raises MXCompileError, with the reason, if it must stay in
-    rows."""
+def range_of_rows(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int) -> Range:
+    """The range of a weight's scales, `[out, bytes]`, as `planes.scaling_for` takes it. Reads the data; raises
+    MXCompileError, with the reason, if it must stay in rows."""
     if elements.dim() != 2:
         raise MXCompileError(f"planes hold 2-D weights, not {elements.dim()}-D")
     if (reason := why_no_shape(len(elements), fmt)) is not None:
         raise MXCompileError(reason)
     ranges = [scale_range(part, exponents, fmt) for part, exponents in _pieces(elements, scales, size)]
-    return lift_for(min(low for low, _ in ranges), max(high for _, high in ranges), fmt)
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
 def planes_of_rows(
-    elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, lift: int, out: Parts | None = None
+    elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: Scaling, out: Parts | None = None
 ) -> Parts:
-    """Rows to planes, both as bytes, into `out` if given. lift: what `lift_of_rows` says."""
+    """Rows to planes, both as bytes, into `out` if given. scaling: what `scaling_for` says of their range."""
     place = out or empty_planes(len(elements), fmt, size, elements.device)
     start = 0
     for part, exponents in _pieces(elements, scales, size):
-        for target, values in zip(place, to_bytes(to_planes(part, exponents, fmt, size, lift)), strict=True):
+        for target, values in zip(place, to_bytes(to_planes(part, exponents, fmt, size, scaling)), strict=True):
             target[start : start + len(part)] = values
         start += len(part)
     return place
 
 
-def rows_of_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, lift: int) -> Parts:
+def rows_of_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: Scaling) -> Parts:
     """Planes to rows, both as bytes."""
-    planes = from_bytes(elements.contiguous(), scales.contiguous(), fmt, size, lift)
+    planes = from_bytes(elements.contiguous(), scales.contiguous(), fmt, size, scaling)
     step = _tiles_at_once(elements, size)
     pieces = [
-        from_planes(Planes(words, exponents, fmt, TILE * len(words), size, lift))
+        from_planes(Planes(words, exponents, fmt, TILE * len(words), size, *scaling))
         for words, exponents in zip(planes.words.split(step), planes.scales.split(step), strict=True)
     ]
     return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])

@@ -5,6 +5,7 @@ else. Without a C++ compiler the reference serves on the CPU for `linear`, and f
 `nearest.py`. `choices` gives every candidate's answer, for dumps, errors and `mxcompile explain`.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from mxcompile import nearest, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels import arranging, cpu
+from mxcompile.kernels import arranging, cpu, fp8
+from mxcompile.kernels.planes import Scaling
 
 TRITON_MISSING = "triton is not installed"
 
 
 def linear(
-    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat, planes: int | None = None
+    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat, planes: Scaling | None = None
 ) -> Tensor:
     """`x @ dequantize(elements, scales).T + bias`; see `reference.linear`, elements packed, in rows or in planes."""
     if planes is not None:
@@ -40,18 +42,21 @@ def linears(
     weights: Sequence[cpu.PackedWeight],
     fmt: MXFormat,
     rounding: tuple[MXFormat, ScaleRule] | None,
-    planes: int | None = None,
+    planes: Scaling | None = None,
 ) -> list[Tensor]:
     """`linear` with several weights of one x, rounded to that format first if one is given."""
     refused = cpu.supports(x, fmt) or (rounding and cpu.supports_rounding(x, *rounding))
     if planes is None and not refused:
         return cpu.linears(x, weights, fmt, rounding)
+    fast = None if planes is None else _triton("planes_linear", x)
+    many = math.prod(x.shape[:-1]) >= fp8.FEWEST_TOKENS
+    if fast is not None and many and why_not_fp8(x, fmt, planes, rounding) is None:
+        return fast.fp8_linears(x, weights, fmt, planes, rounding)
     if rounding is not None:
         x = quantize_dequantize(x, *rounding)
     if planes is not None:
-        kernel = _triton("planes_linear", x)
-        if kernel is not None and kernel.supports(x) is None:
-            return kernel.linears(x, weights, fmt, planes)
+        if fast is not None and fast.supports(x) is None:
+            return fast.linears(x, weights, fmt, planes)
         size = x.shape[-1]
         weights = [(*arranging.rows_of_planes(*weight[:2], fmt, size, planes), weight[2]) for weight in weights]
     return [linear(x, elements, scales, bias, fmt) for elements, scales, bias in weights]
@@ -65,6 +70,16 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     if cpu.supports_rounding(x, fmt, rule) is None:
         return cpu.quantize_dequantize(x, fmt, rule)
     return nearest.quantize_dequantize(x, fmt, rule)
+
+
+def why_not_fp8(
+    x: Tensor, fmt: MXFormat, planes: Scaling | None, rounding: tuple[MXFormat, ScaleRule] | None
+) -> str | None:
+    """None if `linears` multiplies many tokens like x at the rate of 8 bits (`kernels/fp8.py`), or why not."""
+    if planes is None or rounding is None:
+        return "the weight is in rows" if planes is None else fp8.why_not(fmt, None)
+    kernel = _triton("planes_linear", x)
+    return TRITON_MISSING if kernel is None else kernel.why_not_fp8(x, fmt, planes, rounding)
 
 
 def choices(x: Tensor, fmt: MXFormat, out: int) -> dict[str, str | None]:

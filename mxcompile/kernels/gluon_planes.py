@@ -19,6 +19,7 @@ A tile's result goes through one stage (two, if it is that large) to memory by T
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,7 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
 from mxcompile.kernels.planes import Planes, plane_layout
 from mxcompile.kernels.triton_decode import layout_constants
-from mxcompile.kernels.triton_elements import unsupported_device
+from mxcompile.kernels.triton_elements import capability, multiprocessors, unsupported_device
 from mxcompile.kernels.triton_planes import _place
 
 try:
@@ -86,9 +87,8 @@ def supports(x: Tensor, planes: Planes) -> str | None:
         return f"planes are decoded to bfloat16, the activation is {str(x.dtype).removeprefix('torch.')}"
     if reason := unsupported_device(x) or _NO_GLUON:
         return reason
-    major, minor = torch.cuda.get_device_capability(x.device)
-    if (major, minor) != (9, 0):
-        return f"the Gluon kernel needs compute capability 9.0, this GPU has {major}.{minor}"
+    if (found := capability(x.device)) != (9, 0):
+        return f"the Gluon kernel needs compute capability 9.0, this GPU has {found[0]}.{found[1]}"
     if plane_layout(planes.fmt).planes != 4:
         return f"the Gluon kernel takes slabs of 128 columns, {planes.fmt.name} has {plane_layout(planes.fmt).columns}"
     if x.shape[-1] % 8 or any(stride % 8 for stride in x.stride()[:-1]) or x.data_ptr() % 16:
@@ -110,8 +110,7 @@ def linear(x: Tensor, planes: Planes, bias: Tensor | None, config: Config) -> Te
         flat = x.reshape(rows, planes.size)
         tiles = -(-rows // config.rows) * -(-planes.out // config.out)
         if config.persistent:
-            fit = torch.cuda.get_device_properties(x.device).multi_processor_count * (3 - config.consumers)
-            tiles = min(tiles, fit)
+            tiles = min(tiles, multiprocessors(x.device) * (3 - config.consumers))
         slabs, kernel = planes.words.shape[1], cast(Any, _planes_kernel)
         tensors = {
             "x": flat if flat.stride(1) == 1 and flat.stride(0) >= planes.size else flat.contiguous(),
@@ -134,6 +133,7 @@ def linear(x: Tensor, planes: Planes, bias: Tensor | None, config: Config) -> Te
     return y.view(*x.shape[:-1], planes.out)
 
 
+@cache
 def block(name: str, config: Config) -> tuple[list[int], Any]:
     """What TMA moves at once of a tensor that the kernel takes, and its layout in shared memory."""
     part = config.out // config.consumers
@@ -146,6 +146,7 @@ def block(name: str, config: Config) -> tuple[list[int], Any]:
     return shape, gl.NVMMASharedLayout.get_default_for(shape, dtype)
 
 
+@cache
 def constants(fmt: MXFormat, config: Config, has_bias: bool) -> dict[str, Any]:
     """The compile-time arguments of the kernel."""
     layout = layout_constants(fmt)

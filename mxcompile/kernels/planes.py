@@ -24,7 +24,7 @@ no row of the weight.
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from torch import Tensor
 from mxcompile import packing
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, no_kernel
+from mxcompile.kernels import fp8
 from mxcompile.reference import element_table
 
 TILE: Final = 64
@@ -80,9 +81,17 @@ class PlaneLayout:
         return 254 - (8 if self.offset else 0)
 
 
+class Scaling(NamedTuple):
+    """lift: the power of two that values lack. top: the largest scale byte, if elements times scales are e4m3 numbers
+    times one power of two (fp8.py); 0 if they are not."""
+
+    lift: int
+    top: int
+
+
 @dataclass(frozen=True)
 class Planes:
-    """A weight `[out, size]` in the fast layout: `words` and `scales` as above, and the power `lift` of two."""
+    """A weight `[out, size]` in the fast layout: `words` and `scales` as above, and its `Scaling`."""
 
     words: Tensor
     scales: Tensor
@@ -90,6 +99,7 @@ class Planes:
     out: int
     size: int
     lift: int
+    top: int = 0
 
 
 def plane_layout(fmt: MXFormat) -> PlaneLayout:
@@ -121,34 +131,35 @@ def scale_range(elements: Tensor, scales: Tensor, fmt: MXFormat) -> tuple[int, i
     return (int(shifted.min()), int(shifted.max())) if shifted.numel() else (1, 1)
 
 
-def lift_for(smallest: int, largest: int, fmt: MXFormat) -> int:
-    """The least power of two for `scale_range`'s results. Raises MXCompileError if they are too far apart."""
+def scaling_for(smallest: int, largest: int, fmt: MXFormat) -> Scaling:
+    """For `scale_range`'s results, with the least lift. Raises MXCompileError if they are too far apart."""
     layout = plane_layout(fmt)
     lift = max(0, largest - layout.largest_scale)
     unit = smallest - 127 - layout.exponent + fmt.emin - fmt.mantissa_bits
     if smallest - lift < 1 or (lift and unit - lift < _BFLOAT16_SMALLEST):
         raise MXCompileError(f"the weight's scales span 2**{largest - smallest}, too much for planes")
-    return lift
+    most = fp8.largest_span(fmt)
+    return Scaling(lift, largest - lift if most is not None and largest - smallest <= most else 0)
 
 
-def to_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, lift: int | None = None) -> Planes:
+def to_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: Scaling | None = None) -> Planes:
     """Repack elements `[out, blocks * block_bytes]` and scales `[out, blocks]` (see packing.py).
 
-    lift: as `lift_for` gives it for these rows and others; for these if None, which raises MXCompileError, with the
-    reason, for a weight that planes cannot hold.
+    scaling: as `scaling_for` gives it for these rows and others; for these if None, which raises MXCompileError, with
+    the reason, for a weight that planes cannot hold.
     """
-    if lift is None:
-        lift = lift_for(*scale_range(elements, scales, fmt), fmt)
-    layout, codes = plane_layout(fmt), packing.unpack(elements, fmt)
+    if scaling is None:
+        scaling = scaling_for(*scale_range(elements, scales, fmt), fmt)
+    layout, codes, (lift, top) = plane_layout(fmt), packing.unpack(elements, fmt), scaling
     zero = _zero_blocks(codes, fmt)
     shifted = scales.int() + layout.exponent - lift
-    shifted = torch.where(zero, shifted.clamp(1, layout.largest_scale), shifted)
+    shifted = torch.where(zero, top or shifted.clamp(1, layout.largest_scale), shifted)
     shifted = shifted.repeat_interleave(fmt.block_size // LANES, dim=-1)
     words = _join_words(_tiled(codes, layout.columns), fmt)
-    bytes_ = _tiled(shifted, layout.planes, value=127).unflatten(-1, (-1, _SCALES_PER_WORD))
+    bytes_ = _tiled(shifted, layout.planes, value=top or 127).unflatten(-1, (-1, _SCALES_PER_WORD))
     packed = sum(bytes_[..., i].long() << (8 * i) for i in range(_SCALES_PER_WORD))
     packed = torch.as_tensor(packed).transpose(-1, -2).to(torch.int32)
-    return Planes(words, packed.contiguous(), fmt, elements.shape[0], size, lift)
+    return Planes(words, packed.contiguous(), fmt, elements.shape[0], size, lift, top)
 
 
 def from_planes(planes: Planes) -> tuple[Tensor, Tensor]:
@@ -171,12 +182,12 @@ def to_bytes(planes: Planes) -> tuple[Tensor, Tensor]:
     return elements, scales
 
 
-def from_bytes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, lift: int) -> Planes:
+def from_bytes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: Scaling) -> Planes:
     """The inverse of `to_bytes`, on the same memory; both contiguous."""
     layout, out = plane_layout(fmt), len(elements)
     words = elements.view(torch.int16).view(out // TILE, -1, layout.words, TILE, LANES)
     exponents = scales.view(torch.int32).view(out // TILE, -1, layout.planes // _SCALES_PER_WORD, TILE)
-    return Planes(words, exponents, fmt, out, size, lift)
+    return Planes(words, exponents, fmt, out, size, *scaling)
 
 
 def padded_bytes(fmt: MXFormat, size: int) -> tuple[int, int]:

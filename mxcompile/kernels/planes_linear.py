@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mxcompile.formats import MXFormat
-from mxcompile.kernels import gluon_planes, triton_dequantize, triton_planes
-from mxcompile.kernels.planes import from_bytes
+from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.kernels import fp8, gluon_fp8, gluon_planes, triton_align, triton_dequantize, triton_planes
+from mxcompile.kernels.planes import Planes, Scaling, from_bytes
 from mxcompile.kernels.planes_configs import Config, config_for
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
@@ -29,14 +29,43 @@ def supports(x: Tensor) -> str | None:
     return triton_planes.supports(x)
 
 
-def linears(x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, lift: int) -> list[Tensor]:
-    """`x @ dequantize(w).T + bias` for weights of one format, inner size and lift: x `[..., in]`, bfloat16."""
+def linears(x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, scaling: Scaling) -> list[Tensor]:
+    """`x @ dequantize(w).T + bias` for weights of one format, inner size and scaling: x `[..., in]`, bfloat16."""
     order = sorted(range(len(weights)), key=lambda index: weights[index][0].data_ptr())
     results: list[Tensor] = []
     for group in _side_by_side([weights[index] for index in order]):
         together = _fits_one_launch(_config(x, group, fmt), [len(elements) for elements, _, _ in group])
         for part in [group] if together else [[weight] for weight in group]:
-            results += _multiply(x, part, fmt, lift)
+            results += _multiply(x, part, fmt, scaling)
+    return _in_order(order, results)
+
+
+def why_not_fp8(x: Tensor, fmt: MXFormat, scaling: Scaling, rounding: tuple[MXFormat, ScaleRule]) -> str | None:
+    """None if `fp8_linears` serves tokens like x, however many, or why not."""
+    if reason := fp8.why_not(fmt, rounding[0]) or gluon_fp8.supports(x, fmt):
+        return reason
+    if not scaling.top:
+        return "the weight's scales are too far apart for e4m3 numbers"
+    return "scale rule mse searches exponents, which the kernel does not do" if rounding[1] is ScaleRule.MSE else None
+
+
+def fp8_linears(
+    x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, scaling: Scaling, rounding: tuple[MXFormat, ScaleRule]
+) -> list[Tensor]:
+    """`linears` of x, rounded, at the rate of 8 bits; for what `why_not_fp8` has no objection to."""
+    order = sorted(range(len(weights)), key=lambda index: weights[index][0].data_ptr())
+    aligned, powers = triton_align.align(x, rounding)
+    results: list[Tensor] = []
+    for group in _side_by_side([weights[index] for index in order]):
+        outs = [len(elements) for elements, _, _ in group]
+        for part in [group] if min(outs) < _SMALL else [[weight] for weight in group]:
+            planes, bias = _planes(part, fmt, x.shape[-1], scaling), _joined([weight[2] for weight in part])
+            y = gluon_fp8.linear(aligned, powers, planes, bias).view(*x.shape[:-1], planes.out)
+            results += [piece.contiguous() for piece in y.split([len(weight[0]) for weight in part], dim=-1)]
+    return _in_order(order, results)
+
+
+def _in_order(order: Sequence[int], results: Sequence[Tensor]) -> list[Tensor]:
     return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
 
@@ -50,10 +79,9 @@ def counters(device: torch.device) -> Tensor:
     return torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
 
 
-def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, lift: int) -> list[Tensor]:
+def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, scaling: Scaling) -> list[Tensor]:
     outs, biases = [len(elements) for elements, _, _ in group], [bias for _, _, bias in group]
-    elements, scales = _together([weight[0] for weight in group]), _together([weight[1] for weight in group])
-    planes = from_bytes(elements, scales, fmt, x.shape[-1], lift)
+    planes = _planes(group, fmt, x.shape[-1], scaling)
     config = _config(x, group, fmt)
     if isinstance(config, triton_planes.Config):
         free, config = _free_counters(x, planes.out, config)
@@ -66,6 +94,11 @@ def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, lift: int
             _tell(refused)
         y = F.linear(x, triton_dequantize.dequantize(planes, slabs=1), _joined(biases))
     return [part.contiguous() for part in y.split(outs, dim=-1)]
+
+
+def _planes(group: Sequence[PackedWeight], fmt: MXFormat, size: int, scaling: Scaling) -> Planes:
+    elements, scales = _together([weight[0] for weight in group]), _together([weight[1] for weight in group])
+    return from_bytes(elements, scales, fmt, size, scaling)
 
 
 @cache

@@ -35,7 +35,7 @@ def layout_constants(fmt: MXFormat) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _shift(field: Field) -> str | None:
+def shift_to_place(field: Field) -> str | None:
     """PTX that brings a field's bits to their places (and others with them), from register %s; None: they are there."""
     sources = [bit + field.rotation for bit in range(16) if field.mask >> bit & 1]
     if field.rotation == 0:
@@ -52,16 +52,16 @@ def _assembly(layout: PlaneLayout, plane: int) -> str:
 
     Scale and addend are bfloat16 pairs in 32-bit elements, of which Triton passes one for each of the two elements.
     """
-    lines = [f"mov.b32 p, {_pair(layout.constant)};"] if layout.constant else []
+    lines = [f"mov.b32 p, {doubled(layout.constant)};"] if layout.constant else []
     for field in layout.fields[plane]:
-        source, shift = "$2" if field.word == 2 else "$1", _shift(field)
+        source, shift = "$2" if field.word == 2 else "$1", shift_to_place(field)
         if shift is not None:
             lines.append(shift % source)
             source = "t"
         if layout.constant == 0 and field is layout.fields[plane][0]:
-            lines.append(f"and.b32 p, {source}, {_pair(field.mask)};")
+            lines.append(f"and.b32 p, {source}, {doubled(field.mask)};")
         else:
-            lines.append(f"lop3.b32 p, {source}, {_pair(field.mask)}, p, 0xEA;")
+            lines.append(f"lop3.b32 p, {source}, {doubled(field.mask)}, p, 0xEA;")
     addend = "$5" if layout.offset else "z"
     zero = "" if layout.offset else "mov.b32 z, 0x80008000; "
     return f"{{ .reg .b32 p, t, z; {' '.join(lines)} {zero}fma.rn.bf16x2 $0, p, $3, {addend}; }}"
@@ -70,10 +70,11 @@ def _assembly(layout: PlaneLayout, plane: int) -> str:
 def _addend_assembly(layout: PlaneLayout) -> str:
     """PTX for `offset * scale` in both halves of a bfloat16 pair."""
     offset = int(torch.tensor(float(layout.offset)).to(torch.bfloat16).view(torch.int16)) & 0xFFFF
-    return f"{{ .reg .b32 c, z; mov.b32 c, {_pair(offset)}; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, c, z; }}"
+    return f"{{ .reg .b32 c, z; mov.b32 c, {doubled(offset)}; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, c, z; }}"
 
 
-def _pair(half: int) -> str:
+def doubled(half: int) -> str:
+    """16 bits in both halves of a register, in PTX."""
     return f"0x{half:04X}{half:04X}"
 
 

@@ -18,6 +18,7 @@ converted by moving bits: Triton's interpreter gets bfloat16 subnormals wrong an
 # triton ships no types for what jit functions do (their arguments are neither Python's nor torch's, tl.static_range
 # is "not iterable"): strict checking has nothing true to say about them. Host code is fully typed all the same.
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,14 +33,31 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def unsupported_device(x: Tensor) -> str | None:
     """Why the kernels of this folder cannot run where `x` is, in a sentence; None if they can."""
-    if x.device.type != "cuda":
-        return f"Triton kernels need a CUDA device, not {x.device.type}"
+    return _unsupported(x.device)
+
+
+@cache
+def _unsupported(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"Triton kernels need a CUDA device, not {device.type}"
     if torch.version.hip is not None:
         return "the Triton kernels rely on float32 subnormals being kept, which was checked for NVIDIA GPUs only"
-    major, minor = torch.cuda.get_device_capability(x.device)
+    major, minor = capability(device)
     if major < 8:
         return f"the Triton kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
     return None
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The GPU's compute capability."""
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def unsupported_dtype(dtype: torch.dtype) -> str | None:

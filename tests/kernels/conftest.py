@@ -23,6 +23,7 @@ from mxcompile.reference import element_table
 
 _PACKAGE = "mxcompile.kernels"
 _MODULES = (
+    "triton_align",
     "triton_elements",
     "triton_decode",
     "triton_dequantize",
@@ -34,7 +35,8 @@ _MODULES = (
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[SimpleNamespace]:
-    """The modules triton_linear, triton_planes ..., interpreted, as `.linear`, `.planes`, `.dequantize`, `.quantize`.
+    """The modules triton_linear, triton_planes ..., interpreted, as `.linear`, `.planes`, `.dequantize`, `.quantize`,
+    `.align`.
 
     `.larger` is the combining function of quantize's maximum as it was written (see below).
     """
@@ -46,8 +48,9 @@ def interpreted() -> Iterator[SimpleNamespace]:
         _let_scalars_be_range_bounds(patch)
         # The interpreter recognizes triton's own maximum; it calls any other once an element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
-        patch.setattr(quantize, "_larger", standard._elementwise_max)
-        others = {"planes": copies["triton_planes"], "dequantize": copies["triton_dequantize"]}
+        for module in (quantize, copies["triton_align"]):
+            patch.setattr(module, "_larger", standard._elementwise_max)
+        others = {name: copies[f"triton_{name}"] for name in ("align", "planes", "dequantize")}
         yield SimpleNamespace(linear=linear, quantize=quantize, larger=larger, **others)
 
 

@@ -7,14 +7,14 @@ from torch import Tensor
 from mxcompile import reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E5M2, MXINT4, MXINT8, MXFormat, ScaleRule
-from mxcompile.kernels.planes import from_planes, lift_for, plane_layout, scale_range, to_planes
+from mxcompile.kernels.planes import from_planes, plane_layout, scale_range, scaling_for, to_planes
 from mxcompile.packing import pack, unpack
 
 
 def why_not(elements: Tensor, scales: Tensor, fmt: MXFormat) -> str | None:
     """The reason that planes cannot hold a weight, None if they can."""
     try:
-        lift_for(*scale_range(elements, scales, fmt), fmt)
+        scaling_for(*scale_range(elements, scales, fmt), fmt)
     except MXCompileError as error:
         return str(error)
     return None

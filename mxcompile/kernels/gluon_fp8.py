@@ -1,0 +1,310 @@
+"""y = x @ dequantize(w).T + bias where x and w are e4m3 numbers times powers of two: Gluon, Hopper (sm_90) only.
+
+As in gluon_planes.py a producer warp brings slabs by TMA and two warpgroups multiply, each 64 of a tile's 128 outputs,
+with the weight as the left operand; but the weight is decoded to e4m3 (fp8_decode.py), x is e4m3 with one power of two
+a token (triton_align.py), and the tensor core works at twice its rate for bfloat16. The powers are applied to the sums.
+
+**Sums.** Hopper sums products of 8 bits with about 14 bits behind the largest. What that loses grows with the number of
+columns; so sums of at most `_MOST_SLABS` slabs are made so, and these are added in float32, by way of a scratch in
+memory that stays in L2: registers cannot hold two sets. benchmarks/results/notes.md has the errors measured.
+"""
+
+# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final, cast
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from mxcompile.formats import MXFormat
+from mxcompile.kernels import fp8, fp8_decode
+from mxcompile.kernels.gluon_planes import (
+    _NEW,
+    _NO_GLUON,
+    TensorDescriptor,
+    _fetch,
+    _jit,
+    _next,
+    _send_result,
+    _thread_barrier,
+    fence_async_shared,
+    gl,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from mxcompile.kernels.planes import Planes, plane_layout
+from mxcompile.kernels.triton_elements import capability, multiprocessors, unsupported_device
+from mxcompile.kernels.triton_planes import _place
+
+_MOST_SLABS: Final = 112
+_MOST_CHUNKS: Final = 8
+_CONSUMERS: Final = 2
+_ROWS: Final = 64
+_UNROLL = tl.constexpr(4)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a product is cut: `rows` tokens x 128 outputs a program, `stages` slabs on their way, `group` tiles of tokens
+    side by side for the same outputs (for L2)."""
+
+    rows: int = 256
+    stages: int = 5
+    group: int = 8
+
+
+def supports(x: Tensor, fmt: MXFormat) -> str | None:
+    """None if `linear` can serve bfloat16 tokens like x, or the reason why not; scales are the caller's to ask for."""
+    if x.dtype != torch.bfloat16:
+        return f"the result is bfloat16, the activation is {str(x.dtype).removeprefix('torch.')}"
+    if reason := unsupported_device(x) or _NO_GLUON:
+        return reason
+    if fp8.largest_span(fmt) is None:
+        return f"{fmt.name} weights are not decoded to e4m3"
+    size, most = x.shape[-1], _MOST_CHUNKS * _MOST_SLABS * plane_layout(fmt).columns
+    if size % 16 or size > most:
+        return f"a weight of {size} columns: a multiple of 16 is served, up to {most}"
+    if capability(x.device) != (9, 0):
+        return "the kernel needs compute capability 9.0"
+    return None
+
+
+def linear(x: Tensor, powers: Tensor, planes: Planes, bias: Tensor | None, config: Config | None = None) -> Tensor:
+    """`(x * powers[:, None]) @ dequantize(planes).T + bias`: x `[tokens, in]` e4m3, powers `[tokens]` float32.
+
+    Returns `[tokens, out]` bfloat16. For what `supports` has no objection to, and planes with a `top`.
+    """
+    config = config or Config()
+    rows, slabs = len(x), planes.words.shape[1]
+    pitch = -(-planes.out // 8) * 8  # TMA wants rows at multiples of 16 bytes
+    y = torch.empty((rows, pitch), dtype=torch.bfloat16, device=x.device)
+    if not y.numel():
+        return y[:, : planes.out]
+    programs = min(-(-rows // config.rows) * -(-planes.out // (_ROWS * _CONSUMERS)), multiprocessors(x.device))
+    chunks, kernel = -(-slabs // _MOST_SLABS), cast(Any, _fp8_kernel)
+    scratch = programs * _CONSUMERS * _ROWS * config.rows if chunks > 1 else 1
+    tensors = {
+        "x": x,
+        "words": planes.words.view(planes.words.shape[0], -1, 64, 32),
+        "scales": planes.scales.view(-1, slabs, 64),
+        "y": y[:, : planes.out],
+    }
+    with torch.cuda.device(x.device):
+        kernel[(programs,)](
+            *(TensorDescriptor.from_tensor(t, *block(name, config)) for name, t in tensors.items()),
+            y if bias is None else bias.contiguous(),
+            powers,
+            torch.empty(scratch, dtype=torch.float32, device=x.device),
+            fp8_decode.pair_offset(planes.fmt, planes.top),
+            2.0 ** fp8_decode.power(planes.fmt, planes.top, planes.lift),
+            rows,
+            planes.out,
+            slabs,
+            **constants(planes.fmt, config, chunks, bias is not None),
+            **options(),
+        )
+    return y if pitch == planes.out else y[:, : planes.out].contiguous()
+
+
+@cache
+def block(name: str, config: Config) -> tuple[list[int], Any]:
+    """What TMA moves at once of a tensor that the kernel takes, and its layout in shared memory."""
+    shape, dtype = {
+        "x": ([config.rows, 128], gl.float8e4nv),
+        "words": ([1, 1, 64, 32], gl.int16),
+        "scales": ([1, 1, 64], gl.int32),
+        "y": ([config.rows, _ROWS], gl.bfloat16),
+    }[name]
+    return shape, gl.NVMMASharedLayout.get_default_for(shape, dtype)
+
+
+@cache
+def constants(fmt: MXFormat, config: Config, chunks: int, has_bias: bool) -> dict[str, Any]:
+    """The compile-time arguments of the kernel."""
+    cut = (config.rows, config.stages, config.group, chunks, has_bias, plane_layout(fmt).constant != 0)
+    return {"ASSEMBLY": fp8_decode.assembly(fmt), "CUT": cut}
+
+
+def options() -> dict[str, Any]:
+    """What the compiler is told: three warpgroups, one of which is the producer's, share all registers."""
+    return {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
+
+
+@_jit
+def _slab(ws, ss, stage, which, LEFT: gl.constexpr):
+    """A slab's words and scales, of the 64 outputs of consumer `which`."""
+    w = ws.index(stage * 2 + which).reshape([64, 32]).load(LEFT)
+    return w, ss.index(stage * 2 + which).reshape([64]).load(gl.SliceLayout(1, LEFT))
+
+
+@_jit
+def _values(w, s, offset, plane: tl.constexpr, ASSEMBLY: tl.constexpr, ADDS: tl.constexpr):
+    """A plane of a slab, `[64, 32]` in e4m3."""
+    pair = ((s >> (8 * plane)) & 0xFF) * 0x04000400 + offset
+    addend = pair
+    if ADDS:
+        addend = gl.inline_asm_elementwise(ASSEMBLY[4], "=r,r", [pair], dtype=gl.int32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(
+        ASSEMBLY[plane],
+        "=r,r,r,r,r,r,r,r,r,r,r",
+        [w, pair.expand_dims(1).broadcast_to(w.shape), addend.expand_dims(1).broadcast_to(w.shape)],
+        dtype=gl.float8e4nv,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@_jit
+def _multiply(values, columns, plane: tl.constexpr, acc):
+    """Issues the product of a plane; `columns` `[tokens, 128]` of x."""
+    return warpgroup_mma(values, columns.slice(32 * plane, 32, dim=1).permute((1, 0)), acc, is_async=True)
+
+
+@_jit
+def _produce(descriptors, buffers, bars, sizes, CUT: tl.constexpr):
+    """One warp: brings slab after slab, tile after tile, wherever the consumers have left a stage."""
+    x, words, scales = descriptors
+    xs, ws, ss = buffers
+    full, empty = bars
+    m_size, n_size, slabs, groups = sizes
+    TILE_M: tl.constexpr = CUT[0]
+    STAGES: tl.constexpr = CUT[1]
+    tiles = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, 128)
+    stage = 0
+    phase = 1
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        m_tile, n_tile = _place(tile, m_size, n_size, TILE_M, 128, CUT[2])
+        for slab in range(groups * _UNROLL):
+            inside = gl.minimum(slab, slabs - 1)  # beyond, x is zeros
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), phase)
+            fence_async_shared()
+            mbarrier.expect(bar, TILE_M * 128 + 128 * 68)
+            for which in gl.static_range(2):
+                _fetch(words, [n_tile * 2 + which, inside, 0, 0], bar, ws.index(stage * 2 + which))
+                _fetch(scales, [n_tile * 2 + which, inside, 0], bar, ss.index(stage * 2 + which))
+            _fetch(x, [m_tile * TILE_M, slab * 128], bar, xs.index(stage))
+            stage, phase = _next(stage, phase, STAGES)
+        for _ in gl.static_range(2):  # stages for the result, one a consumer
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.arrive(full.index(stage), count=1)
+            stage, phase = _next(stage, phase, STAGES)
+
+
+@_jit
+def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
+    y, results, buffers, bars, sizes, tensors, offset, power, which, ASSEMBLY: tl.constexpr, CUT: tl.constexpr
+):
+    """One warpgroup: 64 of the tile's outputs. A plane is decoded while the product of the one before runs, and that of
+    the next slab too, but for every fourth: ptxas lets no product run on from one turn of a loop into the next."""
+    xs, ws, ss = buffers
+    full, empty = bars
+    m_size, n_size, _, groups = sizes
+    bias, powers, scratch = tensors
+    TILE_M: tl.constexpr = CUT[0]
+    STAGES: tl.constexpr = CUT[1]
+    CHUNKS: tl.constexpr = CUT[3]
+    ADDS: tl.constexpr = CUT[5]
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_M, 32])
+    LEFT: tl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    out = gl.arange(0, 64, gl.SliceLayout(1, MMA))
+    tokens = gl.arange(0, TILE_M, gl.SliceLayout(0, MMA))
+    place = (gl.program_id(0) * 2 + which) * (64 * TILE_M) + out.expand_dims(1) * TILE_M + tokens.expand_dims(0)
+    tiles = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, 128)
+    stage = 0
+    phase = 0
+    gl.assume(groups >= CHUNKS)  # with a way around the loop, ptxas makes every wgmma wait for the one before it
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        for chunk in gl.static_range(CHUNKS):
+            acc = gl.zeros([64, TILE_M], gl.float32, MMA)
+            for _ in range(chunk * groups // CHUNKS, (chunk + 1) * groups // CHUNKS):
+                mbarrier.wait(full.index(stage), phase)
+                w, s = _slab(ws, ss, stage, which, LEFT)
+                acc = _multiply(_values(w, s, offset, 0, ASSEMBLY, ADDS), xs.index(stage), 0, acc)
+                for slab in gl.static_range(_UNROLL):
+                    columns = xs.index(stage)
+                    done = empty.index(stage)
+                    acc = _multiply(_values(w, s, offset, 1, ASSEMBLY, ADDS), columns, 1, acc)
+                    acc = _multiply(_values(w, s, offset, 2, ASSEMBLY, ADDS), columns, 2, acc)
+                    acc = _multiply(_values(w, s, offset, 3, ASSEMBLY, ADDS), columns, 3, acc)
+                    stage, phase = _next(stage, phase, STAGES)
+                    if slab < _UNROLL - 1:
+                        mbarrier.wait(full.index(stage), phase)
+                        w, s = _slab(ws, ss, stage, which, LEFT)
+                        acc = _multiply(_values(w, s, offset, 0, ASSEMBLY, ADDS), xs.index(stage), 0, acc)
+                        acc = warpgroup_mma_wait(1, deps=[acc])
+                    else:
+                        acc = warpgroup_mma_wait(0, deps=[acc])
+                    mbarrier.arrive(done, count=1)
+            if chunk > 0:
+                acc += gl.load(scratch + place)
+            if chunk < CHUNKS - 1:
+                gl.store(scratch + place, acc)
+        m_tile, n_tile = _place(tile, m_size, n_size, TILE_M, 128, CUT[2])
+        m = m_tile * TILE_M
+        n = n_tile * 128 + which * 64
+        scale = gl.load(powers + m + tokens, mask=m + tokens < m_size, other=0.0) * power
+        acc = acc * scale.expand_dims(0)
+        if CUT[4]:
+            acc += gl.load(bias + n + out, mask=n + out < n_size, other=0.0).to(gl.float32).expand_dims(1)
+        result = acc.to(gl.bfloat16)
+        for i in gl.static_range(2):
+            mbarrier.wait(full.index(stage), phase)
+            if i == which:
+                _send_result(y, m, n, result, results.index(stage))
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = _next(stage, phase, STAGES)
+
+
+@_jit(do_not_specialize=["offset", "power", "m_size", "n_size", "slabs"])
+def _fp8_kernel(
+    x,
+    words,
+    scales,
+    y,
+    bias,
+    powers,
+    scratch,
+    offset,
+    power,
+    m_size,
+    n_size,
+    slabs,
+    ASSEMBLY: tl.constexpr,
+    CUT: tl.constexpr,
+):
+    TILE_M: tl.constexpr = CUT[0]
+    STAGES: tl.constexpr = CUT[1]
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE_M, 128], x.layout)
+    ws = gl.allocate_shared_memory(gl.int16, [STAGES * 2, 1, 1, 64, 32], words.layout)
+    ss = gl.allocate_shared_memory(gl.int32, [STAGES * 2, 1, 1, 64], scales.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    _thread_barrier()
+    if _NEW:  # the stages for x as room for results: half as many columns of twice the size
+        results = xs.reinterpret(gl.bfloat16, [STAGES, TILE_M, 64], y.layout)
+    else:
+        results = xs._reinterpret(gl.bfloat16, [STAGES, TILE_M, 64], y.layout)  # pyright: ignore[reportAttributeAccessIssue]
+    buffers = (xs, ws, ss)
+    bars = (full, empty)
+    sizes = (m_size, n_size, slabs, gl.cdiv(slabs, _UNROLL))
+    tensors = (bias, powers, scratch)
+    gl.warp_specialize(
+        [
+            (_consume, (y, results, buffers, bars, sizes, tensors, offset, power, 0, ASSEMBLY, CUT)),
+            (_consume, (y, results, buffers, bars, sizes, tensors, offset, power, 1, ASSEMBLY, CUT)),
+            (_produce, ((x, words, scales), buffers, bars, sizes, CUT)),
+        ],
+        [4, 1],
+        [240, 24],
+    )

@@ -1,0 +1,127 @@
+"""x -> e4m3 elements with one power of two a token, for products at the rate of 8 bits (gluon_fp8.py); rounded to an MX
+format on the way, if one is given.
+
+    power[m] = 2**(floor(log2(max |x[m]|)) - 7)        aligned[m] = e4m3(x[m] / power[m])
+
+Elements of MXFP4, MXINT4 and MXFP6 have no more significant bits than e4m3, so that they are kept exactly unless they
+are small: less than 2**-13 (2**-14 for integers) of the token's largest, in steps of 2**-16 of it. What is smaller is
+rounded to such steps, the smallest of e4m3.
+"""
+
+# ruff: noqa: N803  (upper case marks what is known at compile time, as everywhere in Triton)
+# pyright: basic, reportGeneralTypeIssues=false
+# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+
+import math
+from functools import cache
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.kernels.triton_elements import launch, power_of_two, widen
+from mxcompile.kernels.triton_quantize import _fraction_limit, _larger, _round_magnitude, _scale_exponent
+
+_MOST_COLUMNS: Final = 16384
+_TOP = tl.constexpr(7)
+
+
+def align(x: Tensor, rounding: tuple[MXFormat, ScaleRule] | None = None) -> tuple[Tensor, Tensor]:
+    """x `[..., size]` to e4m3 `[tokens, size]` and powers `[tokens]` in float32, in one launch.
+
+    A token with Inf or NaN has power NaN.
+    """
+    rows, size = math.prod(x.shape[:-1]), x.shape[-1]
+    aligned = torch.empty((rows, size), dtype=torch.float8_e4m3fn, device=x.device)
+    powers = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if not rows:
+        return aligned, powers
+    x = x.reshape(rows, size)
+    block = 32 if rounding is None else rounding[0].block_size
+    columns = max(block, min(_MOST_COLUMNS, triton.next_power_of_2(size)))
+    launch(
+        _align_kernel,
+        rows,
+        x,
+        aligned,
+        powers,
+        size,
+        *x.stride(),
+        **_constants(rounding, int(torch.finfo(x.dtype).max).bit_length() - 1),
+        BLOCK=block,
+        BLOCKS=columns // block,
+        WHOLE=columns >= size,
+        num_warps=max(1, columns // 1024),
+        enable_fp_fusion=False,
+    )
+    return aligned, powers
+
+
+@cache
+def _constants(rounding: tuple[MXFormat, ScaleRule] | None, largest: int) -> dict[str, Any]:
+    if rounding is None:
+        return {"ROUNDING": None}
+    fmt, rule = rounding
+    limit = _fraction_limit(fmt, rule)
+    return {"ROUNDING": (fmt.exponent_bits, fmt.mantissa_bits, fmt.emin, fmt.emax, fmt.max_value, limit, largest)}
+
+
+@triton.jit
+def _align_kernel(
+    x,
+    aligned,
+    powers,
+    size,
+    x_stride_row,
+    x_stride_column,
+    ROUNDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride_row
+    aligned += row * size
+    lane = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = _load(x, lane, size, x_stride_column)
+    largest = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if not WHOLE:
+        for first in range(BLOCKS * BLOCK, size, BLOCKS * BLOCK):
+            more = _load(x, first + lane, size, x_stride_column)
+            largest = tl.maximum(largest, more.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    amax = tl.reduce(tl.reduce(largest, 1, _larger), 0, _larger)
+    # A rounded value may be the next power of two; 2**8 is still less than e4m3's largest, 448.
+    exponent = tl.maximum((amax >> 23) - 127 - _TOP, -127)
+    tl.store(powers + row, tl.where(amax >= 0x7F800000, float("nan"), power_of_two(exponent)))
+    _store(aligned, values, lane, size, exponent, ROUNDING)
+    if not WHOLE:
+        for first in range(BLOCKS * BLOCK, size, BLOCKS * BLOCK):
+            more = _load(x, first + lane, size, x_stride_column)
+            _store(aligned, more, first + lane, size, exponent, ROUNDING)
+
+
+@triton.jit
+def _load(x, column, size, stride):
+    return widen(tl.load(x + column.to(tl.int64) * stride, mask=column < size, other=0.0))
+
+
+@triton.jit
+def _store(aligned, values, column, size, exponent, ROUNDING: tl.constexpr):
+    if ROUNDING is not None:
+        values = _rounded(values, ROUNDING)
+    tl.store(aligned + column, (values * power_of_two(-exponent)).to(tl.float8e4nv), mask=column < size)
+
+
+@triton.jit
+def _rounded(values, ROUNDING: tl.constexpr):
+    """Blocks `[n, block]` in float32, rounded as triton_quantize.py does, but for Inf and NaN."""
+    bits = values.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    amax = tl.expand_dims(tl.reduce(magnitude, 1, _larger), 1)
+    exponent = _scale_exponent(amax, ROUNDING[3], ROUNDING[5], ROUNDING[6])
+    v = magnitude.to(tl.float32, bitcast=True) * power_of_two(-exponent)
+    v = _round_magnitude(v, ROUNDING[0], ROUNDING[1], ROUNDING[2], ROUNDING[4]) * power_of_two(exponent)
+    return (v.to(tl.int32, bitcast=True) | (bits ^ magnitude)).to(tl.float32, bitcast=True)

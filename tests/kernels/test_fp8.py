@@ -1,0 +1,209 @@
+"""Products at the rate of 8 bits: weights and activations are e4m3 numbers exactly; the kernel, on a Hopper GPU."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxcompile import reference
+from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT8, MXFormat, ScaleRule
+from mxcompile.kernels import fp8
+from mxcompile.kernels.planes import Planes, plane_layout, to_planes
+from mxcompile.packing import pack
+
+pytest.importorskip("triton")
+WEIGHTS = (MXINT4, MXFP4)
+ACTIVATIONS = (MXFP4, MXINT4, MXFP6_E2M3, MXFP6_E3M2)
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+
+def spread(shape: tuple[int, int], span: int, seed: int = 0) -> Tensor:
+    """Normal values, each block of 32 times a power of two between 1 and 2**span; the first block is zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    powers = torch.randint(0, span + 1, (shape[0], -(-shape[1] // 32)), generator=generator)
+    values = (
+        torch.randn(*shape, generator=generator).clamp(-2, 2)
+        * torch.exp2(powers.float()).repeat_interleave(32, 1)[:, : shape[1]]
+    )
+    values[0, :32] = 0
+    return values
+
+
+def packed(fmt: MXFormat, shape: tuple[int, int], scales: Tensor, device: str = "cpu") -> tuple[Planes, Tensor]:
+    """A weight of every code on given scales `[out, blocks]`, and its values in float64."""
+    codes = torch.randint(0, 16, (shape[0], scales.shape[1] * 32), generator=torch.Generator().manual_seed(1))
+    codes = codes.to(torch.uint8)
+    codes[0, :32] = 0
+    codes[:, shape[1] :] = 0
+    dense = reference.dequantize(codes, scales, fmt, shape[1], torch.float32).double()
+    return to_planes(pack(codes, fmt).to(device), scales.to(device), fmt, shape[1]), dense.to(device)
+
+
+def decoded(planes: Planes) -> Tensor:
+    """What the PTX of fp8_decode.py does, in integers and float16: e4m3 `[out, in]`."""
+    from mxcompile.kernels import fp8_decode
+
+    layout = plane_layout(planes.fmt)
+    constant = 0x6400 if layout.constant else 0
+    words, scales = planes.words[:, :, 0].int() & 0xFFFF, planes.scales[:, :, 0].long()
+    values: list[Tensor] = []
+    for plane, fields in enumerate(layout.fields):
+        bits = torch.full_like(words, constant)
+        for field in (half for whole in fields for half in fp8_decode._half_fields(whole, constant)):
+            bits |= ((words >> field.rotation) | (words << (16 - field.rotation))) & field.mask
+        pair = ((scales >> (8 * plane)) & 0xFF) * 0x04000400 + fp8_decode.pair_offset(planes.fmt, planes.top)
+        assert torch.equal(pair & 0xFFFF, (pair >> 16) & 0xFFFF)
+        scale = (pair & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.float16).double().unsqueeze(-1)
+        value = bits.to(torch.int16).view(torch.float16).double() * scale - (1032 * scale if constant else 0)
+        values.append(value.float().to(torch.float8_e4m3fn))
+        assert torch.equal(values[-1].double(), value)
+    return torch.stack(values, -2).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1)[: planes.out, : planes.size]
+
+
+@pytest.mark.parametrize("fmt", WEIGHTS, ids=str)
+@pytest.mark.parametrize("lowest", [5, 100, 235])
+def test_every_code_on_every_scale_of_the_span_is_an_e4m3_number(fmt: MXFormat, lowest: int) -> None:
+    from mxcompile.kernels import fp8_decode
+
+    span = fp8.largest_span(fmt)
+    assert span is not None
+    scales = lowest + torch.arange(span + 1).repeat(64, 1)
+    scales[0, 0] = 0  # of a block of zeros, which counts for nothing
+    planes, dense = packed(fmt, (64, 32 * (span + 1)), scales.to(torch.uint8))
+    assert planes.top > 0
+    power = fp8_decode.power(fmt, planes.top, planes.lift)
+    assert torch.equal(decoded(planes).double() * 2.0**power, dense)
+
+
+@pytest.mark.parametrize("fmt", WEIGHTS, ids=str)
+def test_one_more_is_too_much(fmt: MXFormat) -> None:
+    scales = torch.tensor([100, 101 + (fp8.largest_span(fmt) or 0)]).repeat(64, 1).to(torch.uint8)
+    planes, _ = packed(fmt, (64, 64), scales)
+    assert planes.top == 0
+
+
+def test_other_formats_are_no_e4m3_numbers() -> None:
+    planes = to_planes(torch.ones(64, 64, dtype=torch.uint8), torch.full((64, 2), 120, dtype=torch.uint8), MXINT8, 64)
+    assert planes.top == 0
+    assert "weights" in (fp8.why_not(MXINT8, MXFP4) or "")
+    assert "activations" in (fp8.why_not(MXFP4, MXFP8_E4M3) or "")
+    assert "float" in (fp8.why_not(MXFP4, None) or "")
+    assert "2**10" in (fp8.why_not(MXFP4, MXFP4, 10) or "")
+    assert fp8.why_not(MXFP4, MXFP4, 9) is None
+
+
+@pytest.mark.parametrize("fmt", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(3, 32), (2, 200), (1, 416)], ids=str)
+def test_activations_are_kept_exactly(
+    interpreted: SimpleNamespace, fmt: MXFormat, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    """Blocks that differ by up to 2**6, and, rounded before, the same."""
+    x = spread(shape, 6).to(dtype)
+    expected = reference.quantize_dequantize(x, fmt, ScaleRule.FLOOR)
+    for given, rounding in ((x, (fmt, ScaleRule.FLOOR)), (expected, None)):
+        aligned, powers = interpreted.align.align(given, rounding)
+        assert torch.equal(aligned.double() * powers.double()[:, None], expected.double())
+        assert aligned.float().abs().max() <= 256
+
+
+def test_what_is_too_small_is_rounded_to_steps_of_the_tokens_largest(interpreted: SimpleNamespace) -> None:
+    """And the largest are kept: no token depends on another. A step, not half of one: the interpreter cuts off."""
+    x = spread((4, 512), 40)
+    expected = reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR).double()
+    aligned, powers = interpreted.align.align(x, (MXFP4, ScaleRule.FLOOR))
+    error = (aligned.double() * powers.double()[:, None] - expected).abs()
+    largest = expected.abs().amax(-1, keepdim=True)
+    assert error.max() > 0
+    assert (error <= largest * 2.0**-16).all()
+    assert (error[expected.abs() >= largest * 2.0**-13] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_zeros_and_what_is_not_finite(interpreted: SimpleNamespace) -> None:
+    x = spread((4, 64), 2)
+    x[0] = 0
+    x[1, 5], x[2, 40] = torch.inf, torch.nan
+    aligned, powers = interpreted.align.align(x, (MXFP4, ScaleRule.FLOOR))
+    assert (aligned[0].float() == 0).all()
+    assert powers.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("fmt", WEIGHTS, ids=str)
+def test_compiles_for_hopper(fmt: MXFormat, chunks: int) -> None:
+    """wgmma of e4m3, not serialized; four slabs a turn of the loop, and nothing spilled where sums are in one piece."""
+    pytest.importorskip("triton.experimental.gluon", reason="this version of Triton has no Gluon")
+    from fp8_trial import report
+
+    from mxcompile.kernels.gluon_fp8 import Config
+
+    found = report(fmt, Config(), chunks, has_bias=True)
+    assert not found.serialized
+    assert found.shared_bytes <= 232448
+    assert found.products == 16
+    assert found.waits == 4
+    assert found.spilled_bytes == 0 or chunks > 1
+
+
+@on_hopper
+@pytest.mark.parametrize("shape", [(64, 512), (192, 1040), (1536, 4096), (256, 28672)], ids=str)
+@pytest.mark.parametrize("fmt", WEIGHTS, ids=str)
+def test_products(fmt: MXFormat, shape: tuple[int, int]) -> None:
+    """Against float64: at most 1.2 times what rounding to bfloat16 loses. Equal bits on repeat; any number of tokens."""
+    from mxcompile.kernels import gluon_fp8, triton_align
+
+    generator = torch.Generator().manual_seed(shape[0])
+    scales = torch.randint(110, 116, (shape[0], -(-shape[1] // 32)), generator=generator).to(torch.uint8)
+    planes, dense = packed(fmt, shape, scales, "cuda")
+    assert planes.top > 0
+    for m in (1, 256, 515, 1100):
+        x = spread((m, shape[1]), 3, m).to("cuda", torch.bfloat16)
+        for activation in (MXFP4, MXFP6_E2M3):
+            rounded = reference.quantize_dequantize(x, activation, ScaleRule.FLOOR).double()
+            aligned, powers = triton_align.align(x, (activation, ScaleRule.FLOOR))
+            assert torch.equal(aligned.double() * powers.double()[:, None], rounded)
+            for bias in (None, torch.randn(shape[0], device="cuda").to(torch.bfloat16)):
+                exact = rounded @ dense.T + (0 if bias is None else bias.double())
+                for config in (gluon_fp8.Config(), gluon_fp8.Config(128, 4)):
+                    y = gluon_fp8.linear(aligned, powers, planes, bias, config)
+                    error = (y.double() - exact).norm() / (exact.to(torch.bfloat16).double() - exact).norm()
+                    assert error < 1.2, (m, activation, config)
+                    assert torch.equal(gluon_fp8.linear(aligned, powers, planes, bias, config), y)
+
+
+@on_hopper
+def test_what_is_too_small_is_rounded_to_the_nearest_step() -> None:
+    from mxcompile.kernels import triton_align
+
+    x = spread((16, 20000), 40)
+    aligned, powers = triton_align.align(x.cuda(), (MXFP4, ScaleRule.FLOOR))
+    expected = reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR).double() / powers.cpu().double()[:, None]
+    assert torch.equal(aligned.cpu().double(), expected.float().to(torch.float8_e4m3fn).double())
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [100, 700])
+def test_many_tokens_take_it_in_the_product(tokens: int, error_over_bound: Callable[..., float]) -> None:
+    """`mx::linears` with an activation format, of weights that lie side by side; few tokens are multiplied as ever."""
+    from mxcompile.kernels import dispatch
+    from mxcompile.kernels.planes import Scaling, to_bytes
+
+    scales = torch.full((320, 8), 120, dtype=torch.uint8)
+    planes, dense = packed(MXFP4, (320, 256), scales, "cuda")
+    elements, exponents = to_bytes(planes)
+    parts = [(*pair, None) for pair in zip(elements.split((256, 64)), exponents.split((256, 64)), strict=True)]
+    x = spread((tokens, 256), 3).to("cuda", torch.bfloat16).view(2, -1, 256)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ys = dispatch.linears(x, parts, MXFP4, (MXFP4, ScaleRule.FLOOR), Scaling(planes.lift, planes.top))
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert ("_fp8_kernel" in names, "_align_kernel" in names) == (tokens >= 512, tokens >= 512)
+    rounded = reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR).flatten(0, 1)
+    y = torch.cat(ys, -1).flatten(0, 1)
+    assert [part.shape for part in ys] == [(2, tokens // 2, 256), (2, tokens // 2, 64)]
+    assert error_over_bound(y, rounded, dense.to(torch.bfloat16), None) < (1 if tokens < 512 else 8)
