@@ -1,7 +1,8 @@
 """MX element codes and scale bytes -> float32 values, inside Triton kernels.
 
 What every kernel of this folder shares: reading codes out of packing.py's layout, decoding them, exact conversion
-between float32 and the tensor's own type, and the question whether a tensor's device can run Triton at all.
+between float32 and the tensor's own type, finding the last of several programs, and the question whether a tensor's
+device can run Triton at all.
 
 One block of `BLOCK` elements is `BLOCK * BITS / 8` bytes, and splits into `PARTS` runs of `WIDTH = BLOCK / PARTS`
 neighbouring elements that come from the same bytes: 1 part for 8 bits, 2 for 4 bits (low and high nibbles), 4 for 6
@@ -159,3 +160,13 @@ def narrow(x, DTYPE: tl.constexpr):
     else:
         result = x.to(DTYPE)
     return result
+
+
+@triton.jit
+def arrives_last(counter, count):
+    """Whether this program is the last of `count` to come here, whose stores it then sees; sets the counter back."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if arrived == count - 1:
+        tl.store(counter, 0)
+    return arrived == count - 1
