@@ -107,6 +107,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 def _fake_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     del mask, scale
     check(query.dim() == key.dim() == value.dim() == 4, lambda: "mx::attend takes tensors of 4 dimensions")
+    check(query.shape[2] == 1, lambda: f"mx::attend takes one query a head, not {query.shape[2]}")
     check(query.shape[1] % key.shape[1] == 0, lambda: f"{query.shape[1]} heads cannot share {key.shape[1]}")
     return query.new_empty((*query.shape[:3], value.shape[3]))
 

@@ -262,8 +262,7 @@ def _attend_kernel(
         inside = k < keys
         keys_here = _load_rows(key, k, key_strides[2], inside, SIZE, LANES)
         values_here = _load_rows(value, k, value_strides[2], inside, VSIZE, VLANES)
-        scores = tl.full((16, BLOCK), 0.0, tl.float32)
-        scores = _multiply(q, tl.trans(keys_here), scores, INTERPRETED) * scale
+        scores = _multiply(q, tl.trans(keys_here), tl.full((16, BLOCK), 0.0, tl.float32), INTERPRETED) * scale
         scores = _masked(scores, mask, head, k, there, inside, mask_strides, MASK, MASK_OF_HEADS)
         top = tl.maximum(most, tl.reduce(scores, 1, _larger))
         powers = tl.exp(scores - top[:, None])
