@@ -14,6 +14,7 @@ mask of -inf leaves nothing the result is zero. The interpreter multiplies bfloa
 # As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -37,8 +38,10 @@ _ROWS: Final = 16
 _PROGRAMS: Final = 264
 """Two for each multiprocessor of an H100, which is what fits in."""
 _LARGEST_SIZE: Final = 256
-_BYTES_OF_A_KEY: Final = 16384
+_BLOCK_BYTES: Final = 16384
+"""Of keys, and of values, in shared memory at a time; twice of each, and two programs have room."""
 _COMBINED: Final = 16384
+"""Sums of values that a program holds in registers while it combines splits, 128 a thread."""
 LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 SMALLEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -124,7 +127,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
 def cut_for(key: Tensor, places: int) -> Cut:
     """As many programs as run at a time, with as many blocks of keys each; no program of a split has none."""
     width = max(16, triton.next_power_of_2(key.shape[3])) * key.element_size()
-    block = max(16, min(64, _BYTES_OF_A_KEY // width))
+    block = max(16, min(64, _BLOCK_BYTES // width))
     blocks = max(1, -(-key.shape[2] // block))
     each = -(-blocks // max(1, _PROGRAMS // places))
     return Cut(-(-blocks // each), block)
@@ -145,6 +148,7 @@ def _scratch(query: Tensor, rows: int, vsize: int) -> Tensor:
     return torch.empty(rows * (vsize + 2), dtype=torch.float32, device=query.device)
 
 
+@cache
 def constants(size: int, vsize: int, shared: int, group: int, cut: Cut) -> dict[str, Any]:
     """The compile-time arguments of the kernel that follow from sizes and how they are cut."""
     rows, lanes = triton.next_power_of_2(min(group, _ROWS)), max(16, triton.next_power_of_2(vsize))
