@@ -100,7 +100,7 @@ def compile_attention(dtype: str, size: int, group: int, cut: triton_attention.C
     pointers = {**dict.fromkeys(("query", "key", "value", "mask", "result"), f"*{dtype}"), "scratch": "*fp32"}
     strides = {"query_strides": 2, "key_strides": 3, "value_strides": 3}
     signature = dict.fromkeys(given, "constexpr") | pointers | {"counts": "*i32", "scale": "fp32"}
-    signature |= {"keys": "i32", "splits": "i32", "mask_strides": ("i32", "i32", "constexpr")}
+    signature |= {"keys": "i32", "each": "i32", "mask_strides": ("i32", "i32", "constexpr")}
     signature |= {name: ("i32",) * count for name, count in strides.items()}
     names = kernel.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "counts")}

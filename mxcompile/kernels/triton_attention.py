@@ -91,7 +91,7 @@ def attend(
     cut, count = _with_counters(query, cut or cut_for(key, places), places)
     launch(
         _attend_kernel,
-        places * cut.splits,
+        (places, cut.splits),
         query,
         key,
         value,
@@ -101,7 +101,7 @@ def attend(
         query if count is None else count,
         scale,
         keys,
-        cut.splits,
+        -(-keys // (cut.splits * cut.block)),
         (query.stride(0), query.stride(1)),
         key.stride()[:3],
         value.stride()[:3],
@@ -214,7 +214,18 @@ def _masked(scores, mask, head, k, there, inside, strides, MASK: tl.constexpr, M
     return tl.where(inside[None, :], scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["scale", "keys", "splits"])
+@triton.jit
+def _added_block(scores, values, most, total, acc, INTERPRETED: tl.constexpr):
+    """The largest score, the sum of powers and the sum of values with those of more keys."""
+    top = tl.maximum(most, tl.reduce(scores, 1, _larger))
+    powers = tl.exp(scores - top[:, None])
+    decay = tl.exp(most - top)
+    total = total * decay + tl.reduce(powers, 1, _added)
+    rounded = narrow(powers, values.dtype) if INTERPRETED else powers.to(values.dtype)
+    return top, total, _multiply(rounded, values, acc * decay[:, None], INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["scale", "keys", "each"])
 def _attend_kernel(
     query,
     key,
@@ -225,7 +236,7 @@ def _attend_kernel(
     counts,
     scale,
     keys,
-    splits,
+    each,
     query_strides,
     key_strides,
     value_strides,
@@ -245,15 +256,15 @@ def _attend_kernel(
     INTERPRETED: tl.constexpr,
 ):
     PARTS: tl.constexpr = (GROUP + 15) // 16
-    split = tl.program_id(0) % splits
-    place = tl.program_id(0) // splits
+    place = tl.program_id(0)
+    split = tl.program_id(1)
     batch = (place // (PARTS * SHARED)).to(tl.int64)
     shared = place // PARTS % SHARED
     row = place % PARTS * 16 + tl.arange(0, 16)
     head = shared * GROUP + row
     there = row < GROUP
 
-    q = _load_rows(query + batch * query_strides[0], head, query_strides[1], there, SIZE, LANES)
+    query += batch * query_strides[0]
     key += batch * key_strides[0] + shared.to(tl.int64) * key_strides[1]
     value += batch * value_strides[0] + shared.to(tl.int64) * value_strides[1]
     mask += batch * mask_strides[0]
@@ -261,25 +272,21 @@ def _attend_kernel(
     total = tl.full((16,), 0.0, tl.float32)
     acc = tl.full((16, VLANES), 0.0, tl.float32)
     blocks = (keys + BLOCK - 1) // BLOCK
-    for block in range(split * blocks // splits, (split + 1) * blocks // splits):
+    for block in range(split * each, tl.minimum((split + 1) * each, blocks)):
         k = block * BLOCK + tl.arange(0, BLOCK)
         inside = k < keys
+        # The same each time, which the compiler does not know: on its way with the keys, not waited for before them.
+        q = _load_rows(query + (block >> 30) * 16, head, query_strides[1], there, SIZE, LANES)
         keys_here = _load_rows(key, k, key_strides[2], inside, SIZE, LANES)
         values_here = _load_rows(value, k, value_strides[2], inside, VSIZE, VLANES)
         scores = _multiply(q, tl.trans(keys_here), tl.full((16, BLOCK), 0.0, tl.float32), INTERPRETED) * scale
         scores = _masked(scores, mask, head, k, there, inside, mask_strides, MASK, MASK_OF_HEADS)
-        top = tl.maximum(most, tl.reduce(scores, 1, _larger))
-        powers = tl.exp(scores - top[:, None])
-        decay = tl.exp(most - top)
-        total = total * decay + tl.reduce(powers, 1, _added)
-        rounded = narrow(powers, q.dtype) if INTERPRETED else powers.to(q.dtype)
-        acc = _multiply(rounded, values_here, acc * decay[:, None], INTERPRETED)
-        most = top
+        most, total, acc = _added_block(scores, values_here, most, total, acc, INTERPRETED)
 
     if SPLIT:
         _leave(scratch, most, total, acc, VSIZE, VLANES, ROWS)
-        if arrives_last(counts + place, splits):
-            all_powers, all_sums = _combine(scratch, place * splits, splits, VSIZE, VLANES, ROWS, CHUNK)
+        if arrives_last(counts + place, tl.num_programs(1)):
+            all_powers, all_sums = _combine(scratch, VSIZE, VLANES, ROWS, CHUNK)
             one = place % PARTS * 16 + tl.arange(0, ROWS)
             to = batch * (SHARED * GROUP) + shared * GROUP + one
             _write(result, to, one < GROUP, all_powers, all_sums, VSIZE, VLANES, INTERPRETED)
@@ -290,7 +297,7 @@ def _attend_kernel(
 @triton.jit
 def _places(scratch, row, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.constexpr):
     """Where sums of values, largest scores and sums of powers of rows, counted over all programs, are kept."""
-    rows = tl.num_programs(0).to(tl.int64) * ROWS
+    rows = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * ROWS
     sums = scratch + tl.expand_dims(row * VSIZE, -1) + tl.arange(0, VLANES)
     return sums, scratch + rows * VSIZE + row, scratch + rows * (VSIZE + 1) + row
 
@@ -299,24 +306,25 @@ def _places(scratch, row, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.co
 def _leave(scratch, most, total, acc, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.constexpr):
     """What a program found, for the last one to combine."""
     row = tl.arange(0, 16)
-    sums, tops, totals = _places(scratch, tl.program_id(0).to(tl.int64) * ROWS + row, VSIZE, VLANES, ROWS)
+    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    sums, tops, totals = _places(scratch, program * ROWS + row, VSIZE, VLANES, ROWS)
     tl.store(sums, acc, mask=(row < ROWS)[:, None] & (tl.arange(0, VLANES) < VSIZE)[None, :])
     tl.store(tops, most, mask=row < ROWS)
     tl.store(totals, total, mask=row < ROWS)
 
 
 @triton.jit
-def _combine(
-    scratch, first, splits, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
-):
-    """The sums of powers and of values of `ROWS` rows over programs `first` to `first + splits`, in their order."""
+def _combine(scratch, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """The sums of powers and of values of `ROWS` rows over all programs of the same heads, in the order of the keys."""
+    splits = tl.num_programs(1)
+    first = tl.program_id(0).to(tl.int64) * splits
     most = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.full((ROWS,), 0.0, tl.float32)
     acc = tl.full((ROWS, VLANES), 0.0, tl.float32)
     for begin in range(0, splits, CHUNK):
         split = begin + tl.arange(0, CHUNK)
         there = (split < splits)[:, None]
-        row = (first + split).to(tl.int64)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        row = (first + split)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
         sums, tops, totals = _places(scratch, row, VSIZE, VLANES, ROWS)
         inside = there[:, :, None] & (tl.arange(0, VLANES) < VSIZE)
         parts = tl.load(sums, mask=inside, other=0.0, cache_modifier=".cg")

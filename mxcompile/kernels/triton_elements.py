@@ -68,10 +68,10 @@ def parts(fmt: MXFormat) -> int:
     return {8: 1, 4: 2, 6: 4}[fmt.bits]
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, programs: int | tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run a jit kernel on its first argument's device; `constants` may include compiler options."""
     with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **constants)
+        kernel[(programs,) if isinstance(programs, int) else programs](*arguments, **constants)
 
 
 @triton.jit
