@@ -2,6 +2,8 @@
 
     python benchmarks/kernel_sass.py --formats mxint4,mxfp4 --config rows=8,out=64,warps=2,joined=0
 
+`attention_report` does the same for the kernel of attention.
+
 `loop` is the number of instructions of the main loop, which one warp issues for a slab; `elements` how many weights a
 multiprocessor can decode and multiply per clock at most, if it issues one instruction a clock in each of its four
 parts. An H100 at 3.0 TB/s delivers 24 elements a clock at 4.25 bits, 16.6 at 6.25 and 12.6 at 8.25. `serialized` is
@@ -18,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mxcompile.formats import MXFormat, parse_format
-from mxcompile.kernels import triton_planes
+from mxcompile.kernels import triton_attention, triton_planes
 from mxcompile.kernels.planes import plane_layout
 from mxcompile.kernels.triton_planes import Config
 
@@ -75,6 +78,45 @@ def report(fmt: MXFormat, config: Config) -> Report:
         waits=sum("WARPGROUP.DEPBAR" in line for line in body),
         elements=round(4 * weights / max(1, len(body) * config.warps), 1),
     )
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """`copies` counts the instructions that bring keys and values to shared memory, `block` keys at a time."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    serialized: bool
+    copies: int
+    block: int
+
+
+def compile_attention(dtype: str, size: int, group: int, cut: triton_attention.Cut) -> Any:
+    """The kernel as it is launched on a GPU for 8 heads of a cache, the same mask for all heads of queries."""
+    kernel = triton_attention._attend_kernel
+    given = triton_attention.constants(size, size, 8, group, cut)
+    given |= {"MASK": "float", "MASK_OF_HEADS": False, "INTERPRETED": False}
+    pointers = {**dict.fromkeys(("query", "key", "value", "mask", "result"), f"*{dtype}"), "scratch": "*fp32"}
+    strides = {"query_strides": 2, "key_strides": 3, "value_strides": 3}
+    signature = dict.fromkeys(given, "constexpr") | pointers | {"counts": "*i32", "scale": "fp32"}
+    signature |= {"keys": "i32", "each": "i32", "mask_strides": ("i32", "i32", "constexpr")}
+    signature |= {name: ("i32",) * count for name, count in strides.items()}
+    names = kernel.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "counts")}
+    for name, count in {**strides, "mask_strides": 2}.items():
+        aligned |= {(names.index(name), i): [["tt.divisibility", 16]] for i in range(count)}
+    constants = {(names.index(name),): value for name, value in given.items()} | {(names.index("mask_strides"), 2): 1}
+    source = ASTSource(kernel, {name: signature[name] for name in names}, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=triton_attention.options(cut))
+
+
+def attention_report(dtype: str, size: int, group: int) -> AttentionReport:
+    key = torch.empty(0, 8, 2048, size, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    cut = triton_attention.cut_for(key, 8)
+    facts, sass = examine(compile_attention(dtype, size, group, cut))
+    start = sass[: sass.index("MMA")]
+    return AttentionReport(**facts, copies=start.count("LDGSTS"), block=cut.block)
 
 
 def examine(compiled: Any) -> tuple[dict[str, Any], str]:

@@ -33,8 +33,7 @@ def _has_one_query(node: Node) -> bool:
     """Whether each head has one query, which sees all keys, and only the output is used."""
     query, key, mask = (part.meta["val"] if isinstance(part, Node) else None for part in (*node.args[:2], _mask(node)))
     dropout_or_causal = any(node.args[3:]) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal")
-    uses_first = all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
-    if query is None or key is None or dropout_or_causal or not uses_first:
+    if query is None or key is None or dropout_or_causal or not gives_only_output(node):
         return False
     (heads, queries), shared = query.shape[1:3], key.shape[1]
     is_known = all(isinstance(size, int) for size in (heads, queries, shared, query.shape[3]))
@@ -43,6 +42,19 @@ def _has_one_query(node: Node) -> bool:
     ):
         return False
     return is_known and queries == 1
+
+
+def gives_only_output(node: Node) -> bool:
+    """Whether of the results of attention only the first is used."""
+    return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
+
+
+def replace_output(graph: Graph, node: Node, result: Node) -> None:
+    """Use `result` in place of the first result of attention, and erase that."""
+    for part in list(node.users):
+        part.replace_all_uses_with(result)
+        graph.erase_node(part)
+    graph.erase_node(node)
 
 
 def _mask(node: Node) -> Any:
@@ -75,7 +87,4 @@ def _open(graph: Graph, node: Node) -> None:
         result = call(
             _CONVERT, call(aten.reshape.default, result, [-1, heads, 1, value.meta["val"].shape[-1]]), of_query.dtype
         )
-    for part in list(node.users):
-        part.replace_all_uses_with(result)
-        graph.erase_node(part)
-    graph.erase_node(node)
+    replace_output(graph, node, result)

@@ -22,11 +22,12 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
-from mxcompile import attention, fusion, guards, joining, ops, rules
+from mxcompile import attention, decode_attention, fusion, guards, joining, ops, rules
 from mxcompile.analysis import dataflow
 from mxcompile.arrangement import arrange
 from mxcompile.errors import CompileError
 from mxcompile.inputs import Inputs
+from mxcompile.kernels.dispatch import prepare
 from mxcompile.ledger import PassResult
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class FuseMX(CustomGraphPass):
-    """Fuses MX matmuls in the graphs that Inductor compiles, and opens attention of one query on the CPU.
+    """Fuses MX matmuls in the graphs that Inductor compiles; attention of one query gets a form of its own.
 
     `results` has one entry per graph compiled in this process; graphs that Inductor takes from its cache were fused
     when they were first compiled and have none.
@@ -54,6 +55,7 @@ class FuseMX(CustomGraphPass):
         result = fusion.fuse(graph)
         joining.join_linears(graph)
         attention.open_attention(graph)
+        decode_attention.call_attend(graph)
         self.results.append(result)
         logger.info("fused %d MX operations, %d misses", result.rewrites, len(result.misses))
         for miss in result.misses:
@@ -61,9 +63,8 @@ class FuseMX(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Changes with the code of the rules, so that graphs compiled with older ones are not taken from the cache."""
-        return get_hash_for_files(
-            tuple(str(module.__file__) for module in (attention, fusion, joining, rules, dataflow, ops)), __file__
-        )
+        modules = attention, decode_attention, fusion, joining, rules, dataflow, ops
+        return get_hash_for_files(tuple(str(module.__file__) for module in modules), __file__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FuseMX":
         return self
@@ -104,6 +105,7 @@ def compile_module(module: M) -> M:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     missing = why_no_inductor(device)
     if device.type == "cuda":
+        prepare(device)
         for name, reason in arrange(module).items():
             logger.info("%s stays in rows: %s", name, reason)
     if missing is None:

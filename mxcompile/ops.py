@@ -9,6 +9,7 @@
     mx::cpu_linears(the same but planes)                             the same, in C++ for a few tokens
     mx::rotate(x, block) -> x in runs of block times Hadamard        on the way into a matmul; see `hadamard.py`
     mx::multiply(x, multiplier, digest) -> x * multiplier            on the way into a matmul of a deployed module
+    mx::attend(query, key, value, mask, scale) -> y                  attention of one query; see `decode_attention.py`
 
 `format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
 (`packing.py`), uint8 `[..., blocks * block_bytes]`; scales are E8M0 bytes `[..., blocks]`; blocks run along the last
@@ -103,6 +104,19 @@ def rotate(x: Tensor, block: int) -> Tensor:
     return hadamard.rotate_input(x, block)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query with keys and values that heads share; see `reference.attend`."""
+    return dispatch.attend(query, key, value, mask, scale)
+
+
+def _fake_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    del mask, scale
+    check(query.dim() == key.dim() == value.dim() == 4, lambda: "mx::attend takes tensors of 4 dimensions")
+    check(query.shape[2] == 1, lambda: f"mx::attend takes one query a head, not {query.shape[2]}")
+    check(query.shape[1] % key.shape[1] == 0, lambda: f"{query.shape[1]} heads cannot share {key.shape[1]}")
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
 def _fake_rotate(x: Tensor, block: int) -> Tensor:
     check(x.shape[-1] % block == 0, lambda: f"{x.shape[-1]} channels are no multiple of a rotation of {block}")
     return x.new_empty(x.shape)
@@ -189,10 +203,13 @@ def _register() -> None:
         f"cpu_linears({of_linears}) -> Tensor[]": (linears, _fake_linears),
         "multiply(Tensor x, Tensor multiplier, str digest) -> Tensor": (multiply, multiply),
         "rotate(Tensor x, int block) -> Tensor": (rotate, _fake_rotate),
+        "attend(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor": (attend, _fake_attend),
     }
+    any_strides = {"attend"}
     for schema, (implementation, fake) in schemas.items():
         name = schema.partition("(")[0]
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        tags = (torch.Tag.flexible_layout,) if name in any_strides else ()
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mx::{name}", fake, lib=_LIBRARY)
 
@@ -219,3 +236,4 @@ LINEARS = torch.ops.mx.linears.default
 CPU_LINEARS = torch.ops.mx.cpu_linears.default
 MULTIPLY = torch.ops.mx.multiply.default
 ROTATE = torch.ops.mx.rotate.default
+ATTEND = torch.ops.mx.attend.default

@@ -1,4 +1,4 @@
-"""The definition of right: MX quantize, dequantize and linear in plain PyTorch.
+"""The definition of right: MX quantize, dequantize and linear in plain PyTorch; attention of one query.
 
 Every kernel must agree with this file: quantization bit for bit, products up to the order of a float32 sum.
 Source: OCP Microscaling Formats (MX) specification v1.0, section 6.3; the scale rules are described at `ScaleRule`.
@@ -137,6 +137,22 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, fmt: M
     """`x @ dequantize(codes, scales).T + bias`: x `[..., in]`, codes `[out, blocks * block_size]`, y `[..., out]`."""
     weight = dequantize(codes, scales, fmt, x.shape[-1], x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """`softmax(query @ key.T * scale + mask) @ value` in float32, zero where a mask leaves nothing.
+
+    Query `[batch, heads, 1, size]`, key `[batch, shared, keys, size]`, value `[batch, shared, keys, vsize]`: each head
+    of keys serves the next `heads / shared` of queries. mask: added, or bool, true where a key counts; broadcast to
+    `[batch, heads, 1, keys]`. The result is `[batch, heads, 1, vsize]`, of the queries' type.
+    """
+    (batch, heads, _, _), (_, shared, keys, vsize) = query.shape, value.shape
+    scores = query.float().unflatten(1, (shared, -1)).squeeze(3) @ key.float().mT * scale
+    if mask is not None:
+        added = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask.float()
+        scores = scores + added.expand(batch, heads, 1, keys).reshape(scores.shape)
+    shares = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
+    return (shares @ value.float()).reshape(batch, heads, 1, vsize).to(query.dtype)
 
 
 def _exponent(v: Tensor) -> Tensor:

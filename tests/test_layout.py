@@ -39,6 +39,7 @@ FLOORS = [
     {
         "arrangement",
         "attention",
+        "decode_attention",
         "guards",
         "rules",
         "calibration",

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mxcompile import packing, reference
 from mxcompile.errors import MXCompileError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, activation_rule
-from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import ATTEND, DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
@@ -113,6 +113,34 @@ def test_strides_without_data(size):
 def test_torchs_own_check_of_operators(fmt, size):
     for op, args in calls(torch.randn(2, 3, size), fmt, size):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+ATTENTION_MASKS = {
+    "none": None,
+    "of all": torch.tensor([[0.5, -65536.0, 0.0, 2.0, -1.0]]),
+    "of each head": torch.linspace(-1, 1, 60).view(2, 6, 1, 5),
+    "bool": torch.tensor([[True, False, True, True, False], [False] * 5])[:, None, None],
+}
+
+
+@pytest.mark.parametrize("mask", ATTENTION_MASKS.values(), ids=ATTENTION_MASKS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)])
+def test_attention_of_one_query_with_heads_that_share_keys(dtype, bound, mask):
+    """Against float64, zero where nothing is left; bfloat16 rounds the result, which is below 2, once."""
+    query, key, value = torch.rand(2, 6, 1, 8), torch.rand(2, 2, 5, 8), torch.rand(2, 2, 5, 4)
+    args = (query.to(dtype), key.to(dtype), value.to(dtype), mask, 0.4)
+    query, key, value = (part.double() for part in args[:3])
+    scores = query @ key.repeat_interleave(3, 1).mT * 0.4
+    if mask is not None:
+        scores = scores + (torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask)
+    expected = scores.softmax(-1).nan_to_num(0.0) @ value.repeat_interleave(3, 1)
+    y = ATTEND(*args)
+    assert (y.dtype, y.shape) == (dtype, (2, 6, 1, 4))
+    assert (y.double() - expected).abs().max() <= bound
+    torch.library.opcheck(ATTEND, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    strided = (args[0].transpose(1, 2).contiguous().transpose(1, 2), *args[1:])
+    for real, fake in real_and_fake(ATTEND, strided):
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 def test_export_keeps_the_operators_and_dynamic_sizes():

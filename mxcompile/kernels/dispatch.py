@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mxcompile import nearest, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels import arranging, cpu, fp8
+from mxcompile.kernels import arranging, counters, cpu, fp8
 from mxcompile.kernels.planes import Scaling
 
 TRITON_MISSING = "triton is not installed"
@@ -82,6 +82,22 @@ def why_not_fp8(
     return TRITON_MISSING if kernel is None else kernel.why_not_fp8(x, fmt, planes, rounding)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """See `reference.attend`."""
+    kernel = _triton("triton_attention", query)
+    if kernel is not None and kernel.supports(query, key, value, mask) is None:
+        return kernel.attend(query, key, value, mask, scale)
+    return reference.attend(query, key, value, mask, scale)
+
+
+def why_no_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    """None if a kernel serves `attend`, or the reason why not."""
+    kernel = _triton("triton_attention", query)
+    if kernel is None:
+        return "runs on a GPU" if query.device.type == "cpu" else TRITON_MISSING
+    return kernel.supports(query, key, value, mask)
+
+
 def choices(x: Tensor, fmt: MXFormat, out: int) -> dict[str, str | None]:
     """For a weight with so many outputs, in order of preference: kernel name -> None if it serves, or why not.
 
@@ -103,9 +119,9 @@ def rounding_choices(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> dict[str, str
 
 
 def prepare(device: torch.device) -> None:
-    """Make what the kernels for planes share; it must be there before a CUDA graph is captured."""
-    if device.type == "cuda" and (kernel := _import("planes_linear")) is not None:
-        kernel.counters(device)
+    """Make what the kernels of a GPU share; it must be there before a CUDA graph is captured."""
+    if device.type == "cuda":
+        counters.of_device(device)
 
 
 def _triton(name: str, x: Tensor) -> ModuleType | None:

@@ -12,14 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels import fp8, gluon_fp8, gluon_planes, triton_align, triton_dequantize, triton_planes
+from mxcompile.kernels import counters, fp8, gluon_fp8, gluon_planes, triton_align, triton_dequantize, triton_planes
 from mxcompile.kernels.planes import Planes, Scaling, from_bytes
 from mxcompile.kernels.planes_configs import Config, config_for
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Planes as bytes, elements `[out, bytes]` and scales `[out, blocks]`, and a bias `[out]` or None."""
-_COUNTERS: Final = 4096
-_STREAMS: Final = 64
 _SMALL: Final = 4096
 logger = logging.getLogger(__name__)
 
@@ -69,16 +67,6 @@ def _in_order(order: Sequence[int], results: Sequence[Tensor]) -> list[Tensor]:
     return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
 
-@cache
-def counters(device: torch.device) -> Tensor:
-    """Zeros that a split K counts with, `[streams, counters]`.
-
-    Made before anything is captured in a CUDA graph: call it when a model is prepared. Each stream has its own; graphs
-    that were captured on one stream must not run at the same time on two.
-    """
-    return torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
-
-
 def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, scaling: Scaling) -> list[Tensor]:
     outs, biases = [len(elements) for elements, _, _ in group], [bias for _, _, bias in group]
     planes = _planes(group, fmt, x.shape[-1], scaling)
@@ -126,14 +114,11 @@ def _config(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat) -> Config |
 
 def _free_counters(x: Tensor, out: int, config: triton_planes.Config) -> tuple[Tensor | None, triton_planes.Config]:
     """The stream's counters; without enough of them K stays whole."""
-    tiles = -(-math.prod(x.shape[:-1]) // config.rows) * -(-out // config.out)
     if config.split == 1:
         return None, config
-    places, stream = _places(x.device), torch.cuda.current_stream(x.device).cuda_stream
-    place = places.setdefault(stream, len(places))
-    if place >= _STREAMS or tiles > _COUNTERS:
-        return None, replace(config, split=1)
-    return counters(x.device)[place], config
+    tiles = -(-math.prod(x.shape[:-1]) // config.rows) * -(-out // config.out)
+    free = counters.of_stream(x.device, tiles)
+    return free, config if free is not None else replace(config, split=1)
 
 
 def _side_by_side(weights: Sequence[PackedWeight]) -> Iterator[list[PackedWeight]]:
@@ -164,8 +149,3 @@ def _together(parts: Sequence[Tensor]) -> Tensor:
         return parts[0].contiguous()
     first = parts[0]
     return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
-
-
-@cache
-def _places(device: torch.device) -> dict[int, int]:
-    return {}

@@ -1,7 +1,8 @@
 """MX element codes and scale bytes -> float32 values, inside Triton kernels.
 
 What every kernel of this folder shares: reading codes out of packing.py's layout, decoding them, exact conversion
-between float32 and the tensor's own type, and the question whether a tensor's device can run Triton at all.
+between float32 and the tensor's own type, finding the last of several programs, and the question whether a tensor's
+device can run Triton at all.
 
 One block of `BLOCK` elements is `BLOCK * BITS / 8` bytes, and splits into `PARTS` runs of `WIDTH = BLOCK / PARTS`
 neighbouring elements that come from the same bytes: 1 part for 8 bits, 2 for 4 bits (low and high nibbles), 4 for 6
@@ -33,16 +34,11 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def unsupported_device(x: Tensor) -> str | None:
     """Why the kernels of this folder cannot run where `x` is, in a sentence; None if they can."""
-    return _unsupported(x.device)
-
-
-@cache
-def _unsupported(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"Triton kernels need a CUDA device, not {device.type}"
+    if x.device.type != "cuda":
+        return f"Triton kernels need a CUDA device, not {x.device.type}"
     if torch.version.hip is not None:
         return "the Triton kernels rely on float32 subnormals being kept, which was checked for NVIDIA GPUs only"
-    major, minor = capability(device)
+    major, minor = capability(x.device)
     if major < 8:
         return f"the Triton kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
     return None
@@ -85,10 +81,10 @@ def parts(fmt: MXFormat) -> int:
     return {8: 1, 4: 2, 6: 4}[fmt.bits]
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, programs: int | tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run a jit kernel on its first argument's device; `constants` may include compiler options."""
     with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **constants)
+        kernel[(programs,) if isinstance(programs, int) else programs](*arguments, **constants)
 
 
 @triton.jit
@@ -177,3 +173,13 @@ def narrow(x, DTYPE: tl.constexpr):
     else:
         result = x.to(DTYPE)
     return result
+
+
+@triton.jit
+def arrives_last(counter, count):
+    """Whether this program is the last of `count` to come here, whose stores it then sees; sets the counter back."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if arrived == count - 1:
+        tl.store(counter, 0)
+    return arrived == count - 1

@@ -38,7 +38,7 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
 from mxcompile.kernels.planes import Planes, plane_layout
 from mxcompile.kernels.triton_decode import layout_constants, plane_values
-from mxcompile.kernels.triton_elements import launch, narrow, unsupported_device, widen
+from mxcompile.kernels.triton_elements import arrives_last, launch, narrow, unsupported_device, widen
 
 MOST_WEIGHTS: Final = 3
 
@@ -347,23 +347,13 @@ def _planes_kernel(
         at = m[None, :].to(tl.int64) * n_size + n[:, None]
         inside = m_inside & (n[:, None] < n_size)
         tl.store(partial + split * whole + at, acc, mask=inside)
-        if _arrives_last(counters + tile, SPLIT):
+        if arrives_last(counters + tile, SPLIT):
             acc = tl.full((TILE_N, TILE_M), 0.0, tl.float32)
             for other in tl.static_range(SPLIT):
                 acc += tl.load(partial + other * whole + at, mask=inside, other=0.0, cache_modifier=".cg")
             _finish(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS, INTERPRETED)
     else:
         _finish(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS, INTERPRETED)
-
-
-@triton.jit
-def _arrives_last(counter, SPLIT: tl.constexpr):
-    """Whether this program is the last of `SPLIT` to come here, whose stores it then sees; sets the counter back."""
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    if arrived == SPLIT - 1:
-        tl.store(counter, 0)
-    return arrived == SPLIT - 1
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from mxcompile.reference import element_table
 _PACKAGE = "mxcompile.kernels"
 _MODULES = (
     "triton_align",
+    "triton_attention",
     "triton_elements",
     "triton_decode",
     "triton_dequantize",
@@ -35,8 +36,7 @@ _MODULES = (
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[SimpleNamespace]:
-    """The modules triton_linear, triton_planes ..., interpreted, as `.linear`, `.planes`, `.dequantize`, `.quantize`,
-    `.align`.
+    """The modules triton_linear, triton_planes ..., interpreted, as `.linear`, `.planes` and so on.
 
     `.larger` is the combining function of quantize's maximum as it was written (see below).
     """
@@ -46,11 +46,12 @@ def interpreted() -> Iterator[SimpleNamespace]:
     larger = quantize._larger
     with pytest.MonkeyPatch.context() as patch:
         _let_scalars_be_range_bounds(patch)
-        # The interpreter recognizes triton's own maximum; it calls any other once an element: 100 times slower.
+        # The interpreter recognizes triton's own maximum and sum; it calls others once an element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
-        for module in (quantize, copies["triton_align"]):
-            patch.setattr(module, "_larger", standard._elementwise_max)
-        others = {name: copies[f"triton_{name}"] for name in ("align", "planes", "dequantize")}
+        for name in ("quantize", "align", "attention"):
+            patch.setattr(copies[f"triton_{name}"], "_larger", standard._elementwise_max)
+        patch.setattr(copies["triton_attention"], "_added", standard._sum_combine)
+        others = {name: copies[f"triton_{name}"] for name in ("align", "attention", "planes", "dequantize")}
         yield SimpleNamespace(linear=linear, quantize=quantize, larger=larger, **others)
 
 
@@ -164,6 +165,42 @@ def error_over_bound() -> Callable[..., float]:
         error = n_u / (1 - n_u) * (x64.abs() @ w64.abs().T + b64.abs())
         info = torch.finfo(y.dtype)
         bound = error + info.eps / 2 * (exact.abs() + error) + info.smallest_normal * info.eps / 2
+        assert y.isfinite().all()
+        return ((y.double() - exact).abs() / bound).max().item() if y.numel() else 0.0
+
+    return ratio
+
+
+@pytest.fixture(scope="session")
+def attention_over_bound() -> Callable[..., float]:
+    """The largest |y - y64| / bound over results of attention, `y = softmax(q @ k.T * scale + mask) @ v`; zeros where
+    a mask leaves nothing.
+
+    With u = 2**-23 what a step in float32 loses at most: a score is off by (size + 3) u (sum |q| |k| scale + |mask|),
+    which as an exponent is a relative error of the power; computing the power and bringing it to the largest score of
+    all, which its own error leaves as it is, adds 8 u times its distance from that, and 16 u a block of keys. A power
+    is rounded to the values' type, eps/2 of it or half a subnormal, and sums over keys lose u a step. All of that is
+    the numerator's; the denominator has it but for the values and that rounding. The result is rounded once.
+    """
+
+    def ratio(y: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> float:
+        group, (keys, size), u, info = query.shape[1] // key.shape[1], key.shape[2:], 2.0**-23, torch.finfo(y.dtype)
+        q, k, v = query.double(), *(part.double().repeat_interleave(group, 1) for part in (key, value))
+        added = torch.zeros((), dtype=torch.float64, device=q.device) if mask is None else mask.double()
+        if mask is not None and mask.dtype == torch.bool:
+            added = torch.where(mask, 0.0, -torch.inf).double()
+        scores = q @ k.mT * scale + added
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+        powers = (scores - top).exp()
+        total = powers.sum(-1, keepdim=True).clamp(min=info.smallest_normal)
+        shares, magnitude = powers / total, q.abs() @ k.abs().mT * scale + added.abs()
+        off = u * ((size + 3) * magnitude + 8 * (top - scores) + keys + 16 * (keys // 16 + 1))
+        off = torch.where(shares > 0, shares * off, 0.0)
+        subnormal, rounding = info.smallest_normal * info.eps, 0.0 if y.dtype == torch.float32 else info.eps / 2
+        exact = shares @ v
+        error = (off + shares * rounding + subnormal / total) @ v.abs() + exact.abs() * off.sum(-1, keepdim=True)
+        error *= 1.01
+        bound = error + info.eps / 2 * (exact.abs() + error) + subnormal / 2
         assert y.isfinite().all()
         return ((y.double() - exact).abs() / bound).max().item() if y.numel() else 0.0
 

@@ -154,7 +154,7 @@ def test_compiles_for_hopper(fmt: MXFormat, chunks: int) -> None:
 @pytest.mark.parametrize("shape", [(64, 512), (192, 1040), (1536, 4096), (256, 28672)], ids=str)
 @pytest.mark.parametrize("fmt", WEIGHTS, ids=str)
 def test_products(fmt: MXFormat, shape: tuple[int, int]) -> None:
-    """Against float64: at most 1.2 times what rounding to bfloat16 loses. Equal bits on repeat; any number of tokens."""
+    """Against float64: at most 1.2 times what rounding to bfloat16 loses. Equal on repeat; any number of tokens."""
     from mxcompile.kernels import gluon_fp8, triton_align
 
     generator = torch.Generator().manual_seed(shape[0])

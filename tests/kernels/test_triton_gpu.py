@@ -245,3 +245,42 @@ def test_planes(
         for _ in range(3):
             assert torch.equal(triton_planes.linear(x, planes, bias, config, counters), y), f"{m} rows: repeated"
         assert not counters.any()
+
+
+ATTENTION_SHAPES = [
+    (1, 32, 8, 2048, 128),
+    (1, 32, 8, 98, 128),
+    (2, 9, 3, 8190, 64),
+    (1, 71, 1, 333, 64),
+    (3, 12, 12, 1024, 80),
+    (1, 8, 4, 4097, 256),
+    (40, 8, 4, 65, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_attention(attention_over_bound: Callable[..., float], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A part of a cache and every kind of mask; on repeat and in a CUDA graph equal bit for bit."""
+    from mxcompile.kernels import dispatch, triton_attention
+
+    batch, heads, shared, keys, size = shape
+    dispatch.prepare(torch.device("cuda", torch.cuda.current_device()))
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    query = torch.randn(batch, 1, heads, size, generator=generator, device="cuda").to(dtype).transpose(1, 2)
+    cache = torch.randn(2, batch, shared, keys + 9, size, generator=generator, device="cuda").to(dtype)[..., 5:-4, :]
+    left = torch.rand(batch, 1, 1, keys, generator=generator, device="cuda") < 0.7
+    bias = torch.randn(batch, heads, 1, keys, generator=generator, device="cuda").to(dtype)
+    for mask in (left & False, None, left, torch.where(left, 0.0, -65536.0).to(torch.bfloat16), bias):
+        args = (query, *cache, mask, size**-0.5)
+        assert triton_attention.supports(*args[:4]) is None
+        y = triton_attention.attend(*args)
+        assert attention_over_bound(y, *args) <= 1
+        assert all(torch.equal(triton_attention.attend(*args), y) for _ in range(3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = triton_attention.attend(*args)
+    for _ in range(3):
+        captured.fill_(1)
+        graph.replay()
+        assert torch.equal(captured, y)

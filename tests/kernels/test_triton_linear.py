@@ -184,13 +184,13 @@ def test_shapes_that_disagree_are_refused(interpreted: SimpleNamespace) -> None:
 
 
 def test_supports_says_why_not(interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    supports = interpreted.linear.supports
+    supports, of_device = interpreted.linear.supports, interpreted.linear.unsupported_device.__globals__
     assert supports(torch.zeros(2, 32), MXFP4) == "Triton kernels need a CUDA device, not cpu"
     assert "not int8" in supports(torch.zeros(2, 32, dtype=torch.int8), MXFP4)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setitem(of_device, "capability", lambda device: (7, 5))
     on_gpu = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0))
     assert "8.0 or newer, this GPU has 7.5" in supports(on_gpu, MXFP4)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setitem(of_device, "capability", lambda device: (9, 0))
     assert supports(on_gpu, MXFP4) is None
 
 

@@ -1,0 +1,131 @@
+"""attention(q, repeat(k), repeat(v), mask) of one query a head on a GPU -> mx::attend(q, k, v, mask).
+
+Where a text is generated, transformers hands torch's kernels keys and values that are repeated for every query head: a
+copy of the whole cache, several times over, for each token. `mx::attend` takes them as the cache holds them.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.operator_schemas import normalize_function
+
+from mxcompile.attention import gives_only_output, replace_output
+from mxcompile.kernels.dispatch import why_no_attention
+from mxcompile.ops import ATTEND
+
+aten = torch.ops.aten
+_ATTENTIONS = (
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention.default,
+)
+_COPIES = frozenset({aten.clone.default, aten.slice.Tensor, aten.alias.default})
+_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default})
+_EXPAND = aten.expand.default
+
+
+def call_attend(graph: Graph) -> int:
+    """Rewrite all attention of one query on a GPU in place; returns how many there were."""
+    found = [node for target in _ATTENTIONS for node in graph.find_nodes(op="call_function", target=target)]
+    return sum(_rewrite(graph, node) for node in found)
+
+
+def _rewrite(graph: Graph, node: Node) -> bool:
+    given = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)  # pyright: ignore[reportArgumentType]
+    if given is None or not gives_only_output(node):
+        return False
+    options = given.kwargs
+    tensors = [options[name] for name in ("query", "key", "value")]
+    mask, scale = _unexpanded(options.get("attn_bias")), options["scale"]
+    known = scale is None or isinstance(scale, float)
+    if options["dropout_p"] or options["is_causal"] or not known or not _has_one_query(tensors):
+        return False
+    query, *pair = tensors
+    short = [_unrepeated(part) for part in pair]
+    key, value = short if _alike(*(_shape(part)[:3] for part in short)) else pair
+    values: list[Any] = [None if part is None else part.meta["val"] for part in (query, key, value, mask)]
+    if not _fits(*values) or why_no_attention(*values) is not None:
+        return False
+    with graph.inserting_before(node):
+        args = (query, key, value, mask, 1 / math.sqrt(_shape(query)[3]) if scale is None else scale)
+        result = graph.create_node("call_function", ATTEND, args, name=f"{node.name}_of_one")
+        result.meta["val"] = ATTEND(*values, args[4])
+    replace_output(graph, node, result)
+    for part in (*pair, options.get("attn_bias")):
+        _erase_unused(graph, part)
+    return True
+
+
+def _has_one_query(tensors: list[Node]) -> bool:
+    """Whether each head has one query, and all sizes but those of the batch and the cache are known."""
+    shapes = [_shape(part) for part in tensors]
+    known = all(isinstance(size, int) for shape in shapes for size in (shape[1], shape[3]))
+    return known and isinstance(shapes[0][2], int) and shapes[0][2] == 1
+
+
+def _fits(query: Any, key: Any, value: Any, mask: Any) -> bool:
+    """Whether the sizes are those of `mx::attend`, as far as they are known."""
+    wanted = (*query.shape[:3], key.shape[2])
+    sizes = () if mask is None else tuple(mask.shape)
+    given = zip(reversed(sizes), reversed(wanted), strict=False)
+    broadcasts = len(sizes) <= 4 and all(
+        statically_known_true(a == 1) or statically_known_true(a == b) for a, b in given
+    )
+    return broadcasts and _alike(key.shape[:3], value.shape[:3]) and _alike(query.shape[:1], key.shape[:1])
+
+
+def _unrepeated(node: Node) -> Node:
+    """Keys or values `[batch, shared, keys, size]` if `node` is their heads repeated, each `n` times; else `node`.
+
+    reshape(expand(unsqueeze(x, 2), [batch, shared, n, keys, size]), [batch, shared * n, keys, size])
+    """
+    view = _uncopied(node)
+    repeated = _uncopied(view.args[0]) if view.target in _VIEWS else view
+    single = repeated.args[0] if repeated.target is _EXPAND else None
+    single = None if single is None else _uncopied(single)
+    if single is None or single.target not in _VIEWS:
+        return node
+    source, n = single.args[0], _shape(repeated)[2]
+    if not isinstance(source, Node) or len(_shape(source)) != 4 or len(_shape(repeated)) != 5:
+        return node
+    batch, shared, keys, size = _shape(source)
+    is_repeat = (
+        isinstance(n, int)
+        and _alike(_shape(single), (batch, shared, 1, keys, size))
+        and _alike(_shape(repeated), (batch, shared, n, keys, size))
+        and _alike(_shape(node), (batch, shared * n, keys, size))
+    )
+    return source if is_repeat else node
+
+
+def _uncopied(node: Any) -> Node:
+    """What a node copies, or takes whole."""
+    while node.target in _COPIES and _alike(_shape(node), _shape(node.args[0])):
+        node = node.args[0]
+    return node
+
+
+def _unexpanded(mask: Any) -> Any:
+    while isinstance(mask, Node) and mask.target is _EXPAND:
+        mask = mask.args[0]
+    return mask
+
+
+def _shape(node: Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two shapes are known to be the same."""
+    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
+
+
+def _erase_unused(graph: Graph, node: Any) -> None:
+    """A view or copy that nothing reads, and those that it was made of."""
+    while isinstance(node, Node) and not node.users and node.target in (*_COPIES, *_VIEWS, _EXPAND):
+        source = node.args[0]
+        graph.erase_node(node)
+        node = source
