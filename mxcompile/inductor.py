@@ -22,7 +22,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
-from mxcompile import attention, fusion, guards, joining, ops, rules
+from mxcompile import attention, fusion, guards, joining, ops, rounding, rules
 from mxcompile.analysis import dataflow
 from mxcompile.arrangement import arrange
 from mxcompile.errors import CompileError
@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 
 class FuseMX(CustomGraphPass):
-    """Fuses MX matmuls in the graphs that Inductor compiles, and opens attention of one query on the CPU.
+    """Fuses MX matmuls in the graphs that Inductor compiles, and opens attention of one query on the CPU, rounding of
+    activations on a GPU.
 
     `results` has one entry per graph compiled in this process; graphs that Inductor takes from its cache were fused
     when they were first compiled and have none.
@@ -54,6 +55,7 @@ class FuseMX(CustomGraphPass):
         result = fusion.fuse(graph)
         joining.join_linears(graph)
         attention.open_attention(graph)
+        rounding.open_rounding(graph)
         self.results.append(result)
         logger.info("fused %d MX operations, %d misses", result.rewrites, len(result.misses))
         for miss in result.misses:
@@ -62,7 +64,8 @@ class FuseMX(CustomGraphPass):
     def uuid(self) -> Any:
         """Changes with the code of the rules, so that graphs compiled with older ones are not taken from the cache."""
         return get_hash_for_files(
-            tuple(str(module.__file__) for module in (attention, fusion, joining, rules, dataflow, ops)), __file__
+            tuple(str(module.__file__) for module in (attention, fusion, joining, rounding, rules, dataflow, ops)),
+            __file__,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FuseMX":

@@ -1,7 +1,7 @@
 """linear(quantize_dequantize(x), w1), linear(quantize_dequantize(x), w2) -> cpu_linears(x, [w1, w2]).
 
 One call in place of three (q, k, v and the rounding of their input): what a call costs is much of what a small product
-costs. On a GPU it is `linears`, of weights in planes, which one launch can serve; the rounding stays a call of its own.
+costs. On a GPU it is `linears`, of weights in planes, which one launch can serve; rounding is left to `rounding.py`.
 """
 
 import operator

@@ -48,6 +48,7 @@ FLOORS = [
         "trace",
         "fusion",
         "joining",
+        "rounding",
         "scoring",
         "checkpoint",
     },
