@@ -22,11 +22,12 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
-from mxcompile import attention, decode_attention, fusion, guards, joining, ops, rules
+from mxcompile import attention, decode_attention, fusion, guards, joining, ops, rounding, rules
 from mxcompile.analysis import dataflow
 from mxcompile.arrangement import arrange
 from mxcompile.errors import CompileError
 from mxcompile.inputs import Inputs
+from mxcompile.kernels import fp8
 from mxcompile.kernels.dispatch import prepare
 from mxcompile.ledger import PassResult
 
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 
 class FuseMX(CustomGraphPass):
-    """Fuses MX matmuls in the graphs that Inductor compiles; attention of one query gets a form of its own.
+    """Fuses MX matmuls in the graphs that Inductor compiles; attention of one query gets a form of its own, and the
+    rounding of activations is opened on a GPU.
 
     `results` has one entry per graph compiled in this process; graphs that Inductor takes from its cache were fused
     when they were first compiled and have none.
@@ -56,6 +58,7 @@ class FuseMX(CustomGraphPass):
         joining.join_linears(graph)
         attention.open_attention(graph)
         decode_attention.call_attend(graph)
+        rounding.open_rounding(graph)
         self.results.append(result)
         logger.info("fused %d MX operations, %d misses", result.rewrites, len(result.misses))
         for miss in result.misses:
@@ -63,7 +66,7 @@ class FuseMX(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Changes with the code of the rules, so that graphs compiled with older ones are not taken from the cache."""
-        modules = attention, decode_attention, fusion, joining, rules, dataflow, ops
+        modules = attention, decode_attention, fusion, joining, rounding, rules, dataflow, ops, fp8
         return get_hash_for_files(tuple(str(module.__file__) for module in modules), __file__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FuseMX":

@@ -49,6 +49,7 @@ FLOORS = [
         "trace",
         "fusion",
         "joining",
+        "rounding",
         "scoring",
         "checkpoint",
     },

@@ -1,0 +1,153 @@
+"""quantize_dequantize(x) on a GPU -> the largest magnitude of each block, its power of two, every value rounded.
+
+Plain operations in place of a kernel launched from Python: Inductor makes one kernel of them and of the elementwise
+operations that x comes from (a gated product, the scaling of a norm, a residual sum), which then goes through memory
+once. The sum inside a norm stays a kernel in front of it. Where x comes from a call that nothing merges with, such as
+attention, this kernel is one of its own, still cheaper to launch. On the CPU a C++ kernel serves.
+
+Bit for bit `reference.quantize_dequantize` (the payload of a NaN excepted) of the values it is given. Those that
+Inductor merges into the kernel it keeps in float32: they are rounded to x's own dtype only as elements.
+
+The arithmetic is that of `kernels/triton_quantize.py`, where it is argued: magnitudes are compared as integers, and
+adding and subtracting `c = 1.5 * 2**23` steps rounds to a step. To contract a product into that sum changes nothing.
+Integer elements are clamped between the two, where the last bits of `v + c` are the element itself.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from mxcompile.formats import SCALE_BIAS, MXFormat, ScaleRule, parse_format, parse_scale_rule
+from mxcompile.ops import QUANTIZE_DEQUANTIZE
+
+Call = Callable[..., Node]
+
+aten = torch.ops.aten
+_CONVERT = torch.ops.prims.convert_element_type.default
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FRACTION_BITS = 23  # of a float32
+_SIGN, _MAGNITUDE, _EXPONENT, _FRACTION = -0x80000000, 0x7FFFFFFF, 0x7F800000, 0x007FFFFF
+_SMALLEST_NORMAL, _SMALLEST_SCALE = 0x00800000, 0x00400000  # 2**-126 and 2**-127
+
+
+def open_rounding(graph: Graph, devices: Collection[str] = ("cuda",)) -> int:
+    """Rewrite all rounding of whole blocks on these types of device in place; returns how many there were."""
+    nodes = graph.find_nodes(op="call_function", target=QUANTIZE_DEQUANTIZE)
+    found = [node for node in nodes if _can_open(node, devices)]
+    for node in found:
+        _open(graph, node)
+    return len(found)
+
+
+def _can_open(node: Node, devices: Collection[str]) -> bool:
+    x, fmt, rule = _operands(node)
+    sizes: list[Any] = list(x.shape)
+    is_served = x.device.type in devices and x.dtype in _DTYPES and rule is not ScaleRule.MSE
+    is_empty = any(isinstance(size, int) and size == 0 for size in sizes)
+    return is_served and not is_empty and isinstance(sizes[-1], int) and sizes[-1] % fmt.block_size == 0
+
+
+def _operands(node: Node) -> tuple[Tensor, MXFormat, ScaleRule]:
+    x, fmt, rule = node.args
+    return x.meta["val"], parse_format(str(fmt)), parse_scale_rule(str(rule))  # pyright: ignore
+
+
+def _open(graph: Graph, node: Node) -> None:
+    """Values `[..., size]` as `[..., blocks, block_size]` and back."""
+    x, fmt, rule = _operands(node)
+    with graph.inserting_before(node):
+        call = partial(_call, graph)
+        source = call(aten.clone.default, node.args[0], memory_format=torch.contiguous_format)
+        sizes = _numbers(call, aten.sym_size.int, source, x.shape)
+        strides = _numbers(call, aten.sym_stride.int, source, source.meta["val"].stride())
+        blocks = call(aten.reshape.default, source, [*sizes[:-1], sizes[-1] // fmt.block_size, fmt.block_size])
+        values = call(_CONVERT, blocks, torch.float32)
+        rounded = call(_CONVERT, _round(call, values, fmt, rule, x.dtype), x.dtype)
+        # What as_strided is given Inductor computes as it stands, in blocks. A reshape it would carry into the loops,
+        # and with lengths that are not known it then merges them with none of the others.
+        result = call(aten.as_strided.default, rounded, sizes, strides)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _numbers(call: Call, read: Any, value: Node, numbers: Sequence[Any]) -> list[Any]:
+    """The sizes or strides of a value; those that are not known as nodes that read them."""
+    return [n if isinstance(n, int) else call(read, value, dim) for dim, n in enumerate(numbers)]
+
+
+def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
+    made = graph.call_function(target, args, kwargs)
+    made.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **kwargs)
+    return made
+
+
+def _round(call: Call, values: Node, fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> Node:
+    bits = _bits(call, values)
+    magnitudes = call(aten.bitwise_and.Scalar, bits, _MAGNITUDE)
+    down, up = _powers(call, call(aten.amax.default, magnitudes, [-1], True), fmt, rule, dtype)
+    if fmt.is_integer:
+        return call(aten.mul.Tensor, _integers(call, call(aten.mul.Tensor, values, down), fmt), up)
+    scaled = call(aten.mul.Tensor, _floats(call, magnitudes), down)
+    rounded = call(aten.mul.Tensor, _floating(call, scaled, fmt), up)
+    sign = call(aten.bitwise_and.Scalar, bits, _SIGN)
+    return _floats(call, call(aten.bitwise_or.Tensor, _bits(call, rounded), sign))
+
+
+def _bits(call: Call, values: Node) -> Node:
+    return call(aten.view.dtype, values, torch.int32)
+
+
+def _floats(call: Call, bits: Node) -> Node:
+    return call(aten.view.dtype, bits, torch.float32)
+
+
+def _powers(call: Call, largest: Node, fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> tuple[Node, Node]:
+    """`2**-e` and `2**e` for `e = reference.scale_exponents(...)` of bit patterns; the latter NaN where that is none.
+
+    What is added to a pattern carries into its exponent if the fraction is beyond the rule's threshold.
+    """
+    limit = int((rule.threshold(fmt) - 1) * 2**_FRACTION_BITS) - (rule is ScaleRule.EVEN)
+    carry = max(_FRACTION - limit, 0)
+    pattern = largest
+    if carry and fmt.emax == 0:
+        # A subnormal of 2**-127 or more becomes exponent 0 with its fraction in place. Only these formats tell:
+        # in others any such exponent is clamped.
+        doubled = call(aten.sub.Tensor, call(aten.mul.Tensor, largest, 2), _SMALLEST_NORMAL)
+        pattern = call(aten.where.self, call(aten.lt.Scalar, largest, _SMALLEST_NORMAL), doubled, largest)
+    pattern = call(aten.add.Tensor, pattern, carry - _exponent_bits(fmt.emax, 0))
+    pattern = call(aten.bitwise_and.Scalar, pattern, ~_FRACTION)
+    highest = int(torch.finfo(dtype).max).bit_length() - 1 - fmt.emax
+    pattern = call(aten.clamp_max.default, call(aten.clamp_min.default, pattern, 0), _exponent_bits(highest))
+    down = call(aten.add.Tensor, call(aten.neg.default, pattern), _exponent_bits(SCALE_BIAS))
+    down, up = (_floats(call, call(aten.clamp_min.default, part, _SMALLEST_SCALE)) for part in (down, pattern))
+    zero_or_nan = call(aten.mul.Tensor, _floats(call, largest), 0.0)
+    return down, call(aten.add.Tensor, up, zero_or_nan)
+
+
+def _integers(call: Call, v: Node, fmt: MXFormat) -> Node:
+    """Values below 2 in magnitude to the nearest integer elements, saturating; zero has no sign."""
+    magic, most = 1.5 * 2.0 ** (_FRACTION_BITS - fmt.mantissa_bits), int(fmt.max_value * 2**fmt.mantissa_bits)
+    zero = _exponent_bits(_FRACTION_BITS - fmt.mantissa_bits) + (1 << (_FRACTION_BITS - 1))
+    bits = _bits(call, call(aten.add.Tensor, v, magic))
+    bits = call(aten.clamp_min.default, call(aten.clamp_max.default, bits, zero + most), zero - most)
+    return call(aten.sub.Tensor, _floats(call, bits), magic)
+
+
+def _floating(call: Call, v: Node, fmt: MXFormat) -> Node:
+    """Magnitudes below `2**(emax + 1)` to the nearest floating elements, saturating."""
+    power = call(aten.bitwise_and.Scalar, _bits(call, v), _EXPONENT)
+    power = _floats(call, call(aten.clamp_min.default, power, _exponent_bits(fmt.emin)))
+    magic = call(aten.mul.Tensor, power, 1.5 * 2.0 ** (_FRACTION_BITS - fmt.mantissa_bits))
+    bits = _bits(call, call(aten.sub.Tensor, call(aten.add.Tensor, v, magic), magic))
+    most = _exponent_bits(fmt.emax) + int((fmt.max_value / 2.0**fmt.emax - 1) * 2**_FRACTION_BITS)
+    return _floats(call, call(aten.clamp_max.default, bits, most))
+
+
+def _exponent_bits(exponent: int, bias: int = SCALE_BIAS) -> int:
+    """The exponent in its place in a float32."""
+    return (exponent + bias) << _FRACTION_BITS

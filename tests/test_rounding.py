@@ -1,0 +1,249 @@
+"""Rounding of activations, opened: what is rewritten, bits of the reference, and one kernel with what makes them.
+
+A GPU is what it is for. Here the rewrite is asked for on the CPU, where Inductor writes C++ of the same operations.
+"""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+import mxcompile
+from mxcompile import fusion, inductor, reference, rounding
+from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT8, ScaleRule, floating, integer
+from mxcompile.measure import sqnr_db
+from mxcompile.ops import QUANTIZE_DEQUANTIZE
+
+needs_compiler = pytest.mark.skipif(
+    inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
+)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RULES = [rule for rule in ScaleRule if rule not in (ScaleRule.MSE, ScaleRule.T725)]
+# A format that no kernel serves has operations, too.
+OTHERS = [integer(2), integer(3), floating(1, 2), floating(3, 0), floating(5, 1)]
+CASES = [(fmt, rule) for fmt in (*FORMATS.values(), *OTHERS) for rule in RULES] + [(MXFP4, ScaleRule.T725)]
+MANY = [*CASES[: len(FORMATS) * len(RULES) : 3], CASES[-1]]
+"""Every format of kernels with one or two of the rules: what one compilation takes."""
+
+
+def rounded(x, fmt, rule):
+    return QUANTIZE_DEQUANTIZE(x, str(fmt), str(rule))
+
+
+def rounded_in_many_ways(x):
+    return [rounded(x, fmt, rule) for fmt, rule in MANY]
+
+
+def opened(function, *given, mode="fake"):
+    """The graph of a function, rewritten as on a GPU; and how much was."""
+    module = make_fx(function, tracing_mode=mode)(*given)
+    count = rounding.open_rounding(module.graph, ("cpu",))
+    module.graph.lint()
+    module.recompile()
+    return module, count
+
+
+def hard_values(size, dtype):
+    """Rows `[..., size]` of everything that float32 holds: subnormals, huge values, both zeros, Inf and NaN."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    powers = torch.exp2(torch.arange(-149, 128).double()).float()[:, None]
+    patterns = integers(-(2**31), 2**31, 200, size).to(torch.int32).view(torch.float32)
+    signs = 1.0 - 2.0 * integers(0, 2, 277, size)
+    zeros = torch.zeros(8, size)
+    zeros[1::2] *= -1
+    zeros[0, 0], zeros[1, 1], zeros[2, 2], zeros[3, -1] = float("inf"), float("nan"), float("-inf"), 1e-40
+    parts = [
+        torch.randn(277, size, generator=generator) * powers,
+        powers * signs * integers(0, 65, 277, size) / 32,  # halfway between elements, on thresholds
+        (integers(0, 2**24, 277, size).to(torch.int32).view(torch.float32) * signs),
+        patterns,
+        patterns.nan_to_num(1.0, 1.0, 1.0),
+        zeros,
+    ]
+    return torch.cat(parts).to(dtype)
+
+
+def assert_same_bits(given, wanted):
+    """NaN where NaN is; zeros have their sign."""
+    bits = torch.int32 if wanted.dtype == torch.float32 else torch.int16
+    assert (given.dtype, given.shape) == (wanted.dtype, wanted.shape)
+    assert ((given.view(bits) == wanted.view(bits)) | (given.isnan() & wanted.isnan())).all()
+
+
+def calls(module):
+    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(("fmt", "operations"), [(MXINT8, 29), (MXFP8_E4M3, 38)])
+def test_before_and_after(fmt, operations):
+    """One maximum over blocks, everything else elementwise or a view."""
+    x = torch.randn(3, 5, 64)
+    module, count = opened(lambda x: rounded(x, fmt, ScaleRule.FLOOR), x)
+    assert count == 1
+    assert QUANTIZE_DEQUANTIZE not in calls(module)
+    assert calls(module).count(torch.ops.aten.amax.default) == 1
+    assert len(calls(module)) == operations
+    assert_same_bits(module(x), reference.quantize_dequantize(x, fmt, ScaleRule.FLOOR))
+    assert rounding.open_rounding(module.graph, ("cpu",)) == 0
+
+
+@pytest.mark.parametrize(
+    ("x", "fmt", "rule"),
+    [
+        (torch.randn(3, 48), MXINT8, ScaleRule.FLOOR),
+        (torch.randn(3, 64), MXINT8.with_block(128), ScaleRule.FLOOR),
+        (torch.randn(3, 64), MXINT8, ScaleRule.MSE),
+        (torch.randn(3, 64, dtype=torch.float64), MXINT8, ScaleRule.FLOOR),
+        (torch.randn(0, 64), MXINT8, ScaleRule.FLOOR),
+    ],
+    ids=["part of a block", "less than a block", "a search", "float64", "nothing"],
+)
+def test_what_is_left_alone(x, fmt, rule):
+    module, count = opened(lambda x: rounded(x, fmt, rule), x)
+    assert (count, calls(module)) == (0, [QUANTIZE_DEQUANTIZE])
+
+
+def test_the_cpu_is_left_alone():
+    module = make_fx(lambda x: rounded(x, MXINT8, ScaleRule.FLOOR))(torch.randn(3, 64))
+    assert rounding.open_rounding(module.graph) == 0
+    inductor.FuseMX()(module.graph)
+    assert calls(module) == [QUANTIZE_DEQUANTIZE]
+
+
+def test_a_size_that_is_not_known_is_left_alone():
+    assert opened(lambda x: rounded(x, MXINT8, ScaleRule.FLOOR), torch.randn(3, 64), mode="symbolic")[1] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("fmt", "rule"), CASES, ids=str)
+def test_bits_of_the_reference(fmt, rule, dtype):
+    x = hard_values(128, dtype)
+    module, count = opened(lambda x: rounded(x, fmt, rule), x)
+    assert count == 1
+    assert_same_bits(module(x), reference.quantize_dequantize(x, fmt, rule))
+
+
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+@pytest.mark.parametrize("fmt", [MXINT8, MXFP4], ids=str)
+def test_other_blocks(fmt, block):
+    fmt, x = fmt.with_block(block), hard_values(256, torch.bfloat16)
+    module, _ = opened(lambda x: rounded(x, fmt, ScaleRule.EVEN), x)
+    assert_same_bits(module(x), reference.quantize_dequantize(x, fmt, ScaleRule.EVEN))
+
+
+@pytest.mark.parametrize("shape", [(64,), (7, 64), (2, 3, 5, 32), (1, 1, 96)], ids=str)
+def test_other_shapes_and_strides(shape):
+    """The result is contiguous, as the operator's is."""
+    for x in (torch.randn(shape), torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))):
+        module, count = opened(lambda x: rounded(x, MXFP4, ScaleRule.FLOOR), x)
+        assert (count, module(x).is_contiguous()) == (1, True)
+        assert_same_bits(module(x), reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR))
+
+
+class Opening(inductor.FuseMX):
+    """FuseMX that opens rounding on the CPU, before any of it is joined with linears; counts what it opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def __call__(self, graph):
+        fusion.fuse(graph)
+        self.counts.append(rounding.open_rounding(graph, ("cpu",)))
+        super().__call__(graph)
+
+
+@torch.no_grad()
+def compiled(function, *given):
+    """What a compiled function gives, the code of its kernels, and how many roundings were opened in each graph."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    opening = Opening()
+    torch._dynamo.reset()
+    with fresh_cache():
+        made = torch.compile(function, options=inductor.compile_options(opening))
+        y, code = run_and_get_code(made, *given)
+    return made, y, "".join(code), opening.counts
+
+
+def kernels(code):
+    """Names of the kernels, and of the operators of ours that are called."""
+    return re.findall(r"^(\w+) = async_compile", code, re.MULTILINE), re.findall(r"torch\.ops\.mx\.(\w+)", code)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_values_from_memory_have_the_bits_of_the_reference(dtype):
+    """Whatever the compiler knows of sums that cancel, of subnormals or of NaN."""
+    x = hard_values(64, dtype)
+    _, results, _, counts = compiled(rounded_in_many_ways, x)
+    assert counts == [len(MANY)]
+    for y, case in zip(results, MANY, strict=True):
+        assert_same_bits(y, reference.quantize_dequantize(x, *case))
+
+
+def gated(gate, up):
+    return rounded(F.silu(gate) * up, MXINT8, ScaleRule.FLOOR)
+
+
+@needs_compiler
+def test_compiled_with_what_makes_it_it_is_one_kernel():
+    given = torch.randn(5, 256), torch.randn(5, 256)
+    _, y, code, counts = compiled(gated, *given)
+    names, operators = kernels(code)
+    assert (counts, len(names), operators) == ([1], 1, [])
+    torch.testing.assert_close(y, gated(*given), rtol=0, atol=2.0**-6)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_compiled_for_all_lengths():
+    """Two lengths that are not known, and a linear that reads rows of both."""
+
+    def call(gate, up, weight):
+        return gated(gate, up).flatten(0, 1) @ weight
+
+    def given(batch, length):
+        tensors = [torch.randn(batch, length, 64) for _ in range(2)]
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, [0, 1])
+        return *tensors, torch.eye(64)
+
+    first, second = given(3, 5), given(2, 9)
+    made, y, code, counts = compiled(call, *first)
+    assert (len(kernels(code)[0]), kernels(code)[1]) == (1, [])
+    torch.testing.assert_close(y, call(*first), rtol=0, atol=2.0**-6)
+    torch.testing.assert_close(made(*second), call(*second), rtol=0, atol=2.0**-6)
+    assert counts == [1]
+
+
+class Block(nn.Module):
+    """A norm that three linears read, and a gated product that one does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.down = nn.RMSNorm(64), nn.Linear(96, 64)
+        self.gate, self.up, self.other = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(64, 32)
+
+    def forward(self, x):
+        normed = self.norm(x)
+        return x + self.down(F.silu(self.gate(normed)) * self.up(normed)), self.other(normed)
+
+
+@needs_compiler
+def test_linears_read_what_was_opened():
+    """Two roundings, the first for three linears, on which views go on; no call but that of linears is left."""
+    x = torch.randn(2, 5, 64)
+    block = mxcompile.quantize_and_compile(Block().eval(), x, recipe="w4a8-mxint-quick", compile=False)
+    _, results, code, counts = compiled(block, x)
+    assert counts == [2]
+    assert set(kernels(code)[1]) == {"cpu_linears", "linear"}
+    for y, wanted in zip(results, block(x), strict=True):
+        assert sqnr_db(wanted, y) > 40
