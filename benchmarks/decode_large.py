@@ -4,8 +4,8 @@
 
 Random weights, batch 1, through `generate` with a static cache: the decode step is compiled and replayed as a CUDA
 graph, for the bfloat16 model by transformers itself. A token's time is that of `--tokens` tokens more, after a prompt
-of `--prompt` tokens; a step's is that of its kernels alone. Prefill is one compiled forward of `--prefill` tokens. With
-`--profile`, the kernels of a step and their times.
+of `--prompt` tokens; a step's is that of its kernels alone. "head mxint8": the output head, too, is in MX. Prefill is
+one compiled forward of `--prefill` tokens. With `--profile`, the kernels of a step and of prefill, and their times.
 """
 
 import argparse
@@ -22,10 +22,12 @@ import triton
 from large import build
 
 import mxcompile
+from mxcompile.formats import MXINT8
 from mxcompile.inductor import compile_module
 from mxcompile.storage import stored_bytes
 
 FLOAT: Final = "bfloat16"
+HEAD: Final = ", head mxint8"
 LISTED: Final = 14
 
 
@@ -34,7 +36,7 @@ def main() -> None:
     model = build(arguments.layers, "cuda")
     head = model.lm_head.weight.nbytes + model.model.embed_tokens.weight.nbytes
     rows: list[dict[str, Any]] = []
-    for recipe in (FLOAT, *arguments.recipes.split(",")):
+    for recipe in (FLOAT, *arguments.recipes.split(";")):
         began = time.perf_counter()
         ready = model if recipe == FLOAT else quantized(model, recipe)
         weights = stored_bytes(ready)
@@ -57,7 +59,7 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--recipes", default="w4a8-mxint-quick", help="comma-separated")
+    parser.add_argument("--recipes", default=f"w4a8-mxint-quick{HEAD};w4a8-mxint-quick", help="separated by ;")
     parser.add_argument("--prompt", type=int, default=1900)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prefill", type=int, default=2048)
@@ -68,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
 
 def quantized(model: Any, recipe: str) -> Any:
     ids = torch.arange(16, device="cuda")[None]
-    return mxcompile.quantize_and_compile(model, {"input_ids": ids}, recipe=recipe, probe=False)
+    head: Any = {"include": ["lm_head"], "overrides": {"lm_head": MXINT8}} if recipe.endswith(HEAD) else {}
+    return mxcompile.quantize_and_compile(
+        model, {"input_ids": ids}, recipe=recipe.removesuffix(HEAD), probe=False, **head
+    )
 
 
 @torch.no_grad()

@@ -128,36 +128,62 @@ def _without_bad_checks(device: torch.device) -> dict[str, bool]:
     return {"assert_indirect_indexing": False} if is_bad else {}
 
 
-def _compile_call(module: nn.Module, backend: Any, options: dict[str, Any] | None = None) -> None:
-    """`module.compile()` under a code object of the module's own, with sizes of inputs dynamic from the start.
+class _Forward:
+    """A module's forward, compiled under a code object of its own, and again when its weights are laid out otherwise.
 
     Dynamo counts recompilations per code object and gives up after a few; the frames of a Hugging Face model are shared
-    by all models of the process. Marking the inputs makes one graph for all lengths, not one for the first length and
-    another for the rest; `dynamic=True` would do so too, but makes floats dynamic as well, which doubles the time to
-    compile.
+    by all models of the process. A copy of the module has a copy of this, which runs the copy.
     """
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
+    def __init__(self, module: nn.Module, backend: Any, options: dict[str, Any]) -> None:
+        self.module, self.backend, self.options = module, backend, options
+        self._compiled: Callable[..., Any] | None = None  # a copy is made before the module's copy has its parts
+        self._compiled_for: Any = None
+        self._has_fast_path = False
 
-    def compile_for_weights() -> Callable[..., Any]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is None or not torch.compiler.is_compiling():
+            self.prepare()
+        with _without_fast_path() if self._has_fast_path else nullcontext():
+            return self._compiled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
+
+    def prepare(self) -> None:
+        """Have the forward for the weights as they are."""
+        if (layouts := guards.layouts(self.module)) != self._compiled_for:
+            self._has_fast_path = any(isinstance(child, nn.MultiheadAttention) for child in self.module.modules())
+            self._compiled, self._compiled_for = self._compile(), layouts
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
+        return _Forward(memo[id(self.module)], self.backend, self.options)
+
+    def __reduce__(self) -> Any:
+        return _Forward, (self.module, self.backend, self.options)
+
+    def _compile(self) -> Callable[..., Any]:
+        module = self.module
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return module._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
+
         own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-        return torch.compile(
-            own, backend=backend, options={**(options or {}), "guard_filter_fn": _guard_filter(module)}
-        )
+        options = {**self.options, "guard_filter_fn": _guard_filter(module)}
+        return torch.compile(own, backend=self.backend, options=options)
 
-    has_fast_path = any(isinstance(child, nn.MultiheadAttention) for child in module.modules())
-    compiled, compiled_for = compile_for_weights(), guards.layouts(module)
+
+def _compile_call(module: nn.Module, backend: Any, options: dict[str, Any] | None = None) -> None:
+    """`module.compile()` with sizes of inputs dynamic from the start.
+
+    Marking the inputs makes one graph for all lengths, not one for the first length and another for the rest;
+    `dynamic=True` would do so too, but makes floats dynamic as well, which doubles the time to compile.
+    """
+    forward = _Forward(module, backend, options or {})
+    forward.prepare()
 
     def marked(*args: Any, **kwargs: Any) -> Any:
-        nonlocal compiled, compiled_for
         if not torch.compiler.is_compiling():
             for tensor in Inputs(args, kwargs).tensors():
                 maybe_mark_dynamic(tensor, list(range(tensor.dim())))
-            if (layouts := guards.layouts(module)) != compiled_for:
-                compiled, compiled_for = compile_for_weights(), layouts
-        with _without_fast_path() if has_fast_path else nullcontext():
-            result = compiled(*args, **kwargs)
+        result = forward(*args, **kwargs)
         if not torch.compiler.is_compiling():
             _fix_addresses(kwargs.get("past_key_values"))
         return result
@@ -213,7 +239,9 @@ def _fused_eager() -> Callable[..., Any]:
 
 
 def _compile_generate(module: nn.Module, device: torch.device) -> None:
-    """Hugging Face's `generate` compiles the decode step itself on an accelerator: give it the same options."""
+    """Hugging Face's `generate` compiles the decode step itself on an accelerator: give it one with the same options,
+    and with guards on weights as they are elsewhere.
+    """
     config = getattr(module, "generation_config", None)
     if config is None or device.type == "cpu":
         return
@@ -221,3 +249,6 @@ def _compile_generate(module: nn.Module, device: torch.device) -> None:
 
     options = {"triton.cudagraphs": True, **compile_options()}
     config.compile_config = CompileConfig(mode=None, options=options)  # pyright: ignore[reportArgumentType]
+    # What `get_compiled_call` of transformers 5.17 to 5.24 keeps, and gives to `generate`.
+    kept: Any = module
+    kept._compiled_call, kept._last_compile_config = _Forward(module, "inductor", options), config.compile_config

@@ -4,6 +4,7 @@ Compiling a language model takes seconds, so the models have one layer and each 
 """
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import mxcompile
 from mxcompile import fusion, inductor
 from mxcompile.analysis.choice import choose
+from mxcompile.measure import sqnr_db
 from mxcompile.multiplier import insert_multiplier, multiplier_of
 from mxcompile.ops import CPU_LINEARS, LINEAR
 
@@ -187,3 +189,32 @@ def test_no_global_setting_changes():
     before = config.get_config_copy()
     mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"), recipe="w4a8-mxint-quick")
     assert config.get_config_copy() == before
+
+
+def pickled(module):
+    """As `torch.save` and `torch.load` copy it."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@needs_compiler
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@torch.no_grad()
+def test_what_generate_compiles_on_a_gpu_is_the_module_s_own(copied):
+    """`generate` is given its decode step compiled; that of a copy is the copy's, and other weights are seen."""
+    module = deployed("llama")
+    inductor._compile_generate(module, torch.device("cuda"))
+    example = inputs("llama")
+    wanted = output(module(**example, use_cache=False))
+    step = module.get_compiled_call(copy.deepcopy(module.generation_config).compile_config)
+    assert isinstance(step, inductor._Forward)
+    assert sqnr_db(wanted, output(step(**example, use_cache=False))) > 40
+    other = copied(module)
+    other.model.norm.weight.zero_()
+    assert not output(other.get_compiled_call(other.generation_config.compile_config)(**example, use_cache=False)).any()
+    assert output(step(**example, use_cache=False)).any()
+    module.model.layers[0].mlp.down_proj.weight = nn.Parameter(torch.zeros(64, 128))
+    expected = output(module(**example, use_cache=False))
+    assert sqnr_db(expected, output(step(**example, use_cache=False))) > 40
