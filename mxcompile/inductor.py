@@ -14,15 +14,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo import mark_static_address, maybe_mark_dynamic
+from torch._dynamo import mark_static_address, maybe_mark_dynamic, optimize
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import AttrSource
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import aoti_compile_and_package, cpp_builder, exc
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
-from mxcompile import attention, decode_attention, fusion, guards, joining, ops, rounding, rules
+from mxcompile import attention, decode_attention, fusion, guards, joining, ops, rounding, rules, unwrapping
 from mxcompile.analysis import dataflow
 from mxcompile.arrangement import arrange
 from mxcompile.errors import CompileError
@@ -112,7 +113,7 @@ def compile_module(module: M) -> M:
         for name, reason in arrange(module).items():
             logger.info("%s stays in rows: %s", name, reason)
     if missing is None:
-        _compile_call(module, "inductor", {**compile_options(), **_without_bad_checks(device)})
+        _compile_call(module, _Inductor({**compile_options(), **_without_bad_checks(device)}))
         _compile_generate(module, device)
     else:
         warnings.warn(f"{missing}: the model runs with fused MX operations, but uncompiled", stacklevel=3)
@@ -128,6 +129,18 @@ def _without_bad_checks(device: torch.device) -> dict[str, bool]:
     return {"assert_indirect_indexing": False} if is_bad else {}
 
 
+class _Inductor(torch._TorchCompileInductorWrapper):  # pyright: ignore[reportPrivateUsage]
+    """`torch.compile`'s Inductor, for graphs that take MX weights in parts (`unwrapping.py`)."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(None, {**options, "unsafe_marked_cacheable_functions": unwrapping.CACHEABLE}, None)
+
+    def __call__(self, model_: GraphModule, inputs_: list[Any], **options: Any) -> Callable[..., Any]:
+        module, parts = unwrapping.unwrap_weights(model_, inputs_, AttrSource)
+        compiled: Any = super().__call__(module, parts, **options)
+        return lambda *args: compiled(*unwrapping.unwrapped(args))
+
+
 class _Forward:
     """A module's forward, compiled under a code object of its own, and again when its weights are laid out otherwise.
 
@@ -135,8 +148,8 @@ class _Forward:
     by all models of the process. A copy of the module has a copy of this, which runs the copy.
     """
 
-    def __init__(self, module: nn.Module, backend: Any, options: dict[str, Any]) -> None:
-        self.module, self.backend, self.options = module, backend, options
+    def __init__(self, module: nn.Module, backend: Callable[..., Any]) -> None:
+        self.module, self.backend = module, backend
         self._compiled: Callable[..., Any] | None = None  # a copy is made before the module's copy has its parts
         self._compiled_for: Any = None
         self._has_fast_path = False
@@ -154,10 +167,10 @@ class _Forward:
             self._compiled, self._compiled_for = self._compile(), layouts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
-        return _Forward(memo[id(self.module)], self.backend, self.options)
+        return _Forward(memo[id(self.module)], self.backend)
 
     def __reduce__(self) -> Any:
-        return _Forward, (self.module, self.backend, self.options)
+        return _Forward, (self.module, self.backend)
 
     def _compile(self) -> Callable[..., Any]:
         module = self.module
@@ -166,17 +179,16 @@ class _Forward:
             return module._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
 
         own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-        options = {**self.options, "guard_filter_fn": _guard_filter(module)}
-        return torch.compile(own, backend=self.backend, options=options)
+        return optimize(self.backend, guard_filter_fn=_guard_filter(module))(own)  # pyright: ignore
 
 
-def _compile_call(module: nn.Module, backend: Any, options: dict[str, Any] | None = None) -> None:
+def _compile_call(module: nn.Module, backend: Callable[..., Any]) -> None:
     """`module.compile()` with sizes of inputs dynamic from the start.
 
     Marking the inputs makes one graph for all lengths, not one for the first length and another for the rest;
     `dynamic=True` would do so too, but makes floats dynamic as well, which doubles the time to compile.
     """
-    forward = _Forward(module, backend, options or {})
+    forward = _Forward(module, backend)
     forward.prepare()
 
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -251,4 +263,4 @@ def _compile_generate(module: nn.Module, device: torch.device) -> None:
     config.compile_config = CompileConfig(mode=None, options=options)  # pyright: ignore[reportArgumentType]
     # What `get_compiled_call` of transformers 5.17 to 5.24 keeps, and gives to `generate`.
     kept: Any = module
-    kept._compiled_call, kept._last_compile_config = _Forward(module, "inductor", options), config.compile_config
+    kept._compiled_call, kept._last_compile_config = _Forward(module, _Inductor(options)), config.compile_config
