@@ -10,7 +10,7 @@ from torch import nn
 
 from mxcompile import checkpoint
 from mxcompile.deploy import deploy
-from mxcompile.dump import Dump
+from mxcompile.dump import Dump, write_kernels
 from mxcompile.errors import UnknownNameError
 from mxcompile.formats import MXFormat
 from mxcompile.inductor import compile_module
@@ -18,6 +18,7 @@ from mxcompile.instruments import Instrument
 from mxcompile.passes.recipes import DEFAULT, QUICK, RECIPES
 from mxcompile.pipeline import Pipeline
 from mxcompile.probe import Measure
+from mxcompile.serving import explain_quantized
 from mxcompile.trace import trace
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,7 +50,7 @@ def quantize_and_compile(
     calibration: batches as example inputs are given, for language models about 128 windows of 512 tokens in a few
         batches; passes that learn have only the example inputs if None.
     dump: a folder for the graph after every pass, diffs, what each pass did, in numbers for each layer too, and a page
-        that shows all of it, `index.html`.
+        that shows all of it, `index.html`; and which kernel serves each layer, and why no better one, `kernels.txt`.
     probe: what those numbers are measured on, like the example inputs (which it is if None); False measures nothing.
     compile: False returns the deployed module without `torch.compile`.
     include, exclude: name patterns; see `Selection`. The output head stays float unless included.
@@ -68,7 +69,10 @@ def quantize_and_compile(
     program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
     program = pipeline.run(program, calibration, watchers, resume=resume)
     deployed = deploy(program, model)
-    return compile_module(deployed) if compile else deployed
+    compiled = compile_module(deployed) if compile else deployed
+    if dump is not None:
+        write_kernels(dump, explain_quantized(compiled, next(deployed.parameters()).device))
+    return compiled
 
 
 @overload

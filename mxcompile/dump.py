@@ -2,6 +2,7 @@
 
     pipeline.txt  00-trace.txt  NN-<pass>.txt  NN-<pass>.diff
     summary.txt   ledger.json   distributions.json  index.html
+    kernels.txt   which kernel serves each layer of the deployed module, and why no better one
 
 A pass that fails leaves `NN-<pass>.FAILED.txt`: the error, the rest of the pipeline and the graph it was given. Files
 are written under a temporary name and then renamed. A folder that holds anything else is refused. Nothing is deleted
@@ -17,7 +18,8 @@ from rich.console import Console
 from mxcompile.distributions import FILE as _DISTRIBUTIONS
 from mxcompile.distributions import Distributions
 from mxcompile.errors import DumpError
-from mxcompile.folder import FIRST_LINE, PAGE, PIPELINE, SUMMARY, DumpReader, Failure, diff_text, is_ours, stem
+from mxcompile.explanation import Explanation
+from mxcompile.folder import FIRST_LINE, KERNELS, PAGE, PIPELINE, SUMMARY, DumpReader, Failure, diff_text, is_ours, stem
 from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import FILE as _LEDGER
 from mxcompile.ledger import Ledger, PassRecord
@@ -91,6 +93,11 @@ def write_page(folder: Path) -> Path:
     return page
 
 
+def write_kernels(folder: str | Path, explanation: Explanation) -> None:
+    """Write which kernel serves each layer."""
+    _write(Path(folder) / KERNELS, _printed(explanation))
+
+
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -98,6 +105,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def _summary(ledger: Ledger) -> str:
+    return _printed(ledger)
+
+
+def _printed(told: Ledger | Explanation) -> str:
     rendered = StringIO()
-    ledger.print_to(Console(width=_WIDTH, file=rendered, force_terminal=False, soft_wrap=True))
+    told.print_to(Console(width=_WIDTH, file=rendered, force_terminal=False, soft_wrap=True))
     return "".join(f"{line.rstrip()}\n" for line in rendered.getvalue().splitlines())

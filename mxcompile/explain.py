@@ -6,7 +6,7 @@ which of them serves. Of a model that is quantized already, its `MXWeight`s say 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import cast
 
 import torch
@@ -18,28 +18,23 @@ from mxcompile.analysis.matmuls import Matmul, Refusal, find_matmuls
 from mxcompile.api import as_pipeline
 from mxcompile.errors import InputError, PipelineError
 from mxcompile.explanation import (
-    CPU,
-    CPU_DECODED,
     FLOAT,
     LOOKUP,
-    UNFUSED,
     Explanation,
     Served,
     grouped,
 )
-from mxcompile.formats import MXFormat, activation_rule, parse_format, parse_scale_rule
+from mxcompile.formats import MXFormat, activation_rule
 from mxcompile.fusion import fuse
 from mxcompile.inductor import why_no_inductor
-from mxcompile.kernels.dispatch import choices, rounding_choices
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import QUICK
 from mxcompile.pipeline import Pipeline
 from mxcompile.program import Program, module_path, where
+from mxcompile.serving import explain_quantized, served_by, short_name, sized
 from mxcompile.storage import stored_bytes
 from mxcompile.trace import trace
 from mxcompile.weight import MXWeight
-
-_NO_2D = "no fused kernel: the weight is {}-D, mx::linear takes 2-D weights; it is dequantized first"
 
 
 def explain(
@@ -65,10 +60,7 @@ def explain(
     """
     place = _device(model, device)
     if any(isinstance(parameter, MXWeight) for parameter in model.parameters()):
-        layers = tuple(_of_quantized(model, place))
-        packed = stored_bytes(model)
-        saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
-        return Explanation(str(place), None, grouped(layers), packed + saved, packed, why_no_inductor(place))
+        return explain_quantized(model, place)
     if example_inputs is None:
         raise InputError("explain traces a float model: give example_inputs, as for quantize_and_compile")
     pipeline = as_pipeline(recipe)
@@ -118,69 +110,13 @@ def _of_float(program: Program, lowering: LowerMX, device: torch.device) -> Iter
             x = torch.empty((1, matmul.in_features), dtype=matmul.activation.meta["val"].dtype, device=device)
             out = program.tensor(matmul.parameter).numel() // matmul.in_features
             reason = unfused.get(where(node))
-            served = _served(_name(program, matmul), x, out, formats[node], rounding, reason)
-            yield _sized(served, program.tensor(matmul.parameter), matmul.in_features, alone=choice.alone(matmul))
+            served = served_by(_name(program, matmul), x, out, formats[node], rounding, reason)
+            yield sized(served, program.tensor(matmul.parameter), matmul.in_features, alone=choice.alone(matmul))
     for node in choice.embeddings:
         name = str(cast(Node, node.args[0]).target)
         table = program.tensor(name)
-        served = Served(_short(name), 1, (), str(formats[node]), None, LOOKUP, LOOKUP, (), 0, 0)
-        yield _sized(served, table, table.shape[-1], alone=name not in seen)
-
-
-def _of_quantized(model: nn.Module, device: torch.device) -> Iterator[Served]:
-    """The MX weights of a module, and the float ones of its `nn.Linear`s."""
-    seen: set[int] = set()
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if id(weight) in seen or not isinstance(weight, MXWeight):
-            if isinstance(owner, nn.Linear) and weight.dim() == 2 and id(weight) not in seen:
-                seen.add(id(weight))
-                reasons = ("it was left in float when the model was quantized",)
-                size = weight.numel() * weight.element_size()
-                yield Served(_short(name), 1, tuple(weight.shape), None, None, FLOAT, FLOAT, reasons, size, size)
-            continue
-        seen.add(id(weight))
-        spec = weight.layout_
-        if isinstance(owner, nn.Embedding):
-            served = Served(_short(name), 1, (), spec.format, None, LOOKUP, LOOKUP, (), 0, 0)
-        else:
-            x = torch.empty((1, spec.size), dtype=weight.dtype, device=device)
-            rounding = None if spec.activation is None else (spec.activation, str(spec.rule))
-            unfused = None if weight.dim() == 2 else _NO_2D.format(weight.dim())
-            out = weight.numel() // spec.size
-            served = _served(_short(name), x, out, parse_format(spec.format), rounding, unfused)
-        yield _sized(served, weight, spec.size)
-
-
-def _served(
-    name: str, x: Tensor, out: int, fmt: MXFormat, rounding: tuple[str, str] | None, unfused: str | None
-) -> Served:
-    """What multiplies x `[1, in]` by a weight of that format, and its reasons; sizes are filled in by `_sized`."""
-    reasons: list[str] = []
-    if rounding is not None:
-        answers = rounding_choices(x, parse_format(rounding[0]), parse_scale_rule(rounding[1]))
-        reasons += [f"rounding of its input: {why}" for why in _refusals(answers)]
-    if unfused is not None:
-        decode = prefill = UNFUSED
-        reasons.append(unfused)
-    else:
-        answers = choices(x, fmt, out)
-        decode = prefill = next(name for name, reason in answers.items() if reason is None)
-        reasons += _refusals(answers)
-    if decode == CPU:
-        prefill = CPU_DECODED
-    return Served(name, 1, (), str(fmt), rounding and rounding[0], decode, prefill, tuple(reasons), 0, 0)
-
-
-def _refusals(answers: dict[str, str | None]) -> list[str]:
-    """Why the kernels in front of the one that serves do not; those of another kind of device go without saying."""
-    found: list[str] = []
-    for name, reason in answers.items():
-        if reason is None:
-            break
-        if not reason.startswith("runs on"):
-            found.append(f"no {name}: {reason}")
-    return found
+        served = Served(short_name(name), 1, (), str(formats[node]), None, LOOKUP, LOOKUP, (), 0, 0)
+        yield sized(served, table, table.shape[-1], alone=name not in seen)
 
 
 def _left_float(program: Program, refusal: Refusal, matmul: Matmul | None) -> Served:
@@ -189,20 +125,8 @@ def _left_float(program: Program, refusal: Refusal, matmul: Matmul | None) -> Se
     return Served(name, 1, shape, None, None, FLOAT, FLOAT, (refusal.reason,), refusal.bytes, refusal.bytes)
 
 
-def _sized(served: Served, weight: Tensor, size: int, *, alone: bool = True) -> Served:
-    """With the sizes of a weight, whose blocks run along a dimension of that size; not alone: the float one stays."""
-    fmt = parse_format(str(served.weight))
-    before = weight.numel() * weight.element_size() if alone else 0
-    after = fmt.storage_bytes(weight.numel() // size, size)
-    return replace(served, shape=tuple(weight.shape), bytes_before=before, bytes_after=after)
-
-
 def _name(program: Program, matmul: Matmul) -> str:
-    return _short(slot(program, matmul.parameter, matmul.node) or matmul.parameter)
-
-
-def _short(name: str) -> str:
-    return name.removesuffix(".weight")
+    return short_name(slot(program, matmul.parameter, matmul.node) or matmul.parameter)
 
 
 def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:

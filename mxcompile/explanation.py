@@ -13,12 +13,14 @@ from mxcompile.tables import table
 
 FLOAT, LOOKUP, UNFUSED = "torch", "lookup", "unfused"
 CPU, CPU_DECODED, PLANES, TRITON, REFERENCE = "cpu", "decoded", "planes", "triton_linear", "reference"
+FP8: Final = "fp8"
 MEANINGS: Final = {
     FLOAT: "a float weight, multiplied by torch",
     LOOKUP: "the packed rows that are looked up are decoded",
     CPU: "the CPU kernel multiplies packed weights as they are",
     CPU_DECODED: "the CPU kernel decodes the layer into a buffer, which torch multiplies",
     PLANES: "the GPU's fast kernel, on weights that are arranged for it when the model is compiled",
+    FP8: "planes; from 512 tokens on, weights and rounded inputs as e4m3 numbers, at twice the rate of bfloat16",
     TRITON: "the GPU's plain kernel decodes packed weights inside the product",
     REFERENCE: "no kernel: the weight is decoded in plain PyTorch at every call, then multiplied",
     UNFUSED: "the whole weight is decoded at every call, then torch multiplies",

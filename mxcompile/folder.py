@@ -1,7 +1,7 @@
 """The files of a dump folder, for reading.
 
     pipeline.txt  00-trace.txt  NN-<pass>.txt  NN-<pass>.diff  NN-<pass>.FAILED.txt
-    summary.txt   ledger.json   distributions.json  index.html
+    summary.txt   ledger.json   distributions.json  index.html  kernels.txt
 
 The ledger says how far the run came: files of later passes are those of an earlier run in the same folder.
 """
@@ -14,7 +14,7 @@ from mxcompile.distributions import Distributions
 from mxcompile.errors import DumpError, UnknownNameError
 from mxcompile.ledger import Ledger
 
-PIPELINE, SUMMARY, PAGE = "pipeline.txt", "summary.txt", "index.html"
+PIPELINE, SUMMARY, PAGE, KERNELS = "pipeline.txt", "summary.txt", "index.html", "kernels.txt"
 FIRST_LINE = "# mxcompile pipeline"
 _REST = "# still to run: "
 _GRAPH = "# the graph before it:"

@@ -1,6 +1,7 @@
 """deploy: the lowered program's decisions, carried into a copy of the user's module, compute the same thing."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -246,3 +247,24 @@ def test_a_module_that_does_something_else_than_its_trace_is_found_out():
     model.flip = True
     with pytest.raises(DeployError, match=r"output 0 .* agrees with the lowered program's only to"):
         mxcompile.deploy(lowered, model)
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_other_kernels_of_attention_are_told_from_other_functions(monkeypatch, agrees):
+    """Where outputs differ they are compared again with torch's plain attention on both sides."""
+    model, example = build("llama"), inputs("llama")
+    lowered = mxcompile.recipes()["w4a8-mxint-quick"].run(mxcompile.trace(model, example))
+    plain: list[bool] = []
+
+    def measured(wanted, given):
+        assert torch.equal(wanted["logits"], given["logits"])
+        plain.append(not torch.backends.cuda.flash_sdp_enabled())
+        return (60.0 if plain[-1] and agrees else 25.0), "logits"
+
+    monkeypatch.setattr(importlib.import_module("mxcompile.deploy"), "agreement_db", measured)
+    if agrees:
+        mxcompile.deploy(lowered, model)
+    else:
+        with pytest.raises(DeployError, match=r"only to 25\.0 dB"):
+            mxcompile.deploy(lowered, model)
+    assert plain == [False, True]

@@ -182,3 +182,14 @@ def test_reader_refuses_what_is_no_dump(tmp_path):
         DumpReader(tmp_path)
     with pytest.raises(DumpError, match="is not an mxcompile dump folder"):
         DumpReader(tmp_path / "missing")
+
+
+def test_the_call_that_compiles_says_which_kernels_serve(tmp_path):
+    """As `explain` tells it of the module."""
+    model = mxcompile.quantize_and_compile(
+        build("mlp"), inputs("mlp"), recipe="w4a8-mxint-quick", dump=tmp_path / "out", compile=False
+    )
+    text = (tmp_path / "out" / "kernels.txt").read_text()
+    for line in mxcompile.explain(model).conclusions():
+        assert line in text.splitlines()
+    assert re.search(r"^ *up +mxint4 +mxint8 ", text, re.MULTILINE)

@@ -21,6 +21,7 @@ from mxcompile.storage import stored_bytes
 
 ROOT = Path(__file__).parent.parent
 MODULE = sys.modules["mxcompile.explain"]  # of that name the package has the function
+SERVING = sys.modules["mxcompile.serving"]
 needs_compiler = pytest.mark.skipif(
     cpu_build.why_not(MXFP8_E4M3) is not None, reason="there is no C++ compiler for the CPU kernels"
 )
@@ -110,20 +111,40 @@ def test_overrides_exclusions_and_convolutions():
 
 def test_a_gpu_and_a_machine_without_a_compiler(monkeypatch):
     """What the dispatcher would answer there is what is told."""
-    monkeypatch.setattr(MODULE, "choices", lambda x, fmt, out: {"triton_linear": None, "reference": None})
+    monkeypatch.setattr(SERVING, "choices", lambda x, fmt, out: {"triton_linear": None, "reference": None})
     found = mxcompile.explain(build("llama"), inputs("llama"))
     assert {layer.decode for layer in found.quantized} == {"triton_linear"}
     assert "not measured for whole models" in words(found)
-    monkeypatch.setattr(MODULE, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
+    monkeypatch.setattr(SERVING, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
     assert "faster than float on a GPU: with weights in 4 bits" in words(
         mxcompile.explain(build("llama"), inputs("llama"))
     )
     missing = "there is no C++ compiler"
-    monkeypatch.setattr(MODULE, "choices", lambda x, fmt, out: {"cpu": missing, "reference": None})
+    monkeypatch.setattr(SERVING, "choices", lambda x, fmt, out: {"cpu": missing, "reference": None})
     monkeypatch.setattr(MODULE, "why_no_inductor", lambda device: missing)
     text = words(mxcompile.explain(build("llama"), inputs("llama")))
     assert f"{missing}: every operation runs by itself" in text
     assert f"no cpu: {missing}" in text
+
+
+def test_products_at_the_rate_of_8_bits_are_told(monkeypatch):
+    """The check of a weight's scales is made on the weight; of a float model it is taken to pass."""
+    monkeypatch.setattr(SERVING, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
+
+    def told(x, fmt, scaling, rounding):
+        return None if scaling.top else "the weight's scales are too far apart"
+
+    monkeypatch.setattr(SERVING, "why_not_fp8", told)
+    found = mxcompile.explain(build("llama"), inputs("llama"), recipe="w4a4-mxfp-quick")
+    assert {(layer.decode, layer.prefill) for layer in found.quantized} == {("planes", "fp8")}
+    assert "at twice the rate of bfloat16" in words(found)
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, :32] *= 2.0**12
+    quantized = mxcompile.quantize_and_compile(model, inputs("llama"), recipe="w4a4-mxfp-quick", compile=False)
+    layers = {layer.pattern.rpartition(".")[2]: layer for layer in mxcompile.explain(quantized).quantized}
+    assert (layers["down_proj"].prefill, layers["up_proj"].prefill) == ("planes", "fp8")
+    assert layers["down_proj"].reasons == ("no fp8: the weight's scales are too far apart",)
 
 
 def test_what_cannot_be_explained():
