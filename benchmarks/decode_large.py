@@ -34,14 +34,13 @@ LISTED: Final = 14
 def main() -> None:
     arguments = parser().parse_args()
     model = build(arguments.layers, "cuda")
-    head = model.lm_head.weight.nbytes + model.model.embed_tokens.weight.nbytes
     rows: list[dict[str, Any]] = []
     for recipe in (FLOAT, *arguments.recipes.split(";")):
         began = time.perf_counter()
         ready = model if recipe == FLOAT else quantized(model, recipe)
-        weights = stored_bytes(ready)
+        sizes = [stored_bytes(part) / 2**30 for part in (ready, ready.model.layers)]
         row = {"model": "Llama-3-8B shape, random", "layers": arguments.layers, "recipe": recipe}
-        row |= {"gib": round(weights / 2**30, 3), "decoder_gib": round((weights - head) / 2**30, 3)}
+        row |= {"gib": round(sizes[0], 3), "decoder_gib": round(sizes[1], 3)}
         row |= measured(ready, arguments)
         row["seconds_to_prepare"] = round(time.perf_counter() - began, 1)
         row |= {"ratio": round(rows[0]["token_ms"] / row["token_ms"], 2) if rows else 1.0}

@@ -26,7 +26,7 @@ from mxcompile.formats import FORMATS, MXFormat, activation_rule
 from mxcompile.kernels import gluon_fp8, triton_align, triton_quantize
 from mxcompile.kernels.gluon_fp8 import Config
 
-CONFIGS = (Config(), Config(group=2))
+CONFIGS = (Config(group=8), Config(group=2))
 
 
 def main() -> int:

@@ -237,6 +237,27 @@ def test_the_speeds_on_a_gpu_are_the_measured_ones():
             assert cell.strip() == f"{ratio:.2f} x"
 
 
+def test_the_ratios_at_the_rate_of_8_bits_and_of_other_projects_are_the_measured_ones():
+    text = " ".join(README.split())
+
+    def layer_ratio(lines):
+        assert len({(line["n"], line["k"]) for line in lines}) == len(lines) == 4
+        return sum(line["cublas_bf16_us"] for line in lines) / sum(line["us"] for line in lines)
+
+    ours = [line for line in results("fp8-h100.jsonl") if line["config"]["group"] == 2]
+    found = [layer_ratio([line for line in ours if line["weight"] == name]) for name in ("mxint4", "mxfp4")]
+    assert "{:.2f} x with weights in `mxint4`, {:.2f} x in `mxfp4`".format(*found) in text
+    assert all(line["error"] <= 1.2 * line["rounding"] for line in ours)
+    peers = [line for line in results("gemm-peers-h100.jsonl") if "us" in line]
+    for name, few, many, words in (
+        ("humming", 1, 64, "`mxfp4`, {:.2f} x with one token and {:.2f} x with 64"),
+        ("tinygemm", 1, 16, "`mxint4`, {:.2f} x with one and {:.2f} x with 16"),
+    ):
+        lines = [line for line in peers if line["path"].startswith(name)]
+        ratios = [layer_ratio([line for line in lines if line["m"] == rows]) for rows in (few, many)]
+        assert words.format(*ratios) in text
+
+
 def test_the_times_of_two_layers_are_the_measured_ones():
     plain, ours = (row for row in results("decode-h100.jsonl") if row["layers"] == 2)
     text = " ".join(README.split())

@@ -56,7 +56,7 @@ class Config:
 
     rows: int = 256
     stages: int = 5
-    group: int = 8
+    group: int = 2
 
 
 def supports(x: Tensor, fmt: MXFormat) -> str | None:
