@@ -31,14 +31,12 @@ def unwrap_weights(
     placeholders = module.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, values, strict=True):
         if isinstance(value, MXWeight):
-            names = value.__tensor_flatten__()[0]
-            sources = [source_of(_source(node), name) for name in names]
-            made = [
-                _input(graph, node, source, f"{node.name}_{name}") for source, name in zip(sources, names, strict=True)
+            named = zip(value.__tensor_flatten__()[0], value.parts, strict=True)
+            parts[node] = [
+                _input(graph, node, part, source_of(_source(node), name), f"{node.name}_{name}") for name, part in named
             ]
-            parts[node] = made
         else:
-            copies[node] = _input(graph, node, _source(node), str(node.target))
+            copies[node] = _input(graph, node, value, _source(node), str(node.target))
     for node, value in zip(placeholders, values, strict=True):
         if node in parts:
             layout, planes = replace(value.layout_, planes=None), value.layout_.planes
@@ -47,7 +45,6 @@ def unwrap_weights(
     for node in module.graph.nodes:
         if node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta.pop("example_value", None)  # keeps what Dynamo knows of the model's tensors alive
     return _like(module, graph), unwrapped(values)
 
 
@@ -71,10 +68,12 @@ def weight_of(
     return MXWeight(elements, scales, spec, dtype, *multiplier)
 
 
-def _input(graph: Graph, node: Node, source: Any, name: str) -> Node:
+def _input(graph: Graph, node: Node, value: Any, source: Any, name: str) -> Node:
     """An input that says of itself what one of Dynamo's does."""
     made: Any = graph.placeholder(name)
-    made.meta = {key: entry for key, entry in node.meta.items() if key == "tensor_dict"}
+    made.meta = {"example_value": value}
+    if "tensor_dict" in node.meta:
+        made.meta["tensor_dict"] = node.meta["tensor_dict"]
     made._dynamo_source = source
     return made
 

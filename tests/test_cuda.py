@@ -25,18 +25,29 @@ def on_gpu(name, recipe, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_compiled_is_as_good_as_the_reference(recipe):
-    """Inductor keeps bf16 intermediates in float32, so some activations round to the neighbouring element: the compiled
-    model differs from the uncompiled one by less than the quantization itself, and is as close to float as that one.
+def test_every_recipe_compiled_agrees_with_the_reference(recipe, monkeypatch):
+    """With Inductor told to round where torch does. By itself it keeps bf16 intermediates in float32, and activations
+    round to the neighbouring element here and there: another error, of the same size as that of the quantization.
     """
+    plain = inductor.compile_options
+    monkeypatch.setattr(inductor, "compile_options", lambda: {**plain(), "emulate_precision_casts": True})
     example, lowered, deployed = on_gpu("llama", recipe)
     with torch.no_grad():
         wanted = output(build("llama", torch.bfloat16).cuda()(**example))
         uncompiled = output(deployed(**example))
         assert torch.equal(output(lowered(**example)), uncompiled)
         compiled = output(inductor.compile_module(deployed)(**example))
-    assert sqnr_db(wanted, compiled) > sqnr_db(wanted, uncompiled) - 1.5
-    assert sqnr_db(uncompiled, compiled) > sqnr_db(wanted, uncompiled)
+    assert sqnr_db(uncompiled, compiled) > sqnr_db(wanted, uncompiled) + 10
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_compiled_is_about_as_good_as_the_reference(recipe):
+    example, _, deployed = on_gpu("llama", recipe)
+    with torch.no_grad():
+        wanted = output(build("llama", torch.bfloat16).cuda()(**example))
+        uncompiled = output(deployed(**example))
+        compiled = output(inductor.compile_module(deployed)(**example))
+    assert sqnr_db(wanted, compiled) > sqnr_db(wanted, uncompiled) - 4
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -200,6 +200,22 @@ def pickled(module):
 
 
 @needs_compiler
+@torch.no_grad()
+def test_a_graph_that_was_compiled_before_comes_from_torch_s_cache():
+    """That of AOTAutograd too: nothing is traced again but by Dynamo."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
+    module = deployed("llama")
+    with fresh_cache():
+        for count in ("autograd_cache_miss", "autograd_cache_hit"):
+            torch._dynamo.reset()
+            counters.clear()
+            inductor.compile_module(copy.deepcopy(module))(**inputs("llama"), use_cache=False)
+            assert counters["aot_autograd"][count] == 1
+
+
+@needs_compiler
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 @torch.no_grad()
 def test_what_generate_compiles_on_a_gpu_is_the_module_s_own(copied):

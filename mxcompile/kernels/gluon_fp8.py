@@ -23,18 +23,18 @@ from torch import Tensor
 
 from mxcompile.formats import MXFormat
 from mxcompile.kernels import fp8, fp8_decode
-from mxcompile.kernels.gluon_planes import (
-    _NEW,
-    _NO_GLUON,
+from mxcompile.kernels.gluon_hopper import (
+    NEW,
+    NO_GLUON,
     TensorDescriptor,
-    _fetch,
-    _jit,
-    _next,
-    _send_result,
-    _thread_barrier,
     fence_async_shared,
+    fetch,
     gl,
+    jit,
     mbarrier,
+    next_stage,
+    send_result,
+    thread_barrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -63,7 +63,7 @@ def supports(x: Tensor, fmt: MXFormat) -> str | None:
     """None if `linear` can serve bfloat16 tokens like x, or the reason why not; scales are the caller's to ask for."""
     if x.dtype != torch.bfloat16:
         return f"the result is bfloat16, the activation is {str(x.dtype).removeprefix('torch.')}"
-    if reason := unsupported_device(x) or _NO_GLUON:
+    if reason := unsupported_device(x) or NO_GLUON:
         return reason
     if fp8.largest_span(fmt) is None:
         return f"{fmt.name} weights are not decoded to e4m3"
@@ -136,14 +136,14 @@ def options() -> dict[str, Any]:
     return {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 
 
-@_jit
-def _slab(ws, ss, stage, which, LEFT: gl.constexpr):
+@jit
+def _slab(ws, ss, stage, which, LEFT: tl.constexpr):
     """A slab's words and scales, of the 64 outputs of consumer `which`."""
     w = ws.index(stage * 2 + which).reshape([64, 32]).load(LEFT)
     return w, ss.index(stage * 2 + which).reshape([64]).load(gl.SliceLayout(1, LEFT))
 
 
-@_jit
+@jit
 def _values(w, s, offset, plane: tl.constexpr, ASSEMBLY: tl.constexpr, ADDS: tl.constexpr):
     """A plane of a slab, `[64, 32]` in e4m3."""
     pair = ((s >> (8 * plane)) & 0xFF) * 0x04000400 + offset
@@ -160,13 +160,13 @@ def _values(w, s, offset, plane: tl.constexpr, ASSEMBLY: tl.constexpr, ADDS: tl.
     )
 
 
-@_jit
+@jit
 def _multiply(values, columns, plane: tl.constexpr, acc):
     """Issues the product of a plane; `columns` `[tokens, 128]` of x."""
     return warpgroup_mma(values, columns.slice(32 * plane, 32, dim=1).permute((1, 0)), acc, is_async=True)
 
 
-@_jit
+@jit
 def _produce(descriptors, buffers, bars, sizes, CUT: tl.constexpr):
     """One warp: brings slab after slab, tile after tile, wherever the consumers have left a stage."""
     x, words, scales = descriptors
@@ -187,17 +187,17 @@ def _produce(descriptors, buffers, bars, sizes, CUT: tl.constexpr):
             fence_async_shared()
             mbarrier.expect(bar, TILE_M * 128 + 128 * 68)
             for which in gl.static_range(2):
-                _fetch(words, [n_tile * 2 + which, inside, 0, 0], bar, ws.index(stage * 2 + which))
-                _fetch(scales, [n_tile * 2 + which, inside, 0], bar, ss.index(stage * 2 + which))
-            _fetch(x, [m_tile * TILE_M, slab * 128], bar, xs.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+                fetch(words, [n_tile * 2 + which, inside, 0, 0], bar, ws.index(stage * 2 + which))
+                fetch(scales, [n_tile * 2 + which, inside, 0], bar, ss.index(stage * 2 + which))
+            fetch(x, [m_tile * TILE_M, slab * 128], bar, xs.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
         for _ in gl.static_range(2):  # stages for the result, one a consumer
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.arrive(full.index(stage), count=1)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
-@_jit
+@jit
 def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
     y, results, buffers, bars, sizes, tensors, offset, power, which, ASSEMBLY: tl.constexpr, CUT: tl.constexpr
 ):
@@ -233,7 +233,7 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
                     acc = _multiply(_values(w, s, offset, 1, ASSEMBLY, ADDS), columns, 1, acc)
                     acc = _multiply(_values(w, s, offset, 2, ASSEMBLY, ADDS), columns, 2, acc)
                     acc = _multiply(_values(w, s, offset, 3, ASSEMBLY, ADDS), columns, 3, acc)
-                    stage, phase = _next(stage, phase, STAGES)
+                    stage, phase = next_stage(stage, phase, STAGES)
                     if slab < _UNROLL - 1:
                         mbarrier.wait(full.index(stage), phase)
                         w, s = _slab(ws, ss, stage, which, LEFT)
@@ -257,12 +257,12 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
         for i in gl.static_range(2):
             mbarrier.wait(full.index(stage), phase)
             if i == which:
-                _send_result(y, m, n, result, results.index(stage))
+                send_result(y, m, n, result, results.index(stage))
             mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
-@_jit(do_not_specialize=["offset", "power", "m_size", "n_size", "slabs"])
+@jit(do_not_specialize=["offset", "power", "m_size", "n_size", "slabs"])
 def _fp8_kernel(
     x,
     words,
@@ -290,8 +290,8 @@ def _fp8_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    _thread_barrier()
-    if _NEW:  # the stages for x as room for results: half as many columns of twice the size
+    thread_barrier()
+    if NEW:  # the stages for x as room for results: half as many columns of twice the size
         results = xs.reinterpret(gl.bfloat16, [STAGES, TILE_M, 64], y.layout)
     else:
         results = xs._reinterpret(gl.bfloat16, [STAGES, TILE_M, 64], y.layout)  # pyright: ignore[reportAttributeAccessIssue]

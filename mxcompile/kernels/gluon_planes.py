@@ -28,37 +28,25 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
+from mxcompile.kernels.gluon_hopper import (
+    NEW,
+    NO_GLUON,
+    TensorDescriptor,
+    fence_async_shared,
+    fetch,
+    gl,
+    jit,
+    mbarrier,
+    next_stage,
+    send_result,
+    thread_barrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from mxcompile.kernels.planes import Planes, plane_layout
 from mxcompile.kernels.triton_decode import layout_constants
 from mxcompile.kernels.triton_elements import capability, multiprocessors, unsupported_device
 from mxcompile.kernels.triton_planes import _place
-
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    # Triton 3.6, or what these are called in 3.9.
-    _fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-    _send = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-    _thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-    _NEW = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-    _jit: Any = gluon.jit
-    _NO_GLUON = None
-except (ImportError, AttributeError) as error:
-    _NO_GLUON = f"this version of Triton lacks what the Gluon kernel needs: {error}"
-
-    def _undecorated(fn: Any = None, **_: Any) -> Any:
-        return fn or _undecorated
-
-    _jit = _undecorated
 
 
 @dataclass(frozen=True)
@@ -85,7 +73,7 @@ def supports(x: Tensor, planes: Planes) -> str | None:
     """None if `linear` can serve `x` and `planes`, or the reason why not."""
     if x.dtype != torch.bfloat16:
         return f"planes are decoded to bfloat16, the activation is {str(x.dtype).removeprefix('torch.')}"
-    if reason := unsupported_device(x) or _NO_GLUON:
+    if reason := unsupported_device(x) or NO_GLUON:
         return reason
     if (found := capability(x.device)) != (9, 0):
         return f"the Gluon kernel needs compute capability 9.0, this GPU has {found[0]}.{found[1]}"
@@ -159,7 +147,7 @@ def options(config: Config) -> dict[str, Any]:
     return {"num_warps": 4, "maxnreg": 168 if config.consumers == 2 else 128, "enable_fp_fusion": True}
 
 
-@_jit
+@jit
 def _values(w0, w1, s, plane: tl.constexpr, SHAPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     PLANES: tl.constexpr = SHAPE[0]
     word = w0 if 2 * plane < PLANES or SHAPE[1] == 1 else w1
@@ -177,17 +165,17 @@ def _values(w0, w1, s, plane: tl.constexpr, SHAPE: tl.constexpr, ASSEMBLY: tl.co
     )
 
 
-@_jit
+@jit
 def _halves(xs):
     """The stages for x, each as two of half the columns."""
-    if _NEW:
+    if NEW:
         view = xs.reinterpret(gl.bfloat16, [xs.shape[0] * 2, xs.shape[1], 64], xs.layout)
     else:
         view = xs._reinterpret(gl.bfloat16, [xs.shape[0] * 2, xs.shape[1], 64], xs.layout)
     return view
 
 
-@_jit
+@jit
 def _slab_words(ws, ss, stage, which, WORDS: tl.constexpr, CONSUMERS: tl.constexpr, LEFT: tl.constexpr):
     """A slab's words (the second is the first where there is one) and scales, of the rows of consumer `which`."""
     ROWS: tl.constexpr = ws.shape[1] * 64
@@ -198,13 +186,7 @@ def _slab_words(ws, ss, stage, which, WORDS: tl.constexpr, CONSUMERS: tl.constex
     return w0, w1, ss.index(stage * CONSUMERS + which).reshape([ROWS]).load(gl.SliceLayout(1, LEFT))
 
 
-@_jit
-def _next(stage, phase, STAGES: tl.constexpr):
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
-
-
-@_jit
+@jit
 def _produce(descriptors, buffers, bars, sizes, SHAPE: tl.constexpr, CUT: tl.constexpr):
     """One warp: brings slab after slab, tile after tile, wherever the consumers have left a stage."""
     x, words, scales = descriptors
@@ -232,23 +214,23 @@ def _produce(descriptors, buffers, bars, sizes, SHAPE: tl.constexpr, CUT: tl.con
                 first = n_tile * (TILE_N // 64) + which * PART
                 for w in gl.static_range(WORDS):
                     at = (stage * WORDS + w) * CONSUMERS + which
-                    _fetch(words, [first, slab * WORDS + w, 0, 0], bar, ws.index(at))
-                _fetch(scales, [first, slab, 0], bar, ss.index(stage * CONSUMERS + which))
-            _fetch(x, [m_tile * TILE_M, slab * 128], bar, xs.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+                    fetch(words, [first, slab * WORDS + w, 0, 0], bar, ws.index(at))
+                fetch(scales, [first, slab, 0], bar, ss.index(stage * CONSUMERS + which))
+            fetch(x, [m_tile * TILE_M, slab * 128], bar, xs.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
         for _ in gl.static_range((TILE_N + 127) // 128):  # stages for the result
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.arrive(full.index(stage), count=1)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
-@_jit
+@jit
 def _multiply(values, columns, plane: tl.constexpr, acc):
     """Issues the product of a plane; `columns` `[tokens, 128]` of x."""
     return warpgroup_mma(values, columns.slice(32 * plane, 32, dim=1).permute((1, 0)), acc, is_async=True)
 
 
-@_jit
+@jit
 def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
     y, buffers, bars, sizes, bias, lift, which, SHAPE: tl.constexpr, ASSEMBLY: tl.constexpr, CUT: tl.constexpr
 ):
@@ -284,7 +266,7 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
             acc = warpgroup_mma_wait(0, deps=[acc])
             acc = _multiply(even, columns, 2, acc)
             odd = _values(w0, w1, s, 3, SHAPE, ASSEMBLY)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase, pred=slab + 1 < slabs)
             # After the last slab these are not the tile's, and neither multiplied.
             w0, w1, s = _slab_words(ws, ss, stage, which, WORDS, CONSUMERS, LEFT)
@@ -303,24 +285,14 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
         for i in gl.static_range((TILE_N + 127) // 128):
             mbarrier.wait(full.index(stage), phase)
             if ROWS == 64:
-                _send_result(y, m_tile * TILE_M, first, result, _halves(xs).index(stage * 2 + which))
+                send_result(y, m_tile * TILE_M, first, result, _halves(xs).index(stage * 2 + which))
             elif i == which:
-                _send_result(y, m_tile * TILE_M, first, result, xs.index(stage))
+                send_result(y, m_tile * TILE_M, first, result, xs.index(stage))
             mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
-@_jit
-def _send_result(y, m, n, result, buffer):
-    """`result` `[out, tokens]` to y through `buffer` `[tokens, out]`, which may be written again afterwards."""
-    buffer.permute((1, 0)).store(result)
-    fence_async_shared()
-    _send(y, [m, n], buffer)
-    tma.store_wait(0)
-    _thread_barrier()
-
-
-@_jit(do_not_specialize=["lift", "m_size", "n_size", "slabs"])
+@jit(do_not_specialize=["lift", "m_size", "n_size", "slabs"])
 def _planes_kernel(
     x,
     words,
@@ -348,7 +320,7 @@ def _planes_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    _thread_barrier()
+    thread_barrier()
     descriptors = (x, words, scales)
     buffers = (xs, ws, ss)
     bars = (full, empty)

@@ -1,5 +1,7 @@
 """The Gluon kernel: compiled for Hopper on a machine without a GPU, and its results on a Hopper GPU."""
 
+import importlib
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -61,6 +63,18 @@ def _weight(fmt: MXFormat, out: int, size: int, device: str) -> tuple[Planes, Te
     codes, scales = reference.quantize(values, fmt, ScaleRule.FLOOR)
     dense = reference.dequantize(codes, scales, fmt, size, torch.bfloat16)
     return to_planes(pack(codes, fmt).to(device), scales.to(device), fmt, size), dense.to(device)
+
+
+def test_without_gluon_the_kernels_can_be_imported_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = importlib.import_module("mxcompile.kernels")
+    names = ("gluon_hopper", "gluon_planes", "gluon_fp8")
+    for name, module in [(name, importlib.import_module(f"mxcompile.kernels.{name}")) for name in names]:
+        monkeypatch.setattr(package, name, module)
+        monkeypatch.delitem(sys.modules, f"mxcompile.kernels.{name}")
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    monkeypatch.delattr(importlib.import_module("triton.experimental"), "gluon")
+    for module in [importlib.import_module(f"mxcompile.kernels.{name}") for name in names]:
+        assert "lacks what the Gluon kernels need" in module.NO_GLUON
 
 
 @on_hopper
