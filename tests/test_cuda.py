@@ -122,17 +122,23 @@ def test_arranged_weights_give_what_rows_give(rows):
     assert arranged.to("cpu").model.layers[0].mlp.up_proj.weight.layout_.planes is None
 
 
-def test_decoding_in_cuda_graphs_gives_the_tokens_of_eager_decoding():
-    model = wide_llama(torch.bfloat16)
+def decoding(dtype):
+    """Tokens of eager decoding with a static cache, and what gives those of compiled decoding."""
+    model = wide_llama(dtype)
     prompt = torch.arange(8, device="cuda")[None]
     plain = mxcompile.quantize_and_compile(model, {"input_ids": prompt}, recipe="w4a8-mxint-quick", compile=False)
     arrangement.arrange(plain)
     compiled = inductor.compile_module(copy.deepcopy(plain))
     how = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
     wanted = plain.generate(prompt, **how, disable_compile=True)
+    return wanted, lambda: compiled.generate(prompt, **how)
+
+
+def test_decoding_in_cuda_graphs_gives_the_tokens_of_eager_decoding():
+    wanted, generate = decoding(torch.bfloat16)
     counters = torch._dynamo.utils.counters["inductor"]
     counters.clear()
-    given = [compiled.generate(prompt, **how) for _ in range(3)]
+    given = [generate() for _ in range(3)]
     assert all(torch.equal(tokens, given[0]) for tokens in given)
     assert counters["cudagraph_skips"] == 0
     assert torch.equal(given[0][:, :12], wanted[:, :12])  # near ties of a random model fall either way sooner or later
@@ -141,16 +147,10 @@ def test_decoding_in_cuda_graphs_gives_the_tokens_of_eager_decoding():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_decoding_reads_a_static_cache_for_the_heads_that_share_it(dtype):
     """One launch a layer and token in place of torch's attention and of the copies that it takes."""
-    model = wide_llama(dtype)
-    prompt = torch.arange(8, device="cuda")[None]
-    plain = mxcompile.quantize_and_compile(model, {"input_ids": prompt}, recipe="w4a8-mxint-quick", compile=False)
-    arrangement.arrange(plain)
-    compiled = inductor.compile_module(copy.deepcopy(plain))
-    how = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
-    wanted = plain.generate(prompt, **how, disable_compile=True)
-    given = [compiled.generate(prompt, **how) for _ in range(3)]
+    wanted, generate = decoding(dtype)
+    given = [generate() for _ in range(3)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        assert torch.equal(compiled.generate(prompt, **how), given[0])
+        assert torch.equal(generate(), given[0])
         torch.cuda.synchronize()
     assert all(torch.equal(tokens, given[0]) for tokens in given)
     assert torch.equal(given[0][:, :12], wanted[:, :12])  # near ties of a random model fall either way sooner or later

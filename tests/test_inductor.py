@@ -201,6 +201,32 @@ def pickled(module):
 
 @needs_compiler
 @torch.no_grad()
+def test_the_parts_of_weights_are_inputs_that_stay_where_they_are(monkeypatch):
+    """Or a CUDA graph would copy them before each replay: what is not static is what the call was given."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.utils import fresh_cache
+
+    moving = []
+
+    def inner(graph, values, **options):
+        kept = set(options["static_input_idxs"])
+        moving.extend(
+            value.dtype for i, value in enumerate(values) if isinstance(value, torch.Tensor) and i not in kept
+        )
+        assert len(kept) >= 14  # elements and scales of seven weights
+        return compile_fx_inner(graph, values, **options)
+
+    def call(self, graph, values):
+        return compile_fx(graph, values, inner_compile=inner, config_patches=self.config)
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", call)
+    with fresh_cache():
+        inductor.compile_module(deployed("llama"))(**inputs("llama"), use_cache=False)
+    assert moving == [torch.int64, torch.int64]
+
+
+@needs_compiler
+@torch.no_grad()
 def test_a_graph_that_was_compiled_before_comes_from_torch_s_cache():
     """That of AOTAutograd too: nothing is traced again but by Dynamo."""
     from torch._dynamo.utils import counters
