@@ -3,9 +3,10 @@
     python benchmarks/decode_large.py --out benchmarks/results/decode-h100.jsonl
 
 Random weights, batch 1, through `generate` with a static cache: the decode step is compiled and replayed as a CUDA
-graph, for the bfloat16 model by transformers itself. A token's time is that of `--tokens` tokens more, after a prompt
-of `--prompt` tokens; a step's is that of its kernels alone. "head mxint8": the output head, too, is in MX. Prefill is
-one compiled forward of `--prefill` tokens. With `--profile`, the kernels of a step and of prefill, and their times.
+graph, for the bfloat16 model by transformers itself. A token's time is the mean between two tokens of one call of
+`generate`, after a prompt of `--prompt` tokens, without the first step, in which the CUDA graph is recorded; the call's
+has all in it. A step's time is that of its kernels alone. "head mxint8": the output head, too, is in MX.
+Prefill is one compiled forward of `--prefill` tokens. With `--profile`, the kernels of a step and of prefill.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 import transformers
 import triton
 from large import build
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 import mxcompile
 from mxcompile.formats import MXINT8
@@ -81,14 +83,7 @@ def measured(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
     ids = torch.randint(100, 100000, (1, arguments.prefill), generator=generator, device="cuda")
     prompt = ids[:, : arguments.prompt]
 
-    def generate(count: int) -> None:
-        options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
-        model.generate(prompt, cache_implementation="static", **options)
-
-    for _ in range(2):
-        generate(6)
-    short = seconds(lambda: generate(4))
-    token = (seconds(lambda: generate(arguments.tokens + 4)) - short) / arguments.tokens
+    runs = [generated(model, prompt, arguments.tokens) for _ in range(6)][3:]
     step = step_seconds(model, arguments)
     if model._compiled_call_impl is None:
         compile_module(model)  # the float model's prefill, compiled the way ours is
@@ -98,14 +93,37 @@ def measured(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.profile:
         print(f"prefill of {arguments.prefill}: {prefill * 1e3:.2f} ms", flush=True)
         show(kernels(lambda: model(ids, use_cache=False, logits_to_keep=1)))
-    times = {"token_ms": token, "step_ms": step, "prefill_ms": prefill}
+    times = {name: min(run[name] for run in runs) for name in runs[0]} | {"step_ms": step, "prefill_ms": prefill}
     return {name: round(value * 1e3, 3) for name, value in times.items()}
+
+
+class Clock(StoppingCriteria):
+    """Takes the time at each token, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def generated(model: Any, prompt: torch.Tensor, count: int) -> dict[str, float]:
+    """Seconds that one call of `generate` takes, that a token takes, and that the first decode step does."""
+    clock = Clock()
+    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    model.generate(prompt, cache_implementation="static", stopping_criteria=StoppingCriteriaList([clock]), **options)
+    torch.cuda.synchronize()
+    whole, (first, second, *_, last) = time.perf_counter() - began, clock.times
+    return {"token_ms": (last - second) / (count - 2), "first_step_ms": second - first, "call_ms": whole}
 
 
 def step_seconds(model: Any, arguments: argparse.Namespace) -> float:
     """Time of the kernels of one decode step, from a profile of `generate`."""
     ids = torch.arange(arguments.prompt, device="cuda")[None] + 100
-    count = 12
+    count = arguments.tokens
     options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
     steps = by_step(kernels(lambda: model.generate(ids, cache_implementation="static", **options)), count)
     busy = sorted(sum(e.time_range.elapsed_us() for e in step) for step in steps)
@@ -125,7 +143,7 @@ def kernels(call: Callable[[], Any]) -> list[Any]:
 def by_step(events: list[Any], count: int) -> list[list[Any]]:
     """The kernels of the last few tokens: the sequence of names repeats, and the argmax ends a token."""
     ends = [i for i, event in enumerate(events) if "argmax" in event.name.lower() or "ArgMax" in event.name]
-    ends = ends[-(count - 4) :]
+    ends = ends[-min(8, count - 4) :]
     return [events[first + 1 : last + 1] for first, last in pairwise(ends)]
 
 

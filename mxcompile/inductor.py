@@ -6,15 +6,14 @@ handed over in the options of one `torch.compile` call; no global setting is cha
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo import mark_static_address, maybe_mark_dynamic, optimize
+from torch._dynamo import mark_static_address, maybe_mark_dynamic
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import AttrSource
 from torch._functorch.aot_autograd import make_boxed_func
@@ -23,10 +22,12 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
-from mxcompile import attention, decode_attention, fusion, guards, joining, ops, rounding, rules, unwrapping
+from mxcompile import attention, decode_attention, fusion, joining, ops, rounding, rules, unwrapping
 from mxcompile.analysis import dataflow
 from mxcompile.arrangement import arrange
+from mxcompile.decode_step import DecodeStep
 from mxcompile.errors import CompileError
+from mxcompile.forward import Forward
 from mxcompile.inputs import Inputs
 from mxcompile.kernels import fp8
 from mxcompile.kernels.dispatch import prepare
@@ -134,52 +135,28 @@ class _Inductor(torch._TorchCompileInductorWrapper):  # pyright: ignore[reportPr
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(None, {**options, "unsafe_marked_cacheable_functions": unwrapping.CACHEABLE}, None)
+        self._read: list[torch.Tensor] | None = None
 
     def __call__(self, model_: GraphModule, inputs_: list[Any], **options: Any) -> Callable[..., Any]:
         module, parts = unwrapping.unwrap_weights(model_, inputs_, AttrSource)
         compiled: Any = super().__call__(module, parts, **options)
-        return lambda *args: compiled(*unwrapping.unwrapped(args))
 
+        def run(*args: Any) -> Any:
+            given = unwrapping.unwrapped(args)
+            if self._read is not None:
+                self._read += [value for value in given if isinstance(value, torch.Tensor)]
+            return compiled(*given)
 
-class _Forward:
-    """A module's forward, compiled under a code object of its own, and again when its weights are laid out otherwise.
+        return run
 
-    Dynamo counts recompilations per code object and gives up after a few; the frames of a Hugging Face model are shared
-    by all models of the process. A copy of the module has a copy of this, which runs the copy.
-    """
-
-    def __init__(self, module: nn.Module, backend: Callable[..., Any]) -> None:
-        self.module, self.backend = module, backend
-        self._compiled: Callable[..., Any] | None = None  # a copy is made before the module's copy has its parts
-        self._compiled_for: Any = None
-        self._has_fast_path = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._compiled is None or not torch.compiler.is_compiling():
-            self.prepare()
-        with _without_fast_path() if self._has_fast_path else nullcontext():
-            return self._compiled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
-
-    def prepare(self) -> None:
-        """Have the forward for the weights as they are."""
-        if (layouts := guards.layouts(self.module)) != self._compiled_for:
-            self._has_fast_path = any(isinstance(child, nn.MultiheadAttention) for child in self.module.modules())
-            self._compiled, self._compiled_for = self._compile(), layouts
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
-        return _Forward(memo[id(self.module)], self.backend)
-
-    def __reduce__(self) -> Any:
-        return _Forward, (self.module, self.backend)
-
-    def _compile(self) -> Callable[..., Any]:
-        module = self.module
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return module._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
-
-        own = FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-        return optimize(self.backend, guard_filter_fn=_guard_filter(module))(own)  # pyright: ignore
+    @contextmanager
+    def reading(self, read: list[torch.Tensor]) -> Generator[None]:
+        """Note the tensors that graphs are called with."""
+        self._read = read
+        try:
+            yield
+        finally:
+            self._read = None
 
 
 def _compile_call(module: nn.Module, backend: Callable[..., Any]) -> None:
@@ -188,7 +165,7 @@ def _compile_call(module: nn.Module, backend: Callable[..., Any]) -> None:
     Marking the inputs makes one graph for all lengths, not one for the first length and another for the rest;
     `dynamic=True` would do so too, but makes floats dynamic as well, which doubles the time to compile.
     """
-    forward = _Forward(module, backend)
+    forward = Forward(module, backend)
     forward.prepare()
 
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -197,24 +174,10 @@ def _compile_call(module: nn.Module, backend: Callable[..., Any]) -> None:
                 maybe_mark_dynamic(tensor, list(range(tensor.dim())))
         result = forward(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            _fix_addresses(kwargs.get("past_key_values"))
+            _fix_addresses(kwargs.get("cache", kwargs.get("past_key_values")))  # its name since transformers 5.24
         return result
 
     module._compiled_call_impl = marked  # pyright: ignore[reportPrivateUsage]
-
-
-def _guard_filter(module: nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
-    """`guards.outside_weights`. Dynamo makes all guards again after it and compares what they hold, though a property
-    may give a new object each time (`_PerLayerConfigView` of transformers 5.23): let it forget what it held.
-    """
-    keep = guards.outside_weights(module)
-
-    def keep_afresh(entries: Sequence[Any]) -> list[bool]:
-        for entry in entries:
-            entry.orig_guard.obj_weakref = None
-        return keep(entries)
-
-    return keep_afresh
 
 
 def _fix_addresses(cache: Any) -> None:
@@ -225,17 +188,6 @@ def _fix_addresses(cache: Any) -> None:
         for tensor in vars(layer).values():
             if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                 mark_static_address(tensor)
-
-
-@contextmanager
-def _without_fast_path() -> Generator[None]:
-    """torch's attention layers in their plain form: Dynamo does not see that their fused one takes no MXWeight."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _fused_eager() -> Callable[..., Any]:
@@ -259,8 +211,10 @@ def _compile_generate(module: nn.Module, device: torch.device) -> None:
         return
     from transformers import CompileConfig  # only for models that come from there
 
-    options = {"triton.cudagraphs": True, **compile_options()}
-    config.compile_config = CompileConfig(mode=None, options=options)  # pyright: ignore[reportArgumentType]
+    options = compile_options()
+    graphed = {"triton.cudagraphs": True, **options}
+    config.compile_config = CompileConfig(mode=None, options=graphed)  # pyright: ignore[reportArgumentType]
     # What `get_compiled_call` of transformers 5.17 to 5.24 keeps, and gives to `generate`.
     kept: Any = module
-    kept._compiled_call, kept._last_compile_config = _Forward(module, _Inductor(options)), config.compile_config
+    kept._compiled_call = DecodeStep(Forward(module, _Inductor(options)), Forward(module, _Inductor(graphed)))
+    kept._last_compile_config = config.compile_config

@@ -61,8 +61,13 @@ def test_values_of_a_known_layout_need_no_new_graph():
 def test_layouts_are_those_of_all_weights():
     module = nn.ModuleList([quantized("w4a8-mxint-quick"), nn.Linear(2, 2), quantized("w8a8-mxint")])
     module.register_module("nothing", None)
-    assert {layout.format for layout in guards.layouts(module)} == {"mxint4", "mxint8"}
-    assert len(guards.layouts(module)) == 2
+    found = guards.Layouts(module)
+    assert [layout.format for layout in found.layouts] == ["mxint4", "mxint8"]
+    assert found.hold()
+    module[0][0].weight = quantized("w4a8-mxint-quick", seed=1)[0].weight
+    assert guards.Layouts(module).layouts == found.layouts
+    module[0] = module[2]
+    assert not found.hold()
 
 
 def test_only_guards_on_what_lies_in_its_own_weights_are_left_out():

@@ -55,6 +55,9 @@ FLOORS = [
         "scoring",
         "checkpoint",
     },
+    {"forward"},
+    {"recording"},
+    {"decode_step"},
     {"pipeline", "deploy", "dump", "inductor", "probe"},
     {"serving"},
     {"passes"},
@@ -102,9 +105,12 @@ def test_passes_do_not_import_each_other(path):
     assert "import mxcompile\n" not in path.read_text()
 
 
-def test_only_inductor_py_imports_torch_inductor():
-    users = {path.name for path in PRODUCT if re.search(r"torch\._(inductor|dynamo|functorch)", path.read_text())}
-    assert users == {"inductor.py"}
+def test_only_two_files_import_what_torch_compile_is_made_of():
+    def users(names):
+        return {path.name for path in PRODUCT if re.search(rf"torch\._({names})", path.read_text())}
+
+    assert users("inductor|functorch") == {"inductor.py"}
+    assert users("dynamo") == {"forward.py", "inductor.py"}
 
 
 def test_kernels_import_no_fx():

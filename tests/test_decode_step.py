@@ -1,0 +1,220 @@
+"""The decode step that `generate` gets on a GPU: when it is recorded, when replayed, and when neither."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from models import build, inputs
+from packaging.version import Version
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+import mxcompile
+from mxcompile import inductor
+from mxcompile.decode_step import DecodeStep
+from mxcompile.forward import Forward
+
+pytestmark = pytest.mark.skipif(
+    inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
+)
+
+
+class Graph:
+    """A CudaGraph for the CPU: a replay makes the call again. `taken` and `replayed` count over all of them."""
+
+    taken = replayed = 0
+
+    def record(self, call):
+        Graph.taken += 1
+        self.call = call
+        lengths = [layer.cumulative_length for layer in CACHE[0].layers]
+        before = [length.clone() for length in lengths]
+        self.result = call()
+        for length, known in zip(lengths, before, strict=True):
+            length.copy_(known)
+        return self.result
+
+    def replay(self):
+        Graph.replayed += 1
+        self.result.logits.copy_(self.call().logits)
+
+
+CACHE = []
+CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
+
+@pytest.fixture
+def step():
+    Graph.taken = Graph.replayed = 0
+    module = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe="w4a8-mxint-quick", compile=False)
+    options = inductor.compile_options()
+    with torch.no_grad():
+        yield DecodeStep(*(Forward(module, inductor._Inductor(options)) for _ in range(2)), Graph)
+
+
+def prefilled(module, cls=StaticCache, length=32):
+    cache = cls(config=module.config, max_cache_len=length) if cls is StaticCache else cls(config=module.config)
+    module(input_ids=torch.arange(8)[None], **{CACHE_NAME: cache})
+    CACHE[:] = [cache]
+    return cache
+
+
+def tokens(step, cache, count=4, **options):
+    """Logits of some tokens, one after the other."""
+    given = []
+    for place in range(8, 8 + count):
+        ids, position = torch.tensor([[place + 3]]), torch.tensor([[place]])
+        kwargs = {CACHE_NAME: cache, "use_cache": True, **options}
+        given.append(step(input_ids=ids, position_ids=position, **kwargs).logits)
+    return torch.cat(given, 1)
+
+
+def counts():
+    return Graph.taken, Graph.replayed
+
+
+def assert_equal_up_to_compilation(given, wanted):
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-3)
+
+
+def test_is_recorded_once_for_a_cache_and_replayed_from_then_on(step):
+    module = step.forward.module
+    wanted = tokens(module, prefilled(module))
+    assert_equal_up_to_compilation(tokens(step, prefilled(module)), wanted)
+    assert counts() == (1, 3)  # the first step is compiled
+    assert_equal_up_to_compilation(tokens(step, prefilled(module)), wanted)
+    assert counts() == (2, 7)  # what is compiled is recorded at once
+    assert step.refusal is None
+
+
+def test_results_are_not_overwritten_by_the_next_step(step):
+    cache = prefilled(step.forward.module)
+    tokens(step, cache, 2)
+    first = tokens(step, cache, 1)
+    kept = first.clone()
+    tokens(step, cache, 1)
+    assert torch.equal(first, kept)
+
+
+def test_what_a_cache_holds_after_the_steps_is_right(step):
+    module = step.forward.module
+    plain, cache = prefilled(module), prefilled(module)
+    tokens(module, plain)
+    CACHE[:] = [cache]
+    tokens(step, cache)
+    assert int(cache.layers[0].cumulative_length) == 12
+    for layer, wanted in zip(cache.layers, plain.layers, strict=True):
+        torch.testing.assert_close(layer.keys, wanted.keys, rtol=0, atol=1e-3)
+
+
+def changed_setting(module):
+    module.model.layers[0].input_layernorm.variance_epsilon = 0.5
+
+
+def changed_weight(module):
+    module.model.norm.weight = nn.Parameter(module.model.norm.weight * 2, requires_grad=False)
+
+
+def changed_data(module):
+    module.model.norm.weight.data = module.model.norm.weight.data * 2
+
+
+def changed_mx_weight(module):
+    proj = module.model.layers[0].mlp.down_proj
+    proj.weight = copy.deepcopy(proj.weight)
+
+
+@pytest.mark.parametrize("change", [changed_setting, changed_weight, changed_data, changed_mx_weight])
+def test_a_change_of_the_model_between_two_steps_is_seen(step, change):
+    """Also one that only Dynamo's guards see: the step is taken back and done again."""
+    module = step.forward.module
+    plain, cache = prefilled(module), prefilled(module)
+    tokens(module, plain)
+    tokens(step, cache)
+    before = counts()
+    change(module)
+    kwargs = {"input_ids": torch.tensor([[5]]), "position_ids": torch.tensor([[12]]), "use_cache": True}
+    given = step(**{CACHE_NAME: cache}, **kwargs).logits
+    assert_equal_up_to_compilation(given, module(**{CACHE_NAME: plain}, **kwargs).logits)
+    assert int(cache.layers[0].cumulative_length) == 13
+    assert step.refusal is None
+    assert counts()[0] == before[0] + (change in (changed_weight, changed_data, changed_mx_weight))
+
+
+def test_an_input_of_another_shape_or_kind_is_seen(step):
+    module = step.forward.module
+    plain, cache = prefilled(module), prefilled(module)
+    tokens(step, cache)
+    tokens(module, plain)
+    two = {"input_ids": torch.tensor([[5, 6]]), "position_ids": torch.tensor([[12, 13]])}
+    wanted = module(**{CACHE_NAME: plain}, **two)
+    assert_equal_up_to_compilation(step(**{CACHE_NAME: cache}, **two).logits, wanted.logits)
+
+
+def test_other_caches_are_compiled_with_torch_s_own_graphs(step):
+    module = step.forward.module
+    given = tokens(step, prefilled(module, DynamicCache))
+    assert_equal_up_to_compilation(given, tokens(module, prefilled(module)))
+    assert counts() == (0, 0)
+    assert step.forward._compiled is None
+
+
+def test_a_model_that_counts_its_calls_is_not_recorded(step):
+    """A replay would leave out what Python does."""
+    module = step.forward.module
+    layer, forward = module.model.layers[0], module.model.layers[0].forward
+    layer.calls = 0
+
+    def counting(*args, **kwargs):
+        layer.calls = layer.calls + 1
+        return forward(*args, **kwargs)
+
+    layer.forward = counting
+    cache = prefilled(module)
+    before = layer.calls
+    tokens(step, cache)
+    assert layer.calls == before + 4
+    assert counts()[1] == 0
+
+
+def test_a_model_in_pieces_is_not_recorded(step):
+    module = step.forward.module
+    layer, forward = module.model.layers[0], module.model.layers[0].forward
+
+    def broken(*args, **kwargs):
+        torch._dynamo.graph_break()
+        return forward(*args, **kwargs)
+
+    layer.forward = broken
+    plain, cache = prefilled(module), prefilled(module)
+    assert_equal_up_to_compilation(tokens(step, cache), tokens(module, plain))
+    assert counts() == (0, 0)
+    assert step.refusal is not None
+    assert "one piece" in step.refusal
+
+
+def test_a_recording_that_fails_is_said_and_done_without(step, monkeypatch):
+    def record(self, call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graph, "record", record)
+    module = step.forward.module
+    plain, cache = prefilled(module), prefilled(module)
+    assert_equal_up_to_compilation(tokens(step, cache), tokens(module, plain))
+    assert step.refusal == "operation not permitted when stream is capturing"
+
+
+def test_a_cache_is_freed_with_its_owner(step):
+    import gc
+    import weakref
+
+    cache = prefilled(step.forward.module)
+    tokens(step, cache)
+    known = weakref.ref(cache.layers[0].keys)
+    step._recording.graph.call = None
+    CACHE.clear()
+    del cache
+    gc.collect()
+    assert (step._recording is not None, step.refusal) == (True, None)
+    assert known() is None
