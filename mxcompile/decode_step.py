@@ -1,19 +1,20 @@
-"""The decode step of Hugging Face's `generate` on a GPU: a CUDA graph, recorded once for each static cache.
+"""The decode step of Hugging Face's `generate` on a GPU: a CUDA graph, recorded once for each place of a static cache.
 
 torch's own CUDA graphs for compiled models take about a millisecond of Python a step on their way from guard to guard,
-and give up after 128 calls of `generate`, each of which has its cache elsewhere. Here a step is replayed at once, and
-what Dynamo guards is checked while the GPU runs; where it no longer holds, the step is taken back and done again.
+and after 128 recordings they are given up. Here a step is replayed at once, and what Dynamo guards is checked while the
+GPU runs; where it no longer holds, the step is taken back and done again.
 """
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from mxcompile.forward import Forward
 from mxcompile.recording import CudaGraph, NotRecordedError, Recording, Step
 
+_MOST_RECORDINGS: Final = 4
 logger = logging.getLogger(__name__)
 
 
@@ -27,7 +28,7 @@ class DecodeStep:
         self.forward, self.otherwise, self.graph = forward, otherwise, graph
         self.refusal: str | None = None
         """Why steps of this module are not recorded, once that is known."""
-        self._recording: Recording | None = None
+        self._recordings: list[Recording] = []  # the last one that was used is the first
         self._known_guards: list[Any] = []  # of what was compiled and has run: nothing is left to be made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -35,24 +36,30 @@ class DecodeStep:
         is_traced, step = torch.compiler.is_compiling(), Step.of(kwargs)
         if args or is_traced or step is None or self.refusal is not None or torch.is_grad_enabled():
             return self.otherwise(*args, **kwargs)
-        if (recording := self._recording) is not None and recording.fits(step):
-            result = recording.replay(step)
-            if self.forward.do_hold(recording.guards, **kwargs):
-                return result
-            step.take_back()
-        self._recording = None
+        if (recording := next((known for known in self._recordings if known.fits(step)), None)) is not None:
+            self._recordings.remove(recording)
+            if recording.can_start(step):
+                result = recording.replay(step)
+                if recording.was_right(step):
+                    self._recordings.insert(0, recording)
+                    return result
+                step.take_back()
         self.forward.prepare()
         if (found := self.forward.find_guards(**kwargs)) in self._known_guards:
-            try:
-                self._recording = Recording.of(step, found, self.forward, self.graph())
-                return self._recording.replay(step)
-            except NotRecordedError as error:
-                self.refusal = str(error)
-                logger.info("decode steps are not recorded here: %s", error)
-                return self.otherwise(**kwargs)
+            return self._record(step, found)
         result = self.forward(**kwargs)
         self._learn(kwargs)
         return result
+
+    def _record(self, step: Step, guards: Any) -> Any:
+        del self._recordings[_MOST_RECORDINGS - 1 :]
+        try:
+            self._recordings.insert(0, Recording(step, guards, self.forward, self.graph()))
+        except NotRecordedError as error:
+            self.refusal = str(error)
+            logger.info("decode steps are not recorded here: %s", error)
+            return self.otherwise(**step.kwargs)
+        return self._recordings[0].replay(step)
 
     def _learn(self, kwargs: dict[str, Any]) -> None:
         if (found := self.forward.find_guards(**kwargs)) is None:

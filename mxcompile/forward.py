@@ -19,8 +19,8 @@ class Forward:
     """A module's forward, compiled under a code object of its own, and again when its weights are laid out otherwise.
 
     Dynamo counts recompilations per code object and gives up after a few; the frames of a Hugging Face model are shared
-    by all models of the process. By the code's name it knows numbers that differ from call to call, as a constant of two
-    models may, and makes inputs of them. A copy of the module has a copy of this, which runs the copy.
+    by all models of the process. By the code's name it knows which numbers differ from call to call, as a constant of
+    two models may, and makes inputs of them. A copy of the module has a copy of this, which runs the copy.
     """
 
     def __init__(self, module: nn.Module, backend: Any) -> None:

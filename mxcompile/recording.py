@@ -119,26 +119,17 @@ def _is_plain_static(value: Any) -> bool:
     )
 
 
-@dataclass
 class Recording:
-    """A recorded step: all that must be as it was, and where its inputs and results lie."""
+    """A recorded step: where its inputs, its results and all that it reads lie, and under which guards it was compiled.
 
-    graph: Any
-    guards: Any
-    forward: Forward
-    cache: Callable[[], Any]
-    cache_addresses: list[int]
-    weights: "list[Place]"
-    inputs: dict[str, Tensor]
-    rest: dict[str, Any]
-    leaves: list[Any]
-    form: Any
+    Memory that a replay reads is held for as long as the cache lives that the last step was for.
+    """
 
-    @staticmethod
-    def of(step: Step, guards: Any, forward: Forward, graph: Any) -> "Recording":
+    def __init__(self, step: Step, guards: Any, forward: Forward, graph: Any) -> None:
         """Record a step, which is not done by that. Raises NotRecordedError."""
-        inputs = {name: _like(tensor) for name, tensor in step.tensors.items()}
-        bound = Step(step.cache, step.cache_name, inputs, step.rest)
+        self.guards, self.forward, self.graph, self.rest = guards, forward, graph, step.rest
+        self.inputs = {name: _like(tensor) for name, tensor in step.tensors.items()}
+        bound = Step(step.cache, step.cache_name, self.inputs, step.rest)
         if not forward.do_hold(guards, **bound.kwargs):
             raise NotRecordedError("a copy of its inputs is not what it was compiled for")
         read: list[Tensor] = []
@@ -150,33 +141,49 @@ class Recording:
             raise NotRecordedError(str(error)) from error
         if any(not _is_unchanged(owner, known) for owner, known in before):
             raise NotRecordedError("a step changes attributes of the model or of its cache")
-        leaves, form = pytree.tree_flatten(result)
-        leaves = [_CACHE if leaf is step.cache else leaf for leaf in leaves]
-        _check_results(leaves, read)
-        weights = _places(forward.module, read, {id(t) for t in (*step.cache_tensors, *inputs.values())})
-        where = [tensor.data_ptr() for tensor in step.cache_tensors]
-        return Recording(
-            graph, guards, forward, weakref.ref(step.cache), where, weights, inputs, step.rest, leaves, form
-        )
+        leaves, self._form = pytree.tree_flatten(result)
+        self._leaves = [_CACHE if leaf is step.cache else leaf for leaf in leaves]
+        _check_results(self._leaves, read)
+        others = {id(tensor) for tensor in (*step.cache_tensors, *self.inputs.values())}
+        self._weights = _places(forward.module, read, others)
+        self._cache_addresses = [tensor.data_ptr() for tensor in step.cache_tensors]
+        self._held: list[Any] = []
+        self._cache = self._hold_for(step.cache)
 
     def fits(self, step: Step) -> bool:
-        """Whether a replay reads and writes what the step would. What Dynamo guards is not looked at."""
+        """Whether a replay takes such inputs, and reads and writes that cache."""
         return (
-            self.cache() is step.cache
+            [tensor.data_ptr() for tensor in step.cache_tensors] == self._cache_addresses
             and self.rest == step.rest
             and self.inputs.keys() == step.tensors.keys()
             and all(_are_alike(_whole(self.inputs[name]), _whole(tensor)) for name, tensor in step.tensors.items())
-            and [tensor.data_ptr() for tensor in step.cache_tensors] == self.cache_addresses
-            and self.forward.is_prepared()
-            and all(place.holds() for place in self.weights)
         )
+
+    def can_start(self, step: Step) -> bool:
+        """Whether all that a replay reads is still there to be read."""
+        if self._cache() is not step.cache:
+            if not self._is_in_place():
+                return False
+            self._cache = self._hold_for(step.cache)
+        return True
 
     def replay(self, step: Step) -> Any:
         """Do the step; its result, in tensors of its own."""
         for name, tensor in step.tensors.items():
             _whole(self.inputs[name]).copy_(_whole(tensor))
         self.graph.replay()
-        return pytree.tree_unflatten([self._own(leaf, step) for leaf in self.leaves], self.form)
+        return pytree.tree_unflatten([self._own(leaf, step) for leaf in self._leaves], self._form)
+
+    def was_right(self, step: Step) -> bool:
+        """Whether the replay did what the model does: nothing that it depends on is another than when it was made."""
+        return self.forward.do_hold(self.guards, **step.kwargs) and self._is_in_place()
+
+    def _is_in_place(self) -> bool:
+        return self.forward.is_prepared() and all(place.tensor() is not None for place in self._weights)
+
+    def _hold_for(self, cache: Any) -> Callable[[], Any]:
+        held = self._held = [place.tensor().untyped_storage() for place in self._weights]  # pyright: ignore
+        return weakref.ref(cache, lambda _: held.clear())
 
     def _own(self, leaf: Any, step: Step) -> Any:
         if isinstance(leaf, Tensor):
@@ -236,11 +243,11 @@ class Place:
     part: str | None
     address: int
 
-    def holds(self) -> bool:
-        """Whether it lies there still."""
+    def tensor(self) -> Tensor | None:
+        """The tensor; None if it lies elsewhere now."""
         held = self.attributes.get(self.name)
         tensor = held if self.part is None else getattr(held, self.part, None)
-        return isinstance(tensor, Tensor) and tensor.data_ptr() == self.address
+        return tensor if isinstance(tensor, Tensor) and tensor.data_ptr() == self.address else None
 
 
 def _places(module: nn.Module, read: list[Tensor], others: set[int]) -> list[Place]:

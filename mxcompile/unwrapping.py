@@ -31,12 +31,13 @@ def unwrap_weights(
     placeholders = module.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, values, strict=True):
         if isinstance(value, MXWeight):
-            named = zip(value.__tensor_flatten__()[0], value.parts, strict=True)
+            example: MXWeight = node.meta["example_value"]
+            named = zip(example.__tensor_flatten__()[0], example.parts, strict=True)
             parts[node] = [
                 _input(graph, node, part, source_of(_source(node), name), f"{node.name}_{name}") for name, part in named
             ]
         else:
-            copies[node] = _input(graph, node, value, _source(node), str(node.target))
+            copies[node] = _input(graph, node, node.meta["example_value"], _source(node), str(node.target))
     for node, value in zip(placeholders, values, strict=True):
         if node in parts:
             layout, planes = replace(value.layout_, planes=None), value.layout_.planes
@@ -69,7 +70,7 @@ def weight_of(
 
 
 def _input(graph: Graph, node: Node, value: Any, source: Any, name: str) -> Node:
-    """An input that says of itself what one of Dynamo's does."""
+    """An input that says of itself what one of Dynamo's does; its value is one without data, or it would be kept."""
     made: Any = graph.placeholder(name)
     made.meta = {"example_value": value}
     if "tensor_dict" in node.meta:
