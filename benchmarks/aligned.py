@@ -3,10 +3,13 @@
     python benchmarks/aligned.py --out benchmarks/results/aligned.jsonl
 
 SmolLM2-135M-Instruct, weights rounded to nearest, activations in mxfp8_e4m3, with and without alignment, on the second
-half of Python's help topics. `output_error` is of a linear with normal weights and inputs, 2048 x 4096 by 4096 x 1024
-in float32: |y - y'| over |y| (root of the sums of squares), y of float values and y' of rounded ones; "channels apart":
-each channel of the inputs times 10 to the power of a normal number. `aligned_alone`: y of rounded values, y' of aligned
-ones. `changed`: share of rounded inputs that aligning changes. Seed 0.
+half of Python's help topics. Roundings amplify any difference: `nudged` rows, the embedding times 1 + 2**-20, say how
+much a difference of nothing comes to.
+
+`output_error` is of a linear with normal weights and inputs, 2048 x 4096 by 4096 x 1024 in float32: |y - y'| over |y|
+(root of the sums of squares), y of float values and y' of rounded ones; "channels apart": each channel of the inputs
+times 10 to the power of a normal number. `aligned_alone`: y of rounded values, y' of aligned ones. `changed`: share of
+rounded inputs that aligning changes. Seed 0.
 """
 
 import argparse
@@ -71,12 +74,15 @@ def of_a_model(arguments: argparse.Namespace) -> None:
     program = mxcompile.trace(model, {"input_ids": test[0][:, :64]})
     exact = evaluate(model, test).nll
     for weight in arguments.weights.split(","):
-        for align in (False, True):
+        for align, nudged in ((False, False), (True, False), (False, True)):
             recipe = f"round-weights{{format={weight}}} | lower-mx{{weight={weight},activation=mxfp8_e4m3"
             recipe += ",align=true}" if align else "}"
-            nll = evaluate(mxcompile.deploy(Pipeline.parse(recipe).run(program), model, check=False), test).nll
-            row: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "recipe": recipe, "nll": round(nll, 5)}
-            row |= {"float_nll": round(exact, 5), "perplexity": round(math.exp(nll), 4)}
+            deployed = mxcompile.deploy(Pipeline.parse(recipe).run(program), model, check=False)
+            if nudged:
+                deployed.get_input_embeddings().weight.data *= 1 + 2.0**-20
+            nll = evaluate(deployed, test).nll
+            row: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "recipe": recipe, "nudged": nudged}
+            row |= {"nll": round(nll, 5), "float_nll": round(exact, 5), "perplexity": round(math.exp(nll), 4)}
             row |= {"text": "help topics, second half", "tokens": tokens, "length": arguments.length, "seed": 0}
             write(row, arguments.out)
 

@@ -134,8 +134,14 @@ def _decoding(root: Node) -> tuple[str, int, bool]:
 
 def _alignment(activation: Node) -> tuple[bool, Node]:
     """Whether a matmul's input is aligned, and the value before that."""
-    is_aligned = activation.target is ALIGN
-    return is_aligned, cast(Node, activation.args[0]) if is_aligned else activation
+    if activation.target is not ALIGN:
+        return False, activation
+    rounded = cast(Node, activation.args[0])
+    if rounded.target is not DEQUANTIZE:
+        raise DeployError(
+            f"{where(activation)} aligns something that is not quantized: only rounded inputs are aligned"
+        )
+    return True, rounded
 
 
 def _preparation(activation: Node) -> tuple[str | None, str | None, Node]:

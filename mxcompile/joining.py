@@ -2,7 +2,7 @@
 
 One call in place of three (q, k, v and the rounding of their input): what a call costs is much of what a small product
 costs. On a GPU it is `linears`, of weights in planes, which one launch can serve. The rounding goes with it only where
-many tokens may be multiplied at the rate of 8 bits; elsewhere it is left to `rounding.py`.
+many tokens may be multiplied at the rate of 8 bits, and aligning with it; elsewhere both are left to `rounding.py`.
 """
 
 import math
@@ -41,7 +41,7 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
     place = {node: index for index, node in enumerate(graph.nodes)}
     nodes = [node for node in nodes if all(place[part] < place[nodes[0]] for part in node.all_input_nodes)]
     rounded, aligned = _rounded(value)
-    if rounded is not None and not (_rounds_on_cpu(value, aligned) or _takes_fp8(value, nodes[0], rounded, aligned)):
+    if rounded is not None and not _goes_along(value, nodes[0], rounded, aligned):
         rounded = None
     if rounded is None and len(nodes) == 1:
         return False
@@ -76,15 +76,11 @@ def _erase_unread(graph: Graph, value: Node) -> None:
         value = source
 
 
-def _rounds_on_cpu(value: Node, aligned: bool) -> bool:
-    """Whether the CPU's call rounds; what is aligned it is given as values."""
-    return _on_cpu(value) and not aligned
-
-
-def _takes_fp8(value: Node, node: Node, rounded: Node, aligned: bool) -> bool:
-    """Whether a GPU multiplies at the rate of 8 bits, if there are enough tokens, and there may be."""
+def _goes_along(value: Node, node: Node, rounded: Node, aligned: bool) -> bool:
+    """Whether the products' call rounds: the CPU's does, but does not align; a GPU's where it multiplies at the rate of
+    8 bits, if there are enough tokens, and there may be."""
     if _on_cpu(value):
-        return False
+        return not aligned
     x, (weight, planes) = value.meta["val"], cast(tuple[Any, Any], node.args[4:6])
     activation, rule = map(str, rounded.args[1:])
     rounding = (parse_format(activation), parse_scale_rule(rule))

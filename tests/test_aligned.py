@@ -14,7 +14,7 @@ from mxcompile import inductor, reference
 from mxcompile.analysis.layers import find_layers
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.checkpoint.description import Description
-from mxcompile.errors import CheckpointError, PipelineError, VerifyError
+from mxcompile.errors import CheckpointError, DeployError, PipelineError, VerifyError
 from mxcompile.formats import MXFP4, MXFP8_E4M3, ScaleRule
 from mxcompile.joining import join_linears
 from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
@@ -123,6 +123,18 @@ def test_a_float_graph_has_none():
     assert program.stage is Stage.FLOAT
     with pytest.raises(VerifyError, match=r"mx\.align\.default, but the program is not lowered"):
         mxcompile.verify.check(program)
+
+
+def test_what_is_not_rounded_is_not_deployed():
+    model, x = Two(), apart(5, 64)
+    program = Pipeline.parse("lower-mx{weight=mxfp4}").run(mxcompile.trace(model, x))
+    value = next(node for node in program.graph.nodes if node.op == "placeholder")
+    with program.graph.inserting_after(value):
+        aligned = program.graph.call_function(ALIGN, (value,))
+    aligned.meta["val"] = value.meta["val"]
+    value.replace_all_uses_with(aligned, delete_user_cb=lambda user: user is not aligned)
+    with pytest.raises(DeployError, match="aligns something that is not quantized"):
+        mxcompile.deploy(program, model)
 
 
 @torch.no_grad()
