@@ -21,7 +21,7 @@ from mxcompile.checkpoint import adopt
 from mxcompile.edit import BLOCK_AXIS
 from mxcompile.errors import DeployError
 from mxcompile.multiplier import digest, multiplier_of
-from mxcompile.ops import DEQUANTIZE, QUANTIZE
+from mxcompile.ops import ALIGN, DEQUANTIZE, QUANTIZE
 from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage, where
 from mxcompile.provenance import Provenance
@@ -97,11 +97,13 @@ def _placements(program: Program) -> dict[str, _Placement]:
 
 def _lowered_reads(program: Program) -> Iterator[_Placement]:
     for matmul in find_matmuls(program)[0]:
-        activation, rule, value = _preparation(matmul.activation)
+        aligned, rounded = _alignment(matmul.activation)
+        activation, rule, value = _preparation(rounded)
         rotation = rotation_of(value)
         multiplier = multiplier_of(program, value if rotation is None else cast(Node, value.args[0]))
         if matmul.is_lowered:
-            layout = MXLayout(*_decoding(matmul.root), activation, rule, _digest(program, multiplier), rotation)
+            name = _digest(program, multiplier)
+            layout = MXLayout(*_decoding(matmul.root), activation, rule, name, rotation, aligned)
             yield _placement(program, matmul.root, matmul.root.args[:2], matmul.node, layout, multiplier)
         elif multiplier is not None or rotation is not None:
             what = "multiplied" if rotation is None else "rotated"
@@ -128,6 +130,18 @@ def _placement(
 def _decoding(root: Node) -> tuple[str, int, bool]:
     """What a weight's `mx::dequantize` says: format, size along the blocks, and whether they run along dimension -2."""
     return str(root.args[2]), cast(int, root.args[3]), root.meta.get(BLOCK_AXIS, -1) == -2
+
+
+def _alignment(activation: Node) -> tuple[bool, Node]:
+    """Whether a matmul's input is aligned, and the value before that."""
+    if activation.target is not ALIGN:
+        return False, activation
+    rounded = cast(Node, activation.args[0])
+    if rounded.target is not DEQUANTIZE:
+        raise DeployError(
+            f"{where(activation)} aligns something that is not quantized: only rounded inputs are aligned"
+        )
+    return True, rounded
 
 
 def _preparation(activation: Node) -> tuple[str | None, str | None, Node]:

@@ -110,7 +110,7 @@ def _of_float(program: Program, lowering: LowerMX, device: torch.device) -> Iter
             x = torch.empty((1, matmul.in_features), dtype=matmul.activation.meta["val"].dtype, device=device)
             out = program.tensor(matmul.parameter).numel() // matmul.in_features
             reason = unfused.get(where(node))
-            served = served_by(_name(program, matmul), x, out, formats[node], rounding, reason)
+            served = served_by(_name(program, matmul), x, out, formats[node], rounding, reason, lowering.align)
             yield sized(served, program.tensor(matmul.parameter), matmul.in_features, alone=choice.alone(matmul))
     for node in choice.embeddings:
         name = str(cast(Node, node.args[0]).target)

@@ -39,8 +39,9 @@ class Served:
     """Layers alike, and what multiplies them.
 
     pattern: their name, with * for numbers. count: how many. shape: of a weight. weight, activation: formats, None for
-    float. decode, prefill: what serves 1 token and many, a key of `MEANINGS`. reasons: why nothing better does, or why
-    they stay float. bytes_before, bytes_after: of all of them; 0 if the weight is counted elsewhere.
+    float; the latter may be "mxfp8_e4m3 aligned". decode, prefill: what serves 1 token and many, a key of `MEANINGS`.
+    reasons: why nothing better does, or why they stay float. bytes_before, bytes_after: of all of them; 0 if the weight
+    is counted elsewhere.
     """
 
     pattern: str

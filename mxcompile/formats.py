@@ -120,6 +120,8 @@ FORMATS: Final[dict[str, MXFormat]] = {
     f.name: f for f in (MXINT8, MXINT6, MXINT4, MXFP8_E4M3, MXFP8_E5M2, MXFP6_E3M2, MXFP6_E2M3, MXFP4)
 }
 """Those that kernels serve."""
+ALIGNED_AS_THEY_ARE: Final = frozenset({"mxfp4", "mxint4", "mxfp6_e2m3", "mxfp6_e3m2"})
+"""Activations that are e4m3 numbers times one power of two for each token, unless they are tiny (`kernels/fp8.py`)."""
 _KNOWN: Final = FORMATS | {"mxfp8": MXFP8_E4M3, "mxfp6": MXFP6_E3M2, "mxfp4_e2m1": MXFP4}
 
 
@@ -204,6 +206,22 @@ def parse_scale_rule(text: str) -> ScaleRule:
         return ScaleRule(text.strip().lower())
     except ValueError:
         raise UnknownNameError("scale rule", text, (r.value for r in ScaleRule)) from None
+
+
+def why_not_aligned(activation: MXFormat | None) -> str | None:
+    """Why activations of a format are not aligned (`reference.align`), in a sentence; None for those that can be."""
+    if activation is None:
+        return "float activations are not aligned: give activation=mxfp8_e4m3"
+    if activation.name == MXFP8_E4M3.name:
+        return None
+    if activation.name in ALIGNED_AS_THEY_ARE:
+        return f"{activation.name} activations need no alignment: they are e4m3 numbers times one power of two a token"
+    return f"{activation.name} activations cannot be aligned: only those of mxfp8_e4m3 can"
+
+
+def input_text(activation: str | None, aligned: bool) -> str | None:
+    """What a matmul's input is rounded to, for people: `mxfp8_e4m3 aligned`; None if it stays float."""
+    return f"{activation} aligned" if aligned else activation
 
 
 def activation_rule(fmt: MXFormat) -> ScaleRule:

@@ -39,6 +39,7 @@ _STEPS: dict[Any, Callable[..., Any]] = {
     ops.DEQUANTIZE: ops.dequantize,
     ops.MULTIPLY: ops.multiply,
     ops.ROTATE: ops.rotate,
+    ops.ALIGN: ops.align,
 }
 logger = logging.getLogger(__name__)
 

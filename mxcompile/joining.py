@@ -2,7 +2,7 @@
 
 One call in place of three (q, k, v and the rounding of their input): what a call costs is much of what a small product
 costs. On a GPU it is `linears`, of weights in planes, which one launch can serve. The rounding goes with it only where
-many tokens may be multiplied at the rate of 8 bits; elsewhere it is left to `rounding.py`.
+many tokens may be multiplied at the rate of 8 bits, and aligning with it; elsewhere both are left to `rounding.py`.
 """
 
 import math
@@ -16,7 +16,7 @@ from mxcompile.fusion import VIEWS
 from mxcompile.kernels import fp8
 from mxcompile.kernels.dispatch import why_not_fp8
 from mxcompile.kernels.planes import Scaling
-from mxcompile.ops import CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
 
 def join_linears(graph: Graph) -> int:
@@ -40,18 +40,19 @@ def _planes(node: Node) -> tuple[Any, ...]:
 def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
     place = {node: index for index, node in enumerate(graph.nodes)}
     nodes = [node for node in nodes if all(place[part] < place[nodes[0]] for part in node.all_input_nodes)]
-    rounded = _rounded(value)
-    if rounded is not None and not _on_cpu(value) and not _takes_fp8(value, nodes[0], rounded):
+    rounded, aligned = _rounded(value)
+    if rounded is not None and not _goes_along(value, nodes[0], rounded, aligned):
         rounded = None
     if rounded is None and len(nodes) == 1:
         return False
     columns = [[node.args[index] for node in nodes] for index in (1, 2, 3)]
     with graph.inserting_before(nodes[0]):
         x, activation, rule = (value, None, None) if rounded is None else rounded.args
-        if rounded is not None and rounded is not value:
+        if rounded is not None and value.target in VIEWS:
             x = graph.create_node("call_function", value.target, (x, *value.args[1:]), name=f"{value.name}_plain")
             x.meta["val"] = value.meta["val"]
         args = (x, *columns, nodes[0].args[4], activation, rule, *_planes(nodes[0]))
+        args += (True,) if rounded is not None and aligned else ()
         target = LINEARS if _planes(nodes[0]) else CPU_LINEARS
         joined = graph.create_node("call_function", target, args, name=f"{nodes[0].name}_joined")
         joined.meta["val"] = [node.meta["val"] for node in nodes]
@@ -61,25 +62,38 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
             node.replace_all_uses_with(part)
     for node in nodes:
         graph.erase_node(node)
-    for dead in dict.fromkeys((value, rounded)):
-        if dead is not None and dead.op == "call_function" and not dead.users:
-            graph.erase_node(dead)
+    _erase_unread(graph, value)
     return True
 
 
-def _takes_fp8(value: Node, node: Node, rounded: Node) -> bool:
-    """Whether a GPU multiplies at the rate of 8 bits, if there are enough tokens, and there may be."""
+def _erase_unread(graph: Graph, value: Node) -> None:
+    """Erase what made a value that nothing reads any more, back to where it was rounded."""
+    while value.target in (*VIEWS, ALIGN, QUANTIZE_DEQUANTIZE) and not value.users:
+        source = cast(Node, value.args[0])
+        graph.erase_node(value)
+        if value.target is QUANTIZE_DEQUANTIZE:
+            return
+        value = source
+
+
+def _goes_along(value: Node, node: Node, rounded: Node, aligned: bool) -> bool:
+    """Whether the products' call rounds: the CPU's does, but does not align; a GPU's where it multiplies at the rate of
+    8 bits, if there are enough tokens, and there may be."""
+    if _on_cpu(value):
+        return not aligned
     x, (weight, planes) = value.meta["val"], cast(tuple[Any, Any], node.args[4:6])
     activation, rule = map(str, rounded.args[1:])
     rounding = (parse_format(activation), parse_scale_rule(rule))
     sizes = x.shape[:-1]
     is_few = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < fp8.FEWEST_TOKENS
-    return not is_few and why_not_fp8(x, parse_format(weight), Scaling(*planes), rounding) is None
+    return not is_few and why_not_fp8(x, parse_format(weight), Scaling(*planes), rounding, aligned) is None
 
 
-def _rounded(value: Node) -> Node | None:
-    """The rounding that made a value, also if the value is a view of it with the same last dimension."""
-    source = value.args[0] if value.target in VIEWS else value
-    if not isinstance(source, Node) or source.target is not QUANTIZE_DEQUANTIZE:
-        return None
-    return source if source.meta["val"].shape[-1] == value.meta["val"].shape[-1] else None
+def _rounded(value: Node) -> tuple[Node | None, bool]:
+    """The rounding that made a value, or what it is a view of with the same last dimension; and if it was aligned."""
+    source = cast(Node, value.args[0]) if value.target in VIEWS else value
+    aligned = source.target is ALIGN
+    source = cast(Node, source.args[0]) if aligned else source
+    if source.target is not QUANTIZE_DEQUANTIZE or source.meta["val"].shape[-1] != value.meta["val"].shape[-1]:
+        return None, False
+    return source, aligned

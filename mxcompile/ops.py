@@ -3,10 +3,11 @@
     mx::quantize(x, format, rule) -> (elements, scales)              explicit, one pair a value
     mx::dequantize(elements, scales, format, size, dtype, planes) -> values
     mx::quantize_dequantize(x, format, rule) -> values               the two above, fused
+    mx::align(x) -> values                                           of MXFP8, to e4m3 on one power of two a token
     mx::linear(x, elements, scales, bias, format, planes) -> y       dequantize + linear, fused
-    mx::linears(x, elements, scales, biases, format, activation, rule, planes) -> ys
-                                                                     the two above, for weights of one input
-    mx::cpu_linears(the same but planes)                             the same, in C++ for a few tokens
+    mx::linears(x, elements, scales, biases, format, activation, rule, planes, aligned) -> ys
+                                                                     the three above, for weights of one input
+    mx::cpu_linears(the same but planes, aligned)                    the same, in C++ for a few tokens
     mx::rotate(x, block) -> x in runs of block times Hadamard        on the way into a matmul; see `hadamard.py`
     mx::multiply(x, multiplier, digest) -> x * multiplier            on the way into a matmul of a deployed module
     mx::attend(query, key, value, mask, scale) -> y                  attention of one query; see `decode_attention.py`
@@ -66,6 +67,11 @@ def quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
     return dispatch.quantize_dequantize(x, _format(format), _rule(rule)).contiguous()
 
 
+def align(x: Tensor) -> Tensor:
+    """Values of MXFP8 E4M3 `[..., size]` as e4m3 numbers times one power of two a token; see `reference.align`."""
+    return dispatch.align(x).contiguous()
+
+
 def linear(
     x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: Sequence[int] | None = None
 ) -> Tensor:
@@ -82,11 +88,13 @@ def linears(
     activation: str | None,
     rule: str | None,
     planes: Sequence[int] | None = None,
+    aligned: bool = False,
 ) -> list[Tensor]:
-    """`linear` for each weight, all of one format and inner size, of x rounded to `activation` by `rule` if given."""
+    """`linear` for each weight, all of one format and inner size, of x rounded to `activation` by `rule` if given, and
+    then aligned if that is said."""
     weights = list(zip(elements, scales, biases, strict=True))
     rounding = None if activation is None or rule is None else (_format(activation), _rule(rule))
-    return dispatch.linears(x, weights, _format(format), rounding, _scaling(planes))
+    return dispatch.linears(x, weights, _format(format), rounding, _scaling(planes), aligned)
 
 
 def _scaling(planes: Sequence[int] | None) -> Scaling | None:
@@ -119,6 +127,11 @@ def _fake_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
 
 def _fake_rotate(x: Tensor, block: int) -> Tensor:
     check(x.shape[-1] % block == 0, lambda: f"{x.shape[-1]} channels are no multiple of a rotation of {block}")
+    return x.new_empty(x.shape)
+
+
+def _fake_align(x: Tensor) -> Tensor:
+    check(x.is_floating_point(), lambda: f"mx::align takes floating values, not {x.dtype}")
     return x.new_empty(x.shape)
 
 
@@ -167,7 +180,9 @@ def _fake_linears(
     activation: str | None,
     rule: str | None,
     planes: Sequence[int] | None = None,
+    aligned: bool = False,
 ) -> list[Tensor]:
+    check(activation is not None or not aligned, lambda: "what is aligned has an activation format")
     check((activation is None) == (rule is None), lambda: "an activation format comes with a scale rule")
     if activation is not None and rule is not None:
         x = _fake_quantize_dequantize(x, activation, rule)
@@ -199,7 +214,8 @@ def _register() -> None:
             linear,
             _fake_linear,
         ),
-        f"linears({of_linears}, int[]? planes=None) -> Tensor[]": (linears, _fake_linears),
+        "align(Tensor x) -> Tensor": (align, _fake_align),
+        f"linears({of_linears}, int[]? planes=None, bool aligned=False) -> Tensor[]": (linears, _fake_linears),
         f"cpu_linears({of_linears}) -> Tensor[]": (linears, _fake_linears),
         "multiply(Tensor x, Tensor multiplier, str digest) -> Tensor": (multiply, multiply),
         "rotate(Tensor x, int block) -> Tensor": (rotate, _fake_rotate),
@@ -231,6 +247,7 @@ torch.library.register_autograd("mx::rotate", _rotate_back, setup_context=_setup
 QUANTIZE = torch.ops.mx.quantize.default
 DEQUANTIZE = torch.ops.mx.dequantize.default
 QUANTIZE_DEQUANTIZE = torch.ops.mx.quantize_dequantize.default
+ALIGN = torch.ops.mx.align.default
 LINEAR = torch.ops.mx.linear.default
 LINEARS = torch.ops.mx.linears.default
 CPU_LINEARS = torch.ops.mx.cpu_linears.default

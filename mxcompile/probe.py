@@ -201,7 +201,7 @@ def _numbers(
 ) -> LayerNumbers:
     accumulated = None if along is None else _db(wanted, along)
     error = None if accumulated is None else 10 ** (-accumulated / 20)
-    activation = None if layer.rounded is None else layer.rounded.format
+    activation = None if layer.rounded is None else str(layer.rounded)
     local_db = None if local is None else _db(wanted, local)
     return LayerNumbers(layer.format, activation, weight_db, local_db, accumulated, error)
 

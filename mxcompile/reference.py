@@ -15,11 +15,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mxcompile.formats import SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule
+from mxcompile.formats import MXFP8_E4M3, SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule
 
 _MSE_OFFSETS = (0, -1, 1)
 _FLOAT16_MANTISSA = 10
 _FLOAT16_EMIN = -14
+ALIGNED_TOP = 7  # exponent of a token's largest number, once aligned
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -131,6 +132,21 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     elements, exponent, finite = _quantize_blocks(x, fmt, rule)
     values = torch.where(finite, elements * power_of_two(exponent), torch.nan)
     return values.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+
+def align(x: Tensor) -> Tensor:
+    """Every token as e4m3 numbers times one power of two, 2**(floor(log2(max|x|)) - 7), at least 2**-127.
+
+    x: `[..., size]`, a token along the last dimension; values of MXFP8 E4M3. Same shape and dtype. What is less than
+    2**-13 of that power of two of its token's largest is rounded to steps of 2**-16 of it, ties to even; the rest is
+    kept. A token that holds Inf or NaN is NaN as a whole. Twice is once.
+    """
+    wide = x.to(torch.float32)
+    amax = wide.abs().amax(-1, keepdim=True)
+    finite = torch.isfinite(amax)
+    exponent = (_exponent(amax) - ALIGNED_TOP).clamp(min=-SCALE_BIAS)
+    numbers = round_elements(torch.where(finite, wide, 0.0) * power_of_two(-exponent), MXFP8_E4M3)
+    return torch.where(finite, numbers * power_of_two(exponent), torch.nan).to(x.dtype)
 
 
 def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat) -> Tensor:

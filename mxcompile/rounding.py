@@ -1,12 +1,14 @@
-"""quantize_dequantize(x) on a GPU -> the largest magnitude of each block, its power of two, every value rounded.
+"""quantize_dequantize(x) on a GPU -> the largest magnitude of each block, its power of two, every value rounded;
+align(x) -> the same of each token.
 
 Plain operations in place of a kernel launched from Python: Inductor makes one kernel of them and of the elementwise
 operations that x comes from (a gated product, the scaling of a norm, a residual sum), which then goes through memory
 once. The sum inside a norm stays a kernel in front of it. Where x comes from a call that nothing merges with, such as
 attention, this kernel is one of its own, still cheaper to launch. On the CPU a C++ kernel serves.
 
-Bit for bit `reference.quantize_dequantize` (the payload of a NaN excepted) of the values it is given. Those that
-Inductor merges into the kernel it keeps in float32: they are rounded to x's own dtype only as elements.
+Bit for bit `reference.quantize_dequantize` and `reference.align` (the payload of a NaN excepted) of the values that are
+given. Those that Inductor merges into the kernel it keeps in float32: they are rounded to x's own dtype only as
+elements.
 
 The arithmetic is that of `kernels/triton_quantize.py`, where it is argued: magnitudes are compared as integers, and
 adding and subtracting `c = 1.5 * 2**23` steps rounds to a step. To contract a product into that sum changes nothing.
@@ -15,15 +17,16 @@ Integer elements are clamped between the two, where the last bits of `v + c` are
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from mxcompile.formats import SCALE_BIAS, MXFormat, ScaleRule, parse_format, parse_scale_rule
-from mxcompile.ops import QUANTIZE_DEQUANTIZE
+from mxcompile.formats import MXFP8_E4M3, SCALE_BIAS, MXFormat, ScaleRule, parse_format, parse_scale_rule
+from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
+from mxcompile.reference import ALIGNED_TOP
 
 Call = Callable[..., Node]
 
@@ -36,20 +39,28 @@ _SMALLEST_NORMAL, _SMALLEST_SCALE = 0x00800000, 0x00400000  # 2**-126 and 2**-12
 
 
 def open_rounding(graph: Graph, devices: Collection[str] = ("cuda",)) -> int:
-    """Rewrite all rounding of whole blocks on these types of device in place; returns how many there were."""
+    """Rewrite all rounding of whole blocks, and aligning, on these types of device in place; returns how many there
+    were."""
     nodes = graph.find_nodes(op="call_function", target=QUANTIZE_DEQUANTIZE)
     found = [node for node in nodes if _can_open(node, devices)]
     for node in found:
         _open(graph, node)
-    return len(found)
+    aligned = [node for node in graph.find_nodes(op="call_function", target=ALIGN) if _is_served(node, devices)]
+    for node in aligned:
+        _open_aligning(graph, node)
+    return len(found) + len(aligned)
 
 
 def _can_open(node: Node, devices: Collection[str]) -> bool:
     x, fmt, rule = _operands(node)
+    return _is_served(node, devices) and rule is not ScaleRule.MSE and x.shape[-1] % fmt.block_size == 0
+
+
+def _is_served(node: Node, devices: Collection[str]) -> bool:
+    x: Tensor = node.args[0].meta["val"]  # pyright: ignore
     sizes: list[Any] = list(x.shape)
-    is_served = x.device.type in devices and x.dtype in _DTYPES and rule is not ScaleRule.MSE
     is_empty = any(isinstance(size, int) and size == 0 for size in sizes)
-    return is_served and not is_empty and isinstance(sizes[-1], int) and sizes[-1] % fmt.block_size == 0
+    return x.device.type in devices and x.dtype in _DTYPES and not is_empty and isinstance(sizes[-1], int)
 
 
 def _operands(node: Node) -> tuple[Tensor, MXFormat, ScaleRule]:
@@ -75,6 +86,17 @@ def _open(graph: Graph, node: Node) -> None:
     graph.erase_node(node)
 
 
+def _open_aligning(graph: Graph, node: Node) -> None:
+    x = cast(Node, node.args[0])
+    with graph.inserting_before(node):
+        call = partial(_call, graph)
+        source = call(aten.clone.default, x, memory_format=torch.contiguous_format)
+        values = call(_CONVERT, source, torch.float32)
+        result = call(_CONVERT, _align(call, values), x.meta["val"].dtype)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
 def _numbers(call: Call, read: Any, value: Node, numbers: Sequence[Any]) -> list[Any]:
     """The sizes or strides of a value; those that are not known as nodes that read them."""
     return [n if isinstance(n, int) else call(read, value, dim) for dim, n in enumerate(numbers)]
@@ -92,6 +114,21 @@ def _round(call: Call, values: Node, fmt: MXFormat, rule: ScaleRule, dtype: torc
     down, up = _powers(call, call(aten.amax.default, magnitudes, [-1], True), fmt, rule, dtype)
     if fmt.is_integer:
         return call(aten.mul.Tensor, _integers(call, call(aten.mul.Tensor, values, down), fmt), up)
+    return _signed(call, bits, magnitudes, down, up, fmt)
+
+
+def _align(call: Call, values: Node) -> Node:
+    """float32 values to e4m3 numbers times the power of two of the last dimension's largest."""
+    bits = _bits(call, values)
+    magnitudes = call(aten.bitwise_and.Scalar, bits, _MAGNITUDE)
+    largest = call(aten.amax.default, magnitudes, [-1], True)
+    pattern = call(aten.sub.Tensor, call(aten.bitwise_and.Scalar, largest, _EXPONENT), _exponent_bits(ALIGNED_TOP, 0))
+    down, up = _down_and_up(call, call(aten.clamp_min.default, pattern, 0), largest)
+    return _signed(call, bits, magnitudes, down, up, MXFP8_E4M3)
+
+
+def _signed(call: Call, bits: Node, magnitudes: Node, down: Node, up: Node, fmt: MXFormat) -> Node:
+    """Magnitudes of float32 `bits`, rounded to floating elements between multiplying by `down` and `up`, signed."""
     scaled = call(aten.mul.Tensor, _floats(call, magnitudes), down)
     rounded = call(aten.mul.Tensor, _floating(call, scaled, fmt), up)
     sign = call(aten.bitwise_and.Scalar, bits, _SIGN)
@@ -123,6 +160,11 @@ def _powers(call: Call, largest: Node, fmt: MXFormat, rule: ScaleRule, dtype: to
     pattern = call(aten.bitwise_and.Scalar, pattern, ~_FRACTION)
     highest = int(torch.finfo(dtype).max).bit_length() - 1 - fmt.emax
     pattern = call(aten.clamp_max.default, call(aten.clamp_min.default, pattern, 0), _exponent_bits(highest))
+    return _down_and_up(call, pattern, largest)
+
+
+def _down_and_up(call: Call, pattern: Node, largest: Node) -> tuple[Node, Node]:
+    """`2**-e` and `2**e` for `e` in its place in a float32; the latter NaN where `largest`, bits, is not finite."""
     down = call(aten.add.Tensor, call(aten.neg.default, pattern), _exponent_bits(SCALE_BIAS))
     down, up = (_floats(call, call(aten.clamp_min.default, part, _SMALLEST_SCALE)) for part in (down, pattern))
     zero_or_nan = call(aten.mul.Tensor, _floats(call, largest), 0.0)

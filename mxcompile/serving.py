@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mxcompile.errors import MXCompileError
 from mxcompile.explanation import CPU, CPU_DECODED, FLOAT, FP8, LOOKUP, PLANES, UNFUSED, Explanation, Served, grouped
-from mxcompile.formats import MXFormat, parse_format, parse_scale_rule
+from mxcompile.formats import MXFormat, input_text, parse_format, parse_scale_rule
 from mxcompile.inductor import why_no_inductor
 from mxcompile.kernels.arranging import range_of_rows
 from mxcompile.kernels.dispatch import choices, rounding_choices, why_not_fp8
@@ -50,7 +50,7 @@ def of_quantized(model: nn.Module, device: torch.device) -> Iterator[Served]:
             unfused = None if weight.dim() == 2 else _NO_2D.format(weight.dim())
             out = weight.numel() // spec.size
             fmt = parse_format(spec.format)
-            served = served_by(short_name(name), x, out, fmt, rounding, unfused, _scaling(weight))
+            served = served_by(short_name(name), x, out, fmt, rounding, unfused, spec.aligned, _scaling(weight))
         yield sized(served, weight, spec.size)
 
 
@@ -61,9 +61,14 @@ def served_by(
     fmt: MXFormat,
     rounding: tuple[str, str] | None,
     unfused: str | None,
+    aligned: bool = False,
     scaling: Scaling = _LIKELY,
 ) -> Served:
-    """What multiplies x `[1, in]` by a weight of that format, and its reasons; sizes are filled in by `_sized`."""
+    """What multiplies x `[1, in]` by a weight of that format, and its reasons; sizes are filled in by `sized`.
+
+    rounding: format and scale rule of the input, None for float. aligned: whether it is aligned then. unfused: why no
+    fused kernel serves, if none does.
+    """
     reasons: list[str] = []
     if rounding is not None:
         answers = rounding_choices(x, parse_format(rounding[0]), parse_scale_rule(rounding[1]))
@@ -79,10 +84,11 @@ def served_by(
         prefill = CPU_DECODED
     if decode == PLANES:
         both = rounding and (parse_format(rounding[0]), parse_scale_rule(rounding[1]))
-        why = why_not_fp8(x, fmt, scaling, both)
+        why = why_not_fp8(x, fmt, scaling, both, aligned)
         prefill = FP8 if why is None else PLANES
         reasons += [] if why is None else [f"no fp8: {why}"]
-    return Served(name, 1, (), str(fmt), rounding and rounding[0], decode, prefill, tuple(reasons), 0, 0)
+    activation = input_text(rounding and rounding[0], aligned)
+    return Served(name, 1, (), str(fmt), activation, decode, prefill, tuple(reasons), 0, 0)
 
 
 def _refusals(answers: dict[str, str | None]) -> list[str]:

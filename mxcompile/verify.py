@@ -6,10 +6,10 @@ from torch.fx import Node
 from mxcompile.errors import VerifyError
 from mxcompile.failures import last_node
 from mxcompile.formats import parse_format
-from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import ALIGN, DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
 from mxcompile.program import Program, Stage, where
 
-_EXPLICIT = frozenset({QUANTIZE, DEQUANTIZE})
+_EXPLICIT = frozenset({QUANTIZE, DEQUANTIZE, ALIGN})
 _FUSED = frozenset({QUANTIZE_DEQUANTIZE, LINEAR})
 
 

@@ -24,7 +24,7 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
 from mxcompile.kernels.arranging import planes_of_rows, range_of_rows, rows_of_planes
 from mxcompile.kernels.planes import Scaling, scaling_for
-from mxcompile.ops import DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
+from mxcompile.ops import ALIGN, DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
 
@@ -38,6 +38,7 @@ class MXLayout:
     activation, rule: format and scale rule of the input, or None if it stays float.
     multiplier: a name for the values that the input is multiplied by (equal names, equal values), or None.
     rotation: block of the rotation of the input (`hadamard.py`), after the multiplication, or None.
+    aligned: whether the input, once rounded, is aligned (`reference.align`).
     planes: None if the bytes lie in rows (`packing.py`); if they are arranged for the GPU's fast kernels
         (`kernels/planes.py`), how their scales are shifted.
     """
@@ -49,6 +50,7 @@ class MXLayout:
     rule: str | None = None
     multiplier: str | None = None
     rotation: int | None = None
+    aligned: bool = False
     planes: Scaling | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -116,9 +118,11 @@ class MXWeight(Tensor):
         if spec.activation is None:
             return x
         if not _is_traced(x):
-            return QUANTIZE_DEQUANTIZE(x, spec.activation, spec.rule)
-        elements, scales = QUANTIZE(x, spec.activation, spec.rule)
-        return DEQUANTIZE(elements, scales, spec.activation, x.shape[-1], x.dtype)
+            rounded = QUANTIZE_DEQUANTIZE(x, spec.activation, spec.rule)
+        else:
+            elements, scales = QUANTIZE(x, spec.activation, spec.rule)
+            rounded = DEQUANTIZE(elements, scales, spec.activation, x.shape[-1], x.dtype)
+        return ALIGN(rounded) if spec.aligned else rounded
 
     def transform(self, x: Tensor) -> Tensor:
         """The input of a matmul with this weight, before it is rounded."""
@@ -253,8 +257,8 @@ def _right_operand(op: Callable[..., Tensor], place: int) -> Callable[..., Tenso
 def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tensor:
     if _served_by_kernels(input, weight):
         spec = weight.layout_
-        args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule, *_if_planes(spec))
-        return LINEARS(weight.transform(input), *args)[0]
+        args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule)
+        return LINEARS(weight.transform(input), *args, spec.planes, spec.aligned)[0]
     return F.linear(weight.prepare(input), weight.dequantize(), bias)
 
 

@@ -190,6 +190,11 @@ def test_files_that_came_along_stay_inside(folder, name):
         (lambda index: ours(index)["weights"]["up.weight"].update(dtype="int8"), r"describes no weight"),
         (lambda index: ours(index)["weights"]["up.weight"].update(rotation=3), r"3 is no power of two that divides 64"),
         (lambda index: ours(index)["weights"]["up.weight"].update(rotation=128), r"128 is no power of two that"),
+        (
+            lambda index: ours(index)["weights"]["up.weight"].update(aligned=True),
+            r"mxint8 .* cannot be aligned",
+        ),
+        (lambda index: ours(index)["weights"]["up.weight"].update(aligned=1), r"'aligned' is not of its type"),
         (lambda index: ours(index)["weights"]["up.weight"].update(zero=1), r"'zero': 1.* says more of a weight than"),
         (lambda index: ours(index)["weights"]["up.weight"].update(size=640), r"up.weight has scales \[128, 2\]: 640"),
         (lambda index: ours(index)["weights"]["up.weight"].update(format="mxint8"), r"up.weight has elements \[128, 2"),

@@ -10,9 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
 from mxcompile import arrangement, inductor
+from mxcompile.formats import MXFP8_E4M3, ScaleRule
 from mxcompile.measure import sqnr_db
+from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.recipes import RECIPES
-from mxcompile.reference import quantize_dequantize
+from mxcompile.reference import align, quantize_dequantize
+from mxcompile.weight import step_by_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -87,6 +90,36 @@ def test_rounding_that_inductor_compiles_has_the_bits_of_the_reference(dtype):
     results = torch.compile(rounded_in_many_ways, options=inductor.compile_options())(x)
     for y, case in zip(results, MANY, strict=True):
         assert_same_bits(y, quantize_dequantize(x, *case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_aligning_has_the_bits_of_the_reference_compiled_and_not(dtype):
+    def aligned(x):
+        return ALIGN(QUANTIZE_DEQUANTIZE(x, "mxfp8_e4m3", "rceil"))
+
+    x = hard_values(128, dtype).cuda()
+    wanted = align(quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL))
+    assert_same_bits(aligned(x), wanted)
+    assert_same_bits(torch.compile(aligned, options=inductor.compile_options())(x), wanted)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 600])
+@torch.no_grad()
+def test_an_aligned_layer_compiled_agrees_with_the_reference_for_any_number_of_tokens(tokens):
+    """Where the rate of 8 bits is taken and where it is not."""
+    layer, x = torch.nn.Linear(256, 128).to("cuda", torch.bfloat16), torch.randn(600, 256, device="cuda").bfloat16()
+    recipe = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3,align=true}"
+    plain = mxcompile.quantize_and_compile(layer, x, recipe=recipe, compile=False)
+    compiled = inductor.compile_module(copy.deepcopy(plain))
+    with step_by_step():
+        wanted = plain(x[:tokens])
+    compiled(x[:tokens])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        given = compiled(x[:tokens])
+        torch.cuda.synchronize()
+    assert sqnr_db(wanted, given) > 45
+    fast = tokens >= 512 and torch.cuda.get_device_capability() == (9, 0)
+    assert any("_fp8_kernel" in event.key for event in profile.key_averages()) == fast
 
 
 def test_a_gated_product_and_its_rounding_are_one_kernel():

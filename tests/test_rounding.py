@@ -15,7 +15,7 @@ import mxcompile
 from mxcompile import fusion, inductor, reference, rounding
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT8, ScaleRule, floating, integer
 from mxcompile.measure import sqnr_db
-from mxcompile.ops import QUANTIZE_DEQUANTIZE
+from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
 
 needs_compiler = pytest.mark.skipif(
     inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
@@ -130,6 +130,21 @@ def test_bits_of_the_reference(fmt, rule, dtype):
     assert_same_bits(module(x), reference.quantize_dequantize(x, fmt, rule))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [128, 70])
+def test_aligning_has_bits_of_the_reference(size, dtype):
+    """Of rounded values, which are rounded in the same graph if their blocks are whole."""
+
+    def aligned(x):
+        return ALIGN(rounded(x, MXFP8_E4M3, ScaleRule.RCEIL))
+
+    x = hard_values(size, dtype)
+    module, count = opened(aligned, x)
+    assert (count, calls(module).count(ALIGN)) == (1 + (size % 32 == 0), 0)
+    assert_same_bits(module(x), aligned(x))
+    assert_same_bits(aligned(x), reference.align(reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL)))
+
+
 @pytest.mark.parametrize("block", BLOCK_SIZES)
 @pytest.mark.parametrize("fmt", [MXINT8, MXFP4], ids=str)
 def test_other_blocks(fmt, block):
@@ -187,6 +202,15 @@ def test_compiled_values_from_memory_have_the_bits_of_the_reference(dtype):
     assert counts == [len(MANY)]
     for y, case in zip(results, MANY, strict=True):
         assert_same_bits(y, reference.quantize_dequantize(x, *case))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_aligned_values_have_the_bits_of_the_reference(dtype):
+    x = hard_values(64, dtype)
+    _, y, code, counts = compiled(lambda x: ALIGN(rounded(x, MXFP8_E4M3, ScaleRule.RCEIL)), x)
+    assert (counts, kernels(code)[1]) == ([2], [])
+    assert_same_bits(y, reference.align(reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL)))
 
 
 def gated(gate, up):

@@ -6,7 +6,7 @@ another layer, `up.weight (2)`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor
@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.formats import input_text
+from mxcompile.ops import ALIGN, DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
 from mxcompile.program import Program, Rounding, module_path
 
 _PACKED = "_elements"
@@ -22,10 +23,14 @@ _PACKED = "_elements"
 
 @dataclass(frozen=True)
 class Rounded:
-    """How a layer rounds its input: the texts of an MXFormat and of a ScaleRule."""
+    """How a layer rounds its input: the texts of an MXFormat and of a ScaleRule, and whether it aligns it then."""
 
     format: str
     rule: str
+    aligned: bool = False
+
+    def __str__(self) -> str:
+        return str(input_text(self.format, self.aligned))
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ class Layer:
 
     def prepare(self, x: Tensor) -> Tensor:
         """An input as it is multiplied."""
-        return x if self.rounded is None else QUANTIZE_DEQUANTIZE(x, self.rounded.format, self.rounded.rule)
+        if self.rounded is None:
+            return x
+        rounded = QUANTIZE_DEQUANTIZE(x, self.rounded.format, self.rounded.rule)
+        return ALIGN(rounded) if self.rounded.aligned else rounded
 
     def rows(self, program: Program) -> Tensor:
         """Its weight `[..., out, in]`, decoded."""
@@ -105,6 +113,9 @@ def _layer(
 
 def unprepared(activation: Node) -> tuple[Node, Rounded | None]:
     """A matmul's input before it is rounded, and how it is rounded."""
+    if activation.target is ALIGN:
+        value, rounded = unprepared(cast(Node, activation.args[0]))
+        return (activation, None) if rounded is None else (value, replace(rounded, aligned=True))
     if activation.target is QUANTIZE_DEQUANTIZE:
         x, fmt, rule = cast(tuple[Any, ...], activation.args)
         return x, Rounded(str(fmt), str(rule))

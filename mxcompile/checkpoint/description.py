@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxcompile.checkpoint.contents import Packing
 from mxcompile.checkpoint.reader import Checkpoint
+from mxcompile.formats import input_text
 from mxcompile.tables import table
 from mxcompile.weight import MXWeight
 
@@ -88,4 +89,5 @@ class Description:
 def _entry(name: str, tensor: Tensor, packing: Packing | None, shared: bool) -> Entry:
     size = tensor.packed_bytes if isinstance(tensor, MXWeight) else tensor.nbytes
     fmt = str(tensor.dtype).removeprefix("torch.") if packing is None else packing.layout.format
-    return Entry(name, fmt, packing and packing.layout.activation, tuple(tensor.shape), 0 if shared else size)
+    rounded = None if packing is None else input_text(packing.layout.activation, packing.layout.aligned)
+    return Entry(name, fmt, rounded, tuple(tensor.shape), 0 if shared else size)

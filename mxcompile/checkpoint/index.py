@@ -22,7 +22,7 @@ from mxcompile.checkpoint.contents import Names, Packing
 from mxcompile.checkpoint.fields import file_name, read_json, sha256, take, take_map, take_some
 from mxcompile.checkpoint.shards import Shard
 from mxcompile.errors import CheckpointError, MXCompileError
-from mxcompile.formats import parse_format, parse_scale_rule
+from mxcompile.formats import parse_format, parse_scale_rule, why_not_aligned
 from mxcompile.weight import MXLayout
 
 SCHEMA: Final = 1
@@ -117,12 +117,15 @@ def _parse_packing(entry: dict[str, Any]) -> Packing:
         None if rule is None else str(parse_scale_rule(rule)),
         take_some(entry, "multiplier", str),
         rotation,
+        take_some(entry, "aligned", bool) or False,
     )
     dtype = take(entry, "dtype", str)
     if not 0 < layout.size < _LARGEST or (activation is None) != (rule is None) or dtype not in _DTYPES:
         raise CheckpointError(f"{entry} describes no weight")
     if rotation is not None and (rotation < 1 or rotation & (rotation - 1) or layout.size % rotation):
         raise CheckpointError(f"{entry} describes no weight: {rotation} is no power of two that divides {layout.size}")
+    if layout.aligned and (reason := why_not_aligned(None if activation is None else parse_format(activation))):
+        raise CheckpointError(f"{entry} describes no weight: {reason}")
     if rule is not None:
         parse_scale_rule(rule).threshold(parse_format(str(activation)))
     packing = Packing(layout, _DTYPES[dtype])

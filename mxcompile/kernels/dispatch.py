@@ -43,15 +43,19 @@ def linears(
     fmt: MXFormat,
     rounding: tuple[MXFormat, ScaleRule] | None,
     planes: Scaling | None = None,
+    aligned: bool = False,
 ) -> list[Tensor]:
-    """`linear` with several weights of one x, rounded to that format first if one is given."""
+    """`linear` with several weights of one x, rounded to that format first if one is given, and aligned if that is
+    said."""
+    fast = None if planes is None else _triton("planes_linear", x)
+    many = math.prod(x.shape[:-1]) >= fp8.FEWEST_TOKENS
+    if fast is not None and many and why_not_fp8(x, fmt, planes, rounding, aligned) is None:
+        return fast.fp8_linears(x, weights, fmt, planes, rounding)
+    if aligned:
+        x, rounding = align(x, rounding), None
     refused = cpu.supports(x, fmt) or (rounding and cpu.supports_rounding(x, *rounding))
     if planes is None and not refused:
         return cpu.linears(x, weights, fmt, rounding)
-    fast = None if planes is None else _triton("planes_linear", x)
-    many = math.prod(x.shape[:-1]) >= fp8.FEWEST_TOKENS
-    if fast is not None and many and why_not_fp8(x, fmt, planes, rounding) is None:
-        return fast.fp8_linears(x, weights, fmt, planes, rounding)
     if rounding is not None:
         x = quantize_dequantize(x, *rounding)
     if planes is not None:
@@ -72,14 +76,26 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     return nearest.quantize_dequantize(x, fmt, rule)
 
 
+def align(x: Tensor, rounding: tuple[MXFormat, ScaleRule] | None = None) -> Tensor:
+    """See `reference.align`; of x rounded to MXFP8 E4M3 first, if that is given."""
+    kernel = _triton("triton_align", x)
+    if kernel is not None and kernel.supports(x, rounding) is None:
+        return kernel.values(x, rounding)
+    return reference.align(x if rounding is None else quantize_dequantize(x, *rounding))
+
+
 def why_not_fp8(
-    x: Tensor, fmt: MXFormat, planes: Scaling | None, rounding: tuple[MXFormat, ScaleRule] | None
+    x: Tensor,
+    fmt: MXFormat,
+    planes: Scaling | None,
+    rounding: tuple[MXFormat, ScaleRule] | None,
+    aligned: bool = False,
 ) -> str | None:
     """None if `linears` multiplies many tokens like x at the rate of 8 bits (`kernels/fp8.py`), or why not."""
     if planes is None or rounding is None:
         return "the weight is in rows" if planes is None else fp8.why_not(fmt, None)
     kernel = _triton("planes_linear", x)
-    return TRITON_MISSING if kernel is None else kernel.why_not_fp8(x, fmt, planes, rounding)
+    return TRITON_MISSING if kernel is None else kernel.why_not_fp8(x, fmt, planes, rounding, aligned)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

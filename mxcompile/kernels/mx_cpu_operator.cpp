@@ -85,8 +85,8 @@ Tensors linears(Tensor x, Tensors elements, Tensors scales, std::vector<std::opt
       are_plain(elements, scales, biases, served->dtype))
     return multiply(*served, x, tokens, elements, scales, biases);
   using torch::stable::detail::from;
-  std::array<StableIValue, 8> stack{from(x),      from(elements),   from(scales), from(biases),
-                                    from(format), from(activation), from(rule),   from(std::nullopt)};
+  std::array<StableIValue, 9> stack{from(x),          from(elements), from(scales),       from(biases), from(format),
+                                    from(activation), from(rule),     from(std::nullopt), from(false)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mx::linears", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensors>(stack[0]);
 }

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Final, TypeAlias
@@ -29,46 +29,58 @@ def supports(x: Tensor) -> str | None:
 
 def linears(x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, scaling: Scaling) -> list[Tensor]:
     """`x @ dequantize(w).T + bias` for weights of one format, inner size and scaling: x `[..., in]`, bfloat16."""
-    order = sorted(range(len(weights)), key=lambda index: weights[index][0].data_ptr())
-    results: list[Tensor] = []
-    for group in _side_by_side([weights[index] for index in order]):
-        together = _fits_one_launch(_config(x, group, fmt), [len(elements) for elements, _, _ in group])
-        for part in [group] if together else [[weight] for weight in group]:
-            results += _multiply(x, part, fmt, scaling)
-    return _in_order(order, results)
+
+    def multiply(group: Sequence[PackedWeight]) -> list[Tensor]:
+        return _multiply(x, group, fmt, scaling)
+
+    def fits(group: Sequence[PackedWeight]) -> bool:
+        return _fits_one_launch(_config(x, group, fmt), _outs(group))
+
+    return _by_groups(weights, fits, multiply)
 
 
-def why_not_fp8(x: Tensor, fmt: MXFormat, scaling: Scaling, rounding: tuple[MXFormat, ScaleRule]) -> str | None:
-    """None if `fp8_linears` serves tokens like x, however many, or why not."""
-    if reason := fp8.why_not(fmt, rounding[0]) or gluon_fp8.supports(x, fmt):
-        return reason
-    if not scaling.top:
-        return "the weight's scales are too far apart for e4m3 numbers"
-    return "scale rule mse searches exponents, which the kernel does not do" if rounding[1] is ScaleRule.MSE else None
+def why_not_fp8(
+    x: Tensor, fmt: MXFormat, scaling: Scaling, rounding: tuple[MXFormat, ScaleRule], aligned: bool = False
+) -> str | None:
+    """None if `fp8_linears` serves tokens like x, however many, or why not. aligned: they are, by the model."""
+    reason = fp8.why_not(fmt, rounding[0], aligned=aligned, fits=scaling.top > 0)
+    return reason or gluon_fp8.supports(x, fmt) or triton_align.supports(x, rounding)
 
 
 def fp8_linears(
     x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, scaling: Scaling, rounding: tuple[MXFormat, ScaleRule]
 ) -> list[Tensor]:
     """`linears` of x, rounded, at the rate of 8 bits; for what `why_not_fp8` has no objection to."""
-    order = sorted(range(len(weights)), key=lambda index: weights[index][0].data_ptr())
     aligned, powers = triton_align.align(x, rounding)
+
+    def multiply(group: Sequence[PackedWeight]) -> list[Tensor]:
+        planes, bias = _planes(group, fmt, x.shape[-1], scaling), _joined([weight[2] for weight in group])
+        y = gluon_fp8.linear(aligned, powers, planes, bias).view(*x.shape[:-1], planes.out)
+        return [piece.contiguous() for piece in y.split(_outs(group), dim=-1)]
+
+    return _by_groups(weights, lambda group: min(_outs(group)) < _SMALL, multiply)
+
+
+def _by_groups(
+    weights: Sequence[PackedWeight],
+    fits: Callable[[Sequence[PackedWeight]], bool],
+    multiply: Callable[[Sequence[PackedWeight]], list[Tensor]],
+) -> list[Tensor]:
+    """A result for each weight, in order: of all that lie side by side at once where that fits, else one by one."""
+    order = sorted(range(len(weights)), key=lambda index: weights[index][0].data_ptr())
     results: list[Tensor] = []
     for group in _side_by_side([weights[index] for index in order]):
-        outs = [len(elements) for elements, _, _ in group]
-        for part in [group] if min(outs) < _SMALL else [[weight] for weight in group]:
-            planes, bias = _planes(part, fmt, x.shape[-1], scaling), _joined([weight[2] for weight in part])
-            y = gluon_fp8.linear(aligned, powers, planes, bias).view(*x.shape[:-1], planes.out)
-            results += [piece.contiguous() for piece in y.split([len(weight[0]) for weight in part], dim=-1)]
-    return _in_order(order, results)
-
-
-def _in_order(order: Sequence[int], results: Sequence[Tensor]) -> list[Tensor]:
+        for part in [group] if fits(group) else [[weight] for weight in group]:
+            results += multiply(part)
     return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
 
 
+def _outs(group: Sequence[PackedWeight]) -> list[int]:
+    return [len(elements) for elements, _, _ in group]
+
+
 def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, scaling: Scaling) -> list[Tensor]:
-    outs, biases = [len(elements) for elements, _, _ in group], [bias for _, _, bias in group]
+    outs, biases = _outs(group), [bias for _, _, bias in group]
     planes = _planes(group, fmt, x.shape[-1], scaling)
     config = _config(x, group, fmt)
     if isinstance(config, triton_planes.Config):

@@ -1,11 +1,14 @@
-"""x -> e4m3 elements with one power of two a token, for products at the rate of 8 bits (gluon_fp8.py); rounded to an MX
-format on the way, if one is given.
+"""x -> e4m3 elements with one power of two a token, for products at the rate of 8 bits (gluon_fp8.py), or the values of
+these; rounded to an MX format on the way, if one is given.
 
     power[m] = 2**(floor(log2(max |x[m]|)) - 7)        aligned[m] = e4m3(x[m] / power[m])
 
 Elements of MXFP4, MXINT4 and MXFP6 have no more significant bits than e4m3, so that they are kept exactly unless they
 are small: less than 2**-13 (2**-14 for integers) of the token's largest, in steps of 2**-16 of it. What is smaller is
 rounded to such steps, the smallest of e4m3.
+
+Elements of MXFP8 E4M3 lose more so, where a model asks for it: `reference.align` of the rounded values. Rounding can
+make a token's largest the next power of two; for them it is the power of what it has become.
 """
 
 # ruff: noqa: N803  (upper case marks what is known at compile time, as everywhere in Triton)
@@ -14,22 +17,39 @@ rounded to such steps, the smallest of e4m3.
 
 import math
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels.triton_elements import launch, power_of_two, widen
+from mxcompile.formats import MXFP8_E4M3, MXFormat, ScaleRule
+from mxcompile.kernels.triton_elements import (
+    launch,
+    narrow,
+    power_of_two,
+    unsupported_device,
+    unsupported_dtype,
+    widen,
+)
 from mxcompile.kernels.triton_quantize import _fraction_limit, _larger, _round_magnitude, _scale_exponent
+from mxcompile.reference import ALIGNED_TOP
 
 _MOST_COLUMNS: Final = 16384
-_TOP = tl.constexpr(7)
+_TOP = tl.constexpr(ALIGNED_TOP)
+_E4M3 = tl.constexpr((4, 3, -6, 448.0))
+Rounding: TypeAlias = tuple[MXFormat, ScaleRule]
 
 
-def align(x: Tensor, rounding: tuple[MXFormat, ScaleRule] | None = None) -> tuple[Tensor, Tensor]:
+def supports(x: Tensor, rounding: Rounding | None = None) -> str | None:
+    """None if `values` can serve, or the reason why not."""
+    if rounding is not None and rounding[1] is ScaleRule.MSE:
+        return "scale rule mse searches exponents, which the kernel does not do"
+    return unsupported_device(x) or unsupported_dtype(x.dtype)
+
+
+def align(x: Tensor, rounding: Rounding | None = None) -> tuple[Tensor, Tensor]:
     """x `[..., size]` to e4m3 `[tokens, size]` and powers `[tokens]` in float32, in one launch.
 
     A token with Inf or NaN has power NaN.
@@ -37,8 +57,22 @@ def align(x: Tensor, rounding: tuple[MXFormat, ScaleRule] | None = None) -> tupl
     rows, size = math.prod(x.shape[:-1]), x.shape[-1]
     aligned = torch.empty((rows, size), dtype=torch.float8_e4m3fn, device=x.device)
     powers = torch.empty(rows, dtype=torch.float32, device=x.device)
+    _launch(x, aligned, powers, rounding)
+    return aligned, powers
+
+
+def values(x: Tensor, rounding: Rounding | None = None) -> Tensor:
+    """The same as values of x's shape and dtype: `reference.align(x)`, of x rounded to MXFP8 E4M3 if that is given, bit
+    for bit (the payload of a NaN excepted). For what `supports` has no objection to."""
+    aligned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, aligned, None, rounding)
+    return aligned
+
+
+def _launch(x: Tensor, aligned: Tensor, powers: Tensor | None, rounding: Rounding | None) -> None:
+    rows, size = math.prod(x.shape[:-1]), x.shape[-1]
     if not rows:
-        return aligned, powers
+        return
     x = x.reshape(rows, size)
     block = 32 if rounding is None else rounding[0].block_size
     columns = max(block, min(_MOST_COLUMNS, triton.next_power_of_2(size)))
@@ -57,16 +91,16 @@ def align(x: Tensor, rounding: tuple[MXFormat, ScaleRule] | None = None) -> tupl
         num_warps=max(1, columns // 1024),
         enable_fp_fusion=False,
     )
-    return aligned, powers
 
 
 @cache
-def _constants(rounding: tuple[MXFormat, ScaleRule] | None, largest: int) -> dict[str, Any]:
+def _constants(rounding: Rounding | None, largest: int) -> dict[str, Any]:
     if rounding is None:
-        return {"ROUNDING": None}
+        return {"ROUNDING": None, "OF_ROUNDED": False}
     fmt, rule = rounding
     limit = _fraction_limit(fmt, rule)
-    return {"ROUNDING": (fmt.exponent_bits, fmt.mantissa_bits, fmt.emin, fmt.emax, fmt.max_value, limit, largest)}
+    numbers = (fmt.exponent_bits, fmt.mantissa_bits, fmt.emin, fmt.emax, fmt.max_value, limit, largest)
+    return {"ROUNDING": numbers, "OF_ROUNDED": fmt.name == MXFP8_E4M3.name}
 
 
 @triton.jit
@@ -78,6 +112,7 @@ def _align_kernel(
     x_stride_row,
     x_stride_column,
     ROUNDING: tl.constexpr,
+    OF_ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -93,14 +128,20 @@ def _align_kernel(
             more = _load(x, first + lane, size, x_stride_column)
             largest = tl.maximum(largest, more.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     amax = tl.reduce(tl.reduce(largest, 1, _larger), 0, _larger)
+    top = amax
+    if OF_ROUNDED:
+        # What rounds to more is never less, also from block to block: the largest becomes the largest.
+        top = _rounded_magnitude(amax, amax, ROUNDING).to(tl.int32, bitcast=True)
     # A rounded value may be the next power of two; 2**8 is still less than e4m3's largest, 448.
-    exponent = tl.maximum((amax >> 23) - 127 - _TOP, -127)
-    tl.store(powers + row, tl.where(amax >= 0x7F800000, float("nan"), power_of_two(exponent)))
-    _store(aligned, values, lane, size, exponent, ROUNDING)
+    exponent = tl.maximum((top >> 23) - 127 - _TOP, -127)
+    power = tl.where(amax >= 0x7F800000, float("nan"), power_of_two(exponent))
+    if powers is not None:
+        tl.store(powers + row, power)
+    _store(aligned, values, lane, size, exponent, power, ROUNDING)
     if not WHOLE:
         for first in range(BLOCKS * BLOCK, size, BLOCKS * BLOCK):
             more = _load(x, first + lane, size, x_stride_column)
-            _store(aligned, more, first + lane, size, exponent, ROUNDING)
+            _store(aligned, more, first + lane, size, exponent, power, ROUNDING)
 
 
 @triton.jit
@@ -109,10 +150,19 @@ def _load(x, column, size, stride):
 
 
 @triton.jit
-def _store(aligned, values, column, size, exponent, ROUNDING: tl.constexpr):
+def _store(aligned, values, column, size, exponent, power, ROUNDING: tl.constexpr):
     if ROUNDING is not None:
         values = _rounded(values, ROUNDING)
-    tl.store(aligned + column, (values * power_of_two(-exponent)).to(tl.float8e4nv), mask=column < size)
+    numbers = values * power_of_two(-exponent)
+    if aligned.dtype.element_ty == tl.float8e4nv:
+        tl.store(aligned + column, numbers.to(tl.float8e4nv), mask=column < size)
+    else:
+        bits = numbers.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        nearest = magnitude.to(tl.float32, bitcast=True)
+        nearest = _round_magnitude(nearest, _E4M3[0], _E4M3[1], _E4M3[2], _E4M3[3]) * power
+        signed = (nearest.to(tl.int32, bitcast=True) | (bits ^ magnitude)).to(tl.float32, bitcast=True)
+        tl.store(aligned + column, narrow(signed, aligned.dtype.element_ty), mask=column < size)
 
 
 @triton.jit
@@ -121,7 +171,13 @@ def _rounded(values, ROUNDING: tl.constexpr):
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     amax = tl.expand_dims(tl.reduce(magnitude, 1, _larger), 1)
+    v = _rounded_magnitude(magnitude, amax, ROUNDING)
+    return (v.to(tl.int32, bitcast=True) | (bits ^ magnitude)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded_magnitude(magnitude, amax, ROUNDING: tl.constexpr):
+    """Bits of magnitudes to float32, rounded on the scale that the largest of their block asks for."""
     exponent = _scale_exponent(amax, ROUNDING[3], ROUNDING[5], ROUNDING[6])
     v = magnitude.to(tl.float32, bitcast=True) * power_of_two(-exponent)
-    v = _round_magnitude(v, ROUNDING[0], ROUNDING[1], ROUNDING[2], ROUNDING[4]) * power_of_two(exponent)
-    return (v.to(tl.int32, bitcast=True) | (bits ^ magnitude)).to(tl.float32, bitcast=True)
+    return _round_magnitude(v, ROUNDING[0], ROUNDING[1], ROUNDING[2], ROUNDING[4]) * power_of_two(exponent)

@@ -46,6 +46,7 @@ def interpreted() -> Iterator[SimpleNamespace]:
     larger = quantize._larger
     with pytest.MonkeyPatch.context() as patch:
         _let_scalars_be_range_bounds(patch)
+        _round_to_e4m3(patch)
         # The interpreter recognizes triton's own maximum and sum; it calls others once an element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
         for name in ("quantize", "align", "attention"):
@@ -87,6 +88,20 @@ def _let_scalars_be_range_bounds(patch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     patch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+def _round_to_e4m3(patch: pytest.MonkeyPatch) -> None:
+    """Triton interprets float32 -> e4m3 by cutting off, where GPUs and torch round to the nearest, ties to even."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    convert, language = interpreter._convert_float, importlib.import_module("triton.language")
+
+    def converted(given: np.ndarray, before: Any, after: Any, mode: Any) -> np.ndarray:
+        if (before, after) != (language.float32, language.float8e4nv):
+            return convert(given, before, after, mode)
+        values = torch.from_numpy(np.ascontiguousarray(given).view(np.float32))
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy().reshape(given.shape)
+
+    patch.setattr(interpreter, "_convert_float", converted)
 
 
 @dataclass

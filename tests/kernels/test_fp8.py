@@ -92,8 +92,10 @@ def test_other_formats_are_no_e4m3_numbers() -> None:
     assert "weights" in (fp8.why_not(MXINT8, MXFP4) or "")
     assert "activations" in (fp8.why_not(MXFP4, MXFP8_E4M3) or "")
     assert "float" in (fp8.why_not(MXFP4, None) or "")
-    assert "2**10" in (fp8.why_not(MXFP4, MXFP4, 10) or "")
-    assert fp8.why_not(MXFP4, MXFP4, 9) is None
+    assert "aligned (lower-mx{align=true})" in (fp8.why_not(MXFP4, MXFP8_E4M3) or "")
+    assert "2**9 is the most" in (fp8.why_not(MXFP4, MXFP4, fits=False) or "")
+    assert fp8.why_not(MXFP4, MXFP4) is None
+    assert fp8.why_not(MXFP4, MXFP8_E4M3, aligned=True) is None
 
 
 @pytest.mark.parametrize("fmt", ACTIVATIONS, ids=str)
@@ -112,15 +114,59 @@ def test_activations_are_kept_exactly(
 
 
 def test_what_is_too_small_is_rounded_to_steps_of_the_tokens_largest(interpreted: SimpleNamespace) -> None:
-    """And the largest are kept: no token depends on another. A step, not half of one: the interpreter cuts off."""
+    """And the largest are kept: no token depends on another."""
     x = spread((4, 512), 40)
     expected = reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR).double()
     aligned, powers = interpreted.align.align(x, (MXFP4, ScaleRule.FLOOR))
     error = (aligned.double() * powers.double()[:, None] - expected).abs()
     largest = expected.abs().amax(-1, keepdim=True)
     assert error.max() > 0
-    assert (error <= largest * 2.0**-16).all()
+    assert (error <= largest * 2.0**-17).all()
     assert (error[expected.abs() >= largest * 2.0**-13] == 0).all()
+
+
+def hard(size: int, dtype: torch.dtype) -> Tensor:
+    """Tokens whose blocks differ by up to 2**20, of all magnitudes; some of what rounds to the next power of two."""
+    x = torch.cat([spread((4, size), 20, seed) * 2.0**power for seed, power in enumerate(range(-140, 120, 40))])
+    x[::3] = torch.where(x[::3].abs() > 1, x[::3].sign() * 2.0 ** (x[::3].abs().log2().ceil()) * 0.98, x[::3])
+    x[1::7, 0], x[2::17, -1], x[0::23], x[5::19, 1] = -0.0, torch.inf, 0, torch.nan
+    return x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "block"),
+    [(ScaleRule.RCEIL, 32), (ScaleRule.FLOOR, 16), (ScaleRule.EVEN, 128), (ScaleRule.CEIL, 64)],
+    ids=str,
+)
+def test_mxfp8_aligned_has_the_bits_of_the_reference(
+    interpreted: SimpleNamespace,
+    assert_same_bits: Callable[[Tensor, Tensor], None],
+    dtype: torch.dtype,
+    rule: ScaleRule,
+    block: int,
+) -> None:
+    """Rounded on the way or before; as values, and as e4m3 with a power, whose product can be less than x can hold."""
+    fmt, x = MXFP8_E4M3.with_block(block), hard(200, dtype)
+    rounded = reference.quantize_dequantize(x, fmt, rule)
+    expected = reference.align(rounded)
+    lost = (expected != rounded) & expected.isfinite()
+    assert lost.any()
+    for given, rounding in ((x, (fmt, rule)), (rounded, None)):
+        assert_same_bits(interpreted.align.values(given, rounding), expected)
+        aligned, powers = interpreted.align.align(given, rounding)
+        assert_same_bits((aligned.float() * powers[:, None]).to(dtype), expected)
+
+
+def test_mxfp8_aligned_in_pieces(
+    interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, assert_same_bits: Callable[[Tensor, Tensor], None]
+) -> None:
+    """A token longer than what is held at once, and strides."""
+    monkeypatch.setattr(interpreted.align, "_MOST_COLUMNS", 64)
+    x = spread((200, 6), 20).T.to(torch.bfloat16)
+    expected = reference.align(reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL))
+    assert_same_bits(interpreted.align.values(x, (MXFP8_E4M3, ScaleRule.RCEIL)), expected.contiguous())
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -186,6 +232,45 @@ def test_what_is_too_small_is_rounded_to_the_nearest_step() -> None:
     aligned, powers = triton_align.align(x.cuda(), (MXFP4, ScaleRule.FLOOR))
     expected = reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR).double() / powers.cpu().double()[:, None]
     assert torch.equal(aligned.cpu().double(), expected.float().to(torch.float8_e4m3fn).double())
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_mxfp8_aligned_on_a_gpu(dtype: torch.dtype, assert_same_bits: Callable[[Tensor, Tensor], None]) -> None:
+    """Also tokens that are read in pieces."""
+    from mxcompile.kernels import triton_align
+
+    for x in (hard(200, dtype), spread((5, 20000), 20).to(dtype)):
+        rounded = reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL)
+        expected = reference.align(rounded)
+        for given, rounding in ((x, (MXFP8_E4M3, ScaleRule.RCEIL)), (rounded, None)):
+            assert_same_bits(triton_align.values(given.cuda(), rounding).cpu(), expected)
+            aligned, powers = triton_align.align(given.cuda(), rounding)
+            assert_same_bits((aligned.float() * powers[:, None]).to(dtype).cpu(), expected)
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [100, 600])
+def test_mxfp8_aligned_is_the_same_function_for_any_number_of_tokens(
+    tokens: int, error_over_bound: Callable[..., float]
+) -> None:
+    """600 tokens are multiplied at the rate of 8 bits, 100 are not; without alignment none are."""
+    from mxcompile.kernels import dispatch
+    from mxcompile.kernels.planes import Scaling, to_bytes
+
+    scales = torch.randint(116, 122, (256, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    planes, dense = packed(MXFP4, (256, 512), scales, "cuda")
+    parts, scaling = [(*to_bytes(planes), None)], Scaling(planes.lift, planes.top)
+    rounding = (MXFP8_E4M3, ScaleRule.RCEIL)
+    x = spread((tokens, 512), 16).to("cuda", torch.bfloat16)
+    rounded = reference.quantize_dequantize(x, *rounding)
+    for aligned, prepared in ((True, reference.align(rounded)), (False, rounded)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            (y,) = dispatch.linears(x, parts, MXFP4, rounding, scaling, aligned)
+            torch.cuda.synchronize()
+        fast = aligned and tokens >= 512
+        assert ("_fp8_kernel" in [event.name for event in profile.events()]) == fast
+        assert error_over_bound(y, prepared, dense.to(torch.bfloat16), None) < (8 if fast else 1)
 
 
 @on_hopper

@@ -127,6 +127,7 @@ def _bits(name: str, weight: MXWeight, owner: nn.Module | None) -> Group:
     reasons = {
         "an input that is multiplied by a vector (use awq-fold{multiply=false})": layout.multiplier,
         "an input that is rotated (use a recipe without rotate)": layout.rotation,
+        "an input that is aligned (use lower-mx{align=false})": layout.aligned,
         "a weight that is no nn.Linear's (leave it out with exclude)": not isinstance(owner, nn.Linear)
         or layout.transposed,
         f"a row of {layout.size} values, no multiple of 32 (leave it out with exclude)": layout.size % 32,
