@@ -156,7 +156,7 @@ class Recording:
             [tensor.data_ptr() for tensor in step.cache_tensors] == self._cache_addresses
             and self.rest == step.rest
             and self.inputs.keys() == step.tensors.keys()
-            and all(_are_alike(_whole(self.inputs[name]), _whole(tensor)) for name, tensor in step.tensors.items())
+            and all(_are_alike(self.inputs[name], tensor) for name, tensor in step.tensors.items())
         )
 
     def can_start(self, step: Step) -> bool:
@@ -211,8 +211,13 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _are_alike(known: Tensor, tensor: Tensor) -> bool:
-    """Whether one can be copied into the other and stand for it."""
-    return known.shape == tensor.shape and known.dtype == tensor.dtype and known.device == tensor.device
+    """Whether one can be copied into the other and stand for it: also the part that a view is of what it views."""
+    whole, other = _whole(known), _whole(tensor)
+    return (
+        (whole.shape, whole.dtype, whole.device) == (other.shape, other.dtype, other.device)
+        and (known.shape, known.stride()) == (tensor.shape, tensor.stride())
+        and known.storage_offset() - whole.storage_offset() == tensor.storage_offset() - other.storage_offset()
+    )
 
 
 def _attributes(module: nn.Module, cache: Any) -> list[tuple[Any, dict[str, Any]]]:

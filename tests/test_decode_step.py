@@ -171,6 +171,17 @@ def test_an_input_of_another_shape_or_kind_is_seen(step):
     assert_equal_up_to_compilation(step(**{CACHE_NAME: cache}, **two).logits, wanted.logits)
 
 
+def test_a_view_of_another_part_is_seen(step):
+    """Steps may be given places of one tensor, one after the other."""
+    module = step.forward.module
+    plain, cache, places = prefilled(module), prefilled(module), torch.arange(32)[None]
+    for place in range(8, 14):
+        kwargs = {"input_ids": torch.tensor([[place]]), "position_ids": places[:, place : place + 1], "use_cache": True}
+        CACHE[:] = [cache]
+        given = step(**{CACHE_NAME: cache}, **kwargs).logits
+        assert_equal_up_to_compilation(given, module(**{CACHE_NAME: plain}, **kwargs).logits)
+
+
 def test_other_caches_are_compiled_with_torch_s_own_graphs(step):
     module = step.forward.module
     given = tokens(step, prefilled(module, DynamicCache))
