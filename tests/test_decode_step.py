@@ -14,6 +14,7 @@ import mxcompile
 from mxcompile import inductor
 from mxcompile.decode_step import DecodeStep
 from mxcompile.forward import Forward
+from mxcompile.recording import Step
 
 pytestmark = pytest.mark.skipif(
     inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
@@ -86,6 +87,25 @@ def test_is_recorded_once_for_a_cache_and_replayed_from_then_on(step):
     assert_equal_up_to_compilation(tokens(step, prefilled(module)), wanted)
     assert counts() == (2, 7)  # what is compiled is recorded at once
     assert step.refusal is None
+
+
+def test_generate_replays_from_the_third_token_on_and_gives_the_tokens_of_the_model(step, monkeypatch):
+    module, ids, sort = step.forward.module, torch.arange(8)[None], Step.of
+
+    def of(kwargs):
+        sorted_ = sort(kwargs)
+        CACHE[:] = [sorted_.cache]
+        return sorted_
+
+    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    wanted = module.generate(ids, **how)
+    monkeypatch.setattr(Step, "of", staticmethod(of))
+    module._valid_auto_compile_criteria = lambda *_, **__: True  # as on a GPU
+    module.get_compiled_call = lambda _: step
+    assert torch.equal(module.generate(ids, **how), wanted)
+    assert counts() == (1, 10)
+    assert torch.equal(module.generate(ids, **how), wanted)
+    assert counts() == (2, 21)
 
 
 def test_another_cache_in_the_same_place_needs_no_new_recording(step):
