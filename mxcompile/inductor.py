@@ -18,6 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import AttrSource
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import aoti_compile_and_package, cpp_builder, exc
+from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
@@ -103,7 +104,10 @@ def compile_ahead(exported: torch.export.ExportedProgram, path: Path) -> None:
     if missing := why_no_inductor(device):
         raise CompileError(missing)
     plain = exported.run_decompositions(_STEPS)
-    aoti_compile_and_package(plain, package_path=str(path))
+    with inductor_config.patch(
+        {"aot_inductor.metadata": {}}
+    ):  # torch writes into it, and other graphs' cache keys have it
+        aoti_compile_and_package(plain, package_path=str(path))
 
 
 def compile_module(module: M) -> M:

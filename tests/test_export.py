@@ -1,5 +1,6 @@
 """Exported models: read by torch and mxcompile.ops alone, compiled ahead without either, with the same numbers."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -105,6 +106,16 @@ def test_compiled_ahead_it_needs_torch_alone(tmp_path):
     subprocess.run([sys.executable, "-W", "ignore", "-c", RUN, *files], check=True)
     with torch.no_grad():
         assert sqnr_db(model(**x), torch.load(tmp_path / "out.pt")) > 100
+
+
+@needs_compiler
+def test_compiling_ahead_leaves_torch_s_settings_as_they_were(tmp_path):
+    """Or other processes would not find in torch's cache what this one compiles afterwards."""
+    from torch._inductor import config
+
+    before = copy.deepcopy(config.aot_inductor.metadata)
+    mxcompile.export(deployed("mlp"), inputs("mlp"), tmp_path / "model.pt2", compile=True)
+    assert config.aot_inductor.metadata == before
 
 
 def test_what_cannot_be_exported_says_so(tmp_path, monkeypatch):
