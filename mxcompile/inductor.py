@@ -104,9 +104,7 @@ def compile_ahead(exported: torch.export.ExportedProgram, path: Path) -> None:
     if missing := why_no_inductor(device):
         raise CompileError(missing)
     plain = exported.run_decompositions(_STEPS)
-    with inductor_config.patch(
-        {"aot_inductor.metadata": {}}
-    ):  # torch writes into it, and other graphs' cache keys have it
+    with inductor_config.patch({"aot_inductor.metadata": {}}):  # torch writes into it, and it is in all cache keys
         aoti_compile_and_package(plain, package_path=str(path))
 
 
