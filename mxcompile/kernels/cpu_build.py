@@ -35,6 +35,9 @@ ELEMENTS = {
 }
 """A format's element type in mx_cpu.cpp, in the order of its `with_element`."""
 _OPTIONS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+if sys.platform == "linux":
+    # Some compilers link their own libstdc++ statically: then torch's, which is another, is not to replace half of it.
+    _OPTIONS.append("-Wl,--exclude-libs,ALL")
 _SECONDS = 120
 
 
@@ -54,9 +57,12 @@ def library(fmt: MXFormat) -> ctypes.CDLL:
 @cache
 def operator() -> ctypes.CDLL:
     """The function of mx_cpu_operator.cpp; to load it registers the operator. Raises BuildError, each time again."""
-    torch_folder = Path(torch.__file__).parent
-    options = ["-O2", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    return _library("operator", ("mx_cpu_operator.cpp", "mx_cpu.h"), options, torch.__version__)
+    return _library("operator", ("mx_cpu_operator.cpp", "mx_cpu.h"), _for_torch(), torch.__version__)
+
+
+def _for_torch() -> list[str]:
+    folder = Path(torch.__file__).parent
+    return ["-O2", f"-I{folder / 'include'}", f"-L{folder / 'lib'}", "-ltorch_cpu"]
 
 
 def why_not(fmt: MXFormat) -> str | None:
@@ -77,7 +83,7 @@ def _library(title: str, sources: Sequence[str], options: Sequence[str], built_f
     """The library of the first source, which includes the others."""
     command = [_compiler(), *_OPTIONS, str(_FOLDER / sources[0]), *options]
     texts = [(_FOLDER / source).read_text() for source in sources]
-    made_from = (*texts, _version(command[0]), " ".join(options), built_for)
+    made_from = (*texts, _version(command[0]), " ".join([*_OPTIONS, *options]), built_for)
     name = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
     folder = Path(platformdirs.user_cache_dir("mxcompile", appauthor=False)) / "cpu"
     path = folder / f"{title}-{name}.so"

@@ -1,6 +1,10 @@
 """`mx::cpu_linears` in C++ for a few tokens: the same bits as in Python, and Python where it does not serve."""
 
 import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,3 +101,18 @@ def test_what_cannot_be_built_stays_in_python(monkeypatch, caplog):
     reasons = [record.message for record in caplog.records if "Python" in record.message]
     assert reasons in ([], ["products of a few tokens go through Python: there is no header"])
     assert bool(reasons) == (cpu.supports(given[0], MXFP4) is None)
+
+
+@needs_operator
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="reads a library with nm")
+def test_a_compiler_that_links_its_own_standard_library_keeps_it_to_itself(tmp_path):
+    """torch has another one in the process, and what is half of one and half of the other crashes at an error."""
+    made = tmp_path / "operator.so"
+    source = Path(cpu_build.__file__).parent / "mx_cpu_operator.cpp"
+    command = [cpu_build._compiler(), "-static-libstdc++", *cpu_build._OPTIONS, str(source), *cpu_build._for_torch()]
+    cpu_build._build(command, made)
+    listed = ["nm", "-C", "--defined-only", str(made)]
+    assert " std::locale::id::" in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    exported = subprocess.run([*listed, "--dynamic"], capture_output=True, text=True, check=True).stdout
+    assert "mx_serve" in exported
+    assert "std::locale" not in exported
