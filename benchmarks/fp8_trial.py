@@ -63,16 +63,16 @@ def main() -> int:
     return 0
 
 
-def compile_kernel(fmt: MXFormat, config: Config, chunks: int, has_bias: bool = False) -> Any:
+def compile_kernel(fmt: MXFormat, config: Config, in_pieces: bool, has_bias: bool = False) -> Any:
     """The kernel as it is launched on Hopper."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = gluon_fp8._fp8_kernel
     names = kernel.arg_names
-    given = gluon_fp8.constants(fmt, config, chunks, has_bias)
+    given = gluon_fp8.constants(fmt, config, in_pieces, has_bias)
     pointers = {"bias": "*bf16", "powers": "*fp32", "scratch": "*fp32"}
     signature = dict.fromkeys(given, "constexpr") | pointers | {"offset": "i32", "power": "fp32"}
-    signature |= dict.fromkeys(("m_size", "n_size", "slabs"), "i32")
+    signature |= dict.fromkeys(("m_size", "n_size", "slabs", "pieces"), "i32")
     for name, dtype in {"x": "fp8e4nv", "words": "i16", "scales": "i32", "y": "bf16"}.items():
         shape, layout = gluon_fp8.block(name, config)
         signature[name] = f"tensordesc<{dtype}{shape},{layout!r}>"
@@ -82,10 +82,10 @@ def compile_kernel(fmt: MXFormat, config: Config, chunks: int, has_bias: bool = 
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gluon_fp8.options())
 
 
-def report(fmt: MXFormat, config: Config, chunks: int = 1, has_bias: bool = False) -> Report:
+def report(fmt: MXFormat, config: Config, in_pieces: bool = False, has_bias: bool = False) -> Report:
     """What ptxas made of it; `elements`: weights that a multiprocessor can decode a clock, one instruction a clock each
     of its four parts."""
-    facts, sass = examine(compile_kernel(fmt, config, chunks, has_bias))
+    facts, sass = examine(compile_kernel(fmt, config, in_pieces, has_bias))
     body = min(loops(sass), key=len)
     products = sum("GMMA" in line for line in body)
     waits = sum("WARPGROUP.DEPBAR" in line for line in body)
@@ -110,7 +110,7 @@ def case(weight: Any, m: int, activation: Any) -> list[dict[str, Any]]:
 
         def call(i: int, config: Config = config) -> Any:
             aligned, powers = triton_align.align(x, (activation, rule))
-            return gluon_fp8.linear(aligned, powers, copies[i % len(copies)], None, config)
+            return gluon_fp8.linear(aligned, powers, copies[i % len(copies)], None, activation, config)
 
         try:
             y = call(0)

@@ -5,8 +5,8 @@ with the weight as the left operand; but the weight is decoded to e4m3 (fp8_deco
 a token (triton_align.py), and the tensor core works at twice its rate for bfloat16. The powers are applied to the sums.
 
 **Sums.** Hopper sums products of 8 bits with about 14 bits behind the largest. What that loses grows with the number of
-columns; so sums of at most `_MOST_SLABS` slabs are made so, and these are added in float32, by way of a scratch in
-memory that stays in L2: registers cannot hold two sets. benchmarks/results/notes.md has the errors measured.
+columns, so no more are summed so than `fp8.columns_at_once` says; these sums are added in float32 in memory, since
+registers cannot hold two sets. benchmarks/results/notes.md has the errors measured.
 """
 
 # ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
@@ -42,8 +42,6 @@ from mxcompile.kernels.planes import Planes, plane_layout
 from mxcompile.kernels.triton_elements import capability, multiprocessors, unsupported_device
 from mxcompile.kernels.triton_planes import _place
 
-_MOST_SLABS: Final = 112
-_MOST_CHUNKS: Final = 8
 _CONSUMERS: Final = 2
 _ROWS: Final = 64
 _UNROLL = tl.constexpr(4)
@@ -67,18 +65,20 @@ def supports(x: Tensor, fmt: MXFormat) -> str | None:
         return reason
     if fp8.largest_span(fmt) is None:
         return f"{fmt.name} weights are not decoded to e4m3"
-    size, most = x.shape[-1], _MOST_CHUNKS * _MOST_SLABS * plane_layout(fmt).columns
-    if size % 16 or size > most:
-        return f"a weight of {size} columns: a multiple of 16 is served, up to {most}"
+    if x.shape[-1] % 16:
+        return f"a weight of {x.shape[-1]} columns: a multiple of 16 is served"
     if capability(x.device) != (9, 0):
         return "the kernel needs compute capability 9.0"
     return None
 
 
-def linear(x: Tensor, powers: Tensor, planes: Planes, bias: Tensor | None, config: Config | None = None) -> Tensor:
+def linear(
+    x: Tensor, powers: Tensor, planes: Planes, bias: Tensor | None, activation: MXFormat, config: Config | None = None
+) -> Tensor:
     """`(x * powers[:, None]) @ dequantize(planes).T + bias`: x `[tokens, in]` e4m3, powers `[tokens]` float32.
 
-    Returns `[tokens, out]` bfloat16. For what `supports` has no objection to, and planes with a `top`.
+    Returns `[tokens, out]` bfloat16. For what `supports` has no objection to, and planes with a `top`; activation: the
+    format that x was rounded to, by which its sums are cut.
     """
     config = config or Config()
     rows, slabs = len(x), planes.words.shape[1]
@@ -87,8 +87,9 @@ def linear(x: Tensor, powers: Tensor, planes: Planes, bias: Tensor | None, confi
     if not y.numel():
         return y[:, : planes.out]
     programs = min(-(-rows // config.rows) * -(-planes.out // (_ROWS * _CONSUMERS)), multiprocessors(x.device))
-    chunks, kernel = -(-slabs // _MOST_SLABS), cast(Any, _fp8_kernel)
-    scratch = programs * _CONSUMERS * _ROWS * config.rows if chunks > 1 else 1
+    pieces = -(-planes.size // fp8.columns_at_once(activation, planes.size))
+    kernel = cast(Any, _fp8_kernel)
+    scratch = programs * _CONSUMERS * _ROWS * config.rows if pieces > 1 else 1
     tensors = {
         "x": x,
         "words": planes.words.view(planes.words.shape[0], -1, 64, 32),
@@ -106,7 +107,8 @@ def linear(x: Tensor, powers: Tensor, planes: Planes, bias: Tensor | None, confi
             rows,
             planes.out,
             slabs,
-            **constants(planes.fmt, config, chunks, bias is not None),
+            pieces,
+            **constants(planes.fmt, config, pieces > 1, bias is not None),
             **options(),
         )
     return y if pitch == planes.out else y[:, : planes.out].contiguous()
@@ -125,9 +127,9 @@ def block(name: str, config: Config) -> tuple[list[int], Any]:
 
 
 @cache
-def constants(fmt: MXFormat, config: Config, chunks: int, has_bias: bool) -> dict[str, Any]:
+def constants(fmt: MXFormat, config: Config, in_pieces: bool, has_bias: bool) -> dict[str, Any]:
     """The compile-time arguments of the kernel."""
-    cut = (config.rows, config.stages, config.group, chunks, has_bias, plane_layout(fmt).constant != 0)
+    cut = (config.rows, config.stages, config.group, in_pieces, has_bias, plane_layout(fmt).constant != 0)
     return {"ASSEMBLY": fp8_decode.assembly(fmt), "CUT": cut}
 
 
@@ -167,6 +169,26 @@ def _multiply(values, columns, plane: tl.constexpr, acc):
 
 
 @jit
+def _add(place, acc, first, LINES: tl.constexpr):
+    """Adds sums `[64, tokens]` to those in memory, where a warp's lie side by side; nothing moves between threads."""
+    TOKENS: tl.constexpr = acc.shape[1]
+    lines = acc.reshape([4, 2, 8, TOKENS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([TOKENS // 8, 512])
+    lines = gl.convert_layout(lines, LINES, assert_trivial=True)
+    if first:
+        gl.store(place, lines)
+    else:  # without reading: registers hold one set of sums
+        gl.atomic_add(place, lines, sem="relaxed", scope="cta")
+
+
+@jit
+def _sums(place, MMA: tl.constexpr):
+    """What `_add` has added up; each thread reads what it has written."""
+    TOKENS: tl.constexpr = place.shape[0] * 8
+    sums = gl.load(place).reshape([TOKENS // 8, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5)).reshape([64, TOKENS])
+    return gl.convert_layout(sums, MMA, assert_trivial=True)
+
+
+@jit
 def _produce(descriptors, buffers, bars, sizes, CUT: tl.constexpr):
     """One warp: brings slab after slab, tile after tile, wherever the consumers have left a stage."""
     x, words, scales = descriptors
@@ -199,7 +221,7 @@ def _produce(descriptors, buffers, bars, sizes, CUT: tl.constexpr):
 
 @jit
 def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
-    y, results, buffers, bars, sizes, tensors, offset, power, which, ASSEMBLY: tl.constexpr, CUT: tl.constexpr
+    y, results, buffers, bars, sizes, tensors, offset, power, pieces, which, ASSEMBLY: tl.constexpr, CUT: tl.constexpr
 ):
     """One warpgroup: 64 of the tile's outputs. A plane is decoded while the product of the one before runs, and that of
     the next slab too, but for every fourth: ptxas lets no product run on from one turn of a loop into the next."""
@@ -209,21 +231,28 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
     bias, powers, scratch = tensors
     TILE_M: tl.constexpr = CUT[0]
     STAGES: tl.constexpr = CUT[1]
-    CHUNKS: tl.constexpr = CUT[3]
+    IN_PIECES: tl.constexpr = CUT[3]
     ADDS: tl.constexpr = CUT[5]
     MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_M, 32])
     LEFT: tl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     out = gl.arange(0, 64, gl.SliceLayout(1, MMA))
     tokens = gl.arange(0, TILE_M, gl.SliceLayout(0, MMA))
-    place = (gl.program_id(0) * 2 + which) * (64 * TILE_M) + out.expand_dims(1) * TILE_M + tokens.expand_dims(0)
+    LINES: tl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    line = gl.arange(0, TILE_M // 8, gl.SliceLayout(1, LINES)).expand_dims(1) * 512
+    scratch += (gl.program_id(0) * 2 + which) * (64 * TILE_M)
+    place = scratch + (line + gl.arange(0, 512, gl.SliceLayout(0, LINES)).expand_dims(0))
     tiles = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, 128)
+    count = pieces if IN_PIECES else 1
     stage = 0
     phase = 0
-    gl.assume(groups >= CHUNKS)  # with a way around the loop, ptxas makes every wgmma wait for the one before it
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        for chunk in gl.static_range(CHUNKS):
+        acc = gl.zeros([64, TILE_M], gl.float32, MMA)
+        for piece in range(count):
+            first = piece * groups // count
+            last = (piece + 1) * groups // count
+            gl.assume(first < last)  # with a way around the loop, ptxas makes every wgmma wait for the one before it
             acc = gl.zeros([64, TILE_M], gl.float32, MMA)
-            for _ in range(chunk * groups // CHUNKS, (chunk + 1) * groups // CHUNKS):
+            for _ in range(first, last):
                 mbarrier.wait(full.index(stage), phase)
                 w, s = _slab(ws, ss, stage, which, LEFT)
                 acc = _multiply(_values(w, s, offset, 0, ASSEMBLY, ADDS), xs.index(stage), 0, acc)
@@ -242,10 +271,10 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
                     else:
                         acc = warpgroup_mma_wait(0, deps=[acc])
                     mbarrier.arrive(done, count=1)
-            if chunk > 0:
-                acc += gl.load(scratch + place)
-            if chunk < CHUNKS - 1:
-                gl.store(scratch + place, acc)
+            if IN_PIECES:
+                _add(place, acc, piece == 0, LINES)
+        if IN_PIECES:
+            acc = _sums(place, MMA)
         m_tile, n_tile = _place(tile, m_size, n_size, TILE_M, 128, CUT[2])
         m = m_tile * TILE_M
         n = n_tile * 128 + which * 64
@@ -262,7 +291,7 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
             stage, phase = next_stage(stage, phase, STAGES)
 
 
-@jit(do_not_specialize=["offset", "power", "m_size", "n_size", "slabs"])
+@jit(do_not_specialize=["offset", "power", "m_size", "n_size", "slabs", "pieces"])
 def _fp8_kernel(
     x,
     words,
@@ -276,6 +305,7 @@ def _fp8_kernel(
     m_size,
     n_size,
     slabs,
+    pieces,
     ASSEMBLY: tl.constexpr,
     CUT: tl.constexpr,
 ):
@@ -301,8 +331,8 @@ def _fp8_kernel(
     tensors = (bias, powers, scratch)
     gl.warp_specialize(
         [
-            (_consume, (y, results, buffers, bars, sizes, tensors, offset, power, 0, ASSEMBLY, CUT)),
-            (_consume, (y, results, buffers, bars, sizes, tensors, offset, power, 1, ASSEMBLY, CUT)),
+            (_consume, (y, results, buffers, bars, sizes, tensors, offset, power, pieces, 0, ASSEMBLY, CUT)),
+            (_consume, (y, results, buffers, bars, sizes, tensors, offset, power, pieces, 1, ASSEMBLY, CUT)),
             (_produce, ((x, words, scales), buffers, bars, sizes, CUT)),
         ],
         [4, 1],

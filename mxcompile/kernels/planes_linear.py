@@ -55,7 +55,7 @@ def fp8_linears(
 
     def multiply(group: Sequence[PackedWeight]) -> list[Tensor]:
         planes, bias = _planes(group, fmt, x.shape[-1], scaling), _joined([weight[2] for weight in group])
-        y = gluon_fp8.linear(aligned, powers, planes, bias).view(*x.shape[:-1], planes.out)
+        y = gluon_fp8.linear(aligned, powers, planes, bias, rounding[0]).view(*x.shape[:-1], planes.out)
         return [piece.contiguous() for piece in y.split(_outs(group), dim=-1)]
 
     return _by_groups(weights, lambda group: min(_outs(group)) < _SMALL, multiply)

@@ -36,7 +36,7 @@ from mxcompile.kernels.triton_elements import (
 from mxcompile.kernels.triton_quantize import _fraction_limit, _larger, _round_magnitude, _scale_exponent
 from mxcompile.reference import ALIGNED_TOP
 
-_MOST_COLUMNS: Final = 16384
+_MOST_COLUMNS: Final = 4096
 _TOP = tl.constexpr(ALIGNED_TOP)
 _E4M3 = tl.constexpr((4, 3, -6, 448.0))
 Rounding: TypeAlias = tuple[MXFormat, ScaleRule]
