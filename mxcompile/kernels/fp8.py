@@ -29,7 +29,7 @@ def largest_span(fmt: MXFormat) -> int | None:
 def columns_at_once(activation: MXFormat, size: int) -> int:
     """How many of `size` columns the tensor core may sum: more for activations of 4 bits, whose products have few bits.
 
-    The error is at most 1.2 times that of rounding to bfloat16 alone, for normal activations (results/notes.md, 13).
+    The error is at most 1.2 times that of rounding to bfloat16 alone, for normal values (results/notes.md, 13).
     """
     return _WHOLE if activation.bits == 4 and size <= _WHOLE else _PIECE
 
