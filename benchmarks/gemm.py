@@ -7,9 +7,10 @@
 
 A time is that of a call within the replay of a CUDA graph of many calls, over as many copies of the weight as exceed
 the L2 cache several times; the median of five replays. It holds everything that the call does. `ratio` is over cuBLAS,
-timed likewise. `floor_share` is the larger of bytes / 3.0 TB/s and operations / 795 TFLOP/s, over the time. Before it
-is timed, each result is compared with float64 on random data: `error` is over the bound of a float32 sum and one
-rounding (kernel_check.py), at most 1 passes; what does not pass is not timed, and is recorded with its error.
+timed likewise, the two in turns. `floor_share` is the larger of bytes / 3.0 TB/s and operations / 795 TFLOP/s, over the
+time. Before it is timed, each result is compared with float64 on random data: `error` is over the bound of a float32
+sum and one rounding (kernel_check.py), at most 1 passes; what does not pass is not timed, and is recorded with its
+error.
 Rows with an activation format have a launch of the activation's quantize-dequantize in them. Others' kernels run in
 processes of their own after ours, which have half of the time at most; gemm_peers.py says how they are checked.
 """
@@ -19,7 +20,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -66,8 +67,9 @@ def product_call(w: Weight, x: Tensor) -> Call:
 
 def path_of(case: Case) -> tuple[str, Config | None]:
     """Which kernel that is, and how it is cut."""
-    config = config_for(case.w.fmt, case.w.n, case.w.k, len(case.x), case.x.device)
-    if config is None or (isinstance(config, gluon_planes.Config) and gluon_planes.supports(case.x, case.w.planes)):
+    gluon = gluon_planes.supports(case.x) is None
+    config = config_for(case.w.fmt, case.w.n, case.w.k, len(case.x), case.x.device, gluon)
+    if config is None:
         return DEQUANTIZED, None
     return (GLUON if isinstance(config, gluon_planes.Config) else TRITON), config
 
@@ -132,16 +134,23 @@ def choose(lines: Iterable[dict[str, Any]], dependent: bool) -> list[dict[str, A
     for line in lines:
         if "us" not in line or "config" not in line or (line["config"].get("dependent", False) and not dependent):
             continue
-        key = tuple(line[name] for name in ("weight", "n", "k", "m"))
+        key = _key(line)
         if key not in best or line["us"] < best[key]["us"]:
             best[key] = line
     return list(best.values())
 
 
-def write_cuts(chosen: list[dict[str, Any]], path: Path) -> None:
-    """What `mxcompile/kernels/planes_configs.py` reads."""
-    lines = [{name: line[name] for name in ("weight", "n", "k", "m", "path", "config")} for line in chosen]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def cuts(lines: Sequence[dict[str, Any]], dependent: bool) -> list[dict[str, Any]]:
+    """What `mxcompile/kernels/planes_configs.py` reads: the fastest lines, each in Gluon before the fastest other."""
+    others = {_key(line): line for line in choose((line for line in lines if line["path"] != GLUON), dependent)}
+    chosen: list[dict[str, Any]] = []
+    for line in choose(lines, dependent):
+        chosen += [line, *([others[_key(line)]] if line["path"] == GLUON and _key(line) in others else [])]
+    return [{name: line[name] for name in ("weight", "n", "k", "m", "path", "config")} for line in chosen]
+
+
+def _key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line[name] for name in ("weight", "n", "k", "m"))
 
 
 def peers(text: str) -> list[str]:
@@ -170,12 +179,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     if arguments.choose:
-        chosen = choose(read(arguments.choose), arguments.dependent)
+        lines = read(arguments.choose)
+        chosen = choose(lines, arguments.dependent)
         print(*totals(chosen), sep="\n")
         if arguments.out:
             arguments.out.write_text("".join(json.dumps(line) + "\n" for line in chosen))
         if arguments.cuts:
-            write_cuts(chosen, arguments.cuts)
+            lines = cuts(lines, arguments.dependent)
+            arguments.cuts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return 0
     if not torch.cuda.is_available():
         print("gemm: no CUDA GPU here, nothing was timed")

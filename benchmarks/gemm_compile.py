@@ -51,7 +51,7 @@ def _run(planes: "Planes", config: "Config | None") -> None:
     x = torch.zeros(config.rows, planes.size, dtype=torch.bfloat16, device="cuda")
     if isinstance(config, triton_planes.Config):
         triton_planes.linear(x, planes, None, config)
-    elif gluon_planes.supports(x, planes) is None:
+    elif gluon_planes.supports(x) is None:
         gluon_planes.linear(x, planes, None, config)
 
 

@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 import triton
+from gemm_compile import compile_all
 from kernel_sass import examine, loops
 from triton.backends.compiler import GPUTarget
 
 from mxcompile.formats import FORMATS, MXFormat
 from mxcompile.kernels import gluon_planes
 from mxcompile.kernels.gluon_planes import Config
+from mxcompile.kernels.planes import plane_layout
 
 LIMIT = 232448
 _DECODE = r"LOP3|SHF|PRMT|HFMA2|HMUL2|IMAD R"
@@ -54,14 +56,15 @@ def compile_kernel(fmt: MXFormat, config: Config, has_bias: bool = False) -> Any
 
     kernel = gluon_planes._planes_kernel
     names = kernel.arg_names
-    types = {"x": "bf16", "words": "i16", "scales": "i32", "y": "bf16"}
-    given = gluon_planes.constants(fmt, config, has_bias)
-    signature = dict.fromkeys(given, "constexpr") | {"bias": "*bf16", "lift": "fp32"}
-    signature |= dict.fromkeys(("m_size", "n_size", "slabs"), "i32")
+    types = {"x": "bf16", "words": "i16", "scales": "i32", "y0": "bf16"}
+    given = {**gluon_planes.constants(fmt, config, has_bias), "y1": None, "y2": None}
+    pointers = {"bias": "*bf16", "partial": "*fp32", "counters": "*i32"}
+    signature = dict.fromkeys(given, "constexpr") | pointers | {"lift": "fp32"}
+    signature |= dict.fromkeys(("m_size", "n_size", "slabs", "second", "third"), "i32")
     for name, dtype in types.items():
-        shape, layout = gluon_planes.block(name, config)
+        shape, layout = gluon_planes.block(name[0] if name == "y0" else name, config)
         signature[name] = f"tensordesc<{dtype}{shape},{layout!r}>"
-    aligned = {(names.index("bias"),): [["tt.divisibility", 16]]}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     constants = {(names.index(name),): value for name, value in given.items()}
     source = GluonASTSource(kernel, {name: signature[name] for name in names}, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gluon_planes.options(config))
@@ -69,7 +72,8 @@ def compile_kernel(fmt: MXFormat, config: Config, has_bias: bool = False) -> Any
 
 def report(fmt: MXFormat, config: Config, has_bias: bool = False) -> Report:
     facts, sass = examine(compile_kernel(fmt, config, has_bias))
-    body = min(loops(sass), key=len)
+    products = 8 * plane_layout(fmt).planes // 4 * config.out // config.consumers // 64
+    body = min((loop for loop in loops(sass) if sum("HGMMA" in line for line in loop) >= products), key=len)
     decode, hidden, running = 0, 0, False
     for line in body:
         running = (running or "HGMMA" in line) and "WARPGROUP.DEPBAR" not in line
@@ -84,26 +88,28 @@ def report(fmt: MXFormat, config: Config, has_bias: bool = False) -> Report:
     )
 
 
-def default_configs(fmt: MXFormat, m: int) -> list[Config]:
-    """The cuts that fit into shared memory: those with the least traffic first."""
-    words = 1 if fmt.bits == 4 else 2
-    configs = [
-        Config(rows, out, stages, group, persistent)
-        for (rows, out), stages, group, persistent in product(
-            ((256, 128), (128, 256), (128, 128), (128, 64)), (2, 3, 4, 5), (8, 2), (True, False)
-        )
-        if rows <= max(128, m) and (m > 1024 or group == 8)
+def default_configs(fmt: MXFormat, n: int, m: int) -> list[Config]:
+    """The cuts that fit into shared memory, K in as many parts as fill a GPU of 132 multiprocessors once or twice."""
+    rows = {16: (16,), 32: (32,), 64: (64,), 128: (64, 128), 256: (64, 128, 256), 512: (128, 256)}
+    cuts = [
+        (rows, out)
+        for rows, out in product(rows.get(m, (128, 256)), (256, 128, 64))
+        if rows * out <= (128 * 64 if out == 64 else 256 * 128)
     ]
+    configs: list[Config] = []
+    for (rows, out), group in product(cuts, (8,) if m <= 1024 else (4, 8, 16)):
+        tiles = -(-n // out) * -(-m // rows)
+        for split in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16) if m <= 1024 else (1,):
+            resident = 132 * (2 if out == 64 else 1)
+            if (split == 1 and tiles > resident // 2) or 0.7 * resident <= tiles * split <= 1.6 * resident:
+                configs.append(Config(rows, out, deepest(fmt, rows, out), group, True, split))
+    return configs
 
-    def bytes_of(config: Config) -> int:
-        return config.stages * (config.rows * 256 + config.out * (64 * words + 4) + 16) + 256
 
-    def deepest(config: Config) -> bool:
-        limit = LIMIT if config.consumers == 2 else 115000
-        step = bytes_of(config) // config.stages
-        return bytes_of(config) <= limit and (bytes_of(config) + step > limit or config.stages == 5)
-
-    return [config for config in configs if deepest(config)]
+def deepest(fmt: MXFormat, rows: int, out: int) -> int:
+    """As many stages as fit into shared memory, up to 8."""
+    limit = LIMIT if out > 64 else 115000
+    return min(8, (limit - 256) // (rows * 256 + out * (64 * min(plane_layout(fmt).words, 2) + 4) + 16))
 
 
 def trial(arguments: argparse.Namespace) -> int:
@@ -111,15 +117,23 @@ def trial(arguments: argparse.Namespace) -> int:
     from gemm_timing import SHAPES, Exact, cublas_call, floor, make_weight, microseconds, tokens, warm_up
 
     start, wrong = time.monotonic(), 0
-    warm_up()
     shapes = [(name, *SHAPES[name]) for name in arguments.shapes.split(",")]
+    given = arguments.config
+    jobs = {
+        (str(fmt), config)
+        for fmt, (_, n, _), m in product(arguments.formats, shapes, arguments.rows)
+        for config in given or default_configs(fmt, n, m)
+    }
+    compile_all(sorted(jobs, key=str), sorted({k for _, _, k in shapes}))
+    print(f"{len(jobs)} kernels compiled after {time.monotonic() - start:.0f} s", flush=True)
+    warm_up()
     for fmt, (name, n, k) in product(arguments.formats, shapes):
         weight = make_weight(fmt, n, k)
         for m in arguments.rows:
             x = tokens(m, k)
             exact = Exact(x, weight.values) if m <= 2048 or not arguments.unchecked else None
             cublas = microseconds(cublas_call(weight, x), 2 * floor(fmt, n, k, m))
-            for config in arguments.config or default_configs(fmt, m):
+            for config in given or default_configs(fmt, n, m):
                 if time.monotonic() - start > arguments.seconds:
                     print(f"out of time before {fmt} {name} {m} {config}")
                     return wrong
@@ -139,21 +153,21 @@ def trial(arguments: argparse.Namespace) -> int:
 
 def measure(weight: Any, x: Any, exact: Any, config: Config, cublas: float) -> dict[str, Any]:
     """One configuration: its error over the bound, whether it repeats bit for bit, and if it is right, its time."""
-    from gemm_timing import floor, microseconds
+    from gemm_timing import cublas_call, floor, in_turns
 
-    if reason := gluon_planes.supports(x, weight.planes):
+    if reason := gluon_planes.supports(x):
         return {"failed": reason}
-    copies = weight.of("planes")
+    copies, counters = weight.of("planes"), torch.zeros(1 << 16, dtype=torch.int32, device=x.device)
 
     def call(i: int) -> Any:
-        return gluon_planes.linear(x, copies[i % len(copies)], None, config)
+        return gluon_planes.linear(x, copies[i % len(copies)], None, config, counters)
 
     results = [call(i) for i in range(3)]
     error = exact.error(results[0]) if exact else 0.0
     equal = all(torch.equal(results[0], other) for other in results[1:])
     line: dict[str, Any] = {"error": round(error, 3), "equal": equal}
     if error <= 1 and equal:
-        us = microseconds(call, cublas)
+        us, cublas = in_turns([call, cublas_call(weight, x)], cublas)
         share = floor(weight.fmt, weight.n, weight.k, x.shape[0]) / us
         line |= {"us": round(us, 2), "cublas_bf16_us": round(cublas, 2)}
         line |= {"ratio": round(cublas / us, 3), "floor_share": round(share, 3)}
@@ -178,7 +192,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.sass:
         for fmt in arguments.formats:
-            for config in arguments.config or default_configs(fmt, 256):
+            for config in arguments.config or default_configs(fmt, 4096, 256):
                 print(fmt, config, report(fmt, config), sep="\n    ", flush=True)
         return 0
     if not torch.cuda.is_available():

@@ -29,7 +29,9 @@ from mxcompile.kernels.gluon_hopper import (
     TensorDescriptor,
     fence_async_shared,
     fetch,
+    from_lines,
     gl,
+    in_lines,
     jit,
     mbarrier,
     next_stage,
@@ -38,7 +40,7 @@ from mxcompile.kernels.gluon_hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mxcompile.kernels.planes import Planes, plane_layout
+from mxcompile.kernels.planes import Planes
 from mxcompile.kernels.triton_elements import capability, multiprocessors, unsupported_device
 from mxcompile.kernels.triton_planes import _place
 
@@ -102,7 +104,7 @@ def linear(
             y if bias is None else bias.contiguous(),
             powers,
             torch.empty(scratch, dtype=torch.float32, device=x.device),
-            fp8_decode.pair_offset(planes.fmt, planes.top),
+            *fp8_decode.offsets(planes.fmt, planes.top),
             2.0 ** fp8_decode.power(planes.fmt, planes.top, planes.lift),
             rows,
             planes.out,
@@ -129,8 +131,8 @@ def block(name: str, config: Config) -> tuple[list[int], Any]:
 @cache
 def constants(fmt: MXFormat, config: Config, in_pieces: bool, has_bias: bool) -> dict[str, Any]:
     """The compile-time arguments of the kernel."""
-    cut = (config.rows, config.stages, config.group, in_pieces, has_bias, plane_layout(fmt).constant != 0)
-    return {"ASSEMBLY": fp8_decode.assembly(fmt), "CUT": cut}
+    cut = (config.rows, config.stages, config.group, in_pieces, has_bias)
+    return {"ASSEMBLY": fp8_decode.assembly(fmt), "STEPS": fp8_decode.steps(fmt), "CUT": cut}
 
 
 def options() -> dict[str, Any]:
@@ -146,16 +148,15 @@ def _slab(ws, ss, stage, which, LEFT: tl.constexpr):
 
 
 @jit
-def _values(w, s, offset, plane: tl.constexpr, ASSEMBLY: tl.constexpr, ADDS: tl.constexpr):
+def _values(w, s, offsets, plane: tl.constexpr, ASSEMBLY: tl.constexpr, STEPS: tl.constexpr):
     """A plane of a slab, `[64, 32]` in e4m3."""
-    pair = ((s >> (8 * plane)) & 0xFF) * 0x04000400 + offset
-    addend = pair
-    if ADDS:
-        addend = gl.inline_asm_elementwise(ASSEMBLY[4], "=r,r", [pair], dtype=gl.int32, is_pure=True, pack=1)
+    byte = (s >> (8 * plane)) & 0xFF
+    first = byte * STEPS[0] + offsets[0]
+    second = byte * STEPS[1] + offsets[1]
     return gl.inline_asm_elementwise(
         ASSEMBLY[plane],
         "=r,r,r,r,r,r,r,r,r,r,r",
-        [w, pair.expand_dims(1).broadcast_to(w.shape), addend.expand_dims(1).broadcast_to(w.shape)],
+        [w, first.expand_dims(1).broadcast_to(w.shape), second.expand_dims(1).broadcast_to(w.shape)],
         dtype=gl.float8e4nv,
         is_pure=True,
         pack=4,
@@ -170,10 +171,8 @@ def _multiply(values, columns, plane: tl.constexpr, acc):
 
 @jit
 def _add(place, acc, first, LINES: tl.constexpr):
-    """Adds sums `[64, tokens]` to those in memory, where a warp's lie side by side; nothing moves between threads."""
-    TOKENS: tl.constexpr = acc.shape[1]
-    lines = acc.reshape([4, 2, 8, TOKENS // 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([TOKENS // 8, 512])
-    lines = gl.convert_layout(lines, LINES, assert_trivial=True)
+    """Adds sums `[64, tokens]` to those in memory."""
+    lines = in_lines(acc, LINES)
     if first:
         gl.store(place, lines)
     else:  # without reading: registers hold one set of sums
@@ -181,18 +180,10 @@ def _add(place, acc, first, LINES: tl.constexpr):
 
 
 @jit
-def _sums(place, MMA: tl.constexpr):
-    """What `_add` has added up; each thread reads what it has written."""
-    TOKENS: tl.constexpr = place.shape[0] * 8
-    sums = gl.load(place).reshape([TOKENS // 8, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5)).reshape([64, TOKENS])
-    return gl.convert_layout(sums, MMA, assert_trivial=True)
-
-
-@jit
 def _produce(descriptors, buffers, bars, sizes, CUT: tl.constexpr):
     """One warp: brings slab after slab, tile after tile, wherever the consumers have left a stage."""
     x, words, scales = descriptors
-    xs, ws, ss = buffers
+    xs, ws, ss, _results = buffers
     full, empty = bars
     m_size, n_size, slabs, groups = sizes
     TILE_M: tl.constexpr = CUT[0]
@@ -221,18 +212,18 @@ def _produce(descriptors, buffers, bars, sizes, CUT: tl.constexpr):
 
 @jit
 def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
-    y, results, buffers, bars, sizes, tensors, offset, power, pieces, which, ASSEMBLY: tl.constexpr, CUT: tl.constexpr
+    buffers, bars, sizes, tensors, numbers, which, ASSEMBLY: tl.constexpr, STEPS: tl.constexpr, CUT: tl.constexpr
 ):
     """One warpgroup: 64 of the tile's outputs. A plane is decoded while the product of the one before runs, and that of
     the next slab too, but for every fourth: ptxas lets no product run on from one turn of a loop into the next."""
-    xs, ws, ss = buffers
+    xs, ws, ss, results = buffers
     full, empty = bars
     m_size, n_size, _, groups = sizes
-    bias, powers, scratch = tensors
+    y, bias, powers, scratch = tensors
+    offsets, power, pieces = numbers
     TILE_M: tl.constexpr = CUT[0]
     STAGES: tl.constexpr = CUT[1]
     IN_PIECES: tl.constexpr = CUT[3]
-    ADDS: tl.constexpr = CUT[5]
     MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_M, 32])
     LEFT: tl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     out = gl.arange(0, 64, gl.SliceLayout(1, MMA))
@@ -255,18 +246,18 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
             for _ in range(first, last):
                 mbarrier.wait(full.index(stage), phase)
                 w, s = _slab(ws, ss, stage, which, LEFT)
-                acc = _multiply(_values(w, s, offset, 0, ASSEMBLY, ADDS), xs.index(stage), 0, acc)
+                acc = _multiply(_values(w, s, offsets, 0, ASSEMBLY, STEPS), xs.index(stage), 0, acc)
                 for slab in gl.static_range(_UNROLL):
                     columns = xs.index(stage)
                     done = empty.index(stage)
-                    acc = _multiply(_values(w, s, offset, 1, ASSEMBLY, ADDS), columns, 1, acc)
-                    acc = _multiply(_values(w, s, offset, 2, ASSEMBLY, ADDS), columns, 2, acc)
-                    acc = _multiply(_values(w, s, offset, 3, ASSEMBLY, ADDS), columns, 3, acc)
+                    acc = _multiply(_values(w, s, offsets, 1, ASSEMBLY, STEPS), columns, 1, acc)
+                    acc = _multiply(_values(w, s, offsets, 2, ASSEMBLY, STEPS), columns, 2, acc)
+                    acc = _multiply(_values(w, s, offsets, 3, ASSEMBLY, STEPS), columns, 3, acc)
                     stage, phase = next_stage(stage, phase, STAGES)
                     if slab < _UNROLL - 1:
                         mbarrier.wait(full.index(stage), phase)
                         w, s = _slab(ws, ss, stage, which, LEFT)
-                        acc = _multiply(_values(w, s, offset, 0, ASSEMBLY, ADDS), xs.index(stage), 0, acc)
+                        acc = _multiply(_values(w, s, offsets, 0, ASSEMBLY, STEPS), xs.index(stage), 0, acc)
                         acc = warpgroup_mma_wait(1, deps=[acc])
                     else:
                         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -274,7 +265,7 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
             if IN_PIECES:
                 _add(place, acc, piece == 0, LINES)
         if IN_PIECES:
-            acc = _sums(place, MMA)
+            acc = from_lines(gl.load(place), 64, MMA)  # each thread reads what it has written
         m_tile, n_tile = _place(tile, m_size, n_size, TILE_M, 128, CUT[2])
         m = m_tile * TILE_M
         n = n_tile * 128 + which * 64
@@ -291,7 +282,7 @@ def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
             stage, phase = next_stage(stage, phase, STAGES)
 
 
-@jit(do_not_specialize=["offset", "power", "m_size", "n_size", "slabs", "pieces"])
+@jit(do_not_specialize=["first_offset", "second_offset", "power", "m_size", "n_size", "slabs", "pieces"])
 def _fp8_kernel(
     x,
     words,
@@ -300,13 +291,15 @@ def _fp8_kernel(
     bias,
     powers,
     scratch,
-    offset,
+    first_offset,
+    second_offset,
     power,
     m_size,
     n_size,
     slabs,
     pieces,
     ASSEMBLY: tl.constexpr,
+    STEPS: tl.constexpr,
     CUT: tl.constexpr,
 ):
     TILE_M: tl.constexpr = CUT[0]
@@ -325,14 +318,15 @@ def _fp8_kernel(
         results = xs.reinterpret(gl.bfloat16, [STAGES, TILE_M, 64], y.layout)
     else:
         results = xs._reinterpret(gl.bfloat16, [STAGES, TILE_M, 64], y.layout)  # pyright: ignore[reportAttributeAccessIssue]
-    buffers = (xs, ws, ss)
+    buffers = (xs, ws, ss, results)
     bars = (full, empty)
     sizes = (m_size, n_size, slabs, gl.cdiv(slabs, _UNROLL))
-    tensors = (bias, powers, scratch)
+    tensors = (y, bias, powers, scratch)
+    numbers = ((first_offset, second_offset), power, pieces)
     gl.warp_specialize(
         [
-            (_consume, (y, results, buffers, bars, sizes, tensors, offset, power, pieces, 0, ASSEMBLY, CUT)),
-            (_consume, (y, results, buffers, bars, sizes, tensors, offset, power, pieces, 1, ASSEMBLY, CUT)),
+            (_consume, (buffers, bars, sizes, tensors, numbers, 0, ASSEMBLY, STEPS, CUT)),
+            (_consume, (buffers, bars, sizes, tensors, numbers, 1, ASSEMBLY, STEPS, CUT)),
             (_produce, ((x, words, scales), buffers, bars, sizes, CUT)),
         ],
         [4, 1],

@@ -3,7 +3,7 @@
 Where Triton has no Gluon, `NO_GLUON` says so, and nothing else here can be used.
 """
 
-# ruff: noqa: N803  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # As in triton_elements.py: strict checking has nothing true to say about jit functions.
 
@@ -57,3 +57,22 @@ def send_result(y, m, n, result, buffer):
     send(y, [m, n], buffer)
     tma.store_wait(0)
     thread_barrier()
+
+
+@jit
+def in_lines(acc, LINES: tl.constexpr):
+    """Sums `[out, tokens]` of a warpgroup as `[.., 512]`, where a warp's lie side by side, 16 bytes a thread; nothing
+    moves between threads."""
+    BLOCKS: tl.constexpr = acc.shape[0] // 64
+    TOKENS: tl.constexpr = acc.shape[1] // 8
+    lines = acc.reshape([BLOCKS, 4, 2, 8, TOKENS, 4, 2]).permute((0, 4, 1, 3, 5, 2, 6)).reshape([BLOCKS * TOKENS, 512])
+    return gl.convert_layout(lines, LINES, assert_trivial=True)
+
+
+@jit
+def from_lines(lines, OUT: tl.constexpr, MMA: tl.constexpr):
+    """The inverse of `in_lines`."""
+    BLOCKS: tl.constexpr = OUT // 64
+    TOKENS: tl.constexpr = lines.shape[0] // BLOCKS
+    sums = lines.reshape([BLOCKS, TOKENS, 4, 8, 4, 2, 2]).permute((0, 2, 5, 3, 1, 4, 6)).reshape([OUT, TOKENS * 8])
+    return gl.convert_layout(sums, MMA, assert_trivial=True)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from mxcompile.kernels.planes_configs import Config, config_for
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Planes as bytes, elements `[out, bytes]` and scales `[out, blocks]`, and a bias `[out]` or None."""
 _SMALL: Final = 4096
+_Cut = TypeVar("_Cut", triton_planes.Config, gluon_planes.Config)
 logger = logging.getLogger(__name__)
 
 
@@ -84,15 +85,15 @@ def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, scaling: 
     planes = _planes(group, fmt, x.shape[-1], scaling)
     config = _config(x, group, fmt)
     if isinstance(config, triton_planes.Config):
-        free, config = _free_counters(x, planes.out, config)
+        free, config = _free_counters(x, planes, config)
         return triton_planes.linears(x, planes, outs, biases, config, free)
-    refused = None if config is None else gluon_planes.supports(x, planes)
-    if config is not None and refused is None:
-        y = gluon_planes.linear(x, planes, _joined(biases), config)
-    else:
-        if refused is not None:
-            _tell(refused)
+    if config is None:
         y = F.linear(x, triton_dequantize.dequantize(planes, slabs=1), _joined(biases))
+        return [part.contiguous() for part in y.split(outs, dim=-1)]
+    free, config = _free_counters(x, planes, config)
+    if _written_apart(config, outs):
+        return gluon_planes.linears(x, planes, outs, _joined(biases), config, free)
+    y = gluon_planes.linear(x, planes, _joined(biases), config, free)
     return [part.contiguous() for part in y.split(outs, dim=-1)]
 
 
@@ -101,17 +102,15 @@ def _planes(group: Sequence[PackedWeight], fmt: MXFormat, size: int, scaling: Sc
     return from_bytes(elements, scales, fmt, size, scaling)
 
 
-@cache
-def _tell(reason: str) -> None:
-    """Once: what is fused elsewhere is dequantized and left to cuBLAS here."""
-    logger.info("products of many tokens are left to cuBLAS: %s", reason)
-
-
 def _fits_one_launch(config: Config | None, outs: Sequence[int]) -> bool:
     """One result has to be copied apart where a kernel does not write several: worth it if a part is small."""
-    if isinstance(config, triton_planes.Config):
-        return not any(out % config.out for out in outs)
-    return min(outs) < _SMALL
+    small = not isinstance(config, triton_planes.Config) and min(outs) < _SMALL
+    return small or _written_apart(config, outs)
+
+
+def _written_apart(config: Config | None, outs: Sequence[int]) -> bool:
+    """Whether a kernel with this cut writes each weight's result to a tensor of its own."""
+    return config is not None and not any(out % config.out for out in outs)
 
 
 def _joined(biases: Sequence[Tensor | None]) -> Tensor | None:
@@ -120,16 +119,30 @@ def _joined(biases: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _config(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat) -> Config | None:
-    rows = math.prod(x.shape[:-1])
-    return config_for(fmt, sum(len(weight[0]) for weight in group), x.shape[-1], max(1, rows), x.device)
+    shape = (sum(_outs(group)), x.shape[-1], max(1, math.prod(x.shape[:-1])))
+    config = config_for(fmt, *shape, x.device)
+    if isinstance(config, gluon_planes.Config) and (reason := gluon_planes.supports(x)):
+        _tell(reason)
+        config = config_for(fmt, *shape, x.device, gluon=False)
+    return config
 
 
-def _free_counters(x: Tensor, out: int, config: triton_planes.Config) -> tuple[Tensor | None, triton_planes.Config]:
+@cache
+def _tell(reason: str) -> None:
+    """Once: what the fastest kernel would be served by another."""
+    logger.info("products take another kernel than the one in Gluon: %s", reason)
+
+
+def _free_counters(x: Tensor, planes: Planes, config: _Cut) -> tuple[Tensor | None, _Cut]:
     """The stream's counters; without enough of them K stays whole."""
     if config.split == 1:
         return None, config
-    tiles = -(-math.prod(x.shape[:-1]) // config.rows) * -(-out // config.out)
-    free = counters.of_stream(x.device, tiles)
+    rows = math.prod(x.shape[:-1])
+    if isinstance(config, triton_planes.Config):
+        count = triton_planes.counters_needed(rows, planes, config)
+    else:
+        count = gluon_planes.counters_needed(rows, planes, config)
+    free = counters.of_stream(x.device, count)
     return free, config if free is not None else replace(config, split=1)
 
 

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ptx import execute, join
 from torch import Tensor
 
 from mxcompile import reference
 from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.kernels import fp8
-from mxcompile.kernels.planes import Planes, plane_layout, to_planes
+from mxcompile.kernels.planes import Planes, to_planes
 from mxcompile.packing import pack
 
 pytest.importorskip("triton")
@@ -44,23 +45,18 @@ def packed(fmt: MXFormat, shape: tuple[int, int], scales: Tensor, device: str = 
 
 
 def decoded(planes: Planes) -> Tensor:
-    """What the PTX of fp8_decode.py does, in integers and float16: e4m3 `[out, in]`."""
+    """What the PTX of fp8_decode.py makes of a weight: e4m3 `[out, in]`."""
     from mxcompile.kernels import fp8_decode
 
-    layout = plane_layout(planes.fmt)
-    constant = 0x6400 if layout.constant else 0
-    words, scales = planes.words[:, :, 0].int() & 0xFFFF, planes.scales[:, :, 0].long()
+    words = join(planes.words[:, :, 0].unflatten(-1, (-1, 2, 2)), 16)
+    steps, offsets = fp8_decode.steps(planes.fmt), fp8_decode.offsets(planes.fmt, planes.top)
     values: list[Tensor] = []
-    for plane, fields in enumerate(layout.fields):
-        bits = torch.full_like(words, constant)
-        for field in (half for whole in fields for half in fp8_decode._half_fields(whole, constant)):
-            bits |= ((words >> field.rotation) | (words << (16 - field.rotation))) & field.mask
-        pair = ((scales >> (8 * plane)) & 0xFF) * 0x04000400 + fp8_decode.pair_offset(planes.fmt, planes.top)
-        assert torch.equal(pair & 0xFFFF, (pair >> 16) & 0xFFFF)
-        scale = (pair & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.float16).double().unsqueeze(-1)
-        value = bits.to(torch.int16).view(torch.float16).double() * scale - (1032 * scale if constant else 0)
-        values.append(value.float().to(torch.float8_e4m3fn))
-        assert torch.equal(values[-1].double(), value)
+    for plane, ptx in enumerate(fp8_decode.assembly(planes.fmt)):
+        byte = ((planes.scales[:, :, 0].long() >> (8 * plane)) & 0xFF).unsqueeze(-1)
+        first, second = ((byte * step + offset) % 2**32 for step, offset in zip(steps, offsets, strict=True))
+        four = execute(ptx, {"$1": words[..., 0], "$2": words[..., 1], "$3": first, "$7": second})
+        bytes_ = torch.stack([(four >> (8 * i)) & 0xFF for i in range(4)], -1)
+        values.append(bytes_.flatten(-2).to(torch.uint8).view(torch.float8_e4m3fn))
     return torch.stack(values, -2).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1)[: planes.out, : planes.size]
 
 
@@ -93,7 +89,7 @@ def test_other_formats_are_no_e4m3_numbers() -> None:
     assert "activations" in (fp8.why_not(MXFP4, MXFP8_E4M3) or "")
     assert "float" in (fp8.why_not(MXFP4, None) or "")
     assert "aligned (lower-mx{align=true})" in (fp8.why_not(MXFP4, MXFP8_E4M3) or "")
-    assert "2**9 is the most" in (fp8.why_not(MXFP4, MXFP4, fits=False) or "")
+    assert "2**11 is the most" in (fp8.why_not(MXFP4, MXFP4, fits=False) or "")
     assert fp8.why_not(MXFP4, MXFP4) is None
     assert fp8.why_not(MXFP4, MXFP8_E4M3, aligned=True) is None
 

@@ -10,39 +10,49 @@ from torch import Tensor
 
 from mxcompile import reference
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXFP8_E5M2, MXINT4, MXINT8, MXFormat, ScaleRule
+from mxcompile.formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXFormat, ScaleRule
 from mxcompile.kernels.planes import Planes, to_planes
 from mxcompile.packing import pack
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon", reason="this version of Triton has no Gluon")
 
-FORMATS = (MXINT4, MXFP4, MXINT8, MXFP8_E4M3, MXFP8_E5M2)
-CUTS = ((256, 128, 3), (128, 256, 4), (128, 128, 4), (128, 64, 3))
+CUTS = ((256, 128, 3, 1), (128, 256, 4, 1), (128, 128, 4, 1), (128, 64, 3, 1), (64, 256, 4, 4), (16, 64, 4, 3))
+"""Tokens, outputs, stages, parts of K."""
 SHAPES = ((257, 1000), (512, 576), (1536, 4096))
 ROWS = (1, 128, 257, 700)
 ErrorOverBound = Callable[..., float]
+Cut = tuple[int, int, int, int]
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 
 
 @pytest.mark.parametrize(
-    ("fmt", "cut"), [*((MXINT4, cut) for cut in CUTS), (MXFP4, CUTS[1]), (MXFP8_E4M3, (128, 256, 3))], ids=str
+    ("fmt", "cut"),
+    [
+        *((MXINT4, cut) for cut in CUTS),
+        (MXFP4, CUTS[1]),
+        (MXFP8_E4M3, (128, 256, 3, 1)),
+        (MXFP6_E2M3, (256, 128, 2, 1)),
+        (MXFP6_E3M2, CUTS[4]),
+    ],
+    ids=str,
 )
-def test_compiles_for_hopper(fmt: MXFormat, cut: tuple[int, int, int]) -> None:
+def test_compiles_for_hopper(fmt: MXFormat, cut: Cut) -> None:
     """wgmma is not serialized, and most of a slab is decoded while it runs."""
     from gluon_trial import report
 
     from mxcompile.kernels.gluon_planes import Config
 
-    rows, out, stages = cut
-    found = report(fmt, Config(rows=rows, out=out, stages=stages), has_bias=True)
+    rows, out, stages, split = cut
+    found = report(fmt, Config(rows=rows, out=out, stages=stages, split=split), has_bias=True)
     assert not found.serialized
     assert found.spilled_bytes == 0
     assert found.shared_bytes <= (232448 if out > 64 else 115712)
-    assert found.products == 8 * (2 if out == 256 else 1)
-    assert found.waits == 4
+    slabs = 2 if fmt.bits == 6 else 1
+    assert found.products == 8 * slabs * (2 if out == 256 else 1)
+    assert found.waits == 4 * slabs
     hidden, decode = map(int, found.overlapped.split("/"))
     assert hidden > 0.6 * decode
 
@@ -52,8 +62,8 @@ def test_says_what_it_does_not_serve() -> None:
 
     planes, _ = _weight(MXINT4, 64, 128, "cpu")
     x = torch.zeros(4, 128, dtype=torch.bfloat16)
-    assert "float16" in (supports(x.half(), planes) or "")
-    assert "CUDA" in (supports(x, planes) or "")
+    assert "float16" in (supports(x.half()) or "")
+    assert "CUDA" in (supports(x) or "")
     with pytest.raises(MXCompileError, match="cannot take"):
         linear(x[:, :64], planes, None, Config())
 
@@ -79,23 +89,21 @@ def test_without_gluon_the_kernels_can_be_imported_and_say_so(monkeypatch: pytes
 
 @on_hopper
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_products(
-    error_over_bound: ErrorOverBound, cut: tuple[int, int, int], fmt: MXFormat, shape: tuple[int, int]
-) -> None:
+def test_products(error_over_bound: ErrorOverBound, cut: Cut, fmt: MXFormat, shape: tuple[int, int]) -> None:
     from mxcompile.kernels.gluon_planes import Config, linear, supports
 
     planes, dense = _weight(fmt, *shape, "cuda")
-    rows, out, stages = cut
+    rows, out, stages, split = cut
     stages = stages if fmt.bits == 4 or out == 64 else stages - 1
     for m in ROWS:
         generator = torch.Generator(device="cuda").manual_seed(m)
         x = torch.randn(m, shape[1], generator=generator, device="cuda").to(torch.bfloat16)
-        assert supports(x, planes) is None
+        assert supports(x) is None
         for bias in (None, torch.randn(shape[0], generator=generator, device="cuda").to(torch.bfloat16)):
             for persistent in (False, True):
-                config = Config(rows, out, stages, persistent=persistent)
+                config = Config(rows, out, stages, persistent=persistent, split=split)
                 y = linear(x, planes, bias, config)
                 assert error_over_bound(y, x, dense, bias) <= 1, f"{m} rows, {config}"
                 for _ in range(3):
@@ -110,8 +118,8 @@ def test_many_tiles_a_program(error_over_bound: ErrorOverBound) -> None:
     for size in (96, 128, 384):
         planes, dense = _weight(MXFP4, 8200, size, "cuda")
         x = torch.randn(2000, size, device="cuda").to(torch.bfloat16)
-        for rows, out, stages in CUTS:
-            y = linear(x, planes, None, Config(rows, out, stages))
+        for rows, out, stages, split in CUTS:
+            y = linear(x, planes, None, Config(rows, out, stages, split=split))
             assert error_over_bound(y, x, dense, None) <= 1, (size, rows, out)
 
 
@@ -126,17 +134,35 @@ def test_lift_and_views(error_over_bound: ErrorOverBound) -> None:
     assert planes.lift > 0
     dense = reference.dequantize(codes, scales, MXINT4, 256, torch.bfloat16).cuda()
     x = (torch.randn(2, 70, 512, device="cuda") * 2.0**-120).to(torch.bfloat16)[..., 256:]
-    assert supports(x, planes) is None
+    assert supports(x) is None
     y = linear(x, planes, None, Config(128, 128, 4))
     assert y.shape == (2, 70, 192)
     assert error_over_bound(y.flatten(0, 1), x.flatten(0, 1), dense, None) <= 1
 
 
 @on_hopper
+@pytest.mark.parametrize("split", [1, 3])
+def test_weights_side_by_side(error_over_bound: ErrorOverBound, split: int) -> None:
+    """One launch writes the results of up to three weights that lie behind each other, as one launch each would."""
+    from mxcompile.kernels.gluon_planes import Config, counters_needed, linears
+
+    planes, dense = _weight(MXINT4, 1024, 640, "cuda")
+    x = torch.randn(70, 640, device="cuda").to(torch.bfloat16)
+    bias = torch.randn(1024, device="cuda").to(torch.bfloat16)
+    config = Config(64, 128, 4, split=split)
+    counters = torch.zeros(counters_needed(70, planes, config), dtype=torch.int32, device="cuda")
+    for outs in ([1024], [640, 384], [512, 128, 384]):
+        ys = linears(x, planes, outs, bias, config, counters)
+        assert [y.shape for y in ys] == [(70, out) for out in outs]
+        assert all(y.is_contiguous() for y in ys)
+        assert error_over_bound(torch.cat(ys, dim=1), x, dense, bias) <= 1
+        assert not counters.any()
+    with pytest.raises(MXCompileError, match="tiles of 128"):
+        linears(x, planes, [960, 64], bias, config, counters)
+
+
+@on_hopper
 def test_reasons() -> None:
     from mxcompile.kernels.gluon_planes import supports
 
-    planes, _ = _weight(MXINT4, 64, 132, "cuda")
-    assert "16 bytes" in (supports(torch.zeros(4, 132, dtype=torch.bfloat16, device="cuda"), planes) or "")
-    planes, _ = _weight(MXFP6_E2M3, 64, 256, "cuda")
-    assert "columns" in (supports(torch.zeros(4, 256, dtype=torch.bfloat16, device="cuda"), planes) or "")
+    assert "16 bytes" in (supports(torch.zeros(4, 132, dtype=torch.bfloat16, device="cuda")) or "")

@@ -1,19 +1,21 @@
 """The table of cuts: it is the measured one, and what is not in it takes no cut that was never checked."""
 
 import json
+from collections.abc import Callable
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from mxcompile.formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT4, MXINT8, MXFormat
+from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXFormat, ScaleRule
 
 pytest.importorskip("triton")
 
 SHAPES = [(6144, 4096), (4096, 14336), (64, 32), (49152, 576), (1024, 4096), (128256, 4096), (512, 1500)]
+MEASURED_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-MEASURED = {MXINT4: 2048, MXFP4: 2048, MXFP6_E2M3: 16, MXINT8: 2048, MXFP8_E4M3: 2048}
 
 
 @pytest.fixture(autouse=True)
@@ -27,35 +29,60 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 64, 65, 257, 5000])
 @pytest.mark.parametrize("fmt", [*FORMATS.values(), MXFP4.with_block(128)], ids=str)
 def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
-    """A fused one up to 64 tokens, if K is not tiny, and beyond where measured; K in a power of two of parts."""
+    """A fused one, but for many tokens of 6 bits; in Gluon beyond 64 tokens. Where that does not serve, a fused one up
+    to 64 tokens. K in a power of two of parts, but for shapes that were measured."""
     from mxcompile.kernels import triton_planes
     from mxcompile.kernels.planes import plane_layout
     from mxcompile.kernels.planes_configs import config_for
 
-    measured = next((most for other, most in MEASURED.items() if other.name == fmt.name), 0)
-    for n, k in SHAPES:
-        config = config_for(fmt, n, k, rows, torch.device("cuda"))
-        slabs = -(-k // plane_layout(fmt).columns)
+    for (n, k), gluon in product(SHAPES, (True, False)):
+        config = config_for(fmt, n, k, rows, torch.device("cuda"), gluon)
         if config is None:
-            assert rows > measured
-            assert rows > 64 or slabs < 4
+            assert rows > 64
+            assert fmt.bits == 6 or not gluon
         elif isinstance(config, triton_planes.Config):
-            assert rows <= 64
-            assert config.split in (1, 2, 4, 8, 16)
-            assert config.split <= slabs
+            assert rows <= 64 or not gluon
+            assert config.split <= -(-k // plane_layout(fmt).columns)
         else:
-            assert measured == 2048
+            assert gluon
+        if config is not None and (n, k) not in MEASURED_SHAPES:
+            assert config.split in (1, 2, 4, 8, 16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_every_cut_of_the_table_is_right(error_over_bound: Callable[..., float], fmt: MXFormat) -> None:
+    """In every format that may take it: against float64, and equal on repeat."""
+    from mxcompile import reference
+    from mxcompile.kernels import gluon_planes, triton_planes
+    from mxcompile.kernels.planes import to_planes
+    from mxcompile.kernels.planes_configs import cuts
+    from mxcompile.packing import pack
+
+    codes, scales = reference.quantize(torch.randn(520, 4352, generator=generator(0)), fmt, ScaleRule.FLOOR)
+    dense = reference.dequantize(codes, scales, fmt, 4352, torch.bfloat16).cuda()
+    planes = to_planes(pack(codes, fmt).cuda(), scales.cuda(), fmt, 4352)
+    for config in {cut.config for cut in cuts(torch.device("cuda"), fmt)} - {None}:
+        x = torch.randn(config.rows + 3, 4352, generator=generator(config.rows)).to("cuda", torch.bfloat16)
+        fused = triton_planes if isinstance(config, triton_planes.Config) else gluon_planes
+        if fused.supports(x) is None:
+            y = fused.linear(x, planes, None, config)
+            assert error_over_bound(y, x, dense, None) <= 1, config
+            assert torch.equal(fused.linear(x, planes, None, config), y), config
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def test_the_table_is_what_the_sweep_gives() -> None:
     """With nothing in it that was wrong."""
-    from gemm import choose, read
+    from gemm import choose, cuts, read
 
-    chosen = choose(read(RESULTS / "gemm-sweep-h100.jsonl"), dependent=False)
-    assert all(line["error"] <= 1 for line in chosen)
+    lines = read(RESULTS / "gemm-sweep-h100.jsonl")
+    assert all(line["error"] <= 1 for line in choose(lines, dependent=False))
     table = files("mxcompile.kernels").joinpath("configs", "sm90.jsonl").read_text().splitlines()
-    wanted = [{name: line[name] for name in ("weight", "n", "k", "m", "path", "config")} for line in chosen]
-    assert list(map(json.loads, table)) == wanted
+    assert list(map(json.loads, table)) == cuts(lines, dependent=False)
 
 
 def test_other_shapes_are_split_into_as_many_programs() -> None:

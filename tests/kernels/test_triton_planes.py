@@ -1,11 +1,11 @@
 """triton_planes.py against float64 and reference.dequantize in Triton's interpreter; its PTX by executing the text."""
 
-import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ptx import execute, join, pairs
 from torch import Tensor
 
 from mxcompile import reference
@@ -133,46 +133,6 @@ def test_supports_says_why_not(interpreted: SimpleNamespace) -> None:
     assert "need a CUDA device" in interpreted.planes.supports(torch.zeros(2, 32, dtype=torch.bfloat16))
 
 
-def halves(word: int) -> list[float]:
-    bits = torch.tensor([word & 0xFFFF, word >> 16], dtype=torch.int32) << 16
-    return bits.view(torch.float32).tolist()
-
-
-def execute(ptx: str, registers: dict[str, int]) -> int:
-    """What the few PTX instructions that decode elements leave in $0."""
-    registers = dict(registers)
-
-    def value(name: str) -> int:
-        return registers[name] if name in registers else int(name, 0)
-
-    for name, text in re.findall(r" ([a-z][\w.]+) ([^;{}]*);", ptx):
-        target, *names = text.split(", ")
-        a, b, c = ([value(n) for n in names] + [0, 0, 0])[:3]
-        match name.split(".")[0]:
-            case "mov":
-                result = a
-            case "and":
-                result = a & b
-            case "shr":
-                result = a >> b
-            case "shl":
-                result = (a << b) & 0xFFFFFFFF
-            case "lop3":
-                assert names[3] == "0xEA"
-                result = (a & b) | c
-            case "prmt":
-                data = (b << 32) | a
-                result = sum(((data >> (8 * ((c >> (4 * i)) & 7))) & 0xFF) << (8 * i) for i in range(4))
-            case "fma":
-                sums = [p * q + r for p, q, r in zip(halves(a), halves(b), halves(c), strict=True)]
-                low, high = (torch.tensor(sums, dtype=torch.float64).to(torch.bfloat16).view(torch.int16) & -1).tolist()
-                result = (low & 0xFFFF) | ((high & 0xFFFF) << 16)
-            case _:
-                raise AssertionError(f"{name} is not known here")
-        registers[target] = result
-    return registers["$0"]
-
-
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_assembly_decodes_every_code_in_every_plane(interpreted: SimpleNamespace, fmt: MXFormat) -> None:
     table = reference.element_table(fmt)
@@ -184,14 +144,12 @@ def test_assembly_decodes_every_code_in_every_plane(interpreted: SimpleNamespace
     planes = to_planes(pack(codes, fmt), scales, fmt, layout.columns)
     expected = reference.dequantize(codes, scales, fmt, layout.columns, torch.float32)
     assembly = interpreted.planes.layout_constants(fmt)["ASSEMBLY"]
-    for row, plane in ((row, plane) for row in range(len(held)) for plane in range(layout.planes)):
-        words = [
-            (int(low) & 0xFFFF) | ((int(high) & 0xFFFF) << 16)
-            for low, high in planes.words[row // 64, 0, :, row % 64, :2].tolist()
-        ]
-        byte = (int(planes.scales[row // 64, 0, plane // 4, row % 64]) >> (8 * (plane % 4))) & 0xFF
-        scale = byte * 0x00800080
+    registers = join(planes.words[:, 0].unflatten(-1, (-1, 2)), 16).unbind(1)
+    for plane in range(layout.planes):
+        byte = (planes.scales[:, 0, plane // 4].long() >> (8 * (plane % 4))) & 0xFF
+        scale = (byte * 0x00800080).unsqueeze(-1)
         addend = execute(assembly[-1], {"$1": scale}) if layout.offset else scale
-        first = words[layout.fields[plane][0].word]
-        result = execute(assembly[plane], {"$1": first, "$2": words[-1], "$3": scale, "$5": addend})
-        assert halves(result) == expected[row, plane * 32 : plane * 32 + 2].tolist(), (held[row], plane)
+        words = {"$1": registers[layout.fields[plane][0].word], "$2": registers[-1]}
+        result = pairs(execute(assembly[plane], {**words, "$3": scale, "$5": addend}), torch.bfloat16)
+        result = result.flatten(2).flatten(0, 1)[: len(held)]
+        assert torch.equal(result.float(), expected[:, plane * 32 : plane * 32 + 32]), plane

@@ -1,0 +1,81 @@
+"""The few PTX instructions that decode elements (triton_decode.py, fp8_decode.py), on registers of any shape."""
+
+import re
+
+import torch
+from torch import Tensor
+
+Register = int | Tensor
+"""32 bits, as int64."""
+
+
+def pairs(register: Tensor, dtype: torch.dtype) -> Tensor:
+    """The two 16-bit numbers `[..., 2]` of a register."""
+    return torch.stack((register & 0xFFFF, register >> 16), -1).to(torch.int32).to(torch.int16).view(dtype)
+
+
+def join(numbers: Tensor, bits: int) -> Tensor:
+    """A register of numbers `[..., n]`, the first one lowest."""
+    fields = numbers.to(torch.int64) & (2**bits - 1)
+    return sum((fields[..., i] << (bits * i) for i in range(fields.shape[-1])), torch.tensor(0))
+
+
+def execute(ptx: str, registers: dict[str, Register]) -> Tensor:
+    """What is in $0 in the end."""
+    known = {name: torch.as_tensor(value, dtype=torch.int64) for name, value in registers.items()}
+
+    def value(name: str) -> Tensor:
+        return known[name] if name in known else torch.tensor(int(name, 0))
+
+    for name, text in re.findall(r" ([a-z][\w.]+) ([^;]*);", ptx):
+        target, *names = re.findall(r"\{[^}]*\}|[^\s,]+", text)
+        if name == "mov.b32" and names[0].startswith("{"):
+            low, high = (value(part) for part in names[0].strip("{}").split(", "))
+            known[target] = low | (high << 16)
+        else:
+            known[target] = _result(name, [value(n) for n in names])
+    return known["$0"]
+
+
+def _result(name: str, given: list[Tensor]) -> Tensor:
+    a, b, c, table = [*given, *[torch.tensor(0)] * 3][:4]
+    match name:
+        case "mov.b32":
+            result = a
+        case "and.b32":
+            result = a & b
+        case "shr.b32":
+            result = a >> b
+        case "shl.b32":
+            result = a << b
+        case "add.u32":
+            result = a + b
+        case "lop3.b32":
+            assert table == 0xEA
+            result = (a & b) | c
+        case "prmt.b32":
+            result = _permuted(a, b, c)
+        case "fma.rn.bf16x2":
+            result = _multiplied(a, b, c, torch.bfloat16)
+        case "fma.rn.f16x2":
+            result = _multiplied(a, b, c, torch.float16)
+        case "cvt.rn.satfinite.e4m3x2.f16x2":
+            numbers = pairs(a, torch.float16).float().clamp(-448, 448)
+            result = join(numbers.to(torch.float8_e4m3fn).view(torch.uint8), 8)
+        case _:
+            raise AssertionError(f"{name} is not known here")
+    return result & 0xFFFFFFFF
+
+
+def _permuted(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
+    data = [(register >> (8 * i)) & 0xFF for register in (a, b) for i in range(4)]
+    chosen = [(selector >> (4 * i)) & 0xF for i in range(4)]
+    assert all((place < 8).all() for place in chosen), "signs are not replicated here"
+    *bytes_, _ = torch.broadcast_tensors(*data, selector)
+    places = torch.stack([place.expand_as(bytes_[0]) for place in chosen], -1)
+    return join(torch.stack(bytes_, -1).gather(-1, places), 8)
+
+
+def _multiplied(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    x, y, z = (pairs(register, dtype).double() for register in torch.broadcast_tensors(a, b, c))
+    return join((x * y + z).to(dtype).view(torch.int16), 16)
