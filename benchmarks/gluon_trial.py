@@ -28,7 +28,7 @@ from kernel_sass import examine, loops
 from triton.backends.compiler import GPUTarget
 
 from mxcompile.formats import FORMATS, MXFormat
-from mxcompile.kernels import gluon_planes
+from mxcompile.kernels import gluon_planes, gluon_planes_kernel
 from mxcompile.kernels.gluon_planes import Config
 from mxcompile.kernels.planes import plane_layout
 
@@ -54,7 +54,7 @@ def compile_kernel(fmt: MXFormat, config: Config, has_bias: bool = False) -> Any
     """The kernel as it is launched on Hopper."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    kernel = gluon_planes._planes_kernel
+    kernel = gluon_planes_kernel._planes_kernel
     names = kernel.arg_names
     types = {"x": "bf16", "words": "i16", "scales": "i32", "y0": "bf16"}
     given = {**gluon_planes.constants(fmt, config, has_bias), "y1": None, "y2": None}

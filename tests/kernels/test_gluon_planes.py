@@ -77,14 +77,15 @@ def _weight(fmt: MXFormat, out: int, size: int, device: str) -> tuple[Planes, Te
 
 def test_without_gluon_the_kernels_can_be_imported_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     package = importlib.import_module("mxcompile.kernels")
-    names = ("gluon_hopper", "gluon_planes", "gluon_fp8")
+    names = ("gluon_hopper", "gluon_planes_kernel", "gluon_planes", "gluon_fp8")
     for name, module in [(name, importlib.import_module(f"mxcompile.kernels.{name}")) for name in names]:
         monkeypatch.setattr(package, name, module)
         monkeypatch.delitem(sys.modules, f"mxcompile.kernels.{name}")
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
     monkeypatch.delattr(importlib.import_module("triton.experimental"), "gluon")
-    for module in [importlib.import_module(f"mxcompile.kernels.{name}") for name in names]:
-        assert "lacks what the Gluon kernels need" in module.NO_GLUON
+    modules = {name: importlib.import_module(f"mxcompile.kernels.{name}") for name in names}
+    for name in ("gluon_planes", "gluon_fp8"):
+        assert "lacks what the Gluon kernels need" in modules[name].NO_GLUON
 
 
 @on_hopper
