@@ -4,6 +4,7 @@ A line holds the fastest of many cuts for one format, shape and number of tokens
 file takes that one, any other GPU `sm90.jsonl`. To measure another:
 
     python benchmarks/gemm.py --sweep --out sweep.jsonl
+    python benchmarks/gluon_trial.py --rows 16,64,256,2048 --out sweep.jsonl      (on Hopper)
     python benchmarks/gemm.py --choose sweep.jsonl --cuts mxcompile/kernels/configs/sm80.jsonl
 
 A shape that is not in the table takes the cut of the nearest one, with K split such that about as many programs run; a
