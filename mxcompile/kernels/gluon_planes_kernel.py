@@ -120,7 +120,7 @@ def _produce(descriptors, buffers, bars, sizes, SHAPE: tl.constexpr, CUT: tl.con
                 mbarrier.expect(bar, BYTES)
                 for which in gl.static_range(CONSUMERS):
                     first = n_tile * (TILE_N // 64) + which * PART
-                    for w in gl.static_range(WORDS):
+                    for w in gl.static_range(WORDS):  # of 6 bits the half's own, then the one that both share
                         word = slab * SHAPE[1] + (w if HALVES == 1 else half * (1 - w) + 2 * w)
                         fetch(words, [first, word, 0, 0], bar, ws.index((stage * WORDS + w) * CONSUMERS + which))
                     fetch(scales, [first, slab * HALVES + half, 0], bar, ss.index(stage * CONSUMERS + which))
