@@ -18,7 +18,7 @@ MEASURED_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     from mxcompile.kernels import planes_configs
 
@@ -26,6 +26,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     planes_configs.config_for.cache_clear()
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 64, 65, 257, 5000])
 @pytest.mark.parametrize("fmt", [*FORMATS.values(), MXFP4.with_block(128)], ids=str)
 def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
@@ -85,6 +86,7 @@ def test_the_table_is_what_the_sweep_gives() -> None:
     assert list(map(json.loads, table)) == cuts(lines, dependent=False)
 
 
+@pytest.mark.usefixtures("hopper")
 def test_other_shapes_are_split_into_as_many_programs() -> None:
     from mxcompile.kernels.planes_configs import config_for
 
@@ -96,6 +98,7 @@ def test_other_shapes_are_split_into_as_many_programs() -> None:
     assert config_for(MXINT4, 64, 256, 1, torch.device("cuda")).split == 1  # pyright: ignore[reportOptionalMemberAccess]
 
 
+@pytest.mark.usefixtures("hopper")
 def test_a_gpu_without_a_table_takes_the_one_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     from mxcompile.kernels.planes_configs import config_for
 
