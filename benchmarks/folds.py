@@ -23,8 +23,8 @@ import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import ScaleGroup, find_groups, fold
 from mxcompile.errors import InputError
-from mxcompile.measure import sqnr_db
 from mxcompile.multiplier import multiply, unfoldable_groups
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
 from mxcompile.program import Program
 

@@ -23,10 +23,10 @@ from gemm_timing import SHAPES, cublas_call, floor, in_turns, make_weight, micro
 from kernel_sass import Report, examine, loops
 from triton.backends.compiler import GPUTarget
 
-from mxcompile import reference
 from mxcompile.formats import FORMATS, MXFP8_E4M3, MXFormat, activation_rule
 from mxcompile.kernels import gluon_fp8, triton_align, triton_quantize
 from mxcompile.kernels.gluon_fp8 import Config
+from mxcompile.numerics import reference
 
 CONFIGS = (Config(),)
 

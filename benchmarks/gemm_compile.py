@@ -59,10 +59,10 @@ def _run(planes: "Planes", config: "Config | None") -> None:
 def _weight(fmt: str, size: int) -> "Planes":
     import torch
 
-    from mxcompile import reference
     from mxcompile.formats import FORMATS, ScaleRule
     from mxcompile.kernels.planes import to_planes
-    from mxcompile.packing import pack
+    from mxcompile.numerics import reference
+    from mxcompile.numerics.packing import pack
 
     codes, scales = reference.quantize(torch.ones(_OUT, size, device="cuda"), FORMATS[fmt], ScaleRule.FLOOR)
     return to_planes(pack(codes, FORMATS[fmt]), scales, FORMATS[fmt], size)

@@ -23,8 +23,8 @@ from gemm_timing import Call, Case, Run, Weight, add_case_options, cases, in_a_l
 from torch import Tensor
 
 from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT8, MXFormat
-from mxcompile.packing import unpack
-from mxcompile.reference import scale_values
+from mxcompile.numerics.packing import unpack
+from mxcompile.numerics.reference import scale_values
 
 GROSS = 0.02
 _INNER_K_TILES = 8

@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import MXFormat, ScaleRule, parse_format
 from mxcompile.kernels.planes import Planes, to_planes
 from mxcompile.kernels.planes_configs import DEQUANTIZED, GLUON, TRITON
-from mxcompile.packing import pack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 BYTES_A_SECOND, OPERATIONS_A_SECOND = 3.0e12, 795e12

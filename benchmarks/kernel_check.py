@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import FORMATS, MXFormat, ScaleRule, parse_format
-from mxcompile.packing import pack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CALLS, _REPLAYS = 20, 5

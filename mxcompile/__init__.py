@@ -1,6 +1,5 @@
 """mxcompile: post-training quantization of PyTorch models to Microscaling formats, as passes over exported graphs."""
 
-from mxcompile import formats
 from mxcompile.analysis.choice import choose
 from mxcompile.api import load, quantize_and_compile
 from mxcompile.bisection import Bisection, bisect

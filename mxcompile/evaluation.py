@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.errors import InputError, UnknownNameError
-from mxcompile.measure import kl_divergence, top1_agreement
+from mxcompile.numerics.metrics import kl_divergence, top1_agreement
 
 _ROWS = 512
 _LARGEST_EXPONENT = 709.0

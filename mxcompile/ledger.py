@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mxcompile.distributions import Distribution
 from mxcompile.errors import DumpError
+from mxcompile.numerics.histogram import Distribution
 from mxcompile.tables import graded, table
 
 SCHEMA = 2

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 from torch import _check as check  # pyright: ignore[reportPrivateUsage] - documented API
 
-from mxcompile import hadamard, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.kernels import arranging, dispatch
 from mxcompile.kernels import planes as plane_layouts
 from mxcompile.kernels.planes import Scaling
+from mxcompile.numerics import hadamard, packing, reference
 
 _LIBRARY = torch.library.Library("mx", "DEF")
 _format = cache(parse_format)

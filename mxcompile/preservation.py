@@ -10,7 +10,7 @@ from torch import Tensor
 from mxcompile.errors import PreservationError
 from mxcompile.inputs import named_leaves
 from mxcompile.ledger import Fold
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.program import Program
 
 LEAST_DB = 100.0

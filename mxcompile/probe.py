@@ -22,11 +22,11 @@ from torch.fx import Node
 
 from mxcompile.analysis.layers import Layer, Rounded, find_layers
 from mxcompile.calibration.run import Runner, run_outputs
-from mxcompile.distributions import Distribution, Histogram, Values
 from mxcompile.inputs import Inputs, as_inputs
 from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import LayerNumbers, Measured, PassResult
-from mxcompile.measure import kl_divergence, sqnr_db, top1_agreement
+from mxcompile.numerics.histogram import Distribution, Histogram, Values
+from mxcompile.numerics.metrics import kl_divergence, sqnr_db, top1_agreement
 from mxcompile.pipeline import Pipeline
 from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage

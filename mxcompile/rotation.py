@@ -13,7 +13,7 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul, finite_rows, read_instead
 from mxcompile.edit import insert_call
-from mxcompile.hadamard import rotate_weight
+from mxcompile.numerics.hadamard import rotate_weight
 from mxcompile.ops import ROTATE
 from mxcompile.program import Program
 

@@ -25,8 +25,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from mxcompile.formats import MXFP8_E4M3, SCALE_BIAS, MXFormat, ScaleRule, parse_format, parse_scale_rule
+from mxcompile.numerics.reference import ALIGNED_TOP
 from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
-from mxcompile.reference import ALIGNED_TOP
 
 Call = Callable[..., Node]
 

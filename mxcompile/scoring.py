@@ -11,7 +11,7 @@ from torch import Tensor
 from mxcompile.calibration.run import Runner, run_outputs
 from mxcompile.errors import InputError
 from mxcompile.inputs import Inputs
-from mxcompile.measure import kl_divergence
+from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.preservation import output_tensors
 from mxcompile.program import Program
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
-from mxcompile.importance import round_rows, token_weights
 from mxcompile.kernels import dispatch
+from mxcompile.numerics.importance import round_rows, token_weights
 
 _SMALLEST = 1e-5
 _OFFSETS = (-1, 0)  # the other scales are rarely best: left to the final rounding

@@ -21,12 +21,12 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.moments import Moments
 from mxcompile.calibration.streams import Streams
-from mxcompile.columns import ColumnRounding, IllConditionedError, Order
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.importance import round_rows
 from mxcompile.ledger import Miss, PassResult
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.column_rounding import ColumnRounding, IllConditionedError, Order
+from mxcompile.numerics.importance import round_rows
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.overrides import Overrides
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage, where

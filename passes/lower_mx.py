@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile import packing, reference
 from mxcompile.analysis.choice import Choice, check_coverage, choose, override_formats, refuse_inseparable
 from mxcompile.analysis.matmuls import Matmul, finite_rows, read_instead
 from mxcompile.edit import BLOCK_AXIS, insert_call, insert_tensor
 from mxcompile.errors import PassError, PipelineError
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule, why_not_aligned
-from mxcompile.importance import round_rows
 from mxcompile.ledger import PassResult
+from mxcompile.numerics import packing, reference
+from mxcompile.numerics.importance import round_rows
+from mxcompile.numerics.row_slices import row_wise
 from mxcompile.ops import ALIGN, DEQUANTIZE, QUANTIZE
 from mxcompile.overrides import Overrides
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage
-from mxcompile.rows import row_wise
 
 aten = torch.ops.aten
 

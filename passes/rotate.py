@@ -22,8 +22,8 @@ from mxcompile.calibration.observers import ChannelImportance, Observer, Rotated
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
-from mxcompile.hadamard import rotate_input, rotate_weight
 from mxcompile.ledger import Fold, Miss, PassResult
+from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 from mxcompile.pipeline import Pass
 from mxcompile.preservation import LEAST_DB, LEAST_DB_ROUNDED
 from mxcompile.program import Program, where

@@ -14,9 +14,9 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import Request
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.importance import round_rows
 from mxcompile.ledger import PassResult
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.importance import round_rows
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.overrides import Overrides
 from mxcompile.pipeline import FLOATING, Pass
 from mxcompile.program import Program, Rounding, Stage

@@ -10,13 +10,14 @@ from torch import nn
 from torch.fx import Graph
 
 import mxcompile
-from mxcompile import inductor, reference
+from mxcompile import inductor
 from mxcompile.analysis.layers import find_layers
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.checkpoint.description import Description
 from mxcompile.errors import CheckpointError, DeployError, PipelineError, VerifyError
 from mxcompile.formats import MXFP4, MXFP8_E4M3, ScaleRule
 from mxcompile.joining import join_linears
+from mxcompile.numerics import reference
 from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.pipeline import Pipeline

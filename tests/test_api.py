@@ -7,7 +7,7 @@ from models import MODELS, build, inputs, output
 import mxcompile
 from mxcompile import Pipeline
 from mxcompile.errors import CoverageError, InputError, MXCompileError, UnknownNameError
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.weight import MXWeight
 
 # Output SQNR at W8A8 MXINT8 of a tiny random model of each kind, in dB: measured once, less 1 dB for other CPUs.

@@ -8,10 +8,11 @@ from models import build, inputs, output
 from torch import nn
 
 import mxcompile
-from mxcompile import arrangement, reference
+from mxcompile import arrangement
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXFormat, ScaleRule
-from mxcompile.packing import pack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack
 from mxcompile.weight import MXLayout, MXWeight
 
 

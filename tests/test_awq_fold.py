@@ -11,7 +11,7 @@ from mxcompile.analysis.choice import choose
 from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import Request, gather
 from mxcompile.inputs import as_batches
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
 
 LOWER = "lower-mx{weight=mxint4,activation=mxint8}"

@@ -19,7 +19,7 @@ from mxcompile.calibration.run import run_outputs
 from mxcompile.cli import app
 from mxcompile.errors import InputError
 from mxcompile.formats import MXINT8
-from mxcompile.measure import kl_divergence
+from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.pipeline import FLOATING
 from mxcompile.program import Stage
 

@@ -15,12 +15,13 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import mxcompile
-from mxcompile import inductor, packing, reference
+from mxcompile import inductor
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.errors import CheckpointError, InputError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, ScaleRule, activation_rule
 from mxcompile.multiplier import insert_multiplier
+from mxcompile.numerics import packing, reference
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.provenance import Provenance
 from mxcompile.storage import own_tensors, stored_bytes

@@ -10,8 +10,8 @@ import mxcompile
 from mxcompile import Pass, PassResult, Pipeline, Request, observers
 from mxcompile.analysis.layers import find_layers
 from mxcompile.formats import MXFP8_E4M3, MXINT4, MXINT8, ScaleRule
-from mxcompile.measure import rounding_db, sqnr_db
-from mxcompile.reference import quantize_dequantize
+from mxcompile.numerics.metrics import rounding_db, sqnr_db
+from mxcompile.numerics.reference import quantize_dequantize
 
 LOWER = "lower-mx{weight=mxint4,activation=mxint8}"
 PIPELINES = (

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxcompile import reference
-from mxcompile.columns import ColumnRounding, IllConditionedError, Order
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule
+from mxcompile.numerics import reference
+from mxcompile.numerics.column_rounding import ColumnRounding, IllConditionedError, Order
 
 NAMES = sorted(FORMATS)
 

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mxcompile
 from mxcompile import arrangement, inductor
 from mxcompile.formats import MXFP8_E4M3, ScaleRule
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
+from mxcompile.numerics.reference import align, quantize_dequantize
 from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.recipes import RECIPES
-from mxcompile.reference import align, quantize_dequantize
 from mxcompile.weight import step_by_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

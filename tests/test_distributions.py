@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from models import build, inputs
 from torch.nn import functional as F
 
-from mxcompile import Measure, Pipeline, reference
-from mxcompile.distributions import SCHEMA, Distribution, Distributions, Histogram, Values
+from mxcompile import Measure, Pipeline
+from mxcompile.distributions import SCHEMA, Distributions
 from mxcompile.errors import DumpError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
+from mxcompile.numerics import reference
+from mxcompile.numerics.histogram import Distribution, Histogram, Values
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 ROUND = "round-weights{format=mxint4}"

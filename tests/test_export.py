@@ -11,7 +11,7 @@ from models import build, inputs, output
 import mxcompile
 from mxcompile.errors import CompileError, InputError
 from mxcompile.inductor import why_no_inductor
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 
 CPU = torch.device("cpu")
 missing = why_no_inductor(CPU)

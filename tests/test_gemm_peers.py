@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mxcompile.formats import FORMATS, MXINT4, MXFormat
-from mxcompile.reference import decode, scale_values
+from mxcompile.numerics.reference import decode, scale_values
 
 pytest.importorskip("triton")
 

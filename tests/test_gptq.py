@@ -7,7 +7,7 @@ from torch import nn
 
 import mxcompile
 from mxcompile.errors import MXCompileError, PipelineError
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
 from mxcompile.printer import print_program
 

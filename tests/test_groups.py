@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import ScaleGroup, find_groups, fold, half_precision_factors
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.program import Program
 from mxcompile.selection import Selection
 from mxcompile.trace import trace

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxcompile.hadamard import rotate_input, rotate_weight
+from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 from mxcompile.ops import ROTATE
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)

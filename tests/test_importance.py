@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mxcompile import reference
 from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.formats import FORMATS, MXINT4, ScaleRule
-from mxcompile.importance import floored, round_weighted, token_weights
+from mxcompile.numerics import reference
+from mxcompile.numerics.importance import floored, round_weighted, token_weights
 
 
 def rounded(rows, importance, fmt):

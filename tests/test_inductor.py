@@ -16,8 +16,8 @@ import mxcompile
 from mxcompile import fusion, inductor
 from mxcompile.analysis.choice import choose
 from mxcompile.decode_step import DecodeStep
-from mxcompile.measure import sqnr_db
 from mxcompile.multiplier import insert_multiplier, multiplier_of
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import CPU_LINEARS, LINEAR
 
 NO_COMPILER = inductor.why_no_inductor(torch.device("cpu"))

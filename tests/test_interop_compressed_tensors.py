@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mxcompile
-from mxcompile import packing, reference
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.checkpoint.interop.elements import from_rows, to_rows
 from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.formats import FORMATS, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.multiplier import insert_multiplier
+from mxcompile.numerics import packing, reference
 from mxcompile.storage import own_tensors
 from mxcompile.weight import MXLayout, MXWeight
 

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import mxcompile
-from mxcompile import reference
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.errors import CoverageError, PassError, PipelineError, WeightError
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule
 from mxcompile.multiplier import insert_multiplier, multiplier_of
+from mxcompile.numerics import reference
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.round_weights import RoundWeights

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxcompile.measure import kl_divergence, sqnr_db, top1_agreement
+from mxcompile.numerics.metrics import kl_divergence, sqnr_db, top1_agreement
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 ROUNDING = 1e-6  # float32 log-softmax over a handful of entries

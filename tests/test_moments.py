@@ -11,10 +11,10 @@ import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.moments import Moments, added_to, expert_rows
 from mxcompile.calibration.streams import Streams
-from mxcompile.columns import IllConditionedError
 from mxcompile.formats import MXINT8
-from mxcompile.importance import token_weights
 from mxcompile.inputs import as_inputs
+from mxcompile.numerics.column_rounding import IllConditionedError
+from mxcompile.numerics.importance import token_weights
 from mxcompile.search import round_input
 
 

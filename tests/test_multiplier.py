@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import find_groups, fold, half_precision_factors
 from mxcompile.errors import MXCompileError
-from mxcompile.measure import sqnr_db
 from mxcompile.multiplier import digest, insert_multiplier, multiplier_of
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
 from mxcompile.printer import print_program
 from mxcompile.program import Program

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxcompile import reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, ScaleRule
-from mxcompile.nearest import quantize_dequantize, round_steps_in_place, unit
+from mxcompile.numerics import reference
+from mxcompile.numerics.fast_rounding import quantize_dequantize, round_steps_in_place, unit
 
 
 def rounded(v, fmt):

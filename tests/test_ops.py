@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from mxcompile import packing, reference
 from mxcompile.errors import MXCompileError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, activation_rule
+from mxcompile.numerics import packing, reference
 from mxcompile.ops import ATTEND, DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

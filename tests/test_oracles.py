@@ -17,8 +17,8 @@ import pytest
 import torch
 from gfloat import formats as gfloat_formats
 
-from mxcompile import reference
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP8_E4M3, MXFP8_E5M2, MXFormat, ScaleRule
+from mxcompile.numerics import reference
 
 FLOOR, EVEN, RCEIL, CEIL, T725, MSE = ScaleRule
 INF, NAN = float("inf"), float("nan")

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP6_E3M2, MXINT8, MXFormat, ScaleRule, integer
-from mxcompile.packing import pack, unpack
-from mxcompile.reference import quantize
+from mxcompile.numerics.packing import pack, unpack
+from mxcompile.numerics.reference import quantize
 
 WIDTHS = [integer(bits) for bits in (2, 3, 5, 7)]  # those that no built-in format has
 each_block = pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, inputs
 
-from mxcompile.columns import Order
 from mxcompile.errors import PassError, PipelineError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.instruments import Instrument
 from mxcompile.ledger import Miss, PassResult
+from mxcompile.numerics.column_rounding import Order
 from mxcompile.passes import PASSES
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm

@@ -6,7 +6,7 @@ from models import inputs, llama, output
 from planted import LARGEST, plant, take_off_grid
 
 import mxcompile
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
 from mxcompile.weight import MXWeight
 

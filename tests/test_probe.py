@@ -9,11 +9,12 @@ from models import LANGUAGE_MODELS, MODELS, build, inputs, llama, output
 from torch.nn import functional as F
 
 import mxcompile
-from mxcompile import Measure, Miss, Pass, PassResult, Pipeline, reference
+from mxcompile import Measure, Miss, Pass, PassResult, Pipeline
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.run import Runner
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
-from mxcompile.measure import kl_divergence, sqnr_db, top1_agreement
+from mxcompile.numerics import reference
+from mxcompile.numerics.metrics import kl_divergence, sqnr_db, top1_agreement
 from mxcompile.printer import print_program
 
 ROUND = "round-weights{format=mxint4}"

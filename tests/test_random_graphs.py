@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import find_groups, fold
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.trace import trace
 
 C = 8

@@ -13,9 +13,9 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat, ScaleRule
-from mxcompile.reference import dequantize, quantize, quantize_dequantize
+from mxcompile.numerics import reference
+from mxcompile.numerics.reference import dequantize, quantize, quantize_dequantize
 
 FLOOR, EVEN, RCEIL, CEIL, T725, MSE = ScaleRule
 FLOAT32_MAX = torch.finfo(torch.float32).max

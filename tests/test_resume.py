@@ -5,9 +5,9 @@ import torch
 from models import build, inputs, llama
 
 import mxcompile
-from mxcompile.columns import ColumnRounding
 from mxcompile.errors import InputError
 from mxcompile.instruments import Instrument
+from mxcompile.numerics.column_rounding import ColumnRounding
 from mxcompile.pipeline import Pipeline
 
 TEXT = "smooth-quant | gptq{format=mxint4,activation=mxint8,correction=0.25,overrides=[*.down_proj=mxint6]}"

@@ -11,7 +11,7 @@ import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.errors import DeployError, PipelineError
 from mxcompile.fusion import fuse
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.pipeline import Pipeline
 from mxcompile.printer import print_program

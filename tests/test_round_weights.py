@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import mxcompile
-from mxcompile import formats, reference
+from mxcompile import formats
 from mxcompile.errors import WeightError
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics import reference
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.pipeline import Pipeline
 from mxcompile.printer import print_program

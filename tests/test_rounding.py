@@ -12,9 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import mxcompile
-from mxcompile import fusion, inductor, reference, rounding
+from mxcompile import fusion, inductor, rounding
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT8, ScaleRule, floating, integer
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics import reference
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
 
 needs_compiler = pytest.mark.skipif(

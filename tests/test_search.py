@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from models import inputs, llama, outliers
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import ScaleGroup, find_groups, fold
 from mxcompile.analysis.segments import find_segments
@@ -20,7 +19,8 @@ from mxcompile.calibration.observers import ChannelImportance, TokenSample
 from mxcompile.calibration.run import Runner, Values
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.formats import MXFP4, MXINT4, MXINT8, MXFormat, activation_rule
-from mxcompile.importance import round_weighted, token_weights
+from mxcompile.numerics import reference
+from mxcompile.numerics.importance import round_weighted, token_weights
 from mxcompile.program import Program
 from mxcompile.search import Operand, Quantizers, normalized, output_error, powers, search, spread
 from mxcompile.trace import trace

@@ -7,7 +7,7 @@ from models import build, inputs, llama, output
 import mxcompile
 from mxcompile.calibration.training import Distillation
 from mxcompile.errors import PassError
-from mxcompile.measure import kl_divergence
+from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.passes.tune_vectors import TuneVectors
 from mxcompile.pipeline import Pipeline
 

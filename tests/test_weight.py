@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mxcompile import packing, reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.multiplier import digest
+from mxcompile.numerics import packing, reference
 from mxcompile.weight import MXLayout, MXWeight, step_by_step
 
 

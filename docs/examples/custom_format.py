@@ -10,7 +10,7 @@ from torch import nn
 
 import mxcompile
 from mxcompile.formats import MXINT8, floating, integer, parse_format
-from mxcompile.measure import sqnr_db
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.tables import table
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mxcompile
 from mxcompile import Pass, PassResult, Request, choose, formats, observers
 from mxcompile.analysis.matmuls import finite_rows
-from mxcompile.measure import rounding_db, sqnr_db
+from mxcompile.numerics.metrics import rounding_db, sqnr_db
 from mxcompile.tables import table
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
 from mxcompile.formats import MXFP8_E4M3, MXINT8
-from mxcompile.measure import kl_divergence
+from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.tables import table
 
 MIXES = {

@@ -16,8 +16,8 @@ from torch.fx import Node
 
 from mxcompile.analysis.dataflow import SAME_VALUE, operand
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.columns import IllConditionedError
-from mxcompile.importance import token_weights
+from mxcompile.numerics.column_rounding import IllConditionedError
+from mxcompile.numerics.importance import token_weights
 
 aten = torch.ops.aten
 _PANELS, _NARROWEST = 4, 128

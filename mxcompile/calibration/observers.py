@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mxcompile.hadamard import rotate_input
-from mxcompile.importance import floored, token_weights
-from mxcompile.rows import row_slices
+from mxcompile.numerics.hadamard import rotate_input
+from mxcompile.numerics.importance import floored, token_weights
+from mxcompile.numerics.row_slices import row_slices
 
 
 class Observer(Protocol):

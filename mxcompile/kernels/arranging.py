@@ -22,7 +22,7 @@ from mxcompile.kernels.planes import (
     to_planes,
     why_no_format,
 )
-from mxcompile.rows import VALUES, VALUES_ON_GPU
+from mxcompile.numerics.row_slices import VALUES, VALUES_ON_GPU
 
 Parts = tuple[Tensor, Tensor]
 Range = tuple[int, int]

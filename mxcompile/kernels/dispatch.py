@@ -15,10 +15,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mxcompile import nearest, packing, reference
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.kernels import arranging, counters, cpu, fp8
 from mxcompile.kernels.planes import Scaling
+from mxcompile.numerics import fast_rounding, packing, reference
 
 TRITON_MISSING = "triton is not installed"
 
@@ -73,7 +73,7 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
         return kernel.quantize_dequantize(x, fmt, rule)
     if cpu.supports_rounding(x, fmt, rule) is None:
         return cpu.quantize_dequantize(x, fmt, rule)
-    return nearest.quantize_dequantize(x, fmt, rule)
+    return fast_rounding.quantize_dequantize(x, fmt, rule)
 
 
 def align(x: Tensor, rounding: tuple[MXFormat, ScaleRule] | None = None) -> Tensor:

@@ -29,11 +29,11 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from mxcompile import packing
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, no_kernel
 from mxcompile.kernels import fp8
-from mxcompile.reference import element_table
+from mxcompile.numerics import packing
+from mxcompile.numerics.reference import element_table
 
 TILE: Final = 64
 LANES: Final = 32

@@ -34,7 +34,7 @@ from mxcompile.kernels.triton_elements import (
     widen,
 )
 from mxcompile.kernels.triton_quantize import _fraction_limit, _larger, _round_magnitude, _scale_exponent
-from mxcompile.reference import ALIGNED_TOP
+from mxcompile.numerics.reference import ALIGNED_TOP
 
 _MOST_COLUMNS: Final = 4096
 _TOP = tl.constexpr(ALIGNED_TOP)

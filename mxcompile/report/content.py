@@ -9,9 +9,9 @@ import re
 from dataclasses import asdict, astuple
 from typing import Any
 
-from mxcompile.distributions import Distribution
 from mxcompile.folder import DumpReader
 from mxcompile.ledger import Ledger, PassRecord, plain
+from mxcompile.numerics.histogram import Distribution
 from mxcompile.report.nodes import read_graph
 
 _COUNT = re.compile(r" \(\d+\)$")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.formats import MXFormat
-from mxcompile.reference import element_table
+from mxcompile.numerics.reference import element_table
 
 _PACKAGE = "mxcompile.kernels"
 _MODULES = (

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mxcompile import packing, reference
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule, parse_format
 from mxcompile.kernels import cpu, cpu_build, dispatch
+from mxcompile.numerics import packing, reference
 
 FORMAT_NAMES = [*FORMATS, "mxint4:16", "mxfp4:64", "mxint6:16", "mxfp6_e3m2:128", "mxfp8_e5m2:64", "mxint8:128"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

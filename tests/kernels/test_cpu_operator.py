@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mxcompile import packing, reference
 from mxcompile.formats import MXFP4, MXINT8, ScaleRule, parse_format
 from mxcompile.kernels import cpu, cpu_build, dispatch
+from mxcompile.numerics import packing, reference
 
 LINEARS, IN_PYTHON = torch.ops.mx.cpu_linears.default, torch.ops.mx.linears.default
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_cpu import building_in, needs_compiler, packed
 
-from mxcompile import reference
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, parse_format
 from mxcompile.kernels import cpu
+from mxcompile.numerics import reference
 
 PAIRS = [(weight, activation) for weight in FORMATS for activation in FORMATS]
 PAIRS += [("mxint4:16", "mxint8:16"), ("mxint4:64", "mxint6:64"), ("mxint4:128", "mxint8:128"), ("mxint4:64", "mxint8")]

@@ -8,11 +8,11 @@ import torch
 from ptx import execute, join
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.kernels import fp8
 from mxcompile.kernels.planes import Planes, to_planes
-from mxcompile.packing import pack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack
 
 pytest.importorskip("triton")
 WEIGHTS = (MXINT4, MXFP4)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXFormat, ScaleRule
 from mxcompile.kernels.planes import Planes, to_planes
-from mxcompile.packing import pack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon", reason="this version of Triton has no Gluon")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E5M2, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.kernels.planes import from_planes, plane_layout, scale_range, scaling_for, to_planes
-from mxcompile.packing import pack, unpack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack, unpack
 
 
 def why_not(elements: Tensor, scales: Tensor, fmt: MXFormat) -> str | None:

@@ -54,11 +54,11 @@ def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_every_cut_of_the_table_is_right(error_over_bound: Callable[..., float], fmt: MXFormat) -> None:
     """In every format that may take it: against float64, and equal on repeat."""
-    from mxcompile import reference
     from mxcompile.kernels import gluon_planes, triton_planes
     from mxcompile.kernels.planes import to_planes
     from mxcompile.kernels.planes_configs import cuts
-    from mxcompile.packing import pack
+    from mxcompile.numerics import reference
+    from mxcompile.numerics.packing import pack
 
     codes, scales = reference.quantize(torch.randn(520, 4352, generator=generator(0)), fmt, ScaleRule.FLOOR)
     dense = reference.dequantize(codes, scales, fmt, 4352, torch.bfloat16).cuda()

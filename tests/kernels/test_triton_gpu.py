@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT8, MXFormat, ScaleRule
-from mxcompile.packing import pack, unpack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack, unpack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP6_E2M3, MXFP8_E5M2, MXINT8, MXFormat, ScaleRule
-from mxcompile.packing import pack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ErrorOverBound = Callable[..., float]

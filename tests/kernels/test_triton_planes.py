@@ -8,11 +8,11 @@ import torch
 from ptx import execute, join, pairs
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT6, MXFormat, ScaleRule
 from mxcompile.kernels.planes import Planes, plane_layout, to_planes
-from mxcompile.packing import pack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack
 
 ErrorOverBound = Callable[..., float]
 

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT8, MXFormat, ScaleRule
-from mxcompile.packing import pack
+from mxcompile.numerics import reference
+from mxcompile.numerics.packing import pack
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CASES = [

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.numerics import reference
 
 _VALUES = 1 << 18  # in float64 at a time
 

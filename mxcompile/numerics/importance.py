@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule
-from mxcompile.nearest import round_steps_in_place, unit
-from mxcompile.rows import row_wise
+from mxcompile.numerics import reference
+from mxcompile.numerics.fast_rounding import round_steps_in_place, unit
+from mxcompile.numerics.row_slices import row_wise
 
 ENERGY_CAP = 4.0
 OFFSETS = (-2, -1, 0, 1)

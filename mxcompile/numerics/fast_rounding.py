@@ -6,9 +6,9 @@
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import SCALE_BIAS, MXFormat, ScaleRule
-from mxcompile.rows import row_wise
+from mxcompile.numerics import reference
+from mxcompile.numerics.row_slices import row_wise
 
 _EXPONENT_BITS = 0x7F800000
 _MAGIC = 1.5 * 2.0**23

@@ -17,9 +17,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from mxcompile import reference
 from mxcompile.formats import SCALE_BIAS, MXFormat, ScaleRule
-from mxcompile.nearest import round_steps_in_place, unit
+from mxcompile.numerics import reference
+from mxcompile.numerics.fast_rounding import round_steps_in_place, unit
 
 _OFFSETS = (0, -1, 1, -2)
 _MOST_DAMPING = 10.0
