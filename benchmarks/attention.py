@@ -84,7 +84,7 @@ def on_gpu(splits: Sequence[int]) -> None:
 
 
 def row_on_gpu(keys: int, splits: Sequence[int]) -> list[str]:
-    from mxcompile.kernels.triton_attention import Cut, attend, cut_for
+    from mxcompile.kernels.triton.attention import Cut, attend, cut_for
 
     bytes_of_one = 2 * SHARED * keys * SIZE * 2
     caches = torch.randn(max(2, CACHES // bytes_of_one), 2, 1, SHARED, keys, SIZE, device="cuda", dtype=torch.bfloat16)

@@ -24,8 +24,9 @@ from kernel_sass import Report, examine, loops
 from triton.backends.compiler import GPUTarget
 
 from mxcompile.formats import FORMATS, MXFP8_E4M3, MXFormat, activation_rule
-from mxcompile.kernels import gluon_fp8, triton_align, triton_quantize
-from mxcompile.kernels.gluon_fp8 import Config
+from mxcompile.kernels.gluon import fp8_linear
+from mxcompile.kernels.gluon.fp8_linear import Config
+from mxcompile.kernels.triton import align, quantize
 from mxcompile.numerics import reference
 
 CONFIGS = (Config(),)
@@ -67,19 +68,19 @@ def compile_kernel(fmt: MXFormat, config: Config, in_pieces: bool, has_bias: boo
     """The kernel as it is launched on Hopper."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    kernel = gluon_fp8._fp8_kernel
+    kernel = fp8_linear._fp8_kernel
     names = kernel.arg_names
-    given = gluon_fp8.constants(fmt, config, in_pieces, has_bias)
+    given = fp8_linear.constants(fmt, config, in_pieces, has_bias)
     pointers = {"bias": "*bf16", "powers": "*fp32", "scratch": "*fp32"}
     signature = dict.fromkeys(given, "constexpr") | pointers | {"power": "fp32"}
     signature |= dict.fromkeys(("first_offset", "second_offset", "m_size", "n_size", "slabs", "pieces"), "i32")
     for name, dtype in {"x": "fp8e4nv", "words": "i16", "scales": "i32", "y": "bf16"}.items():
-        shape, layout = gluon_fp8.block(name, config)
+        shape, layout = fp8_linear.block(name, config)
         signature[name] = f"tensordesc<{dtype}{shape},{layout!r}>"
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     constants = {(names.index(name),): value for name, value in given.items()}
     source = GluonASTSource(kernel, {name: signature[name] for name in names}, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gluon_fp8.options())
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=fp8_linear.options())
 
 
 def report(fmt: MXFormat, config: Config, in_pieces: bool = False, has_bias: bool = False) -> Report:
@@ -96,12 +97,12 @@ def report(fmt: MXFormat, config: Config, in_pieces: bool = False, has_bias: boo
 def case(weight: Any, m: int, activation: Any) -> list[dict[str, Any]]:
     rule = activation_rule(activation)
     x = tokens(m, weight.k)
-    rounded = triton_quantize.quantize_dequantize(x, activation, rule)
+    rounded = quantize.quantize_dequantize(x, activation, rule)
     if activation == MXFP8_E4M3:
         rounded = reference.align(rounded)
     exact = rounded.double() @ weight.values.double().T
     cublas = microseconds(cublas_call(weight, x), 2 * floor(weight.fmt, weight.n, weight.k, m))
-    align_us = microseconds(lambda _: triton_align.align(x, (activation, rule))[0], 20)
+    align_us = microseconds(lambda _: align.align(x, (activation, rule))[0], 20)
     copies = weight.of("planes")
     lines: list[dict[str, Any]] = []
     for config in CONFIGS:
@@ -109,8 +110,8 @@ def case(weight: Any, m: int, activation: Any) -> list[dict[str, Any]]:
         line |= {"k": weight.k, "m": m, "config": asdict(config)}
 
         def call(i: int, config: Config = config) -> Any:
-            aligned, powers = triton_align.align(x, (activation, rule))
-            return gluon_fp8.linear(aligned, powers, copies[i % len(copies)], None, activation, config)
+            aligned, powers = align.align(x, (activation, rule))
+            return fp8_linear.linear(aligned, powers, copies[i % len(copies)], None, activation, config)
 
         try:
             y = call(0)

@@ -51,9 +51,11 @@ from gemm_timing import (
 from torch import Tensor
 
 from mxcompile.formats import MXFormat, activation_rule
-from mxcompile.kernels import gluon_planes, planes_linear, triton_quantize
-from mxcompile.kernels.planes import Scaling, to_bytes
-from mxcompile.kernels.planes_configs import DEQUANTIZED, GLUON, TRITON, Config, config_for
+from mxcompile.kernels import gpu_linears
+from mxcompile.kernels.gluon import planes_linear as gluon_planes
+from mxcompile.kernels.layout.planes import Scaling, to_bytes
+from mxcompile.kernels.triton import quantize
+from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, TRITON, Config, config_for
 
 _GRACE = 60
 """Seconds that a peer may be late: what it has begun when its time is over, it ends."""
@@ -62,7 +64,7 @@ _GRACE = 60
 def product_call(w: Weight, x: Tensor) -> Call:
     """What a fused operation of a deployed model calls."""
     copies = [(*to_bytes(planes), None) for planes in w.of("planes")]
-    return lambda i: planes_linear.linears(x, [copies[i % len(copies)]], w.fmt, Scaling(w.planes.lift, w.planes.top))[0]
+    return lambda i: gpu_linears.linears(x, [copies[i % len(copies)]], w.fmt, Scaling(w.planes.lift, w.planes.top))[0]
 
 
 def path_of(case: Case) -> tuple[str, Config | None]:
@@ -102,9 +104,9 @@ def quantized(case: Case, path: str, fmt: MXFormat) -> tuple[Case, str, Call]:
     rule = activation_rule(fmt)
 
     def call(i: int) -> Tensor:
-        return product_call(case.w, triton_quantize.quantize_dequantize(case.x, fmt, rule))(i)
+        return product_call(case.w, quantize.quantize_dequantize(case.x, fmt, rule))(i)
 
-    rounded = triton_quantize.quantize_dequantize(case.x, fmt, rule)
+    rounded = quantize.quantize_dequantize(case.x, fmt, rule)
     return replace(case, exact=Exact(rounded, case.w.values)), path, call
 
 
@@ -141,7 +143,7 @@ def choose(lines: Iterable[dict[str, Any]], dependent: bool) -> list[dict[str, A
 
 
 def cuts(lines: Sequence[dict[str, Any]], dependent: bool) -> list[dict[str, Any]]:
-    """What `mxcompile/kernels/planes_configs.py` reads: the fastest lines, each in Gluon before the fastest other."""
+    """What `mxcompile/kernels/tuned_configs.py` reads: the fastest lines, each in Gluon before the fastest other."""
     others = {_key(line): line for line in choose((line for line in lines if line["path"] != GLUON), dependent)}
     chosen: list[dict[str, Any]] = []
     for line in choose(lines, dependent):

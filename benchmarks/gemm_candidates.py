@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from mxcompile.kernels.triton_planes import Config
+from mxcompile.kernels.triton.planes_linear import Config
 
 SMS = 132
 # (out, warps, joined): mma.sync with one or two warps or 32 rows a program, wgmma with four or more.

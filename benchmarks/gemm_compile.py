@@ -13,8 +13,8 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mxcompile.kernels.planes import Planes
-    from mxcompile.kernels.planes_configs import Config
+    from mxcompile.kernels.layout.planes import Planes
+    from mxcompile.kernels.tuned_configs import Config
 
 _OUT = 512
 
@@ -43,10 +43,12 @@ def _compile(fmt: str, config: "Config | None", sizes: list[int]) -> str | None:
 def _run(planes: "Planes", config: "Config | None") -> None:
     import torch
 
-    from mxcompile.kernels import gluon_planes, triton_dequantize, triton_planes
+    from mxcompile.kernels.gluon import planes_linear as gluon_planes
+    from mxcompile.kernels.triton import dequantize
+    from mxcompile.kernels.triton import planes_linear as triton_planes
 
     if config is None:
-        triton_dequantize.dequantize(planes, slabs=1)
+        dequantize.dequantize(planes, slabs=1)
         return
     x = torch.zeros(config.rows, planes.size, dtype=torch.bfloat16, device="cuda")
     if isinstance(config, triton_planes.Config):
@@ -60,7 +62,7 @@ def _weight(fmt: str, size: int) -> "Planes":
     import torch
 
     from mxcompile.formats import FORMATS, ScaleRule
-    from mxcompile.kernels.planes import to_planes
+    from mxcompile.kernels.layout.planes import to_planes
     from mxcompile.numerics import reference
     from mxcompile.numerics.packing import pack
 

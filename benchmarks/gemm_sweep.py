@@ -13,10 +13,10 @@ from gemm_timing import DEVICE, Call, Run, Weight, make_case, make_weight, warm_
 from torch import Tensor
 
 from mxcompile.formats import MXFormat
-from mxcompile.kernels import triton_dequantize, triton_planes
-from mxcompile.kernels.planes import Planes, plane_layout
-from mxcompile.kernels.planes_configs import DEQUANTIZED, TRITON
-from mxcompile.kernels.triton_planes import Config
+from mxcompile.kernels.layout.planes import Planes, plane_layout
+from mxcompile.kernels.triton import dequantize, planes_linear
+from mxcompile.kernels.triton.planes_linear import Config
+from mxcompile.kernels.tuned_configs import DEQUANTIZED, TRITON
 
 
 def sweep(run: Run, formats: list[MXFormat], rows: list[int], shapes: dict[str, tuple[int, int]]) -> None:
@@ -72,7 +72,7 @@ def _right(lines: Iterable[dict[str, Any]], w: Weight, m: int) -> list[dict[str,
 
 def planes_call(w: Weight, x: Tensor, config: Config, counters: Tensor) -> Call:
     copies = w.of("planes")
-    return lambda i: triton_planes.linear(x, copies[i % len(copies)], None, config, counters)
+    return lambda i: planes_linear.linear(x, copies[i % len(copies)], None, config, counters)
 
 
 def dequantized_call(w: Weight, x: Tensor, slabs: int, warps: int, chunk: int) -> Call:
@@ -87,7 +87,7 @@ def dequantized_call(w: Weight, x: Tensor, slabs: int, warps: int, chunk: int) -
             tiles = slice(first // 64, -(-min(first + rows, w.n) // 64))
             out = min(rows, w.n - first)
             part = Planes(planes.words[tiles], planes.scales[tiles], w.fmt, out, w.k, planes.lift, planes.top)
-            values = triton_dequantize.dequantize(part, buffer[:out], slabs, warps)
+            values = dequantize.dequantize(part, buffer[:out], slabs, warps)
             torch.mm(x, values.T, out=y[:, first : first + out])
         return y
 

@@ -14,8 +14,8 @@ import triton
 from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule, parse_format
-from mxcompile.kernels.planes import Planes, to_planes
-from mxcompile.kernels.planes_configs import DEQUANTIZED, GLUON, TRITON
+from mxcompile.kernels.layout.planes import Planes, to_planes
+from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, TRITON
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
 

@@ -28,9 +28,9 @@ from kernel_sass import examine, loops
 from triton.backends.compiler import GPUTarget
 
 from mxcompile.formats import FORMATS, MXFormat
-from mxcompile.kernels import gluon_planes, gluon_planes_kernel
-from mxcompile.kernels.gluon_planes import Config
-from mxcompile.kernels.planes import plane_layout
+from mxcompile.kernels.gluon import planes_kernel, planes_linear
+from mxcompile.kernels.gluon.planes_linear import Config
+from mxcompile.kernels.layout.planes import plane_layout
 
 LIMIT = 232448
 _DECODE = r"LOP3|SHF|PRMT|HFMA2|HMUL2|IMAD R"
@@ -54,20 +54,20 @@ def compile_kernel(fmt: MXFormat, config: Config, has_bias: bool = False) -> Any
     """The kernel as it is launched on Hopper."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    kernel = gluon_planes_kernel._planes_kernel
+    kernel = planes_kernel._planes_kernel
     names = kernel.arg_names
     types = {"x": "bf16", "words": "i16", "scales": "i32", "y0": "bf16"}
-    given = {**gluon_planes.constants(fmt, config, has_bias), "y1": None, "y2": None}
+    given = {**planes_linear.constants(fmt, config, has_bias), "y1": None, "y2": None}
     pointers = {"bias": "*bf16", "partial": "*fp32", "counters": "*i32"}
     signature = dict.fromkeys(given, "constexpr") | pointers | {"lift": "fp32"}
     signature |= dict.fromkeys(("m_size", "n_size", "slabs", "second", "third"), "i32")
     for name, dtype in types.items():
-        shape, layout = gluon_planes.block(name[0] if name == "y0" else name, config)
+        shape, layout = planes_linear.block(name[0] if name == "y0" else name, config)
         signature[name] = f"tensordesc<{dtype}{shape},{layout!r}>"
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     constants = {(names.index(name),): value for name, value in given.items()}
     source = GluonASTSource(kernel, {name: signature[name] for name in names}, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gluon_planes.options(config))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=planes_linear.options(config))
 
 
 def report(fmt: MXFormat, config: Config, has_bias: bool = False) -> Report:
@@ -155,12 +155,12 @@ def measure(weight: Any, x: Any, exact: Any, config: Config, cublas: float) -> d
     """One configuration: its error over the bound, whether it repeats bit for bit, and if it is right, its time."""
     from gemm_timing import cublas_call, floor, in_turns
 
-    if reason := gluon_planes.supports(x):
+    if reason := planes_linear.supports(x):
         return {"failed": reason}
     copies, counters = weight.of("planes"), torch.zeros(1 << 16, dtype=torch.int32, device=x.device)
 
     def call(i: int) -> Any:
-        return gluon_planes.linear(x, copies[i % len(copies)], None, config, counters)
+        return planes_linear.linear(x, copies[i % len(copies)], None, config, counters)
 
     results = [call(i) for i in range(3)]
     error = exact.error(results[0]) if exact else 0.0

@@ -79,7 +79,7 @@ def microseconds(call: Callable[[], object]) -> float:
 
 def check(fmt: MXFormat, dtype: str, rows: list[int], n: int, k: int) -> Iterator[Result]:
     """One weight, all row counts."""
-    from mxcompile.kernels import triton_linear
+    from mxcompile.kernels.triton import rows_linear
 
     generator = torch.Generator(device="cuda").manual_seed(0)
     values = torch.randn(n, k, generator=generator, device="cuda")
@@ -89,9 +89,9 @@ def check(fmt: MXFormat, dtype: str, rows: list[int], n: int, k: int) -> Iterato
     dense = values.to(torch.bfloat16)
     for m in rows:
         x = torch.randn(m, k, generator=generator, device="cuda").to(DTYPES[dtype])
-        y = triton_linear.linear(x, elements, scales, None, fmt)
+        y = rows_linear.linear(x, elements, scales, None, fmt)
         xb = x.to(torch.bfloat16)
-        time = microseconds(lambda x=x: triton_linear.linear(x, elements, scales, None, fmt))
+        time = microseconds(lambda x=x: rows_linear.linear(x, elements, scales, None, fmt))
         dense_time = microseconds(lambda xb=xb: torch.nn.functional.linear(xb, dense))
         yield Result(str(fmt), fmt.block_size, dtype, m, n, k, error_over_bound(y, x, weight), time, time / dense_time)
 

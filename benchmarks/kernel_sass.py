@@ -26,9 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mxcompile.formats import MXFormat, parse_format
-from mxcompile.kernels import triton_attention, triton_planes
-from mxcompile.kernels.planes import plane_layout
-from mxcompile.kernels.triton_planes import Config
+from mxcompile.kernels.layout.planes import plane_layout
+from mxcompile.kernels.triton import attention, planes_linear
+from mxcompile.kernels.triton.planes_linear import Config
 
 _POINTERS = {"x": "*bf16", "words": "*i16", "scales": "*i32", "counters": "*i32"}
 _MULTIPLES = ("k_size", "slabs", "x_stride")
@@ -53,8 +53,8 @@ class Report:
 
 def compile_kernel(fmt: MXFormat, config: Config) -> Any:
     """The kernel as it is launched on a GPU: one weight, no bias, sizes that are multiples of 16."""
-    kernel = triton_planes._planes_kernel
-    given = triton_planes.constants(fmt, config) | {"HAS_BIAS": False, "PADDED": False, "INTERPRETED": False}
+    kernel = planes_linear._planes_kernel
+    given = planes_linear.constants(fmt, config) | {"HAS_BIAS": False, "PADDED": False, "INTERPRETED": False}
     signature = dict.fromkeys(given, "constexpr") | dict.fromkeys(_INTEGERS, "i32") | _POINTERS
     signature |= {"partial": "*bf16" if config.split == 1 else "*fp32", "lift": "fp32"}
     signature |= {name: (kind,) for name, kind in _TUPLES.items()}
@@ -63,7 +63,7 @@ def compile_kernel(fmt: MXFormat, config: Config) -> Any:
     aligned |= {(names.index(name), 0): [["tt.divisibility", 16]] for name in _TUPLES}
     constants = {(names.index(name),): value for name, value in given.items()}
     source = ASTSource(kernel, {name: signature[name] for name in names}, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=triton_planes.options(config))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=planes_linear.options(config))
 
 
 def report(fmt: MXFormat, config: Config) -> Report:
@@ -92,10 +92,10 @@ class AttentionReport:
     block: int
 
 
-def compile_attention(dtype: str, size: int, group: int, cut: triton_attention.Cut) -> Any:
+def compile_attention(dtype: str, size: int, group: int, cut: attention.Cut) -> Any:
     """The kernel as it is launched on a GPU for 8 heads of a cache, the same mask for all heads of queries."""
-    kernel = triton_attention._attend_kernel
-    given = triton_attention.constants(size, size, 8, group, cut)
+    kernel = attention._attend_kernel
+    given = attention.constants(size, size, 8, group, cut)
     given |= {"MASK": "float", "MASK_OF_HEADS": False, "INTERPRETED": False}
     pointers = {**dict.fromkeys(("query", "key", "value", "mask", "result"), f"*{dtype}"), "scratch": "*fp32"}
     strides = {"query_strides": 2, "key_strides": 3, "value_strides": 3}
@@ -108,12 +108,12 @@ def compile_attention(dtype: str, size: int, group: int, cut: triton_attention.C
         aligned |= {(names.index(name), i): [["tt.divisibility", 16]] for i in range(count)}
     constants = {(names.index(name),): value for name, value in given.items()} | {(names.index("mask_strides"), 2): 1}
     source = ASTSource(kernel, {name: signature[name] for name in names}, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=triton_attention.options(cut))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=attention.options(cut))
 
 
 def attention_report(dtype: str, size: int, group: int) -> AttentionReport:
     key = torch.empty(0, 8, 2048, size, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
-    cut = triton_attention.cut_for(key, 8)
+    cut = attention.cut_for(key, 8)
     facts, sass = examine(compile_attention(dtype, size, group, cut))
     start = sass[: sass.index("MMA")]
     return AttentionReport(**facts, copies=start.count("LDGSTS"), block=cut.block)

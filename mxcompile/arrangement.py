@@ -12,10 +12,10 @@ from torch import nn
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
-from mxcompile.kernels import arranging
-from mxcompile.kernels.arranging import Range
 from mxcompile.kernels.dispatch import choices, prepare
-from mxcompile.kernels.planes import Scaling, scaling_for
+from mxcompile.kernels.layout import rows_to_planes
+from mxcompile.kernels.layout.planes import Scaling, scaling_for
+from mxcompile.kernels.layout.rows_to_planes import Range
 from mxcompile.storage import place_all
 from mxcompile.weight import MXLayout, MXWeight
 
@@ -56,7 +56,7 @@ def _range(weight: MXWeight) -> Range:
         reason = choices(x, fmt, len(weight.elements))["planes"]
         if reason is not None:
             raise MXCompileError(reason)
-    found = arranging.range_of_rows(weight.elements, weight.scales, fmt, spec.size)
+    found = rows_to_planes.range_of_rows(weight.elements, weight.scales, fmt, spec.size)
     scaling_for(*found, fmt)
     return found
 
@@ -78,6 +78,6 @@ def _scaled_alike(group: list[tuple[MXWeight, Range]]) -> Iterator[tuple[list[MX
 def _side_by_side(weights: list[MXWeight], scaling: Scaling) -> list[MXWeight]:
     """The weights in planes, one behind the other in two tensors."""
     outs, layout = [len(weight.elements) for weight in weights], weights[0].layout_
-    parts = arranging.empty_planes(sum(outs), parse_format(layout.format), layout.size, weights[0].device)
+    parts = rows_to_planes.empty_planes(sum(outs), parse_format(layout.format), layout.size, weights[0].device)
     places = zip(*(part.split(outs) for part in parts), strict=True)
     return [weight.in_planes(scaling, place) for weight, place in zip(weights, places, strict=True)]

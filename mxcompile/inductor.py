@@ -30,8 +30,8 @@ from mxcompile.decode_step import DecodeStep
 from mxcompile.errors import CompileError
 from mxcompile.forward import Forward
 from mxcompile.inputs import Inputs
-from mxcompile.kernels import fp8
 from mxcompile.kernels.dispatch import prepare
+from mxcompile.kernels.layout import e4m3_products
 from mxcompile.ledger import PassResult
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,7 +70,7 @@ class FuseMX(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Changes with the code of the rules, so that graphs compiled with older ones are not taken from the cache."""
-        modules = attention, decode_attention, fusion, joining, rounding, rules, dataflow, ops, fp8
+        modules = attention, decode_attention, fusion, joining, rounding, rules, dataflow, ops, e4m3_products
         return get_hash_for_files(tuple(str(module.__file__) for module in modules), __file__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FuseMX":

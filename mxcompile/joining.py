@@ -13,9 +13,9 @@ from torch.fx import Graph, Node
 
 from mxcompile.formats import parse_format, parse_scale_rule
 from mxcompile.fusion import VIEWS
-from mxcompile.kernels import fp8
 from mxcompile.kernels.dispatch import why_not_fp8
-from mxcompile.kernels.planes import Scaling
+from mxcompile.kernels.layout import e4m3_products
+from mxcompile.kernels.layout.planes import Scaling
 from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
 
@@ -85,7 +85,7 @@ def _goes_along(value: Node, node: Node, rounded: Node, aligned: bool) -> bool:
     activation, rule = map(str, rounded.args[1:])
     rounding = (parse_format(activation), parse_scale_rule(rule))
     sizes = x.shape[:-1]
-    is_few = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < fp8.FEWEST_TOKENS
+    is_few = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < e4m3_products.FEWEST_TOKENS
     return not is_few and why_not_fp8(x, parse_format(weight), Scaling(*planes), rounding, aligned) is None
 
 

@@ -35,9 +35,10 @@ from torch import Tensor
 from torch import _check as check  # pyright: ignore[reportPrivateUsage] - documented API
 
 from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
-from mxcompile.kernels import arranging, dispatch
-from mxcompile.kernels import planes as plane_layouts
-from mxcompile.kernels.planes import Scaling
+from mxcompile.kernels import dispatch
+from mxcompile.kernels.layout import planes as plane_layouts
+from mxcompile.kernels.layout import rows_to_planes
+from mxcompile.kernels.layout.planes import Scaling
 from mxcompile.numerics import hadamard, packing, reference
 
 _LIBRARY = torch.library.Library("mx", "DEF")
@@ -58,7 +59,7 @@ def dequantize(
     """Packed elements and scales to values `[..., size]`."""
     fmt = _format(format)
     if planes is not None:
-        elements, scales = arranging.rows_of_planes(elements, scales, fmt, size, Scaling(*planes))
+        elements, scales = rows_to_planes.rows_of_planes(elements, scales, fmt, size, Scaling(*planes))
     return reference.dequantize(packing.unpack(elements, fmt), scales, fmt, size, dtype).contiguous()
 
 

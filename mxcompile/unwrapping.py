@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from mxcompile.kernels.planes import Scaling
+from mxcompile.kernels.layout.planes import Scaling
 from mxcompile.weight import MXLayout, MXWeight
 
 CACHEABLE: Final = {f"{__name__}.weight_of": "1"}

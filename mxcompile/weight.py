@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
-from mxcompile.kernels.arranging import planes_of_rows, range_of_rows, rows_of_planes
-from mxcompile.kernels.planes import Scaling, scaling_for
+from mxcompile.kernels.layout.planes import Scaling, scaling_for
+from mxcompile.kernels.layout.rows_to_planes import planes_of_rows, range_of_rows, rows_of_planes
 from mxcompile.ops import ALIGN, DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten

@@ -113,7 +113,7 @@ class Attention(nn.Module):
 
 
 def test_alike_weights_lie_side_by_side(monkeypatch):
-    from mxcompile.kernels.planes_linear import _side_by_side
+    from mxcompile.kernels.gpu_linears import _side_by_side
 
     monkeypatch.setattr(arrangement, "choices", lambda x, fmt, out: {"planes": None})
     module = Attention()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from mxcompile import decode_attention, inductor
 from mxcompile.ops import ATTEND
 
-triton_elements = pytest.importorskip("mxcompile.kernels.triton_elements")
+triton_elements = pytest.importorskip("mxcompile.kernels.triton.elements")
 aten = torch.ops.aten
 CUDNN = aten._scaled_dot_product_cudnn_attention.default
 EFFICIENT = aten._scaled_dot_product_efficient_attention.default

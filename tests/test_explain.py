@@ -16,7 +16,8 @@ from mxcompile.cli import app
 from mxcompile.errors import InputError, PipelineError
 from mxcompile.explanation import SPEEDS_ON_CPU, SPEEDS_ON_GPU, Served, grouped
 from mxcompile.formats import MXFP8_E4M3, parse_format
-from mxcompile.kernels import cpu_build, dispatch
+from mxcompile.kernels import dispatch
+from mxcompile.kernels.cpu import build as cpu_build
 from mxcompile.storage import stored_bytes
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,9 @@ from mxcompile.formats import (
     integer,
     parse_format,
 )
-from mxcompile.kernels import cpu, dispatch, planes
+from mxcompile.kernels import dispatch
+from mxcompile.kernels.cpu import linears
+from mxcompile.kernels.layout import planes
 from mxcompile.numerics import fast_rounding, reference
 
 FLOATS = [floating(e, m) for e in range(1, 6) for m in range(8 - e)]
@@ -126,17 +128,17 @@ def test_gptq_rounds_to_it():
 def test_no_kernel_serves_it(fmt):
     missing = f"there is no kernel for {fmt.name}"
     x = torch.randn(2, 64)
-    assert dispatch.choices(x, fmt, 64)["cpu"] == cpu.supports_rounding(x, fmt, ScaleRule.FLOOR) == missing
+    assert dispatch.choices(x, fmt, 64)["cpu"] == linears.supports_rounding(x, fmt, ScaleRule.FLOOR) == missing
     assert planes.why_no_format(fmt) == missing
 
 
 def test_no_triton_kernel_serves_it():
     pytest.importorskip("triton")
-    from mxcompile.kernels import triton_linear, triton_quantize
+    from mxcompile.kernels.triton import quantize, rows_linear
 
     x = torch.randn(2, 64)
-    assert triton_linear.supports(x, integer(3)) == "there is no kernel for mxint3"
-    assert triton_quantize.supports(x, integer(3), ScaleRule.FLOOR) == "there is no kernel for mxint3"
+    assert rows_linear.supports(x, integer(3)) == "there is no kernel for mxint3"
+    assert quantize.supports(x, integer(3), ScaleRule.FLOOR) == "there is no kernel for mxint3"
 
 
 @pytest.mark.parametrize(

@@ -21,28 +21,28 @@ from torch import Tensor
 from mxcompile.formats import MXFormat
 from mxcompile.numerics.reference import element_table
 
-_PACKAGE = "mxcompile.kernels"
+_PACKAGE = "mxcompile.kernels.triton"
 _MODULES = (
-    "triton_align",
-    "triton_attention",
-    "triton_elements",
-    "triton_decode",
-    "triton_dequantize",
-    "triton_linear",
-    "triton_planes",
-    "triton_quantize",
+    "align",
+    "attention",
+    "elements",
+    "decode_planes",
+    "dequantize",
+    "rows_linear",
+    "planes_linear",
+    "quantize",
 )
 
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[SimpleNamespace]:
-    """The modules triton_linear, triton_planes ..., interpreted, as `.linear`, `.planes` and so on.
+    """The modules rows_linear, planes_linear, quantize ..., interpreted, as `.linear`, `.planes`, `.quantize` and so on.
 
     `.larger` is the combining function of quantize's maximum as it was written (see below).
     """
     pytest.importorskip("triton")
     copies = _import_interpreted()
-    linear, quantize = copies["triton_linear"], copies["triton_quantize"]
+    linear, quantize = copies["rows_linear"], copies["quantize"]
     larger = quantize._larger
     with pytest.MonkeyPatch.context() as patch:
         _let_scalars_be_range_bounds(patch)
@@ -50,10 +50,10 @@ def interpreted() -> Iterator[SimpleNamespace]:
         # The interpreter recognizes triton's own maximum and sum; it calls others once an element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
         for name in ("quantize", "align", "attention"):
-            patch.setattr(copies[f"triton_{name}"], "_larger", standard._elementwise_max)
-        patch.setattr(copies["triton_attention"], "_added", standard._sum_combine)
-        others = {name: copies[f"triton_{name}"] for name in ("align", "attention", "planes", "dequantize")}
-        yield SimpleNamespace(linear=linear, quantize=quantize, larger=larger, **others)
+            patch.setattr(copies[name], "_larger", standard._elementwise_max)
+        patch.setattr(copies["attention"], "_added", standard._sum_combine)
+        others = {name: copies[name] for name in ("align", "attention", "dequantize")}
+        yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)
 
 
 def _import_interpreted() -> dict[str, ModuleType]:

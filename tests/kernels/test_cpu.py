@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule, parse_format
-from mxcompile.kernels import cpu, cpu_build, dispatch
+from mxcompile.kernels import dispatch
+from mxcompile.kernels.cpu import build, linears
 from mxcompile.numerics import packing, reference
 
 FORMAT_NAMES = [*FORMATS, "mxint4:16", "mxfp4:64", "mxint6:16", "mxfp6_e3m2:128", "mxfp8_e5m2:64", "mxint8:128"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_compiler = pytest.mark.skipif(cpu_build.why_not(MXINT8) is not None, reason=str(cpu_build.why_not(MXINT8)))
+needs_compiler = pytest.mark.skipif(build.why_not(MXINT8) is not None, reason=str(build.why_not(MXINT8)))
 
 
 def packed(fmt, rows, size, seed=0):
@@ -31,8 +32,8 @@ def test_rounding_is_the_references(name, dtype, rule, nasty_blocks, assert_same
     fmt = parse_format(name)
     x = nasty_blocks(fmt, dtype)
     x = x[: len(x) // 4 * 4].reshape(-1, 128)
-    assert cpu.supports_rounding(x, fmt, rule) is None
-    assert_same_bits(cpu.quantize_dequantize(x, fmt, rule), reference.quantize_dequantize(x, fmt, rule))
+    assert linears.supports_rounding(x, fmt, rule) is None
+    assert_same_bits(linears.quantize_dequantize(x, fmt, rule), reference.quantize_dequantize(x, fmt, rule))
 
 
 @needs_compiler
@@ -41,7 +42,7 @@ def test_rounding_is_the_references(name, dtype, rule, nasty_blocks, assert_same
 def test_rounding_of_odd_shapes_and_strides(shape, dtype, assert_same_bits):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     for value in (x, x.transpose(0, -1)):
-        given = cpu.quantize_dequantize(value, MXFP4, ScaleRule.T725)
+        given = linears.quantize_dequantize(value, MXFP4, ScaleRule.T725)
         assert_same_bits(given, reference.quantize_dequantize(value, MXFP4, ScaleRule.T725).contiguous())
 
 
@@ -55,7 +56,7 @@ def test_every_code_decodes_to_the_references_value(name, dtype, assert_same_bit
     elements, scales = packing.pack(codes.to(torch.uint8), fmt), torch.arange(256, dtype=torch.uint8)[:, None]
     for size in (fmt.block_size, fmt.block_size - 3):
         expected = reference.dequantize(codes.to(torch.uint8), scales, fmt, size, dtype)
-        assert_same_bits(cpu.decode(elements, scales, fmt, size, dtype), expected)
+        assert_same_bits(linears.decode(elements, scales, fmt, size, dtype), expected)
 
 
 @needs_compiler
@@ -67,10 +68,10 @@ def test_products_are_within_the_bound(name, tokens, dtype, error_over_bound):
     generator = torch.Generator().manual_seed(tokens)
     for rows, size, has_bias in ((48, 96, True), (33, 77, False)):
         elements, scales, _ = packed(fmt, rows, size)
-        weight = cpu.decode(elements, scales, fmt, size, dtype)
+        weight = linears.decode(elements, scales, fmt, size, dtype)
         x = torch.randn(tokens, size, generator=generator).to(dtype)
         bias = torch.randn(rows, generator=generator).to(dtype) if has_bias else None
-        assert error_over_bound(cpu.linears(x, [(elements, scales, bias)], fmt)[0], x, weight, bias) <= 1
+        assert error_over_bound(linears.linears(x, [(elements, scales, bias)], fmt)[0], x, weight, bias) <= 1
 
 
 @needs_compiler
@@ -81,9 +82,9 @@ def test_several_weights_on_an_input_rounded_once(tokens, dtype):
     x = torch.randn(tokens, 2, 80, generator=torch.Generator().manual_seed(0)).to(dtype)[:, 0]
     weights = [(*packed(MXINT4, rows, 80, rows)[:2], bias) for rows, bias in ((24, None), (7, torch.ones(7).to(dtype)))]
     rounded = reference.quantize_dequantize(x, MXINT8, ScaleRule.FLOOR)
-    given = cpu.linears(x, weights, MXINT4, (MXINT8, ScaleRule.FLOOR))
+    given = linears.linears(x, weights, MXINT4, (MXINT8, ScaleRule.FLOOR))
     for y, weight in zip(given, weights, strict=True):
-        assert torch.equal(y, cpu.linears(rounded, [weight], MXINT4)[0])
+        assert torch.equal(y, linears.linears(rounded, [weight], MXINT4)[0])
 
 
 @needs_compiler
@@ -94,7 +95,7 @@ def test_many_threads_compute_the_same_bits():
     threads = torch.get_num_threads()
     try:
         results = [
-            (torch.set_num_threads(count), cpu.linears(x, [(elements, scales, None)], MXINT4)[0])[1]
+            (torch.set_num_threads(count), linears.linears(x, [(elements, scales, None)], MXINT4)[0])[1]
             for count in (1, 2, 3)
         ]
     finally:
@@ -107,10 +108,10 @@ def test_many_threads_compute_the_same_bits():
 def test_leading_dimensions_strides_and_nothing():
     elements, scales, weight = packed(MXINT8, 16, 64)
     x = torch.randn(64, 3, 1, generator=torch.Generator().manual_seed(0)).permute(1, 2, 0)
-    y = cpu.linears(x, [(elements, scales, None)], MXINT8)[0]
+    y = linears.linears(x, [(elements, scales, None)], MXINT8)[0]
     assert y.shape == (3, 1, 16)
     torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-3 * weight.abs().max().item())
-    assert cpu.linears(torch.empty(2, 0, 64), [(elements, scales, None)], MXINT8)[0].shape == (2, 0, 16)
+    assert linears.linears(torch.empty(2, 0, 64), [(elements, scales, None)], MXINT8)[0].shape == (2, 0, 16)
 
 
 @needs_compiler
@@ -118,9 +119,9 @@ def test_a_result_is_not_changed_by_the_next_call():
     """The buffer for decoded weights is used again; results are not in it."""
     first, second = (packed(MXINT4, 32, 64, seed) for seed in (0, 1))
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    y = cpu.linears(x, [(*first[:2], None)], MXINT4)[0]
+    y = linears.linears(x, [(*first[:2], None)], MXINT4)[0]
     kept = y.clone()
-    cpu.linears(x, [(*second[:2], None)], MXINT4)
+    linears.linears(x, [(*second[:2], None)], MXINT4)
     assert torch.equal(y, kept)
 
 
@@ -128,18 +129,18 @@ def test_a_result_is_not_changed_by_the_next_call():
 def test_dispatch_takes_it():
     x = torch.randn(2, 64)
     assert dispatch.choices(x, MXINT4, 64)["cpu"] is None
-    assert "float64" in str(cpu.supports(x.double(), MXINT4))
+    assert "float64" in str(linears.supports(x.double(), MXINT4))
     assert dispatch.quantize_dequantize(x.double(), MXINT8, ScaleRule.FLOOR).dtype == torch.float64
-    assert "mse" in str(cpu.supports_rounding(x, MXINT4, ScaleRule.MSE))
-    assert "mxfp4" in str(cpu.supports_rounding(x, MXINT4, ScaleRule.T725))
+    assert "mse" in str(linears.supports_rounding(x, MXINT4, ScaleRule.MSE))
+    assert "mxfp4" in str(linears.supports_rounding(x, MXINT4, ScaleRule.T725))
 
 
 @contextmanager
 def building_in(folder):
     """Nothing built yet, and an empty folder to build in."""
-    functions = (cpu_build.library, cpu_build._why_not)
+    functions = (build.library, build._why_not)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_build.platformdirs, "user_cache_dir", lambda *_, **__: str(folder))
+        patch.setattr(build.platformdirs, "user_cache_dir", lambda *_, **__: str(folder))
         for function in functions:
             function.cache_clear()
         yield
@@ -171,15 +172,15 @@ def test_a_compiler_that_fails_is_named(elsewhere, monkeypatch):
     broken.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    assert cpu_build.why_not(MXINT4) == f"{broken} cannot build the CPU kernels: error: no such thing"
+    assert build.why_not(MXINT4) == f"{broken} cannot build the CPU kernels: error: no such thing"
     assert not list((elsewhere / "cpu").glob("*"))
 
 
 @needs_compiler
 def test_built_once_and_found_again(elsewhere):
-    cpu_build.library(MXINT4)
+    build.library(MXINT4)
     (path,) = (elsewhere / "cpu").iterdir()
     made = path.stat().st_mtime_ns
-    cpu_build.library.cache_clear()
-    cpu_build.library(MXINT4)
+    build.library.cache_clear()
+    build.library(MXINT4)
     assert [path.stat().st_mtime_ns for path in (elsewhere / "cpu").iterdir()] == [made]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mxcompile.formats import MXFP4, MXINT8, ScaleRule, parse_format
-from mxcompile.kernels import cpu, cpu_build, dispatch
+from mxcompile.kernels import dispatch
+from mxcompile.kernels.cpu import build, linears
 from mxcompile.numerics import packing, reference
 
 LINEARS, IN_PYTHON = torch.ops.mx.cpu_linears.default, torch.ops.mx.linears.default
@@ -18,8 +19,8 @@ LINEARS, IN_PYTHON = torch.ops.mx.cpu_linears.default, torch.ops.mx.linears.defa
 
 def why_not():
     try:
-        cpu_build.operator()
-    except cpu_build.BuildError as error:
+        build.operator()
+    except build.BuildError as error:
         return str(error)
     return None
 
@@ -87,20 +88,20 @@ def test_a_nan_scale_and_the_smallest_scale():
 
 def test_what_cannot_be_built_stays_in_python(monkeypatch, caplog):
     def missing():
-        raise cpu_build.BuildError("there is no header")
+        raise build.BuildError("there is no header")
 
-    monkeypatch.setattr(cpu, "operator", missing)
-    cpu._serve_without_python.cache_clear()
+    monkeypatch.setattr(linears, "operator", missing)
+    linears._serve_without_python.cache_clear()
     caplog.set_level(logging.INFO, logger="mxcompile")
     given = arguments(torch.randn(1, 96), "mxfp4", "mxfp8_e4m3")
     try:
         for _ in range(2):
             IN_PYTHON(*given)
     finally:
-        cpu._serve_without_python.cache_clear()
+        linears._serve_without_python.cache_clear()
     reasons = [record.message for record in caplog.records if "Python" in record.message]
     assert reasons in ([], ["products of a few tokens go through Python: there is no header"])
-    assert bool(reasons) == (cpu.supports(given[0], MXFP4) is None)
+    assert bool(reasons) == (linears.supports(given[0], MXFP4) is None)
 
 
 @needs_operator
@@ -108,9 +109,9 @@ def test_what_cannot_be_built_stays_in_python(monkeypatch, caplog):
 def test_a_compiler_that_links_its_own_standard_library_keeps_it_to_itself(tmp_path):
     """torch has another one in the process, and what is half of one and half of the other crashes at an error."""
     made = tmp_path / "operator.so"
-    source = Path(cpu_build.__file__).parent / "mx_cpu_operator.cpp"
-    command = [cpu_build._compiler(), "-static-libstdc++", *cpu_build._OPTIONS, str(source), *cpu_build._for_torch()]
-    cpu_build._build(command, made)
+    source = Path(build.__file__).parent / "mx_cpu_operator.cpp"
+    command = [build._compiler(), "-static-libstdc++", *build._OPTIONS, str(source), *build._for_torch()]
+    build._build(command, made)
     listed = ["nm", "-C", "--defined-only", str(made)]
     assert " std::locale::id::" in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
     exported = subprocess.run([*listed, "--dynamic"], capture_output=True, text=True, check=True).stdout

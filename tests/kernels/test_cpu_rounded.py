@@ -9,7 +9,7 @@ import torch
 from test_cpu import building_in, needs_compiler, packed
 
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, parse_format
-from mxcompile.kernels import cpu
+from mxcompile.kernels.cpu import linears
 from mxcompile.numerics import reference
 
 PAIRS = [(weight, activation) for weight in FORMATS for activation in FORMATS]
@@ -40,12 +40,12 @@ def check(weight_name, activation_name, tokens, dtype, error_over_bound):
     generator = torch.Generator().manual_seed(tokens)
     for rows, size, has_bias in ((13, 160, True), (5, 77, False), (4, 300, True)):
         elements, scales, _ = packed(fmt, rows, size)
-        weight = cpu.decode(elements, scales, fmt, size, dtype)
+        weight = linears.decode(elements, scales, fmt, size, dtype)
         spread = torch.exp2(torch.randint(-6, 6, (tokens, size), generator=generator))
         x = (torch.randn(tokens, size, generator=generator) * spread).to(dtype)
         x[:, :40] = 0
         bias = torch.randn(rows, generator=generator).to(dtype) if has_bias else None
-        y = cpu.linears(x, [(elements, scales, bias)], fmt, (activation, FLOOR))[0]
+        y = linears.linears(x, [(elements, scales, bias)], fmt, (activation, FLOOR))[0]
         assert y.dtype == dtype
         assert error_over_bound(y, reference.quantize_dequantize(x, activation, FLOOR), weight, bias) <= 1
 
@@ -72,12 +72,12 @@ def test_on_processors_without_dot_products(weight, activation, error_over_bound
 def test_what_is_not_finite_spoils_its_token_alone(fmt, activation, instructions):
     weights = [(*packed(fmt, 6, 160)[:2], None)]
     clean = torch.randn(3, 160, generator=torch.Generator().manual_seed(0))
-    expected = cpu.linears(clean, weights, fmt, (activation, FLOOR))[0]
+    expected = linears.linears(clean, weights, fmt, (activation, FLOOR))[0]
     for at in (0, 31, 70, 159):
         for value in (float("nan"), float("inf"), -float("inf")):
             x = clean.clone()
             x[1, at] = value
-            y = cpu.linears(x, weights, fmt, (activation, FLOOR))[0]
+            y = linears.linears(x, weights, fmt, (activation, FLOOR))[0]
             assert y[1].isnan().all()
             assert torch.equal(y[::2], expected[::2])
 
@@ -90,8 +90,8 @@ def test_every_scale_byte(fmt, activation, size, instructions):
     elements, _, _ = packed(fmt, 256, 32)
     scales = torch.arange(256, dtype=torch.uint8)[:, None]
     x = size * torch.linspace(-1, 1, 32)[None]
-    y = cpu.linears(x, [(elements, scales, None)], fmt, (activation, FLOOR))[0][0]
-    weight = cpu.decode(elements, scales, fmt, 32, torch.float32).double()
+    y = linears.linears(x, [(elements, scales, None)], fmt, (activation, FLOOR))[0][0]
+    weight = linears.decode(elements, scales, fmt, 32, torch.float32).double()
     rounded = reference.quantize_dequantize(x, activation, FLOOR).double()[0]
     exact, all_of_it = weight @ rounded, weight.abs() @ rounded.abs()
     assert y[-1].isnan()

@@ -9,8 +9,8 @@ from ptx import execute, join
 from torch import Tensor
 
 from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT8, MXFormat, ScaleRule
-from mxcompile.kernels import fp8
-from mxcompile.kernels.planes import Planes, to_planes
+from mxcompile.kernels.layout import e4m3_products
+from mxcompile.kernels.layout.planes import Planes, to_planes
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
 
@@ -46,12 +46,12 @@ def packed(fmt: MXFormat, shape: tuple[int, int], scales: Tensor, device: str = 
 
 def decoded(planes: Planes) -> Tensor:
     """What the PTX of fp8_decode.py makes of a weight: e4m3 `[out, in]`."""
-    from mxcompile.kernels import fp8_decode
+    from mxcompile.kernels.gluon import decode_to_e4m3
 
     words = join(planes.words[:, :, 0].unflatten(-1, (-1, 2, 2)), 16)
-    steps, offsets = fp8_decode.steps(planes.fmt), fp8_decode.offsets(planes.fmt, planes.top)
+    steps, offsets = decode_to_e4m3.steps(planes.fmt), decode_to_e4m3.offsets(planes.fmt, planes.top)
     values: list[Tensor] = []
-    for plane, ptx in enumerate(fp8_decode.assembly(planes.fmt)):
+    for plane, ptx in enumerate(decode_to_e4m3.assembly(planes.fmt)):
         byte = ((planes.scales[:, :, 0].long() >> (8 * plane)) & 0xFF).unsqueeze(-1)
         first, second = ((byte * step + offset) % 2**32 for step, offset in zip(steps, offsets, strict=True))
         four = execute(ptx, {"$1": words[..., 0], "$2": words[..., 1], "$3": first, "$7": second})
@@ -63,21 +63,21 @@ def decoded(planes: Planes) -> Tensor:
 @pytest.mark.parametrize("fmt", WEIGHTS, ids=str)
 @pytest.mark.parametrize("lowest", [5, 100, 235])
 def test_every_code_on_every_scale_of_the_span_is_an_e4m3_number(fmt: MXFormat, lowest: int) -> None:
-    from mxcompile.kernels import fp8_decode
+    from mxcompile.kernels.gluon import decode_to_e4m3
 
-    span = fp8.largest_span(fmt)
+    span = e4m3_products.largest_span(fmt)
     assert span is not None
     scales = lowest + torch.arange(span + 1).repeat(64, 1)
     scales[0, 0] = 0  # of a block of zeros, which counts for nothing
     planes, dense = packed(fmt, (64, 32 * (span + 1)), scales.to(torch.uint8))
     assert planes.top > 0
-    power = fp8_decode.power(fmt, planes.top, planes.lift)
+    power = decode_to_e4m3.power(fmt, planes.top, planes.lift)
     assert torch.equal(decoded(planes).double() * 2.0**power, dense)
 
 
 @pytest.mark.parametrize("fmt", WEIGHTS, ids=str)
 def test_one_more_is_too_much(fmt: MXFormat) -> None:
-    scales = torch.tensor([100, 101 + (fp8.largest_span(fmt) or 0)]).repeat(64, 1).to(torch.uint8)
+    scales = torch.tensor([100, 101 + (e4m3_products.largest_span(fmt) or 0)]).repeat(64, 1).to(torch.uint8)
     planes, _ = packed(fmt, (64, 64), scales)
     assert planes.top == 0
 
@@ -85,13 +85,13 @@ def test_one_more_is_too_much(fmt: MXFormat) -> None:
 def test_other_formats_are_no_e4m3_numbers() -> None:
     planes = to_planes(torch.ones(64, 64, dtype=torch.uint8), torch.full((64, 2), 120, dtype=torch.uint8), MXINT8, 64)
     assert planes.top == 0
-    assert "weights" in (fp8.why_not(MXINT8, MXFP4) or "")
-    assert "activations" in (fp8.why_not(MXFP4, MXFP8_E4M3) or "")
-    assert "float" in (fp8.why_not(MXFP4, None) or "")
-    assert "aligned (lower-mx{align=true})" in (fp8.why_not(MXFP4, MXFP8_E4M3) or "")
-    assert "2**11 is the most" in (fp8.why_not(MXFP4, MXFP4, fits=False) or "")
-    assert fp8.why_not(MXFP4, MXFP4) is None
-    assert fp8.why_not(MXFP4, MXFP8_E4M3, aligned=True) is None
+    assert "weights" in (e4m3_products.why_not(MXINT8, MXFP4) or "")
+    assert "activations" in (e4m3_products.why_not(MXFP4, MXFP8_E4M3) or "")
+    assert "float" in (e4m3_products.why_not(MXFP4, None) or "")
+    assert "aligned (lower-mx{align=true})" in (e4m3_products.why_not(MXFP4, MXFP8_E4M3) or "")
+    assert "2**11 is the most" in (e4m3_products.why_not(MXFP4, MXFP4, fits=False) or "")
+    assert e4m3_products.why_not(MXFP4, MXFP4) is None
+    assert e4m3_products.why_not(MXFP4, MXFP8_E4M3, aligned=True) is None
 
 
 @pytest.mark.parametrize("fmt", ACTIVATIONS, ids=str)
@@ -182,7 +182,7 @@ def test_compiles_for_hopper(fmt: MXFormat, in_pieces: bool) -> None:
     pytest.importorskip("triton.experimental.gluon", reason="this version of Triton has no Gluon")
     from fp8_trial import report
 
-    from mxcompile.kernels.gluon_fp8 import Config
+    from mxcompile.kernels.gluon.fp8_linear import Config
 
     found = report(fmt, Config(), in_pieces, has_bias=True)
     assert not found.serialized
@@ -199,7 +199,8 @@ def test_products(fmt: MXFormat, shape: tuple[int, int]) -> None:
     """Against float64: at most 1.2 times what rounding to bfloat16 loses for normal values, 1.6 times where blocks
     differ by up to 2**3, as the tensor core then cuts off more. Equal on repeat; any number of tokens.
     """
-    from mxcompile.kernels import gluon_fp8, triton_align
+    from mxcompile.kernels.gluon import fp8_linear
+    from mxcompile.kernels.triton import align
 
     generator = torch.Generator().manual_seed(shape[0])
     scales = torch.randint(110, 116, (shape[0], -(-shape[1] // 32)), generator=generator).to(torch.uint8)
@@ -209,23 +210,23 @@ def test_products(fmt: MXFormat, shape: tuple[int, int]) -> None:
         x = spread((m, shape[1]), span, m).to("cuda", torch.bfloat16)
         for activation in (MXFP4, MXFP6_E2M3):
             rounded = reference.quantize_dequantize(x, activation, ScaleRule.FLOOR).double()
-            aligned, powers = triton_align.align(x, (activation, ScaleRule.FLOOR))
+            aligned, powers = align.align(x, (activation, ScaleRule.FLOOR))
             assert torch.equal(aligned.double() * powers.double()[:, None], rounded)
             for bias in (None, torch.randn(shape[0], device="cuda").to(torch.bfloat16)):
                 exact = rounded @ dense.T + (0 if bias is None else bias.double())
-                for config in (gluon_fp8.Config(), gluon_fp8.Config(128, 4)):
-                    y = gluon_fp8.linear(aligned, powers, planes, bias, activation, config)
+                for config in (fp8_linear.Config(), fp8_linear.Config(128, 4)):
+                    y = fp8_linear.linear(aligned, powers, planes, bias, activation, config)
                     error = (y.double() - exact).norm() / (exact.to(torch.bfloat16).double() - exact).norm()
                     assert error < (1.6 if span else 1.2), (m, activation, config)
-                    assert torch.equal(gluon_fp8.linear(aligned, powers, planes, bias, activation, config), y)
+                    assert torch.equal(fp8_linear.linear(aligned, powers, planes, bias, activation, config), y)
 
 
 @on_hopper
 def test_what_is_too_small_is_rounded_to_the_nearest_step() -> None:
-    from mxcompile.kernels import triton_align
+    from mxcompile.kernels.triton import align
 
     x = spread((16, 20000), 40)
-    aligned, powers = triton_align.align(x.cuda(), (MXFP4, ScaleRule.FLOOR))
+    aligned, powers = align.align(x.cuda(), (MXFP4, ScaleRule.FLOOR))
     expected = reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR).double() / powers.cpu().double()[:, None]
     assert torch.equal(aligned.cpu().double(), expected.float().to(torch.float8_e4m3fn).double())
 
@@ -234,14 +235,14 @@ def test_what_is_too_small_is_rounded_to_the_nearest_step() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_mxfp8_aligned_on_a_gpu(dtype: torch.dtype, assert_same_bits: Callable[[Tensor, Tensor], None]) -> None:
     """Also tokens that are read in pieces."""
-    from mxcompile.kernels import triton_align
+    from mxcompile.kernels.triton import align
 
     for x in (hard(200, dtype), spread((5, 20000), 20).to(dtype)):
         rounded = reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL)
         expected = reference.align(rounded)
         for given, rounding in ((x, (MXFP8_E4M3, ScaleRule.RCEIL)), (rounded, None)):
-            assert_same_bits(triton_align.values(given.cuda(), rounding).cpu(), expected)
-            aligned, powers = triton_align.align(given.cuda(), rounding)
+            assert_same_bits(align.values(given.cuda(), rounding).cpu(), expected)
+            aligned, powers = align.align(given.cuda(), rounding)
             assert_same_bits((aligned.float() * powers[:, None]).to(dtype).cpu(), expected)
 
 
@@ -252,7 +253,7 @@ def test_mxfp8_aligned_is_the_same_function_for_any_number_of_tokens(
 ) -> None:
     """600 tokens are multiplied at the rate of 8 bits, 100 are not; without alignment none are."""
     from mxcompile.kernels import dispatch
-    from mxcompile.kernels.planes import Scaling, to_bytes
+    from mxcompile.kernels.layout.planes import Scaling, to_bytes
 
     scales = torch.randint(116, 122, (256, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     planes, dense = packed(MXFP4, (256, 512), scales, "cuda")
@@ -274,7 +275,7 @@ def test_mxfp8_aligned_is_the_same_function_for_any_number_of_tokens(
 def test_many_tokens_take_it_in_the_product(tokens: int, error_over_bound: Callable[..., float]) -> None:
     """`mx::linears` with an activation format, of weights that lie side by side; few tokens are multiplied as ever."""
     from mxcompile.kernels import dispatch
-    from mxcompile.kernels.planes import Scaling, to_bytes
+    from mxcompile.kernels.layout.planes import Scaling, to_bytes
 
     scales = torch.full((320, 8), 120, dtype=torch.uint8)
     planes, dense = packed(MXFP4, (320, 256), scales, "cuda")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXFormat, ScaleRule
-from mxcompile.kernels.planes import Planes, to_planes
+from mxcompile.kernels.layout.planes import Planes, to_planes
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
 
@@ -43,7 +43,7 @@ def test_compiles_for_hopper(fmt: MXFormat, cut: Cut) -> None:
     """wgmma is not serialized, and most of a slab is decoded while it runs."""
     from gluon_trial import report
 
-    from mxcompile.kernels.gluon_planes import Config
+    from mxcompile.kernels.gluon.planes_linear import Config
 
     rows, out, stages, split = cut
     found = report(fmt, Config(rows=rows, out=out, stages=stages, split=split), has_bias=True)
@@ -58,7 +58,7 @@ def test_compiles_for_hopper(fmt: MXFormat, cut: Cut) -> None:
 
 
 def test_says_what_it_does_not_serve() -> None:
-    from mxcompile.kernels.gluon_planes import Config, linear, supports
+    from mxcompile.kernels.gluon.planes_linear import Config, linear, supports
 
     planes, _ = _weight(MXINT4, 64, 128, "cpu")
     x = torch.zeros(4, 128, dtype=torch.bfloat16)
@@ -76,15 +76,15 @@ def _weight(fmt: MXFormat, out: int, size: int, device: str) -> tuple[Planes, Te
 
 
 def test_without_gluon_the_kernels_can_be_imported_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    package = importlib.import_module("mxcompile.kernels")
-    names = ("gluon_hopper", "gluon_planes_kernel", "gluon_planes", "gluon_fp8")
-    for name, module in [(name, importlib.import_module(f"mxcompile.kernels.{name}")) for name in names]:
+    package = importlib.import_module("mxcompile.kernels.gluon")
+    names = ("hopper", "planes_kernel", "planes_linear", "fp8_linear")
+    for name, module in [(name, importlib.import_module(f"mxcompile.kernels.gluon.{name}")) for name in names]:
         monkeypatch.setattr(package, name, module)
-        monkeypatch.delitem(sys.modules, f"mxcompile.kernels.{name}")
+        monkeypatch.delitem(sys.modules, f"mxcompile.kernels.gluon.{name}")
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
     monkeypatch.delattr(importlib.import_module("triton.experimental"), "gluon")
-    modules = {name: importlib.import_module(f"mxcompile.kernels.{name}") for name in names}
-    for name in ("gluon_planes", "gluon_fp8"):
+    modules = {name: importlib.import_module(f"mxcompile.kernels.gluon.{name}") for name in names}
+    for name in ("planes_linear", "fp8_linear"):
         assert "lacks what the Gluon kernels need" in modules[name].NO_GLUON
 
 
@@ -93,7 +93,7 @@ def test_without_gluon_the_kernels_can_be_imported_and_say_so(monkeypatch: pytes
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_products(error_over_bound: ErrorOverBound, cut: Cut, fmt: MXFormat, shape: tuple[int, int]) -> None:
-    from mxcompile.kernels.gluon_planes import Config, linear, supports
+    from mxcompile.kernels.gluon.planes_linear import Config, linear, supports
 
     planes, dense = _weight(fmt, *shape, "cuda")
     rows, out, stages, split = cut
@@ -114,7 +114,7 @@ def test_products(error_over_bound: ErrorOverBound, cut: Cut, fmt: MXFormat, sha
 @on_hopper
 def test_many_tiles_a_program(error_over_bound: ErrorOverBound) -> None:
     """Stages come around many times, with one slab a tile and with several."""
-    from mxcompile.kernels.gluon_planes import Config, linear
+    from mxcompile.kernels.gluon.planes_linear import Config, linear
 
     for size in (96, 128, 384):
         planes, dense = _weight(MXFP4, 8200, size, "cuda")
@@ -127,7 +127,7 @@ def test_many_tiles_a_program(error_over_bound: ErrorOverBound) -> None:
 @on_hopper
 def test_lift_and_views(error_over_bound: ErrorOverBound) -> None:
     """The largest scales (planes hold them smaller, and the kernel lifts the sums), rows of a wider tensor, batches."""
-    from mxcompile.kernels.gluon_planes import Config, linear, supports
+    from mxcompile.kernels.gluon.planes_linear import Config, linear, supports
 
     codes = torch.randint(0, 16, (192, 256), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     scales = torch.full((192, 8), 250, dtype=torch.uint8)
@@ -145,7 +145,7 @@ def test_lift_and_views(error_over_bound: ErrorOverBound) -> None:
 @pytest.mark.parametrize("split", [1, 3])
 def test_weights_side_by_side(error_over_bound: ErrorOverBound, split: int) -> None:
     """One launch writes the results of up to three weights that lie behind each other, as one launch each would."""
-    from mxcompile.kernels.gluon_planes import Config, counters_needed, linears
+    from mxcompile.kernels.gluon.planes_linear import Config, counters_needed, linears
 
     planes, dense = _weight(MXINT4, 1024, 640, "cuda")
     x = torch.randn(70, 640, device="cuda").to(torch.bfloat16)
@@ -164,6 +164,6 @@ def test_weights_side_by_side(error_over_bound: ErrorOverBound, split: int) -> N
 
 @on_hopper
 def test_reasons() -> None:
-    from mxcompile.kernels.gluon_planes import supports
+    from mxcompile.kernels.gluon.planes_linear import supports
 
     assert "16 bytes" in (supports(torch.zeros(4, 132, dtype=torch.bfloat16, device="cuda")) or "")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E5M2, MXINT4, MXINT8, MXFormat, ScaleRule
-from mxcompile.kernels.planes import from_planes, plane_layout, scale_range, scaling_for, to_planes
+from mxcompile.kernels.layout.planes import from_planes, plane_layout, scale_range, scaling_for, to_planes
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack, unpack
 

@@ -20,10 +20,10 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxcompile.kernels import planes_configs
+    from mxcompile.kernels import tuned_configs
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    planes_configs.config_for.cache_clear()
+    tuned_configs.config_for.cache_clear()
 
 
 @pytest.mark.usefixtures("hopper")
@@ -32,9 +32,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
     """A fused one, but for many tokens of 6 bits; in Gluon beyond 64 tokens. Where that does not serve, a fused one up
     to 64 tokens. K in a power of two of parts, but for shapes that were measured."""
-    from mxcompile.kernels import triton_planes
-    from mxcompile.kernels.planes import plane_layout
-    from mxcompile.kernels.planes_configs import config_for
+    from mxcompile.kernels.layout.planes import plane_layout
+    from mxcompile.kernels.triton import planes_linear as triton_planes
+    from mxcompile.kernels.tuned_configs import config_for
 
     for (n, k), gluon in product(SHAPES, (True, False)):
         config = config_for(fmt, n, k, rows, torch.device("cuda"), gluon)
@@ -54,9 +54,10 @@ def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_every_cut_of_the_table_is_right(error_over_bound: Callable[..., float], fmt: MXFormat) -> None:
     """In every format that may take it: against float64, and equal on repeat."""
-    from mxcompile.kernels import gluon_planes, triton_planes
-    from mxcompile.kernels.planes import to_planes
-    from mxcompile.kernels.planes_configs import cuts
+    from mxcompile.kernels.gluon import planes_linear as gluon_planes
+    from mxcompile.kernels.layout.planes import to_planes
+    from mxcompile.kernels.triton import planes_linear as triton_planes
+    from mxcompile.kernels.tuned_configs import cuts
     from mxcompile.numerics import reference
     from mxcompile.numerics.packing import pack
 
@@ -88,7 +89,7 @@ def test_the_table_is_what_the_sweep_gives() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_other_shapes_are_split_into_as_many_programs() -> None:
-    from mxcompile.kernels.planes_configs import config_for
+    from mxcompile.kernels.tuned_configs import config_for
 
     def programs(n: int, k: int) -> int:
         config = config_for(MXINT4, n, k, 1, torch.device("cuda"))
@@ -100,7 +101,7 @@ def test_other_shapes_are_split_into_as_many_programs() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_a_gpu_without_a_table_takes_the_one_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxcompile.kernels.planes_configs import config_for
+    from mxcompile.kernels.tuned_configs import config_for
 
     measured = config_for(MXINT4, 6144, 4096, 1, torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))

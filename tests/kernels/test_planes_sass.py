@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 def test_compiles_for_hopper(fmt: MXFormat, options: dict[str, int]) -> None:
     from kernel_sass import report
 
-    from mxcompile.kernels.triton_planes import Config
+    from mxcompile.kernels.triton.planes_linear import Config
 
     found = report(fmt, Config(**options))
     assert found.products == (16 if options["rows"] == 8 else 8)

@@ -37,17 +37,17 @@ def random_weight(fmt: MXFormat, out: int, size: int, dtype: torch.dtype) -> tup
 def check_products(
     fmt: MXFormat, dtype: torch.dtype, shape: tuple[int, int], rows: tuple[int, ...], error_over_bound: ErrorOverBound
 ) -> None:
-    from mxcompile.kernels import triton_linear
+    from mxcompile.kernels.triton import rows_linear
 
     elements, scales, w = random_weight(fmt, *shape, dtype)
     for m in rows:
         generator = torch.Generator(device="cuda").manual_seed(m)
         x = torch.randn(m, shape[1], generator=generator, device="cuda").to(dtype)
         bias = torch.randn(shape[0], generator=generator, device="cuda").to(dtype) if m % 2 else None
-        assert triton_linear.supports(x, fmt) is None
-        y = triton_linear.linear(x, elements, scales, bias, fmt)
+        assert rows_linear.supports(x, fmt) is None
+        y = rows_linear.linear(x, elements, scales, bias, fmt)
         assert error_over_bound(y, x, w, bias) <= 1, f"{m} rows"
-        assert torch.equal(triton_linear.linear(x, elements, scales, bias, fmt), y), f"{m} rows: not deterministic"
+        assert torch.equal(rows_linear.linear(x, elements, scales, bias, fmt), y), f"{m} rows: not deterministic"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -74,20 +74,20 @@ def test_one_input_gives_every_code_and_scale_exactly(fmt: MXFormat, dtype: torc
 
     Other powers than 1 show that the weight is rounded to x's dtype before the product.
     """
-    from mxcompile.kernels import triton_linear
+    from mxcompile.kernels.triton import rows_linear
 
     codes = torch.zeros(256 * 2**fmt.bits, fmt.block_size, dtype=torch.uint8)
     codes[:, 0] = torch.arange(2**fmt.bits, dtype=torch.int32).to(torch.uint8).repeat(256)
     scales = torch.arange(256, dtype=torch.int32).to(torch.uint8).repeat_interleave(2**fmt.bits)[:, None]
     x = torch.tensor([[2.0**-10], [1.0], [2.0**10]], dtype=dtype)
-    y = triton_linear.linear(x.cuda(), pack(codes, fmt).cuda(), scales.cuda(), None, fmt).cpu()
+    y = rows_linear.linear(x.cuda(), pack(codes, fmt).cuda(), scales.cuda(), None, fmt).cpu()
     expected = (x.double() * reference.dequantize(codes, scales, fmt, 1, dtype).double().T).to(dtype)
     assert ((y == expected) | (y.isnan() & expected.isnan())).all()
 
 
 @pytest.mark.parametrize("fmt", [MXINT8, MXFP8_E4M3, MXFP6_E3M2, MXFP4], ids=str)
 def test_strides_and_shapes(error_over_bound: ErrorOverBound, fmt: MXFormat) -> None:
-    from mxcompile.kernels import triton_linear
+    from mxcompile.kernels.triton import rows_linear
 
     elements, scales, w = random_weight(fmt, 100, 77, torch.bfloat16)
     x = torch.randn(154, 154, device="cuda").to(torch.bfloat16)
@@ -99,19 +99,19 @@ def test_strides_and_shapes(error_over_bound: ErrorOverBound, fmt: MXFormat) -> 
         x[0, :77],
         x[:0, :77],
     ):
-        y = triton_linear.linear(view, elements, scales, None, fmt)
+        y = rows_linear.linear(view, elements, scales, None, fmt)
         assert y.shape == (*view.shape[:-1], 100)
         assert error_over_bound(y.reshape(-1, 100), view.reshape(-1, 77), w, None) <= 1
 
 
 def test_nan_scale_makes_exactly_its_column_nan() -> None:
-    from mxcompile.kernels import triton_linear
+    from mxcompile.kernels.triton import rows_linear
 
     elements, scales, _ = random_weight(MXFP4, 512, 576, torch.bfloat16)
     scales[77, 3] = 255
     for rows in (1, 257):
         x = torch.randn(rows, 576, device="cuda").to(torch.bfloat16)
-        nan = triton_linear.linear(x, elements, scales, None, MXFP4).isnan()
+        nan = rows_linear.linear(x, elements, scales, None, MXFP4).isnan()
         assert nan[:, 77].all()
         assert int(nan.sum()) == rows
 
@@ -122,7 +122,7 @@ def test_quantize_dequantize(
     assert_same_bits: SameBits, nasty_blocks: Callable[..., Tensor], fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype
 ) -> None:
     """Against the reference on the CPU: nasty blocks, every kind of bit pattern, and values of a common size."""
-    from mxcompile.kernels import triton_quantize
+    from mxcompile.kernels.triton import quantize
 
     generator = torch.Generator().manual_seed(0)
     width = torch.int32 if dtype == torch.float32 else torch.int16
@@ -131,24 +131,24 @@ def test_quantize_dequantize(
     wild = torch.where(wild.isfinite() | (bits % 64 == 0), wild, 1.0)
     tame = torch.randn(512, 1024, generator=generator).to(dtype)
     for x in (nasty_blocks(fmt, dtype), wild, tame):
-        y = triton_quantize.quantize_dequantize(x.cuda(), fmt, rule)
+        y = quantize.quantize_dequantize(x.cuda(), fmt, rule)
         assert_same_bits(y.cpu(), reference.quantize_dequantize(x, fmt, rule))
 
 
 @pytest.mark.parametrize("block", [16, 64, 128])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_quantize_dequantize_block_sizes(assert_same_bits: SameBits, fmt: MXFormat, block: int) -> None:
-    from mxcompile.kernels import triton_quantize
+    from mxcompile.kernels.triton import quantize
 
     x = torch.randn(65, 1000).to(torch.bfloat16)
-    y = triton_quantize.quantize_dequantize(x.cuda(), fmt.with_block(block), ScaleRule.RCEIL)
+    y = quantize.quantize_dequantize(x.cuda(), fmt.with_block(block), ScaleRule.RCEIL)
     assert_same_bits(y.cpu(), reference.quantize_dequantize(x, fmt.with_block(block), ScaleRule.RCEIL))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_dequantize_every_code_and_scale(assert_same_bits: SameBits, fmt: MXFormat, dtype: torch.dtype) -> None:
-    from mxcompile.kernels import triton_quantize
+    from mxcompile.kernels.triton import quantize
 
     for block in (16, 32, 64, 128):
         blocked = fmt.with_block(block)
@@ -156,7 +156,7 @@ def test_dequantize_every_code_and_scale(assert_same_bits: SameBits, fmt: MXForm
         scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, len(codes) // block)
         codes = codes.expand(256, -1)
         size = codes.shape[-1] - 5
-        y = triton_quantize.dequantize(pack(codes, blocked).cuda(), scales.cuda(), blocked, size, dtype)
+        y = quantize.dequantize(pack(codes, blocked).cuda(), scales.cuda(), blocked, size, dtype)
         assert_same_bits(y.cpu(), reference.dequantize(codes, scales, blocked, size, dtype))
 
 
@@ -166,42 +166,42 @@ def _needs_gigabytes(count: int) -> None:
 
 
 def test_linear_offsets_beyond_2_31(error_over_bound: ErrorOverBound) -> None:
-    from mxcompile.kernels import triton_linear
+    from mxcompile.kernels.triton import rows_linear
 
     _needs_gigabytes(16)
     elements, scales, w = random_weight(MXFP4, 64, 32768, torch.bfloat16)
     x = torch.zeros(70000, 32768, dtype=torch.bfloat16, device="cuda")  # 2.3e9 values
     x[-3:] = torch.randn(3, 32768, device="cuda")
-    y = triton_linear.linear(x, elements, scales, None, MXFP4)
+    y = rows_linear.linear(x, elements, scales, None, MXFP4)
     assert error_over_bound(y[-3:], x[-3:], w, None) <= 1
     last, x = x[-3:].clone(), None
     many = torch.zeros(140000, elements.shape[1], dtype=torch.uint8, device="cuda")  # 2.3e9 bytes
     many[-64:] = elements
-    y = triton_linear.linear(last, many, scales[:1].expand(140000, -1), None, MXFP4)
+    y = rows_linear.linear(last, many, scales[:1].expand(140000, -1), None, MXFP4)
     w = reference.dequantize(unpack(elements, MXFP4), scales[:1].expand(64, -1), MXFP4, 32768, torch.bfloat16)
     assert error_over_bound(y[:, -64:], last, w, None) <= 1
 
 
 def test_output_and_quantize_offsets_beyond_2_31(error_over_bound: ErrorOverBound, assert_same_bits: SameBits) -> None:
-    from mxcompile.kernels import triton_linear, triton_quantize
+    from mxcompile.kernels.triton import quantize, rows_linear
 
     _needs_gigabytes(16)
     elements, scales, w = random_weight(MXFP4, 32800, 32, torch.bfloat16)
     x = torch.randn(65600, 32, device="cuda").to(torch.bfloat16)
-    y = triton_linear.linear(x, elements, scales, None, MXFP4)  # 2.15e9 values
+    y = rows_linear.linear(x, elements, scales, None, MXFP4)  # 2.15e9 values
     assert error_over_bound(y[-3:], x[-3:], w, None) <= 1
-    q = triton_quantize.quantize_dequantize(y, MXFP4, ScaleRule.FLOOR)
+    q = quantize.quantize_dequantize(y, MXFP4, ScaleRule.FLOOR)
     assert_same_bits(q[-3:].cpu(), reference.quantize_dequantize(y[-3:].cpu(), MXFP4, ScaleRule.FLOOR))
 
 
 def test_second_gpu(error_over_bound: ErrorOverBound) -> None:
-    from mxcompile.kernels import triton_linear
+    from mxcompile.kernels.triton import rows_linear
 
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     elements, scales, w = (t.to("cuda:1") for t in random_weight(MXFP4, 257, 1000, torch.bfloat16))
     x = torch.randn(3, 1000, device="cuda:1").to(torch.bfloat16)
-    assert error_over_bound(triton_linear.linear(x, elements, scales, None, MXFP4), x, w, None) <= 1
+    assert error_over_bound(rows_linear.linear(x, elements, scales, None, MXFP4), x, w, None) <= 1
 
 
 def test_interpreted_compiled_and_inductor_kernels_in_one_process(
@@ -231,20 +231,20 @@ PLANES_OPTIONS = [
 def test_planes(
     error_over_bound: ErrorOverBound, fmt: MXFormat, shape: tuple[int, int], options: dict[str, int]
 ) -> None:
-    from mxcompile.kernels import triton_dequantize, triton_planes
-    from mxcompile.kernels.planes import to_planes
+    from mxcompile.kernels.layout.planes import to_planes
+    from mxcompile.kernels.triton import dequantize, planes_linear
 
     elements, scales, w = random_weight(fmt, *shape, torch.bfloat16)
-    planes, config = to_planes(elements, scales, fmt, shape[1]), triton_planes.Config(**options)
-    assert torch.equal(triton_dequantize.dequantize(planes), w)
+    planes, config = to_planes(elements, scales, fmt, shape[1]), planes_linear.Config(**options)
+    assert torch.equal(dequantize.dequantize(planes), w)
     for m in ROWS:
         x = torch.randn(m, shape[1], device="cuda").to(torch.bfloat16)
         bias = torch.randn(shape[0], device="cuda").to(torch.bfloat16) if m % 2 else None
-        counters = torch.zeros(triton_planes.counters_needed(m, planes, config), dtype=torch.int32, device="cuda")
-        y = triton_planes.linear(x, planes, bias, config, counters)
+        counters = torch.zeros(planes_linear.counters_needed(m, planes, config), dtype=torch.int32, device="cuda")
+        y = planes_linear.linear(x, planes, bias, config, counters)
         assert error_over_bound(y, x, w, bias) <= 1, f"{m} rows"
         for _ in range(3):
-            assert torch.equal(triton_planes.linear(x, planes, bias, config, counters), y), f"{m} rows: repeated"
+            assert torch.equal(planes_linear.linear(x, planes, bias, config, counters), y), f"{m} rows: repeated"
         assert not counters.any()
 
 
@@ -275,27 +275,29 @@ def attention_arguments(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_attention(attention_over_bound: Callable[..., float], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """On repeat equal bit for bit."""
-    from mxcompile.kernels import dispatch, triton_attention
+    from mxcompile.kernels import dispatch
+    from mxcompile.kernels.triton import attention
 
     dispatch.prepare(torch.device("cuda", torch.cuda.current_device()))
     for args in attention_arguments(shape, dtype):
-        assert triton_attention.supports(*args[:4]) is None
-        y = triton_attention.attend(*args)
+        assert attention.supports(*args[:4]) is None
+        y = attention.attend(*args)
         assert attention_over_bound(y, *args) <= 1
-        assert all(torch.equal(triton_attention.attend(*args), y) for _ in range(3))
+        assert all(torch.equal(attention.attend(*args), y) for _ in range(3))
 
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_attention_in_a_cuda_graph(shape: tuple[int, ...]) -> None:
     """Apart: a graph needs the caching allocator, without which compute-sanitizer sees more."""
-    from mxcompile.kernels import dispatch, triton_attention
+    from mxcompile.kernels import dispatch
+    from mxcompile.kernels.triton import attention
 
     dispatch.prepare(torch.device("cuda", torch.cuda.current_device()))
     *_, args = attention_arguments(shape, torch.bfloat16)
-    y = triton_attention.attend(*args)
+    y = attention.attend(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = triton_attention.attend(*args)
+        captured = attention.attend(*args)
     for _ in range(3):
         captured.fill_(1)
         graph.replay()

@@ -202,11 +202,11 @@ def test_interpreter_leaves_triton_and_inductor_alone(interpreted: SimpleNamespa
     interpreted.quantize.quantize_dequantize(tokens(2, 64, torch.bfloat16), MXFP4, ScaleRule.FLOOR)
     assert all(vars(module) == names for module, names in before.items())
     assert not triton.knobs.runtime.interpret
-    assert interpreted.linear is not sys.modules.get("mxcompile.kernels.triton_linear")
-    from mxcompile.kernels import triton_linear, triton_quantize
+    assert interpreted.linear is not sys.modules.get("mxcompile.kernels.triton.rows_linear")
+    from mxcompile.kernels.triton import quantize, rows_linear
 
-    assert isinstance(triton_linear._linear_kernel, triton.JITFunction)
-    assert isinstance(triton_quantize._dequantize_kernel, triton.JITFunction)
+    assert isinstance(rows_linear._linear_kernel, triton.JITFunction)
+    assert isinstance(quantize._dequantize_kernel, triton.JITFunction)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ for CPU code")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT6, MXFormat, ScaleRule
-from mxcompile.kernels.planes import Planes, plane_layout, to_planes
+from mxcompile.kernels.layout.planes import Planes, plane_layout, to_planes
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
 

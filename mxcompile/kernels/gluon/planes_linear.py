@@ -18,12 +18,12 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
-from mxcompile.kernels.gluon_hopper import NO_GLUON, TensorDescriptor, gl
-from mxcompile.kernels.gluon_planes_kernel import _planes_kernel
-from mxcompile.kernels.planes import Planes
-from mxcompile.kernels.triton_decode import layout_constants
-from mxcompile.kernels.triton_elements import capability, multiprocessors, unsupported_device
-from mxcompile.kernels.triton_planes import MOST_WEIGHTS
+from mxcompile.kernels.gluon.hopper import NO_GLUON, TensorDescriptor, gl
+from mxcompile.kernels.gluon.planes_kernel import _planes_kernel
+from mxcompile.kernels.layout.planes import Planes
+from mxcompile.kernels.triton.decode_planes import layout_constants
+from mxcompile.kernels.triton.elements import capability, multiprocessors, unsupported_device
+from mxcompile.kernels.triton.planes_linear import MOST_WEIGHTS
 
 
 @dataclass(frozen=True)

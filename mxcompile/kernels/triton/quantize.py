@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule, no_kernel
-from mxcompile.kernels.triton_elements import (
+from mxcompile.kernels.triton.elements import (
     decode,
     element_constants,
     element_offsets,

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.kernels import counters
-from mxcompile.kernels.triton_elements import (
+from mxcompile.kernels.triton import split_k_counters
+from mxcompile.kernels.triton.elements import (
     FLOAT_DTYPES,
     arrives_last,
     launch,
@@ -139,7 +139,7 @@ def _with_counters(query: Tensor, cut: Cut, places: int) -> tuple[Cut, Tensor | 
         return cut, None
     if not query.is_cuda:
         return cut, torch.zeros(places, dtype=torch.int32)
-    free = counters.of_stream(query.device, places)
+    free = split_k_counters.of_stream(query.device, places)
     return (cut, free) if free is not None else (Cut(1, cut.block, cut.warps, cut.stages), None)
 
 

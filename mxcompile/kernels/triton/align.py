@@ -25,15 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.formats import MXFP8_E4M3, MXFormat, ScaleRule
-from mxcompile.kernels.triton_elements import (
-    launch,
-    narrow,
-    power_of_two,
-    unsupported_device,
-    unsupported_dtype,
-    widen,
-)
-from mxcompile.kernels.triton_quantize import _fraction_limit, _larger, _round_magnitude, _scale_exponent
+from mxcompile.kernels.triton.elements import launch, narrow, power_of_two, unsupported_device, unsupported_dtype, widen
+from mxcompile.kernels.triton.quantize import _fraction_limit, _larger, _round_magnitude, _scale_exponent
 from mxcompile.numerics.reference import ALIGNED_TOP
 
 _MOST_COLUMNS: Final = 4096

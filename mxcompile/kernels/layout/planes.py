@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, no_kernel
-from mxcompile.kernels import fp8
+from mxcompile.kernels.layout import e4m3_products
 from mxcompile.numerics import packing
 from mxcompile.numerics.reference import element_table
 
@@ -138,7 +138,7 @@ def scaling_for(smallest: int, largest: int, fmt: MXFormat) -> Scaling:
     unit = smallest - 127 - layout.exponent + fmt.emin - fmt.mantissa_bits
     if smallest - lift < 1 or (lift and unit - lift < _BFLOAT16_SMALLEST):
         raise MXCompileError(f"the weight's scales span 2**{largest - smallest}, too much for planes")
-    most = fp8.largest_span(fmt)
+    most = e4m3_products.largest_span(fmt)
     return Scaling(lift, largest - lift if most is not None and largest - smallest <= most else 0)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels.cpu_build import ELEMENTS, BuildError, library, operator, why_not
+from mxcompile.kernels.cpu.build import ELEMENTS, BuildError, library, operator, why_not
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Packed elements `[out, bytes]`, scales `[out, blocks]`, and a bias `[out]` or None."""

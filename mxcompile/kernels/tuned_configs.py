@@ -25,8 +25,9 @@ from typing import Any, Final, TypeAlias
 import torch
 
 from mxcompile.formats import MXFormat, parse_format
-from mxcompile.kernels import gluon_planes, triton_planes
-from mxcompile.kernels.planes import plane_layout
+from mxcompile.kernels.gluon import planes_linear as gluon_planes
+from mxcompile.kernels.layout.planes import plane_layout
+from mxcompile.kernels.triton import planes_linear as triton_planes
 
 Config: TypeAlias = triton_planes.Config | gluon_planes.Config
 TRITON, GLUON, DEQUANTIZED = "planes", "gluon", "dequantize+cublas"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
-from mxcompile.kernels.planes import (
+from mxcompile.kernels.layout.planes import (
     TILE,
     Planes,
     Scaling,

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.formats import MXFormat
-from mxcompile.kernels import fp8, fp8_decode
-from mxcompile.kernels.gluon_hopper import (
+from mxcompile.kernels.gluon import decode_to_e4m3
+from mxcompile.kernels.gluon.hopper import (
     NEW,
     NO_GLUON,
     TensorDescriptor,
@@ -40,9 +40,10 @@ from mxcompile.kernels.gluon_hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mxcompile.kernels.planes import Planes
-from mxcompile.kernels.triton_elements import capability, multiprocessors, unsupported_device
-from mxcompile.kernels.triton_planes import _place
+from mxcompile.kernels.layout import e4m3_products
+from mxcompile.kernels.layout.planes import Planes
+from mxcompile.kernels.triton.elements import capability, multiprocessors, unsupported_device
+from mxcompile.kernels.triton.planes_linear import _place
 
 _CONSUMERS: Final = 2
 _ROWS: Final = 64
@@ -65,7 +66,7 @@ def supports(x: Tensor, fmt: MXFormat) -> str | None:
         return f"the result is bfloat16, the activation is {str(x.dtype).removeprefix('torch.')}"
     if reason := unsupported_device(x) or NO_GLUON:
         return reason
-    if fp8.largest_span(fmt) is None:
+    if e4m3_products.largest_span(fmt) is None:
         return f"{fmt.name} weights are not decoded to e4m3"
     if x.shape[-1] % 16:
         return f"a weight of {x.shape[-1]} columns: a multiple of 16 is served"
@@ -89,7 +90,7 @@ def linear(
     if not y.numel():
         return y[:, : planes.out]
     programs = min(-(-rows // config.rows) * -(-planes.out // (_ROWS * _CONSUMERS)), multiprocessors(x.device))
-    pieces = -(-planes.size // fp8.columns_at_once(activation, planes.size))
+    pieces = -(-planes.size // e4m3_products.columns_at_once(activation, planes.size))
     kernel = cast(Any, _fp8_kernel)
     scratch = programs * _CONSUMERS * _ROWS * config.rows if pieces > 1 else 1
     tensors = {
@@ -104,8 +105,8 @@ def linear(
             y if bias is None else bias.contiguous(),
             powers,
             torch.empty(scratch, dtype=torch.float32, device=x.device),
-            *fp8_decode.offsets(planes.fmt, planes.top),
-            2.0 ** fp8_decode.power(planes.fmt, planes.top, planes.lift),
+            *decode_to_e4m3.offsets(planes.fmt, planes.top),
+            2.0 ** decode_to_e4m3.power(planes.fmt, planes.top, planes.lift),
             rows,
             planes.out,
             slabs,
@@ -132,7 +133,7 @@ def block(name: str, config: Config) -> tuple[list[int], Any]:
 def constants(fmt: MXFormat, config: Config, in_pieces: bool, has_bias: bool) -> dict[str, Any]:
     """The compile-time arguments of the kernel."""
     cut = (config.rows, config.stages, config.group, in_pieces, has_bias)
-    return {"ASSEMBLY": fp8_decode.assembly(fmt), "STEPS": fp8_decode.steps(fmt), "CUT": cut}
+    return {"ASSEMBLY": decode_to_e4m3.assembly(fmt), "STEPS": decode_to_e4m3.steps(fmt), "CUT": cut}
 
 
 def options() -> dict[str, Any]:

@@ -36,9 +36,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
-from mxcompile.kernels.planes import Planes, plane_layout
-from mxcompile.kernels.triton_decode import layout_constants, plane_values
-from mxcompile.kernels.triton_elements import arrives_last, launch, narrow, unsupported_device, widen
+from mxcompile.kernels.layout.planes import Planes, plane_layout
+from mxcompile.kernels.triton.decode_planes import layout_constants, plane_values
+from mxcompile.kernels.triton.elements import arrives_last, launch, narrow, unsupported_device, widen
 
 MOST_WEIGHTS: Final = 3
 

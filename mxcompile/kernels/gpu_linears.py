@@ -12,9 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels import counters, fp8, gluon_fp8, gluon_planes, triton_align, triton_dequantize, triton_planes
-from mxcompile.kernels.planes import Planes, Scaling, from_bytes
-from mxcompile.kernels.planes_configs import Config, config_for
+from mxcompile.kernels.gluon import fp8_linear
+from mxcompile.kernels.gluon import planes_linear as gluon_planes
+from mxcompile.kernels.layout import e4m3_products
+from mxcompile.kernels.layout.planes import Planes, Scaling, from_bytes
+from mxcompile.kernels.triton import align, dequantize, split_k_counters
+from mxcompile.kernels.triton import planes_linear as triton_planes
+from mxcompile.kernels.tuned_configs import Config, config_for
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Planes as bytes, elements `[out, bytes]` and scales `[out, blocks]`, and a bias `[out]` or None."""
@@ -44,19 +48,19 @@ def why_not_fp8(
     x: Tensor, fmt: MXFormat, scaling: Scaling, rounding: tuple[MXFormat, ScaleRule], aligned: bool = False
 ) -> str | None:
     """None if `fp8_linears` serves tokens like x, however many, or why not. aligned: they are, by the model."""
-    reason = fp8.why_not(fmt, rounding[0], aligned=aligned, fits=scaling.top > 0)
-    return reason or gluon_fp8.supports(x, fmt) or triton_align.supports(x, rounding)
+    reason = e4m3_products.why_not(fmt, rounding[0], aligned=aligned, fits=scaling.top > 0)
+    return reason or fp8_linear.supports(x, fmt) or align.supports(x, rounding)
 
 
 def fp8_linears(
     x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, scaling: Scaling, rounding: tuple[MXFormat, ScaleRule]
 ) -> list[Tensor]:
     """`linears` of x, rounded, at the rate of 8 bits; for what `why_not_fp8` has no objection to."""
-    aligned, powers = triton_align.align(x, rounding)
+    aligned, powers = align.align(x, rounding)
 
     def multiply(group: Sequence[PackedWeight]) -> list[Tensor]:
         planes, bias = _planes(group, fmt, x.shape[-1], scaling), _joined([weight[2] for weight in group])
-        y = gluon_fp8.linear(aligned, powers, planes, bias, rounding[0]).view(*x.shape[:-1], planes.out)
+        y = fp8_linear.linear(aligned, powers, planes, bias, rounding[0]).view(*x.shape[:-1], planes.out)
         return [piece.contiguous() for piece in y.split(_outs(group), dim=-1)]
 
     return _by_groups(weights, lambda group: min(_outs(group)) < _SMALL, multiply)
@@ -88,7 +92,7 @@ def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, scaling: 
         free, config = _free_counters(x, planes, config)
         return triton_planes.linears(x, planes, outs, biases, config, free)
     if config is None:
-        y = F.linear(x, triton_dequantize.dequantize(planes, slabs=1), _joined(biases))
+        y = F.linear(x, dequantize.dequantize(planes, slabs=1), _joined(biases))
         return [part.contiguous() for part in y.split(outs, dim=-1)]
     free, config = _free_counters(x, planes, config)
     if _written_apart(config, outs):
@@ -142,7 +146,7 @@ def _free_counters(x: Tensor, planes: Planes, config: _Cut) -> tuple[Tensor | No
         count = triton_planes.counters_needed(rows, planes, config)
     else:
         count = gluon_planes.counters_needed(rows, planes, config)
-    free = counters.of_stream(x.device, count)
+    free = split_k_counters.of_stream(x.device, count)
     return free, config if free is not None else replace(config, split=1)
 
 

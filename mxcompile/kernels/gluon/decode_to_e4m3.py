@@ -17,9 +17,9 @@ from functools import cache
 from typing import Final
 
 from mxcompile.formats import MXFormat
-from mxcompile.kernels.fp8 import TOP_FIELDS
-from mxcompile.kernels.planes import Field, plane_layout
-from mxcompile.kernels.triton_decode import doubled, shift_to_place
+from mxcompile.kernels.layout.e4m3_products import TOP_FIELDS
+from mxcompile.kernels.layout.planes import Field, plane_layout
+from mxcompile.kernels.triton.decode_planes import doubled, shift_to_place
 
 _HALF_PAIR: Final = 0x04000400  # one more in the exponent fields of two float16
 _INTEGER: Final = 0x6400  # 1024 in float16, whose last place is 1

@@ -25,7 +25,7 @@ bias, parts of K.
 
 import triton.language as tl
 
-from mxcompile.kernels.gluon_hopper import (
+from mxcompile.kernels.gluon.hopper import (
     NEW,
     fence_async_shared,
     fetch,
@@ -40,7 +40,7 @@ from mxcompile.kernels.gluon_hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mxcompile.kernels.triton_planes import _place
+from mxcompile.kernels.triton.planes_linear import _place
 
 
 @jit

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from mxcompile.formats import MXFormat
-from mxcompile.kernels.planes import Field, PlaneLayout, plane_layout
-from mxcompile.kernels.triton_elements import narrow, widen
+from mxcompile.kernels.layout.planes import Field, PlaneLayout, plane_layout
+from mxcompile.kernels.triton.elements import narrow, widen
 
 
 @cache

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.kernels.planes import Planes
-from mxcompile.kernels.triton_decode import layout_constants, plane_values
-from mxcompile.kernels.triton_elements import launch, narrow
+from mxcompile.kernels.layout.planes import Planes
+from mxcompile.kernels.triton.decode_planes import layout_constants, plane_values
+from mxcompile.kernels.triton.elements import launch, narrow
 
 
 def dequantize(planes: Planes, out: Tensor | None = None, slabs: int = 2, warps: int = 4) -> Tensor:

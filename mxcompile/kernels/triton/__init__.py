@@ -1,0 +1,1 @@
+"""Triton kernels; also run by Triton's interpreter on a CPU."""
