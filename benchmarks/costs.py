@@ -24,7 +24,7 @@ import mxcompile
 from mxcompile import smollm2
 from mxcompile.api import as_pipeline
 from mxcompile.evaluation import token_windows
-from mxcompile.storage import stored_bytes
+from mxcompile.tensor.modules import stored_bytes
 from mxcompile.texts import help_text
 
 _STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -26,7 +26,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 import mxcompile
 from mxcompile.formats import MXINT8
 from mxcompile.inductor import compile_module
-from mxcompile.storage import stored_bytes
+from mxcompile.tensor.modules import stored_bytes
 
 FLOAT: Final = "bfloat16"
 HEAD: Final = ", head mxint8"

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
-from mxcompile.storage import stored_bytes
+from mxcompile.tensor.modules import stored_bytes
 
 _LOAD = """
 import json, sys, time

@@ -18,8 +18,8 @@ from mxcompile.printer import print_changes, print_program
 from mxcompile.probe import Measure
 from mxcompile.program import Program
 from mxcompile.rules import Rule, apply_rules
+from mxcompile.tensor.weight import MXWeight
 from mxcompile.trace import trace
-from mxcompile.weight import MXWeight
 
 __all__ = [
     "Bisection",

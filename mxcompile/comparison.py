@@ -18,8 +18,8 @@ from mxcompile.errors import InputError
 from mxcompile.evaluation import Evaluation, check_causal, evaluate, token_windows
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.progress import Progress, track, waiting
-from mxcompile.storage import stored_bytes
 from mxcompile.tables import table
+from mxcompile.tensor.modules import stored_bytes
 from mxcompile.texts import help_text, read_text, token_ids
 
 _CALIBRATION_LENGTH, _CALIBRATION_BATCH = 512, 4

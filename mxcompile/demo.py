@@ -20,8 +20,8 @@ from mxcompile.errors import InputError
 from mxcompile.evaluation import Evaluation, evaluate, token_windows
 from mxcompile.inductor import compile_module
 from mxcompile.progress import Progress, track, waiting
-from mxcompile.storage import stored_bytes
 from mxcompile.tables import table
+from mxcompile.tensor.modules import stored_bytes
 from mxcompile.texts import help_text
 
 _PROBE = 256

@@ -26,8 +26,8 @@ from mxcompile.preservation import agreement_db, output_tensors
 from mxcompile.program import Program, Stage, where
 from mxcompile.provenance import Provenance
 from mxcompile.rotation import rotation_of
-from mxcompile.storage import own_tensors, place_all
-from mxcompile.weight import MXLayout, MXWeight, step_by_step
+from mxcompile.tensor.modules import own_tensors, place_all
+from mxcompile.tensor.weight import MXLayout, MXWeight, step_by_step
 
 M = TypeVar("M", bound=nn.Module)
 _SUFFIX = "_elements"

@@ -32,9 +32,9 @@ from mxcompile.passes.recipes import QUICK
 from mxcompile.pipeline import Pipeline
 from mxcompile.program import Program, module_path, where
 from mxcompile.serving import explain_quantized, served_by, short_name, sized
-from mxcompile.storage import stored_bytes
+from mxcompile.tensor.modules import stored_bytes
+from mxcompile.tensor.weight import MXWeight
 from mxcompile.trace import trace
-from mxcompile.weight import MXWeight
 
 
 def explain(

@@ -17,8 +17,8 @@ from mxcompile.errors import InputError
 from mxcompile.fusion import fuse
 from mxcompile.inductor import compile_ahead
 from mxcompile.inputs import as_inputs
+from mxcompile.tensor.weight import MXWeight
 from mxcompile.trace import exported_program
-from mxcompile.weight import MXWeight
 
 _SUFFIX = ".pt2"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 
 class Layouts:

@@ -25,7 +25,6 @@ from torch.utils._triton import has_triton
 
 from mxcompile import attention, decode_attention, fusion, joining, ops, rounding, rules, unwrapping
 from mxcompile.analysis import dataflow
-from mxcompile.arrangement import arrange
 from mxcompile.decode_step import DecodeStep
 from mxcompile.errors import CompileError
 from mxcompile.forward import Forward
@@ -33,6 +32,7 @@ from mxcompile.inputs import Inputs
 from mxcompile.kernels.dispatch import prepare
 from mxcompile.kernels.layout import e4m3_products
 from mxcompile.ledger import PassResult
+from mxcompile.tensor.arrange import arrange
 
 M = TypeVar("M", bound=nn.Module)
 _STEPS: dict[Any, Callable[..., Any]] = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mxcompile.forward import Forward
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 
 class NotRecordedError(Exception):

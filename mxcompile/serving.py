@@ -13,8 +13,8 @@ from mxcompile.inductor import why_no_inductor
 from mxcompile.kernels.dispatch import choices, rounding_choices, why_not_fp8
 from mxcompile.kernels.layout.planes import Scaling, scaling_for
 from mxcompile.kernels.layout.rows_to_planes import range_of_rows
-from mxcompile.storage import stored_bytes
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.modules import stored_bytes
+from mxcompile.tensor.weight import MXWeight
 
 _NO_2D = "no fused kernel: the weight is {}-D, mx::linear takes 2-D weights; it is dequantized first"
 _LIKELY = Scaling(0, 1)

@@ -21,7 +21,7 @@ from mxcompile.errors import InputError, TraceError
 from mxcompile.inputs import Inputs, as_inputs, map_leaves
 from mxcompile.program import Program
 from mxcompile.selection import Selection
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 _ADVICE = (
     "Try: replace Python control flow on tensor values by torch.where or torch.cond, .item() by tensor arithmetic; "

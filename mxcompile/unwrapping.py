@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from mxcompile.kernels.layout.planes import Scaling
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 CACHEABLE: Final = {f"{__name__}.weight_of": "1"}
 """For torch's cache of compiled graphs: the function that graphs call is known by its arguments. Change the number with

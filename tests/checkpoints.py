@@ -10,8 +10,8 @@ from models import build, inputs
 from torch import nn
 
 import mxcompile
-from mxcompile.storage import own_tensors
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.modules import own_tensors
+from mxcompile.tensor.weight import MXWeight
 
 OWN = ("mlp", "cnn")
 """Modules that transformers does not know."""

@@ -10,8 +10,8 @@ from torch import nn
 
 import mxcompile
 from mxcompile.program import Program
-from mxcompile.storage import own_tensors
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.modules import own_tensors
+from mxcompile.tensor.weight import MXWeight
 
 PAIRS = (
     ("mxfp4", "none"),

@@ -23,7 +23,7 @@ from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.pipeline import Pipeline
 from mxcompile.printer import print_program
 from mxcompile.program import Stage
-from mxcompile.weight import MXWeight, step_by_step
+from mxcompile.tensor.weight import MXWeight, step_by_step
 
 PLAIN = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3}"
 ALIGNED = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3,align=true}"

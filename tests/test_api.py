@@ -8,7 +8,7 @@ import mxcompile
 from mxcompile import Pipeline
 from mxcompile.errors import CoverageError, InputError, MXCompileError, UnknownNameError
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 # Output SQNR at W8A8 MXINT8 of a tiny random model of each kind, in dB: measured once, less 1 dB for other CPUs.
 W8A8_DB = {

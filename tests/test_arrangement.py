@@ -8,12 +8,12 @@ from models import build, inputs, output
 from torch import nn
 
 import mxcompile
-from mxcompile import arrangement
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXFormat, ScaleRule
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor import arrange
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 
 def weight(fmt: MXFormat, out: int = 128, size: int = 200, dtype: torch.dtype = torch.bfloat16) -> MXWeight:
@@ -82,13 +82,13 @@ def test_what_planes_cannot_hold_is_named():
 @pytest.fixture
 def arranged(monkeypatch):
     """A llama with tied head whose weights were arranged as on a GPU, the same one in rows, and what stayed in rows."""
-    monkeypatch.setattr(arrangement, "choices", lambda x, fmt, out: {"planes": None})
+    monkeypatch.setattr(arrange, "choices", lambda x, fmt, out: {"planes": None})
     model, example = build("llama", torch.bfloat16), inputs("llama")
     rows = mxcompile.quantize_and_compile(
         model, example, recipe="w4a8-mxint-quick", compile=False, include=["lm_head", "model.embed_tokens"]
     )
     planes = copy.deepcopy(rows)
-    return planes, rows, arrangement.arrange(planes)
+    return planes, rows, arrange.arrange(planes)
 
 
 def test_arranged_module(arranged, tmp_path):
@@ -102,7 +102,7 @@ def test_arranged_module(arranged, tmp_path):
     mxcompile.save(rows, tmp_path / "rows")
     for path in (tmp_path / "rows").iterdir():
         assert path.read_bytes() == (tmp_path / "planes" / path.name).read_bytes()
-    assert arrangement.arrange(planes) == kept  # once more changes nothing
+    assert arrange.arrange(planes) == kept  # once more changes nothing
 
 
 class Attention(nn.Module):
@@ -115,10 +115,10 @@ class Attention(nn.Module):
 def test_alike_weights_lie_side_by_side(monkeypatch):
     from mxcompile.kernels.gpu_linears import _side_by_side
 
-    monkeypatch.setattr(arrangement, "choices", lambda x, fmt, out: {"planes": None})
+    monkeypatch.setattr(arrange, "choices", lambda x, fmt, out: {"planes": None})
     module = Attention()
     before = {name: value.dequantize() for name, value in module.named_parameters()}
-    assert arrangement.arrange(module) == {}
+    assert arrange.arrange(module) == {}
     assert all(torch.equal(value.dequantize(), before[name]) for name, value in module.named_parameters())
     parts = {name: (value.elements, value.scales, None) for name, value in module.named_parameters()}
     assert [len(group) for group in _side_by_side([parts[name] for name in "kqvo"])] == [3, 1]

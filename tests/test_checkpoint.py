@@ -24,8 +24,8 @@ from mxcompile.multiplier import insert_multiplier
 from mxcompile.numerics import packing, reference
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.provenance import Provenance
-from mxcompile.storage import own_tensors, stored_bytes
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.modules import own_tensors, stored_bytes
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 
 @pytest.mark.parametrize("name", MODELS)

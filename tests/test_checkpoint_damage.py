@@ -19,7 +19,7 @@ import mxcompile
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.checkpoint.fields import sha256
 from mxcompile.errors import CheckpointError
-from mxcompile.storage import own_tensors
+from mxcompile.tensor.modules import own_tensors
 
 CORRUPTED = 2000
 INDEX = "model.safetensors.index.json"

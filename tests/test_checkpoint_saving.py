@@ -12,7 +12,7 @@ from models import build, inputs
 import mxcompile
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.errors import CheckpointError
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 POINTS = 50
 KILLED = '''

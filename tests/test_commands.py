@@ -16,7 +16,7 @@ from mxcompile.cli import app
 from mxcompile.demo import load_model
 from mxcompile.errors import CheckpointError, InputError, RecoveryError, UnknownNameError
 from mxcompile.passes.recipes import RECIPES
-from mxcompile.storage import stored_bytes
+from mxcompile.tensor.modules import stored_bytes
 
 WORDS = ["The", "capital", "of", "France", "is", "Germany", "Italy", "Paris", "Berlin", "."]
 

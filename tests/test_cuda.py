@@ -9,13 +9,14 @@ from test_rounding import MANY, assert_same_bits, gated, hard_values, rounded_in
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
-from mxcompile import arrangement, inductor
+from mxcompile import inductor
 from mxcompile.formats import MXFP8_E4M3, ScaleRule
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.numerics.reference import align, quantize_dequantize
 from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.recipes import RECIPES
-from mxcompile.weight import step_by_step
+from mxcompile.tensor import arrange
+from mxcompile.tensor.weight import step_by_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -147,7 +148,7 @@ def test_arranged_weights_give_what_rows_give(rows):
     example = {"input_ids": torch.randint(0, 300, (1, rows), device="cuda")}
     plain = mxcompile.quantize_and_compile(model, example, recipe="w4a8-mxint-quick", compile=False)
     arranged = copy.deepcopy(plain)
-    assert arrangement.arrange(arranged) == {}
+    assert arrange.arrange(arranged) == {}
     with torch.no_grad():
         wanted, given = plain(**example).logits, arranged(**example).logits
         assert torch.equal(arranged(**example).logits, given)
@@ -160,7 +161,7 @@ def decoding(dtype):
     model = wide_llama(dtype)
     prompt = torch.arange(8, device="cuda")[None]
     plain = mxcompile.quantize_and_compile(model, {"input_ids": prompt}, recipe="w4a8-mxint-quick", compile=False)
-    arrangement.arrange(plain)
+    arrange.arrange(plain)
     compiled = inductor.compile_module(copy.deepcopy(plain))
     how = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
     wanted = plain.generate(prompt, **how, disable_compile=True)

@@ -16,8 +16,8 @@ from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.errors import DeployError
 from mxcompile.multiplier import insert_multiplier
 from mxcompile.passes.recipes import RECIPES
-from mxcompile.storage import stored_bytes
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.modules import stored_bytes
+from mxcompile.tensor.weight import MXWeight
 
 
 def quantized(name, recipe="w4a8-mxint-quick", **options):

@@ -18,7 +18,7 @@ from mxcompile.explanation import SPEEDS_ON_CPU, SPEEDS_ON_GPU, Served, grouped
 from mxcompile.formats import MXFP8_E4M3, parse_format
 from mxcompile.kernels import dispatch
 from mxcompile.kernels.cpu import build as cpu_build
-from mxcompile.storage import stored_bytes
+from mxcompile.tensor.modules import stored_bytes
 
 ROOT = Path(__file__).parent.parent
 MODULE = sys.modules["mxcompile.explain"]  # of that name the package has the function

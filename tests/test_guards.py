@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import mxcompile
 from mxcompile import guards, inductor
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 needs_compiler = pytest.mark.skipif(
     inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"

@@ -18,8 +18,8 @@ from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.formats import FORMATS, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.multiplier import insert_multiplier
 from mxcompile.numerics import packing, reference
-from mxcompile.storage import own_tensors
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.modules import own_tensors
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 pytest.importorskip("compressed_tensors", reason="install the test extra")
 pytestmark = pytest.mark.filterwarnings("default")

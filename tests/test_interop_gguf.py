@@ -12,7 +12,7 @@ from models import build, inputs
 import mxcompile
 from mxcompile.checkpoint.interop import gguf_file
 from mxcompile.errors import CheckpointError, InputError
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 gguf = pytest.importorskip("gguf", reason="install the test extra")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import mxcompile
 from mxcompile.errors import CheckpointError
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 EXPERTS = "model.layers.0.mlp.experts."
 

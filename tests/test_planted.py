@@ -8,7 +8,7 @@ from planted import LARGEST, plant, take_off_grid
 import mxcompile
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 
 def rounded_db(model, x):

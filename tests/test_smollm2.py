@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import mxcompile
 from mxcompile import smollm2
 from mxcompile.evaluation import evaluate, token_windows
-from mxcompile.storage import stored_bytes
+from mxcompile.tensor.modules import stored_bytes
+from mxcompile.tensor.weight import MXWeight
 from mxcompile.texts import help_text
-from mxcompile.weight import MXWeight
 
 pytestmark = pytest.mark.skipif(
     not smollm2.cached_file().exists(), reason="SmolLM2 is not in the cache: python -m mxcompile.smollm2"

@@ -12,7 +12,7 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.multiplier import digest
 from mxcompile.numerics import packing, reference
-from mxcompile.weight import MXLayout, MXWeight, step_by_step
+from mxcompile.tensor.weight import MXLayout, MXWeight, step_by_step
 
 
 def pack(
@@ -117,7 +117,7 @@ def test_step_by_step_no_kernel_does_all_at_once(rows, x, monkeypatch):
     """One token, whose products the CPU kernel would sum in an order of its own."""
     weight = pack(rows, "mxint8")
     wanted = F.linear(weight.prepare(x[:1]), weight.dequantize())
-    monkeypatch.setattr("mxcompile.weight.LINEARS", lambda *_: pytest.fail("a kernel was called"))
+    monkeypatch.setattr("mxcompile.tensor.weight.LINEARS", lambda *_: pytest.fail("a kernel was called"))
     with step_by_step():
         assert torch.equal(F.linear(x[:1], weight), wanted)
     with pytest.raises(pytest.fail.Exception):

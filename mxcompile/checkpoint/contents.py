@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import parse_format
-from mxcompile.storage import own_tensors
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.modules import own_tensors
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 _LISTED = 3
 

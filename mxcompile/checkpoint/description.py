@@ -12,7 +12,7 @@ from mxcompile.checkpoint.contents import Packing
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.formats import input_text
 from mxcompile.tables import table
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 
 @dataclass(frozen=True)

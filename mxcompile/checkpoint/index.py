@@ -23,7 +23,7 @@ from mxcompile.checkpoint.fields import file_name, read_json, sha256, take, take
 from mxcompile.checkpoint.shards import Shard
 from mxcompile.errors import CheckpointError, MXCompileError
 from mxcompile.formats import parse_format, parse_scale_rule, why_not_aligned
-from mxcompile.weight import MXLayout
+from mxcompile.tensor.weight import MXLayout
 
 SCHEMA: Final = 1
 _DTYPES: Final = {

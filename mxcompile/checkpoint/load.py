@@ -11,7 +11,7 @@ from mxcompile.checkpoint.contents import check_fits
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.save import adopt
 from mxcompile.errors import CheckpointError
-from mxcompile.storage import own_tensors, place_all
+from mxcompile.tensor.modules import own_tensors, place_all
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -20,8 +20,8 @@ from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.save import adopt
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import parse_format
-from mxcompile.storage import own_tensors, place_all
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.modules import own_tensors, place_all
+from mxcompile.tensor.weight import MXWeight
 
 _PARTS: Final = r"\.(scales|multiplier)$"  # of MX weights, see `Packing.parts`
 

@@ -11,8 +11,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-
 from mxcompile.checkpoint.card import METHOD
 
 _TABLE = "transformers.quantizers.auto"
@@ -24,12 +22,6 @@ def register() -> None:
         _add(sys.modules[_TABLE])
     elif not any(isinstance(finder, _Note) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Note())
-
-
-def is_pretrained(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, without importing that."""
-    models = sys.modules.get("transformers.modeling_utils")
-    return models is not None and isinstance(module, models.PreTrainedModel)
 
 
 class _Note(MetaPathFinder):

@@ -14,9 +14,9 @@ from mxcompile.checkpoint.fields import sha256
 from mxcompile.checkpoint.folder import Saving, write
 from mxcompile.checkpoint.folder import check_free as check_own
 from mxcompile.checkpoint.index import Index
-from mxcompile.checkpoint.registration import is_pretrained
 from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.provenance import Provenance
+from mxcompile.tensor.modules import is_pretrained
 
 _OWN: Final = "mxcompile"
 _SHARD_SIZE: Final = "5GB"

@@ -36,7 +36,7 @@ _MODULES = (
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[SimpleNamespace]:
-    """The modules rows_linear, planes_linear, quantize ..., interpreted, as `.linear`, `.planes`, `.quantize` and so on.
+    """The modules rows_linear, planes_linear, quantize ..., interpreted, as `.linear`, `.planes` and so on.
 
     `.larger` is the combining function of quantize's maximum as it was written (see below).
     """

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mxcompile.checkpoint.contents import Names, check_fits
 from mxcompile.errors import CheckpointError
-from mxcompile.storage import own_tensors, place_all
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.modules import own_tensors, place_all
+from mxcompile.tensor.weight import MXWeight
 
 _DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -25,7 +25,7 @@ from mxcompile.checkpoint.interop.elements import STORED, check_scales, from_row
 from mxcompile.checkpoint.interop.files import read_tensors
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import FORMATS, ScaleRule, parse_format
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 METHOD: Final = "compressed-tensors"
 _FORMATS: Final = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, SCALE_NAN, MXFormat
 from mxcompile.numerics.packing import pack, unpack
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 STORED = {4: MXFP4, 6: MXFP6_E2M3, 8: MXFP8_E4M3}
 """The formats that compressed-tensors has, by bits."""

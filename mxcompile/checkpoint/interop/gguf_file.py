@@ -18,7 +18,7 @@ from torch import Tensor
 from mxcompile.checkpoint.interop.elements import check_scales
 from mxcompile.errors import CheckpointError, InputError
 from mxcompile.formats import MXFP4
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

@@ -21,7 +21,7 @@ from mxcompile.checkpoint.interop.elements import check_scales
 from mxcompile.checkpoint.interop.gguf_file import GGUFFile, package
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import MXFP4
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 _CLASSES: Final = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _ARCHITECTURES: Final = {"mistral": "llama"} | {name: name for name in _CLASSES}

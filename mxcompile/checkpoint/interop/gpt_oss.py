@@ -18,7 +18,7 @@ from mxcompile.checkpoint.interop.elements import from_rows
 from mxcompile.checkpoint.interop.files import read_tensors
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import MXFP4
-from mxcompile.weight import MXLayout
+from mxcompile.tensor.weight import MXLayout
 
 METHOD: Final = "mxfp4"
 _BLOCKS, _SCALES = "_blocks", "_scales"

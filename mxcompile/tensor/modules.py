@@ -1,10 +1,11 @@
 """The tensors that a module holds: how many bytes they take, and others put in their places."""
 
+import sys
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from mxcompile.weight import MXWeight
+from mxcompile.tensor.weight import MXWeight
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -42,3 +43,9 @@ def place_all(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
             owner.register_parameter(leaf, parameter)
         else:
             setattr(owner, leaf, value)
+
+
+def is_pretrained(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, without importing that."""
+    models = sys.modules.get("transformers.modeling_utils")
+    return models is not None and isinstance(module, models.PreTrainedModel)

@@ -16,8 +16,8 @@ from mxcompile.kernels.dispatch import choices, prepare
 from mxcompile.kernels.layout import rows_to_planes
 from mxcompile.kernels.layout.planes import Scaling, scaling_for
 from mxcompile.kernels.layout.rows_to_planes import Range
-from mxcompile.storage import place_all
-from mxcompile.weight import MXLayout, MXWeight
+from mxcompile.tensor.modules import place_all
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 
 def arrange(module: nn.Module) -> dict[str, str]:

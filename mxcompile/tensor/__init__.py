@@ -1,0 +1,1 @@
+"""`MXWeight`, and what is done with all tensors of a module."""
