@@ -23,10 +23,10 @@ import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import ScaleGroup, find_groups, fold
 from mxcompile.errors import InputError
+from mxcompile.graph.program import Program
 from mxcompile.multiplier import multiply, unfoldable_groups
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
-from mxcompile.program import Program
 
 LEAST_DB = 100.0
 HEADER = f"{'architecture':18} {'groups':>6} {'folded':>6} {'multiplied':>10} {'skipped':>7} {'smooth':>7} {'awq':>7}"

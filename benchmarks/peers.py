@@ -33,8 +33,8 @@ import mxcompile
 from mxcompile import smollm2
 from mxcompile.analysis.choice import choose
 from mxcompile.evaluation import evaluate
+from mxcompile.graph.program import Program
 from mxcompile.pipeline import Pipeline
-from mxcompile.program import Program
 
 Batches = list[dict[str, Tensor]]
 

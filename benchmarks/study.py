@@ -25,8 +25,8 @@ from torch import Tensor
 import mxcompile
 from mxcompile import smollm2
 from mxcompile.evaluation import evaluate
+from mxcompile.graph.program import Program, Stage
 from mxcompile.pipeline import Pipeline
-from mxcompile.program import Program, Stage
 
 Batches = list[dict[str, Tensor]]
 ROUND, LOWER = "round-weights{format=W,rule=floor}", "lower-mx{weight=W,activation=A}"

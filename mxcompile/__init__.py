@@ -11,15 +11,16 @@ from mxcompile.evaluation import Evaluation, evaluate, token_windows
 from mxcompile.explain import explain
 from mxcompile.explanation import Explanation
 from mxcompile.export import export
-from mxcompile.ledger import Ledger, Miss, PassResult
+from mxcompile.graph.printer import print_changes, print_program
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import Miss, PassResult
+from mxcompile.graph.rules import Rule, apply_rules
+from mxcompile.graph.trace import trace
+from mxcompile.ledger import Ledger
 from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline import Pass, Pipeline
-from mxcompile.printer import print_changes, print_program
 from mxcompile.probe import Measure
-from mxcompile.program import Program
-from mxcompile.rules import Rule, apply_rules
 from mxcompile.tensor.weight import MXWeight
-from mxcompile.trace import trace
 
 __all__ = [
     "Bisection",

@@ -13,13 +13,13 @@ from mxcompile.deploy import deploy
 from mxcompile.dump import Dump, write_kernels
 from mxcompile.errors import UnknownNameError
 from mxcompile.formats import MXFormat
+from mxcompile.graph.trace import trace
 from mxcompile.inductor import compile_module
 from mxcompile.instruments import Instrument
 from mxcompile.passes.recipes import DEFAULT, QUICK, RECIPES
 from mxcompile.pipeline import Pipeline
 from mxcompile.probe import Measure
 from mxcompile.serving import explain_quantized
-from mxcompile.trace import trace
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -22,14 +22,14 @@ from mxcompile.calibration.hybrid import Change, Hybrid, find_changes
 from mxcompile.calibration.run import Runner
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFP8_E4M3, MXINT8, parse_format
-from mxcompile.inputs import as_batches
+from mxcompile.graph.inputs import as_batches
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import PassRecord
+from mxcompile.graph.trace import trace
 from mxcompile.instruments import Instrument, Step
-from mxcompile.ledger import PassRecord
 from mxcompile.pipeline import Pass, Pipeline
-from mxcompile.program import Program
 from mxcompile.scoring import Divergence, Perplexity, Score
 from mxcompile.tables import table
-from mxcompile.trace import trace
 
 T = TypeVar("T")
 _LISTED = 12

@@ -19,13 +19,14 @@ from mxcompile.distributions import FILE as _DISTRIBUTIONS
 from mxcompile.distributions import Distributions
 from mxcompile.errors import DumpError
 from mxcompile.explanation import Explanation
-from mxcompile.folder import FIRST_LINE, KERNELS, PAGE, PIPELINE, SUMMARY, DumpReader, Failure, diff_text, is_ours, stem
+from mxcompile.folder import FIRST_LINE, KERNELS, PAGE, PIPELINE, SUMMARY, DumpReader, Failure, is_ours, stem
+from mxcompile.graph.printer import diff_text, print_program
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import PassRecord
 from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import FILE as _LEDGER
-from mxcompile.ledger import Ledger, PassRecord
+from mxcompile.ledger import Ledger
 from mxcompile.pipeline import Pipeline
-from mxcompile.printer import print_program
-from mxcompile.program import Program
 from mxcompile.report.page import print_page
 
 _WIDTH = 140

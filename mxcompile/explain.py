@@ -26,15 +26,15 @@ from mxcompile.explanation import (
 )
 from mxcompile.formats import MXFormat, activation_rule
 from mxcompile.fusion import fuse
+from mxcompile.graph.program import Program, module_path, where
+from mxcompile.graph.trace import trace
 from mxcompile.inductor import why_no_inductor
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import QUICK
 from mxcompile.pipeline import Pipeline
-from mxcompile.program import Program, module_path, where
 from mxcompile.serving import explain_quantized, served_by, short_name, sized
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
-from mxcompile.trace import trace
 
 
 def explain(

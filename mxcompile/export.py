@@ -15,10 +15,10 @@ from torch.fx import Node
 
 from mxcompile.errors import InputError
 from mxcompile.fusion import fuse
+from mxcompile.graph.inputs import as_inputs
+from mxcompile.graph.trace import exported_program
 from mxcompile.inductor import compile_ahead
-from mxcompile.inputs import as_inputs
 from mxcompile.tensor.weight import MXWeight
-from mxcompile.trace import exported_program
 
 _SUFFIX = ".pt2"
 

@@ -6,12 +6,12 @@
 The ledger says how far the run came: files of later passes are those of an earlier run in the same folder.
 """
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 from mxcompile.distributions import Distributions
 from mxcompile.errors import DumpError, UnknownNameError
+from mxcompile.graph.printer import diff_text
 from mxcompile.ledger import Ledger
 
 PIPELINE, SUMMARY, PAGE, KERNELS = "pipeline.txt", "summary.txt", "index.html", "kernels.txt"
@@ -99,9 +99,3 @@ def is_ours(folder: Path) -> bool:
     if marker.is_file():
         return marker.read_text(encoding="utf-8", errors="replace").startswith(FIRST_LINE)
     return not any(folder.iterdir())
-
-
-def diff_text(before: str, after: str, before_name: str, after_name: str) -> str:
-    """Unified diff of two graph texts, without file names or times."""
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), before_name, after_name, lineterm="", n=1)
-    return "".join(f"{line}\n" for line in lines)

@@ -12,11 +12,11 @@ from typing import Any as AnyType
 import torch
 from torch.fx import Graph, Node
 
-from mxcompile.analysis.dataflow import TRANSPOSES, swapped_axes
-from mxcompile.ledger import Miss, PassResult
+from mxcompile.graph.dataflow import TRANSPOSES, swapped_axes
+from mxcompile.graph.program import where
+from mxcompile.graph.records import Miss, PassResult
+from mxcompile.graph.rules import Any, Call, Match, Pattern, Rule, apply_rules
 from mxcompile.ops import ALIGN, DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
-from mxcompile.program import where
-from mxcompile.rules import Any, Call, Match, Pattern, Rule, apply_rules
 
 aten = torch.ops.aten
 

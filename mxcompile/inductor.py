@@ -23,15 +23,15 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule
 from torch.utils._triton import has_triton
 
-from mxcompile import attention, decode_attention, fusion, joining, ops, rounding, rules, unwrapping
-from mxcompile.analysis import dataflow
+from mxcompile import attention, decode_attention, fusion, joining, ops, rounding, unwrapping
 from mxcompile.decode_step import DecodeStep
 from mxcompile.errors import CompileError
 from mxcompile.forward import Forward
-from mxcompile.inputs import Inputs
+from mxcompile.graph import dataflow, rules
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.records import PassResult
 from mxcompile.kernels.dispatch import prepare
 from mxcompile.kernels.layout import e4m3_products
-from mxcompile.ledger import PassResult
 from mxcompile.tensor.arrange import arrange
 
 M = TypeVar("M", bound=nn.Module)

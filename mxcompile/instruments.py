@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mxcompile.ledger import Measured, PassRecord, PassResult
-from mxcompile.program import Program
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import Measured, PassRecord, PassResult
 
 if TYPE_CHECKING:
     from mxcompile.pipeline import Pass, Pipeline

@@ -15,15 +15,15 @@ from mxcompile.analysis.groups import ScaleGroup, find_groups
 from mxcompile.demo import load_model
 from mxcompile.errors import UnknownNameError
 from mxcompile.formats import FORMATS, MXFormat, activation_rule
+from mxcompile.graph.program import where
+from mxcompile.graph.trace import trace
 from mxcompile.options import Json, Model
 from mxcompile.passes import PASSES
 from mxcompile.passes.recipes import DEFAULT, QUICK, recipes
 from mxcompile.pipeline import Pass
-from mxcompile.program import where
 from mxcompile.progress import waiting
 from mxcompile.screen import messages, print_json, results
 from mxcompile.tables import table
-from mxcompile.trace import trace
 
 
 def show_passes(

@@ -8,16 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from mxcompile import failures, spec, verify
+from mxcompile import spec
 from mxcompile.calibration.run import Request, gather
 from mxcompile.errors import PipelineError, PreservationError
 from mxcompile.formats import MXFormat
-from mxcompile.inputs import as_batches
+from mxcompile.graph import error_location, verify
+from mxcompile.graph.agreement import LEAST_DB, OnChange, check_preserved, remember
+from mxcompile.graph.inputs import as_batches
+from mxcompile.graph.name_patterns import Overrides
+from mxcompile.graph.program import Program, Stage
+from mxcompile.graph.records import PassRecord, PassResult
 from mxcompile.instruments import Instrument, Step
-from mxcompile.ledger import PassRecord, PassResult
-from mxcompile.overrides import Overrides
-from mxcompile.preservation import LEAST_DB, OnChange, check_preserved, remember
-from mxcompile.program import Program, Stage
 from mxcompile.resume import Resume
 
 _OVERRIDES = "overrides"
@@ -176,7 +177,7 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
         seconds = time.perf_counter() - began
         measured = [found for i in instruments if (found := i.measure(program, step, result)) is not None]
     except Exception as error:
-        failure = failures.named(error, current.name)
+        failure = error_location.named(error, current.name)
         for instrument in instruments:
             instrument.failed(program, step, failure)
         if failure is error:

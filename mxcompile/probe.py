@@ -22,14 +22,14 @@ from torch.fx import Node
 
 from mxcompile.analysis.layers import Layer, Rounded, find_layers
 from mxcompile.calibration.run import Runner, run_outputs
-from mxcompile.inputs import Inputs, as_inputs
+from mxcompile.graph.agreement import agreement_db, output_tensors
+from mxcompile.graph.inputs import Inputs, as_inputs
+from mxcompile.graph.program import Program, Stage
+from mxcompile.graph.records import LayerNumbers, Measured, PassResult
 from mxcompile.instruments import Instrument, Step
-from mxcompile.ledger import LayerNumbers, Measured, PassResult
 from mxcompile.numerics.histogram import Distribution, Histogram, Values
 from mxcompile.numerics.metrics import kl_divergence, sqnr_db, top1_agreement
 from mxcompile.pipeline import Pipeline
-from mxcompile.preservation import agreement_db, output_tensors
-from mxcompile.program import Program, Stage
 
 _ROWS = 256
 _OUTPUT_ROWS = 512

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextCo
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import Measured, PassRecord, PassResult
 from mxcompile.instruments import Instrument, Step
-from mxcompile.ledger import Measured, PassRecord, PassResult
-from mxcompile.program import Program
 
 T = TypeVar("T")
 _WIDTH = 24

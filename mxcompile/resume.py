@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxcompile.errors import InputError
-from mxcompile.inputs import Inputs
-from mxcompile.printer import print_program
-from mxcompile.program import Program
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.printer import print_program
+from mxcompile.graph.program import Program
 
 _RUN = "run.txt"
 

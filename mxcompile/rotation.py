@@ -12,10 +12,10 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul, finite_rows, read_instead
-from mxcompile.edit import insert_call
+from mxcompile.graph.edit import insert_call
+from mxcompile.graph.program import Program
 from mxcompile.numerics.hadamard import rotate_weight
 from mxcompile.ops import ROTATE
-from mxcompile.program import Program
 
 
 def rotate(program: Program, names: Collection[str], block: int, importance: Tensor | None = None) -> None:

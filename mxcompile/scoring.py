@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mxcompile.calibration.run import Runner, run_outputs
 from mxcompile.errors import InputError
-from mxcompile.inputs import Inputs
+from mxcompile.graph.agreement import output_tensors
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.program import Program
 from mxcompile.numerics.metrics import kl_divergence
-from mxcompile.preservation import output_tensors
-from mxcompile.program import Program
 
 _LOGITS = "logits"
 _TOKENS = "input_ids"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from mxcompile.errors import MXCompileError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFormat, ScaleRule, check_name, parse_format, parse_scale_rule
-from mxcompile.overrides import Overrides
+from mxcompile.graph.name_patterns import Overrides
 
 T = TypeVar("T")
 _CALL = re.compile(r"\s*(?P<name>[a-z0-9-]+)\s*(\{(?P<options>.*)\})?\s*", re.DOTALL)

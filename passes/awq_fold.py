@@ -17,10 +17,10 @@ from mxcompile.analysis.groups import ScaleGroup, find_groups
 from mxcompile.calibration.fold_search import FoldSearch, Statistic
 from mxcompile.calibration.observers import ChannelMeanAbs
 from mxcompile.formats import MXFormat
-from mxcompile.ledger import Miss, PassResult
+from mxcompile.graph.program import Program, where
+from mxcompile.graph.records import Miss, PassResult
 from mxcompile.multiplier import unfoldable_groups
 from mxcompile.pipeline import Pass
-from mxcompile.program import Program, where
 from mxcompile.search import Objective, Quantizers, powers
 
 

@@ -7,9 +7,9 @@ to a lowered Program.
 from dataclasses import dataclass
 
 from mxcompile.fusion import fuse
-from mxcompile.ledger import PassResult
+from mxcompile.graph.program import Program, Stage
+from mxcompile.graph.records import PassResult
 from mxcompile.pipeline import Pass
-from mxcompile.program import Program, Stage
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from mxcompile.calibration.moments import Moments
 from mxcompile.calibration.streams import Streams
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.ledger import Miss, PassResult
+from mxcompile.graph.name_patterns import Overrides
+from mxcompile.graph.program import Program, Rounding, Stage, where
+from mxcompile.graph.records import Miss, PassResult
 from mxcompile.numerics.column_rounding import ColumnRounding, IllConditionedError, Order
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.overrides import Overrides
 from mxcompile.pipeline import FLOATING, Pass
-from mxcompile.program import Program, Rounding, Stage, where
 from mxcompile.search import round_input
 
 _SCALES = " scales"

@@ -16,17 +16,17 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import Choice, check_coverage, choose, override_formats, refuse_inseparable
 from mxcompile.analysis.matmuls import Matmul, finite_rows, read_instead
-from mxcompile.edit import BLOCK_AXIS, insert_call, insert_tensor
 from mxcompile.errors import PassError, PipelineError
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule, why_not_aligned
-from mxcompile.ledger import PassResult
+from mxcompile.graph.edit import BLOCK_AXIS, insert_call, insert_tensor
+from mxcompile.graph.name_patterns import Overrides
+from mxcompile.graph.program import Program, Rounding, Stage
+from mxcompile.graph.records import PassResult
 from mxcompile.numerics import packing, reference
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.row_slices import row_wise
 from mxcompile.ops import ALIGN, DEQUANTIZE, QUANTIZE
-from mxcompile.overrides import Overrides
 from mxcompile.pipeline import FLOATING, Pass
-from mxcompile.program import Program, Rounding, Stage
 
 aten = torch.ops.aten
 

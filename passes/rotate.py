@@ -14,7 +14,6 @@ import torch
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.dataflow import destinations
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.facts import fewer
@@ -22,11 +21,12 @@ from mxcompile.calibration.observers import ChannelImportance, Observer, Rotated
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
-from mxcompile.ledger import Fold, Miss, PassResult
+from mxcompile.graph.agreement import LEAST_DB, LEAST_DB_ROUNDED
+from mxcompile.graph.dataflow import destinations
+from mxcompile.graph.program import Program, where
+from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 from mxcompile.pipeline import Pass
-from mxcompile.preservation import LEAST_DB, LEAST_DB_ROUNDED
-from mxcompile.program import Program, where
 from mxcompile.rotation import rotate, rotation_of
 from mxcompile.search import Operand, Quantizers, output_error
 

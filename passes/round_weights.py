@@ -14,12 +14,12 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import Request
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.ledger import PassResult
+from mxcompile.graph.name_patterns import Overrides
+from mxcompile.graph.program import Program, Rounding, Stage
+from mxcompile.graph.records import PassResult
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.overrides import Overrides
 from mxcompile.pipeline import FLOATING, Pass
-from mxcompile.program import Program, Rounding, Stage
 
 
 @dataclass(frozen=True)

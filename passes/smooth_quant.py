@@ -19,9 +19,9 @@ from mxcompile.calibration.observers import ChannelAbsMax
 from mxcompile.calibration.run import Request
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
-from mxcompile.ledger import Fold, Miss, PassResult
+from mxcompile.graph.program import Program, where
+from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.pipeline import Pass
-from mxcompile.program import Program, where
 from mxcompile.search import Objective, Quantizers, powers
 
 _SMALLEST = 1e-5

@@ -18,10 +18,10 @@ from mxcompile.calibration.altered import Altered
 from mxcompile.calibration.training import Distillation, straight_through
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
-from mxcompile.inputs import Inputs
-from mxcompile.ledger import Miss, PassResult
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import Miss, PassResult
 from mxcompile.pipeline import FLOATING, Pass
-from mxcompile.program import Program
 from mxcompile.search import round_input
 
 _LOOKS, _ROUNDS = 4, 5

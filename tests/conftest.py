@@ -10,8 +10,8 @@ import pytest
 import torch
 from models import build, inputs
 
-from mxcompile.program import Program
-from mxcompile.trace import trace
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 
 SLOW = ("test_smollm2.py", "test_style.py", "test_export.py", "test_report_page.py")
 

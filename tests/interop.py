@@ -9,7 +9,7 @@ from models import build, inputs
 from torch import nn
 
 import mxcompile
-from mxcompile.program import Program
+from mxcompile.graph.program import Program
 from mxcompile.tensor.modules import own_tensors
 from mxcompile.tensor.weight import MXWeight
 

@@ -16,13 +16,13 @@ from mxcompile.checkpoint import Checkpoint
 from mxcompile.checkpoint.description import Description
 from mxcompile.errors import CheckpointError, DeployError, PipelineError, VerifyError
 from mxcompile.formats import MXFP4, MXFP8_E4M3, ScaleRule
+from mxcompile.graph.printer import print_program
+from mxcompile.graph.program import Stage
 from mxcompile.joining import join_linears
 from mxcompile.numerics import reference
 from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.pipeline import Pipeline
-from mxcompile.printer import print_program
-from mxcompile.program import Stage
 from mxcompile.tensor.weight import MXWeight, step_by_step
 
 PLAIN = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3}"

@@ -10,7 +10,7 @@ import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import Request, gather
-from mxcompile.inputs import as_batches
+from mxcompile.graph.inputs import as_batches
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
 

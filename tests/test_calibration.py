@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from mxcompile.calibration.observers import ChannelAbsMax
 from mxcompile.calibration.run import Request, gather
 from mxcompile.errors import InputError, PassError
-from mxcompile.inputs import Inputs, as_batches
-from mxcompile.ledger import PassResult
+from mxcompile.graph.inputs import Inputs, as_batches
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import PassResult
+from mxcompile.graph.trace import trace
 from mxcompile.pipeline import Pass, Pipeline
-from mxcompile.program import Program
-from mxcompile.trace import trace
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 KEY = ("layer_norm", "ChannelAbsMax")

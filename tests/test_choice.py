@@ -11,9 +11,9 @@ from torch.nn.utils import parametrizations
 
 from mxcompile.analysis.choice import Choice, check_coverage, choose, refuse_inseparable, slot
 from mxcompile.errors import CoverageError
-from mxcompile.program import Program
-from mxcompile.selection import Selection
-from mxcompile.trace import trace
+from mxcompile.graph.name_patterns import Selection
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 
 SIZE = 64
 

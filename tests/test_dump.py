@@ -13,7 +13,7 @@ from mxcompile.distributions import Distributions
 from mxcompile.dump import Dump
 from mxcompile.errors import DumpError, PassError, UnknownNameError
 from mxcompile.folder import DumpReader, Failure
-from mxcompile.printer import print_program
+from mxcompile.graph.printer import print_program
 
 TEXT = "smooth-quant | round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"
 

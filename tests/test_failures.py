@@ -11,13 +11,13 @@ from mxcompile import Miss, PassResult, Rule
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.run import Request
 from mxcompile.dump import Dump
-from mxcompile.edit import insert_call
 from mxcompile.errors import MXCompileError, PassError, UnknownNameError, VerifyError
-from mxcompile.failures import last_node, named
 from mxcompile.folder import DumpReader
+from mxcompile.graph.edit import insert_call
+from mxcompile.graph.error_location import last_node, named
+from mxcompile.graph.rules import Any, Call, apply_rules
 from mxcompile.pipeline import Pass, Pipeline
 from mxcompile.probe import Measure
-from mxcompile.rules import Any, Call, apply_rules
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ from torch import nn
 
 import mxcompile
 from mxcompile.errors import MXCompileError, PipelineError
+from mxcompile.graph.printer import print_program
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
-from mxcompile.printer import print_program
 
 GPTQ = "gptq{format=mxint4,activation=mxint8}"
 LOWER = "lower-mx{weight=mxint4,activation=mxint8}"

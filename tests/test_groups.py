@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import ScaleGroup, find_groups, fold, half_precision_factors
+from mxcompile.graph.name_patterns import Selection
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.program import Program
-from mxcompile.selection import Selection
-from mxcompile.trace import trace
 
 ROOT = Path(__file__).parent.parent
 SIZE = 32

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxcompile.errors import InputError
-from mxcompile.inputs import Inputs, as_batches, as_inputs, map_leaves, named_leaves
+from mxcompile.graph.inputs import Inputs, as_batches, as_inputs, map_leaves, named_leaves
 
 X, Y = torch.arange(6.0).reshape(2, 3), torch.arange(4).reshape(2, 2)
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=100)

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations
 
 from mxcompile.analysis.matmuls import Matmul, Refusal, find_matmuls, finite_rows
 from mxcompile.errors import WeightError
-from mxcompile.program import Program
-from mxcompile.trace import trace
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 
 IN, OUT = 64, 48
 

@@ -12,7 +12,7 @@ from mxcompile.analysis.choice import choose
 from mxcompile.calibration.moments import Moments, added_to, expert_rows
 from mxcompile.calibration.streams import Streams
 from mxcompile.formats import MXINT8
-from mxcompile.inputs import as_inputs
+from mxcompile.graph.inputs import as_inputs
 from mxcompile.numerics.column_rounding import IllConditionedError
 from mxcompile.numerics.importance import token_weights
 from mxcompile.search import round_input

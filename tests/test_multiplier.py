@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import find_groups, fold, half_precision_factors
 from mxcompile.errors import MXCompileError
+from mxcompile.graph.printer import print_program
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 from mxcompile.multiplier import digest, insert_multiplier, multiplier_of
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
-from mxcompile.printer import print_program
-from mxcompile.program import Program
-from mxcompile.trace import trace
 
 SIZE = 32
 LEAST_DB = 100  # rounding of the factors and of float32 sums leaves 120 dB and more, a missed reader about 0

@@ -11,10 +11,10 @@ from mxcompile import Pipeline
 from mxcompile.analysis.layers import find_layers
 from mxcompile.errors import MXCompileError, PassError, PipelineError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP8_E4M3, MXINT4, MXINT8, MXFormat
-from mxcompile.overrides import Overrides, last_match
+from mxcompile.graph.name_patterns import Overrides, last_match
+from mxcompile.graph.printer import print_program
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.round_weights import RoundWeights
-from mxcompile.printer import print_program
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 patterns = st.from_regex(r"[a-z0-9_.*?\[\]-]+", fullmatch=True).filter(lambda p: p.count("[") == p.count("]"))

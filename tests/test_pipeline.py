@@ -12,8 +12,10 @@ from models import build, inputs
 
 from mxcompile.errors import PassError, PipelineError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, ScaleRule
+from mxcompile.graph.printer import print_program
+from mxcompile.graph.program import Program, Stage
+from mxcompile.graph.records import Miss, PassResult
 from mxcompile.instruments import Instrument
-from mxcompile.ledger import Miss, PassResult
 from mxcompile.numerics.column_rounding import Order
 from mxcompile.passes import PASSES
 from mxcompile.passes.awq_fold import AwqFold
@@ -26,8 +28,6 @@ from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.passes.tune_vectors import TuneVectors
 from mxcompile.pipeline import FLOATING, Pass, Pipeline
-from mxcompile.printer import print_program
-from mxcompile.program import Program, Stage
 from mxcompile.search import Objective
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=150)

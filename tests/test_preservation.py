@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from mxcompile.analysis.groups import find_groups
 from mxcompile.errors import PreservationError
 from mxcompile.formats import MXINT8
-from mxcompile.ledger import Fold, PassResult
+from mxcompile.graph.agreement import LEAST_DB, agreement_db, output_tensors
+from mxcompile.graph.printer import print_program
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import Fold, PassResult
+from mxcompile.graph.trace import trace
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.pipeline import Pass, Pipeline
-from mxcompile.preservation import LEAST_DB, agreement_db, output_tensors
-from mxcompile.printer import print_program
-from mxcompile.program import Program
-from mxcompile.trace import trace
 
 
 def scaled(name: str, factor: float) -> Callable[[Program], None]:

@@ -12,11 +12,11 @@ import torch
 from models import MODELS, build, inputs
 from torch import Tensor, nn
 
+from mxcompile.graph.printer import print_program, print_target, print_type, summarize
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.pipeline import Pipeline
-from mxcompile.printer import print_program, print_target, print_type, summarize
-from mxcompile.program import Program
-from mxcompile.trace import trace
 
 EXPECTED = """\
 %up_weight                                f32[6, 4]                    = tensor "up.weight" absmax=1.5 sha=1859b17e

@@ -13,9 +13,9 @@ from mxcompile import Measure, Miss, Pass, PassResult, Pipeline
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.run import Runner
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
+from mxcompile.graph.printer import print_program
 from mxcompile.numerics import reference
 from mxcompile.numerics.metrics import kl_divergence, sqnr_db, top1_agreement
-from mxcompile.printer import print_program
 
 ROUND = "round-weights{format=mxint4}"
 LOWER = "lower-mx{weight=mxint4,activation=mxint8}"

@@ -9,15 +9,15 @@ import torch
 from models import MLP, build, inputs
 from torch import Tensor, nn
 
-from mxcompile.edit import fake_like, insert_call, insert_tensor
 from mxcompile.errors import InputError
 from mxcompile.formats import MXINT8
-from mxcompile.ledger import PassRecord
+from mxcompile.graph.edit import fake_like, insert_call, insert_tensor
+from mxcompile.graph.name_patterns import Selection
+from mxcompile.graph.printer import print_program
+from mxcompile.graph.program import Program, Rounding, Stage, guards_explained, module_path, where
+from mxcompile.graph.records import PassRecord
+from mxcompile.graph.trace import trace
 from mxcompile.ops import QUANTIZE
-from mxcompile.printer import print_program
-from mxcompile.program import Program, Rounding, Stage, guards_explained, module_path, where
-from mxcompile.selection import Selection
-from mxcompile.trace import trace
 
 RECORD = PassRecord("some-pass", "some-pass", 1, (), 0.0, {})
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.groups import find_groups, fold
+from mxcompile.graph.trace import trace
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.trace import trace
 
 C = 8
 

@@ -19,9 +19,9 @@ from mxcompile.cli import app
 from mxcompile.dump import Dump, write_page
 from mxcompile.errors import DumpError, PassError
 from mxcompile.folder import DumpReader
+from mxcompile.graph.printer import print_program, print_type
+from mxcompile.graph.program import module_path
 from mxcompile.pipeline import FLOATING
-from mxcompile.printer import print_program, print_type
-from mxcompile.program import module_path
 from mxcompile.report.content import owner, place
 from mxcompile.report.nodes import GraphNode, read_graph
 

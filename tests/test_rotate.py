@@ -11,10 +11,10 @@ import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.errors import DeployError, PipelineError
 from mxcompile.fusion import fuse
+from mxcompile.graph.printer import print_program
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.pipeline import Pipeline
-from mxcompile.printer import print_program
 from mxcompile.rotation import rotation_of
 
 ROTATE_TEXT = "rotate{weight=mxfp4,activation=mxfp4}"

@@ -10,11 +10,11 @@ import mxcompile
 from mxcompile import formats
 from mxcompile.errors import WeightError
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule
+from mxcompile.graph.printer import print_program
 from mxcompile.numerics import reference
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.pipeline import Pipeline
-from mxcompile.printer import print_program
 
 # Expected SQNR of Gaussian weights in dB, block 32, least-squares scales (measured once; 16 k values, so +- 0.3).
 EXPECTED_DB = {

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from mxcompile.analysis.dataflow import operand
 from mxcompile.errors import InputError
-from mxcompile.ledger import Miss, PassResult
-from mxcompile.program import Program
-from mxcompile.rules import Any, Call, Match, Rule, apply_rules
-from mxcompile.trace import trace
+from mxcompile.graph.dataflow import operand
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import Miss, PassResult
+from mxcompile.graph.rules import Any, Call, Match, Rule, apply_rules
+from mxcompile.graph.trace import trace
 
 aten = torch.ops.aten
 

@@ -19,11 +19,11 @@ from mxcompile.calibration.observers import ChannelImportance, TokenSample
 from mxcompile.calibration.run import Runner, Values
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.formats import MXFP4, MXINT4, MXINT8, MXFormat, activation_rule
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 from mxcompile.numerics import reference
 from mxcompile.numerics.importance import round_weighted, token_weights
-from mxcompile.program import Program
 from mxcompile.search import Operand, Quantizers, normalized, output_error, powers, search, spread
-from mxcompile.trace import trace
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 W4A8 = Quantizers(MXINT4, MXINT8)

@@ -13,8 +13,8 @@ from mxcompile.analysis.groups import find_groups
 from mxcompile.analysis.segments import Segment, find_segments
 from mxcompile.calibration.run import Runner, arguments
 from mxcompile.calibration.sweep import Sweep
-from mxcompile.program import Program
-from mxcompile.trace import trace
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 
 LAYERS = 3
 

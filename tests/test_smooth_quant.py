@@ -10,10 +10,10 @@ from torch import nn
 import mxcompile
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXINT4, MXINT8
+from mxcompile.graph.printer import print_program
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.pipeline import Pipeline
-from mxcompile.printer import print_program
 
 
 class Attention(nn.Module):

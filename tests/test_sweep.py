@@ -14,9 +14,9 @@ from mxcompile.calibration.observers import ChannelAbsMax, ChannelImportance
 from mxcompile.calibration.run import Request, Runner, arguments, gather
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import InputError
-from mxcompile.inputs import Inputs
-from mxcompile.program import Program
-from mxcompile.trace import trace
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 
 
 @pytest.fixture(scope="module")

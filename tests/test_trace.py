@@ -11,10 +11,10 @@ from models import LANGUAGE_MODELS, MLP, MODELS, build, inputs, output
 from torch import Tensor, nn
 
 from mxcompile.errors import InputError, TraceError, UnknownNameError
-from mxcompile.inputs import Inputs
-from mxcompile.printer import print_program
-from mxcompile.program import Program, Stage
-from mxcompile.trace import structure_copy, trace
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.printer import print_program
+from mxcompile.graph.program import Program, Stage
+from mxcompile.graph.trace import structure_copy, trace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SAME_OPS = 1e-5  # the graph calls the same ops in the same order, but attention may take another kernel

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.fx import Node
 
-from mxcompile import verify
-from mxcompile.edit import insert_call
 from mxcompile.errors import VerifyError
+from mxcompile.graph import verify
+from mxcompile.graph.edit import insert_call
+from mxcompile.graph.program import Program, Stage
+from mxcompile.graph.records import PassResult
 from mxcompile.instruments import Instrument, Step
-from mxcompile.ledger import PassResult
 from mxcompile.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DEQUANTIZE
 from mxcompile.pipeline import Pass, Pipeline
-from mxcompile.program import Program, Stage
 
 PIPELINES = {
     Stage.FLOAT: "smooth-quant",

@@ -7,13 +7,13 @@ from typing import cast
 import torch
 from torch.fx import Node
 
-from mxcompile.analysis.dataflow import destinations
 from mxcompile.analysis.matmuls import Matmul, Refusal, find_matmuls
 from mxcompile.errors import CoverageError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFormat
-from mxcompile.ledger import Miss
-from mxcompile.overrides import last_match
-from mxcompile.program import Program, module_path, where
+from mxcompile.graph.dataflow import destinations
+from mxcompile.graph.name_patterns import last_match
+from mxcompile.graph.program import Program, module_path, where
+from mxcompile.graph.records import Miss
 
 _MINIMUM_COVERAGE = 0.5
 _LISTED = 12

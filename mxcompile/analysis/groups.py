@@ -19,7 +19,7 @@ from mxcompile.analysis.factors import ONE, UNKNOWN, InconsistentSizesError
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.region import Region, Sizes
 from mxcompile.analysis.scaling import constraint_of
-from mxcompile.program import Program
+from mxcompile.graph.program import Program
 
 _BY_LINEAR = "its input is made by a linear, not by a norm: ask for it with through_linears=true"
 

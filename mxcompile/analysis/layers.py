@@ -15,8 +15,8 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.formats import input_text
+from mxcompile.graph.program import Program, Rounding, module_path
 from mxcompile.ops import ALIGN, DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
-from mxcompile.program import Program, Rounding, module_path
 
 _PACKED = "_elements"
 

@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.dataflow import (
-    SAME_VALUE,
-    TRANSPOSES,
-    is_cast_without_change,
-    is_constant,
-    operand,
-    swapped_axes,
-)
 from mxcompile.errors import WeightError
+from mxcompile.graph.dataflow import SAME_VALUE, TRANSPOSES, is_cast_without_change, is_constant, operand, swapped_axes
+from mxcompile.graph.program import Program, module_path, where
 from mxcompile.ops import DEQUANTIZE
-from mxcompile.program import Program, module_path, where
 
 aten = torch.ops.aten
 

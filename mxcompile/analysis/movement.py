@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.dataflow import TRANSPOSES, is_constant, swapped_axes
 from mxcompile.analysis.factors import UNKNOWN, InconsistentSizesError, collapsed, compact, merged
 from mxcompile.analysis.region import Region
+from mxcompile.graph.dataflow import TRANSPOSES, is_constant, swapped_axes
 
 aten = torch.ops.aten
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.dataflow import operand
 from mxcompile.analysis.factors import collapsed, merged, to_shape
 from mxcompile.analysis.region import Constraint, Region
+from mxcompile.graph.dataflow import operand
 
 aten = torch.ops.aten
 Part = tuple[Any, int, int]

@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from mxcompile.analysis.factors import ONE, UNKNOWN, Factors, InconsistentSizesError, merged
-from mxcompile.program import Program
+from mxcompile.graph.program import Program
 
 MAXIMUM_VALUES = 400
 MAXIMUM_ATTEMPTS = 64

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.dataflow import CASTS, SAME_VALUE, operand
 from mxcompile.analysis.factors import collapsed, from_shape, merged, to_shape
 from mxcompile.analysis.movement import MOVEMENTS, SPLITS, moved, rows_picked
 from mxcompile.analysis.products import (
@@ -23,6 +22,7 @@ from mxcompile.analysis.products import (
     normalized,
 )
 from mxcompile.analysis.region import Constraint, Option, Region
+from mxcompile.graph.dataflow import CASTS, SAME_VALUE, operand
 
 aten = torch.ops.aten
 

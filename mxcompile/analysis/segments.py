@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import SymInt
 from torch.fx import Node
 
-from mxcompile.analysis.dataflow import computing
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.program import Program
+from mxcompile.graph.dataflow import computing
+from mxcompile.graph.program import Program
 
 _INPUTS = 4
 

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.calibration.run import Runner
-from mxcompile.program import Program
+from mxcompile.graph.program import Program
 
 Prepare = Callable[[Tensor], Tensor]
 

@@ -14,8 +14,8 @@ from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.altered import Altered, Prepare
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.calibration.run import Values, unshared
+from mxcompile.graph.program import Program
 from mxcompile.numerics.importance import token_weights
-from mxcompile.program import Program
 from mxcompile.search import Operand, Quantizers, spread
 
 _LARGEST_SAMPLE = 1 << 22

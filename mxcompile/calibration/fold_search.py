@@ -17,9 +17,9 @@ from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.facts import Facts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.calibration.sweep import Sweep
-from mxcompile.ledger import Fold, Miss
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import Fold, Miss
 from mxcompile.multiplier import multiply
-from mxcompile.program import Program
 from mxcompile.search import Found, Objective, Quantizers, output_error, search
 
 _PAYS = 0.9  # an explicit multiply must save this much of the error

@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 
 from mxcompile.analysis.layers import Layer, find_layers
 from mxcompile.calibration.altered import Altered
-from mxcompile.program import Program
+from mxcompile.graph.program import Program
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.dataflow import SAME_VALUE, operand
 from mxcompile.analysis.matmuls import Matmul
+from mxcompile.graph.dataflow import SAME_VALUE, operand
 from mxcompile.numerics.column_rounding import IllConditionedError
 from mxcompile.numerics.importance import token_weights
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from mxcompile.analysis.dataflow import computing
 from mxcompile.calibration.observers import Observer
 from mxcompile.errors import InputError
-from mxcompile.inputs import Inputs
-from mxcompile.program import Program, guards_explained
+from mxcompile.graph.dataflow import computing
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.program import Program, guards_explained
 
 Values = dict[Node, Any]
 """What some nodes of a graph are worth for one batch."""

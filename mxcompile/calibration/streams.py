@@ -13,7 +13,7 @@ from mxcompile.calibration.altered import Altered, Prepare
 from mxcompile.calibration.moments import Moments, added_to, expert_offsets, expert_rows
 from mxcompile.calibration.run import Values
 from mxcompile.calibration.sweep import Sweep
-from mxcompile.program import Program
+from mxcompile.graph.program import Program
 
 _HELD = 4 << 30
 

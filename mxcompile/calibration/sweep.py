@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.run import Observers, Runner, Values, arguments, showing, unshared
-from mxcompile.inputs import Inputs
-from mxcompile.program import Program
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.program import Program
 
 
 class Sweep:

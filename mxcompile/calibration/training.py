@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.dataflow import computing
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.calibration.altered import Altered
 from mxcompile.calibration.run import Runner, arguments
-from mxcompile.inputs import Inputs, named_leaves
-from mxcompile.program import Program
+from mxcompile.graph.dataflow import computing
+from mxcompile.graph.inputs import Inputs, named_leaves
+from mxcompile.graph.program import Program
 
 _ROWS, _SMALLEST_UNIT = 1024, 1e-3
 

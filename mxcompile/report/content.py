@@ -10,7 +10,8 @@ from dataclasses import asdict, astuple
 from typing import Any
 
 from mxcompile.folder import DumpReader
-from mxcompile.ledger import Ledger, PassRecord, plain
+from mxcompile.graph.records import PassRecord
+from mxcompile.ledger import Ledger, plain
 from mxcompile.numerics.histogram import Distribution
 from mxcompile.report.nodes import read_graph
 

@@ -16,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from jinja2.filters import do_filesizeformat
 
 from mxcompile.folder import DumpReader
-from mxcompile.ledger import Ledger, Measured
+from mxcompile.graph.records import Measured
+from mxcompile.ledger import Ledger
 from mxcompile.report.content import page_content
 
 _LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "vendor/diff2html.min.js")

@@ -12,7 +12,7 @@ from typing import Any
 from torch.fx import Node
 
 from mxcompile.errors import MXCompileError, PassError
-from mxcompile.program import where
+from mxcompile.graph.program import where
 
 _ABOUT = ("node", "root")  # how dataclasses of ours call the node that they are about
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from mxcompile.program import Program
+from mxcompile.graph.program import Program
 
 BLOCK_AXIS = "mx_block_axis"
 """Key of `Node.meta` on a weight's `mx::dequantize`: the parameter's dimension along which the blocks run, -1 or -2."""

@@ -17,9 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFormat
-from mxcompile.inputs import Inputs
-from mxcompile.ledger import PassRecord
-from mxcompile.selection import Selection
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.name_patterns import Selection
+from mxcompile.graph.records import PassRecord
 
 T = TypeVar("T")
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export names the lack of a module

@@ -15,9 +15,9 @@ from typing import Any as AnyType
 from torch._ops import OpOverloadPacket
 from torch.fx import Graph, Node
 
-from mxcompile.analysis.dataflow import operand
-from mxcompile.ledger import Miss, PassResult
-from mxcompile.program import where
+from mxcompile.graph.dataflow import operand
+from mxcompile.graph.program import where
+from mxcompile.graph.records import Miss, PassResult
 
 _CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from mxcompile.analysis.dataflow import operand
 from mxcompile.errors import InputError, TraceError
-from mxcompile.inputs import Inputs, as_inputs, map_leaves
-from mxcompile.program import Program
-from mxcompile.selection import Selection
+from mxcompile.graph.dataflow import operand
+from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves
+from mxcompile.graph.name_patterns import Selection
+from mxcompile.graph.program import Program
 from mxcompile.tensor.weight import MXWeight
 
 _ADVICE = (

@@ -6,6 +6,7 @@ tensor that the graph reads is printed with its largest magnitude and a hash of 
 not show in the graph, with the format that its values have been rounded to, or the one chosen for later passes.
 """
 
+import difflib
 import hashlib
 import re
 import weakref
@@ -16,8 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from mxcompile.folder import diff_text
-from mxcompile.program import Program, module_path
+from mxcompile.graph.program import Program, module_path
 
 _NAME, _TYPE, _CALL = 40, 28, 84
 _DTYPES = {
@@ -124,3 +124,9 @@ def _size(size: Any, symbols: dict[str, str]) -> str:
         return symbols.setdefault(match.group(), f"s{len(symbols)}")
 
     return re.sub(r"[su]\d+", rename, str(size))
+
+
+def diff_text(before: str, after: str, before_name: str, after_name: str) -> str:
+    """Unified diff of two graph texts, without file names or times."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), before_name, after_name, lineterm="", n=1)
+    return "".join(f"{line}\n" for line in lines)

@@ -4,10 +4,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.errors import VerifyError
-from mxcompile.failures import last_node
 from mxcompile.formats import parse_format
+from mxcompile.graph.error_location import last_node
+from mxcompile.graph.program import Program, Stage, where
 from mxcompile.ops import ALIGN, DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
-from mxcompile.program import Program, Stage, where
 
 _EXPLICIT = frozenset({QUANTIZE, DEQUANTIZE, ALIGN})
 _FUSED = frozenset({QUANTIZE_DEQUANTIZE, LINEAR})

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mxcompile.errors import PreservationError
-from mxcompile.inputs import named_leaves
-from mxcompile.ledger import Fold
+from mxcompile.graph.inputs import named_leaves
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import Fold
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.program import Program
 
 LEAST_DB = 100.0
 """What a fold in float32 keeps; rounding alone leaves 115 to 140 dB."""
