@@ -18,13 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mxcompile.analysis.choice import slot
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.checkpoint import adopt
+from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import DeployError
 from mxcompile.graph.agreement import agreement_db, output_tensors
 from mxcompile.graph.edit import BLOCK_AXIS
 from mxcompile.graph.program import Program, Stage, where
 from mxcompile.multiplier import digest, multiplier_of
 from mxcompile.ops import ALIGN, DEQUANTIZE, QUANTIZE
-from mxcompile.provenance import Provenance
 from mxcompile.rotation import rotation_of
 from mxcompile.tensor.modules import own_tensors, place_all
 from mxcompile.tensor.weight import MXLayout, MXWeight, step_by_step

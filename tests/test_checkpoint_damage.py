@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mxcompile
 from mxcompile.checkpoint import Checkpoint
-from mxcompile.checkpoint.fields import sha256
+from mxcompile.checkpoint.checked_json import sha256
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.modules import own_tensors
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import mxcompile
 from mxcompile.analysis.matmuls import find_matmuls
-from mxcompile.checkpoint.interop.elements import from_rows, to_rows
+from mxcompile.checkpoint.interop.element_layouts import from_rows, to_rows
 from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.formats import FORMATS, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.multiplier import insert_multiplier

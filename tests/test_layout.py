@@ -17,7 +17,7 @@ FLOORS = [
     {"numerics"},
     {"kernels"},
     {"ops"},
-    {"distributions", "provenance", "tables", "texts"},
+    {"distributions", "tables", "texts"},
     {"tensor"},
     {"graph"},
     {"ledger"},

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mxcompile.checkpoint.contents import Packing
 from mxcompile.checkpoint.reader import Checkpoint
+from mxcompile.checkpoint.stored_tensors import Packing
 from mxcompile.formats import input_text
 from mxcompile.tables import table
 from mxcompile.tensor.weight import MXWeight

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import torch
 
-from mxcompile.checkpoint.contents import Names, Packing
-from mxcompile.checkpoint.fields import file_name, read_json, sha256, take, take_map, take_some
+from mxcompile.checkpoint.checked_json import file_name, read_json, sha256, take, take_map, take_some
 from mxcompile.checkpoint.shards import Shard
+from mxcompile.checkpoint.stored_tensors import Names, Packing
 from mxcompile.errors import CheckpointError, MXCompileError
 from mxcompile.formats import parse_format, parse_scale_rule, why_not_aligned
 from mxcompile.tensor.weight import MXLayout

@@ -7,9 +7,9 @@ from typing import TypeVar, overload
 from torch import Tensor, nn
 
 from mxcompile.checkpoint import interop
-from mxcompile.checkpoint.contents import check_fits
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.save import adopt
+from mxcompile.checkpoint.stored_tensors import check_fits
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.modules import own_tensors, place_all
 
@@ -37,7 +37,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, verify: bool = Tru
             f"{path} holds a {checkpoint.card.module} that is no model of transformers: build one (on the meta device, "
             "if you like) and give load(path, model=...)"
         )
-    from mxcompile.checkpoint.pretrained import build  # imports transformers
+    from mxcompile.checkpoint.hf_models import build  # imports transformers
 
     return build(checkpoint)
 

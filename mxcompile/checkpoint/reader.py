@@ -6,11 +6,11 @@ from pathlib import Path
 from torch import Tensor
 
 from mxcompile.checkpoint import shards
-from mxcompile.checkpoint.card import Card
-from mxcompile.checkpoint.contents import Names, put_together
-from mxcompile.checkpoint.fields import sha256
-from mxcompile.checkpoint.folder import complete
+from mxcompile.checkpoint.atomic_folder import complete
+from mxcompile.checkpoint.checked_json import sha256
+from mxcompile.checkpoint.config_json import Card
 from mxcompile.checkpoint.index import Index
+from mxcompile.checkpoint.stored_tensors import Names, put_together
 from mxcompile.errors import CheckpointError
 
 

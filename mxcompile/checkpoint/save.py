@@ -8,14 +8,14 @@ from typing import Any, Final
 from torch import nn
 
 from mxcompile.checkpoint import interop, shards
-from mxcompile.checkpoint.card import Card
-from mxcompile.checkpoint.contents import Names, take_apart
-from mxcompile.checkpoint.fields import sha256
-from mxcompile.checkpoint.folder import Saving, write
-from mxcompile.checkpoint.folder import check_free as check_own
+from mxcompile.checkpoint.atomic_folder import Saving, write
+from mxcompile.checkpoint.atomic_folder import check_free as check_own
+from mxcompile.checkpoint.checked_json import sha256
+from mxcompile.checkpoint.config_json import Card
 from mxcompile.checkpoint.index import Index
+from mxcompile.checkpoint.provenance import Provenance
+from mxcompile.checkpoint.stored_tensors import Names, take_apart
 from mxcompile.errors import CheckpointError, UnknownNameError
-from mxcompile.provenance import Provenance
 from mxcompile.tensor.modules import is_pretrained
 
 _OWN: Final = "mxcompile"
@@ -126,10 +126,10 @@ def _write_beside(module: nn.Module, stage: Path, names: Names, others: tuple[An
             other.save_pretrained(stage)
     if not is_pretrained(module):
         return {}
-    from mxcompile.checkpoint import pretrained  # imports transformers
+    from mxcompile.checkpoint import hf_models  # imports transformers
 
-    pretrained.save_generation(module, stage)  # pyright: ignore[reportArgumentType]
-    return pretrained.configuration(module, names)  # pyright: ignore[reportArgumentType]
+    hf_models.save_generation(module, stage)  # pyright: ignore[reportArgumentType]
+    return hf_models.configuration(module, names)  # pyright: ignore[reportArgumentType]
 
 
 def _bytes(size: int | str) -> int:

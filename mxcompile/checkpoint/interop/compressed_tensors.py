@@ -18,11 +18,11 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from mxcompile.checkpoint.card import CONFIG
-from mxcompile.checkpoint.contents import Names
-from mxcompile.checkpoint.fields import take, take_map
-from mxcompile.checkpoint.interop.elements import STORED, check_scales, from_rows, to_rows
+from mxcompile.checkpoint.checked_json import take, take_map
+from mxcompile.checkpoint.config_json import CONFIG
+from mxcompile.checkpoint.interop.element_layouts import STORED, check_scales, from_rows, to_rows
 from mxcompile.checkpoint.interop.files import read_tensors
+from mxcompile.checkpoint.stored_tensors import Names
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import FORMATS, ScaleRule, parse_format
 from mxcompile.tensor.weight import MXLayout, MXWeight

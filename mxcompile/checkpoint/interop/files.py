@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mxcompile.checkpoint import shards
-from mxcompile.checkpoint.card import CONFIG
-from mxcompile.checkpoint.fields import file_name, read_json, take_map
-from mxcompile.checkpoint.folder import sync, write
+from mxcompile.checkpoint.atomic_folder import sync, write
+from mxcompile.checkpoint.checked_json import file_name, read_json, take_map
+from mxcompile.checkpoint.config_json import CONFIG
 from mxcompile.errors import CheckpointError
 
 _ONE: Final = "model.safetensors"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mxcompile.checkpoint.interop.elements import check_scales
+from mxcompile.checkpoint.interop.element_layouts import check_scales
 from mxcompile.errors import CheckpointError, InputError
 from mxcompile.formats import MXFP4
 from mxcompile.tensor.weight import MXLayout, MXWeight

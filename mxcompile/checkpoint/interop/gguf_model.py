@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mxcompile.checkpoint.contents import Names
-from mxcompile.checkpoint.interop.build import build
-from mxcompile.checkpoint.interop.elements import check_scales
+from mxcompile.checkpoint.interop.build_model import build
+from mxcompile.checkpoint.interop.element_layouts import check_scales
 from mxcompile.checkpoint.interop.gguf_file import GGUFFile, package
+from mxcompile.checkpoint.stored_tensors import Names
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import MXFP4
 from mxcompile.tensor.weight import MXLayout, MXWeight

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from mxcompile.checkpoint.interop.elements import from_rows
+from mxcompile.checkpoint.interop.element_layouts import from_rows
 from mxcompile.checkpoint.interop.files import read_tensors
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import MXFP4

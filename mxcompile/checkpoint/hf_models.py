@@ -8,8 +8,8 @@ from typing import Any, cast
 import transformers
 from transformers import PreTrainedModel
 
-from mxcompile.checkpoint.contents import Names
 from mxcompile.checkpoint.reader import Checkpoint
+from mxcompile.checkpoint.stored_tensors import Names
 from mxcompile.errors import CheckpointError, MXCompileError
 
 

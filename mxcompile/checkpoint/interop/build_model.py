@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from mxcompile.checkpoint.contents import Names, check_fits
+from mxcompile.checkpoint.stored_tensors import Names, check_fits
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.modules import own_tensors, place_all
 from mxcompile.tensor.weight import MXWeight

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Self
 
-from mxcompile.checkpoint.card import CONFIG, Card
-from mxcompile.checkpoint.fields import sha256
+from mxcompile.checkpoint.checked_json import sha256
+from mxcompile.checkpoint.config_json import CONFIG, Card
 from mxcompile.errors import CheckpointError
 
 _STAGE: Final = ".mxcompile-save"

@@ -14,10 +14,10 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxcompile.checkpoint.card import METHOD
-from mxcompile.checkpoint.contents import check_fits
+from mxcompile.checkpoint.config_json import METHOD
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.save import adopt
+from mxcompile.checkpoint.stored_tensors import check_fits
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import parse_format
 from mxcompile.tensor.modules import own_tensors, place_all

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from mxcompile.checkpoint.card import METHOD
+from mxcompile.checkpoint.config_json import METHOD
 
 _TABLE = "transformers.quantizers.auto"
 
@@ -56,7 +56,7 @@ class _Filled(Loader):
 
 
 def _add(table: ModuleType) -> None:
-    from mxcompile.checkpoint.quantizer import MXCompileConfig, MXCompileQuantizer
+    from mxcompile.checkpoint.hf_quantizer import MXCompileConfig, MXCompileQuantizer
 
     if METHOD not in table.AUTO_QUANTIZER_MAPPING:
         table.register_quantization_config(METHOD)(MXCompileConfig)

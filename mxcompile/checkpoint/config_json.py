@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from mxcompile.checkpoint.fields import file_name, read_json, relative_path, sha256, take, take_map
+from mxcompile.checkpoint.checked_json import file_name, read_json, relative_path, sha256, take, take_map
 from mxcompile.checkpoint.index import SCHEMA
+from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import CheckpointError
-from mxcompile.provenance import Provenance
 
 CONFIG: Final = "config.json"
 METHOD: Final = "mxcompile"

@@ -1,0 +1,80 @@
+"""Whose checkpoint is it? Recognizes other projects' checkpoints, and reads and writes them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from mxcompile.checkpoint.checked_json import read_json
+from mxcompile.checkpoint.config_json import CONFIG
+from mxcompile.checkpoint.interop import build_model, compressed_tensors, gguf_model, gpt_oss
+from mxcompile.checkpoint.interop.files import check_new, new_folder, quantization_of, replace_file, write_tensors
+from mxcompile.checkpoint.stored_tensors import Names
+from mxcompile.errors import CheckpointError
+
+_READERS: Final = {compressed_tensors.METHOD: compressed_tensors.read, gpt_oss.METHOD: gpt_oss.read}
+GGUF: Final = "gguf"
+WRITTEN: Final = (compressed_tensors.METHOD, GGUF)
+"""Formats of other projects that can be written."""
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether another project's checkpoint that can be read is there."""
+    return _is_gguf(path) or str(quantization_of(path).get("quant_method")) in _READERS
+
+
+def load(path: Path, model: nn.Module | None = None) -> nn.Module:
+    """The model of a checkpoint for which `is_foreign` holds, or the one given, filled with it.
+
+    Raises CheckpointError if it is damaged or holds what cannot be MX weights; nothing is half loaded.
+    """
+    if _is_gguf(path):
+        if model is not None:
+            raise CheckpointError(f"{path} is GGUF, which has names of its own: load it without model=...")
+        return gguf_model.load(path)
+    config = read_json(path / CONFIG)[1]
+    tensors = _READERS[quantization_of(path)["quant_method"]](path, config, build_model.dtype_of(config))
+    return build_model.build(path, config, tensors) if model is None else build_model.fill(model, tensors)
+
+
+def check_free(path: Path, format: str) -> None:
+    """Raise CheckpointError if something is in the way of `save`."""
+    if format != GGUF:
+        check_new(path)
+    elif path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name a file, such as {path / 'model.gguf'}")
+
+
+def save(
+    path: Path,
+    format: str,
+    module: nn.Module,
+    names: Names,
+    largest: int,
+    beside: Callable[[Path], Mapping[str, Any]],
+) -> None:
+    """Write a model in one of `WRITTEN`. beside: writes what belongs to it to a folder, returns its configuration.
+
+    Raises CheckpointError, naming the layer, if that format cannot hold the model; then nothing is written.
+    """
+    check_free(path, format)
+    if format == GGUF:
+        config = dict(getattr(getattr(module, "config", None), "to_dict", dict)())
+        replace_file(path, lambda stage: gguf_model.write(stage, module, names, config))
+        return
+    with new_folder(path) as stage:
+        tensors = compressed_tensors.write(stage, module, names, beside(stage))
+        write_tensors(stage, tensors, largest)
+
+
+def read_gguf(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a GGUF file of any architecture, under llama.cpp's names: MXFP4 as MXWeights, the rest as float32.
+
+    Raises CheckpointError if the file is damaged, InputError if the gguf package is missing.
+    """
+    return gguf_model.read(Path(path))
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and not path.is_dir()
