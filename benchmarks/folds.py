@@ -21,10 +21,10 @@ from architectures import ARCHITECTURES, build, inputs, output
 
 import mxcompile
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.groups import ScaleGroup, find_groups, fold
+from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold
+from mxcompile.analysis.folds.multiplier import multiply, unfoldable_groups
 from mxcompile.errors import InputError
 from mxcompile.graph.program import Program
-from mxcompile.multiplier import multiply, unfoldable_groups
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
 

@@ -16,6 +16,8 @@ from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mxcompile.analysis.choice import slot
+from mxcompile.analysis.folds.multiplier import digest, multiplier_of
+from mxcompile.analysis.folds.rotation import rotation_of
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.checkpoint import adopt
 from mxcompile.checkpoint.provenance import Provenance
@@ -23,9 +25,7 @@ from mxcompile.errors import DeployError
 from mxcompile.graph.agreement import agreement_db, output_tensors
 from mxcompile.graph.edit import BLOCK_AXIS
 from mxcompile.graph.program import Program, Stage, where
-from mxcompile.multiplier import digest, multiplier_of
 from mxcompile.ops import ALIGN, DEQUANTIZE, QUANTIZE
-from mxcompile.rotation import rotation_of
 from mxcompile.tensor.modules import own_tensors, place_all
 from mxcompile.tensor.weight import MXLayout, MXWeight, step_by_step
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mxcompile import spec
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.groups import ScaleGroup, find_groups
+from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
 from mxcompile.demo import load_model
 from mxcompile.errors import UnknownNameError
 from mxcompile.formats import FORMATS, MXFormat, activation_rule

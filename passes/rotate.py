@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
+from mxcompile.analysis.folds.rotation import rotate, rotation_of
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.facts import fewer
@@ -27,7 +28,6 @@ from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 from mxcompile.pipeline import Pass
-from mxcompile.rotation import rotate, rotation_of
 from mxcompile.search import Operand, Quantizers, output_error
 
 _PAYS = 0.9  # a rotation at run time must save this much of the error

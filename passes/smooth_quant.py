@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.groups import ScaleGroup, find_groups, fold, half_precision_factors
+from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold, half_precision_factors
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.calibration.fold_search import FoldSearch, FoldsFound
 from mxcompile.calibration.observers import ChannelAbsMax

@@ -6,7 +6,7 @@ from folds import LEAST_DB, measure
 
 import mxcompile
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.groups import find_groups
+from mxcompile.analysis.folds.groups import find_groups
 
 KINDS = {
     "qwen2": "biases on q, k and v",

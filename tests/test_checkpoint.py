@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 import mxcompile
 from mxcompile import inductor
+from mxcompile.analysis.folds.multiplier import insert_multiplier
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import CheckpointError, InputError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, ScaleRule, activation_rule
-from mxcompile.multiplier import insert_multiplier
 from mxcompile.numerics import packing, reference
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.tensor.modules import own_tensors, stored_bytes

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import mxcompile
 from mxcompile import Pipeline
-from mxcompile.analysis.groups import find_groups, fold
+from mxcompile.analysis.folds.groups import find_groups, fold
+from mxcompile.analysis.folds.multiplier import insert_multiplier
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.errors import DeployError
-from mxcompile.multiplier import insert_multiplier
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxcompile.analysis.factors import (
+from mxcompile.analysis.folds.factors import (
     ONE,
     UNKNOWN,
     Factors,

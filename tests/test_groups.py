@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.groups import ScaleGroup, find_groups, fold, half_precision_factors
+from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold, half_precision_factors
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
@@ -377,7 +377,7 @@ PROJECTIONS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "do
 
 
 @pytest.mark.parametrize(
-    "path", [*(ROOT / "mxcompile/analysis").glob("*.py"), *(ROOT / "passes").glob("*.py")], ids=lambda path: path.name
+    "path", [*(ROOT / "mxcompile/analysis").rglob("*.py"), *(ROOT / "passes").glob("*.py")], ids=lambda path: path.name
 )
 def test_nothing_is_recognised_by_name(path):
     """Data flow alone decides, no name of an architecture, a class or a parameter; comments may give examples."""

@@ -15,8 +15,8 @@ from torch import nn
 import mxcompile
 from mxcompile import fusion, inductor
 from mxcompile.analysis.choice import choose
+from mxcompile.analysis.folds.multiplier import insert_multiplier, multiplier_of
 from mxcompile.decode_step import DecodeStep
-from mxcompile.multiplier import insert_multiplier, multiplier_of
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import CPU_LINEARS, LINEAR
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mxcompile
+from mxcompile.analysis.folds.multiplier import insert_multiplier
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.checkpoint.interop.element_layouts import from_rows, to_rows
 from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.formats import FORMATS, ScaleRule, parse_format, parse_scale_rule
-from mxcompile.multiplier import insert_multiplier
 from mxcompile.numerics import packing, reference
 from mxcompile.tensor.modules import own_tensors
 from mxcompile.tensor.weight import MXLayout, MXWeight

@@ -25,10 +25,8 @@ FLOORS = [
     {"report"},
     {
         "analysis",
-        "multiplier",
         "evaluation",
         "resume",
-        "rotation",
         "search",
     },
     {

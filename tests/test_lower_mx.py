@@ -8,12 +8,12 @@ from torch import nn
 
 import mxcompile
 from mxcompile.analysis.choice import choose
+from mxcompile.analysis.folds.multiplier import insert_multiplier, multiplier_of
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.errors import CoverageError, PassError, PipelineError, WeightError
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Stage
-from mxcompile.multiplier import insert_multiplier, multiplier_of
 from mxcompile.numerics import reference
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.passes.lower_mx import LowerMX

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.groups import find_groups, fold, half_precision_factors
+from mxcompile.analysis.folds.groups import find_groups, fold, half_precision_factors
+from mxcompile.analysis.folds.multiplier import digest, insert_multiplier, multiplier_of
 from mxcompile.errors import MXCompileError
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
-from mxcompile.multiplier import digest, insert_multiplier, multiplier_of
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import Pipeline
 

@@ -9,7 +9,7 @@ import torch
 from models import build, inputs, output
 from torch import Tensor, nn
 
-from mxcompile.analysis.groups import find_groups
+from mxcompile.analysis.folds.groups import find_groups
 from mxcompile.errors import PreservationError
 from mxcompile.formats import MXINT8
 from mxcompile.graph.agreement import LEAST_DB, agreement_db, output_tensors

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.groups import find_groups, fold
+from mxcompile.analysis.folds.groups import find_groups, fold
 from mxcompile.graph.trace import trace
 from mxcompile.numerics.metrics import sqnr_db
 

@@ -9,13 +9,13 @@ from torch import nn
 
 import mxcompile
 from mxcompile.analysis.choice import choose
+from mxcompile.analysis.folds.rotation import rotation_of
 from mxcompile.errors import DeployError, PipelineError
 from mxcompile.fusion import fuse
 from mxcompile.graph.printer import print_program
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.pipeline import Pipeline
-from mxcompile.rotation import rotation_of
 
 ROTATE_TEXT = "rotate{weight=mxfp4,activation=mxfp4}"
 REST = "round-weights{format=mxfp4} | lower-mx{weight=mxfp4,activation=mxfp4}"

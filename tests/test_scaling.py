@@ -9,7 +9,7 @@ from test_groups import SHAPES, SIZE, Net, linear, net, one, prove, proven, reas
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mxcompile.analysis.region import MAXIMUM_ATTEMPTS, Region
+from mxcompile.analysis.folds.region import MAXIMUM_ATTEMPTS, Region
 
 # Between a norm and its readers
 

@@ -10,7 +10,7 @@ from models import inputs, llama, outliers
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.groups import ScaleGroup, find_groups, fold
+from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.altered import Altered
 from mxcompile.calibration.facts import Facts, first_batches

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.groups import find_groups
+from mxcompile.analysis.folds.groups import find_groups
 from mxcompile.analysis.segments import Segment, find_segments
 from mxcompile.calibration.run import Runner, arguments
 from mxcompile.calibration.sweep import Sweep

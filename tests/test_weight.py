@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mxcompile.analysis.folds.multiplier import digest
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
-from mxcompile.multiplier import digest
 from mxcompile.numerics import packing, reference
 from mxcompile.tensor.weight import MXLayout, MXWeight, step_by_step
 

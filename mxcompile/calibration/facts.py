@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.groups import ScaleGroup
+from mxcompile.analysis.folds.groups import ScaleGroup
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.altered import Altered, Prepare

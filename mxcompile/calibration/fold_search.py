@@ -11,7 +11,8 @@ from functools import partial
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.groups import ScaleGroup, fold, half_precision_factors
+from mxcompile.analysis.folds.groups import ScaleGroup, fold, half_precision_factors
+from mxcompile.analysis.folds.multiplier import multiply
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.facts import Facts, first_batches
@@ -19,7 +20,6 @@ from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSa
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold, Miss
-from mxcompile.multiplier import multiply
 from mxcompile.search import Found, Objective, Quantizers, output_error, search
 
 _PAYS = 0.9  # an explicit multiply must save this much of the error

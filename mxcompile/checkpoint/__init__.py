@@ -5,8 +5,9 @@
     model-00001-of-00001.safetensors   the tensors                                    (shards.py, stored_tensors.py)
     tokenizer.json, ...                what came along
 
-A save changes a folder at one moment (atomic_folder.py), a load checks everything before it hands anything out (reader.py).
-transformers reads such folders too, through a quantizer that `import mxcompile` makes known to it (hf_registration.py).
+A save changes a folder at one moment (atomic_folder.py); a load checks everything before it returns anything
+(reader.py). transformers reads such folders too, by a quantizer that `import mxcompile`
+registers (hf_registration.py).
 Other projects' checkpoints are the business of interop/.
 """
 

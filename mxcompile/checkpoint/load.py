@@ -6,7 +6,7 @@ from typing import TypeVar, overload
 
 from torch import Tensor, nn
 
-from mxcompile.checkpoint import interop
+from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.save import adopt
 from mxcompile.checkpoint.stored_tensors import check_fits
@@ -25,8 +25,8 @@ def load(path: str | Path, *, model: nn.Module | None = None, verify: bool = Tru
 
     Or the model of another project's checkpoint, in `interop`'s formats.
     """
-    if interop.is_foreign(Path(path)):
-        loaded = interop.load(Path(path), model)
+    if foreign.is_foreign(Path(path)):
+        loaded = foreign.load(Path(path), model)
         adopt(loaded, None)
         return loaded
     checkpoint = Checkpoint(path, verify=verify)

@@ -7,12 +7,13 @@ from typing import Any, Final
 
 from torch import nn
 
-from mxcompile.checkpoint import interop, shards
+from mxcompile.checkpoint import shards
 from mxcompile.checkpoint.atomic_folder import Saving, write
 from mxcompile.checkpoint.atomic_folder import check_free as check_own
 from mxcompile.checkpoint.checked_json import sha256
 from mxcompile.checkpoint.config_json import Card
 from mxcompile.checkpoint.index import Index
+from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.checkpoint.stored_tensors import Names, take_apart
 from mxcompile.errors import CheckpointError, UnknownNameError
@@ -56,9 +57,9 @@ def save(
         )
     shards.check_dtypes(tensors.items())
     folder, others = Path(path), (tokenizer, processor)
-    foreign = _foreign(format, folder)
-    if foreign is not None:
-        interop.save(folder, foreign, module, names, largest, lambda to: _write_beside(module, to, names, others))
+    other = _other_format(format, folder)
+    if other is not None:
+        foreign.save(folder, other, module, names, largest, lambda to: _write_beside(module, to, names, others))
         return
     try:
         with Saving(folder) as saving:
@@ -78,19 +79,19 @@ def save(
 def check_free(path: str | Path, format: str | None = None) -> None:
     """Raise CheckpointError if something is there that `save` to that path would not replace."""
     folder = Path(path)
-    foreign = _foreign(format, folder)
-    if foreign is None:
+    other = _other_format(format, folder)
+    if other is None:
         check_own(folder)
     else:
-        interop.check_free(folder, foreign)
+        foreign.check_free(folder, other)
 
 
-def _foreign(format: str | None, path: Path) -> str | None:
+def _other_format(format: str | None, path: Path) -> str | None:
     """Another project's format, by its name or a file's; None for our own."""
     if format is None:
-        return interop.GGUF if path.suffix == ".gguf" else None
-    if format not in (_OWN, *interop.WRITTEN):
-        raise UnknownNameError("checkpoint format", format, (_OWN, *interop.WRITTEN))
+        return foreign.GGUF if path.suffix == ".gguf" else None
+    if format not in (_OWN, *foreign.WRITTEN):
+        raise UnknownNameError("checkpoint format", format, (_OWN, *foreign.WRITTEN))
     return None if format == _OWN else format
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.factors import collapsed, from_shape, merged, to_shape
-from mxcompile.analysis.movement import MOVEMENTS, SPLITS, moved, rows_picked
-from mxcompile.analysis.products import (
+from mxcompile.analysis.folds.factors import collapsed, from_shape, merged, to_shape
+from mxcompile.analysis.folds.movement import MOVEMENTS, SPLITS, moved, rows_picked
+from mxcompile.analysis.folds.products import (
     GROUPED_FALLBACK,
     attended,
     convolved,
@@ -21,7 +21,7 @@ from mxcompile.analysis.products import (
     multiplied_by_matrix,
     normalized,
 )
-from mxcompile.analysis.region import Constraint, Option, Region
+from mxcompile.analysis.folds.region import Constraint, Option, Region
 from mxcompile.graph.dataflow import CASTS, SAME_VALUE, operand
 
 aten = torch.ops.aten

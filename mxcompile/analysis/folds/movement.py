@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.factors import UNKNOWN, InconsistentSizesError, collapsed, compact, merged
-from mxcompile.analysis.region import Region
+from mxcompile.analysis.folds.factors import UNKNOWN, InconsistentSizesError, collapsed, compact, merged
+from mxcompile.analysis.folds.region import Region
 from mxcompile.graph.dataflow import TRANSPOSES, is_constant, swapped_axes
 
 aten = torch.ops.aten

@@ -1,8 +1,8 @@
 """A region: the values that must be scaled together if one of them is.
 
 It grows by constraint propagation. A labelled value says "my elements carry these factors, to this power"; every node
-that makes or reads it is a constraint (`scaling.py`) which labels further values or pins factors to 1. Where a product
-may pass a factor to either operand, the alternatives are tried one after the other and the freest outcome is kept.
+that makes or reads it is a constraint (`constraints.py`) which labels further values or pins factors to 1. Where a
+product may pass a factor to either operand, the alternatives are tried one after the other and the freest outcome is kept.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from mxcompile.analysis.factors import ONE, UNKNOWN, Factors, InconsistentSizesError, merged
+from mxcompile.analysis.folds.factors import ONE, UNKNOWN, Factors, InconsistentSizesError, merged
 from mxcompile.graph.program import Program
 
 MAXIMUM_VALUES = 400

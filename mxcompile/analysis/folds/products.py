@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.factors import collapsed, merged, to_shape
-from mxcompile.analysis.region import Constraint, Region
+from mxcompile.analysis.folds.factors import collapsed, merged, to_shape
+from mxcompile.analysis.folds.region import Constraint, Region
 from mxcompile.graph.dataflow import operand
 
 aten = torch.ops.aten

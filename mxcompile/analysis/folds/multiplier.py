@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose, refuse_inseparable
-from mxcompile.analysis.groups import ScaleGroup, Unfoldable, find_groups, fold
+from mxcompile.analysis.folds.groups import ScaleGroup, Unfoldable, find_groups, fold
+from mxcompile.analysis.folds.rotation import rotation_of
 from mxcompile.analysis.matmuls import Matmul, read_instead
 from mxcompile.errors import MXCompileError
 from mxcompile.graph.dataflow import destinations
 from mxcompile.graph.edit import insert_call, insert_tensor
 from mxcompile.graph.program import Program, where
-from mxcompile.rotation import rotation_of
 
 _MULTIPLIED = "mx_multiplied"  # key of `Node.meta` on an inserted multiply; the user's own ones have none
 _MUL = torch.ops.aten.mul.Tensor

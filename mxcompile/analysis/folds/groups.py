@@ -4,8 +4,8 @@
     linear(silu(gate) * linear(x, u), w)   u / s (rows),    w * s (columns)
 
 A group is found from data flow alone: the input of a matmul is asked to carry factors, one a channel, and what follows
-for all other values is worked out (`region.py`, `scaling.py`). What cannot carry them pins factors to 1; a group all of
-whose factors are pinned is no group, and the first pin is the reason.
+for all other values is worked out (`region.py`, `constraints.py`). What cannot carry them pins factors to 1; a group
+all of whose factors are pinned is no group, and the first pin is the reason.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.factors import ONE, UNKNOWN, InconsistentSizesError
+from mxcompile.analysis.folds.constraints import constraint_of
+from mxcompile.analysis.folds.factors import ONE, UNKNOWN, InconsistentSizesError
+from mxcompile.analysis.folds.region import Region, Sizes
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.analysis.region import Region, Sizes
-from mxcompile.analysis.scaling import constraint_of
 from mxcompile.graph.program import Program
 
 _BY_LINEAR = "its input is made by a linear, not by a norm: ask for it with through_linears=true"
