@@ -1,4 +1,4 @@
-"""Attention of one query: torch's kernel beside the sums of `mxcompile/attention.py`, or on a GPU `mx::attend`.
+"""Attention of one query: torch's kernel beside the sums of `decompose_attention.py`, or on a GPU `mx::attend`.
 
     python benchmarks/attention.py
     python benchmarks/attention.py --device cuda --splits 16,32
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 
-from mxcompile.inductor import compile_options
+from mxcompile.inductor.backend import compile_options
 
 SHAPES = ((9, 3, 98, 64), (9, 3, 2048, 64), (9, 3, 8192, 64), (32, 8, 2048, 128), (12, 12, 1024, 64))
 

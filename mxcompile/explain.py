@@ -25,10 +25,10 @@ from mxcompile.explanation import (
     grouped,
 )
 from mxcompile.formats import MXFormat, activation_rule
-from mxcompile.fusion import fuse
 from mxcompile.graph.program import Program, module_path, where
 from mxcompile.graph.trace import trace
-from mxcompile.inductor import why_no_inductor
+from mxcompile.inductor.backend import why_no_inductor
+from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import QUICK
 from mxcompile.pipeline import Pipeline

@@ -14,10 +14,10 @@ from torch.export.graph_signature import TensorArgument
 from torch.fx import Node
 
 from mxcompile.errors import InputError
-from mxcompile.fusion import fuse
 from mxcompile.graph.inputs import as_inputs
 from mxcompile.graph.trace import exported_program
-from mxcompile.inductor import compile_ahead
+from mxcompile.inductor.backend import compile_ahead
+from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.tensor.weight import MXWeight
 
 _SUFFIX = ".pt2"

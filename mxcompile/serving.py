@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mxcompile.errors import MXCompileError
 from mxcompile.explanation import CPU, CPU_DECODED, FLOAT, FP8, LOOKUP, PLANES, UNFUSED, Explanation, Served, grouped
 from mxcompile.formats import MXFormat, input_text, parse_format, parse_scale_rule
-from mxcompile.inductor import why_no_inductor
+from mxcompile.inductor.backend import why_no_inductor
 from mxcompile.kernels.dispatch import choices, rounding_choices, why_not_fp8
 from mxcompile.kernels.layout.planes import Scaling, scaling_for
 from mxcompile.kernels.layout.rows_to_planes import range_of_rows

@@ -1,14 +1,14 @@
 """dequantize(quantize(x)) -> mx::quantize_dequantize; matmul(x, dequantize(w)) -> mx::linear, which has fast kernels.
 
-The same rules (`mxcompile.fusion`) run inside `torch.compile` on the graphs that Inductor sees; this pass applies them
-to a lowered Program.
+The same rules (`mxcompile.inductor.rewrites.fuse`) run inside `torch.compile` on the graphs that Inductor sees; this
+pass applies them to a lowered Program.
 """
 
 from dataclasses import dataclass
 
-from mxcompile.fusion import fuse
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import PassResult
+from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.pipeline import Pass
 
 

@@ -10,7 +10,6 @@ from torch import nn
 from torch.fx import Graph
 
 import mxcompile
-from mxcompile import inductor
 from mxcompile.analysis.layers import find_layers
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.checkpoint.description import Description
@@ -18,7 +17,8 @@ from mxcompile.errors import CheckpointError, DeployError, PipelineError, Verify
 from mxcompile.formats import MXFP4, MXFP8_E4M3, ScaleRule
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Stage
-from mxcompile.joining import join_linears
+from mxcompile.inductor import backend
+from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.numerics import reference
 from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.lower_mx import LowerMX
@@ -27,9 +27,9 @@ from mxcompile.tensor.weight import MXWeight, step_by_step
 
 PLAIN = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3}"
 ALIGNED = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3,align=true}"
-JOINING, SERVING = sys.modules["mxcompile.joining"], sys.modules["mxcompile.serving"]
+JOINING, SERVING = sys.modules["mxcompile.inductor.rewrites.join_linears"], sys.modules["mxcompile.serving"]
 needs_compiler = pytest.mark.skipif(
-    inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
+    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
 )
 
 
@@ -162,14 +162,14 @@ def test_compiled_on_the_cpu(dtype):
 
     seen = []
 
-    class Seen(inductor.FuseMX):
+    class Seen(backend.FuseMX):
         def __call__(self, graph):
             super().__call__(graph)
             seen.append([(n.target, n.args) for n in graph.nodes if n.target in (CPU_LINEARS, LINEAR, ALIGN)])
 
     module, x = deployed().to(dtype), apart(5, 64).to(dtype)
     torch._dynamo.reset()
-    compiled = torch.compile(module, options=inductor.compile_options(Seen()))
+    compiled = torch.compile(module, options=backend.compile_options(Seen()))
     with fresh_cache():
         for given in (x, x[:1], apart(30, 64).to(dtype)):
             with step_by_step():

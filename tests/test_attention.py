@@ -7,11 +7,12 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from mxcompile import attention, inductor
+from mxcompile.inductor import backend
+from mxcompile.inductor.rewrites import decompose_attention
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 needs_compiler = pytest.mark.skipif(
-    inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
+    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
 )
 
 
@@ -25,7 +26,7 @@ def opened(function, *given):
     """The graph of a function, rewritten; and how much was."""
     module = make_fx(function, tracing_mode="fake")(*given)
     assert module.graph.find_nodes(op="call_function", target=FLASH)
-    count = attention.open_attention(module.graph)
+    count = decompose_attention.open_attention(module.graph)
     module.recompile()
     return module, count
 
@@ -112,7 +113,7 @@ def test_one_that_gives_its_logarithms_too_is_left_alone():
 def test_a_length_that_is_not_known_is_left_alone():
     given = tensors(torch.float32, queries=3)
     module = make_fx(F.scaled_dot_product_attention, tracing_mode="symbolic")(*given)
-    assert attention.open_attention(module.graph) == 0
+    assert decompose_attention.open_attention(module.graph) == 0
 
 
 @needs_compiler
@@ -128,7 +129,7 @@ def test_compiled_with_repeated_keys_it_is_no_call_of_its_own():
 
     seen = []
 
-    class Watching(inductor.FuseMX):
+    class Watching(backend.FuseMX):
         def __call__(self, graph):
             super().__call__(graph)
             seen.extend(node.target for node in graph.nodes if node.op == "call_function")
@@ -137,7 +138,7 @@ def test_compiled_with_repeated_keys_it_is_no_call_of_its_own():
     from torch._inductor.utils import fresh_cache
 
     with fresh_cache():
-        y = torch.compile(call, options=inductor.compile_options(Watching()))(query, key, value)
+        y = torch.compile(call, options=backend.compile_options(Watching()))(query, key, value)
     repeated = [part.repeat_interleave(2, 1) for part in (key, value)]
     expected = exact(query, *repeated)
     assert ((y.double() - expected).abs() <= 2.0**-8 * expected.abs().clamp(min=1)).all()

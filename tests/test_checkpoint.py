@@ -15,13 +15,13 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import mxcompile
-from mxcompile import inductor
 from mxcompile.analysis.folds.multiplier import insert_multiplier
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import CheckpointError, InputError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, ScaleRule, activation_rule
+from mxcompile.inductor import backend
 from mxcompile.numerics import packing, reference
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.tensor.modules import own_tensors, stored_bytes
@@ -313,7 +313,7 @@ with torch.no_grad():
 assert counters["inductor"]["fxgraph_cache_hit"] == 1, counters
 assert counters["inductor"]["fxgraph_cache_miss"] == 0, counters
 """
-NO_COMPILER = inductor.why_no_inductor(torch.device("cpu"))
+NO_COMPILER = backend.why_no_inductor(torch.device("cpu"))
 
 
 @pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))

@@ -11,9 +11,10 @@ from models import LANGUAGE_MODELS, MODELS, build, inputs, output
 from torch import nn
 
 import mxcompile
-from mxcompile import inductor
 from mxcompile.checkpoint import Checkpoint, register
 from mxcompile.errors import CheckpointError
+from mxcompile.inductor import compile_module
+from mxcompile.inductor.compile import _compile_generate
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in OWN])
@@ -74,8 +75,8 @@ def test_parameters_of_another_dtype_than_the_model_s(tmp_path):
 def test_a_compiled_module_is_saved_as_it_is_uncompiled(tmp_path):
     model = copy.deepcopy(deployed("llama"))
     mxcompile.save(model, tmp_path / "plain")
-    compiled = inductor.compile_module(model)
-    inductor._compile_generate(model, torch.device("cuda"))  # as on a GPU, where it leaves a compile_config
+    compiled = compile_module(model)
+    _compile_generate(model, torch.device("cuda"))  # as on a GPU, where it leaves a compile_config
     compiled.save_pretrained(tmp_path / "compiled")
     mxcompile.save(torch.compile(compiled), tmp_path / "wrapped")
     for path in (tmp_path / "plain").iterdir():

@@ -9,8 +9,8 @@ from test_rounding import MANY, assert_same_bits, gated, hard_values, rounded_in
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
-from mxcompile import inductor
 from mxcompile.formats import MXFP8_E4M3, ScaleRule
+from mxcompile.inductor import backend, compile_module
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.numerics.reference import align, quantize_dequantize
 from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
@@ -33,14 +33,16 @@ def test_every_recipe_compiled_agrees_with_the_reference(recipe, monkeypatch):
     """With Inductor told to round where torch does. By itself it keeps bf16 intermediates in float32, and activations
     round to the neighbouring element here and there: another error, of the same size as that of the quantization.
     """
-    plain = inductor.compile_options
-    monkeypatch.setattr(inductor, "compile_options", lambda: {**plain(), "emulate_precision_casts": True})
+    plain = backend.compile_options
+    monkeypatch.setattr(
+        "mxcompile.inductor.compile.compile_options", lambda: {**plain(), "emulate_precision_casts": True}
+    )
     example, lowered, deployed = on_gpu("llama", recipe)
     with torch.no_grad():
         wanted = output(build("llama", torch.bfloat16).cuda()(**example))
         uncompiled = output(deployed(**example))
         assert torch.equal(output(lowered(**example)), uncompiled)
-        compiled = output(inductor.compile_module(deployed)(**example))
+        compiled = output(compile_module(deployed)(**example))
     assert sqnr_db(uncompiled, compiled) > sqnr_db(wanted, uncompiled) + 10
 
 
@@ -50,7 +52,7 @@ def test_every_recipe_compiled_is_about_as_good_as_the_reference(recipe):
     with torch.no_grad():
         wanted = output(build("llama", torch.bfloat16).cuda()(**example))
         uncompiled = output(deployed(**example))
-        compiled = output(inductor.compile_module(deployed)(**example))
+        compiled = output(compile_module(deployed)(**example))
     assert sqnr_db(wanted, compiled) > sqnr_db(wanted, uncompiled) - 4
 
 
@@ -59,7 +61,7 @@ def test_every_recipe_compiled_agrees_in_float32(recipe):
     example, _, deployed = on_gpu("llama", recipe, torch.float32)
     with torch.no_grad():
         uncompiled = output(deployed(**example))
-        assert sqnr_db(uncompiled, output(inductor.compile_module(deployed)(**example))) > 60
+        assert sqnr_db(uncompiled, output(compile_module(deployed)(**example))) > 60
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_the_profile_shows_the_kernels(dtype, wanted):
     model = wide_llama(dtype)
     example = {"input_ids": torch.arange(20, device="cuda")[None]}
     deployed = mxcompile.quantize_and_compile(model, example, recipe="w4a8-mxint-quick", compile=False)
-    compiled = inductor.compile_module(deployed)
+    compiled = compile_module(deployed)
     with torch.no_grad():
         compiled(**example, use_cache=False)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -88,7 +90,7 @@ def test_the_profile_shows_the_kernels(dtype, wanted):
 def test_rounding_that_inductor_compiles_has_the_bits_of_the_reference(dtype):
     """Of values from memory: subnormals, huge ones, zeros with their sign, Inf and NaN."""
     x = hard_values(128, dtype).cuda()
-    results = torch.compile(rounded_in_many_ways, options=inductor.compile_options())(x)
+    results = torch.compile(rounded_in_many_ways, options=backend.compile_options())(x)
     for y, case in zip(results, MANY, strict=True):
         assert_same_bits(y, quantize_dequantize(x, *case))
 
@@ -101,7 +103,7 @@ def test_aligning_has_the_bits_of_the_reference_compiled_and_not(dtype):
     x = hard_values(128, dtype).cuda()
     wanted = align(quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL))
     assert_same_bits(aligned(x), wanted)
-    assert_same_bits(torch.compile(aligned, options=inductor.compile_options())(x), wanted)
+    assert_same_bits(torch.compile(aligned, options=backend.compile_options())(x), wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 600])
@@ -111,7 +113,7 @@ def test_an_aligned_layer_compiled_agrees_with_the_reference_for_any_number_of_t
     layer, x = torch.nn.Linear(256, 128).to("cuda", torch.bfloat16), torch.randn(600, 256, device="cuda").bfloat16()
     recipe = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3,align=true}"
     plain = mxcompile.quantize_and_compile(layer, x, recipe=recipe, compile=False)
-    compiled = inductor.compile_module(copy.deepcopy(plain))
+    compiled = compile_module(copy.deepcopy(plain))
     with step_by_step():
         wanted = plain(x[:tokens])
     compiled(x[:tokens])
@@ -125,7 +127,7 @@ def test_an_aligned_layer_compiled_agrees_with_the_reference_for_any_number_of_t
 
 def test_a_gated_product_and_its_rounding_are_one_kernel():
     gate, up = torch.randn(2, 16, 1024, device="cuda", dtype=torch.bfloat16)
-    compiled = torch.compile(gated, options=inductor.compile_options())
+    compiled = torch.compile(gated, options=backend.compile_options())
     compiled(gate, up)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         compiled(gate, up)
@@ -162,7 +164,7 @@ def decoding(dtype):
     prompt = torch.arange(8, device="cuda")[None]
     plain = mxcompile.quantize_and_compile(model, {"input_ids": prompt}, recipe="w4a8-mxint-quick", compile=False)
     arrange.arrange(plain)
-    compiled = inductor.compile_module(copy.deepcopy(plain))
+    compiled = compile_module(copy.deepcopy(plain))
     how = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
     wanted = plain.generate(prompt, **how, disable_compile=True)
     return wanted, lambda: compiled.generate(prompt, **how)
@@ -195,7 +197,7 @@ def test_decoding_reads_a_static_cache_for_the_heads_that_share_it(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_saved_from_one_device_and_loaded_to_the_other(dtype, tmp_path):
     example, _, deployed = on_gpu("llama", "w4a8-mxint-quick", dtype)
-    inductor.compile_module(deployed).save_pretrained(tmp_path / "gpu")
+    compile_module(deployed).save_pretrained(tmp_path / "gpu")
     loaded = mxcompile.load(tmp_path / "gpu")
     assert loaded.device.type == "cpu"
     mxcompile.save(loaded, tmp_path / "cpu")
@@ -211,7 +213,7 @@ def test_saved_from_one_device_and_loaded_to_the_other(dtype, tmp_path):
 def test_generates_the_same_tokens(name, cache):
     """float32, so that the argmax does not hang on the order of a bf16 sum."""
     _, lowered, plain = on_gpu(name, "w4a8-mxint-quick", torch.float32)
-    compiled = inductor.compile_module(mxcompile.deploy(lowered, build(name).cuda()))
+    compiled = compile_module(mxcompile.deploy(lowered, build(name).cuda()))
     prompt = {key: value.cuda() for key, value in inputs(name, 2, 8, seed=7).items()}
     how = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
     wanted = plain.generate(**prompt, **how, disable_compile=True)

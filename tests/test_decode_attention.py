@@ -12,7 +12,8 @@ from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map_only
 
-from mxcompile import decode_attention, inductor
+from mxcompile.inductor import backend
+from mxcompile.inductor.rewrites import fuse_attention
 from mxcompile.ops import ATTEND
 
 triton_elements = pytest.importorskip("mxcompile.kernels.triton.elements")
@@ -74,7 +75,7 @@ class Step:
         self.graph.output(node)
 
     def rewritten(self):
-        count = decode_attention.call_attend(self.graph)
+        count = fuse_attention.call_attend(self.graph)
         self.graph.lint()
         return count, [node for node in self.graph.nodes if node.op == "call_function"]
 
@@ -192,11 +193,11 @@ def test_an_old_gpu_keeps_its_kernels(monkeypatch):
 def test_it_is_part_of_what_a_graph_is_compiled_with():
     made, query, key, value = step()
     made.attention(CUDNN, query, made.repeated(key), made.repeated(value), None, False)
-    inductor.FuseMX()(made.graph)
+    backend.FuseMX()(made.graph)
     assert made.graph.find_nodes(op="call_function", target=ATTEND)
 
 
-@pytest.mark.skipif(inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
+@pytest.mark.skipif(backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 @torch.no_grad()
 def test_a_cache_is_written_in_place_and_read_where_it_is():
     """The operator compiled, on the CPU as an example: nothing of the cache's size is made."""

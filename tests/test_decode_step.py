@@ -11,13 +11,13 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import mxcompile
-from mxcompile import inductor
-from mxcompile.decode_step import DecodeStep
-from mxcompile.forward import Forward
-from mxcompile.recording import Step
+from mxcompile.inductor import backend
+from mxcompile.inductor.compiled_forward import Forward
+from mxcompile.inductor.decode_step import DecodeStep
+from mxcompile.inductor.recorded_step import Step
 
 pytestmark = pytest.mark.skipif(
-    inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
+    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
 )
 
 
@@ -49,9 +49,9 @@ CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") els
 def step():
     Graph.taken = Graph.replayed = 0
     module = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe="w4a8-mxint-quick", compile=False)
-    options = inductor.compile_options()
+    options = backend.compile_options()
     with torch.no_grad():
-        yield DecodeStep(*(Forward(module, inductor._Inductor(options)) for _ in range(2)), Graph)
+        yield DecodeStep(*(Forward(module, backend._Inductor(options)) for _ in range(2)), Graph)
 
 
 def prefilled(module, cls=StaticCache, length=32):

@@ -10,7 +10,7 @@ from models import build, inputs, output
 
 import mxcompile
 from mxcompile.errors import CompileError, InputError
-from mxcompile.inductor import why_no_inductor
+from mxcompile.inductor.backend import why_no_inductor
 from mxcompile.numerics.metrics import sqnr_db
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_what_cannot_be_exported_says_so(tmp_path, monkeypatch):
         mxcompile.export(model, inputs("mlp"), tmp_path / "model.bin")
     with pytest.raises(InputError, match=r"do not fit MLP\.forward"):
         mxcompile.export(model, {"y": torch.zeros(1)}, tmp_path / "model.pt2")
-    monkeypatch.setattr("mxcompile.inductor.why_no_inductor", lambda _: "no compiler here")
+    monkeypatch.setattr("mxcompile.inductor.backend.why_no_inductor", lambda _: "no compiler here")
     with pytest.raises(CompileError, match="no compiler here"):
         mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2", compile=True)
     assert not list(tmp_path.iterdir())

@@ -8,8 +8,8 @@ from torch.fx import Graph, GraphModule
 import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.multiplier import insert_multiplier
-from mxcompile.fusion import fuse, fused_linears
 from mxcompile.graph.printer import print_program, print_target
+from mxcompile.inductor.rewrites.fuse import fuse, fused_linears
 from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.pipeline import Pipeline

@@ -8,11 +8,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import mxcompile
-from mxcompile import guards, inductor
+from mxcompile.inductor import backend, compile_module, weight_guards
 from mxcompile.tensor.weight import MXWeight
 
 needs_compiler = pytest.mark.skipif(
-    inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
+    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
 )
 
 
@@ -26,7 +26,7 @@ def quantized(recipe, seed=0):
 @needs_compiler
 @torch.no_grad()
 def test_another_weight_in_its_place_is_seen():
-    module, x = inductor.compile_module(quantized("w4a8-mxint-quick")), torch.randn(5, 64)
+    module, x = compile_module(quantized("w4a8-mxint-quick")), torch.randn(5, 64)
     module(x)
     for recipe, seed in (("w8a8-mxint", 1), ("w4a8-mxfp-quick", 2), ("w4a8-mxint-quick", 3)):
         other = quantized(recipe, seed)
@@ -37,7 +37,7 @@ def test_another_weight_in_its_place_is_seen():
 @needs_compiler
 @torch.no_grad()
 def test_another_dtype_and_a_float_weight_are_seen():
-    module, x = inductor.compile_module(quantized("w4a8-mxint-quick")), torch.randn(5, 64)
+    module, x = compile_module(quantized("w4a8-mxint-quick")), torch.randn(5, 64)
     module(x)
     module.to(torch.bfloat16)
     plain = quantized("w4a8-mxint-quick").to(torch.bfloat16)
@@ -49,7 +49,7 @@ def test_another_dtype_and_a_float_weight_are_seen():
 @needs_compiler
 @torch.no_grad()
 def test_values_of_a_known_layout_need_no_new_graph():
-    module, x = inductor.compile_module(quantized("w4a8-mxint-quick")), torch.randn(5, 64)
+    module, x = compile_module(quantized("w4a8-mxint-quick")), torch.randn(5, 64)
     module(x)
     before = counters["stats"]["unique_graphs"]
     other = quantized("w4a8-mxint-quick", seed=1)
@@ -61,11 +61,11 @@ def test_values_of_a_known_layout_need_no_new_graph():
 def test_layouts_are_those_of_all_weights():
     module = nn.ModuleList([quantized("w4a8-mxint-quick"), nn.Linear(2, 2), quantized("w8a8-mxint")])
     module.register_module("nothing", None)
-    found = guards.Layouts(module)
+    found = weight_guards.Layouts(module)
     assert [layout.format for layout in found.layouts] == ["mxint4", "mxint8"]
     assert found.hold()
     module[0][0].weight = quantized("w4a8-mxint-quick", seed=1)[0].weight
-    assert guards.Layouts(module).layouts == found.layouts
+    assert weight_guards.Layouts(module).layouts == found.layouts
     module[0] = module[2]
     assert not found.hold()
 
@@ -88,4 +88,4 @@ def test_only_guards_on_what_lies_in_its_own_weights_are_left_out():
         (guard("L['x'].elements", "TENSOR_MATCH", other[0].weight.elements), True),
         (guard("G['m'].training", "CONSTANT_MATCH", False), True),
     ]
-    assert guards.outside_weights(module)([one for one, _ in given]) == [kept for _, kept in given]
+    assert weight_guards.outside_weights(module)([one for one, _ in given]) == [kept for _, kept in given]

@@ -13,14 +13,16 @@ from models import build, inputs, output
 from torch import nn
 
 import mxcompile
-from mxcompile import fusion, inductor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.multiplier import insert_multiplier, multiplier_of
-from mxcompile.decode_step import DecodeStep
+from mxcompile.inductor import backend, compile_module
+from mxcompile.inductor.compile import _compile_generate
+from mxcompile.inductor.decode_step import DecodeStep
+from mxcompile.inductor.rewrites import fuse as fusion
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import CPU_LINEARS, LINEAR
 
-NO_COMPILER = inductor.why_no_inductor(torch.device("cpu"))
+NO_COMPILER = backend.why_no_inductor(torch.device("cpu"))
 needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 
 
@@ -34,21 +36,21 @@ def watched(monkeypatch):
     """The fusion results of everything compiled in the test, without Inductor's caches."""
     from torch._inductor.utils import fresh_cache
 
-    fuse = inductor.FuseMX()
-    monkeypatch.setattr(inductor, "FuseMX", lambda: fuse)
+    fuse = backend.FuseMX()
+    monkeypatch.setattr(backend, "FuseMX", lambda: fuse)
     with fresh_cache():
         yield fuse.results
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return inductor.compile_module(deployed("llama")), deployed("llama")
+    return compile_module(deployed("llama")), deployed("llama")
 
 
 @needs_compiler
 @pytest.mark.parametrize(("name", "linears", "activations"), [("llama", 7, 4), ("gpt2", 4, 4)])
 def test_every_matmul_is_fused(watched, name, linears, activations):
-    module = inductor.compile_module(deployed(name))
+    module = compile_module(deployed(name))
     with torch.no_grad():
         module(**inputs(name), use_cache=False)
     (result,) = watched
@@ -80,7 +82,7 @@ def test_readers_of_one_multiplied_value_share_the_product_and_its_quantization(
     lowered = mxcompile.Pipeline.parse(lower).run(program)
     module = copy.deepcopy(mxcompile.deploy(lowered, model))
     with torch.no_grad():
-        torch.testing.assert_close(inductor.compile_module(module)(x), lowered(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(compile_module(module)(x), lowered(x), rtol=0, atol=1e-5)
     (result,) = watched
     assert (result.rewrites, result.misses) == (1 + activations + 3, ())
 
@@ -176,12 +178,12 @@ def test_with_a_compiler_nothing_is_said():
 
 
 def test_the_cache_key_follows_the_code(tmp_path, monkeypatch):
-    before = inductor.FuseMX().uuid()
-    assert before == inductor.FuseMX().uuid()
+    before = backend.FuseMX().uuid()
+    assert before == backend.FuseMX().uuid()
     changed = tmp_path / "fusion.py"
     changed.write_text("# other rules")
     monkeypatch.setattr(fusion, "__file__", str(changed))
-    assert inductor.FuseMX().uuid() != before
+    assert backend.FuseMX().uuid() != before
 
 
 def test_no_global_setting_changes():
@@ -222,7 +224,7 @@ def test_the_parts_of_weights_are_inputs_that_stay_where_they_are(monkeypatch):
 
     monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", call)
     with fresh_cache():
-        inductor.compile_module(deployed("llama"))(**inputs("llama"), use_cache=False)
+        compile_module(deployed("llama"))(**inputs("llama"), use_cache=False)
     assert moving == [torch.int64, torch.int64]
 
 
@@ -238,7 +240,7 @@ def test_a_graph_that_was_compiled_before_comes_from_torch_s_cache():
         for count in ("autograd_cache_miss", "autograd_cache_hit"):
             torch._dynamo.reset()
             counters.clear()
-            inductor.compile_module(copy.deepcopy(module))(**inputs("llama"), use_cache=False)
+            compile_module(copy.deepcopy(module))(**inputs("llama"), use_cache=False)
             assert counters["aot_autograd"][count] == 1
 
 
@@ -248,7 +250,7 @@ def test_a_graph_that_was_compiled_before_comes_from_torch_s_cache():
 def test_what_generate_compiles_on_a_gpu_is_the_module_s_own(copied):
     """`generate` is given its decode step compiled; that of a copy is the copy's, and other weights are seen."""
     module = deployed("llama")
-    inductor._compile_generate(module, torch.device("cuda"))
+    _compile_generate(module, torch.device("cuda"))
     example = inputs("llama")
     wanted = output(module(**example, use_cache=False))
     step = module.get_compiled_call(copy.deepcopy(module.generation_config).compile_config)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import mxcompile
-from mxcompile.fusion import fuse
-from mxcompile.joining import join_linears
+from mxcompile.inductor.rewrites.fuse import fuse
+from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.ops import CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
 

@@ -30,24 +30,15 @@ FLOORS = [
         "search",
     },
     {
-        "attention",
-        "decode_attention",
-        "guards",
         "calibration",
         "spec",
         "instruments",
-        "fusion",
-        "joining",
-        "rounding",
-        "unwrapping",
         "explanation",
         "scoring",
         "checkpoint",
     },
-    {"forward"},
-    {"recording"},
-    {"decode_step"},
-    {"pipeline", "deploy", "dump", "inductor", "probe"},
+    {"inductor"},
+    {"pipeline", "deploy", "dump", "probe"},
     {"serving"},
     {"passes"},
     {"api", "export", "progress", "smollm2"},
@@ -94,12 +85,9 @@ def test_passes_do_not_import_each_other(path):
     assert "import mxcompile\n" not in path.read_text()
 
 
-def test_only_two_files_import_what_torch_compile_is_made_of():
-    def users(names):
-        return {path.name for path in PRODUCT if re.search(rf"torch\._({names})", path.read_text())}
-
-    assert users("inductor|functorch") == {"inductor.py"}
-    assert users("dynamo") == {"forward.py", "inductor.py"}
+def test_one_room_imports_what_torch_compile_is_made_of():
+    users = {path for path in PRODUCT if re.search(r"torch\._(inductor|functorch|dynamo)", path.read_text())}
+    assert {room(path) for path in users} == {"inductor"}
 
 
 def test_kernels_import_no_fx():

@@ -11,8 +11,8 @@ import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.rotation import rotation_of
 from mxcompile.errors import DeployError, PipelineError
-from mxcompile.fusion import fuse
 from mxcompile.graph.printer import print_program
+from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.pipeline import Pipeline

@@ -12,14 +12,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import mxcompile
-from mxcompile import fusion, inductor, rounding
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT8, ScaleRule, floating, integer
+from mxcompile.inductor import backend
+from mxcompile.inductor.rewrites import decompose_rounding, fuse
 from mxcompile.numerics import reference
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
 
 needs_compiler = pytest.mark.skipif(
-    inductor.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
+    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RULES = [rule for rule in ScaleRule if rule not in (ScaleRule.MSE, ScaleRule.T725)]
@@ -41,7 +42,7 @@ def rounded_in_many_ways(x):
 def opened(function, *given, mode="fake"):
     """The graph of a function, rewritten as on a GPU; and how much was."""
     module = make_fx(function, tracing_mode=mode)(*given)
-    count = rounding.open_rounding(module.graph, ("cpu",))
+    count = decompose_rounding.open_rounding(module.graph, ("cpu",))
     module.graph.lint()
     module.recompile()
     return module, count
@@ -92,7 +93,7 @@ def test_before_and_after(fmt, operations):
     assert calls(module).count(torch.ops.aten.amax.default) == 1
     assert len(calls(module)) == operations
     assert_same_bits(module(x), reference.quantize_dequantize(x, fmt, ScaleRule.FLOOR))
-    assert rounding.open_rounding(module.graph, ("cpu",)) == 0
+    assert decompose_rounding.open_rounding(module.graph, ("cpu",)) == 0
 
 
 @pytest.mark.parametrize(
@@ -113,8 +114,8 @@ def test_what_is_left_alone(x, fmt, rule):
 
 def test_the_cpu_is_left_alone():
     module = make_fx(lambda x: rounded(x, MXINT8, ScaleRule.FLOOR))(torch.randn(3, 64))
-    assert rounding.open_rounding(module.graph) == 0
-    inductor.FuseMX()(module.graph)
+    assert decompose_rounding.open_rounding(module.graph) == 0
+    backend.FuseMX()(module.graph)
     assert calls(module) == [QUANTIZE_DEQUANTIZE]
 
 
@@ -163,7 +164,7 @@ def test_other_shapes_and_strides(shape):
         assert_same_bits(module(x), reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR))
 
 
-class Opening(inductor.FuseMX):
+class Opening(backend.FuseMX):
     """FuseMX that opens rounding on the CPU, before any of it is joined with linears; counts what it opened."""
 
     def __init__(self):
@@ -171,8 +172,8 @@ class Opening(inductor.FuseMX):
         self.counts = []
 
     def __call__(self, graph):
-        fusion.fuse(graph)
-        self.counts.append(rounding.open_rounding(graph, ("cpu",)))
+        fuse.fuse(graph)
+        self.counts.append(decompose_rounding.open_rounding(graph, ("cpu",)))
         super().__call__(graph)
 
 
@@ -184,7 +185,7 @@ def compiled(function, *given):
     opening = Opening()
     torch._dynamo.reset()
     with fresh_cache():
-        made = torch.compile(function, options=inductor.compile_options(opening))
+        made = torch.compile(function, options=backend.compile_options(opening))
         y, code = run_and_get_code(made, *given)
     return made, y, "".join(code), opening.counts
 

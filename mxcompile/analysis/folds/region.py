@@ -2,7 +2,7 @@
 
 It grows by constraint propagation. A labelled value says "my elements carry these factors, to this power"; every node
 that makes or reads it is a constraint (`constraints.py`) which labels further values or pins factors to 1. Where a
-product may pass a factor to either operand, the alternatives are tried one after the other and the freest outcome is kept.
+product may pass a factor to either operand, the alternatives are tried in turn and the freest outcome is kept.
 """
 
 from collections import deque

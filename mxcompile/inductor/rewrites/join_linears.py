@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch.fx import Graph, Node
 
 from mxcompile.formats import parse_format, parse_scale_rule
-from mxcompile.fusion import VIEWS
+from mxcompile.inductor.rewrites.fuse import VIEWS
 from mxcompile.kernels.dispatch import why_not_fp8
 from mxcompile.kernels.layout import e4m3_products
 from mxcompile.kernels.layout.planes import Scaling

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.operator_schemas import normalize_function
 
-from mxcompile.attention import gives_only_output, replace_output
+from mxcompile.inductor.rewrites.decompose_attention import gives_only_output, replace_output
 from mxcompile.kernels.dispatch import why_no_attention
 from mxcompile.ops import ATTEND
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import torch
 
-from mxcompile.forward import Forward
-from mxcompile.recording import CudaGraph, NotRecordedError, Recording, Step
+from mxcompile.inductor.compiled_forward import Forward
+from mxcompile.inductor.recorded_step import CudaGraph, NotRecordedError, Recording, Step
 
 _MOST_RECORDINGS: Final = 4
 logger = logging.getLogger(__name__)

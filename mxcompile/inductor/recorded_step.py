@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mxcompile.forward import Forward
+from mxcompile.inductor.compiled_forward import Forward
 from mxcompile.tensor.weight import MXWeight
 
 

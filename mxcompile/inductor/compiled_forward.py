@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo import eval_frame, optimize
 
-from mxcompile import guards
+from mxcompile.inductor import weight_guards
 
 _NUMBERS: Final = count()
 
@@ -26,7 +26,7 @@ class Forward:
     def __init__(self, module: nn.Module, backend: Any) -> None:
         self.module, self.backend = module, backend
         self._compiled: Callable[..., Any] | None = None  # a copy is made before the module's copy has its parts
-        self._compiled_for: guards.Layouts | None = None
+        self._compiled_for: weight_guards.Layouts | None = None
         self._has_fast_path = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ class Forward:
         """Have the forward for the weights as they are."""
         if self.is_prepared():
             return
-        found, known = guards.Layouts(self.module), self._compiled_for
+        found, known = weight_guards.Layouts(self.module), self._compiled_for
         if known is None or found.layouts != known.layouts:
             self._has_fast_path = any(isinstance(child, nn.MultiheadAttention) for child in self.module.modules())
             self._compiled = self._compile()
@@ -88,7 +88,7 @@ def _guard_filter(module: nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
     """`guards.outside_weights`. Dynamo makes all guards again after it and compares what they hold, though a property
     may give a new object each time (`_PerLayerConfigView` of transformers 5.23): let it forget what it held.
     """
-    keep = guards.outside_weights(module)
+    keep = weight_guards.outside_weights(module)
 
     def keep_afresh(entries: Sequence[Any]) -> list[bool]:
         for entry in entries:
