@@ -18,7 +18,7 @@ from torch import nn
 
 from mxcompile.analysis.layers import Layer, find_layers
 from mxcompile.api import as_pipeline
-from mxcompile.calibration.hybrid import Change, Hybrid, find_changes
+from mxcompile.calibration.hybrid_run import Change, Hybrid, find_changes
 from mxcompile.calibration.run import Runner
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFP8_E4M3, MXINT8, parse_format

@@ -15,13 +15,14 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
 from mxcompile.analysis.folds.multiplier import unfoldable_groups
+from mxcompile.calibration.factor_search import Objective, powers
 from mxcompile.calibration.fold_search import FoldSearch, Statistic
 from mxcompile.calibration.observers import ChannelMeanAbs
+from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.pipeline import Pass
-from mxcompile.search import Objective, Quantizers, powers
 
 
 @dataclass(frozen=True)

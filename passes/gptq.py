@@ -19,7 +19,8 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.moments import Moments
+from mxcompile.calibration.quantizers import round_input
+from mxcompile.calibration.second_moments import Moments
 from mxcompile.calibration.streams import Streams
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat, ScaleRule
@@ -30,7 +31,6 @@ from mxcompile.numerics.column_rounding import ColumnRounding, IllConditionedErr
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline import FLOATING, Pass
-from mxcompile.search import round_input
 
 _SCALES = " scales"
 _UNCORRECTED = "rounded without correction: an expert's tokens may differ in the exact model"

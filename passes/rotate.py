@@ -17,8 +17,10 @@ from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.rotation import rotate, rotation_of
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
-from mxcompile.calibration.facts import fewer
+from mxcompile.calibration.factor_search import Operand, output_error
+from mxcompile.calibration.group_facts import fewer
 from mxcompile.calibration.observers import ChannelImportance, Observer, Rotated, TokenSample
+from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
@@ -28,7 +30,6 @@ from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 from mxcompile.pipeline import Pass
-from mxcompile.search import Operand, Quantizers, output_error
 
 _PAYS = 0.9  # a rotation at run time must save this much of the error
 _NOT_WORTH = f"a rotation would save less than {1 - _PAYS:.0%} of the error"

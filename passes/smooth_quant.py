@@ -14,15 +14,16 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold, half_precision_factors
 from mxcompile.analysis.matmuls import Matmul, finite_rows
+from mxcompile.calibration.factor_search import Objective, powers
 from mxcompile.calibration.fold_search import FoldSearch, FoldsFound
 from mxcompile.calibration.observers import ChannelAbsMax
+from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.run import Request
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.pipeline import Pass
-from mxcompile.search import Objective, Quantizers, powers
 
 _SMALLEST = 1e-5
 

@@ -14,15 +14,15 @@ from functools import partial
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.altered import Altered
-from mxcompile.calibration.training import Distillation, straight_through
+from mxcompile.calibration.altered_run import Altered
+from mxcompile.calibration.distillation import Distillation, straight_through
+from mxcompile.calibration.quantizers import round_input
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.pipeline import FLOATING, Pass
-from mxcompile.search import round_input
 
 _LOOKS, _ROUNDS = 4, 5
 

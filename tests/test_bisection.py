@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import mxcompile
 from mxcompile import Pass, PassResult, Pipeline, bisect
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.hybrid import Hybrid, find_changes
+from mxcompile.calibration.hybrid_run import Hybrid, find_changes
 from mxcompile.calibration.run import run_outputs
 from mxcompile.cli import app
 from mxcompile.errors import InputError

@@ -27,10 +27,8 @@ FLOORS = [
         "analysis",
         "evaluation",
         "resume",
-        "search",
     },
     {
-        "calibration",
         "spec",
         "instruments",
         "explanation",
@@ -38,6 +36,7 @@ FLOORS = [
         "checkpoint",
     },
     {"inductor"},
+    {"calibration"},
     {"pipeline", "deploy", "dump", "probe"},
     {"serving"},
     {"passes"},

@@ -9,13 +9,13 @@ from models import build, inputs, llama
 
 import mxcompile
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.moments import Moments, added_to, expert_rows
+from mxcompile.calibration.quantizers import round_input
+from mxcompile.calibration.second_moments import Moments, added_to, expert_rows
 from mxcompile.calibration.streams import Streams
 from mxcompile.formats import MXINT8
 from mxcompile.graph.inputs import as_inputs
 from mxcompile.numerics.column_rounding import IllConditionedError
 from mxcompile.numerics.importance import token_weights
-from mxcompile.search import round_input
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:

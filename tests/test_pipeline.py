@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, inputs
 
+from mxcompile.calibration.factor_search import Objective
 from mxcompile.errors import PassError, PipelineError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.graph.printer import print_program
@@ -28,7 +29,6 @@ from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.passes.tune_vectors import TuneVectors
 from mxcompile.pipeline import FLOATING, Pass, Pipeline
-from mxcompile.search import Objective
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 

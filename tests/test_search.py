@@ -12,10 +12,12 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold
 from mxcompile.analysis.segments import find_segments
-from mxcompile.calibration.altered import Altered
-from mxcompile.calibration.facts import Facts, first_batches
+from mxcompile.calibration.altered_run import Altered
+from mxcompile.calibration.factor_search import Operand, normalized, output_error, powers, search, spread
 from mxcompile.calibration.fold_search import FoldsFound
+from mxcompile.calibration.group_facts import Facts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, TokenSample
+from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.run import Runner, Values
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.formats import MXFP4, MXINT4, MXINT8, MXFormat, activation_rule
@@ -23,7 +25,6 @@ from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
 from mxcompile.numerics import reference
 from mxcompile.numerics.importance import round_weighted, token_weights
-from mxcompile.search import Operand, Quantizers, normalized, output_error, powers, search, spread
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 W4A8 = Quantizers(MXINT4, MXINT8)

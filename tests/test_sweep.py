@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.altered import Altered
+from mxcompile.calibration.altered_run import Altered
 from mxcompile.calibration.observers import ChannelAbsMax, ChannelImportance
 from mxcompile.calibration.run import Request, Runner, arguments, gather
 from mxcompile.calibration.sweep import Sweep

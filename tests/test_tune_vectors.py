@@ -5,7 +5,7 @@ import torch
 from models import build, inputs, llama, output
 
 import mxcompile
-from mxcompile.calibration.training import Distillation
+from mxcompile.calibration.distillation import Distillation
 from mxcompile.errors import PassError
 from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.passes.tune_vectors import TuneVectors

@@ -15,12 +15,13 @@ from mxcompile.analysis.folds.groups import ScaleGroup, fold, half_precision_fac
 from mxcompile.analysis.folds.multiplier import multiply
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
-from mxcompile.calibration.facts import Facts, first_batches
+from mxcompile.calibration.factor_search import Found, Objective, output_error, search
+from mxcompile.calibration.group_facts import Facts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
+from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold, Miss
-from mxcompile.search import Found, Objective, Quantizers, output_error, search
 
 _PAYS = 0.9  # an explicit multiply must save this much of the error
 _LEFT = "no factors lose less than none"

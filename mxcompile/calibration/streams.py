@@ -9,9 +9,9 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.altered import Altered, Prepare
-from mxcompile.calibration.moments import Moments, added_to, expert_offsets, expert_rows
+from mxcompile.calibration.altered_run import Altered, Prepare
 from mxcompile.calibration.run import Values
+from mxcompile.calibration.second_moments import Moments, added_to, expert_offsets, expert_rows
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.program import Program
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import find_matmuls
-from mxcompile.calibration.altered import Altered
+from mxcompile.calibration.altered_run import Altered
 from mxcompile.calibration.run import Runner, arguments
 from mxcompile.graph.dataflow import computing
 from mxcompile.graph.inputs import Inputs, named_leaves

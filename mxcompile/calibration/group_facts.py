@@ -11,12 +11,13 @@ from torch.fx import Node
 from mxcompile.analysis.folds.groups import ScaleGroup
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.altered import Altered, Prepare
+from mxcompile.calibration.altered_run import Altered, Prepare
+from mxcompile.calibration.factor_search import Operand, spread
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
+from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.run import Values, unshared
 from mxcompile.graph.program import Program
 from mxcompile.numerics.importance import token_weights
-from mxcompile.search import Operand, Quantizers, spread
 
 _LARGEST_SAMPLE = 1 << 22
 _BLOCK_TOKENS = 2048
