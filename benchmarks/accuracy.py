@@ -25,7 +25,7 @@ import mxcompile
 from mxcompile import smollm2
 from mxcompile.evaluation import evaluate, token_windows
 from mxcompile.formats import parse_format
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.texts import help_text, read_text, token_ids
 
 FLOOR: Final = "round-weights{format=W,rule=floor}"

@@ -26,7 +26,7 @@ from mxcompile import smollm2
 from mxcompile.evaluation import evaluate, token_windows
 from mxcompile.formats import MXFP8_E4M3, MXFormat, ScaleRule, activation_rule, parse_format
 from mxcompile.numerics import reference
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.texts import help_text, token_ids
 
 

@@ -26,7 +26,7 @@ from mxcompile.analysis.folds.multiplier import multiply, unfoldable_groups
 from mxcompile.errors import InputError
 from mxcompile.graph.program import Program
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 LEAST_DB = 100.0
 HEADER = f"{'architecture':18} {'groups':>6} {'folded':>6} {'multiplied':>10} {'skipped':>7} {'smooth':>7} {'awq':>7}"

@@ -34,7 +34,7 @@ from mxcompile import smollm2
 from mxcompile.analysis.choice import choose
 from mxcompile.evaluation import evaluate
 from mxcompile.graph.program import Program
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 Batches = list[dict[str, Tensor]]
 

@@ -26,7 +26,7 @@ import mxcompile
 from mxcompile import smollm2
 from mxcompile.evaluation import evaluate
 from mxcompile.graph.program import Program, Stage
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 Batches = list[dict[str, Tensor]]
 ROUND, LOWER = "round-weights{format=W,rule=floor}", "lower-mx{weight=W,activation=A}"

@@ -18,7 +18,8 @@ from mxcompile.graph.rules import Rule, apply_rules
 from mxcompile.graph.trace import trace
 from mxcompile.ledger import Ledger
 from mxcompile.passes.recipes import recipes
-from mxcompile.pipeline import Pass, Pipeline
+from mxcompile.pipeline.interfaces import Pass
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.probe import Measure
 from mxcompile.tensor.weight import MXWeight
 

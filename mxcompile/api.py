@@ -15,9 +15,9 @@ from mxcompile.errors import UnknownNameError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.trace import trace
 from mxcompile.inductor import compile_module
-from mxcompile.instruments import Instrument
 from mxcompile.passes.recipes import DEFAULT, QUICK, RECIPES
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.interfaces import Instrument
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.probe import Measure
 from mxcompile.serving import explain_quantized
 

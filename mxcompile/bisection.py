@@ -26,8 +26,8 @@ from mxcompile.graph.inputs import as_batches
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassRecord
 from mxcompile.graph.trace import trace
-from mxcompile.instruments import Instrument, Step
-from mxcompile.pipeline import Pass, Pipeline
+from mxcompile.pipeline.interfaces import Instrument, Pass, Step
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.scoring import Divergence, Perplexity, Score
 from mxcompile.tables import table
 

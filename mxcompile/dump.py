@@ -23,10 +23,9 @@ from mxcompile.folder import FIRST_LINE, KERNELS, PAGE, PIPELINE, SUMMARY, DumpR
 from mxcompile.graph.printer import diff_text, print_program
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassRecord
-from mxcompile.instruments import Instrument, Step
 from mxcompile.ledger import FILE as _LEDGER
 from mxcompile.ledger import Ledger
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.interfaces import Instrument, Pass, Step
 from mxcompile.report.page import print_page
 
 _WIDTH = 140
@@ -45,13 +44,14 @@ class Dump(Instrument):
                 f"{self.folder} exists and is not an mxcompile dump: give a new folder, or one that a dump wrote before"
             )
 
-    def start(self, program: Program, pipeline: Pipeline) -> None:
+    def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
         """Write the pipeline, the traced graph, and a ledger without passes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write(PIPELINE, f"{FIRST_LINE}\n" + "\n| ".join(map(str, pipeline.passes)) + "\n")
+        self._write(PIPELINE, f"{FIRST_LINE}\n" + "\n| ".join(map(str, passes)) + "\n")
         for old in (self.folder / PAGE, *self.folder.glob("*.FAILED.txt")):
             old.unlink(missing_ok=True)
-        self._ledger, self._distributions = Ledger(str(pipeline), program.stored_bytes(), ()), Distributions()
+        self._ledger = Ledger(" | ".join(map(str, passes)), program.stored_bytes(), ())
+        self._distributions = Distributions()
         self._text = print_program(program)
         self._write("00-trace.txt", self._text)
         self._write_numbers()
@@ -69,7 +69,7 @@ class Dump(Instrument):
 
     def failed(self, program: Program, step: Step, error: Exception) -> None:
         """Write what the failing pass was given."""
-        rest = " | ".join(str(p) for p in step.pipeline.passes[step.index :]) or "nothing"
+        rest = " | ".join(str(p) for p in step.passes[step.index :]) or "nothing"
         failure = Failure(step.index, str(error), rest)
         self._write(f"{stem(step.index, step.current.name)}.FAILED.txt", failure.to_text(self._text))
         write_page(self.folder)

@@ -31,7 +31,7 @@ from mxcompile.inductor.backend import why_no_inductor
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import QUICK
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.serving import explain_quantized, served_by, short_name, sized
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight

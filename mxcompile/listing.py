@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from mxcompile import spec
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
 from mxcompile.demo import load_model
@@ -20,7 +19,8 @@ from mxcompile.graph.trace import trace
 from mxcompile.options import Json, Model
 from mxcompile.passes import PASSES
 from mxcompile.passes.recipes import DEFAULT, QUICK, recipes
-from mxcompile.pipeline import Pass
+from mxcompile.pipeline import text_form
+from mxcompile.pipeline.interfaces import Pass
 from mxcompile.progress import waiting
 from mxcompile.screen import messages, print_json, results
 from mxcompile.tables import table
@@ -44,7 +44,7 @@ def show_passes(
         _describe(PASSES[name])
     else:
         rows = [
-            (name, _rewrite(kind), ", ".join(option.name for option in spec.options(kind)))
+            (name, _rewrite(kind), ", ".join(option.name for option in text_form.options(kind)))
             for name, kind in PASSES.items()
         ]
         results().print(table(("pass", "rewrite", "options"), (), rows))
@@ -148,7 +148,7 @@ def _describe(kind: type[Pass]) -> None:
     keeps = "; keeps the function, which is checked" if kind.preserves_function else ""
     stage = f", leaves it {record['gives']}" if record["gives"] else ""
     screen.print(Text(f"\nworks on a {' or '.join(record['accepts'])} program{stage}{keeps}", style="dim"))
-    rows = [(o.name, o.values, "must be given" if o.default is None else o.default) for o in spec.options(kind)]
+    rows = [(o.name, o.values, "must be given" if o.default is None else o.default) for o in text_form.options(kind)]
     if rows:
         screen.print(table(("option", "values", "default"), (), rows))
 
@@ -160,7 +160,7 @@ def _pass_record(kind: type[Pass]) -> dict[str, Any]:
         "accepts": [stage.name.lower() for stage in sorted(kind.accepts)],
         "gives": None if kind.gives is None else kind.gives.name.lower(),
         "preserves_function": kind.preserves_function,
-        "options": [asdict(option) for option in spec.options(kind)],
+        "options": [asdict(option) for option in text_form.options(kind)],
     }
 
 

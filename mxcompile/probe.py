@@ -26,10 +26,9 @@ from mxcompile.graph.agreement import agreement_db, output_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import LayerNumbers, Measured, PassResult
-from mxcompile.instruments import Instrument, Step
 from mxcompile.numerics.histogram import Distribution, Histogram, Values
 from mxcompile.numerics.metrics import kl_divergence, sqnr_db, top1_agreement
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.interfaces import Instrument, Pass, Step
 
 _ROWS = 256
 _OUTPUT_ROWS = 512
@@ -68,7 +67,7 @@ class Measure(Instrument):
         self._exact = True
         self._values: dict[str, Values] = {}
 
-    def start(self, program: Program, pipeline: Pipeline) -> None:
+    def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
         """Run the probe through the float model."""
         self._exact = True
         self._float = self._show(program.copy())

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Measured, PassRecord, PassResult
-from mxcompile.instruments import Instrument, Step
+from mxcompile.pipeline.interfaces import Instrument, Step
 
 T = TypeVar("T")
 _WIDTH = 24
@@ -171,4 +171,4 @@ def _clock(seconds: float) -> str:
 
 
 def _name(step: Step) -> str:
-    return f"[{step.index}/{len(step.pipeline.passes)}] {step.current.name}"
+    return f"[{step.index}/{len(step.passes)}] {step.current.name}"

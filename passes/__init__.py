@@ -10,7 +10,7 @@ from mxcompile.passes.rotate import Rotate
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.passes.tune_vectors import TuneVectors
-from mxcompile.pipeline import Pass
+from mxcompile.pipeline.interfaces import Pass
 
 PASSES: Final[dict[str, type[Pass]]] = {
     "smooth-quant": SmoothQuant,

@@ -22,7 +22,7 @@ from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Miss, PassResult
-from mxcompile.pipeline import Pass
+from mxcompile.pipeline.interfaces import Pass
 
 
 @dataclass(frozen=True)

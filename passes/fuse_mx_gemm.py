@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import PassResult
 from mxcompile.inductor.rewrites.fuse import fuse
-from mxcompile.pipeline import Pass
+from mxcompile.pipeline.interfaces import Pass
 
 
 @dataclass(frozen=True)

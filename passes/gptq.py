@@ -30,7 +30,7 @@ from mxcompile.graph.records import Miss, PassResult
 from mxcompile.numerics.column_rounding import ColumnRounding, IllConditionedError, Order
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.pipeline import FLOATING, Pass
+from mxcompile.pipeline.interfaces import FLOATING, Pass
 
 _SCALES = " scales"
 _UNCORRECTED = "rounded without correction: an expert's tokens may differ in the exact model"

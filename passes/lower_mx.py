@@ -26,7 +26,7 @@ from mxcompile.numerics import packing, reference
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.row_slices import row_wise
 from mxcompile.ops import ALIGN, DEQUANTIZE, QUANTIZE
-from mxcompile.pipeline import FLOATING, Pass
+from mxcompile.pipeline.interfaces import FLOATING, Pass
 
 aten = torch.ops.aten
 

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 DEFAULT: Final = "w4a8-mxint"
 QUICK: Final = "w4a8-mxint-quick"

@@ -24,12 +24,12 @@ from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
-from mxcompile.graph.agreement import LEAST_DB, LEAST_DB_ROUNDED
 from mxcompile.graph.dataflow import destinations
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
-from mxcompile.pipeline import Pass
+from mxcompile.pipeline.interfaces import Pass
+from mxcompile.pipeline.preservation import LEAST_DB, LEAST_DB_ROUNDED
 
 _PAYS = 0.9  # a rotation at run time must save this much of the error
 _NOT_WORTH = f"a rotation would save less than {1 - _PAYS:.0%} of the error"

@@ -19,7 +19,7 @@ from mxcompile.graph.program import Program, Rounding, Stage
 from mxcompile.graph.records import PassResult
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.pipeline import FLOATING, Pass
+from mxcompile.pipeline.interfaces import FLOATING, Pass
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
-from mxcompile.pipeline import Pass
+from mxcompile.pipeline.interfaces import Pass
 
 _SMALLEST = 1e-5
 

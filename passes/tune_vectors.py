@@ -22,7 +22,7 @@ from mxcompile.formats import MXFormat
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Miss, PassResult
-from mxcompile.pipeline import FLOATING, Pass
+from mxcompile.pipeline.interfaces import FLOATING, Pass
 
 _LOOKS, _ROUNDS = 4, 5
 

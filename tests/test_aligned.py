@@ -22,7 +22,7 @@ from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.numerics import reference
 from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.lower_mx import LowerMX
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.weight import MXWeight, step_by_step
 
 PLAIN = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3}"

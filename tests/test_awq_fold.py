@@ -12,7 +12,7 @@ from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import Request, gather
 from mxcompile.graph.inputs import as_batches
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 LOWER = "lower-mx{weight=mxint4,activation=mxint8}"
 ROUND = f"round-weights{{format=mxint4,weighted=true}} | {LOWER}"

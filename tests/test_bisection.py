@@ -21,7 +21,7 @@ from mxcompile.errors import InputError
 from mxcompile.formats import MXINT8
 from mxcompile.graph.program import Stage
 from mxcompile.numerics.metrics import kl_divergence
-from mxcompile.pipeline import FLOATING
+from mxcompile.pipeline.interfaces import FLOATING
 
 LAYERS = 3
 W8 = "round-weights{format=mxint8} | lower-mx{weight=mxint8,activation=mxint8}"

@@ -20,7 +20,8 @@ from mxcompile.graph.inputs import Inputs, as_batches
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassResult
 from mxcompile.graph.trace import trace
-from mxcompile.pipeline import Pass, Pipeline
+from mxcompile.pipeline.interfaces import Pass
+from mxcompile.pipeline.pipeline import Pipeline
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 KEY = ("layer_norm", "ChannelAbsMax")

@@ -16,7 +16,8 @@ from mxcompile.folder import DumpReader
 from mxcompile.graph.edit import insert_call
 from mxcompile.graph.error_location import last_node, named
 from mxcompile.graph.rules import Any, Call, apply_rules
-from mxcompile.pipeline import Pass, Pipeline
+from mxcompile.pipeline.interfaces import Pass
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.probe import Measure
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from mxcompile.graph.printer import print_program, print_target
 from mxcompile.inductor.rewrites.fuse import fuse, fused_linears
 from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 W4A8 = "lower-mx{weight=mxint4,activation=mxint8}"
 

@@ -9,7 +9,7 @@ import mxcompile
 from mxcompile.errors import MXCompileError, PipelineError
 from mxcompile.graph.printer import print_program
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 GPTQ = "gptq{format=mxint4,activation=mxint8}"
 LOWER = "lower-mx{weight=mxint4,activation=mxint8}"

@@ -18,7 +18,7 @@ from mxcompile.numerics import reference
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.round_weights import RoundWeights
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 
 class Branches(nn.Module):

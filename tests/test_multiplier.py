@@ -16,7 +16,7 @@ from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 SIZE = 32
 LEAST_DB = 100  # rounding of the factors and of float32 sums leaves 120 dB and more, a missed reader about 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mxcompile.formats import FORMATS
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 EXACT = {"a.weight": torch.linspace(-1, 1, 64).view(1, 64), "norm": torch.ones(4)}
 

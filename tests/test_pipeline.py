@@ -16,7 +16,6 @@ from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, Sc
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import Miss, PassResult
-from mxcompile.instruments import Instrument
 from mxcompile.numerics.column_rounding import Order
 from mxcompile.passes import PASSES
 from mxcompile.passes.awq_fold import AwqFold
@@ -28,7 +27,8 @@ from mxcompile.passes.rotate import Rotate
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.passes.tune_vectors import TuneVectors
-from mxcompile.pipeline import FLOATING, Pass, Pipeline
+from mxcompile.pipeline.interfaces import FLOATING, Instrument, Pass
+from mxcompile.pipeline.pipeline import Pipeline
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 
@@ -354,8 +354,8 @@ class Log(Instrument):
     def __init__(self, name: str, log: list) -> None:
         self.name, self.log = name, log
 
-    def start(self, program, pipeline):
-        self.log.append((self.name, "start", str(pipeline)))
+    def start(self, program, passes):
+        self.log.append((self.name, "start", " | ".join(map(str, passes))))
 
     def before(self, program, step):
         self.log.append((self.name, "before", step.index, step.current.name, len(program.ledger)))

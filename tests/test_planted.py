@@ -7,7 +7,7 @@ from planted import LARGEST, plant, take_off_grid
 
 import mxcompile
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.weight import MXWeight
 
 

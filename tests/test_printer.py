@@ -16,7 +16,7 @@ from mxcompile.graph.printer import print_program, print_target, print_type, sum
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 EXPECTED = """\
 %up_weight                                f32[6, 4]                    = tensor "up.weight" absmax=1.5 sha=1859b17e

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import mxcompile
 from mxcompile import Pass, PassResult, Pipeline
-from mxcompile.instruments import Instrument
+from mxcompile.pipeline.interfaces import Instrument
 from mxcompile.progress import Progress, track, waiting
 
 QUICK = "round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"

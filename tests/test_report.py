@@ -21,7 +21,7 @@ from mxcompile.errors import DumpError, PassError
 from mxcompile.folder import DumpReader
 from mxcompile.graph.printer import print_program, print_type
 from mxcompile.graph.program import module_path
-from mxcompile.pipeline import FLOATING
+from mxcompile.pipeline.interfaces import FLOATING
 from mxcompile.report.content import owner, place
 from mxcompile.report.nodes import GraphNode, read_graph
 

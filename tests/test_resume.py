@@ -6,9 +6,9 @@ from models import build, inputs, llama
 
 import mxcompile
 from mxcompile.errors import InputError
-from mxcompile.instruments import Instrument
 from mxcompile.numerics.column_rounding import ColumnRounding
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.interfaces import Instrument
+from mxcompile.pipeline.pipeline import Pipeline
 
 TEXT = "smooth-quant | gptq{format=mxint4,activation=mxint8,correction=0.25,overrides=[*.down_proj=mxint6]}"
 

@@ -15,7 +15,7 @@ from mxcompile.graph.printer import print_program
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import QUANTIZE_DEQUANTIZE, ROTATE
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 ROTATE_TEXT = "rotate{weight=mxfp4,activation=mxfp4}"
 REST = "round-weights{format=mxfp4} | lower-mx{weight=mxfp4,activation=mxfp4}"

@@ -14,7 +14,7 @@ from mxcompile.graph.printer import print_program
 from mxcompile.numerics import reference
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.passes.round_weights import RoundWeights
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 # Expected SQNR of Gaussian weights in dB, block 32, least-squares scales (measured once; 16 k values, so +- 0.3).
 EXPECTED_DB = {

@@ -13,7 +13,7 @@ from mxcompile.formats import MXINT4, MXINT8
 from mxcompile.graph.printer import print_program
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.passes.smooth_quant import SmoothQuant
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 
 class Attention(nn.Module):

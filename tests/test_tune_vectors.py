@@ -9,7 +9,7 @@ from mxcompile.calibration.distillation import Distillation
 from mxcompile.errors import PassError
 from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.passes.tune_vectors import TuneVectors
-from mxcompile.pipeline import Pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 
 ROUND = "round-weights{format=mxint4}"
 TUNE = "tune-vectors{activation=mxint8,steps=48,rate=0.01}"

@@ -13,9 +13,9 @@ from mxcompile.graph import verify
 from mxcompile.graph.edit import insert_call
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import PassResult
-from mxcompile.instruments import Instrument, Step
 from mxcompile.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DEQUANTIZE
-from mxcompile.pipeline import Pass, Pipeline
+from mxcompile.pipeline.interfaces import Instrument, Pass, Step
+from mxcompile.pipeline.pipeline import Pipeline
 
 PIPELINES = {
     Stage.FLOAT: "smooth-quant",

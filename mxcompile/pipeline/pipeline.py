@@ -1,65 +1,25 @@
 """Passes in a fixed order: checked when built, printed and parsed as text, watched by instruments while they run."""
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
-from mxcompile import spec
-from mxcompile.calibration.run import Request, gather
+from mxcompile.calibration.run import gather
 from mxcompile.errors import PipelineError, PreservationError
 from mxcompile.formats import MXFormat
 from mxcompile.graph import error_location, verify
-from mxcompile.graph.agreement import LEAST_DB, OnChange, check_preserved, remember
 from mxcompile.graph.inputs import as_batches
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import PassRecord, PassResult
-from mxcompile.instruments import Instrument, Step
-from mxcompile.resume import Resume
+from mxcompile.pipeline import text_form
+from mxcompile.pipeline.interfaces import Instrument, Pass, Step
+from mxcompile.pipeline.preservation import check_preserved, remember
+from mxcompile.pipeline.resume import Resume
 
 _OVERRIDES = "overrides"
-FLOATING = frozenset({Stage.FLOAT, Stage.ROUNDED})
-
-
-class Pass(ABC):
-    """One rewrite of a Program. Subclasses are frozen dataclasses: the fields are the pass's options.
-
-    name: kebab-case, as it appears in a pipeline.
-    accepts: the stages in which the pass makes sense; checked when a pipeline is built.
-    gives: the stage a Program is in afterwards, or None if the pass does not change it.
-    preserves_function: True if the Program computes the same as before, up to float rounding.
-    """
-
-    name: ClassVar[str]
-    accepts: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT})
-    gives: ClassVar[Stage | None] = None
-    preserves_function: ClassVar[bool] = False
-
-    @property
-    def reads_calibration(self) -> bool:
-        """Whether calibration data can make a difference to the pass; True unless it is known that it cannot."""
-        return True
-
-    def least_db(self, program: Program) -> float:
-        """How well outputs before and after must agree if the pass keeps the function."""
-        del program
-        return LEAST_DB
-
-    def requests(self, program: Program) -> Sequence[Request]:
-        """Statistics of values that `run` will read from `program.statistics`; gathered before it is called."""
-        del program
-        return ()
-
-    @abstractmethod
-    def run(self, program: Program) -> PassResult:
-        """Rewrite the Program in place; its graph must be valid afterwards, and a second run must change nothing."""
-
-    def __str__(self) -> str:
-        return spec.print_call(self.name, self)
 
 
 class Pipeline:
@@ -73,7 +33,7 @@ class Pipeline:
         self.passes = tuple(passes)
         stage, origin = Stage.FLOAT, "trace"
         for current in self.passes:
-            spec.check_formats(current)
+            text_form.check_formats(current)
             if stage not in current.accepts:
                 raise PipelineError(_wrong_stage(current, stage, origin))
             if current.gives is not None and current.gives != stage:
@@ -102,7 +62,7 @@ class Pipeline:
         from mxcompile.passes import PASSES  # the one place where names meet classes
 
         table: dict[str, type[Pass]] = {**PASSES, **{p.name: p for p in passes}}
-        return cls(spec.parse_call(part, "pass", table) for part in text.split("|"))
+        return cls(text_form.parse_call(part, "pass", table) for part in text.split("|"))
 
     def with_overrides(self, overrides: Mapping[str, MXFormat | None]) -> "Pipeline":
         """The same passes, those that give weights a format with these overrides behind their own (`overrides.py`)."""
@@ -117,15 +77,11 @@ class Pipeline:
         program: Program,
         calibration: object = None,
         instruments: Sequence[Instrument] = (),
-        on_change: OnChange = "error",
         resume: str | Path | None = None,
     ) -> Program:
         """Run the passes on a copy of the program and return the copy.
 
         calibration: a batch or an iterable of batches as `trace` takes inputs; the example inputs if None.
-        on_change: what to do when a pass that must keep the function does not (less than `least_db`, 100 dB for most,
-            on the example inputs):
-            "error" undoes it and raises PreservationError, "warn" warns and goes on.
         resume: a folder for what slow passes (gptq) have finished; the same run, started again, goes on from there.
         """
         if self.passes and program.stage not in self.passes[0].accepts:
@@ -135,11 +91,11 @@ class Pipeline:
         program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))
         program.resume = kept = None if resume is None else Resume(resume, str(self), program)
         for instrument in instruments:
-            instrument.start(program, self)
+            instrument.start(program, self.passes)
         for index, current in enumerate(self.passes, start=1):
             if kept is not None:
                 kept.place = f"{index:02}-{current.name}"
-            _run_one(Step(index, current, self), program, instruments, on_change)
+            _run_one(Step(index, current, self.passes), program, instruments)
         program.batches, program.report, program.resume = (program.example,), None, None
         for instrument in instruments:
             instrument.finish(program)
@@ -156,7 +112,7 @@ def _wrong_stage(current: Pass, stage: Stage, origin: str) -> str:
     return f"{current.name} cannot run after {origin}: {what}. Move {current.name} in front of {origin}."
 
 
-def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on_change: OnChange) -> None:
+def _run_one(step: Step, program: Program, instruments: Sequence[Instrument]) -> None:
     current = step.current
     for instrument in instruments:
         instrument.before(program, step)
@@ -165,7 +121,7 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument], on
     try:
         gather(program, current.requests(program))
         if current.preserves_function:
-            result, preserved = _preserving(current, program, on_change)
+            result, preserved = _preserving(current, program)
         else:
             result, preserved = current.run(program), None
         program.stage = current.gives if current.gives is not None else program.stage
@@ -204,14 +160,14 @@ def _report(instruments: Sequence[Instrument], program: Program, step: Step, don
         instrument.segment(program, step, done, total)
 
 
-def _preserving(current: Pass, program: Program, on_change: OnChange) -> tuple[PassResult, float]:
+def _preserving(current: Pass, program: Program) -> tuple[PassResult, float]:
     """Run a pass that must keep the function, check that it did, and undo it if not."""
     remember(program)
     before, least = program.copy(), current.least_db(program)
     result = current.run(program)
     program.graph_module.recompile()
     try:
-        return result, check_preserved(program, before, result.folds, current.name, least, on_change)
+        return result, check_preserved(program, before, result.folds, current.name, least)
     except PreservationError:
         program.graph_module = before.graph_module
         raise
