@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
-from mxcompile.api import as_pipeline
+from mxcompile.passes.recipes import as_pipeline
 
 FORMATS: Final = "weight=mxint4,activation=mxint8"
 PIPELINES: Final = {

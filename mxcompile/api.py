@@ -11,11 +11,10 @@ from torch import nn
 from mxcompile import checkpoint
 from mxcompile.deploy import deploy
 from mxcompile.dump import Dump, write_kernels
-from mxcompile.errors import UnknownNameError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.trace import trace
 from mxcompile.inductor import compile_module
-from mxcompile.passes.recipes import DEFAULT, QUICK, RECIPES
+from mxcompile.passes.recipes import DEFAULT, QUICK, as_pipeline
 from mxcompile.pipeline.interfaces import Instrument
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.probe import Measure
@@ -114,25 +113,8 @@ def load(
     return compile_module(loaded) if compile else loaded
 
 
-def as_pipeline(recipe: str | Pipeline) -> Pipeline:
-    """A recipe's name, a Pipeline, or its text form, as a Pipeline."""
-    if isinstance(recipe, Pipeline):
-        return recipe
-    if recipe in RECIPES:
-        return Pipeline.parse(RECIPES[recipe])
-    if any(mark in recipe for mark in "|{") or not _looks_like_recipe(recipe):
-        return Pipeline.parse(recipe)
-    raise UnknownNameError("recipe", recipe, RECIPES)
-
-
 def _default(calibration: object) -> str:
     if calibration is not None:
         return DEFAULT
     warnings.warn(f"no calibration data: {QUICK} is taken, {DEFAULT} is much more accurate with it", stacklevel=3)
     return QUICK
-
-
-def _looks_like_recipe(text: str) -> bool:
-    from mxcompile.passes import PASSES
-
-    return text.strip() not in PASSES

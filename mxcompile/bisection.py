@@ -17,7 +17,6 @@ from rich.text import Text
 from torch import nn
 
 from mxcompile.analysis.layers import Layer, find_layers
-from mxcompile.api import as_pipeline
 from mxcompile.calibration.hybrid_run import Change, Hybrid, find_changes
 from mxcompile.calibration.run import Runner
 from mxcompile.errors import InputError
@@ -26,6 +25,7 @@ from mxcompile.graph.inputs import as_batches
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassRecord
 from mxcompile.graph.trace import trace
+from mxcompile.passes.recipes import as_pipeline
 from mxcompile.pipeline.interfaces import Instrument, Pass, Step
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.scoring import Divergence, Perplexity, Score

@@ -15,7 +15,6 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose, override_formats, refuse_inseparable, slot
 from mxcompile.analysis.matmuls import Matmul, Refusal, find_matmuls
-from mxcompile.api import as_pipeline
 from mxcompile.errors import InputError, PipelineError
 from mxcompile.explanation import (
     FLOAT,
@@ -30,7 +29,7 @@ from mxcompile.graph.trace import trace
 from mxcompile.inductor.backend import why_no_inductor
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.passes.lower_mx import LowerMX
-from mxcompile.passes.recipes import QUICK
+from mxcompile.passes.recipes import QUICK, as_pipeline
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.serving import explain_quantized, served_by, short_name, sized
 from mxcompile.tensor.modules import stored_bytes

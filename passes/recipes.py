@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from mxcompile.errors import UnknownNameError
+from mxcompile.passes import PASSES
 from mxcompile.pipeline.pipeline import Pipeline
 
 DEFAULT: Final = "w4a8-mxint"
@@ -58,3 +60,14 @@ RECIPES: Final[dict[str, str]] = {
 def recipes() -> dict[str, Pipeline]:
     """Every recipe by name, as a Pipeline; `str()` of one is its text."""
     return {name: Pipeline.parse(text) for name, text in RECIPES.items()}
+
+
+def as_pipeline(recipe: str | Pipeline) -> Pipeline:
+    """A recipe's name, a Pipeline, or its text form, as a Pipeline. Raises UnknownNameError for a name of neither."""
+    if isinstance(recipe, Pipeline):
+        return recipe
+    if recipe in RECIPES:
+        return Pipeline.parse(RECIPES[recipe])
+    if any(mark in recipe for mark in "|{") or recipe.strip() in PASSES:
+        return Pipeline.parse(recipe)
+    raise UnknownNameError("recipe", recipe, RECIPES)
