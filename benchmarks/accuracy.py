@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import mxcompile
 from mxcompile import smollm2
-from mxcompile.evaluation import evaluate, token_windows
+from mxcompile.diagnostics.evaluation import evaluate, token_windows
 from mxcompile.formats import parse_format
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.texts import help_text, read_text, token_ids

@@ -23,7 +23,7 @@ from accuracy import write
 
 import mxcompile
 from mxcompile import smollm2
-from mxcompile.evaluation import evaluate, token_windows
+from mxcompile.diagnostics.evaluation import evaluate, token_windows
 from mxcompile.formats import MXFP8_E4M3, MXFormat, ScaleRule, activation_rule, parse_format
 from mxcompile.numerics import reference
 from mxcompile.pipeline.pipeline import Pipeline

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mxcompile
 from mxcompile import smollm2
-from mxcompile.evaluation import token_windows
+from mxcompile.diagnostics.evaluation import token_windows
 from mxcompile.passes.recipes import as_pipeline
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.texts import help_text

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 import mxcompile
 from mxcompile import smollm2
 from mxcompile.analysis.choice import choose
-from mxcompile.evaluation import evaluate
+from mxcompile.diagnostics.evaluation import evaluate
 from mxcompile.graph.program import Program
 from mxcompile.pipeline.pipeline import Pipeline
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import mxcompile
 from mxcompile import smollm2
-from mxcompile.evaluation import evaluate
+from mxcompile.diagnostics.evaluation import evaluate
 from mxcompile.graph.program import Program, Stage
 from mxcompile.pipeline.pipeline import Pipeline
 

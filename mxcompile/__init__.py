@@ -2,25 +2,25 @@
 
 from mxcompile.analysis.choice import choose
 from mxcompile.api import load, quantize_and_compile
-from mxcompile.bisection import Bisection, bisect
 from mxcompile.calibration import observers
 from mxcompile.calibration.run import Request
 from mxcompile.checkpoint import read_gguf, register, save
 from mxcompile.deploy import deploy
-from mxcompile.evaluation import Evaluation, evaluate, token_windows
-from mxcompile.explain import explain
-from mxcompile.explanation import Explanation
+from mxcompile.diagnostics.bisect import Bisection, bisect
+from mxcompile.diagnostics.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.diagnostics.explain import explain
+from mxcompile.diagnostics.explanation import Explanation
+from mxcompile.diagnostics.ledger import Ledger
+from mxcompile.diagnostics.measure import Measure
 from mxcompile.export import export
 from mxcompile.graph.printer import print_changes, print_program
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.graph.rules import Rule, apply_rules
 from mxcompile.graph.trace import trace
-from mxcompile.ledger import Ledger
 from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.pipeline import Pipeline
-from mxcompile.probe import Measure
 from mxcompile.tensor.weight import MXWeight
 
 __all__ = [

@@ -10,15 +10,15 @@ from torch import nn
 
 from mxcompile import checkpoint
 from mxcompile.deploy import deploy
-from mxcompile.dump import Dump, write_kernels
+from mxcompile.diagnostics.dump import Dump, write_kernels
+from mxcompile.diagnostics.explain_quantized import explain_quantized
+from mxcompile.diagnostics.measure import Measure
 from mxcompile.formats import MXFormat
 from mxcompile.graph.trace import trace
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import DEFAULT, QUICK, as_pipeline
 from mxcompile.pipeline.interfaces import Instrument
 from mxcompile.pipeline.pipeline import Pipeline
-from mxcompile.probe import Measure
-from mxcompile.serving import explain_quantized
 
 M = TypeVar("M", bound=nn.Module)
 

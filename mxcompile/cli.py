@@ -10,9 +10,9 @@ import typer
 from rich.text import Text
 
 from mxcompile import commands, listing, viewing
-from mxcompile.bisection import bisect as find_culprits
 from mxcompile.comparison import Question, compare, prepare, report
 from mxcompile.demo import run_demo
+from mxcompile.diagnostics.bisect import bisect as find_culprits
 from mxcompile.errors import MXCompileError
 from mxcompile.options import Calibration, CalibrationText, Device, Json, Length, Model, TextFile
 from mxcompile.passes.recipes import QUICK

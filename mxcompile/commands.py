@@ -16,9 +16,9 @@ from mxcompile.checkpoint import Checkpoint, check_free, save
 from mxcompile.checkpoint.description import Description
 from mxcompile.comparison import Question
 from mxcompile.demo import load_model, load_tokenizer
+from mxcompile.diagnostics.evaluation import Metric
+from mxcompile.diagnostics.explain import explain as find_kernels
 from mxcompile.errors import InputError, RecoveryError
-from mxcompile.evaluation import Metric
-from mxcompile.explain import explain as find_kernels
 from mxcompile.inductor import compile_module
 from mxcompile.options import Calibration, CalibrationText, Device, Format, Json, Length, Model, TextFile
 from mxcompile.passes.recipes import QUICK

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from mxcompile import smollm2
 from mxcompile.api import quantize_and_compile
 from mxcompile.demo import load_model
+from mxcompile.diagnostics.evaluation import Evaluation, check_causal, evaluate, token_windows
+from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
-from mxcompile.evaluation import Evaluation, check_causal, evaluate, token_windows
 from mxcompile.passes.recipes import RECIPES, as_pipeline
 from mxcompile.progress import Progress, track, waiting
-from mxcompile.tables import table
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.texts import help_text, read_text, token_ids
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from mxcompile import smollm2
 from mxcompile.api import load, quantize_and_compile
 from mxcompile.checkpoint import is_foreign
+from mxcompile.diagnostics.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
-from mxcompile.evaluation import Evaluation, evaluate, token_windows
 from mxcompile.inductor import compile_module
 from mxcompile.progress import Progress, track, waiting
-from mxcompile.tables import table
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.texts import help_text
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
 from mxcompile.demo import load_model
+from mxcompile.diagnostics.tables import table
 from mxcompile.errors import UnknownNameError
 from mxcompile.formats import FORMATS, MXFormat, activation_rule
 from mxcompile.graph.program import where
@@ -23,7 +24,6 @@ from mxcompile.pipeline import text_form
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.progress import waiting
 from mxcompile.screen import messages, print_json, results
-from mxcompile.tables import table
 
 
 def show_passes(

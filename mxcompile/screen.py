@@ -10,7 +10,7 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 from rich.theme import Theme
 
-from mxcompile.ledger import plain
+from mxcompile.diagnostics.ledger import plain
 
 _UNBOUNDED = 10_000  # columns where no terminal sets a width
 _THEME = Theme(

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from mxcompile.dump import write_page
-from mxcompile.folder import DumpReader
+from mxcompile.diagnostics.dump import write_page
+from mxcompile.diagnostics.dump_reader import DumpReader
 from mxcompile.options import Json
 from mxcompile.screen import diff_text, graph_text, print_json, results
 

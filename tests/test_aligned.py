@@ -27,7 +27,10 @@ from mxcompile.tensor.weight import MXWeight, step_by_step
 
 PLAIN = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3}"
 ALIGNED = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3,align=true}"
-JOINING, SERVING = sys.modules["mxcompile.inductor.rewrites.join_linears"], sys.modules["mxcompile.serving"]
+JOINING, SERVING = (
+    sys.modules["mxcompile.inductor.rewrites.join_linears"],
+    sys.modules["mxcompile.diagnostics.explain_quantized"],
+)
 needs_compiler = pytest.mark.skipif(
     backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
 )

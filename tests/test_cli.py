@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import mxcompile
 from mxcompile import Ledger, Pass, Pipeline
 from mxcompile.cli import app, main
-from mxcompile.dump import Dump
+from mxcompile.diagnostics.dump import Dump
 from mxcompile.errors import PassError, UnknownNameError
 from mxcompile.formats import FORMATS, parse_format
 from mxcompile.passes import PASSES

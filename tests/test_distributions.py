@@ -12,7 +12,7 @@ from models import build, inputs
 from torch.nn import functional as F
 
 from mxcompile import Measure, Pipeline
-from mxcompile.distributions import SCHEMA, Distributions
+from mxcompile.diagnostics.distributions import SCHEMA, Distributions
 from mxcompile.errors import DumpError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.numerics import reference

@@ -9,10 +9,10 @@ from models import build, inputs
 
 import mxcompile
 from mxcompile import Pipeline
-from mxcompile.distributions import Distributions
-from mxcompile.dump import Dump
+from mxcompile.diagnostics.distributions import Distributions
+from mxcompile.diagnostics.dump import Dump
+from mxcompile.diagnostics.dump_reader import DumpReader, Failure
 from mxcompile.errors import DumpError, PassError, UnknownNameError
-from mxcompile.folder import DumpReader, Failure
 from mxcompile.graph.printer import print_program
 
 TEXT = "smooth-quant | round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from models import LANGUAGE_MODELS, VOCABULARY, build
 from torch import Tensor, nn
 
+from mxcompile.diagnostics.evaluation import Evaluation, Metric, check_causal, evaluate, token_windows
 from mxcompile.errors import InputError, UnknownNameError
-from mxcompile.evaluation import Evaluation, Metric, check_causal, evaluate, token_windows
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 FLOAT32 = 1e-6  # relative rounding of a float32 sum of a few hundred terms of one size

@@ -13,16 +13,16 @@ from typer.testing import CliRunner
 
 import mxcompile
 from mxcompile.cli import app
+from mxcompile.diagnostics.explanation import SPEEDS_ON_CPU, SPEEDS_ON_GPU, Served, grouped
 from mxcompile.errors import InputError, PipelineError
-from mxcompile.explanation import SPEEDS_ON_CPU, SPEEDS_ON_GPU, Served, grouped
 from mxcompile.formats import MXFP8_E4M3, parse_format
 from mxcompile.kernels import dispatch
 from mxcompile.kernels.cpu import build as cpu_build
 from mxcompile.tensor.modules import stored_bytes
 
 ROOT = Path(__file__).parent.parent
-MODULE = sys.modules["mxcompile.explain"]  # of that name the package has the function
-SERVING = sys.modules["mxcompile.serving"]
+MODULE = sys.modules["mxcompile.diagnostics.explain"]  # of that name the package has the function
+SERVING = sys.modules["mxcompile.diagnostics.explain_quantized"]
 needs_compiler = pytest.mark.skipif(
     cpu_build.why_not(MXFP8_E4M3) is not None, reason="there is no C++ compiler for the CPU kernels"
 )

@@ -10,15 +10,15 @@ import mxcompile
 from mxcompile import Miss, PassResult, Rule
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.run import Request
-from mxcompile.dump import Dump
+from mxcompile.diagnostics.dump import Dump
+from mxcompile.diagnostics.dump_reader import DumpReader
+from mxcompile.diagnostics.measure import Measure
 from mxcompile.errors import MXCompileError, PassError, UnknownNameError, VerifyError
-from mxcompile.folder import DumpReader
 from mxcompile.graph.edit import insert_call
 from mxcompile.graph.error_location import last_node, named
 from mxcompile.graph.rules import Any, Call, apply_rules
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.pipeline import Pipeline
-from mxcompile.probe import Measure
 
 aten = torch.ops.aten
 

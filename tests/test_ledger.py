@@ -12,9 +12,9 @@ from rich.console import Console
 
 import mxcompile
 from mxcompile import Ledger, Miss
+from mxcompile.diagnostics.ledger import SCHEMA
 from mxcompile.errors import DumpError
 from mxcompile.graph.records import LayerNumbers, Measured, PassRecord
-from mxcompile.ledger import SCHEMA
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 numbers = st.none() | st.floats(allow_nan=False)

@@ -16,14 +16,14 @@ from typer.testing import CliRunner
 import mxcompile
 from mxcompile import Measure, Miss, Pass, PassResult, Pipeline
 from mxcompile.cli import app
-from mxcompile.dump import Dump, write_page
+from mxcompile.diagnostics.dump import Dump, write_page
+from mxcompile.diagnostics.dump_reader import DumpReader
+from mxcompile.diagnostics.report.content import owner, place
+from mxcompile.diagnostics.report.nodes import GraphNode, read_graph
 from mxcompile.errors import DumpError, PassError
-from mxcompile.folder import DumpReader
 from mxcompile.graph.printer import print_program, print_type
 from mxcompile.graph.program import module_path
 from mxcompile.pipeline.interfaces import FLOATING
-from mxcompile.report.content import owner, place
-from mxcompile.report.nodes import GraphNode, read_graph
 
 ROUND = "round-weights{format=mxint4}"
 TEXT = "smooth-quant | round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"

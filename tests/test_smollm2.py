@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import mxcompile
 from mxcompile import smollm2
-from mxcompile.evaluation import evaluate, token_windows
+from mxcompile.diagnostics.evaluation import evaluate, token_windows
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
 from mxcompile.texts import help_text

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from mxcompile.tables import graded, table
+from mxcompile.diagnostics.tables import graded, table
 
 NAME = "model.layers.10.self_attn.q_proj.weight"
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from torch import nn
 
 import mxcompile
+from mxcompile.diagnostics.tables import table
 from mxcompile.formats import MXINT8, floating, integer, parse_format
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.passes.lower_mx import LowerMX
-from mxcompile.tables import table
 
 FORMATS = (
     parse_format("mxint8"),

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mxcompile
 from mxcompile import Pass, PassResult, Request, choose, formats, observers
 from mxcompile.analysis.matmuls import finite_rows
+from mxcompile.diagnostics.tables import table
 from mxcompile.numerics.metrics import rounding_db, sqnr_db
-from mxcompile.tables import table
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
+from mxcompile.diagnostics.tables import table
 from mxcompile.formats import MXFP8_E4M3, MXINT8
 from mxcompile.numerics.metrics import kl_divergence
-from mxcompile.tables import table
 
 MIXES = {
     "all in mxint4": {},

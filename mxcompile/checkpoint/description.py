@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.stored_tensors import Packing
+from mxcompile.diagnostics.tables import table
 from mxcompile.formats import input_text
-from mxcompile.tables import table
 from mxcompile.tensor.weight import MXWeight
 
 

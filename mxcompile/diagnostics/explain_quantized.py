@@ -6,8 +6,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mxcompile.diagnostics.explanation import (
+    CPU,
+    CPU_DECODED,
+    FLOAT,
+    FP8,
+    LOOKUP,
+    PLANES,
+    UNFUSED,
+    Explanation,
+    Served,
+    grouped,
+)
 from mxcompile.errors import MXCompileError
-from mxcompile.explanation import CPU, CPU_DECODED, FLOAT, FP8, LOOKUP, PLANES, UNFUSED, Explanation, Served, grouped
 from mxcompile.formats import MXFormat, input_text, parse_format, parse_scale_rule
 from mxcompile.inductor.backend import why_no_inductor
 from mxcompile.kernels.dispatch import choices, rounding_choices, why_not_fp8

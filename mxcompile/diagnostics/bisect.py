@@ -19,6 +19,8 @@ from torch import nn
 from mxcompile.analysis.layers import Layer, find_layers
 from mxcompile.calibration.hybrid_run import Change, Hybrid, find_changes
 from mxcompile.calibration.run import Runner
+from mxcompile.diagnostics.program_scores import Divergence, Perplexity, Score
+from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFP8_E4M3, MXINT8, parse_format
 from mxcompile.graph.inputs import as_batches
@@ -28,8 +30,6 @@ from mxcompile.graph.trace import trace
 from mxcompile.passes.recipes import as_pipeline
 from mxcompile.pipeline.interfaces import Instrument, Pass, Step
 from mxcompile.pipeline.pipeline import Pipeline
-from mxcompile.scoring import Divergence, Perplexity, Score
-from mxcompile.tables import table
 
 T = TypeVar("T")
 _LISTED = 12

@@ -8,8 +8,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from mxcompile.diagnostics.tables import table
 from mxcompile.formats import parse_format
-from mxcompile.tables import table
 
 FLOAT, LOOKUP, UNFUSED = "torch", "lookup", "unfused"
 CPU, CPU_DECODED, PLANES, TRITON, REFERENCE = "cpu", "decoded", "planes", "triton_linear", "reference"

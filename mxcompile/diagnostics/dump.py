@@ -15,18 +15,28 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mxcompile.distributions import FILE as _DISTRIBUTIONS
-from mxcompile.distributions import Distributions
+from mxcompile.diagnostics.distributions import FILE as _DISTRIBUTIONS
+from mxcompile.diagnostics.distributions import Distributions
+from mxcompile.diagnostics.dump_reader import (
+    FIRST_LINE,
+    KERNELS,
+    PAGE,
+    PIPELINE,
+    SUMMARY,
+    DumpReader,
+    Failure,
+    is_ours,
+    stem,
+)
+from mxcompile.diagnostics.explanation import Explanation
+from mxcompile.diagnostics.ledger import FILE as _LEDGER
+from mxcompile.diagnostics.ledger import Ledger
+from mxcompile.diagnostics.report.page import print_page
 from mxcompile.errors import DumpError
-from mxcompile.explanation import Explanation
-from mxcompile.folder import FIRST_LINE, KERNELS, PAGE, PIPELINE, SUMMARY, DumpReader, Failure, is_ours, stem
 from mxcompile.graph.printer import diff_text, print_program
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassRecord
-from mxcompile.ledger import FILE as _LEDGER
-from mxcompile.ledger import Ledger
 from mxcompile.pipeline.interfaces import Instrument, Pass, Step
-from mxcompile.report.page import print_page
 
 _WIDTH = 140
 

@@ -15,14 +15,9 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose, override_formats, refuse_inseparable, slot
 from mxcompile.analysis.matmuls import Matmul, Refusal, find_matmuls
+from mxcompile.diagnostics.explain_quantized import explain_quantized, served_by, short_name, sized
+from mxcompile.diagnostics.explanation import FLOAT, LOOKUP, Explanation, Served, grouped
 from mxcompile.errors import InputError, PipelineError
-from mxcompile.explanation import (
-    FLOAT,
-    LOOKUP,
-    Explanation,
-    Served,
-    grouped,
-)
 from mxcompile.formats import MXFormat, activation_rule
 from mxcompile.graph.program import Program, module_path, where
 from mxcompile.graph.trace import trace
@@ -31,7 +26,6 @@ from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import QUICK, as_pipeline
 from mxcompile.pipeline.pipeline import Pipeline
-from mxcompile.serving import explain_quantized, served_by, short_name, sized
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
 

@@ -15,15 +15,15 @@ from math import isinf
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from jinja2.filters import do_filesizeformat
 
-from mxcompile.folder import DumpReader
+from mxcompile.diagnostics.dump_reader import DumpReader
+from mxcompile.diagnostics.ledger import Ledger
+from mxcompile.diagnostics.report.content import page_content
 from mxcompile.graph.records import Measured
-from mxcompile.ledger import Ledger
-from mxcompile.report.content import page_content
 
 _LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "vendor/diff2html.min.js")
 _SCRIPTS = ("page.js", "search.js", "heat.js", "layer.js", "passes.js", "graph.js")
 _STYLES = ("vendor/diff2html.min.css", "page.css")
-_FOLDER = files("mxcompile.report")
+_FOLDER = files("mxcompile.diagnostics.report")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def print_page(dump: DumpReader) -> str:
 @cache
 def _template() -> Template:
     environment = Environment(
-        loader=PackageLoader("mxcompile.report", ""),
+        loader=PackageLoader("mxcompile.diagnostics.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -9,11 +9,11 @@ import re
 from dataclasses import asdict, astuple
 from typing import Any
 
-from mxcompile.folder import DumpReader
+from mxcompile.diagnostics.dump_reader import DumpReader
+from mxcompile.diagnostics.ledger import Ledger, plain
+from mxcompile.diagnostics.report.nodes import read_graph
 from mxcompile.graph.records import PassRecord
-from mxcompile.ledger import Ledger, plain
 from mxcompile.numerics.histogram import Distribution
-from mxcompile.report.nodes import read_graph
 
 _COUNT = re.compile(r" \(\d+\)$")
 _WEIGHT = re.compile(r"\.weight( \(\d+\))?$")

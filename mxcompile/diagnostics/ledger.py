@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mxcompile.diagnostics.tables import graded, table
 from mxcompile.errors import DumpError
 from mxcompile.graph.records import LayerNumbers, Measured, Miss, PassRecord
-from mxcompile.tables import graded, table
 
 SCHEMA = 2
 FILE = "ledger.json"

@@ -9,10 +9,10 @@ The ledger says how far the run came: files of later passes are those of an earl
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxcompile.distributions import Distributions
+from mxcompile.diagnostics.distributions import Distributions
+from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.errors import DumpError, UnknownNameError
 from mxcompile.graph.printer import diff_text
-from mxcompile.ledger import Ledger
 
 PIPELINE, SUMMARY, PAGE, KERNELS = "pipeline.txt", "summary.txt", "index.html", "kernels.txt"
 FIRST_LINE = "# mxcompile pipeline"
