@@ -22,11 +22,11 @@ from planted import plant, take_off_grid
 from torch import Tensor, nn
 
 import mxcompile
-from mxcompile import smollm2
+from mxcompile.cli import smollm2
+from mxcompile.cli.texts import help_text, read_text, token_ids
 from mxcompile.diagnostics.evaluation import evaluate, token_windows
 from mxcompile.formats import parse_format
 from mxcompile.pipeline.pipeline import Pipeline
-from mxcompile.texts import help_text, read_text, token_ids
 
 FLOOR: Final = "round-weights{format=W,rule=floor}"
 ALGORITHMS: Final = {

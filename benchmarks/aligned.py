@@ -22,12 +22,12 @@ import torch
 from accuracy import write
 
 import mxcompile
-from mxcompile import smollm2
+from mxcompile.cli import smollm2
+from mxcompile.cli.texts import help_text, token_ids
 from mxcompile.diagnostics.evaluation import evaluate, token_windows
 from mxcompile.formats import MXFP8_E4M3, MXFormat, ScaleRule, activation_rule, parse_format
 from mxcompile.numerics import reference
 from mxcompile.pipeline.pipeline import Pipeline
-from mxcompile.texts import help_text, token_ids
 
 
 def main() -> None:

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mxcompile
-from mxcompile import smollm2
+from mxcompile.cli import smollm2
+from mxcompile.cli.texts import help_text
 from mxcompile.diagnostics.evaluation import token_windows
 from mxcompile.passes.recipes import as_pipeline
 from mxcompile.tensor.modules import stored_bytes
-from mxcompile.texts import help_text
 
 _STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor
 
 import mxcompile
-from mxcompile import smollm2
+from mxcompile.cli import smollm2
+from mxcompile.cli.texts import help_text
 from mxcompile.formats import MXINT8
-from mxcompile.texts import help_text
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EAGER, COMPILED = "float eager", "float compiled"

@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mxcompile
-from mxcompile import smollm2
 from mxcompile.analysis.choice import choose
+from mxcompile.cli import smollm2
 from mxcompile.diagnostics.evaluation import evaluate
 from mxcompile.graph.program import Program
 from mxcompile.pipeline.pipeline import Pipeline

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 import mxcompile
-from mxcompile import smollm2
+from mxcompile.cli import smollm2
 from mxcompile.diagnostics.evaluation import evaluate
 from mxcompile.graph.program import Program, Stage
 from mxcompile.pipeline.pipeline import Pipeline

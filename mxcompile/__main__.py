@@ -1,5 +1,5 @@
 """`python -m mxcompile`."""
 
-from mxcompile.cli import main
+from mxcompile.cli.app import main
 
 main()

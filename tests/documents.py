@@ -8,7 +8,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from mxcompile.cli import app
+from mxcompile.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 NAMED = "HuggingFaceTB/SmolLM2-135M-Instruct"

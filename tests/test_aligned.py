@@ -12,7 +12,7 @@ from torch.fx import Graph
 import mxcompile
 from mxcompile.analysis.layers import find_layers
 from mxcompile.checkpoint import Checkpoint
-from mxcompile.checkpoint.description import Description
+from mxcompile.cli.checkpoint_contents import Description
 from mxcompile.errors import CheckpointError, DeployError, PipelineError, VerifyError
 from mxcompile.formats import MXFP4, MXFP8_E4M3, ScaleRule
 from mxcompile.graph.printer import print_program

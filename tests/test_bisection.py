@@ -16,7 +16,7 @@ from mxcompile import Pass, PassResult, Pipeline, bisect
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.hybrid_run import Hybrid, find_changes
 from mxcompile.calibration.run import run_outputs
-from mxcompile.cli import app
+from mxcompile.cli.app import app
 from mxcompile.errors import InputError
 from mxcompile.formats import MXINT8
 from mxcompile.graph.program import Stage

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import mxcompile
 from mxcompile import Ledger, Pass, Pipeline
-from mxcompile.cli import app, main
+from mxcompile.cli.app import app, main
 from mxcompile.diagnostics.dump import Dump
 from mxcompile.errors import PassError, UnknownNameError
 from mxcompile.formats import FORMATS, parse_format
@@ -54,7 +54,7 @@ def gpt2(monkeypatch) -> None:
         assert source is None
         return build("gpt2"), lambda text, **_: SimpleNamespace(**inputs("gpt2"))
 
-    monkeypatch.setattr("mxcompile.listing.load_model", load)
+    monkeypatch.setattr("mxcompile.cli.list_commands.load_model", load)
 
 
 # What there is

@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 import mxcompile
-from mxcompile.cli import app
-from mxcompile.demo import load_model
+from mxcompile.cli.app import app
+from mxcompile.cli.model_source import load_model
 from mxcompile.errors import CheckpointError, InputError, RecoveryError, UnknownNameError
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.tensor.modules import stored_bytes
@@ -97,7 +97,7 @@ def test_other_metrics(quantize, tmp_path, metric):
 
 
 def test_what_cannot_be_is_said_before_the_work(quantize, tmp_path, monkeypatch):
-    monkeypatch.setattr("mxcompile.comparison.load_model", lambda source: pytest.fail("loaded"))
+    monkeypatch.setattr("mxcompile.cli.compare.load_model", lambda source: pytest.fail("loaded"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="holds something else"):
         quantize(tmp_path)
@@ -179,7 +179,7 @@ def test_quantize_for_other_programs_and_convert(quantize, text, tmp_path):
 
 
 def test_places_that_are_taken_are_said_before_the_work(quantize, tmp_path, monkeypatch):
-    monkeypatch.setattr("mxcompile.comparison.load_model", lambda source: pytest.fail("loaded"))
+    monkeypatch.setattr("mxcompile.cli.compare.load_model", lambda source: pytest.fail("loaded"))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="is there already"):
         quantize(tmp_path, "--format", "compressed-tensors")

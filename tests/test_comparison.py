@@ -12,10 +12,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import mxcompile
-from mxcompile.cli import app
-from mxcompile.demo import load_model
+from mxcompile.cli.app import app
+from mxcompile.cli.model_source import load_model
+from mxcompile.cli.texts import token_ids
 from mxcompile.errors import InputError, MXCompileError
-from mxcompile.texts import token_ids
 
 FLOAT32 = 1e-5  # relative, of a float32 log-softmax over 128 logits
 WORDS = ["The", "capital", "of", "France", "is", "Germany", "Italy", "Paris", "Berlin", "."]
@@ -96,7 +96,7 @@ def calibrated_with(monkeypatch) -> list[Tensor]:
         batches.extend(batch["input_ids"] for batch in calibration)
         return model
 
-    monkeypatch.setattr("mxcompile.comparison.quantize_and_compile", quantize)
+    monkeypatch.setattr("mxcompile.cli.compare.quantize_and_compile", quantize)
     return batches
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import mxcompile
-from mxcompile.cli import app
+from mxcompile.cli.app import app
 from mxcompile.diagnostics.explanation import SPEEDS_ON_CPU, SPEEDS_ON_GPU, Served, grouped
 from mxcompile.errors import InputError, PipelineError
 from mxcompile.formats import MXFP8_E4M3, parse_format
@@ -187,7 +187,7 @@ def test_the_command_on_a_model_and_on_its_checkpoint(local_model, tmp_path):
     record = json.loads(CliRunner().invoke(app, ["explain", str(local_model), "--json"]).stdout)
     assert record["layers"][0]["pattern"] == "model.layers.*.self_attn.q_proj"
     assert record["conclusions"]
-    model = mxcompile.demo.load_model(str(local_model))
+    model = mxcompile.cli.model_source.load_model(str(local_model))
     quantized = mxcompile.quantize_and_compile(model[0], inputs("llama"), recipe="w8a8-mxint", compile=False)
     mxcompile.save(quantized, tmp_path / "saved", tokenizer=model[1])
     saved = json.loads(CliRunner().invoke(app, ["explain", str(tmp_path / "saved"), "--json"]).stdout)

@@ -11,7 +11,7 @@ import pytest
 from documents import ROOT, blocks, run_page
 
 import mxcompile
-from mxcompile.demo import load_model
+from mxcompile.cli.model_source import load_model
 from mxcompile.formats import FORMATS, ScaleRule
 from mxcompile.passes import PASSES
 from mxcompile.passes.recipes import RECIPES
@@ -23,7 +23,7 @@ PAGES = [path for path in sorted(DOCS.glob("*.md")) if blocks(path, "python") or
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_block_runs(page, local_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mxcompile.smollm2.load", lambda: load_model(str(local_model)))
+    monkeypatch.setattr("mxcompile.cli.smollm2.load", lambda: load_model(str(local_model)))
     run_page(page, local_model)
 
 

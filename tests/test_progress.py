@@ -10,8 +10,8 @@ from rich.console import Console
 
 import mxcompile
 from mxcompile import Pass, PassResult, Pipeline
+from mxcompile.cli.progress import Progress, track, waiting
 from mxcompile.pipeline.interfaces import Instrument
-from mxcompile.progress import Progress, track, waiting
 
 QUICK = "round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"
 

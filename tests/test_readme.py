@@ -10,8 +10,8 @@ from documents import ROOT, blocks, run_python
 from typer.testing import CliRunner
 
 import mxcompile
-from mxcompile.cli import app
-from mxcompile.demo import load_model
+from mxcompile.cli.app import app
+from mxcompile.cli.model_source import load_model
 
 README = (ROOT / "README.md").read_text()
 
@@ -42,7 +42,7 @@ def test_demo_runs_on_a_local_model(local_model, tmp_path):
 
 
 def test_the_command_that_evaluates(local_model, monkeypatch):
-    monkeypatch.setattr("mxcompile.smollm2.load", lambda: load_model(str(local_model)))
+    monkeypatch.setattr("mxcompile.cli.smollm2.load", lambda: load_model(str(local_model)))
     (line,) = blocks(ROOT / "README.md", "bash")[3].splitlines()
     result = CliRunner().invoke(app, shlex.split(line)[1:], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
@@ -51,7 +51,7 @@ def test_the_command_that_evaluates(local_model, monkeypatch):
 
 
 def test_the_command_that_bisects(local_model, monkeypatch):
-    monkeypatch.setattr("mxcompile.smollm2.load", lambda: load_model(str(local_model)))
+    monkeypatch.setattr("mxcompile.cli.smollm2.load", lambda: load_model(str(local_model)))
     (line,) = blocks(ROOT / "README.md", "bash")[4].splitlines()
     result = CliRunner().invoke(app, shlex.split(line.replace("--kl 0.3", "--kl 0.001"))[1:], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
@@ -63,7 +63,7 @@ def test_the_commands_about_checkpoints(local_model, tmp_path, monkeypatch):
     a network, and is tested in `test_commands.py`.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mxcompile.smollm2.load", lambda: load_model(str(local_model)))
+    monkeypatch.setattr("mxcompile.cli.smollm2.load", lambda: load_model(str(local_model)))
     quantize, generate, inspect, evaluate, harness = blocks(ROOT / "README.md", "bash")[5].splitlines()
     shown = {
         f"{quantize} --force": "written to out/model",

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import mxcompile
 from mxcompile import Measure, Miss, Pass, PassResult, Pipeline
-from mxcompile.cli import app
+from mxcompile.cli.app import app
 from mxcompile.diagnostics.dump import Dump, write_page
 from mxcompile.diagnostics.dump_reader import DumpReader
 from mxcompile.diagnostics.report.content import owner, place

@@ -11,14 +11,14 @@ from models import build, inputs
 from safetensors.torch import load_file
 
 import mxcompile
-from mxcompile import smollm2
+from mxcompile.cli import smollm2
+from mxcompile.cli.texts import help_text
 from mxcompile.diagnostics.evaluation import evaluate, token_windows
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
-from mxcompile.texts import help_text
 
 pytestmark = pytest.mark.skipif(
-    not smollm2.cached_file().exists(), reason="SmolLM2 is not in the cache: python -m mxcompile.smollm2"
+    not smollm2.cached_file().exists(), reason="SmolLM2 is not in the cache: python -m mxcompile.cli.smollm2"
 )
 
 

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from mxcompile.cli.arguments import Json
+from mxcompile.cli.console import diff_text, graph_text, print_json, results
 from mxcompile.diagnostics.dump import write_page
 from mxcompile.diagnostics.dump_reader import DumpReader
-from mxcompile.options import Json
-from mxcompile.screen import diff_text, graph_text, print_json, results
 
 Folder = Annotated[Path, typer.Argument(help="a dump folder")]
 

@@ -11,19 +11,19 @@ from rich.text import Text
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
-from mxcompile.demo import load_model
+from mxcompile.cli.arguments import Json, Model
+from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.model_source import load_model
+from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import UnknownNameError
 from mxcompile.formats import FORMATS, MXFormat, activation_rule
 from mxcompile.graph.program import where
 from mxcompile.graph.trace import trace
-from mxcompile.options import Json, Model
 from mxcompile.passes import PASSES
 from mxcompile.passes.recipes import DEFAULT, QUICK, recipes
 from mxcompile.pipeline import text_form
 from mxcompile.pipeline.interfaces import Pass
-from mxcompile.progress import waiting
-from mxcompile.screen import messages, print_json, results
 
 
 def show_passes(

@@ -11,16 +11,16 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from mxcompile import smollm2
 from mxcompile.api import quantize_and_compile
-from mxcompile.demo import load_model
+from mxcompile.cli import smollm2
+from mxcompile.cli.model_source import load_model
+from mxcompile.cli.progress import Progress, track, waiting
+from mxcompile.cli.texts import help_text, read_text, token_ids
 from mxcompile.diagnostics.evaluation import Evaluation, check_causal, evaluate, token_windows
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
 from mxcompile.passes.recipes import RECIPES, as_pipeline
-from mxcompile.progress import Progress, track, waiting
 from mxcompile.tensor.modules import stored_bytes
-from mxcompile.texts import help_text, read_text, token_ids
 
 _CALIBRATION_LENGTH, _CALIBRATION_BATCH = 512, 4
 _EXAMPLE, _PROBE = 64, 16  # tokens: to trace with, to see whether a model is causal

@@ -10,20 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from mxcompile import comparison, smollm2
 from mxcompile.api import load
 from mxcompile.checkpoint import Checkpoint, check_free, save
-from mxcompile.checkpoint.description import Description
-from mxcompile.comparison import Question
-from mxcompile.demo import load_model, load_tokenizer
+from mxcompile.cli import compare, smollm2
+from mxcompile.cli.arguments import Calibration, CalibrationText, Device, Format, Json, Length, Model, TextFile
+from mxcompile.cli.checkpoint_contents import Description
+from mxcompile.cli.compare import Question
+from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.model_source import load_model, load_tokenizer
+from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.diagnostics.explain import explain as find_kernels
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.inductor import compile_module
-from mxcompile.options import Calibration, CalibrationText, Device, Format, Json, Length, Model, TextFile
 from mxcompile.passes.recipes import QUICK
-from mxcompile.progress import waiting
-from mxcompile.screen import messages, print_json, results
 
 
 def quantize(
@@ -53,7 +53,7 @@ def quantize(
     """
     check_free(out, format)
     question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
-    quantized, tokenizer, answer = comparison.quantize(messages(), question, recipe)
+    quantized, tokenizer, answer = compare.quantize(messages(), question, recipe)
     recovery = answer.scores.recovery(metric)
     enough = min_recovery is None or recovery >= min_recovery
     if enough or force:
@@ -63,7 +63,7 @@ def quantize(
     if as_json:
         print_json(answer.record() | found)
     else:
-        comparison.report(results(), answer)
+        compare.report(results(), answer)
     verdict = f"recovery ({metric}) {recovery:.3f}" + ("" if enough else f", less than {min_recovery}")
     if not enough and not force:
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")

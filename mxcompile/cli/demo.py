@@ -13,16 +13,15 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from mxcompile import smollm2
-from mxcompile.api import load, quantize_and_compile
-from mxcompile.checkpoint import is_foreign
+from mxcompile.api import quantize_and_compile
+from mxcompile.cli import smollm2
+from mxcompile.cli.model_source import load_model
+from mxcompile.cli.progress import Progress, track, waiting
+from mxcompile.cli.texts import help_text
 from mxcompile.diagnostics.evaluation import Evaluation, evaluate, token_windows
 from mxcompile.diagnostics.tables import table
-from mxcompile.errors import InputError
 from mxcompile.inductor import compile_module
-from mxcompile.progress import Progress, track, waiting
 from mxcompile.tensor.modules import stored_bytes
-from mxcompile.texts import help_text
 
 _PROBE = 256
 RECIPES = ("w8a8-mxint", "w4a8-mxint-quick")
@@ -83,33 +82,6 @@ def run_demo(
         rows.append(_measure(console, recipe, quantized, model, text, (prompt, tokenizer, new_tokens), compile))
     _report(console, rows, folder, length)
     return rows
-
-
-def load_model(source: str | None) -> tuple[Any, Any]:
-    """(model, tokenizer) at a local path or hub id; SmolLM2-135M if None or "smollm2"."""
-    if source is None or source.lower() == "smollm2":
-        return smollm2.load()
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
-
-    try:
-        if is_foreign(Path(source)):
-            return load(source), AutoTokenizer.from_pretrained(source)
-        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(
-            f"{source} cannot be loaded ({reason}); give a hub id, or a folder that holds a causal language model and "
-            "its tokenizer"
-        ) from error
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, None if there is none."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _measure(

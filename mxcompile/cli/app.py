@@ -9,15 +9,15 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from mxcompile import commands, listing, viewing
-from mxcompile.comparison import Question, compare, prepare, report
-from mxcompile.demo import run_demo
+from mxcompile.cli import dump_commands, list_commands, model_commands
+from mxcompile.cli.arguments import Calibration, CalibrationText, Device, Json, Length, Model, TextFile
+from mxcompile.cli.compare import Question, compare, prepare, report
+from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.demo import run_demo
+from mxcompile.cli.progress import Progress
 from mxcompile.diagnostics.bisect import bisect as find_culprits
 from mxcompile.errors import MXCompileError
-from mxcompile.options import Calibration, CalibrationText, Device, Json, Length, Model, TextFile
 from mxcompile.passes.recipes import QUICK
-from mxcompile.progress import Progress
-from mxcompile.screen import messages, print_json, results
 
 app = typer.Typer(
     help="Quantize PyTorch models to Microscaling (MX) formats.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -113,9 +113,9 @@ def bisect(
         found.print_to(results())
 
 
-commands.add_to(app)
-viewing.add_to(app)
-listing.add_to(app)
+model_commands.add_to(app)
+dump_commands.add_to(app)
+list_commands.add_to(app)
 
 
 def main() -> None:
