@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from models import build, inputs, output
-from test_rounding import MANY, assert_same_bits, gated, hard_values, rounded_in_many_ways
+from roundings import MANY, assert_same_bits, gated, hard_values, rounded_in_many_ways
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile

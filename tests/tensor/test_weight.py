@@ -31,7 +31,7 @@ def rows():
 
 @pytest.fixture
 def x():
-    """More rows than the CPU kernels multiply in an order of their own (`tests/kernels/test_cpu.py`)."""
+    """More rows than the CPU kernels multiply in an order of their own (`tests/kernels/test_cpu_linears.py`)."""
     return torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
 
 

@@ -20,7 +20,7 @@ from mxcompile.kernels import dispatch
 from mxcompile.kernels.cpu import build as cpu_build
 from mxcompile.tensor.modules import stored_bytes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODULE = sys.modules["mxcompile.diagnostics.explain"]  # of that name the package has the function
 SERVING = sys.modules["mxcompile.diagnostics.explain_quantized"]
 needs_compiler = pytest.mark.skipif(

@@ -1,14 +1,14 @@
 """Random graphs: whichever groups are found, folding all of them keeps the function, and looking never fails.
 
-More than the 40 examples: MXCOMPILE_EXAMPLES=500 python -m pytest tests/test_random_graphs.py
+More than the 40 examples: MXCOMPILE_EXAMPLES=500 python -m pytest tests/analysis/folds/test_random_graphs.py
 """
 
 import os
 
 import torch
+from fold_nets import LEAST_DB, SHAPES, whole_exponents
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_groups import LEAST_DB, SHAPES, whole_exponents
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -6,7 +6,7 @@ compiler that is told not to use them builds what other processors run.
 
 import pytest
 import torch
-from test_cpu import building_in, needs_compiler, packed
+from cpu_kernels import building_in, needs_compiler, packed
 
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, parse_format
 from mxcompile.kernels.cpu import linears

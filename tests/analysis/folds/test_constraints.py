@@ -5,7 +5,7 @@ Every case is proven as in test_groups.py: random factors are folded, outputs on
 
 import pytest
 import torch
-from test_groups import SHAPES, SIZE, Net, linear, net, one, prove, proven, reasons_of, tokens
+from fold_nets import SHAPES, SIZE, Net, linear, net, one, prove, proven, reasons_of, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from models import build, inputs, llama
-from test_report import HOSTILE, ROUND, TEXT, Hostile, dump, fail
+from reports import HOSTILE, ROUND, TEXT, Hostile, dump, fail
 
 import mxcompile
 from mxcompile.errors import PassError

@@ -1,9 +1,8 @@
 """The CPU kernels: rounding and decoding bit for bit as the reference, products within the bound of a float32 sum."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from cpu_kernels import building_in, needs_compiler, packed
 
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule, parse_format
 from mxcompile.kernels import dispatch
@@ -12,16 +11,6 @@ from mxcompile.numerics import packing, reference
 
 FORMAT_NAMES = [*FORMATS, "mxint4:16", "mxfp4:64", "mxint6:16", "mxfp6_e3m2:128", "mxfp8_e5m2:64", "mxint8:128"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_compiler = pytest.mark.skipif(build.why_not(MXINT8) is not None, reason=str(build.why_not(MXINT8)))
-
-
-def packed(fmt, rows, size, seed=0):
-    """Elements, scales and the values they stand for, in float32: of sizes that float16 holds."""
-    generator = torch.Generator().manual_seed(seed)
-    exponents = torch.randint(-6, 4, (rows, size), generator=generator)
-    x = torch.randn(rows, size, generator=generator) * torch.exp2(exponents)
-    codes, scales = reference.quantize(x, fmt, ScaleRule.FLOOR)
-    return packing.pack(codes, fmt), scales, reference.dequantize(codes, scales, fmt, size, torch.float32)
 
 
 @needs_compiler
@@ -133,19 +122,6 @@ def test_dispatch_takes_it():
     assert dispatch.quantize_dequantize(x.double(), MXINT8, ScaleRule.FLOOR).dtype == torch.float64
     assert "mse" in str(linears.supports_rounding(x, MXINT4, ScaleRule.MSE))
     assert "mxfp4" in str(linears.supports_rounding(x, MXINT4, ScaleRule.T725))
-
-
-@contextmanager
-def building_in(folder):
-    """Nothing built yet, and an empty folder to build in."""
-    functions = (build.library, build._why_not)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build.platformdirs, "user_cache_dir", lambda *_, **__: str(folder))
-        for function in functions:
-            function.cache_clear()
-        yield
-    for function in functions:
-        function.cache_clear()
 
 
 @pytest.fixture(name="elsewhere")

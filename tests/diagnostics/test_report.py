@@ -5,16 +5,15 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
-from itertools import chain
 
 import pytest
 import torch
 from models import MODELS, build, inputs, llama
-from torch import nn
+from reports import HOSTILE, ROUND, TEXT, Hostile, dump, fail, folder  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 import mxcompile
-from mxcompile import Measure, Miss, Pass, PassResult, Pipeline
+from mxcompile import Measure, Miss, PassResult, Pipeline
 from mxcompile.cli.app import app
 from mxcompile.diagnostics.dump import Dump, write_page
 from mxcompile.diagnostics.dump_reader import DumpReader
@@ -23,11 +22,6 @@ from mxcompile.diagnostics.report.nodes import GraphNode, read_graph
 from mxcompile.errors import DumpError, PassError
 from mxcompile.graph.printer import print_program, print_type
 from mxcompile.graph.program import module_path
-from mxcompile.pipeline.interfaces import FLOATING
-
-ROUND = "round-weights{format=mxint4}"
-TEXT = "smooth-quant | round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8}"
-HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "%x = y # z")
 
 
 class Page(HTMLParser):
@@ -63,54 +57,8 @@ class Page(HTMLParser):
         return json.loads(self.scripts[0])
 
 
-class Hostile(nn.Module):
-    def __init__(self):
-        super().__init__()
-        for name in HOSTILE:
-            self.add_module(name, nn.Linear(64, 64))
-
-    def forward(self, x):
-        for name in HOSTILE:
-            x = getattr(self, name)(x).relu()
-        return x
-
-
-class Own(Pass):
-    """A pass that does what a function does."""
-
-    name = "own"
-    accepts = FLOATING
-
-    def __init__(self, run):
-        self.run = run
-
-    def run(self, program):
-        raise NotImplementedError
-
-    def __str__(self):
-        return "own"
-
-
-def fail(program):
-    raise ValueError(f"no fuel in {HOSTILE[0]}")
-
-
-def dump(folder, model, x, *passes):
-    """Run passes (the text of some, or what one of our own does)."""
-    found = [Pipeline.parse(each).passes if isinstance(each, str) else [Own(each)] for each in passes or [TEXT]]
-    program = mxcompile.trace(model, x)
-    return Pipeline(chain(*found)).run(program, instruments=[Dump(folder), Measure()])
-
-
 def page(folder) -> Page:
     return Page((folder / "index.html").read_text())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("dump")
-    dump(path, llama(2), inputs("llama"))
-    return path
 
 
 # What it says

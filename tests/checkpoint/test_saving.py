@@ -103,7 +103,7 @@ def names(folder: Path) -> set[str]:
 def test_killed_at_any_moment(folders, tmp_path, monkeypatch):
     old, new = folders
     wanted = [contents(old), contents(new)]
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     command = [sys.executable, "-c", KILLED, old, new, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
