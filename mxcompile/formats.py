@@ -121,7 +121,8 @@ FORMATS: Final[dict[str, MXFormat]] = {
 }
 """Those that kernels serve."""
 ALIGNED_AS_THEY_ARE: Final = frozenset({"mxfp4", "mxint4", "mxfp6_e2m3", "mxfp6_e3m2"})
-"""Activations that are e4m3 numbers times one power of two for each token, unless they are tiny (`kernels/fp8.py`)."""
+"""Activations that are e4m3 numbers times one power of two for each token, unless they are tiny
+(`layout/e4m3_products.py`)."""
 _KNOWN: Final = FORMATS | {"mxfp8": MXFP8_E4M3, "mxfp6": MXFP6_E3M2, "mxfp4_e2m1": MXFP4}
 
 

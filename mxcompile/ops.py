@@ -10,7 +10,7 @@
     mx::cpu_linears(the same but planes, aligned)                    the same, in C++ for a few tokens
     mx::rotate(x, block) -> x in runs of block times Hadamard        on the way into a matmul; see `hadamard.py`
     mx::multiply(x, multiplier, digest) -> x * multiplier            on the way into a matmul of a deployed module
-    mx::attend(query, key, value, mask, scale) -> y                  attention of one query; see `decode_attention.py`
+    mx::attend(query, key, value, mask, scale) -> y                  attention of one query; see `fuse_attention.py`
 
 `format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
 (`packing.py`), uint8 `[..., blocks * block_bytes]`; scales are E8M0 bytes `[..., blocks]`; blocks run along the last

@@ -1,9 +1,9 @@
 """linear(x, w) -> linear(x / s, w * s), s searched: protect the weight channels that matter most.
 
-For every scale group the factors that lose least under the formats to come are searched (`search.py`): AWQ (Lin et al.,
-arXiv 2306.00978) for weight-only formats, its activation-aware form AQAS (Lee et al., arXiv 2311.05161) with both
-quantizers in the loop otherwise. AWQ's clip search is the choice of a smaller block scale in MX: how much each input
-channel of each weight matters is left with the Program, and `round-weights` and `lower-mx` choose scales by it.
+For every scale group the factors that lose least under the formats to come are searched (`factor_search.py`): AWQ (Lin
+et al., arXiv 2306.00978) for weight-only formats, its activation-aware form AQAS (Lee et al., arXiv 2311.05161) with
+both quantizers in the loop otherwise. AWQ's clip search is the choice of a smaller block scale in MX: how much each
+input channel of each weight matters is left with the Program, and `round-weights` and `lower-mx` choose scales by it.
 x / s is computed by whatever makes x; where nothing can, by an explicit multiply, if it saves a tenth of the error.
 """
 

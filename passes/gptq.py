@@ -1,8 +1,9 @@
 """w -> q, MX values with the least || w x - q x ||^2 over calibration data: what one column loses, others make good.
 
 GPTQ (Frantar et al., arXiv 2210.17323) for MX blocks (Sharify et al., arXiv 2405.07135), column by column with each
-block's scale searched (`columns.py`), segment by segment on inputs as the quantized model gives them: activations
-rounded as at run time, earlier weights already rounded. One second-moment matrix a value, shared by all its readers.
+block's scale searched (`column_rounding.py`), segment by segment on inputs as the quantized model gives them:
+activations rounded as at run time, earlier weights already rounded. One second-moment matrix a value, shared by all its
+readers.
 
 With `correction`, x on the left is the exact model's: the weight aimed at is the least squares one that makes up for
 what earlier layers have lost (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al., arXiv 2505.11695).

@@ -41,7 +41,7 @@ class LowerMX(Pass):
     align: let rounded activations of mxfp8_e4m3 be e4m3 numbers times one power of two for each token, which loses the
     last bits of what is small beside its token's largest (`reference.align`). With 4-bit weights many tokens are then
     multiplied at the rate of 8 bits on a Hopper GPU; the function is the same everywhere.
-    overrides: other weight formats by name pattern, None for a layer that stays float (`overrides.py`).
+    overrides: other weight formats by name pattern, None for a layer that stays float (`name_patterns.py`).
     """
 
     weight: MXFormat

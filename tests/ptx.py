@@ -1,4 +1,5 @@
-"""The few PTX instructions that decode elements (triton_decode.py, fp8_decode.py), on registers of any shape."""
+"""The few PTX instructions that decode elements (triton/decode_planes.py, gluon/decode_to_e4m3.py), on registers of any
+shape."""
 
 import re
 

@@ -2,8 +2,6 @@
 
 from itertools import chain
 
-import pytest
-from models import inputs, llama
 from torch import nn
 
 import mxcompile
@@ -57,10 +55,3 @@ def dump(folder, model, x, *passes):
     found = [Pipeline.parse(each).passes if isinstance(each, str) else [Own(each)] for each in passes or [TEXT]]
     program = mxcompile.trace(model, x)
     return Pipeline(chain(*found)).run(program, instruments=[Dump(folder), Measure()])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("dump")
-    dump(path, llama(2), inputs("llama"))
-    return path

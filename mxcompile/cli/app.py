@@ -1,6 +1,6 @@
 """The command line: `mxcompile demo | eval | bisect`, and the commands of other files.
 
-About checkpoints: `commands.py`; about dumps: `viewing.py`; what there is: `listing.py`.
+About checkpoints: `model_commands.py`; about dumps: `dump_commands.py`; what there is: `list_commands.py`.
 """
 
 from pathlib import Path

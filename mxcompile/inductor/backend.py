@@ -113,7 +113,7 @@ def compile_ahead(exported: torch.export.ExportedProgram, path: Path) -> None:
 
 
 class _Inductor(torch._TorchCompileInductorWrapper):  # pyright: ignore[reportPrivateUsage]
-    """`torch.compile`'s Inductor, for graphs that take MX weights in parts (`unwrapping.py`)."""
+    """`torch.compile`'s Inductor, for graphs that take MX weights in parts (`unwrap_weights.py`)."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(None, {**options, "unsafe_marked_cacheable_functions": unwrap_weights.CACHEABLE}, None)

@@ -2,7 +2,7 @@
 
 The choice depends on device, dtype, format, and whether a weight is held in rows or in planes (`planes.py`), nothing
 else. Without a C++ compiler the reference serves on the CPU for `linear`, and for values its equal in fewer passes,
-`nearest.py`. `choices` gives every candidate's answer, for dumps, errors and `mxcompile explain`.
+`fast_rounding.py`. `choices` gives every candidate's answer, for dumps, errors and `mxcompile explain`.
 """
 
 import math
@@ -93,7 +93,7 @@ def why_not_fp8(
     rounding: tuple[MXFormat, ScaleRule] | None,
     aligned: bool = False,
 ) -> str | None:
-    """None if `linears` multiplies many tokens like x at the rate of 8 bits (`kernels/fp8.py`), or why not."""
+    """None if `linears` multiplies many tokens like x at the rate of 8 bits (`layout/e4m3_products.py`), or why not."""
     if planes is None or rounding is None:
         return "the weight is in rows" if planes is None else e4m3_products.why_not(fmt, None)
     kernel = _triton("gpu_linears", x)

@@ -65,7 +65,8 @@ class Pipeline:
         return cls(text_form.parse_call(part, "pass", table) for part in text.split("|"))
 
     def with_overrides(self, overrides: Mapping[str, MXFormat | None]) -> "Pipeline":
-        """The same passes, those that give weights a format with these overrides behind their own (`overrides.py`)."""
+        """The same passes, those that give weights a format with these overrides behind their own
+        (`name_patterns.py`)."""
         taking = [current for current in self.passes if isinstance(getattr(current, _OVERRIDES, None), Overrides)]
         if not taking:
             raise PipelineError(f"no pass of {self} takes overrides: those that give weights a format do")

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from models import MODELS, build, inputs, llama
-from reports import HOSTILE, ROUND, TEXT, Hostile, dump, fail, folder  # noqa: F401 - a fixture
+from reports import HOSTILE, ROUND, TEXT, Hostile, dump, fail
 from typer.testing import CliRunner
 
 import mxcompile
@@ -22,6 +22,13 @@ from mxcompile.diagnostics.report.nodes import GraphNode, read_graph
 from mxcompile.errors import DumpError, PassError
 from mxcompile.graph.printer import print_program, print_type
 from mxcompile.graph.program import module_path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dump")
+    dump(path, llama(2), inputs("llama"))
+    return path
 
 
 class Page(HTMLParser):

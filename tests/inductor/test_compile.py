@@ -180,7 +180,7 @@ def test_with_a_compiler_nothing_is_said():
 def test_the_cache_key_follows_the_code(tmp_path, monkeypatch):
     before = backend.FuseMX().uuid()
     assert before == backend.FuseMX().uuid()
-    changed = tmp_path / "fusion.py"
+    changed = tmp_path / "fuse.py"
     changed.write_text("# other rules")
     monkeypatch.setattr(fusion, "__file__", str(changed))
     assert backend.FuseMX().uuid() != before

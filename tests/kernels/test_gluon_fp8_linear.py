@@ -45,7 +45,7 @@ def packed(fmt: MXFormat, shape: tuple[int, int], scales: Tensor, device: str = 
 
 
 def decoded(planes: Planes) -> Tensor:
-    """What the PTX of fp8_decode.py makes of a weight: e4m3 `[out, in]`."""
+    """What the PTX of gluon/decode_to_e4m3.py makes of a weight: e4m3 `[out, in]`."""
     from mxcompile.kernels.gluon import decode_to_e4m3
 
     words = join(planes.words[:, :, 0].unflatten(-1, (-1, 2, 2)), 16)

@@ -1,4 +1,4 @@
-"""triton_attention.py against float64 in Triton's interpreter, and compiled for Hopper on a machine without a GPU."""
+"""triton/attention.py against float64 in Triton's interpreter, and compiled for Hopper on a machine without a GPU."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,4 +1,5 @@
-"""triton_planes.py against float64 and reference.dequantize in Triton's interpreter; its PTX by executing the text."""
+"""triton/planes_linear.py against float64 and reference.dequantize in Triton's interpreter; its PTX by executing the
+text."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

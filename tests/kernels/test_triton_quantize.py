@@ -1,4 +1,4 @@
-"""triton_quantize.py against reference.py, bit for bit, in Triton's interpreter."""
+"""triton/quantize.py against reference.py, bit for bit, in Triton's interpreter."""
 
 from collections.abc import Callable
 from itertools import product

@@ -1,4 +1,4 @@
-"""triton_linear.py against float64, and against reference.dequantize, in Triton's interpreter."""
+"""triton/rows_linear.py against float64, and against reference.dequantize, in Triton's interpreter."""
 
 import shutil
 import sys

@@ -10,7 +10,7 @@ Bit for bit `reference.quantize_dequantize` and `reference.align` (the payload o
 given. Those that Inductor merges into the kernel it keeps in float32: they are rounded to x's own dtype only as
 elements.
 
-The arithmetic is that of `kernels/triton_quantize.py`, where it is argued: magnitudes are compared as integers, and
+The arithmetic is that of `triton/quantize.py`, where it is argued: magnitudes are compared as integers, and
 adding and subtracting `c = 1.5 * 2**23` steps rounds to a step. To contract a product into that sum changes nothing.
 Integer elements are clamped between the two, where the last bits of `v + c` are the element itself.
 """

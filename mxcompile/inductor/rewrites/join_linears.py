@@ -2,7 +2,8 @@
 
 One call in place of three (q, k, v and the rounding of their input): what a call costs is much of what a small product
 costs. On a GPU it is `linears`, of weights in planes, which one launch can serve. The rounding goes with it only where
-many tokens may be multiplied at the rate of 8 bits, and aligning with it; elsewhere both are left to `rounding.py`.
+many tokens may be multiplied at the rate of 8 bits, and aligning with it; elsewhere both are left to
+`decompose_rounding.py`.
 """
 
 import math

@@ -1,4 +1,4 @@
-// MX on the CPU: products with packed weights, decoding, and rounding of activations. See cpu.py, which builds it.
+// MX on the CPU: products with packed weights, decoding, and rounding of activations. See cpu/linears.py, which builds it.
 //
 // Bytes lie as packing.py says. Loops over the elements of a block have fixed length, so that a compiler turns them
 // into vector instructions of whatever machine it builds for.

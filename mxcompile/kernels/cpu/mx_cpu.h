@@ -1,4 +1,4 @@
-// What mx_cpu.cpp's products take; cpu.py has the same by ctypes.
+// What mx_cpu.cpp's products take; cpu/linears.py has the same by ctypes.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // mx::cpu_linears without Python, which takes longer than the products of a small model for a token.
 //
 // What it cannot do it hands to mx::linears, which is Python (ops.py). That tells it by `mx_serve` what it can do from
-// then on. See cpu_build.py, which builds it against torch's stable interface for C++.
+// then on. See cpu/build.py, which builds it against torch's stable interface for C++.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

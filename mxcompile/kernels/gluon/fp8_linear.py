@@ -1,8 +1,9 @@
 """y = x @ dequantize(w).T + bias where x and w are e4m3 numbers times powers of two: Gluon, Hopper (sm_90) only.
 
-As in gluon_planes.py a producer warp brings slabs by TMA and two warpgroups multiply, each 64 of a tile's 128 outputs,
-with the weight as the left operand; but the weight is decoded to e4m3 (fp8_decode.py), x is e4m3 with one power of two
-a token (triton_align.py), and the tensor core works at twice its rate for bfloat16. The powers are applied to the sums.
+As in gluon/planes_linear.py a producer warp brings slabs by TMA and two warpgroups multiply, each 64 of a tile's 128
+outputs, with the weight as the left operand; but the weight is decoded to e4m3 (gluon/decode_to_e4m3.py), x is e4m3
+with one power of two a token (triton/align.py), and the tensor core works at twice its rate for bfloat16. The powers
+are applied to the sums.
 
 **Sums.** Hopper sums products of 8 bits with about 14 bits behind the largest. What that loses grows with the number of
 columns, so no more are summed so than `fp8.columns_at_once` says; these sums are added in float32 in memory, since
@@ -11,7 +12,7 @@ registers cannot hold two sets. benchmarks/results/notes.md has the errors measu
 
 # ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 from dataclasses import dataclass
 from functools import cache

@@ -5,7 +5,7 @@ Where Triton has no Gluon, `NO_GLUON` says so, and nothing else here can be used
 
 # ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# As in triton_elements.py: strict checking has nothing true to say about jit functions.
+# As in triton/elements.py: strict checking has nothing true to say about jit functions.
 
 from typing import Any
 

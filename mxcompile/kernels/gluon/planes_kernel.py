@@ -1,4 +1,4 @@
-"""The kernel of gluon_planes.py: the weight is the left operand, `acc[out, tokens]`, decoded in registers.
+"""The kernel of gluon/planes_linear.py: the weight is the left operand, `acc[out, tokens]`, decoded in registers.
 
 Plain Triton lets the two warpgroups of a program decode at the same time, while the tensor core idles. Here warps have
 roles, and meet only at the barriers of some stages of 128 columns in shared memory:
@@ -12,7 +12,7 @@ roles, and meet only at the barriers of some stages of 128 columns in shared mem
 A tile's result goes through one stage (two, if it is that large) to memory by TMA. A program may take tile after tile
 (`Config.persistent`): the producer then fetches the next tile's first columns while the consumers finish this one.
 
-**Split K** as in triton_planes.py: partial sums in float32 to memory, each thread's side by side, and the last
+**Split K** as in triton/planes_linear.py: partial sums in float32 to memory, each thread's side by side, and the last
 warpgroup to arrive at its share of a tile adds them in the order of the splits.
 
 CUT holds what `gluon_planes.constants` says: tokens and outputs of a tile, consumers, stages, group, whether there is a
@@ -21,7 +21,7 @@ bias, parts of K.
 
 # ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# As in triton_elements.py: strict checking has nothing true to say about jit functions.
+# As in triton/elements.py: strict checking has nothing true to say about jit functions.
 
 import triton.language as tl
 

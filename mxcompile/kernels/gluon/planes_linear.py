@@ -1,7 +1,7 @@
 """y = x @ dequantize(w).T + bias for a weight in planes (planes.py), for many tokens: Gluon, Hopper (sm_90) only.
 
-What triton_planes.py does, by a kernel whose warps have roles: gluon_planes_kernel.py. From about 64 tokens on it is
-the faster one; planes_configs.py knows.
+What triton/planes_linear.py does, by a kernel whose warps have roles: gluon/planes_kernel.py. From about 64 tokens on
+it is the faster one; kernels/tuned_configs.py knows.
 """
 
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
@@ -63,7 +63,7 @@ def supports(x: Tensor) -> str | None:
 def linear(x: Tensor, planes: Planes, bias: Tensor | None, config: Config, counters: Tensor | None = None) -> Tensor:
     """`x @ dequantize(w).T + bias`, summed in float32 and rounded once: x `[..., in]`, y `[..., out]`.
 
-    For what `supports` has no objection to. counters: as for `linear` in triton_planes.py.
+    For what `supports` has no objection to. counters: as for `linear` in triton/planes_linear.py.
     """
     return linears(x, planes, [planes.out], bias, config, counters)[0]
 

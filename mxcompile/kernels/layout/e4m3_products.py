@@ -3,7 +3,7 @@
 A 4-bit element times a power of two is an e4m3 number, if that power is not too large or small. So where the scales of
 a weight are not too far apart, all of it is e4m3 numbers times one power of two: `largest_span`. The same goes for the
 elements of an activation, with one power of two for each token; its scales are not known before it is there. What is
-more than `2**13` below its token's largest is rounded to steps of `2**-16` of that (triton_align.py). Elements of MXFP8
+more than `2**13` below its token's largest is rounded to steps of `2**-16` of that (triton/align.py). Elements of MXFP8
 E4M3 would lose more so; they are e4m3 numbers only where the model says that they are aligned (`reference.align`).
 """
 
@@ -16,10 +16,11 @@ FEWEST_TOKENS: Final = 512
 TOP_FIELDS: Final = {"mxint4": 20, "mxfp4": 12}
 LEAST_FIELDS: Final = {"mxint4": 6, "mxfp4": 1}
 """The exponent fields that a scale may have: its own as a float16 number (integers), that of 0.5 on it as an e4m3
-number (floats); see fp8_decode.py."""
+number (floats); see gluon/decode_to_e4m3.py."""
 _WHOLE: Final = 14336
 _PIECE: Final = 4096
-"""The most columns that the tensor core sums, with about 14 bits; sums of them are added in float32 (gluon_fp8.py)."""
+"""The most columns that the tensor core sums, with about 14 bits; sums of them are added in float32
+(gluon/fp8_linear.py)."""
 
 
 def largest_span(fmt: MXFormat) -> int | None:

@@ -83,7 +83,7 @@ class PlaneLayout:
 
 class Scaling(NamedTuple):
     """lift: the power of two that values lack. top: the largest scale byte, if elements times scales are e4m3 numbers
-    times one power of two (fp8.py); 0 if they are not."""
+    times one power of two (layout/e4m3_products.py); 0 if they are not."""
 
     lift: int
     top: int

@@ -1,5 +1,5 @@
-"""x -> e4m3 elements with one power of two a token, for products at the rate of 8 bits (gluon_fp8.py), or the values of
-these; rounded to an MX format on the way, if one is given.
+"""x -> e4m3 elements with one power of two a token, for products at the rate of 8 bits (gluon/fp8_linear.py), or the
+values of these; rounded to an MX format on the way, if one is given.
 
     power[m] = 2**(floor(log2(max |x[m]|)) - 7)        aligned[m] = e4m3(x[m] / power[m])
 
@@ -13,7 +13,7 @@ make a token's largest the next power of two; for them it is the power of what i
 
 # ruff: noqa: N803  (upper case marks what is known at compile time, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 import math
 from functools import cache
@@ -160,7 +160,7 @@ def _store(aligned, values, column, size, exponent, power, ROUNDING: tl.constexp
 
 @triton.jit
 def _rounded(values, ROUNDING: tl.constexpr):
-    """Blocks `[n, block]` in float32, rounded as triton_quantize.py does, but for Inf and NaN."""
+    """Blocks `[n, block]` in float32, rounded as triton/quantize.py does, but for Inf and NaN."""
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     amax = tl.expand_dims(tl.reduce(magnitude, 1, _larger), 1)

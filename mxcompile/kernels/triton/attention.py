@@ -2,8 +2,8 @@
 
 A program takes up to 16 query heads that share keys and values, the rows of a tensor core's product, and a run of the
 keys, so that each key and value is read once. Programs that split the keys of the same heads each leave their largest
-score, the sum of their powers and the sum of values, and the last one to arrive (`counters.py`) adds them up in the
-order of the keys: results are equal bit for bit on repeat.
+score, the sum of their powers and the sum of values, and the last one to arrive (`split_k_counters.py`) adds them up in
+the order of the keys: results are equal bit for bit on repeat.
 
 Sums are in float32; as in torch's kernels powers are rounded to the values' type before they multiply them. Where a
 mask of -inf leaves nothing the result is zero. The interpreter multiplies bfloat16 as float32, which changes nothing.
@@ -11,7 +11,7 @@ mask of -inf leaves nothing the result is zero. The interpreter multiplies bfloa
 
 # ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 from dataclasses import dataclass
 from functools import cache

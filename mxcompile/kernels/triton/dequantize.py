@@ -2,7 +2,7 @@
 
 # ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 import torch
 import triton

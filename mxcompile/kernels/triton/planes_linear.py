@@ -21,7 +21,7 @@ with integer operations and the same values are multiplied as float32.
 
 # ruff: noqa: N803, N806, SIM108  (upper case marks what is known at compile time, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 import math
 from collections.abc import Sequence

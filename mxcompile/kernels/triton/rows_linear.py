@@ -4,7 +4,7 @@ Reads packing.py's layout as it is: elements `[out, blocks * block_bytes]` and s
 
 The weight is the *left* operand of the dot, `acc[out, tokens] = w[out, in] @ x.T[in, tokens]`: the tensor core then
 has the long side of a decode-time product in its fixed dimension. The order of K inside a dot does not matter, so a
-step of the loop takes `COLUMNS` lanes of one part (see triton_elements.py) and reads x at the places they belong to.
+step of the loop takes `COLUMNS` lanes of one part (see triton/elements.py) and reads x at the places they belong to.
 Nothing is split over K: a result depends on no other program, and repeats bit for bit.
 
 This is the plain kernel: right for every format and shape. It is not tuned, and reads no tile-major weights.
@@ -12,7 +12,7 @@ This is the plain kernel: right for every format and shape. It is not tuned, and
 
 # ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton_elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
 
 import math
 from dataclasses import dataclass
