@@ -15,8 +15,8 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
 from mxcompile.analysis.folds.multiplier import unfoldable_groups
-from mxcompile.calibration.factor_search import Objective, powers
-from mxcompile.calibration.fold_search import FoldSearch, Statistic
+from mxcompile.calibration.factor_search import Objective, power_candidates
+from mxcompile.calibration.fold_search import FoldSearch, MatmulStatistic
 from mxcompile.calibration.observers import ChannelMeanAbs
 from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.formats import MXFormat
@@ -60,6 +60,6 @@ class AwqFold(Pass):
         misses = [*(Miss(where(miss.matmul.node), miss.reason) for miss in left), *found.misses]
         return PassResult(len(found.folds), tuple(misses), found.numbers, tuple(found.folds))
 
-    def _candidates(self, group: ScaleGroup, activation: Statistic, weight: Statistic) -> Iterator[Tensor]:
+    def _candidates(self, group: ScaleGroup, activation: MatmulStatistic, weight: MatmulStatistic) -> Iterator[Tensor]:
         weights = group.mean(lambda matmul: weight(matmul).abs().flatten(0, -2).mean(0))
-        return powers(group.mean(activation), weights, self.grid, activation_alone=True)
+        return power_candidates(group.mean(activation), weights, self.grid, activation_alone=True)

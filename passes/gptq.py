@@ -21,14 +21,14 @@ from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.quantizers import round_input
-from mxcompile.calibration.second_moments import Moments
-from mxcompile.calibration.streams import Streams
+from mxcompile.calibration.second_moments import SecondMoments
+from mxcompile.calibration.twin_run import TwinRun
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage, where
 from mxcompile.graph.records import Miss, PassResult
-from mxcompile.numerics.column_rounding import ColumnRounding, IllConditionedError, Order
+from mxcompile.numerics.column_rounding import ColumnRounding, IllConditionedError, ColumnOrder
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline.interfaces import FLOATING, Pass
@@ -55,7 +55,7 @@ class Gptq(Pass):
     format: MXFormat
     activation: MXFormat | None = None
     damping: float = 0.01
-    order: Order = Order.BLOCKS
+    order: ColumnOrder = ColumnOrder.BLOCKS
     rule: ScaleRule | None = None
     sweeps: int = 0
     correction: float = 0.0
@@ -69,7 +69,7 @@ class Gptq(Pass):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", Overrides(self.overrides))
-        if self.order is Order.COLUMNS and self.rule is None:
+        if self.order is ColumnOrder.COLUMNS and self.rule is None:
             raise PipelineError("gptq{order=columns} needs scales fixed beforehand: give a rule, for example rule=mse")
         if self.microblock % self.format.block_size or (self.microblock and self.rule is None):
             raise PipelineError(
@@ -85,23 +85,23 @@ class Gptq(Pass):
         if not todo:
             return PassResult(0, tuple(misses))
         prepare = partial(round_input, self.activation)
-        streams = Streams(program, choice.matmuls, prepare, self.correction > 0)
-        for index, segment in enumerate(program.through(streams.segments)):
+        twin_run = TwinRun(program, choice.matmuls, prepare, self.correction > 0)
+        for index, segment in enumerate(program.through(twin_run.segments)):
             readings = _by_input(program, segment, todo, formats)
             before = {m.parameter: program.tensor(m.parameter) for readers in readings for m in readers}
             reasons = _restored(program, index, {m.parameter: formats[m.node] for readers in readings for m in readers})
             if reasons is None:
-                reasons = self._round_segment(program, streams, segment, readings, formats)
+                reasons = self._round_segment(program, twin_run, segment, readings, formats)
                 _keep(program, index, before, reasons)
             misses += [Miss(*reason.split(": ", 1)) for reason in reasons]
             numbers |= {n: {"weight_sqnr_db": sqnr_db(old, program.tensor(n))} for n, old in before.items()}
-            streams.advance(segment)
+            twin_run.advance(segment)
         return PassResult(len(numbers), tuple(misses), numbers)
 
     def _round_segment(
         self,
         program: Program,
-        streams: Streams,
+        twin_run: TwinRun,
         segment: Segment,
         readings: list[list[Matmul]],
         formats: Mapping[Node, MXFormat],
@@ -109,11 +109,11 @@ class Gptq(Pass):
         """Round the weights of a segment, one input value after the other; returns why some were rounded to nearest."""
         reasons: list[str] = []
         for readers in readings:
-            moments = streams.moments(segment, readers, self.residual)
+            moments = twin_run.moments(segment, readers, self.residual)
             reasons += self._round(program, readers, moments, formats[readers[0].node])
         return reasons
 
-    def _round(self, program: Program, readers: list[Matmul], moments: list[Moments], fmt: MXFormat) -> list[str]:
+    def _round(self, program: Program, readers: list[Matmul], moments: list[SecondMoments], fmt: MXFormat) -> list[str]:
         """Round the weights that read one value, all at once: their rows have nothing to do with each other."""
         rows = [finite_rows(program, matmul) for matmul in readers]
         stacked = [part.reshape(-1, *part.shape[-2:]) for part in rows]
@@ -135,7 +135,9 @@ class Gptq(Pass):
             program.rounded[matmul.parameter] = Rounding(fmt, scales)
         return [f"{where(matmul.node)}: {reason}" for matmul in readers for reason in reasons]
 
-    def _round_together(self, weights: Mapping[str, Tensor], moments: Moments, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+    def _round_together(
+        self, weights: Mapping[str, Tensor], moments: SecondMoments, fmt: MXFormat
+    ) -> tuple[Tensor, Tensor]:
         """Weights `[out, in]` by the names of their matmuls' nodes; returns values and scales of all their rows."""
         rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock)
         return rounding.round(moments.target(weights, self.damping, self.correction), moments.inputs)

@@ -18,8 +18,8 @@ from mxcompile.analysis.folds.rotation import rotate, rotation_of
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.factor_search import Operand, output_error
-from mxcompile.calibration.group_facts import fewer
-from mxcompile.calibration.observers import ChannelImportance, Observer, Rotated, TokenSample
+from mxcompile.calibration.group_facts import subsample_tokens
+from mxcompile.calibration.observers import ChannelImportance, Observer, RotatedObserver, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import PipelineError
@@ -29,7 +29,7 @@ from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 from mxcompile.pipeline.interfaces import Pass
-from mxcompile.pipeline.preservation import LEAST_DB, LEAST_DB_ROUNDED
+from mxcompile.pipeline.preservation import REQUIRED_DB, REQUIRED_DB_HALF
 
 _PAYS = 0.9  # a rotation at run time must save this much of the error
 _NOT_WORTH = f"a rotation would save less than {1 - _PAYS:.0%} of the error"
@@ -58,10 +58,10 @@ class Rotate(Pass):
         """Channels of a rotation."""
         return (self.activation or self.weight).block_size if self.block is None else self.block
 
-    def least_db(self, program: Program) -> float:
+    def required_db(self, program: Program) -> float:
         """Rotated weights are not numbers of 16 bits any more and have to be rounded to them."""
         dtypes = {program.tensor(matmul.parameter).dtype for matmul in choose(program).matmuls}
-        return LEAST_DB_ROUNDED if any(dtype.itemsize < 4 for dtype in dtypes) else LEAST_DB
+        return REQUIRED_DB_HALF if any(dtype.itemsize < 4 for dtype in dtypes) else REQUIRED_DB
 
     def run(self, program: Program) -> PassResult:
         """Try value by value, segment by segment; rotate at the end, as nothing that is measured depends on it."""
@@ -72,7 +72,7 @@ class Rotate(Pass):
         for segment in program.through(find_segments(program, choose(program).matmuls)):
             readers = {value: segment.reading(value) for value in segment.inputs if rotation_of(value) is None}
             reasons = {value: self._why_not(matmuls) for value, matmuls in readers.items()}
-            seen = {value: _Seen(self.size) for value, reason in reasons.items() if reason is None}
+            seen = {value: _ValueObservers(self.size) for value, reason in reasons.items() if reason is None}
             sweep.advance(segment, {value: shown.observers for value, shown in seen.items()})
             for value, shown in seen.items():
                 fold = self._fold(value, readers[value], shown)
@@ -95,15 +95,15 @@ class Rotate(Pass):
             return "its weight multiplies other values too, which would have to be rotated as well"
         return None
 
-    def _fold(self, value: Node, readers: Sequence[Matmul], shown: "_Seen") -> Fold:
+    def _fold(self, value: Node, readers: Sequence[Matmul], shown: "_ValueObservers") -> Fold:
         names = frozenset(matmul.node.name for matmul in readers)
         apply = partial(rotate, names=names, block=self.size, importance=shown.rotated.value)
         return Fold(f"%{value.name} -> {', '.join(m.module_path or m.parameter for m in readers)}", apply)
 
-    def _error_over_plain(self, program: Program, readers: Sequence[Matmul], shown: "_Seen") -> float:
+    def _error_over_plain(self, program: Program, readers: Sequence[Matmul], shown: "_ValueObservers") -> float:
         """Squared error of the matmuls' outputs on a sample of tokens, rotated over plain."""
         weight = torch.cat([finite_rows(program, matmul).float().flatten(0, -2) for matmul in readers])
-        sample = fewer(shown.sample.value, weight)
+        sample = subsample_tokens(shown.sample.value, weight)
         alone = torch.full((sample.shape[-1],), -1, device=weight.device)  # no channel has a factor
         plain = Operand(sample, shown.plain.value, weight, alone)
         turned = (rotate_input(sample, self.size), shown.rotated.value, rotate_weight(weight, self.size))
@@ -114,9 +114,9 @@ class Rotate(Pass):
         return errors[1] / max(errors[0], 1e-30)
 
 
-class _Seen:
+class _ValueObservers:
     """What is observed of a value: a sample of tokens, and how much its channels matter, as it is and rotated."""
 
     def __init__(self, block: int) -> None:
         self.sample, self.plain, self.rotated = TokenSample(), ChannelImportance(), ChannelImportance()
-        self.observers: list[Observer] = [self.sample, self.plain, Rotated(self.rotated, block)]
+        self.observers: list[Observer] = [self.sample, self.plain, RotatedObserver(self.rotated, block)]

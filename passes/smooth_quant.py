@@ -14,8 +14,8 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold, half_precision_factors
 from mxcompile.analysis.matmuls import Matmul, finite_rows
-from mxcompile.calibration.factor_search import Objective, powers
-from mxcompile.calibration.fold_search import FoldSearch, FoldsFound
+from mxcompile.calibration.factor_search import Objective, power_candidates
+from mxcompile.calibration.fold_search import FoldSearch, FoldSearchResult
 from mxcompile.calibration.observers import ChannelAbsMax
 from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.run import Request
@@ -76,8 +76,8 @@ class SmoothQuant(Pass):
         misses = [*(Miss(where(miss.matmul.node), miss.reason) for miss in unfoldable), *found.misses]
         return PassResult(len(found.folds), tuple(misses), found.numbers, tuple(found.folds))
 
-    def _fixed(self, program: Program, groups: list[ScaleGroup], alpha: float) -> FoldsFound:
-        found = FoldsFound()
+    def _fixed(self, program: Program, groups: list[ScaleGroup], alpha: float) -> FoldSearchResult:
+        found = FoldSearchResult()
         for group in groups:
             key = {m.node: Request(m.activation.name, ChannelAbsMax).key for m, _ in group.matmuls}
             activation, weight = _largest(
@@ -92,7 +92,7 @@ class SmoothQuant(Pass):
     def _candidates(
         self, group: ScaleGroup, activation: Callable[[Matmul], Tensor], weight: Callable[[Matmul], Tensor]
     ) -> Iterator[Tensor]:
-        return powers(*_largest(group, activation, weight), self.grid, activation_alone=False)
+        return power_candidates(*_largest(group, activation, weight), self.grid, activation_alone=False)
 
 
 def _largest(

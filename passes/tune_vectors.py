@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.altered_run import Altered
+from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.distillation import Distillation, straight_through
 from mxcompile.calibration.quantizers import round_input
 from mxcompile.errors import PassError
@@ -56,7 +56,7 @@ class TuneVectors(Pass):
         if len(program.batches) < 2:
             return _left(names, "one batch of calibration data leaves none to check training on: give two or more")
         prepare = partial(straight_through, partial(round_input, self.activation))
-        student = Altered(program, dict.fromkeys(matmuls, prepare))
+        student = AlteredRun(program, dict.fromkeys(matmuls, prepare))
         best, losses = self._trained(Distillation(program, student, program.origin), vectors, program.batches)
         numbers = {"all vectors": losses}
         if best is None:

@@ -13,7 +13,7 @@ from mxcompile.numerics.metrics import sqnr_db
 SIZE = 32
 
 
-LEAST_DB = 100  # rounding of the factors and of float32 sums leaves 120 dB and more, a missed reader about 0
+REQUIRED_DB = 100  # rounding of the factors and of float32 sums leaves 120 dB and more, a missed reader about 0
 
 
 LARGEST = 5  # factors are between 2**-5 and 2**5
@@ -54,7 +54,7 @@ def prove(program: Program, *calls) -> list[ScaleGroup]:
     groups = folded(program, any_exponents)
     for call, wanted in zip(calls, before, strict=True):
         for one, other in zip(wanted, _outputs(program, call), strict=True):
-            assert sqnr_db(one, other) >= LEAST_DB
+            assert sqnr_db(one, other) >= REQUIRED_DB
     return groups
 
 

@@ -13,7 +13,7 @@ from mxcompile.graph.program import Program
 Prepare = Callable[[Tensor], Tensor]
 
 
-class Altered(Runner):
+class AlteredRun(Runner):
     """prepare: what a matmul does to its input, for some matmuls. tensors: other values for some of the tensors.
 
     Both may be changed between two runs.

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import find_matmuls
-from mxcompile.calibration.altered_run import Altered
-from mxcompile.calibration.run import Runner, arguments
+from mxcompile.calibration.altered_run import AlteredRun
+from mxcompile.calibration.run import Runner, bind_inputs
 from mxcompile.graph.dataflow import computing
 from mxcompile.graph.inputs import Inputs, named_leaves
 from mxcompile.graph.program import Program
@@ -20,7 +20,7 @@ _ROWS, _SMALLEST_UNIT = 1024, 1e-3
 class Distillation:
     """student: runs the program being trained. exact: what it is trained towards, run as it is."""
 
-    def __init__(self, program: Program, student: Altered, exact: Program) -> None:
+    def __init__(self, program: Program, student: AlteredRun, exact: Program) -> None:
         self._program, self._student, self._exact = program, student, exact
         matmuls = [matmul for matmul in find_matmuls(exact)[0] if matmul.parameter in exact.output_heads]
         self._heads = {int(matmul.node.meta["val"].shape[-1]) for matmul in matmuls}
@@ -71,7 +71,7 @@ class Distillation:
         heads = {n: v for n, v in floats.items() if v.meta["val"].shape[-1] in self._heads}
         wanted = heads or floats
         nodes = computing(program.graph.nodes)
-        values = runner.run_nodes(nodes, arguments(program, batch), None, wanted.values())
+        values = runner.run_nodes(nodes, bind_inputs(program, batch), None, wanted.values())
         return {name: values[node] for name, node in wanted.items()}
 
     def _distance(self, wanted: Tensor, given: Tensor) -> Tensor:

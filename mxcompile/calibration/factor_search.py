@@ -45,7 +45,7 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Found:
+class FactorSearchResult:
     """The best factors `[count]`, their error, and that of leaving the group as it is."""
 
     factors: Tensor
@@ -53,7 +53,7 @@ class Found:
     error_before: float
 
 
-def search(candidates: Iterable[Tensor], error: Callable[[Tensor], float], count: int) -> Found:
+def search_factors(candidates: Iterable[Tensor], error: Callable[[Tensor], float], count: int) -> FactorSearchResult:
     """The candidate `[count]` of least error; factors of 1 are always among them."""
     best = torch.ones(count)
     least = before = error(best)
@@ -61,7 +61,7 @@ def search(candidates: Iterable[Tensor], error: Callable[[Tensor], float], count
         found = error(factors)
         if found < least:
             best, least = factors, found
-    return Found(best, least, before)
+    return FactorSearchResult(best, least, before)
 
 
 def output_error(operands: Iterable[Operand], quantizers: Quantizers) -> Callable[[Tensor], float]:
@@ -71,7 +71,7 @@ def output_error(operands: Iterable[Operand], quantizers: Quantizers) -> Callabl
     def error(factors: Tensor) -> float:
         total = 0.0
         for operand, counts, wanted in prepared:
-            scale = spread(factors, operand.channels)
+            scale = per_channel(factors, operand.channels)
             weight = quantizers.round_weight(operand.weight * scale, operand.importance / scale.square())
             given = quantizers.round_input(operand.inputs / scale) @ weight.T
             total += given.sub_(wanted).mul_(counts).square_().sum().item()
@@ -80,12 +80,12 @@ def output_error(operands: Iterable[Operand], quantizers: Quantizers) -> Callabl
     return error
 
 
-def spread(factors: Tensor, channels: Tensor) -> Tensor:
+def per_channel(factors: Tensor, channels: Tensor) -> Tensor:
     """The factor of every channel `[in]`, 1 where it has none, on the channels' device."""
     return torch.cat((factors.to(channels.device), torch.ones(1, device=channels.device)))[channels]
 
 
-def powers(activation: Tensor, weight: Tensor, grid: int, activation_alone: bool) -> Iterator[Tensor]:
+def power_candidates(activation: Tensor, weight: Tensor, grid: int, activation_alone: bool) -> Iterator[Tensor]:
     """Factors `[count]` from a magnitude of each channel in activations and weights, a on a grid in (0, 1].
 
     x^a / w^(1-a) (SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4) and, if asked for, x^a (AWQ); at 1 they are one.
@@ -94,11 +94,11 @@ def powers(activation: Tensor, weight: Tensor, grid: int, activation_alone: bool
     for step in range(1, grid + 1):
         a = step / grid
         if activation_alone and step < grid:
-            yield normalized(activation**a)
-        yield normalized(activation**a / weight ** (1 - a))
+            yield normalize_factors(activation**a)
+        yield normalize_factors(activation**a / weight ** (1 - a))
 
 
-def normalized(factors: Tensor) -> Tensor:
+def normalize_factors(factors: Tensor) -> Tensor:
     """The factors over the geometric mean of their extremes, at most 2^10 apart."""
     factors = factors.clamp(min=_SMALLEST)
     factors = factors / (factors.max() * factors.min()).sqrt()

@@ -15,8 +15,8 @@ from mxcompile.analysis.folds.groups import ScaleGroup, fold, half_precision_fac
 from mxcompile.analysis.folds.multiplier import multiply
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
-from mxcompile.calibration.factor_search import Found, Objective, output_error, search
-from mxcompile.calibration.group_facts import Facts, first_batches
+from mxcompile.calibration.factor_search import FactorSearchResult, Objective, output_error, search_factors
+from mxcompile.calibration.group_facts import GroupFacts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.sweep import Sweep
@@ -26,7 +26,7 @@ from mxcompile.graph.records import Fold, Miss
 _PAYS = 0.9  # an explicit multiply must save this much of the error
 _LEFT = "no factors lose less than none"
 _NOT_MULTIPLIED = f"an explicit multiply would save less than {1 - _PAYS:.0%} of the error"
-Statistic = Callable[[Matmul], Tensor]
+MatmulStatistic = Callable[[Matmul], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FoldSearch:
 
     quantizers: Quantizers
     magnitude: type[Observer]
-    candidates: Callable[[ScaleGroup, Statistic, Statistic], Iterator[Tensor]]
+    candidates: Callable[[ScaleGroup, MatmulStatistic, MatmulStatistic], Iterator[Tensor]]
     objective: Objective = Objective.OUTPUT
     power_of_two: bool = False
 
@@ -51,12 +51,12 @@ class FoldSearch:
         matmuls: Sequence[Matmul],
         groups: Sequence[ScaleGroup],
         unfoldable: Sequence[ScaleGroup] = (),
-    ) -> "FoldsFound":
+    ) -> "FoldSearchResult":
         """Fold the best factors into every group; what is known of input channels goes to `program.importance`.
 
         unfoldable: groups that an explicit multiply would make (`multiplier.py`); it is inserted where it pays.
         """
-        found = FoldsFound()
+        found = FoldSearchResult()
         segments = find_segments(program, matmuls, [group.values for group in groups])
         sweep = Sweep(program, program.batches)
         known: dict[Node, dict[type[Observer], Tensor]] = {}
@@ -70,7 +70,7 @@ class FoldSearch:
                 program.importance[matmul.parameter] = known[matmul.activation][ChannelImportance]
             ready = [group for group in waiting if all(m.activation in known for m, _ in group.matmuls)]
             for group in ready:
-                self._fold(program, group, Facts(segment, before, known), found)
+                self._fold(program, group, GroupFacts(segment, before, known), found)
                 waiting.remove(group)
             still = {matmul.activation for group in waiting for matmul, _ in group.matmuls}
             known = {node: statistics for node, statistics in known.items() if node in still}
@@ -83,7 +83,7 @@ class FoldSearch:
     def _observers(self) -> list[Observer]:
         return [self.magnitude(), TokenSample(), ChannelImportance()]
 
-    def _fold(self, program: Program, group: ScaleGroup, facts: Facts, found: "FoldsFound") -> None:
+    def _fold(self, program: Program, group: ScaleGroup, facts: GroupFacts, found: "FoldSearchResult") -> None:
         weights = {m.node: finite_rows(program, m).float() for m, _ in group.matmuls}
         tried = self.candidates(group, lambda m: facts.known[m.activation][self.magnitude], lambda m: weights[m.node])
         rounded = (half_precision_factors(group, factors, self.power_of_two) for factors in tried)
@@ -93,11 +93,11 @@ class FoldSearch:
             error = output_error(facts.operands(group, weights), self.quantizers)
             if self.objective is Objective.BLOCK:
                 found.misses.append(Miss(str(group), "scored on its outputs: it reaches beyond one segment"))
-        found.add(program, group, search(rounded, error, group.count))
+        found.add(program, group, search_factors(rounded, error, group.count))
 
 
 @dataclass(frozen=True)
-class FoldsFound:
+class FoldSearchResult:
     """folds: those applied. multiplied: groups with an explicit multiply, and their factors. numbers: error of each
     group's factors over that of none. misses: groups left alone.
     """
@@ -107,7 +107,7 @@ class FoldsFound:
     misses: list[Miss] = field(default_factory=list[Miss])
     numbers: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
-    def add(self, program: Program, group: ScaleGroup, best: Found) -> None:
+    def add(self, program: Program, group: ScaleGroup, best: FactorSearchResult) -> None:
         """Fold the factors found if they lose less than none, or note them for an explicit multiply if that pays."""
         self.numbers[str(group)] = {"error_over_rtn": best.error / max(best.error_before, 1e-30)}
         if not group.absorbers and best.error < _PAYS * best.error_before:

@@ -11,11 +11,11 @@ from torch.fx import Node
 from mxcompile.analysis.folds.groups import ScaleGroup
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.altered_run import Altered, Prepare
-from mxcompile.calibration.factor_search import Operand, spread
+from mxcompile.calibration.altered_run import AlteredRun, Prepare
+from mxcompile.calibration.factor_search import Operand, per_channel
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.run import Values, unshared
+from mxcompile.calibration.run import NodeValues, copied_if_mutated
 from mxcompile.graph.program import Program
 from mxcompile.numerics.importance import token_weights
 
@@ -24,13 +24,13 @@ _BLOCK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Facts:
+class GroupFacts:
     """segment: the one that the group's last matmul is in. before: batches in front of it, if they were kept. known:
     statistics of the group's inputs.
     """
 
     segment: Segment
-    before: list[Values]
+    before: list[NodeValues]
     known: Mapping[Node, Mapping[type[Observer], Tensor]]
 
     def encloses(self, group: ScaleGroup) -> bool:
@@ -45,18 +45,18 @@ class Facts:
         operands: list[Operand] = []
         for value, readers in shared.items():
             weight = torch.cat([weights[matmul.node].flatten(0, -2) for matmul, _ in readers])
-            sample = fewer(self.known[value][TokenSample], weight)
+            sample = subsample_tokens(self.known[value][TokenSample], weight)
             importance = self.known[value][ChannelImportance]
             operands.append(Operand(sample, importance, weight, readers[0][1].to(weight.device)))
         return operands
 
     def block_error(self, program: Program, group: ScaleGroup, quantizers: Quantizers) -> Callable[[Tensor], float]:
         """Squared error of the values that the segment gives on, as a function of the factors `[count]`."""
-        runner = Altered(program, {})
+        runner = AlteredRun(program, {})
 
-        def given(state: Values) -> Values:
+        def given(state: NodeValues) -> NodeValues:
             segment = self.segment
-            return runner.run_nodes(segment.nodes, unshared(state, segment.nodes), None, segment.gives)
+            return runner.run_nodes(segment.nodes, copied_if_mutated(state, segment.nodes), None, segment.gives)
 
         wanted = [given(state) for state in self.before]
 
@@ -66,7 +66,7 @@ class Facts:
             prepare: dict[Node, tuple[Node, Prepare]] = {}
             for matmul, channels in group.matmuls:
                 rows = finite_rows(program, matmul)
-                scale = spread(factors, channels.to(rows.device))
+                scale = per_channel(factors, channels.to(rows.device))
                 importance = self.known[matmul.activation][ChannelImportance] / scale.square()
                 rounded = quantizers.round_weight(rows * scale, importance) / scale
                 runner.tensors[matmul.parameter] = matmul.rows(rounded).to(rows.dtype)
@@ -82,7 +82,7 @@ def _round_divided(scale: Tensor, quantizers: Quantizers, x: Tensor) -> Tensor:
     return (quantizers.round_input(x / scale) * scale).to(x.dtype)
 
 
-def _squared_error(wanted: Values, given: Values) -> float:
+def _squared_error(wanted: NodeValues, given: NodeValues) -> float:
     total = 0.0
     for node, exact in wanted.items():
         if isinstance(exact, Tensor) and exact.is_floating_point():
@@ -92,7 +92,7 @@ def _squared_error(wanted: Values, given: Values) -> float:
     return total
 
 
-def fewer(rows: Tensor, weight: Tensor) -> Tensor:
+def subsample_tokens(rows: Tensor, weight: Tensor) -> Tensor:
     """Fewer tokens for the stacked weights of many experts: outputs `[tokens, out]` are held at once.
 
     Every n-th one: a sample begins with its largest tokens.
@@ -100,12 +100,12 @@ def fewer(rows: Tensor, weight: Tensor) -> Tensor:
     return rows[:: -(-len(rows) // max(16, _LARGEST_SAMPLE // len(weight)))]
 
 
-def first_batches(states: Iterable[Values], segment: Segment) -> list[Values]:
+def first_batches(states: Iterable[NodeValues], segment: Segment) -> list[NodeValues]:
     """The first batches in front of a segment, about 2048 tokens (by the largest value they carry)."""
-    chosen: list[Values] = []
+    chosen: list[NodeValues] = []
     tokens = 0
     for state in states:
-        chosen.append(dict(unshared(state, segment.nodes)))
+        chosen.append(dict(copied_if_mutated(state, segment.nodes)))
         tokens += max((v.numel() // v.shape[-1] for v in state.values() if _is_activation(v)), default=0)
         if tokens >= _BLOCK_TOKENS:
             break

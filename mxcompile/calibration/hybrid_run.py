@@ -10,12 +10,12 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from mxcompile.analysis.layers import Layer, find_layers
-from mxcompile.calibration.altered_run import Altered
+from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.graph.program import Program
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class ProgramChange:
     """One thing that a pass has changed: a layer (its weight, bias, and how it rounds its input), or other tensors.
 
     tensors: of the program after the pass, by name. A change of layers has none.
@@ -27,15 +27,15 @@ class Change:
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-class Hybrid(Altered):
+class HybridRun(AlteredRun):
     """Runs `before` with the applied changes. Values that a fold has divided cannot be mixed: no folds in between."""
 
     def __init__(self, before: Program, after: Program) -> None:
         super().__init__(before, {})
         self._after = after
-        self._changes: dict[Node, Change] = {}
+        self._changes: dict[Node, ProgramChange] = {}
 
-    def apply(self, changes: Iterable[Change]) -> None:
+    def apply(self, changes: Iterable[ProgramChange]) -> None:
         """Run with these changes from now on, and no others."""
         changes = list(changes)
         self.tensors = {name: tensor for change in changes for name, tensor in change.tensors.items()}
@@ -62,10 +62,10 @@ class Hybrid(Altered):
         return self.env[layer.value if layer.value in self.env else layer.activation]
 
 
-def find_changes(before: Program, after: Program) -> list[Change]:
+def find_changes(before: Program, after: Program) -> list[ProgramChange]:
     """What is different after a pass: layers first, then other tensors that both programs read."""
     earlier, later = find_layers(before), find_layers(after)
-    changes: list[Change] = []
+    changes: list[ProgramChange] = []
     covered: set[str] = set()
     for name, layer in earlier.items():
         twin = later.get(name)
@@ -73,10 +73,10 @@ def find_changes(before: Program, after: Program) -> list[Change]:
             continue
         covered |= _tensors(layer) | _tensors(twin)
         if layer.rounded != twin.rounded or not _same_constants(before, layer, after, twin):
-            changes.append(Change(name, layer, twin))
+            changes.append(ProgramChange(name, layer, twin))
     for name in before.parameter_names():
         if name not in covered and after.has_tensor(name) and not _same(before.tensor(name), after.tensor(name)):
-            changes.append(Change(name, tensors={name: after.tensor(name)}))
+            changes.append(ProgramChange(name, tensors={name: after.tensor(name)}))
     return changes
 
 

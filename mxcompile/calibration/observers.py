@@ -114,7 +114,7 @@ class ChannelImportance(_ChannelMean):
         return torch.stack([(part.float().square() * counts).double().sum(0) for part, counts in slices]).sum(0)
 
 
-class Rotated:
+class RotatedObserver:
     """Shows another observer the value rotated over blocks of its channels (`hadamard.py`)."""
 
     def __init__(self, inner: Observer, block: int) -> None:
@@ -126,7 +126,7 @@ class Rotated:
 
     def merge(self, other: Observer) -> None:
         """What the other one has shown too."""
-        if isinstance(other, Rotated) and other.block == self.block:
+        if isinstance(other, RotatedObserver) and other.block == self.block:
             self.inner.merge(other.inner)
 
     @property

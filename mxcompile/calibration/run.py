@@ -15,7 +15,7 @@ from mxcompile.graph.dataflow import computing
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program, guards_explained
 
-Values = dict[Node, Any]
+NodeValues = dict[Node, Any]
 """What some nodes of a graph are worth for one batch."""
 Observers = Mapping[Node, Sequence[Observer]]
 
@@ -54,10 +54,10 @@ class Runner(Interpreter):
     def run_nodes(
         self,
         nodes: Sequence[Node],
-        values: Values,
+        values: NodeValues,
         seen: Callable[[Node, Any], None] | None = None,
         wanted: Iterable[Node] = (),
-    ) -> Values:
+    ) -> NodeValues:
         """Compute nodes in order from `values`, show each result to `seen`, return those wanted (in order).
 
         A value is let go after its last use among the nodes.
@@ -86,7 +86,7 @@ class Runner(Interpreter):
         return value.detach() if isinstance(value, Tensor) else value
 
 
-def showing(observers: Observers) -> Callable[[Node, Any], None]:
+def feed_observers(observers: Observers) -> Callable[[Node, Any], None]:
     """What shows the values of nodes to their observers."""
 
     def show(node: Node, value: Any) -> None:
@@ -96,7 +96,7 @@ def showing(observers: Observers) -> Callable[[Node, Any], None]:
     return show
 
 
-def unshared(values: Values, nodes: Iterable[Node]) -> Values:
+def copied_if_mutated(values: NodeValues, nodes: Iterable[Node]) -> NodeValues:
     """The values, or copies of them if one of the nodes writes in place: they can be run on them more than once."""
     if not any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes):
         return values
@@ -104,7 +104,7 @@ def unshared(values: Values, nodes: Iterable[Node]) -> Values:
     return dict(zip(values, copies, strict=True))
 
 
-def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inputs] | None = None) -> None:
+def gather_statistics(program: Program, requests: Sequence[Request], batches: Iterable[Inputs] | None = None) -> None:
     """Measure what is requested and not yet known, over all batches (None: the program's), into its statistics."""
     wanted = {request.key: request for request in requests if request.key not in program.statistics}
     if not wanted:
@@ -116,13 +116,13 @@ def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inpu
     by_value: dict[Node, list[Observer]] = {}
     for (value, _), observer in observers.items():
         by_value.setdefault(nodes[value], []).append(observer)
-    show = showing(by_value)
+    show = feed_observers(by_value)
     runner = Runner(program)
     needed = list(nodes.values())
     needed = needed[: max(map(needed.index, by_value)) + 1]
     computed = computing(needed)
     for batch in program.through(program.batches) if batches is None else batches:
-        given = arguments(program, batch)
+        given = bind_inputs(program, batch)
         for node, value in given.items():
             show(node, value)
         runner.run_nodes(computed, given, show)
@@ -131,7 +131,7 @@ def gather(program: Program, requests: Sequence[Request], batches: Iterable[Inpu
 
 def run_outputs(runner: Runner, program: Program, batch: Inputs) -> Any:
     """What the model returns for a batch, as the runner computes it."""
-    given = arguments(program, batch)
+    given = bind_inputs(program, batch)
     (end,) = program.graph.find_nodes(op="output")
     wanted = [node for node in end.all_input_nodes if node.op not in ("placeholder", "get_attr")]
     known = given | runner.run_nodes(computing(program.graph.nodes), given, None, wanted)
@@ -144,7 +144,7 @@ def run_outputs(runner: Runner, program: Program, batch: Inputs) -> Any:
     return program.graph.process_outputs(tuple(map(value, end.args[0])))
 
 
-def arguments(program: Program, batch: Inputs) -> Values:
+def bind_inputs(program: Program, batch: Inputs) -> NodeValues:
     """A batch as the graph's placeholders take it; raises InputError if it is not of the traced kind.
 
     The user's tensors are not written to: a graph that writes in place gets copies.
@@ -159,7 +159,7 @@ def arguments(program: Program, batch: Inputs) -> Values:
     kwargs = {name: batch.kwargs[name] for name in names}
     leaves = _leaves_like((program.example.args, program.example.kwargs), (batch.args, kwargs))
     given = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
-    return unshared(given, program.graph.nodes)
+    return copied_if_mutated(given, program.graph.nodes)
 
 
 def _leaves_like(example: Any, value: Any) -> Iterator[Any]:

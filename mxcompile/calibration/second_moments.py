@@ -24,7 +24,7 @@ _PANELS, _NARROWEST = 4, 128
 _PASSED = SAME_VALUE | {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
-class Moments:
+class SecondMoments:
     """tokens: number of them seen. lacking: D `[in, in]`. made: Y, added: R `[out, in]` of some matmuls, by name."""
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -98,7 +98,7 @@ def _plus(total: Tensor | None, values: Tensor, weighted: Tensor) -> Tensor:
     return values.T @ weighted if total is None else total.addmm_(values.T, weighted)
 
 
-def added_to(matmul: Matmul) -> Node | None:
+def residual_operand(matmul: Matmul) -> Node | None:
     """What is added to a matmul's output: the other operand of the addition that alone reads it."""
     node = matmul.node
     while len(node.users) == 1:

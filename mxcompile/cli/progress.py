@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Measured, PassRecord, PassResult
-from mxcompile.pipeline.interfaces import Instrument, Step
+from mxcompile.pipeline.interfaces import Instrument, PipelineStep
 
 T = TypeVar("T")
 _WIDTH = 24
@@ -47,27 +47,27 @@ class Progress(Instrument):
         self._inside = False
         self._stop()
 
-    def before(self, program: Program, step: Step) -> None:
+    def before(self, program: Program, step: PipelineStep) -> None:
         """Show the pass at work."""
         self.report(_name(step))
 
-    def segment(self, program: Program, step: Step, done: int, total: int) -> None:
+    def segment(self, program: Program, step: PipelineStep, done: int, total: int) -> None:
         """Show how far it is."""
         self.report(_name(step), done, total)
 
-    def measure(self, program: Program, step: Step, result: PassResult) -> Measured | None:
+    def measure(self, program: Program, step: PipelineStep, result: PassResult) -> Measured | None:
         """Say that its work is done and is being measured."""
         self.report(f"{_name(step)}, measuring")
         return None
 
-    def after(self, program: Program, step: Step, record: PassRecord) -> None:
+    def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
         """Say what it did."""
         self._stop()
         misses = f", {len(record.misses)} misses" if record.misses else ""
         kept = "" if record.preserved_db is None else f", outputs kept to {record.preserved_db:.0f} dB"
         self.console.print(f"  {record.name}: {record.rewrites} rewrites{misses}, {record.seconds:.1f} s{kept}")
 
-    def failed(self, program: Program, step: Step, error: Exception) -> None:
+    def failed(self, program: Program, step: PipelineStep, error: Exception) -> None:
         """Leave the terminal as it was."""
         self._stop()
 
@@ -170,5 +170,5 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _name(step: Step) -> str:
+def _name(step: PipelineStep) -> str:
     return f"[{step.index}/{len(step.passes)}] {step.current.name}"

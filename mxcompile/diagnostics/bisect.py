@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import nn
 
 from mxcompile.analysis.layers import Layer, find_layers
-from mxcompile.calibration.hybrid_run import Change, Hybrid, find_changes
+from mxcompile.calibration.hybrid_run import HybridRun, ProgramChange, find_changes
 from mxcompile.calibration.run import Runner
 from mxcompile.diagnostics.program_scores import Divergence, Perplexity, Score
 from mxcompile.diagnostics.tables import table
@@ -28,7 +28,7 @@ from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassRecord
 from mxcompile.graph.trace import trace
 from mxcompile.passes.recipes import as_pipeline
-from mxcompile.pipeline.interfaces import Instrument, Pass, Step
+from mxcompile.pipeline.interfaces import Instrument, Pass, PipelineStep
 from mxcompile.pipeline.pipeline import Pipeline
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ class _Snapshots(Instrument):
         """Keep what the pipeline is given."""
         self.programs = [program.copy()]
 
-    def after(self, program: Program, step: Step, record: PassRecord) -> None:
+    def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
         """Keep what a pass has left."""
         self.programs.append(program.copy())
 
@@ -219,9 +219,9 @@ class _Search:
     def _layers(self, found: Bisection, before: Program, after: Program) -> Bisection:
         """Contributions of a pass's changes and the smallest set without which the threshold holds."""
         changes = find_changes(before, after)
-        hybrid = Hybrid(before, after)
+        hybrid = HybridRun(before, after)
 
-        def score(applied: Iterable[Change]) -> float:
+        def score(applied: Iterable[ProgramChange]) -> float:
             hybrid.apply(applied)
             return self._score(hybrid, before)
 
@@ -235,7 +235,7 @@ class _Search:
         applied = [change for change in changes if change not in guilty]
         return replace(found, guilty=tuple(change.name for change in guilty), restored=score(applied))
 
-    def _largest(self, ordered: list[Change], score: Callable[[Iterable[Change]], float]) -> int:
+    def _largest(self, ordered: list[ProgramChange], score: Callable[[Iterable[ProgramChange]], float]) -> int:
         """The least number of the first changes without which the threshold holds, by halving."""
         low, high = 1, len(ordered)
         while low < high:
@@ -246,7 +246,9 @@ class _Search:
                 low = middle + 1
         return high
 
-    def _pruned(self, ordered: list[Change], count: int, score: Callable[[Iterable[Change]], float]) -> list[Change]:
+    def _pruned(
+        self, ordered: list[ProgramChange], count: int, score: Callable[[Iterable[ProgramChange]], float]
+    ) -> list[ProgramChange]:
         """The first changes but for those that need not be undone, tried from the smallest contribution on."""
         guilty = ordered[:count]
         for change in self._through("giving back what need not be undone", ordered[:count][::-1]):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mxcompile.checkpoint.atomic_files import atomic_file
 from mxcompile.diagnostics.distributions import FILE as _DISTRIBUTIONS
 from mxcompile.diagnostics.distributions import Distributions
 from mxcompile.diagnostics.dump_reader import (
@@ -36,7 +37,7 @@ from mxcompile.errors import DumpError
 from mxcompile.graph.printer import diff_text, print_program
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassRecord
-from mxcompile.pipeline.interfaces import Instrument, Pass, Step
+from mxcompile.pipeline.interfaces import Instrument, Pass, PipelineStep
 
 _WIDTH = 140
 
@@ -66,7 +67,7 @@ class Dump(Instrument):
         self._write("00-trace.txt", self._text)
         self._write_numbers()
 
-    def after(self, program: Program, step: Step, record: PassRecord) -> None:
+    def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
         """Write the graph after a pass, its diff, and the numbers so far."""
         before, self._text = self._text, print_program(program)
         name = stem(step.index, step.current.name)
@@ -77,7 +78,7 @@ class Dump(Instrument):
         self._distributions = Distributions((*self._distributions.passes, found))
         self._write_numbers()
 
-    def failed(self, program: Program, step: Step, error: Exception) -> None:
+    def failed(self, program: Program, step: PipelineStep, error: Exception) -> None:
         """Write what the failing pass was given."""
         rest = " | ".join(str(p) for p in step.passes[step.index :]) or "nothing"
         failure = Failure(step.index, str(error), rest)
@@ -110,9 +111,8 @@ def write_kernels(folder: str | Path, explanation: Explanation) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with atomic_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
 
 
 def _summary(ledger: Ledger) -> str:

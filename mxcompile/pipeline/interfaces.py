@@ -9,7 +9,7 @@ from mxcompile.calibration.run import Request
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import Measured, PassRecord, PassResult
 from mxcompile.pipeline import text_form
-from mxcompile.pipeline.preservation import LEAST_DB
+from mxcompile.pipeline.preservation import REQUIRED_DB
 
 FLOATING = frozenset({Stage.FLOAT, Stage.ROUNDED})
 
@@ -33,10 +33,10 @@ class Pass(ABC):
         """Whether calibration data can make a difference to the pass; True unless it is known that it cannot."""
         return True
 
-    def least_db(self, program: Program) -> float:
+    def required_db(self, program: Program) -> float:
         """How well outputs before and after must agree if the pass keeps the function."""
         del program
-        return LEAST_DB
+        return REQUIRED_DB
 
     def requests(self, program: Program) -> Sequence[Request]:
         """Statistics of values that `run` will read from `program.statistics`; gathered before it is called."""
@@ -52,7 +52,7 @@ class Pass(ABC):
 
 
 @dataclass(frozen=True)
-class Step:
+class PipelineStep:
     """A pass at its place (counted from 1) in a pipeline."""
 
     index: int
@@ -66,19 +66,19 @@ class Instrument:
     def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
         """Before the first pass; passes: all that will run, in order."""
 
-    def before(self, program: Program, step: Step) -> None:
+    def before(self, program: Program, step: PipelineStep) -> None:
         """Before a pass, and before its statistics are gathered."""
 
-    def segment(self, program: Program, step: Step, done: int, total: int) -> None:
+    def segment(self, program: Program, step: PipelineStep, done: int, total: int) -> None:
         """Before each of the parts that a pass goes through (segments, batches, matmuls); `done` are finished."""
 
-    def measure(self, program: Program, step: Step, result: PassResult) -> Measured | None:
+    def measure(self, program: Program, step: PipelineStep, result: PassResult) -> Measured | None:
         """After a pass has succeeded and before it is recorded: numbers for its record, if it makes any."""
 
-    def after(self, program: Program, step: Step, record: PassRecord) -> None:
+    def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
         """After a pass, with what it did."""
 
-    def failed(self, program: Program, step: Step, error: Exception) -> None:
+    def failed(self, program: Program, step: PipelineStep, error: Exception) -> None:
         """A pass raised, or left what cannot be run; the program may be half rewritten. The error names the pass."""
 
     def finish(self, program: Program) -> None:

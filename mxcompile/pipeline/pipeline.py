@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mxcompile.calibration.run import gather
+from mxcompile.calibration.run import gather_statistics
 from mxcompile.errors import PipelineError, PreservationError
 from mxcompile.formats import MXFormat
 from mxcompile.graph import error_location, verify
@@ -15,9 +15,9 @@ from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import PassRecord, PassResult
 from mxcompile.pipeline import text_form
-from mxcompile.pipeline.interfaces import Instrument, Pass, Step
-from mxcompile.pipeline.preservation import check_preserved, remember
-from mxcompile.pipeline.resume import Resume
+from mxcompile.pipeline.interfaces import Instrument, Pass, PipelineStep
+from mxcompile.pipeline.preservation import check_preserved, record_outputs
+from mxcompile.pipeline.resume import ResumeFolder
 
 _OVERRIDES = "overrides"
 
@@ -90,13 +90,13 @@ class Pipeline:
         origin, program = program, program.copy()
         program.origin = origin.origin or origin
         program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))
-        program.resume = kept = None if resume is None else Resume(resume, str(self), program)
+        program.resume = kept = None if resume is None else ResumeFolder(resume, str(self), program)
         for instrument in instruments:
             instrument.start(program, self.passes)
         for index, current in enumerate(self.passes, start=1):
             if kept is not None:
                 kept.place = f"{index:02}-{current.name}"
-            _run_one(Step(index, current, self.passes), program, instruments)
+            _run_one(PipelineStep(index, current, self.passes), program, instruments)
         program.batches, program.report, program.resume = (program.example,), None, None
         for instrument in instruments:
             instrument.finish(program)
@@ -113,14 +113,14 @@ def _wrong_stage(current: Pass, stage: Stage, origin: str) -> str:
     return f"{current.name} cannot run after {origin}: {what}. Move {current.name} in front of {origin}."
 
 
-def _run_one(step: Step, program: Program, instruments: Sequence[Instrument]) -> None:
+def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrument]) -> None:
     current = step.current
     for instrument in instruments:
         instrument.before(program, step)
     program.report = partial(_report, instruments, program, step)
     began = time.perf_counter()
     try:
-        gather(program, current.requests(program))
+        gather_statistics(program, current.requests(program))
         if current.preserves_function:
             result, preserved = _preserving(current, program)
         else:
@@ -156,15 +156,15 @@ def _run_one(step: Step, program: Program, instruments: Sequence[Instrument]) ->
         instrument.after(program, step, record)
 
 
-def _report(instruments: Sequence[Instrument], program: Program, step: Step, done: int, total: int) -> None:
+def _report(instruments: Sequence[Instrument], program: Program, step: PipelineStep, done: int, total: int) -> None:
     for instrument in instruments:
         instrument.segment(program, step, done, total)
 
 
 def _preserving(current: Pass, program: Program) -> tuple[PassResult, float]:
     """Run a pass that must keep the function, check that it did, and undo it if not."""
-    remember(program)
-    before, least = program.copy(), current.least_db(program)
+    record_outputs(program)
+    before, least = program.copy(), current.required_db(program)
     result = current.run(program)
     program.graph_module.recompile()
     try:

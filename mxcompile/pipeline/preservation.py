@@ -7,13 +7,13 @@ from mxcompile.graph.agreement import agreement_db, output_tensors
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold
 
-LEAST_DB = 100.0
+REQUIRED_DB = 100.0
 """What a fold in float32 keeps; rounding alone leaves 115 to 140 dB."""
-LEAST_DB_ROUNDED = 30.0
+REQUIRED_DB_HALF = 30.0
 """What is left at least where weights in half precision have to be rounded to it again; 40 to 50 dB are usual."""
 
 
-def remember(program: Program) -> None:
+def record_outputs(program: Program) -> None:
     """Keep the outputs on the example inputs, once, until a pass changes the function."""
     if program.outputs is None:
         program.outputs = _run(program)
@@ -29,7 +29,7 @@ def check_preserved(program: Program, before: Program, folds: tuple[Fold, ...], 
     outputs = _run(program)
     found, output = agreement_db(program.outputs, outputs)
     if found >= least:
-        program.outputs = program.outputs if found >= LEAST_DB else outputs
+        program.outputs = program.outputs if found >= REQUIRED_DB else outputs
         return found
     culprit = _first_at_fault(before, program.outputs, folds, least)
     raise PreservationError(

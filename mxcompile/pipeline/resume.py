@@ -8,19 +8,20 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mxcompile.checkpoint.atomic_files import atomic_file, discard_unfinished
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program
+from mxcompile.tensor.digest import tensor_bytes
 
 _RUN = "run.txt"
 
 
-class Resume:
+class ResumeFolder:
     """The folder of one run; made if it does not exist. place: the pass at work, in front of the name of each part.
 
     Raises InputError if the folder holds the parts of another run, or is not empty and no such folder.
@@ -40,7 +41,9 @@ class Resume:
         if not known.exists():
             if any(self.folder.iterdir()):
                 raise InputError(f"{self.folder} holds other files: name an empty folder")
-            _write(known, run.encode())
+            with atomic_file(known) as staged:
+                staged.write_bytes(run.encode())
+        discard_unfinished(self.folder)
 
     def load(self, part: str) -> tuple[dict[str, Tensor], list[str]] | None:
         """Tensors and notes of a finished part, None if it is not finished."""
@@ -52,19 +55,13 @@ class Resume:
     def save(self, part: str, tensors: dict[str, Tensor], notes: list[str]) -> None:
         """Keep a finished part: all of it or nothing."""
         path = self._path(part)
-        _write(path.with_suffix(".json"), json.dumps(notes).encode())
-        whole = path.with_suffix(".incomplete")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, whole)
-        whole.replace(path)
+        with atomic_file(path.with_suffix(".json")) as staged:
+            staged.write_bytes(json.dumps(notes).encode())
+        with atomic_file(path) as staged:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, staged)
 
     def _path(self, part: str) -> Path:
         return self.folder / f"{self.place}-{part}.safetensors"
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _digest(text: bytes, batches: tuple[Inputs, ...]) -> str:
@@ -72,5 +69,5 @@ def _digest(text: bytes, batches: tuple[Inputs, ...]) -> str:
     for batch in batches:
         for tensor in batch.tensors():
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

@@ -20,7 +20,7 @@ _CALL = re.compile(r"\s*(?P<name>[a-z0-9-]+)\s*(\{(?P<options>.*)\})?\s*", re.DO
 
 
 @dataclass(frozen=True)
-class Option:
+class PassOption:
     """An option of a pass. values: what may be given, in words. default: in text form, None if it must be given."""
 
     name: str
@@ -28,10 +28,10 @@ class Option:
     default: str | None
 
 
-def options(kind: type) -> list[Option]:
+def options(kind: type) -> list[PassOption]:
     """The options of a pass's class, in order."""
     hints = get_type_hints(kind)
-    return [Option(f.name, _values(hints[f.name]), _default(f)) for f in _fields(kind)]
+    return [PassOption(f.name, _values(hints[f.name]), _default(f)) for f in _fields(kind)]
 
 
 def print_call(name: str, value: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import find_groups
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.run import Runner, arguments
+from mxcompile.calibration.run import Runner, bind_inputs
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
@@ -109,7 +109,7 @@ def test_piece_by_piece_is_the_whole(name):
     for segment in segments:
         sweep.advance(segment)
     gives = segments[-1].gives
-    whole = Runner(program).run_nodes(computing(program), arguments(program, program.example), None, gives)
+    whole = Runner(program).run_nodes(computing(program), bind_inputs(program, program.example), None, gives)
     assert gives
     assert all(torch.equal(sweep.states[0][node], whole[node]) for node in gives)
 

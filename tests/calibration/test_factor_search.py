@@ -12,13 +12,20 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold
 from mxcompile.analysis.segments import find_segments
-from mxcompile.calibration.altered_run import Altered
-from mxcompile.calibration.factor_search import Operand, normalized, output_error, powers, search, spread
-from mxcompile.calibration.fold_search import FoldsFound
-from mxcompile.calibration.group_facts import Facts, first_batches
+from mxcompile.calibration.altered_run import AlteredRun
+from mxcompile.calibration.factor_search import (
+    Operand,
+    normalize_factors,
+    output_error,
+    per_channel,
+    power_candidates,
+    search_factors,
+)
+from mxcompile.calibration.fold_search import FoldSearchResult
+from mxcompile.calibration.group_facts import GroupFacts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.run import Runner, Values
+from mxcompile.calibration.run import NodeValues, Runner
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.formats import MXFP4, MXINT4, MXINT8, MXFormat, activation_rule
 from mxcompile.graph.program import Program
@@ -76,7 +83,7 @@ def test_a_factor_that_takes_an_outlier_away_loses_less():
 
 
 def test_channels_without_a_factor_keep_theirs():
-    assert spread(torch.tensor([2.0, 4.0]), torch.tensor([1, -1, 0, 1])).tolist() == [4.0, 1.0, 2.0, 4.0]
+    assert per_channel(torch.tensor([2.0, 4.0]), torch.tensor([1, -1, 0, 1])).tolist() == [4.0, 1.0, 2.0, 4.0]
 
 
 # Candidates
@@ -89,17 +96,17 @@ def test_the_least_error_is_found_and_one_is_among_the_tried():
     def error(factors: Tensor) -> float:
         return (factors - target).abs().sum().item()
 
-    found = search(candidates, error, 2)
+    found = search_factors(candidates, error, 2)
     assert (found.factors.tolist(), found.error, found.error_before) == ([2.0, 1.0], 0.0, 1.0)
-    assert search([torch.tensor([9.0, 9.0])], error, 2).factors.tolist() == [1.0, 1.0]
+    assert search_factors([torch.tensor([9.0, 9.0])], error, 2).factors.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("error", [1.0, math.nan], ids=["no gain", "NaN"])
 def test_what_does_not_gain_is_not_folded(error, traced):
     program = traced("mlp")
     group = find_groups(program, choose(program).matmuls)[0][0]
-    found, before = FoldsFound(), program.tensor("up.weight")
-    found.add(program, group, search([torch.full((64,), 2.0)], lambda factors: error, group.count))
+    found, before = FoldSearchResult(), program.tensor("up.weight")
+    found.add(program, group, search_factors([torch.full((64,), 2.0)], lambda factors: error, group.count))
     assert [miss.reason for miss in found.misses] == ["no factors lose less than none"]
     assert found.folds == []
     assert program.tensor("up.weight") is before
@@ -109,7 +116,7 @@ def test_what_does_not_gain_is_not_folded(error, traced):
 @given(magnitudes)
 def test_normalized_factors(magnitude):
     """Around 1: extremes inverse to each other, at most 2^10 apart, in the order of the magnitudes."""
-    factors = normalized(magnitude)
+    factors = normalize_factors(magnitude)
     assert factors.isfinite().all()
     assert factors.min() >= 2.0**-5
     assert factors.max() <= 2.0**5
@@ -121,16 +128,16 @@ def test_normalized_factors(magnitude):
 @given(magnitudes, st.integers(1, 12), st.booleans())
 def test_candidates_for_any_magnitudes(magnitude, grid, both):
     """As many as asked for, positive and finite; the last is of the activations alone."""
-    found = list(powers(magnitude, magnitude.flip(0), grid, activation_alone=both))
+    found = list(power_candidates(magnitude, magnitude.flip(0), grid, activation_alone=both))
     assert len(found) == (2 * grid - 1 if both else grid)
     assert all((factors > 0).all() and factors.isfinite().all() for factors in found)
-    torch.testing.assert_close(found[-1], normalized(magnitude.clamp(min=1e-5)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[-1], normalize_factors(magnitude.clamp(min=1e-5)), rtol=1e-5, atol=0)
 
 
 def test_candidates_are_the_papers_factors():
     """x^a / w^(1-a) at a = 1/2 and 1, up to a factor common to all."""
     x, w = torch.rand(8) + 0.5, torch.rand(8) + 0.5
-    half, one = powers(x, w, 2, activation_alone=False)
+    half, one = power_candidates(x, w, 2, activation_alone=False)
     for found, wanted in ((half, (x / w).sqrt()), (one, x)):
         torch.testing.assert_close(found / found[0], wanted / wanted[0], rtol=1e-5, atol=0)
 
@@ -139,7 +146,7 @@ def test_candidates_are_the_papers_factors():
 
 
 @pytest.fixture(scope="module")
-def scene() -> tuple[Program, Facts, ScaleGroup]:
+def scene() -> tuple[Program, GroupFacts, ScaleGroup]:
     """An MLP of a llama with outliers, its batches and statistics, and the group of gate and up."""
     given = inputs("llama", 4, 16)
     program = trace(outliers(), given)
@@ -153,7 +160,7 @@ def scene() -> tuple[Program, Facts, ScaleGroup]:
     sweep.advance(mlp, observers)
     known = {value: {type(o): o.value for o in kinds} for value, kinds in observers.items()}
     (group,) = (group for group in groups if group.value is mlp.inputs[0])
-    return program, Facts(mlp, before, known), group
+    return program, GroupFacts(mlp, before, known), group
 
 
 def random_factors(group: ScaleGroup) -> Tensor:
@@ -169,11 +176,11 @@ def test_block_error_is_that_of_folding_and_rounding(factors, scene):
     folded, prepare = program.copy(), {}
     fold(folded, group, chosen)
     for matmul, channels in group.matmuls:
-        importance = facts.known[matmul.activation][ChannelImportance] / spread(chosen, channels).square()
+        importance = facts.known[matmul.activation][ChannelImportance] / per_channel(chosen, channels).square()
         folded.set_tensor(matmul.parameter, W4A8.round_weight(folded.tensor(matmul.parameter).detach(), importance))
         prepare[matmul] = W4A8.round_input
     (stream,) = facts.segment.gives
-    runs = Runner(program), Altered(folded, prepare)
+    runs = Runner(program), AlteredRun(folded, prepare)
     exact, given = (
         run.run_nodes(facts.segment.nodes, facts.before[0], None, [stream])[stream].flatten(0, -2) for run in runs
     )
@@ -201,7 +208,7 @@ def test_first_batches_hold_2048_tokens():
     """Whole batches until there are enough, all of them if there never are."""
     program = trace(llama(1), inputs("llama"))
     segment, *_ = find_segments(program, choose(program).matmuls)
-    states: list[Values] = [{segment.inputs[0]: torch.zeros(8, 128, 64)} for _ in range(5)]
+    states: list[NodeValues] = [{segment.inputs[0]: torch.zeros(8, 128, 64)} for _ in range(5)]
     assert len(first_batches(states, segment)) == 2
     assert len(first_batches(states[:1], segment)) == 1
     assert len(first_batches([{segment.inputs[0]: torch.zeros(1, 2000, 64)}] * 5, segment)) == 2

@@ -14,7 +14,7 @@ from models import build, inputs
 from torch import Tensor, nn
 
 from mxcompile.calibration.observers import ChannelAbsMax
-from mxcompile.calibration.run import Request, gather
+from mxcompile.calibration.run import Request, gather_statistics
 from mxcompile.errors import InputError, PassError
 from mxcompile.graph.inputs import Inputs, as_batches
 from mxcompile.graph.program import Program
@@ -46,7 +46,7 @@ def program(traced) -> Program:
 
 
 def measured(program: Program, calibration: object, *requests: Request) -> dict[tuple[str, str], Tensor]:
-    gather(program, requests or (Request("layer_norm", ChannelAbsMax),), as_batches(calibration))
+    gather_statistics(program, requests or (Request("layer_norm", ChannelAbsMax),), as_batches(calibration))
     return program.statistics
 
 
@@ -204,7 +204,7 @@ def test_several_statistics_in_one_run(program):
             yield Inputs((), inputs("mlp", 2, length))
 
     requests = [Request("layer_norm", ChannelAbsMax), Request("layer_norm", Count), Request("relu", Count)]
-    gather(program, requests, batches())
+    gather_statistics(program, requests, batches())
     assert runs == [3, 5]
     assert set(program.statistics) == {KEY, ("layer_norm", "Count"), ("relu", "Count")}
     assert program.statistics["layer_norm", "Count"].tolist() == [2 * 8 * 64, 2]
@@ -231,7 +231,7 @@ def test_nothing_to_gather_runs_nothing(known, program):
         yield
 
     program.statistics[KEY] = torch.ones(64)
-    gather(program, [Request("layer_norm", ChannelAbsMax)] if known else [], batches())
+    gather_statistics(program, [Request("layer_norm", ChannelAbsMax)] if known else [], batches())
     assert list(program.statistics) == [KEY]
 
 

@@ -10,8 +10,8 @@ from models import build, inputs, llama
 import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.quantizers import round_input
-from mxcompile.calibration.second_moments import Moments, added_to, expert_rows
-from mxcompile.calibration.streams import Streams
+from mxcompile.calibration.second_moments import SecondMoments, expert_rows, residual_operand
+from mxcompile.calibration.twin_run import TwinRun
 from mxcompile.formats import MXINT8
 from mxcompile.graph.inputs import as_inputs
 from mxcompile.numerics.column_rounding import IllConditionedError
@@ -26,7 +26,7 @@ def test_the_target_is_the_least_squares_weight():
     """Exact outputs from inexact inputs, and what the residual lacks, by torch's own solver."""
     exact, weight, lost = values(200, 8), values(5, 8, seed=1), values(200, 5, seed=2)
     x = exact + 0.3 * values(200, 8, seed=3)
-    moments = Moments(8, x.device)
+    moments = SecondMoments(8, x.device)
     for part in range(0, 200, 50):  # a batch at a time
         rows = slice(part, part + 50)
         moments.update(x[rows], exact[rows], {"linear": lost[rows]})
@@ -48,7 +48,7 @@ def test_outputs_say_the_same_as_inputs():
     for size in (8, 300, 600):
         exact, weight = values(2 * size, size), values(5, size, seed=1)
         x = exact + 0.3 * values(2 * size, size, seed=3)
-        by_input, by_output = (Moments(size, x.device) for _ in range(2))
+        by_input, by_output = (SecondMoments(size, x.device) for _ in range(2))
         for rows in (slice(0, size), slice(size, 2 * size)):
             by_input.update(x[rows], exact[rows])
             by_output.update(x[rows], made={"linear": exact[rows] @ weight.T})
@@ -61,7 +61,7 @@ def test_outputs_say_the_same_as_inputs():
 def test_second_moments_are_those_of_all_tokens():
     for size in (1, 130, 513):
         x = values(64, size)
-        moments = Moments(size, x.device)
+        moments = SecondMoments(size, x.device)
         for part in x.split(24):
             moments.update(part)
         weighted = torch.cat([part * token_weights(part) for part in x.split(24)])
@@ -70,7 +70,7 @@ def test_second_moments_are_those_of_all_tokens():
 
 
 def test_a_target_that_cannot_be_solved_for_is_an_error():
-    moments = Moments(4, torch.device("cpu"))
+    moments = SecondMoments(4, torch.device("cpu"))
     moments.update(torch.zeros(3, 4), torch.ones(3, 4))
     with pytest.raises(IllConditionedError, match="cannot be solved for"):
         moments.target({"linear": torch.ones(2, 4)}, 0.01, 1.0)
@@ -78,7 +78,7 @@ def test_a_target_that_cannot_be_solved_for_is_an_error():
 
 def test_what_outputs_are_added_to():
     program = mxcompile.trace(build("llama"), inputs("llama"))
-    found = {matmul.parameter.split(".")[-2]: added_to(matmul) for matmul in choose(program).matmuls}
+    found = {matmul.parameter.split(".")[-2]: residual_operand(matmul) for matmul in choose(program).matmuls}
     assert [name for name, node in found.items() if node is not None] == ["o_proj", "down_proj"]
     (stream,) = [node for node in found["down_proj"].users if node.target is torch.ops.aten.add.Tensor]
     assert stream.args[0] is found["down_proj"]
@@ -99,13 +99,13 @@ def test_streams_agree_until_something_is_rounded(activation):
     batches = [inputs("llama", 4, 16, seed=seed) for seed in range(2)]
     program = mxcompile.trace(llama(2), batches[0])
     program.batches = tuple(as_inputs(batch) for batch in batches)
-    streams = Streams(program, choose(program).matmuls, partial(round_input, activation), with_exact=True)
-    for segment in streams.segments:
-        (moments,) = streams.moments(segment, segment.reading(segment.inputs[0]), residual=True)
+    twin_run = TwinRun(program, choose(program).matmuls, partial(round_input, activation), with_exact=True)
+    for segment in twin_run.segments:
+        (moments,) = twin_run.moments(segment, segment.reading(segment.inputs[0]), residual=True)
         assert moments.lacking is not None
         share = (moments.lacking.norm() / moments.inputs.norm()).item()
         assert share == 0 if activation is None else 0 < share < 0.02
-        streams.advance(segment)
+        twin_run.advance(segment)
 
 
 def test_exact_weights_are_let_go_behind_their_segment():
@@ -115,10 +115,10 @@ def test_exact_weights_are_let_go_behind_their_segment():
     for name in names:
         program.set_tensor(name, program.tensor(name).detach() * 2)
     held = [weakref.ref(program.tensor(name)) for name in names]
-    streams = Streams(program, choose(program).matmuls, partial(round_input, None), with_exact=True)
-    for segment in streams.segments:
+    twin_run = TwinRun(program, choose(program).matmuls, partial(round_input, None), with_exact=True)
+    for segment in twin_run.segments:
         for matmul in segment.matmuls:
             program.set_tensor(matmul.parameter, program.tensor(matmul.parameter).detach() * 3)
         assert all(held[names.index(matmul.parameter)]() is not None for matmul in segment.matmuls)
-        streams.advance(segment)
+        twin_run.advance(segment)
         assert all(held[names.index(matmul.parameter)]() is None for matmul in segment.matmuls)

@@ -1,5 +1,5 @@
 """Sweep: batches go through a program piece by piece, held as little as possible; what is changed on the way is seen
-behind it. Altered: the same program with other tensors and prepared inputs, left as it is.
+behind it. AlteredRun: the same program with other tensors and prepared inputs, left as it is.
 """
 
 import pytest
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.altered_run import Altered
+from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.observers import ChannelAbsMax, ChannelImportance
-from mxcompile.calibration.run import Request, Runner, arguments, gather
+from mxcompile.calibration.run import Request, Runner, bind_inputs, gather_statistics
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import Inputs
@@ -120,7 +120,7 @@ def test_later_segments_see_a_replaced_weight(program):
     for weights, same in ((program, True), (before, False)):
         nodes = {node.name: node for node in weights.graph.nodes}
         run = [nodes[node.name] for node in (*first.nodes, *second.nodes)]
-        whole = Runner(weights).run_nodes(run, arguments(weights, weights.example), None, [nodes[stream.name]])
+        whole = Runner(weights).run_nodes(run, bind_inputs(weights, weights.example), None, [nodes[stream.name]])
         assert torch.equal(sweep.states[0][stream], whole[nodes[stream.name]]) == same
 
 
@@ -130,7 +130,7 @@ def test_later_segments_see_a_replaced_weight(program):
 def test_observers_see_what_gather_sees(program):
     given, segments = batches((2, 8), (1, 5)), cut(program)
     values = [value for segment in segments for value in segment.inputs]
-    gather(
+    gather_statistics(
         program, [Request(value.name, kind) for value in values for kind in (ChannelAbsMax, ChannelImportance)], given
     )
     sweep = Sweep(program, given)
@@ -241,7 +241,7 @@ def test_a_model_that_writes_in_place_can_be_looked_at():
     assert torch.equal(sums[-1], program(x))
 
 
-# Altered
+# AlteredRun
 
 
 def test_a_prepared_input_is_prepared_once_for_all_its_readers(program):
@@ -254,9 +254,9 @@ def test_a_prepared_input_is_prepared_once_for_all_its_readers(program):
         return x / 2
 
     value = first.inputs[0]
-    altered = Altered(program, dict.fromkeys(first.reading(value), halved))
+    altered = AlteredRun(program, dict.fromkeys(first.reading(value), halved))
     nodes = [matmul.node for matmul in first.reading(value)]
-    given = arguments(program, program.example)
+    given = bind_inputs(program, program.example)
     found = altered.run_nodes(first.nodes, given, None, [*nodes, value])
     plain = Runner(program).run_nodes(first.nodes, given, None, [*nodes, value])
     assert len(calls) == 1
@@ -271,8 +271,8 @@ def test_a_replaced_tensor(program):
     first, *_ = cut(program)
     name = first.matmuls[0].parameter
     other = program.tensor(name).detach() * 3
-    given, before = arguments(program, program.example), program.tensor(name)
-    altered = Altered(program, {}, {name: other})
+    given, before = bind_inputs(program, program.example), program.tensor(name)
+    altered = AlteredRun(program, {}, {name: other})
     found = altered.run_nodes(first.nodes, given, None, first.gives)
     plain = Runner(program).run_nodes(first.nodes, given, None, first.gives)
     assert program.tensor(name) is before

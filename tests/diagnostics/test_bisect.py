@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import mxcompile
 from mxcompile import Pass, PassResult, Pipeline, bisect
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.hybrid_run import Hybrid, find_changes
+from mxcompile.calibration.hybrid_run import HybridRun, find_changes
 from mxcompile.calibration.run import run_outputs
 from mxcompile.cli.app import app
 from mxcompile.errors import InputError
@@ -180,7 +180,7 @@ def test_a_set_that_holds_the_threshold_and_cannot_be_smaller(model, share):
     before = mxcompile.trace(model, x)
     after = recipe.run(before)
     wanted, changes = before(**x).logits, find_changes(before, after)
-    runner = Hybrid(before, after)
+    runner = HybridRun(before, after)
     for back in found.guilty:
         runner.apply(c for c in changes if c.name not in found.guilty or c.name == back)
         assert kl_divergence(wanted, run_outputs(runner, before, before.example).logits) > found.threshold
@@ -191,7 +191,7 @@ def test_all_changes_are_the_program_after_and_none_the_one_before(model, text):
     x = inputs("llama", 4, 16)
     before = mxcompile.trace(model, x)
     after = Pipeline.parse(text).run(before)
-    runner = Hybrid(before, after)
+    runner = HybridRun(before, after)
     changes = find_changes(before, after)
     runner.apply(changes)
     assert torch.equal(run_outputs(runner, before, before.example).logits, after(**x).logits)

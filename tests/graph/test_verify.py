@@ -14,7 +14,7 @@ from mxcompile.graph.edit import insert_call
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import PassResult
 from mxcompile.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DEQUANTIZE
-from mxcompile.pipeline.interfaces import Instrument, Pass, Step
+from mxcompile.pipeline.interfaces import Instrument, Pass, PipelineStep
 from mxcompile.pipeline.pipeline import Pipeline
 
 PIPELINES = {
@@ -112,7 +112,7 @@ def test_a_pass_that_leaves_an_invalid_program(how, program):
     failures = []
 
     class Watch(Instrument):
-        def failed(self, program: Program, step: Step, error: Exception) -> None:
+        def failed(self, program: Program, step: PipelineStep, error: Exception) -> None:
             failures.append((step.current.name, error))
 
         def after(self, *_: object) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.observers import ChannelImportance
-from mxcompile.calibration.run import Request, gather
+from mxcompile.calibration.run import Request, gather_statistics
 from mxcompile.graph.inputs import as_batches
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline.pipeline import Pipeline
@@ -207,7 +207,7 @@ def test_importance_is_what_would_be_measured_after_the_folds(length, tolerance,
     model, batches = outliers[0], [inputs("llama", 1, length, seed=seed) for seed in range(12)]
     program, batches = folded((model, batches), f"{FOLD} | smooth-quant{{through_linears=true}}")
     matmuls = choose(program).matmuls
-    gather(program, [Request(m.activation.name, ChannelImportance) for m in matmuls], as_batches(batches))
+    gather_statistics(program, [Request(m.activation.name, ChannelImportance) for m in matmuls], as_batches(batches))
     for matmul in matmuls:
         anew = program.statistics[matmul.activation.name, "ChannelImportance"]
         torch.testing.assert_close(program.importance[matmul.parameter], anew, rtol=tolerance, atol=0)

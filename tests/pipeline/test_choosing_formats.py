@@ -10,6 +10,7 @@ import mxcompile
 from mxcompile import Pass, PassResult, Pipeline, Request, observers
 from mxcompile.analysis.layers import find_layers
 from mxcompile.formats import MXFP8_E4M3, MXINT4, MXINT8, ScaleRule
+from mxcompile.graph.name_patterns import Selection
 from mxcompile.numerics.metrics import rounding_db, sqnr_db
 from mxcompile.numerics.reference import quantize_dequantize
 
@@ -54,7 +55,7 @@ def test_passes_behind_it_take_the_format(traced, text):
 @pytest.mark.parametrize("text", PIPELINES)
 def test_none_leaves_a_layer_in_float_and_says_so(traced, text):
     program = traced("mlp")
-    program.selection = mxcompile.selection.Selection(allow_partial=True)
+    program.selection = Selection(allow_partial=True)
     lowered = Pipeline.parse(f"chosen{{plain=up.weight}} | {text}", passes=[Chosen]).run(program)
     assert formats_of(lowered) == {"up.weight": None, "down.weight": "mxint8"}
     assert [miss.reason for miss in lowered.ledger[-1].misses] == ["left in float: chosen by a pass"]

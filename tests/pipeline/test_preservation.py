@@ -22,7 +22,7 @@ from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.pipeline import Pipeline
-from mxcompile.pipeline.preservation import LEAST_DB
+from mxcompile.pipeline.preservation import REQUIRED_DB
 
 
 def scaled(name: str, factor: float) -> Callable[[Program], None]:
@@ -141,8 +141,8 @@ def test_a_pass_that_claims_nothing_is_not_checked(program, forwards):
 def test_the_agreement_is_in_the_ledger(program):
     after = Pipeline([SmoothQuant(), Steps(), RoundWeights(MXINT8), LowerMX(MXINT8)]).run(program)
     smooth, steps, rounded, lowered = (record.preserved_db for record in after.ledger)
-    assert LEAST_DB < smooth < math.inf
-    assert steps > LEAST_DB
+    assert REQUIRED_DB < smooth < math.inf
+    assert steps > REQUIRED_DB
     assert (rounded, lowered) == (None, None)
 
 

@@ -6,7 +6,7 @@ More than the 40 examples: MXCOMPILE_EXAMPLES=500 python -m pytest tests/analysi
 import os
 
 import torch
-from fold_nets import LEAST_DB, SHAPES, whole_exponents
+from fold_nets import REQUIRED_DB, SHAPES, whole_exponents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -156,4 +156,4 @@ def test_random_graphs_keep_their_function(steps, left_out):
         fold(program, group, torch.exp2(whole_exponents(group.count)))
     for call, outputs in zip(calls, before, strict=True):
         for wanted, found in zip(outputs, program(call), strict=True):
-            assert not wanted.isfinite().all() or sqnr_db(wanted, found) >= LEAST_DB
+            assert not wanted.isfinite().all() or sqnr_db(wanted, found) >= REQUIRED_DB

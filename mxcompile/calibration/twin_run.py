@@ -9,16 +9,16 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.altered_run import Altered, Prepare
-from mxcompile.calibration.run import Values
-from mxcompile.calibration.second_moments import Moments, added_to, expert_offsets, expert_rows
+from mxcompile.calibration.altered_run import AlteredRun, Prepare
+from mxcompile.calibration.run import NodeValues
+from mxcompile.calibration.second_moments import SecondMoments, expert_offsets, expert_rows, residual_operand
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.program import Program
 
 _HELD = 4 << 30
 
 
-class Streams:
+class TwinRun:
     """segments: of the program, to be gone through in order. prepare: rounds the input of every matmul as at run time.
 
     with_exact: also run the program as it is now, unrounded, to see what is lost.
@@ -27,7 +27,7 @@ class Streams:
     def __init__(self, program: Program, matmuls: Sequence[Matmul], prepare: Prepare, with_exact: bool) -> None:
         self.segments = find_segments(program, matmuls)
         self._prepare = prepare
-        runner = Altered(program, dict.fromkeys(matmuls, self._prepare))
+        runner = AlteredRun(program, dict.fromkeys(matmuls, self._prepare))
         self._rounded = Sweep(program, program.batches, runner)
         self._twins: dict[Segment, Segment] = {}
         self._nodes: dict[str, Node] = {}
@@ -47,7 +47,7 @@ class Streams:
             self._exact.advance(self._twins[segment])
             self._forget(self._twins[segment])
 
-    def moments(self, segment: Segment, readers: Sequence[Matmul], residual: bool) -> list[Moments]:
+    def moments(self, segment: Segment, readers: Sequence[Matmul], residual: bool) -> list[SecondMoments]:
         """Second moments of the value that some matmuls of a segment read; one for each expert of a 3-D weight.
 
         What the value lacks is seen if the exact model runs too, and not for experts, whose tokens may differ;
@@ -59,13 +59,13 @@ class Streams:
         self._approach(segment, first.activation, exactly)
         if len(shape) == 3:
             return self._expert_moments(segment, first, int(shape[0]))
-        added = {matmul.node.name: added_to(matmul) for matmul in readers} if residual else {}
+        added = {matmul.node.name: residual_operand(matmul) for matmul in readers} if residual else {}
         others = {name: node for name, node in added.items() if node is not None}
-        found: Moments | None = None
+        found: SecondMoments | None = None
         for values, exact in self._pairs(segment, [first.activation, *others.values()], [exactly, *others.values()]):
             x = self._prepare(values[first.activation])
             rows = x.reshape(-1, x.shape[-1])
-            found = found or Moments(x.shape[-1], x.device)
+            found = found or SecondMoments(x.shape[-1], x.device)
             if exact is None:
                 found.update(rows)
                 continue
@@ -79,12 +79,12 @@ class Streams:
         assert found is not None
         return [found]
 
-    def _expert_moments(self, segment: Segment, matmul: Matmul, experts: int) -> list[Moments]:
+    def _expert_moments(self, segment: Segment, matmul: Matmul, experts: int) -> list[SecondMoments]:
         offsets = expert_offsets(matmul)
-        found: list[Moments] = []
+        found: list[SecondMoments] = []
         for values in self._rounded.values(segment, [matmul.activation, *([offsets] if offsets else [])]):
             x = self._prepare(values[matmul.activation])
-            found = found or [Moments(x.shape[-1], x.device) for _ in range(experts)]
+            found = found or [SecondMoments(x.shape[-1], x.device) for _ in range(experts)]
             parts = expert_rows(x, None if offsets is None else values[offsets], experts)
             for known, rows in zip(found, parts, strict=True):
                 known.update(rows)
@@ -104,7 +104,7 @@ class Streams:
 
     def _pairs(
         self, segment: Segment, nodes: Sequence[Node], exactly: Sequence[Node]
-    ) -> Iterator[tuple[Values, Values | None]]:
+    ) -> Iterator[tuple[NodeValues, NodeValues | None]]:
         rounded = self._rounded.values(segment, nodes)
         if self._exact is None:
             return zip(rounded, repeat(None), strict=False)
