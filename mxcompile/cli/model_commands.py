@@ -157,9 +157,7 @@ def explain(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Print which kernel will serve each layer on a device and why, its bytes, what stays float, and what that means
-    for speed. Nothing is quantized.
-    """
+    """Print which kernel runs each layer on a device and why, its bytes, and what stays float; nothing is quantized."""
     messages().print(f"loading {model or smollm2.NAME}", markup=False)
     loaded, tokenizer = load_model(model)
     example = {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids}

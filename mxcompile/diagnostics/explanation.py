@@ -1,4 +1,4 @@
-"""What `explain` has found out: layers alike in a row each, and in words what decides how fast the model will be."""
+"""The result of `explain`: the kernel selected for each group of similar layers, and why it was not a better one."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -9,29 +9,21 @@ from rich.console import Console
 from rich.table import Table
 
 from mxcompile.diagnostics.tables import table
-from mxcompile.formats import parse_format
 
 FLOAT, LOOKUP, UNFUSED = "torch", "lookup", "unfused"
 CPU, CPU_DECODED, PLANES, TRITON, REFERENCE = "cpu", "decoded", "planes", "triton_linear", "reference"
 FP8: Final = "fp8"
 MEANINGS: Final = {
-    FLOAT: "a float weight, multiplied by torch",
-    LOOKUP: "the packed rows that are looked up are decoded",
-    CPU: "the CPU kernel multiplies packed weights as they are",
-    CPU_DECODED: "the CPU kernel decodes the layer into a buffer, which torch multiplies",
-    PLANES: "the GPU's fast kernel, on weights that are arranged for it when the model is compiled",
-    FP8: "planes; from 512 tokens on, weights and rounded inputs as e4m3 numbers, at twice the rate of bfloat16",
-    TRITON: "the GPU's plain kernel decodes packed weights inside the product",
-    REFERENCE: "no kernel: the weight is decoded in plain PyTorch at every call, then multiplied",
-    UNFUSED: "the whole weight is decoded at every call, then torch multiplies",
+    FLOAT: "float weight, multiplied by torch",
+    LOOKUP: "embedding lookup, decodes only the rows that it reads",
+    CPU: "C++ kernel, multiplies packed weights without decoding them to memory",
+    CPU_DECODED: "C++ kernel decodes the weight into a buffer, torch multiplies",
+    PLANES: "fused GPU kernel; compiling converts the weight to the planar layout",
+    FP8: "as planes, and for 512 tokens or more an FP8 (e4m3) matmul",
+    TRITON: "Triton kernel, decodes packed weights inside the matmul",
+    REFERENCE: "no kernel; every call decodes the whole weight in plain PyTorch, then multiplies",
+    UNFUSED: "no fused kernel; every call decodes the whole weight, then torch multiplies",
 }
-SPEEDS_ON_CPU: Final = {4: (2.0, 0.9), 8: (1.1, 0.9)}
-"""Tokens a second over those of the fastest float model, by bits of the weights: generated, and of a prompt.
-
-SmolLM2-135M in bfloat16 with inputs in mxint8, compiled, on 2 cores (`benchmarks/results/decode-cpu.jsonl`).
-"""
-SPEEDS_ON_GPU: Final = {4: 2.8, 6: 2.1, 8: 1.8}
-"""Time of cuBLAS in bfloat16 over that of the fused products, one token (`benchmarks/results/gemm-h100.jsonl`)."""
 
 
 @dataclass(frozen=True)
@@ -114,22 +106,21 @@ class Explanation:
             console.print(line, markup=False)
 
     def conclusions(self) -> Iterator[str]:
-        """How large the model gets, whether it gets faster, and what decides that."""
+        """The model's size, how many weights are decoded on every call, and what stays float."""
         share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
         before, after = self.bytes_before / 1e6, self.bytes_after / 1e6
         yield f"whole model: {before:.1f} -> {after:.1f} MB ({share:.0%})"
         if not self.quantized:
-            yield "nothing is quantized: it stays as fast as it is"
+            yield "nothing is quantized"
             return
         if self.uncompiled is not None:
-            yield f"{self.uncompiled}: every operation runs by itself"
+            yield f"{self.uncompiled}: the model runs uncompiled, nothing is fused"
         unfused = [layer for layer in self.quantized if layer.decode in (UNFUSED, REFERENCE)]
         if unfused:
             layers = sum(layer.count for layer in unfused)
-            yield f"{layers} of {sum(layer.count for layer in self.quantized)} MX weights are decoded at every call"
-        if covered := self._not_covered():
-            yield covered
-        yield self._verdict()
+            yield f"{layers} of {sum(layer.count for layer in self.quantized)} MX weights are decoded on every call"
+        if uncovered := self._not_covered():
+            yield uncovered
 
     def _reasons(self) -> Iterator[str]:
         found: dict[str, list[str]] = {}
@@ -142,41 +133,12 @@ class Explanation:
             yield f"- {listed}: {reason}"
 
     def _not_covered(self) -> str | None:
-        """What of the matmul weights stays float, and is read for every token."""
+        """The float share of the matmul weight bytes that every token reads."""
         left = sum(layer.bytes_before for layer in self.left_float)
         total = left + sum(layer.bytes_after for layer in self.quantized)
         if not left or not total:
             return None
-        return f"matmul weights that stay float are {left / total:.0%} of the bytes that are read for every token"
-
-    def _verdict(self) -> str:
-        kernels = {layer.decode for layer in self.quantized}
-        if kernels & {UNFUSED, REFERENCE}:
-            return "slower than float, as far as such layers go: decoding writes out what a float model only reads"
-        if kernels == {PLANES}:
-            bits = max(parse_format(layer.weight or "").bits for layer in self.quantized)
-            return (
-                f"its products are faster than float on a GPU: with weights in {bits} bits those of a Llama-3-8B layer "
-                f"were {SPEEDS_ON_GPU[bits]:g} times as fast as cuBLAS in bfloat16 on an H100, for one token; a whole "
-                "model gains less, as attention and what is left in float stay as they are"
-            )
-        if kernels & {TRITON, PLANES}:
-            return (
-                "faster or not on a GPU: not measured for whole models; its kernel is right for all shapes, not tuned"
-            )
-        if CPU not in kernels or self.uncompiled is not None:
-            return "faster or not: nothing like it has been measured"
-        bits = 4 if all(parse_format(layer.weight or "").bits <= 4 for layer in self.quantized) else 8
-        decode, prefill = SPEEDS_ON_CPU[bits]
-        return (
-            f"{_faster(decode)} than float at generating on a CPU, {_faster(prefill)} at reading a prompt: "
-            f"SmolLM2-135M with weights in {bits} bits did {decode:g} and {prefill:g} times the tokens a second of its "
-            "fastest float self"
-        )
-
-
-def _faster(ratio: float) -> str:
-    return "faster" if ratio > 1 else "slower"
+        return f"{left / total:.0%} of the matmul weight bytes that every token reads stay float"
 
 
 def grouped(layers: Iterable[Served]) -> tuple[Served, ...]:
