@@ -1,6 +1,7 @@
-"""Observers: what calibration measures of a value, batch by batch.
+"""Observers: statistics of a value, accumulated batch by batch.
 
-An observer holds plain tensors and can be merged with another of its kind, so that batches may be split over devices.
+An observer holds plain tensors. `merge` adds the batches of another observer of the same kind, so that calibration can
+be split over devices or processes and the statistics combined afterwards.
 """
 
 from typing import Protocol
@@ -14,19 +15,23 @@ from mxcompile.numerics.row_slices import row_slices
 
 
 class Observer(Protocol):
-    """Sees a value `[..., channels]` once a batch."""
+    """Accumulates a statistic of a value `[..., channels]`."""
 
     def update(self, x: Tensor) -> None:
-        """Take one batch into account."""
+        """Add one batch."""
         ...
 
     def merge(self, other: "Observer") -> None:
-        """Take everything into account that another observer of the same kind has seen."""
+        """Add all batches of another observer of the same kind, which stays as it is.
+
+        For calibration split over devices: each device feeds its share of the batches to its own observer, and the
+        merged observer has the statistic of all batches.
+        """
         ...
 
     @property
     def value(self) -> Tensor:
-        """The statistic so far."""
+        """The statistic of all batches so far."""
         ...
 
 
@@ -42,7 +47,7 @@ class ChannelAbsMax:
             self._take(x.detach().abs().reshape(-1, x.shape[-1]).amax(0).to(torch.float32))
 
     def merge(self, other: Observer) -> None:
-        """The larger of the two, channel by channel."""
+        """Combine with the abs-max over another device's batches: the elementwise maximum."""
         if not isinstance(other, ChannelAbsMax) or other._value is not None:
             self._take(other.value)
 
@@ -58,7 +63,7 @@ class ChannelAbsMax:
 
 
 class _ChannelMean:
-    """Mean of something over all tokens, for each channel, float32 `[channels]`."""
+    """Mean over all tokens of a quantity of each channel, float32 `[channels]`."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -71,7 +76,7 @@ class _ChannelMean:
             self._take(self._total(rows), len(rows))
 
     def merge(self, other: Observer) -> None:
-        """The mean over what both have seen."""
+        """Combine with the mean over another device's batches: the mean over all tokens of both."""
         if isinstance(other, type(self)) and other._sum is not None:
             self._take(other._sum, other._count)
 
@@ -99,14 +104,14 @@ class ChannelMeanAbs(_ChannelMean):
 
 
 class ChannelImportance(_ChannelMean):
-    """Mean square of each channel (last dimension), float32 `[channels]`, nowhere 0, tokens of great energy capped.
+    """Mean square of each channel (last dimension), float32 `[channels]`, above 0; high-energy tokens are capped.
 
     A token counts with at most four times the median energy of its batch (`importance.token_weights`).
     """
 
     @property
     def value(self) -> Tensor:
-        """Float32 `[channels]`, at least a little everywhere; raises if nothing has been seen."""
+        """Float32 `[channels]`, with a floor above 0; raises if nothing has been seen."""
         return floored(super().value)
 
     def _total(self, rows: Tensor) -> Tensor:
@@ -115,7 +120,7 @@ class ChannelImportance(_ChannelMean):
 
 
 class RotatedObserver:
-    """Shows another observer the value rotated over blocks of its channels (`hadamard.py`)."""
+    """Feeds another observer with the value rotated over blocks of channels (`hadamard.py`)."""
 
     def __init__(self, inner: Observer, block: int) -> None:
         self.inner, self.block = inner, block
@@ -125,22 +130,22 @@ class RotatedObserver:
         self.inner.update(rotate_input(x, self.block))
 
     def merge(self, other: Observer) -> None:
-        """What the other one has shown too."""
+        """Merge the inner observers, if both rotate over blocks of the same size."""
         if isinstance(other, RotatedObserver) and other.block == self.block:
             self.inner.merge(other.inner)
 
     @property
     def value(self) -> Tensor:
-        """The inner one's."""
+        """The value of the inner observer."""
         return self.inner.value
 
 
 class TokenSample:
-    """Up to 512 of a value's tokens, float32 `[tokens, channels]`: the 32 of largest norm, the others drawn evenly.
+    """Up to 512 tokens of a value, float32 `[tokens, channels]`: the 32 of largest norm, the others drawn uniformly.
 
-    The largest are those that attention sinks make; a model breaks if they come out wrong, and few as they are, an even
-    draw would miss them. Every token has a key, its norm or a random number, and those with the best keys are kept, so
-    that samples of parts of the data merge into a sample of the whole.
+    The largest tokens are those of attention sinks: a model breaks if they are wrong, and a uniform draw would miss
+    them, as they are few. Every token has a random key; the largest tokens and those with the smallest keys are kept,
+    so that merged samples are a sample of all the data.
     """
 
     SIZE, LARGEST = 512, 32
@@ -157,7 +162,7 @@ class TokenSample:
             self._take(rows, torch.rand(len(rows), generator=self._generator))
 
     def merge(self, other: Observer) -> None:
-        """A sample of what both have seen."""
+        """Combine with the sample of another device's batches: a sample of all tokens of both."""
         if isinstance(other, TokenSample) and other._rows is not None:
             self._take(other._rows, other._keys)
 

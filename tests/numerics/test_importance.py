@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.formats import FORMATS, MXINT4, ScaleRule
 from mxcompile.numerics import reference
 from mxcompile.numerics.importance import floored, round_weighted, token_weights
@@ -57,40 +56,3 @@ def test_a_token_of_great_energy_counts_four_times_the_median():
     padded = torch.cat((x, torch.zeros(30, 4)))
     assert torch.equal(token_weights(padded)[:9], token_weights(x))
     assert floored(torch.zeros(4)).gt(0).all()
-
-
-# Measured over batches
-
-
-def observed(*batches):
-    observer = ChannelImportance()
-    for batch in batches:
-        observer.update(batch)
-    return observer
-
-
-@pytest.mark.parametrize("cut", [0, 1, 3])
-def test_merged_observers_equal_one_pass(cut):
-    """Bit for bit where one has seen nothing, else up to the order of a float64 sum; the other is left alone."""
-    batches = [torch.randn(*shape, 8) * 10.0**place for place, shape in enumerate([(2, 3), (5,), (4, 1)])]
-    left, right = observed(*batches[:cut]), observed(*batches[cut:])
-    left.merge(right)
-    torch.testing.assert_close(left.value, observed(*batches).value, rtol=1e-6, atol=0)
-    if cut < 3:
-        assert torch.equal(right.value, observed(*batches[cut:]).value)
-
-
-def test_importance_is_the_mean_square_with_great_tokens_capped():
-    """Nine tokens of 1 and one of 100: in its batch it counts as 4 x 1, in a batch of its own as it is."""
-    ones, great = torch.ones(9, 4), torch.full((1, 4), 100.0)
-    together, apart = observed(torch.cat((ones, great))), observed(ones, great)
-    torch.testing.assert_close(together.value, torch.full((4,), (9 + 4.0) / 10), rtol=1e-6, atol=0)
-    torch.testing.assert_close(apart.value, torch.full((4,), (9 + 100.0**2) / 10), rtol=1e-6, atol=0)
-
-
-def test_a_channel_that_was_never_seen_still_counts():
-    x = torch.ones(4, 3)
-    x[:, 1] = 0.0
-    assert observed(x).value[1] == pytest.approx(2 / 3 * 1e-6, rel=1e-5)
-    with pytest.raises(RuntimeError, match="the observer has seen no data"):
-        _ = observed(torch.empty(0, 3)).value
