@@ -1,1 +1,1 @@
-"""Statistics of values: batches in, observers on chosen values, one run of the graph over them."""
+"""Calibration: run batches through a Program, collect statistics of its values, search and train on them."""

@@ -1,4 +1,4 @@
-"""A Program run as it would be with some matmul inputs prepared and some tensors replaced, without rewriting it."""
+"""Run a Program with some matmul inputs transformed and some tensors replaced, without rewriting its graph."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ Prepare = Callable[[Tensor], Tensor]
 
 
 class AlteredRun(Runner):
-    """prepare: what a matmul does to its input, for some matmuls. tensors: other values for some of the tensors.
+    """prepare: the function that a matmul applies to its input, for some matmuls. tensors: replacements, by name.
 
     Both may be changed between two runs.
     """
@@ -28,7 +28,7 @@ class AlteredRun(Runner):
         self._last: tuple[Any, Any, Tensor] | None = None
 
     def run_node(self, n: Node) -> Any:
-        """Compute a node, a matmul on its prepared input."""
+        """Compute a node; a matmul reads its prepared input."""
         if n not in self.prepare:
             return super().run_node(n)
         activation, function = self.prepare[n]
@@ -39,12 +39,12 @@ class AlteredRun(Runner):
         return result
 
     def parameter(self, node: Node) -> Tensor:
-        """The tensor that a `get_attr` node reads, or what stands in its place."""
+        """The tensor that a `get_attr` node reads, or its replacement."""
         replacement = self.tensors.get(str(node.target))
         return super().parameter(node) if replacement is None else replacement
 
     def _prepared(self, value: Tensor, function: Prepare) -> Tensor:
-        """Matmuls that share a value and its preparation (q, k, v) prepare it once."""
+        """prepare(value), computed once for matmuls that share value and function (q, k, v)."""
         if self._last is None or self._last[0] is not value or self._last[1] is not function:
             self._last = (value, function, function(value))
         return self._last[2]

@@ -1,4 +1,4 @@
-"""Gradient descent on some tensors of a Program, towards what another Program says to the same batches."""
+"""Knowledge distillation: train some tensors of a Program towards the outputs of another Program."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
@@ -18,7 +18,7 @@ _ROWS, _SMALLEST_UNIT = 1024, 1e-3
 
 
 class Distillation:
-    """student: runs the program being trained. exact: what it is trained towards, run as it is."""
+    """student: runs `program`, whose tensors are trained. exact: the teacher, run unchanged."""
 
     def __init__(self, program: Program, student: AlteredRun, exact: Program) -> None:
         self._program, self._student, self._exact = program, student, exact
@@ -26,22 +26,22 @@ class Distillation:
         self._heads = {int(matmul.node.meta["val"].shape[-1]) for matmul in matmuls}
 
     def loss(self, batch: Inputs) -> Tensor:
-        """Mean KL(exact || student) of predictions; the relative squared error of outputs that are none."""
-        wanted = self._outputs(self._exact, Runner(self._exact), batch)
-        given = self._outputs(self._program, self._student, batch)
-        return torch.stack([self._distance(value, given[name]) for name, value in wanted.items()]).sum()
+        """Mean KL(exact || student) for logits; relative squared error for other outputs. Summed over the outputs."""
+        expected = self._outputs(self._exact, Runner(self._exact), batch)
+        actual = self._outputs(self._program, self._student, batch)
+        return torch.stack([self._distance(value, actual[name]) for name, value in expected.items()]).sum()
 
     def mean_loss(self, tensors: Mapping[str, Tensor], batches: Sequence[Inputs]) -> float:
-        """Mean loss over batches with other values for some tensors."""
+        """Mean loss over batches with some tensors replaced by `tensors`."""
         self._student.tensors, self._student.gradients = dict(tensors), False
         return sum(self.loss(batch).item() for batch in batches) / len(batches)
 
     def train(
-        self, tensors: Mapping[str, Tensor], batches: Iterable[Inputs], steps: int, rate: float, looks: int
+        self, tensors: Mapping[str, Tensor], batches: Iterable[Inputs], steps: int, rate: float, snapshots: int
     ) -> Iterator[dict[str, Tensor]]:
-        """Other values for tensors, found by Adam with a cosine schedule; each moves in units of its mean magnitude.
+        """Train `tensors` with Adam on a cosine schedule; each moves in units of its mean magnitude.
 
-        Yields them as they are after each of `looks` equal parts of the steps.
+        Yields the trained tensors `snapshots` times, at equal distances, the last time after the last step.
         """
         units = {name: tensor.abs().float().mean().clamp(min=_SMALLEST_UNIT) for name, tensor in tensors.items()}
         moves = {name: torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for name, t in tensors.items()}
@@ -51,41 +51,42 @@ class Distillation:
         def moved() -> dict[str, Tensor]:
             return {name: (t.float() + units[name] * moves[name]).to(t.dtype) for name, t in tensors.items()}
 
-        ends = {steps * (look + 1) // looks for look in range(looks)}
+        snapshot_steps = {steps * (index + 1) // snapshots for index in range(snapshots)}
         for step, batch in enumerate(self._program.through(list(islice(cycle(batches), steps))), 1):
             self._student.tensors, self._student.gradients = moved(), True
             optimizer.zero_grad()
             self.loss(batch).backward()  # pyright: ignore[reportUnknownMemberType]
             optimizer.step()
             schedule.step()
-            if step in ends:
+            if step in snapshot_steps:
                 yield {name: tensor.detach() for name, tensor in moved().items()}
 
     def _outputs(self, program: Program, runner: Runner, batch: Inputs) -> dict[str, Tensor]:
-        """Predictions of a program with output heads, else all float outputs, by their place."""
+        """Logits by output name; all float outputs if the program has no output head."""
         output = program.graph.output_node()
         leaves = {name: leaf for name, leaf in named_leaves(output.args) if isinstance(leaf, Node)}
         floats = {
             n: v for n, v in leaves.items() if isinstance(v.meta["val"], Tensor) and v.meta["val"].is_floating_point()
         }
         heads = {n: v for n, v in floats.items() if v.meta["val"].shape[-1] in self._heads}
-        wanted = heads or floats
+        outputs = heads or floats
         nodes = computing(program.graph.nodes)
-        values = runner.run_nodes(nodes, bind_inputs(program, batch), None, wanted.values())
-        return {name: values[node] for name, node in wanted.items()}
+        values = runner.run_nodes(nodes, bind_inputs(program, batch), None, outputs.values())
+        return {name: values[node] for name, node in outputs.items()}
 
-    def _distance(self, wanted: Tensor, given: Tensor) -> Tensor:
-        if wanted.shape[-1] not in self._heads:
-            return (given - wanted).square().sum() / wanted.square().sum()
-        rows = zip(wanted.flatten(0, -2).split(_ROWS), given.flatten(0, -2).split(_ROWS), strict=True)
-        return torch.stack([_divergence(*pair) for pair in rows]).sum() / wanted[..., 0].numel()
+    def _distance(self, expected: Tensor, actual: Tensor) -> Tensor:
+        if expected.shape[-1] not in self._heads:
+            return (actual - expected).square().sum() / expected.square().sum()
+        rows = zip(expected.flatten(0, -2).split(_ROWS), actual.flatten(0, -2).split(_ROWS), strict=True)
+        return torch.stack([_kl_divergence(*pair) for pair in rows]).sum() / expected[..., 0].numel()
 
 
 def straight_through(prepare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """prepare(x), with the gradient of x."""
+    """prepare(x) in the forward pass, the identity in the backward pass (straight-through estimator)."""
     return x + (prepare(x.detach()) - x.detach())
 
 
-def _divergence(wanted: Tensor, given: Tensor) -> Tensor:
-    log_p, log_q = wanted.float().log_softmax(-1), given.float().log_softmax(-1)
+def _kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
+    """KL(expected || actual) in nats, summed over rows of logits `[tokens, vocabulary]`."""
+    log_p, log_q = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum()

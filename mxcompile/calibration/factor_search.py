@@ -1,12 +1,12 @@
-"""Which channel factors of a scale group lose least: candidates tried with the quantizers in the loop.
+"""Search the channel factors of a scale group that minimize its quantization error: try candidates, keep the best.
 
-The error of a choice s is that of the group's outputs over a sample of tokens,
+The error of factors s is measured on the outputs of the group's matmuls for a sample of tokens X,
 
-    sum over matmuls of || Q_a(X / s) Q_w(W s)^T - X W^T ||^2      (tokens of great energy capped)
+    sum over matmuls of || Q_a(X / s) Q_w(W s)^T - X W^T ||^2      (the weight of high-energy tokens is capped)
 
-with the weight quantizer alone for weight-only formats (AWQ, Lin et al., arXiv 2306.00978, eq. 4) and with both if
-activations are quantized too (AQAS, Lee et al., arXiv 2311.05161). Weights are tried with the scales that
-`round-weights` will give them, chosen by the importance of their input channels.
+with Q_w alone for weight-only formats (AWQ, Lin et al., arXiv 2306.00978, eq. 4) and with both quantizers if
+activations are quantized too (AQAS, Lee et al., arXiv 2311.05161). Q_w chooses scales as `round-weights` does, by the
+importance of the input channels.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +24,7 @@ _LARGEST_RATIO = 2.0**10
 
 
 class Objective(Enum):
-    """What factors are scored on: the outputs of the group's matmuls, or what the segment around them gives on."""
+    """Where the error of factors is measured: on the outputs of the group's matmuls, or of the segment around them."""
 
     OUTPUT = "output"
     BLOCK = "block"
@@ -32,10 +32,10 @@ class Objective(Enum):
 
 @dataclass(frozen=True)
 class Operand:
-    """An input value of the group and the weights it meets.
+    """An input value of the group, and the weights of all matmuls that read it.
 
-    inputs: a sample of it `[tokens, in]`. importance: mean square of its channels `[in]`. weight: of all its matmuls,
-    `[out, in]`. channels: the number of the factor of each channel `[in]`, -1 for none.
+    inputs: sampled tokens `[tokens, in]`. importance: mean square of each channel `[in]`. weight: the weights of its
+    matmuls, concatenated, `[out, in]`. channels: index of each channel's factor `[in]`, -1 for none.
     """
 
     inputs: Tensor
@@ -46,7 +46,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class FactorSearchResult:
-    """The best factors `[count]`, their error, and that of leaving the group as it is."""
+    """The best factors `[count]`, their error, and the error of factors of 1."""
 
     factors: Tensor
     error: float
@@ -54,41 +54,42 @@ class FactorSearchResult:
 
 
 def search_factors(candidates: Iterable[Tensor], error: Callable[[Tensor], float], count: int) -> FactorSearchResult:
-    """The candidate `[count]` of least error; factors of 1 are always among them."""
+    """The candidate `[count]` with the least error; factors of 1 are always tried."""
     best = torch.ones(count)
     least = before = error(best)
     for factors in candidates:
-        found = error(factors)
-        if found < least:
-            best, least = factors, found
+        candidate_error = error(factors)
+        if candidate_error < least:
+            best, least = factors, candidate_error
     return FactorSearchResult(best, least, before)
 
 
 def output_error(operands: Iterable[Operand], quantizers: Quantizers) -> Callable[[Tensor], float]:
-    """Squared error of the outputs of all matmuls, as a function of the factors `[count]`."""
+    """A function from factors `[count]` to the squared error of the outputs of all matmuls."""
     prepared = [(o, token_weights(o.inputs).sqrt(), o.inputs @ o.weight.T) for o in operands]
 
     def error(factors: Tensor) -> float:
         total = 0.0
-        for operand, counts, wanted in prepared:
+        for operand, token_scale, expected in prepared:
             scale = per_channel(factors, operand.channels)
             weight = quantizers.round_weight(operand.weight * scale, operand.importance / scale.square())
-            given = quantizers.round_input(operand.inputs / scale) @ weight.T
-            total += given.sub_(wanted).mul_(counts).square_().sum().item()
+            output = quantizers.round_input(operand.inputs / scale) @ weight.T
+            total += output.sub_(expected).mul_(token_scale).square_().sum().item()
         return total
 
     return error
 
 
 def per_channel(factors: Tensor, channels: Tensor) -> Tensor:
-    """The factor of every channel `[in]`, 1 where it has none, on the channels' device."""
+    """The factor of every channel `[in]`, 1 for a channel without one, on the device of `channels`."""
     return torch.cat((factors.to(channels.device), torch.ones(1, device=channels.device)))[channels]
 
 
 def power_candidates(activation: Tensor, weight: Tensor, grid: int, activation_alone: bool) -> Iterator[Tensor]:
-    """Factors `[count]` from a magnitude of each channel in activations and weights, a on a grid in (0, 1].
+    """Candidate factors `[count]` from the magnitudes of channels in activations (x) and weights (w), for a in (0, 1].
 
-    x^a / w^(1-a) (SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4) and, if asked for, x^a (AWQ); at 1 they are one.
+    x^a / w^(1-a) (SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4). activation_alone: also x^a (AWQ), which is the
+    same at a = 1. grid: the number of values of a.
     """
     activation, weight = activation.clamp(min=_SMALLEST), weight.clamp(min=_SMALLEST)
     for step in range(1, grid + 1):
@@ -99,7 +100,7 @@ def power_candidates(activation: Tensor, weight: Tensor, grid: int, activation_a
 
 
 def normalize_factors(factors: Tensor) -> Tensor:
-    """The factors over the geometric mean of their extremes, at most 2^10 apart."""
+    """Factors divided by the geometric mean of their extremes, with a ratio of at most 2^10 between the extremes."""
     factors = factors.clamp(min=_SMALLEST)
     factors = factors / (factors.max() * factors.min()).sqrt()
     return factors.clamp(_LARGEST_RATIO**-0.5, _LARGEST_RATIO**0.5)

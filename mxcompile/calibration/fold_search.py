@@ -1,7 +1,7 @@
-"""Search and fold factors group by group, while calibration data move through the model segment by segment.
+"""Search factors and fold them, group by group, while calibration batches run through the model segment by segment.
 
-A fold leaves the function as it was, and no value that it divides is carried from one segment to the next, so what
-later segments see does not change: one run over the data is enough.
+A fold preserves the function, and the values that it divides are never carried from one segment to the next. So a fold
+does not change the inputs of later segments, and one run over the data is enough.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,20 +23,23 @@ from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold, Miss
 
-_PAYS = 0.9  # an explicit multiply must save this much of the error
-_LEFT = "no factors lose less than none"
-_NOT_MULTIPLIED = f"an explicit multiply would save less than {1 - _PAYS:.0%} of the error"
+_MULTIPLY_RATIO = 0.9  # an explicit multiply costs run time: the error with it must be below this share of that without
+_NO_GAIN = "no candidate factors reduce the error"
+_MULTIPLY_NOT_WORTH = f"an explicit multiply would save less than {1 - _MULTIPLY_RATIO:.0%} of the error"
+_NOT_IN_ONE_SEGMENT = "error measured on the group's own outputs: its matmuls are in more than one segment"
 MatmulStatistic = Callable[[Matmul], Tensor]
 
 
 @dataclass(frozen=True)
 class FoldSearch:
-    """quantizers: what weights and activations will be rounded to.
+    """quantizers: the rounding of weights and activations that later passes will apply.
 
-    magnitude: what `candidates` wants to know of each input channel. candidates(group, activation, weight): factors to
-    try, from functions that give the magnitudes `[in]` and the weight `[..., out, in]` of a matmul.
-    objective: OUTPUT scores the outputs of the group's matmuls on a sample of tokens, BLOCK what the enclosing segment
-    gives on to the rest of the model, on the first batches.
+    magnitude: the observer of input channels that `candidates` needs. candidates(group, activation, weight): factors to
+        try; `activation` returns the observed magnitudes `[in]` of a matmul's input, `weight` its weight
+        `[..., out, in]`.
+    objective: OUTPUT measures the error of the outputs of the group's matmuls on a sample of tokens, BLOCK that of the
+        outputs of the enclosing segment on the first batches.
+    power_of_two: round factors to powers of two.
     """
 
     quantizers: Quantizers
@@ -52,54 +55,56 @@ class FoldSearch:
         groups: Sequence[ScaleGroup],
         unfoldable: Sequence[ScaleGroup] = (),
     ) -> "FoldSearchResult":
-        """Fold the best factors into every group; what is known of input channels goes to `program.importance`.
+        """Fold the best factors of every group. Also writes the measured channel importance to `program.importance`.
 
-        unfoldable: groups that an explicit multiply would make (`multiplier.py`); it is inserted where it pays.
+        unfoldable: groups that need an explicit multiply (`multiplier.py`), which is inserted where it saves enough
+        error.
         """
-        found = FoldSearchResult()
+        result = FoldSearchResult()
         segments = find_segments(program, matmuls, [group.values for group in groups])
         sweep = Sweep(program, program.batches)
-        known: dict[Node, dict[type[Observer], Tensor]] = {}
+        statistics: dict[Node, dict[type[Observer], Tensor]] = {}
         waiting = [*groups, *unfoldable]
         for segment in program.through(segments):
-            before = first_batches(sweep.states, segment) if self.objective is Objective.BLOCK else []
+            block_inputs = first_batches(sweep.states, segment) if self.objective is Objective.BLOCK else []
             observers = {value: self._observers() for value in segment.inputs}
             sweep.advance(segment, observers)
-            known |= {node: {type(o): o.value for o in kinds} for node, kinds in observers.items()}
+            statistics |= {node: {type(o): o.value for o in kinds} for node, kinds in observers.items()}
             for matmul in segment.matmuls:
-                program.importance[matmul.parameter] = known[matmul.activation][ChannelImportance]
-            ready = [group for group in waiting if all(m.activation in known for m, _ in group.matmuls)]
+                program.importance[matmul.parameter] = statistics[matmul.activation][ChannelImportance]
+            ready = [group for group in waiting if all(m.activation in statistics for m, _ in group.matmuls)]
             for group in ready:
-                self._fold(program, group, GroupFacts(segment, before, known), found)
+                self._fold(program, group, GroupFacts(segment, block_inputs, statistics), result)
                 waiting.remove(group)
-            still = {matmul.activation for group in waiting for matmul, _ in group.matmuls}
-            known = {node: statistics for node, statistics in known.items() if node in still}
-        for group, factors in found.multiplied:
+            still_needed = {matmul.activation for group in waiting for matmul, _ in group.matmuls}
+            statistics = {node: values for node, values in statistics.items() if node in still_needed}
+        for group, factors in result.multiplied:
             names = frozenset(node.name for node in group.nodes)
-            found.folds.append(Fold(f"{group} (multiplied)", partial(multiply, names=names, factors=factors)))
-            found.folds[-1].apply(program)
-        return found
+            result.folds.append(Fold(f"{group} (multiplied)", partial(multiply, names=names, factors=factors)))
+            result.folds[-1].apply(program)
+        return result
 
     def _observers(self) -> list[Observer]:
         return [self.magnitude(), TokenSample(), ChannelImportance()]
 
-    def _fold(self, program: Program, group: ScaleGroup, facts: GroupFacts, found: "FoldSearchResult") -> None:
+    def _fold(self, program: Program, group: ScaleGroup, facts: GroupFacts, result: "FoldSearchResult") -> None:
         weights = {m.node: finite_rows(program, m).float() for m, _ in group.matmuls}
-        tried = self.candidates(group, lambda m: facts.known[m.activation][self.magnitude], lambda m: weights[m.node])
-        rounded = (half_precision_factors(group, factors, self.power_of_two) for factors in tried)
-        if facts.before and facts.encloses(group):
+        magnitudes = {m.node: facts.statistics[m.activation][self.magnitude] for m, _ in group.matmuls}
+        candidates = self.candidates(group, lambda m: magnitudes[m.node], lambda m: weights[m.node])
+        rounded = (half_precision_factors(group, factors, self.power_of_two) for factors in candidates)
+        if facts.block_inputs and facts.encloses(group):
             error = facts.block_error(program, group, self.quantizers)
         else:
             error = output_error(facts.operands(group, weights), self.quantizers)
             if self.objective is Objective.BLOCK:
-                found.misses.append(Miss(str(group), "scored on its outputs: it reaches beyond one segment"))
-        found.add(program, group, search_factors(rounded, error, group.count))
+                result.misses.append(Miss(str(group), _NOT_IN_ONE_SEGMENT))
+        result.add(program, group, search_factors(rounded, error, group.count))
 
 
 @dataclass(frozen=True)
 class FoldSearchResult:
-    """folds: those applied. multiplied: groups with an explicit multiply, and their factors. numbers: error of each
-    group's factors over that of none. misses: groups left alone.
+    """folds: the applied ones. multiplied: groups that get an explicit multiply, and its factors. numbers: for each
+    group, the error with the best factors over the error without. misses: groups that were skipped, and remarks.
     """
 
     folds: list[Fold] = field(default_factory=list[Fold])
@@ -108,12 +113,12 @@ class FoldSearchResult:
     numbers: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
     def add(self, program: Program, group: ScaleGroup, best: FactorSearchResult) -> None:
-        """Fold the factors found if they lose less than none, or note them for an explicit multiply if that pays."""
+        """Fold the best factors if they reduce the error; keep those of an explicit multiply if they save enough."""
         self.numbers[str(group)] = {"error_over_rtn": best.error / max(best.error_before, 1e-30)}
-        if not group.absorbers and best.error < _PAYS * best.error_before:
+        if not group.absorbers and best.error < _MULTIPLY_RATIO * best.error_before:
             self.multiplied.append((group, best.factors))
         elif group.absorbers and best.error < best.error_before:
             self.folds.append(Fold(str(group), partial(fold, group=group, factors=best.factors)))
             self.folds[-1].apply(program)
         else:
-            self.misses.append(Miss(str(group), _LEFT if group.absorbers else _NOT_MULTIPLIED))
+            self.misses.append(Miss(str(group), _NO_GAIN if group.absorbers else _MULTIPLY_NOT_WORTH))

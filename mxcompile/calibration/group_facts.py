@@ -1,4 +1,4 @@
-"""What is known of a scale group when its turn in a sweep comes, and the errors that follow from it."""
+"""Calibration data of one scale group during a sweep, and the error of its factors on them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,40 +25,40 @@ _BLOCK_TOKENS = 2048
 
 @dataclass(frozen=True)
 class GroupFacts:
-    """segment: the one that the group's last matmul is in. before: batches in front of it, if they were kept. known:
-    statistics of the group's inputs.
+    """segment: that of the group's last matmul. block_inputs: its inputs for the first batches, empty if they were not
+    kept. statistics: observed on the group's inputs.
     """
 
     segment: Segment
-    before: list[NodeValues]
-    known: Mapping[Node, Mapping[type[Observer], Tensor]]
+    block_inputs: list[NodeValues]
+    statistics: Mapping[Node, Mapping[type[Observer], Tensor]]
 
     def encloses(self, group: ScaleGroup) -> bool:
-        """True if all matmuls of the group are in the segment."""
+        """Whether all matmuls of the group are in the segment."""
         return all(matmul in self.segment.matmuls for matmul, _ in group.matmuls)
 
     def operands(self, group: ScaleGroup, weights: Mapping[Node, Tensor]) -> list[Operand]:
-        """One operand for every input value of the group: matmuls that read the same value are tried together."""
+        """One operand for every input value of the group; matmuls that read the same value share it."""
         shared: dict[Node, list[tuple[Matmul, Tensor]]] = {}
         for matmul, channels in group.matmuls:
             shared.setdefault(matmul.activation, []).append((matmul, channels))
         operands: list[Operand] = []
         for value, readers in shared.items():
             weight = torch.cat([weights[matmul.node].flatten(0, -2) for matmul, _ in readers])
-            sample = subsample_tokens(self.known[value][TokenSample], weight)
-            importance = self.known[value][ChannelImportance]
+            sample = subsample_tokens(self.statistics[value][TokenSample], weight)
+            importance = self.statistics[value][ChannelImportance]
             operands.append(Operand(sample, importance, weight, readers[0][1].to(weight.device)))
         return operands
 
     def block_error(self, program: Program, group: ScaleGroup, quantizers: Quantizers) -> Callable[[Tensor], float]:
-        """Squared error of the values that the segment gives on, as a function of the factors `[count]`."""
+        """A function from factors `[count]` to the squared error of the segment's outputs."""
         runner = AlteredRun(program, {})
 
-        def given(state: NodeValues) -> NodeValues:
+        def outputs(state: NodeValues) -> NodeValues:
             segment = self.segment
             return runner.run_nodes(segment.nodes, copied_if_mutated(state, segment.nodes), None, segment.gives)
 
-        wanted = [given(state) for state in self.before]
+        expected = [outputs(state) for state in self.block_inputs]
 
         def error(factors: Tensor) -> float:
             runner.tensors = {}
@@ -67,13 +67,15 @@ class GroupFacts:
             for matmul, channels in group.matmuls:
                 rows = finite_rows(program, matmul)
                 scale = per_channel(factors, channels.to(rows.device))
-                importance = self.known[matmul.activation][ChannelImportance] / scale.square()
+                importance = self.statistics[matmul.activation][ChannelImportance] / scale.square()
                 rounded = quantizers.round_weight(rows * scale, importance) / scale
                 runner.tensors[matmul.parameter] = matmul.rows(rounded).to(rows.dtype)
                 shared = divided.setdefault(matmul.activation, partial(_round_divided, scale, quantizers))
                 prepare[matmul.node] = matmul.activation, shared
             runner.prepare = prepare
-            return sum(_squared_error(exact, given(state)) for exact, state in zip(wanted, self.before, strict=True))
+            return sum(
+                _squared_error(exact, outputs(state)) for exact, state in zip(expected, self.block_inputs, strict=True)
+            )
 
         return error
 
@@ -82,26 +84,26 @@ def _round_divided(scale: Tensor, quantizers: Quantizers, x: Tensor) -> Tensor:
     return (quantizers.round_input(x / scale) * scale).to(x.dtype)
 
 
-def _squared_error(wanted: NodeValues, given: NodeValues) -> float:
+def _squared_error(expected: NodeValues, actual: NodeValues) -> float:
     total = 0.0
-    for node, exact in wanted.items():
+    for node, exact in expected.items():
         if isinstance(exact, Tensor) and exact.is_floating_point():
             rows = exact.reshape(-1, exact.shape[-1]).float()
-            difference = given[node].reshape(rows.shape).float() - rows
+            difference = actual[node].reshape(rows.shape).float() - rows
             total += (difference.square() * token_weights(rows)).sum().item()
     return total
 
 
 def subsample_tokens(rows: Tensor, weight: Tensor) -> Tensor:
-    """Fewer tokens for the stacked weights of many experts: outputs `[tokens, out]` are held at once.
+    """Rows `[tokens, in]`, reduced so that outputs `[tokens, out]` stay below 4M elements: many experts have many rows.
 
-    Every n-th one: a sample begins with its largest tokens.
+    Takes every n-th row, because a `TokenSample` begins with its largest tokens.
     """
     return rows[:: -(-len(rows) // max(16, _LARGEST_SAMPLE // len(weight)))]
 
 
 def first_batches(states: Iterable[NodeValues], segment: Segment) -> list[NodeValues]:
-    """The first batches in front of a segment, about 2048 tokens (by the largest value they carry)."""
+    """Inputs of a segment for the first batches, about 2048 tokens (counted in their largest tensor)."""
     chosen: list[NodeValues] = []
     tokens = 0
     for state in states:

@@ -1,4 +1,4 @@
-"""A Program as it was before a pass, with some of its layers and tensors as they are after it, without rewriting it."""
+"""Run a Program as it was before a pass, with a chosen subset of the pass's changes, without rewriting its graph."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ from mxcompile.graph.program import Program
 
 @dataclass(frozen=True, eq=False)
 class ProgramChange:
-    """One thing that a pass has changed: a layer (its weight, bias, and how it rounds its input), or other tensors.
+    """One change that a pass made: to a layer (its weight, bias, and rounding of its input) or to other tensors.
 
-    tensors: of the program after the pass, by name. A change of layers has none.
+    before, after: the layer; None for other tensors. tensors: the new tensors by name; empty for a layer.
     """
 
     name: str
@@ -28,7 +28,7 @@ class ProgramChange:
 
 
 class HybridRun(AlteredRun):
-    """Runs `before` with the applied changes. Values that a fold has divided cannot be mixed: no folds in between."""
+    """Runs `before` with the applied changes. Not valid across folds: their divided values cannot be mixed."""
 
     def __init__(self, before: Program, after: Program) -> None:
         super().__init__(before, {})
@@ -36,13 +36,13 @@ class HybridRun(AlteredRun):
         self._changes: dict[Node, ProgramChange] = {}
 
     def apply(self, changes: Iterable[ProgramChange]) -> None:
-        """Run with these changes from now on, and no others."""
+        """Run with exactly these changes from now on."""
         changes = list(changes)
         self.tensors = {name: tensor for change in changes for name, tensor in change.tensors.items()}
         self._changes = {change.before.node: change for change in changes if change.before is not None}
 
     def run_node(self, n: Node) -> Any:
-        """Compute a node, a changed layer as it is after the pass."""
+        """Compute a node; a changed layer as it is after the pass."""
         change = self._changes.get(n)
         if change is None or change.before is None or change.after is None:
             return super().run_node(n)
@@ -58,12 +58,12 @@ class HybridRun(AlteredRun):
         return result
 
     def _value(self, layer: Layer) -> Tensor:
-        """A layer's input before rounding; where that is gone already, as it was rounded before the pass."""
+        """A layer's unrounded input; if that is freed already, the input as it was rounded before the pass."""
         return self.env[layer.value if layer.value in self.env else layer.activation]
 
 
 def find_changes(before: Program, after: Program) -> list[ProgramChange]:
-    """What is different after a pass: layers first, then other tensors that both programs read."""
+    """The differences between two programs: first layers, then other tensors that both read."""
     earlier, later = find_layers(before), find_layers(after)
     changes: list[ProgramChange] = []
     covered: set[str] = set()
@@ -90,7 +90,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _tensors(layer: Layer) -> set[str]:
-    """Names of the tensors that a layer's constants come from."""
+    """Names of the tensors that a layer's constants are computed from."""
     names: set[str] = set()
     stack = list(layer.constants)
     while stack:
@@ -102,7 +102,7 @@ def _tensors(layer: Layer) -> set[str]:
 
 
 def _constant(program: Program, node: Node) -> Any:
-    """The value of a node that depends on no input."""
+    """The value of a node that depends on no graph input."""
     if node.op == "get_attr":
         return program.tensor(str(node.target)).detach()
 

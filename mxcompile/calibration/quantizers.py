@@ -1,4 +1,4 @@
-"""Rounding of weights and inputs as the lowered model will do it, for searches and training."""
+"""Quantize-dequantize of weights and matmul inputs as in the lowered model, for searches and training."""
 
 from dataclasses import dataclass
 
@@ -8,27 +8,27 @@ from mxcompile.formats import MXFormat, ScaleRule, activation_rule
 from mxcompile.kernels import dispatch
 from mxcompile.numerics.importance import round_rows
 
-_OFFSETS = (-1, 0)  # the other scales are rarely best: left to the final rounding
+_OFFSETS = (-1, 0)  # other scale exponents are rarely the best; only the final rounding tries them
 
 
 @dataclass(frozen=True)
 class Quantizers:
-    """What weights and activations will be rounded to; activation None if they stay float."""
+    """Formats of weights and activations; activation None: float."""
 
     weight: MXFormat
     activation: MXFormat | None
 
     def round_weight(self, rows: Tensor, importance: Tensor) -> Tensor:
-        """A weight `[..., out, in]` as its MX values, with scales for inputs of that importance `[in]`."""
+        """A weight `[..., out, in]` rounded to MX values, with scales chosen by the importance of its inputs `[in]`."""
         return round_rows(rows, self.weight, ScaleRule.MSE, importance, _OFFSETS)[0]
 
     def round_input(self, x: Tensor) -> Tensor:
-        """An input `[..., in]` as its MX values."""
+        """A matmul's input `[..., in]` rounded to MX values."""
         return round_input(self.activation, x)
 
 
 def round_input(activation: MXFormat | None, x: Tensor) -> Tensor:
-    """A matmul's input `[..., in]` as at run time; as it is if activations stay float."""
+    """A matmul's input `[..., in]` rounded to MX values as at run time; unchanged if activation is None."""
     if activation is None:
         return x
     return dispatch.quantize_dequantize(x, activation, activation_rule(activation))

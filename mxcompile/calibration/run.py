@@ -1,4 +1,4 @@
-"""Run batches through a Program with observers on chosen values."""
+"""Run calibration batches through a Program and feed chosen values to observers."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,15 +16,15 @@ from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program, guards_explained
 
 NodeValues = dict[Node, Any]
-"""What some nodes of a graph are worth for one batch."""
+"""Values of some nodes of a graph, for one batch."""
 Observers = Mapping[Node, Sequence[Observer]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A statistic that a pass needs: an observer kind (a class without arguments) on the value of a node, by its name.
+    """A statistic that a pass needs: an observer class (called without arguments) and the name of a node.
 
-    Equal requests have one answer: `request.result(program)` while the pass runs.
+    The statistic is `request.result(program)` while the pass runs. Equal requests share one observer.
     """
 
     value: str
@@ -32,37 +32,37 @@ class Request:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Where the result is found in `Program.statistics`."""
+        """The key of the result in `Program.statistics`."""
         return self.value, getattr(self.observer, "__name__", str(self.observer))
 
     def result(self, program: Program) -> Tensor:
-        """What the observer has seen; raises KeyError if it was not asked for."""
+        """The observed statistic; raises KeyError if it was not requested."""
         return program.statistics[self.key]
 
 
 class Runner(Interpreter):
-    """Runs parts of a graph on values kept outside; tensors of the program are read anew each time.
+    """Runs parts of a graph on values that the caller holds; tensors of the program are read again for each use.
 
-    gradients: record what is computed, for values that need gradients (the program's own tensors never do).
+    gradients: run with autograd, for inputs that need gradients (the program's own tensors are detached).
     """
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph_module, garbage_collect_values=False)
-        self.extra_traceback = False  # errors are ours to explain
+        self.extra_traceback = False  # error_location adds the node and module path
         self.gradients = False
 
     def run_nodes(
         self,
         nodes: Sequence[Node],
         values: NodeValues,
-        seen: Callable[[Node, Any], None] | None = None,
-        wanted: Iterable[Node] = (),
+        on_value: Callable[[Node, Any], None] | None = None,
+        outputs: Iterable[Node] = (),
     ) -> NodeValues:
-        """Compute nodes in order from `values`, show each result to `seen`, return those wanted (in order).
+        """Compute nodes in order from `values`; return the values of `outputs`, in their order.
 
-        A value is let go after its last use among the nodes.
+        on_value: called with each node and its value. A value is freed after its last use among the nodes.
         """
-        wanted = dict.fromkeys(wanted)
+        outputs = dict.fromkeys(outputs)
         last = {source: index for index, node in enumerate(nodes) for source in node.all_input_nodes}
         self.env = dict(values)
         with torch.set_grad_enabled(self.gradients), guards_explained():
@@ -71,14 +71,14 @@ class Runner(Interpreter):
                     if source.op == "get_attr":
                         self.env[source] = self.parameter(source)
                 self.env[node] = self.run_node(node)
-                if seen is not None:
-                    seen(node, self.env[node])
+                if on_value is not None:
+                    on_value(node, self.env[node])
                 for source in (*node.all_input_nodes, node):
-                    if last.get(source, index) == index and source not in wanted:
+                    if last.get(source, index) == index and source not in outputs:
                         self.env.pop(source, None)
-        found = {node: self.env[node] for node in wanted}
+        results = {node: self.env[node] for node in outputs}
         self.env = {}
-        return found
+        return results
 
     def parameter(self, node: Node) -> Tensor:
         """The tensor that a `get_attr` node reads."""
@@ -87,67 +87,67 @@ class Runner(Interpreter):
 
 
 def feed_observers(observers: Observers) -> Callable[[Node, Any], None]:
-    """What shows the values of nodes to their observers."""
+    """An `on_value` callback for `Runner.run_nodes` that updates the observers of each node."""
 
-    def show(node: Node, value: Any) -> None:
+    def update(node: Node, value: Any) -> None:
         for observer in observers.get(node, ()):
             observer.update(value)
 
-    return show
+    return update
 
 
 def copied_if_mutated(values: NodeValues, nodes: Iterable[Node]) -> NodeValues:
-    """The values, or copies of them if one of the nodes writes in place: they can be run on them more than once."""
+    """The values, or copies if one of the nodes writes in place, so that the nodes can be run on them repeatedly."""
     if not any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes):
         return values
-    copies = copy.deepcopy(list(values.values()))  # all at once: views of one tensor stay views of one
+    copies = copy.deepcopy(list(values.values()))  # in one call, so that views of one tensor still share storage
     return dict(zip(values, copies, strict=True))
 
 
 def gather_statistics(program: Program, requests: Sequence[Request], batches: Iterable[Inputs] | None = None) -> None:
-    """Measure what is requested and not yet known, over all batches (None: the program's), into its statistics."""
-    wanted = {request.key: request for request in requests if request.key not in program.statistics}
-    if not wanted:
+    """Add requested statistics that are missing to `program.statistics`, over all batches (None: `program.batches`)."""
+    pending = {request.key: request for request in requests if request.key not in program.statistics}
+    if not pending:
         return
-    observers = {key: request.observer() for key, request in wanted.items()}
+    observers = {key: request.observer() for key, request in pending.items()}
     nodes = {node.name: node for node in program.graph.nodes}
     if missing := sorted({value for value, _ in observers} - set(nodes)):
         raise KeyError(f"the graph has no value {missing[0]!r}")
     by_value: dict[Node, list[Observer]] = {}
     for (value, _), observer in observers.items():
         by_value.setdefault(nodes[value], []).append(observer)
-    show = feed_observers(by_value)
+    update = feed_observers(by_value)
     runner = Runner(program)
     needed = list(nodes.values())
     needed = needed[: max(map(needed.index, by_value)) + 1]
     computed = computing(needed)
     for batch in program.through(program.batches) if batches is None else batches:
-        given = bind_inputs(program, batch)
-        for node, value in given.items():
-            show(node, value)
-        runner.run_nodes(computed, given, show)
+        bound = bind_inputs(program, batch)
+        for node, value in bound.items():
+            update(node, value)
+        runner.run_nodes(computed, bound, update)
     program.statistics.update({key: observer.value for key, observer in observers.items()})
 
 
 def run_outputs(runner: Runner, program: Program, batch: Inputs) -> Any:
-    """What the model returns for a batch, as the runner computes it."""
-    given = bind_inputs(program, batch)
+    """The model's outputs for a batch, computed by the runner."""
+    bound = bind_inputs(program, batch)
     (end,) = program.graph.find_nodes(op="output")
-    wanted = [node for node in end.all_input_nodes if node.op not in ("placeholder", "get_attr")]
-    known = given | runner.run_nodes(computing(program.graph.nodes), given, None, wanted)
+    outputs = [node for node in end.all_input_nodes if node.op not in ("placeholder", "get_attr")]
+    values = bound | runner.run_nodes(computing(program.graph.nodes), bound, None, outputs)
 
     def value(leaf: Any) -> Any:
         if isinstance(leaf, Node):
-            return runner.parameter(leaf) if leaf.op == "get_attr" else known[leaf]
+            return runner.parameter(leaf) if leaf.op == "get_attr" else values[leaf]
         return leaf
 
     return program.graph.process_outputs(tuple(map(value, end.args[0])))
 
 
 def bind_inputs(program: Program, batch: Inputs) -> NodeValues:
-    """A batch as the graph's placeholders take it; raises InputError if it is not of the traced kind.
+    """A batch as values of the graph's placeholders; raises InputError if its structure is not the traced one.
 
-    The user's tensors are not written to: a graph that writes in place gets copies.
+    The user's tensors are never written to: a graph with in-place ops gets copies.
     """
     program.example.check_ranks(batch)
     names = list(program.example.kwargs)
@@ -158,12 +158,12 @@ def bind_inputs(program: Program, batch: Inputs) -> NodeValues:
         )
     kwargs = {name: batch.kwargs[name] for name in names}
     leaves = _leaves_like((program.example.args, program.example.kwargs), (batch.args, kwargs))
-    given = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
-    return copied_if_mutated(given, program.graph.nodes)
+    bound = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
+    return copied_if_mutated(bound, program.graph.nodes)
 
 
 def _leaves_like(example: Any, value: Any) -> Iterator[Any]:
-    """Leaves of a value in the order in which the traced one has them."""
+    """The leaves of a value, in the order of the traced example."""
     if isinstance(example, Mapping):
         pairs = [(item, value[key]) for key, item in example.items()]
     elif isinstance(example, tuple | list):

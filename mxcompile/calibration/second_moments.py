@@ -1,10 +1,10 @@
-"""Second moments of a matmul's input, as it is in the quantized model, and of what that lacks to the exact one.
+"""Second moments of a matmul's input in the quantized model, and of its error against the float ("exact") model.
 
     H = sum x x^T    D = sum (x_exact - x) x^T    Y = sum y_exact x^T    R = sum (r_exact - r) x^T    over tokens x
 
-Y is about y = W x, and where outputs are fewer than inputs less to compute than D: what is lacking, W D = Y - W H. R is
-about r, what is added to the matmul's output (the residual stream): what that has lost could be made good here.
-Tokens of great energy are capped (`importance.token_weights`).
+D is the error of the input. Y holds the exact outputs y = W x: the output error is W D = Y - W H, so where a matmul has
+fewer outputs than inputs, Y replaces D, which is larger. R is the error of the residual stream r, which is added to the
+matmul's output: the weight can compensate it. High-energy tokens are capped (`importance.token_weights`).
 """
 
 from collections.abc import Mapping
@@ -25,20 +25,22 @@ _PASSED = SAME_VALUE | {aten.view.default, aten.reshape.default, aten._unsafe_vi
 
 
 class SecondMoments:
-    """tokens: number of them seen. lacking: D `[in, in]`. made: Y, added: R `[out, in]` of some matmuls, by name."""
+    """tokens: how many were seen. input_error: D `[in, in]`. exact_outputs: Y, residual_errors: R, both `[out, in]` by
+    the name of the matmul's node.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.tokens = 0
-        self.lacking: Tensor | None = None
-        self.made: dict[str, Tensor] = {}
-        self.added: dict[str, Tensor] = {}
+        self.input_error: Tensor | None = None
+        self.exact_outputs: dict[str, Tensor] = {}
+        self.residual_errors: dict[str, Tensor] = {}
         self._inputs = torch.zeros(size, size, device=device)
         width = max(_NARROWEST, -(-size // _PANELS))
         self._panels = [(start, min(start + width, size)) for start in range(0, size, width)]
 
     @property
     def inputs(self) -> Tensor:
-        """H `[in, in]`; not to be written to."""
+        """H `[in, in]`; do not write to it."""
         for start, end in self._panels:
             self._inputs[start:end, end:] = self._inputs[end:, start:end].T
         return self._inputs
@@ -47,59 +49,61 @@ class SecondMoments:
         self,
         x: Tensor,
         exact: Tensor | None = None,
-        added: Mapping[str, Tensor] | None = None,
-        made: Mapping[str, Tensor] | None = None,
+        residual_errors: Mapping[str, Tensor] | None = None,
+        exact_outputs: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """x, exact: `[tokens, in]` in quantized and exact model; added: r_exact - r, made: y `[tokens, out]`."""
+        """x, exact: the input `[tokens, in]` in the quantized and in the exact model. residual_errors: r_exact - r,
+        exact_outputs: y_exact, both `[tokens, out]`.
+        """
         if not len(x):
             return
         x = x.float()
         weighted = x * token_weights(x)
-        for start, end in self._panels:  # H is symmetric: half of it is enough
+        for start, end in self._panels:  # H is symmetric: compute the lower half only
             self._inputs[start:, start:end].addmm_(weighted[:, start:].T, x[:, start:end])
         self.tokens += len(x)
         if exact is not None:
-            self.lacking = _plus(self.lacking, exact.float() - x, weighted)
-        for name, missing in (added or {}).items():
-            self.added[name] = _plus(self.added.get(name), missing.float(), weighted)
-        for name, outputs in (made or {}).items():
-            self.made[name] = _plus(self.made.get(name), outputs.float(), weighted)
+            self.input_error = _accumulated(self.input_error, exact.float() - x, weighted)
+        for name, error in (residual_errors or {}).items():
+            self.residual_errors[name] = _accumulated(self.residual_errors.get(name), error.float(), weighted)
+        for name, outputs in (exact_outputs or {}).items():
+            self.exact_outputs[name] = _accumulated(self.exact_outputs.get(name), outputs.float(), weighted)
 
     def target(self, weights: Mapping[str, Tensor], damping: float, strength: float) -> Tensor:
-        """Weights `[out, in]` moved by `strength` towards what comes nearest to the exact model's outputs.
+        """Weights moved by `strength` towards those whose outputs come nearest to the exact model's.
 
-        W + strength * (W D + R) H^-1, the damped least squares solution. weights: by the name of their matmul's node;
-        returns all their rows (float32). Raises IllConditionedError if there is no solution.
+        W + strength * (W D + R) H^-1, the damped least-squares solution. weights: `[out, in]` by the name of their
+        matmul's node; returns all their rows, float32. Raises IllConditionedError if the system cannot be solved.
         """
         joined = torch.cat([weight.float() for weight in weights.values()])
-        if not strength or (self.lacking is None and not self.made):
+        if not strength or (self.input_error is None and not self.exact_outputs):
             return joined
-        missing = torch.cat([self._missing(weight.float(), name) for name, weight in weights.items()])
+        error = torch.cat([self._output_error(weight.float(), name) for name, weight in weights.items()])
         damped = self.inputs.double()
         damped.diagonal().add_(damping * damped.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
-        correction = torch.cholesky_solve(missing.T, lower).T
+        correction = torch.cholesky_solve(error.T, lower).T
         if failed or not correction.isfinite().all():
-            raise IllConditionedError("what its input lacks cannot be solved for")
+            raise IllConditionedError("the correction for its input error cannot be solved for")
         return joined + strength * correction.float()
 
-    def _missing(self, weight: Tensor, name: str) -> Tensor:
+    def _output_error(self, weight: Tensor, name: str) -> Tensor:
         """W D + R `[out, in]`, float64."""
-        if name in self.made:
-            missing = self.made[name].double() - weight.double() @ self.inputs.double()
+        if name in self.exact_outputs:
+            error = self.exact_outputs[name].double() - weight.double() @ self.inputs.double()
         else:
-            assert self.lacking is not None
-            missing = (weight @ self.lacking).double()
-        return missing + self.added[name] if name in self.added else missing
+            assert self.input_error is not None
+            error = (weight @ self.input_error).double()
+        return error + self.residual_errors[name] if name in self.residual_errors else error
 
 
-def _plus(total: Tensor | None, values: Tensor, weighted: Tensor) -> Tensor:
-    """The sum of values x^T so far, and that of more tokens; overwrites it."""
+def _accumulated(total: Tensor | None, values: Tensor, weighted: Tensor) -> Tensor:
+    """total + sum of values x^T over more tokens, computed in place."""
     return values.T @ weighted if total is None else total.addmm_(values.T, weighted)
 
 
 def residual_operand(matmul: Matmul) -> Node | None:
-    """What is added to a matmul's output: the other operand of the addition that alone reads it."""
+    """The other operand of the addition that is the only reader of a matmul's output (the residual), or None."""
     node = matmul.node
     while len(node.users) == 1:
         (user,) = node.users
@@ -114,7 +118,7 @@ def residual_operand(matmul: Matmul) -> Node | None:
 
 
 def expert_offsets(matmul: Matmul) -> Node | None:
-    """For a grouped matmul, the node that says where each expert's rows end."""
+    """The node of a grouped matmul's offsets (where each expert's rows end); None for other matmuls."""
     offsets = operand(matmul.node, 2) if "grouped_mm" in str(matmul.node.target) else None
     return offsets if isinstance(offsets, Node) else None
 
@@ -122,7 +126,7 @@ def expert_offsets(matmul: Matmul) -> Node | None:
 def expert_rows(x: Tensor, offsets: Tensor | None, experts: int) -> list[Tensor]:
     """The rows `[tokens, in]` that each expert multiplies.
 
-    x: `[tokens, in]`, sorted by expert, with offsets; else `[experts, tokens, in]`, or anything that all experts read.
+    x: with offsets `[tokens, in]`, sorted by expert; else `[experts, tokens, in]`, or an input that all experts read.
     """
     if offsets is not None:
         return [x[start:end] for start, end in pairwise([0, *offsets.tolist()])]

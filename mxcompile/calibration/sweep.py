@@ -1,7 +1,7 @@
-"""Calibration segment by segment: all batches through one part of the graph, then through the next.
+"""Sequential calibration: run all batches through one segment of the graph, then through the next.
 
-Between two segments each batch is held as the few values that are still to be read; statistics live as long as the
-segment they are about. A pass that changes weights in between sees, in later segments, the effect of what it did.
+Between two segments, each batch is held as the few values that later segments read. A pass that changes weights between
+two segments sees the effect in the inputs of later segments.
 """
 
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -16,10 +16,10 @@ from mxcompile.graph.program import Program
 
 
 class Sweep:
-    """Batches on their way through a Program.
+    """Calibration batches on their way through a Program.
 
-    states: for every batch, the values known now that are still to be read. runner: what computes nodes; a variant of
-    `Runner` shows later segments the model as that variant computes it.
+    states: for every batch, the computed values that nodes ahead still read. runner: computes the nodes; a subclass of
+    `Runner` (such as `AlteredRun`) also determines the inputs of later segments.
     """
 
     def __init__(self, program: Program, batches: Iterable[Inputs], runner: Runner | None = None) -> None:
@@ -28,23 +28,23 @@ class Sweep:
         self._passed: set[Node] = set()
 
     def observe(self, segment: Segment, observers: Observers) -> None:
-        """Show values of a segment to observers, and stay in front of it: computes no more than that needs."""
+        """Feed values of a segment to observers without advancing; computes only the nodes that this needs."""
         nodes = _up_to(self._ahead(segment), observers)
         for state in self.states:
             self._run(nodes, copied_if_mutated(state, nodes), observers, ())
 
     def values(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[NodeValues]:
-        """Batch by batch, what some values of a segment, or carried to it, are; stays in front of it."""
+        """Yield, for each batch, values of a segment or carried into it, without advancing."""
         ahead = _up_to(self._ahead(segment), nodes)
         inside = [node for node in nodes if node in ahead]
         for state in self.states:
-            made = self.runner.run_nodes(ahead, copied_if_mutated(state, ahead), None, inside) if ahead else {}
-            yield {node: state[node] for node in nodes if node in state} | made
+            computed = self.runner.run_nodes(ahead, copied_if_mutated(state, ahead), None, inside) if ahead else {}
+            yield {node: state[node] for node in nodes if node in state} | computed
 
     def approach(self, segment: Segment, value: Node, limit: int) -> None:
-        """Move all batches to where a value of the segment has been made, if they then hold at most `limit` bytes.
+        """Advance all batches to just after a node of the segment, if they then hold at most `limit` bytes.
 
-        What is asked for later is computed from there, with the same result. Otherwise they stay where they are.
+        This changes no result: later requests are computed from there. Otherwise the batches stay where they are.
         """
         nodes = _up_to(self._ahead(segment), [value])
         if nodes and self.states:
@@ -53,42 +53,42 @@ class Sweep:
                 self._move(nodes, {}, first)
 
     def advance(self, segment: Segment, observers: Observers | None = None) -> None:
-        """Move all batches behind a segment, showing its values to observers on the way (held or still to be made)."""
+        """Run all batches through a segment, and feed its values and those carried into it to observers."""
         self._move(self._ahead(segment), observers or {})
 
     def _move(self, nodes: Sequence[Node], observers: Observers, first: NodeValues | None = None) -> None:
-        """Move all batches behind some nodes; first: what that makes of the first one, if it is known."""
+        """Run all batches through some nodes; first: the first batch's state after them, if already computed."""
         for index, state in enumerate(self.states):
-            known = first if index == 0 else None
-            self.states[index] = self._behind(nodes, state, observers) if known is None else known
+            computed = first if index == 0 else None
+            self.states[index] = self._behind(nodes, state, observers) if computed is None else computed
         self._passed.update(nodes)
 
     def _behind(self, nodes: Sequence[Node], state: NodeValues, observers: Observers | None = None) -> NodeValues:
-        """What a batch holds behind some nodes: what is read by others that it has not passed."""
+        """The state of a batch after some nodes: the values that nodes ahead of it read."""
         passed = self._passed.union(nodes)
-        gives = [node for node in nodes if node.users.keys() - passed]
-        known = state | self._run(nodes, state, observers or {}, gives)
-        return {node: value for node, value in known.items() if node.users.keys() - passed}
+        outputs = [node for node in nodes if node.users.keys() - passed]
+        values = state | self._run(nodes, state, observers or {}, outputs)
+        return {node: value for node, value in values.items() if node.users.keys() - passed}
 
     def _ahead(self, segment: Segment) -> tuple[Node, ...]:
-        """The nodes of a segment that have not been passed."""
+        """The nodes of a segment that the batches have not passed yet."""
         return tuple(node for node in segment.nodes if node not in self._passed)
 
     def _run(
-        self, nodes: Sequence[Node], state: NodeValues, observers: Observers, wanted: Iterable[Node]
+        self, nodes: Sequence[Node], state: NodeValues, observers: Observers, outputs: Iterable[Node]
     ) -> NodeValues:
-        show = feed_observers(observers)
+        update = feed_observers(observers)
         for node in observers.keys() & state.keys():
-            show(node, state[node])
-        return self.runner.run_nodes(nodes, state, show, wanted)
+            update(node, state[node])
+        return self.runner.run_nodes(nodes, state, update, outputs)
 
 
 def _up_to(nodes: Sequence[Node], wanted: Container[Node]) -> Sequence[Node]:
-    """The nodes up to the last wanted one."""
-    return nodes[: max((place for place, node in enumerate(nodes, start=1) if node in wanted), default=0)]
+    """The nodes up to and including the last wanted one."""
+    return nodes[: max((index for index, node in enumerate(nodes, start=1) if node in wanted), default=0)]
 
 
 def _bytes(values: NodeValues) -> int:
-    """Bytes of all tensors, of several views of one only once."""
+    """Bytes of all tensors; storage shared by views counts once."""
     storages = [value.untyped_storage() for value in values.values() if isinstance(value, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -107,7 +107,7 @@ def test_what_does_not_gain_is_not_folded(error, traced):
     group = find_groups(program, choose(program).matmuls)[0][0]
     found, before = FoldSearchResult(), program.tensor("up.weight")
     found.add(program, group, search_factors([torch.full((64,), 2.0)], lambda factors: error, group.count))
-    assert [miss.reason for miss in found.misses] == ["no factors lose less than none"]
+    assert [miss.reason for miss in found.misses] == ["no candidate factors reduce the error"]
     assert found.folds == []
     assert program.tensor("up.weight") is before
 
@@ -176,13 +176,13 @@ def test_block_error_is_that_of_folding_and_rounding(factors, scene):
     folded, prepare = program.copy(), {}
     fold(folded, group, chosen)
     for matmul, channels in group.matmuls:
-        importance = facts.known[matmul.activation][ChannelImportance] / per_channel(chosen, channels).square()
+        importance = facts.statistics[matmul.activation][ChannelImportance] / per_channel(chosen, channels).square()
         folded.set_tensor(matmul.parameter, W4A8.round_weight(folded.tensor(matmul.parameter).detach(), importance))
         prepare[matmul] = W4A8.round_input
     (stream,) = facts.segment.gives
     runs = Runner(program), AlteredRun(folded, prepare)
     exact, given = (
-        run.run_nodes(facts.segment.nodes, facts.before[0], None, [stream])[stream].flatten(0, -2) for run in runs
+        run.run_nodes(facts.segment.nodes, facts.block_inputs[0], None, [stream])[stream].flatten(0, -2) for run in runs
     )
     wanted = ((given - exact).square() * token_weights(exact)).sum().item()
     assert found == pytest.approx(wanted, rel=1e-3)

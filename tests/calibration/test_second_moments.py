@@ -51,7 +51,7 @@ def test_outputs_say_the_same_as_inputs():
         by_input, by_output = (SecondMoments(size, x.device) for _ in range(2))
         for rows in (slice(0, size), slice(size, 2 * size)):
             by_input.update(x[rows], exact[rows])
-            by_output.update(x[rows], made={"linear": exact[rows] @ weight.T})
+            by_output.update(x[rows], exact_outputs={"linear": exact[rows] @ weight.T})
         assert torch.equal(by_input.inputs, by_output.inputs)
         assert torch.equal(by_input.inputs, by_input.inputs.T) or size == 8
         found, wanted = (moments.target({"linear": weight}, 0.01, 1.0) for moments in (by_output, by_input))
@@ -102,8 +102,8 @@ def test_streams_agree_until_something_is_rounded(activation):
     twin_run = TwinRun(program, choose(program).matmuls, partial(round_input, activation), with_exact=True)
     for segment in twin_run.segments:
         (moments,) = twin_run.moments(segment, segment.reading(segment.inputs[0]), residual=True)
-        assert moments.lacking is not None
-        share = (moments.lacking.norm() / moments.inputs.norm()).item()
+        assert moments.input_error is not None
+        share = (moments.input_error.norm() / moments.inputs.norm()).item()
         assert share == 0 if activation is None else 0 < share < 0.02
         twin_run.advance(segment)
 

@@ -195,7 +195,7 @@ def test_a_search_undoes_planted_outliers(objective):
     assert record.preserved_db > 100
     assert len(record.numbers) == 4
     assert record.rewrites == sum(numbers["error_over_rtn"] < 1 for numbers in record.numbers.values()) == 3
-    assert [miss.reason for miss in record.misses] == ["no factors lose less than none"]
+    assert [miss.reason for miss in record.misses] == ["no candidate factors reduce the error"]
 
 
 def test_a_search_takes_an_alpha_of_its_grid(x):
