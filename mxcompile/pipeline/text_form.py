@@ -1,8 +1,7 @@
 """Text form of a frozen dataclass: `name{option=value,option=value}`.
 
-Only options that differ from their defaults are printed. Values are numbers, true/false, none, words, formats, scale
-rules, and in brackets lists of words and formats by name pattern, `[*.down_proj=mxfp8,model.layers.0.*=none]`; what a
-value means follows from the field's type.
+Only options that differ from their defaults are printed. A value is a number, true/false, none, a word, a format, a
+scale rule, or formats by name pattern, `[*.down_proj=mxfp8,model.layers.0.*=none]`; the field's type says which.
 """
 
 import re
@@ -90,8 +89,6 @@ def _values(hint: Any) -> str:
         return f"{_values(choices[0])}, none"
     if getattr(hint, "__origin__", None) is Mapping:
         return "[pattern=format,...]"
-    if getattr(hint, "__origin__", None) is tuple:
-        return "[word,...]"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return ", ".join(str(choice.value) for choice in hint)
     known = {MXFormat: "a format", bool: "true, false", int: "an integer", float: "a number", str: "a word"}
@@ -119,8 +116,6 @@ def _print(value: Any) -> str:
         return f"[{','.join(f'{pattern}={_print(fmt)}' for pattern, fmt in value.items())}]"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{','.join(map(_print, value))}]"
     return str(value.value) if isinstance(value, Enum) else str(value)
 
 
@@ -130,8 +125,6 @@ def _parse(text: str, hint: Any, place: str) -> Any:
         return None if text == "none" else _parse(text, next(c for c in choices if c is not type(None)), place)
     if getattr(hint, "__origin__", None) is Mapping:
         return _parse_overrides(text, place)
-    if getattr(hint, "__origin__", None) is tuple:
-        return tuple(word.strip() for word in text.strip("[]").split(",") if word.strip())
     if isinstance(hint, type) and issubclass(hint, Enum) and hint is not ScaleRule:
         try:
             return hint(text)
