@@ -6,17 +6,17 @@ calls: the package needs torch alone, and no Python.
 """
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 from torch.export.graph_signature import TensorArgument
 from torch.fx import Node
 
+from mxcompile.checkpoint.atomic_files import atomic_file
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import as_inputs
 from mxcompile.graph.trace import exported_program
-from mxcompile.inductor.backend import compile_ahead
+from mxcompile.inductor import compile_ahead
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.tensor.weight import MXWeight
 
@@ -46,14 +46,11 @@ def export(model: nn.Module, example_inputs: object, path: str | Path, *, compil
             f"{type(model).__name__} holds no MX weights: give what quantize_and_compile or deploy has returned"
         )
     exported = exported_program(model, as_inputs(example_inputs))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder, torch.no_grad():
-        whole = Path(folder) / path.name
+    with atomic_file(path) as staged, torch.no_grad():
         if compile:
-            compile_ahead(exported, whole)
+            compile_ahead(exported, staged)
         else:
-            torch.export.save(_fused(exported), whole)
-        whole.replace(path)
+            torch.export.save(_fused(exported), staged)
     return path
 
 

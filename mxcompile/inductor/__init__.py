@@ -1,5 +1,64 @@
-"""All that happens inside `torch.compile`: fusion of `mx::` operators, guards, and decode steps of `generate`."""
+"""All that happens inside `torch.compile`: fusion of `mx::` operators, guards, and decode steps of `generate`.
 
-from mxcompile.inductor.compile import compile_module
+The functions here are the room's door. Dynamo and Inductor are imported when the first of them is called, so that
+`import mxcompile` does not pay for them.
+"""
 
-__all__ = ["compile_module"]
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from mxcompile.errors import CompileError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@cache
+def supported() -> str | None:
+    """None if torch has the private API that this room needs, else what is missing, in a sentence. Asked once."""
+    try:
+        from mxcompile.inductor import private_api as private_api
+    except (ImportError, AttributeError) as error:
+        return f"torch {torch.__version__} lacks what mxcompile's fusion needs ({error})"
+    return None
+
+
+def why_no_inductor(device: torch.device) -> str | None:
+    """None if Inductor can compile fused graphs for the device, else what is missing, in a sentence."""
+    if (reason := supported()) is not None:
+        return reason
+    from mxcompile.inductor.backend import why_no_compiler
+
+    return why_no_compiler(device)
+
+
+def compile_module(module: M) -> M:
+    """Compile a deployed module in place, with MX fusion. Returns it.
+
+    Where a compiler for its device is missing, the module runs fused but uncompiled. With a torch that lacks the
+    private API that fusion needs, plain `torch.compile` compiles it unfused. A warning says so in one line.
+    """
+    if (reason := supported()) is None:
+        from mxcompile.inductor.compile import compile_fused
+
+        compile_fused(module)
+    else:
+        warnings.warn(f"{reason}: plain torch.compile runs the model, without fused MX kernels", stacklevel=2)
+        module.compile()
+    return module
+
+
+def compile_ahead(exported: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an AOTInductor package in which `mx::` operators are decomposed into plain torch: it needs no mxcompile.
+
+    Raises CompileError if Inductor cannot compile for the device of the program's tensors.
+    """
+    if (reason := supported()) is not None:
+        raise CompileError(reason)
+    from mxcompile.inductor.aot_package import write_package
+
+    write_package(exported, path)

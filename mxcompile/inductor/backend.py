@@ -1,47 +1,43 @@
-"""torch.compile with MX fusion: the only file that imports torch._inductor (checked with torch 2.11, 2.13 and 2.14).
+"""The backend that `torch.compile` gets: Inductor with the MX rewrites in front of its post-grad passes.
 
-`FuseMX` runs the fusion rules on every graph that Inductor compiles, right before its own post-grad passes. It is
-handed over in the options of one `torch.compile` call; no global setting is changed.
+`FuseMX` runs on every graph that Inductor compiles. It is passed in the options of one `torch.compile` call; no global
+setting changes.
 """
 
 import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final
 
 import torch
-from torch import nn
-from torch._dynamo.source import AttrSource
-from torch._inductor import aoti_compile_and_package, cpp_builder, exc
-from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
-from torch.utils._triton import has_triton
 
-from mxcompile import ops
-from mxcompile.errors import CompileError
-from mxcompile.graph import dataflow, rules
 from mxcompile.graph.records import PassResult
 from mxcompile.inductor import unwrap_weights
-from mxcompile.inductor.rewrites import decompose_attention, decompose_rounding, fuse_attention, join_linears
-from mxcompile.inductor.rewrites import fuse as fusion
-from mxcompile.kernels.layout import e4m3_products
+from mxcompile.inductor.private_api import (
+    AttrSource,
+    CustomGraphPass,
+    InductorBackend,
+    InvalidCxxCompiler,
+    get_cpp_compiler,
+    get_hash_for_files,
+    has_triton,
+)
+from mxcompile.inductor.rewrites.decompose_attention import decompose_attention
+from mxcompile.inductor.rewrites.decompose_rounding import decompose_rounding
+from mxcompile.inductor.rewrites.fuse import fuse
+from mxcompile.inductor.rewrites.fuse_attention import fuse_attention
+from mxcompile.inductor.rewrites.join_linears import join_linears
 
-M = TypeVar("M", bound=nn.Module)
-_STEPS: dict[Any, Callable[..., Any]] = {
-    ops.QUANTIZE: ops.quantize,
-    ops.DEQUANTIZE: ops.dequantize,
-    ops.MULTIPLY: ops.multiply,
-    ops.ROTATE: ops.rotate,
-    ops.ALIGN: ops.align,
-}
+_PACKAGE: Final = Path(__file__).parents[1]
+_HASHED: Final = ("formats.py", "ops.py", "numerics", "kernels", "tensor", "graph", "inductor")
 logger = logging.getLogger(__name__)
 
 
 class FuseMX(CustomGraphPass):
-    """Fuses MX matmuls in the graphs that Inductor compiles; attention of one query gets a form of its own, and the
-    rounding of activations is opened on a GPU.
+    """Fuses MX matmuls in the graphs that Inductor compiles, fuses or decomposes single-token attention, and on a GPU
+    decomposes the rounding of activations so that Inductor fuses it with their producers.
 
     `results` has one entry per graph compiled in this process; graphs that Inductor takes from its cache were fused
     when they were first compiled and have none.
@@ -52,33 +48,29 @@ class FuseMX(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite the graph in place."""
-        result = fusion.fuse(graph)
-        join_linears.join_linears(graph)
-        decompose_attention.open_attention(graph)
-        fuse_attention.call_attend(graph)
-        decompose_rounding.open_rounding(graph)
+        result = fuse(graph)
+        join_linears(graph)
+        decompose_attention(graph)
+        fuse_attention(graph)
+        decompose_rounding(graph)
         self.results.append(result)
         logger.info("fused %d MX operations, %d misses", result.rewrites, len(result.misses))
         for miss in result.misses:
             logger.info("not fused: %s", miss)
 
     def uuid(self) -> Any:
-        """Changes with the code of the rules, so that graphs compiled with older ones are not taken from the cache."""
-        modules = (
-            decompose_attention,
-            fuse_attention,
-            fusion,
-            join_linears,
-            decompose_rounding,
-            rules,
-            dataflow,
-            ops,
-            e4m3_products,
-        )
-        return get_hash_for_files(tuple(str(module.__file__) for module in modules), __file__)
+        """Changes with all code that decides what a compiled graph computes, so that no stale graph leaves the
+        cache."""
+        return get_hash_for_files(_hashed_files())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FuseMX":
         return self
+
+
+def _hashed_files() -> tuple[str, ...]:
+    paths = [_PACKAGE / name for name in _HASHED]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
+    return tuple(map(str, files))
 
 
 def compile_options(fuse: FuseMX | None = None) -> dict[str, Any]:
@@ -86,12 +78,12 @@ def compile_options(fuse: FuseMX | None = None) -> dict[str, Any]:
     return {"post_grad_custom_pre_pass": fuse or FuseMX()}
 
 
-def why_no_inductor(device: torch.device) -> str | None:
+def why_no_compiler(device: torch.device) -> str | None:
     """None if Inductor can compile for the device, else what is missing, in a sentence."""
     if device.type == "cpu":
         try:
-            cpp_builder.get_cpp_compiler()
-        except (exc.InvalidCxxCompiler, RuntimeError):
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, RuntimeError):
             return "torch.compile needs a C++ compiler (g++ or clang++) for the CPU and there is none"
         return None
     if not has_triton():
@@ -99,43 +91,34 @@ def why_no_inductor(device: torch.device) -> str | None:
     return None
 
 
-def compile_ahead(exported: torch.export.ExportedProgram, path: Path) -> None:
-    """Write an AOTInductor package in which `mx::` calls are the reference's own steps: it needs no mxcompile.
+class MXBackend(InductorBackend):
+    """`torch.compile`'s Inductor backend, for graphs that take the component tensors of MX weights as inputs.
 
-    Raises CompileError if Inductor cannot compile for the device of its tensors.
+    options: those of `torch.compile`.
     """
-    device = next((tensor.device for tensor in exported.state_dict.values()), torch.device("cpu"))
-    if missing := why_no_inductor(device):
-        raise CompileError(missing)
-    plain = exported.run_decompositions(_STEPS)
-    with inductor_config.patch({"aot_inductor.metadata": {}}):  # torch writes into it, and it is in all cache keys
-        aoti_compile_and_package(plain, package_path=str(path))
-
-
-class _Inductor(torch._TorchCompileInductorWrapper):  # pyright: ignore[reportPrivateUsage]
-    """`torch.compile`'s Inductor, for graphs that take MX weights in parts (`unwrap_weights.py`)."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(None, {**options, "unsafe_marked_cacheable_functions": unwrap_weights.CACHEABLE}, None)
-        self._read: list[torch.Tensor] | None = None
+        self._inputs_seen: list[torch.Tensor] | None = None
 
     def __call__(self, model_: GraphModule, inputs_: list[Any], **options: Any) -> Callable[..., Any]:
-        module, parts = unwrap_weights.unwrap_weights(model_, inputs_, AttrSource)
-        compiled: Any = super().__call__(module, parts, **options)
+        """Compile a Dynamo graph; see `unwrap_weights`."""
+        module, flat = unwrap_weights.unwrap_weights(model_, inputs_, AttrSource)
+        compiled: Any = super().__call__(module, flat, **options)
 
         def run(*args: Any) -> Any:
-            given = unwrap_weights.unwrapped(args)
-            if self._read is not None:
-                self._read += [value for value in given if isinstance(value, torch.Tensor)]
-            return compiled(*given)
+            inputs = unwrap_weights.unwrapped(args)
+            if self._inputs_seen is not None:
+                self._inputs_seen += [value for value in inputs if isinstance(value, torch.Tensor)]
+            return compiled(*inputs)
 
         return run
 
     @contextmanager
-    def reading(self, read: list[torch.Tensor]) -> Generator[None]:
-        """Note the tensors that graphs are called with."""
-        self._read = read
+    def collecting_inputs(self, tensors: list[torch.Tensor]) -> Generator[None]:
+        """Append to `tensors` every tensor that a compiled graph is called with."""
+        self._inputs_seen = tensors
         try:
             yield
         finally:
-            self._read = None
+            self._inputs_seen = None

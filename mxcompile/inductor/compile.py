@@ -1,58 +1,60 @@
 """Compile a deployed module in place: its call, and the decode step of `generate`."""
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import mark_static_address, maybe_mark_dynamic
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
 
 from mxcompile.graph.inputs import Inputs
-from mxcompile.inductor.backend import M, _Inductor, compile_options, logger, why_no_inductor
-from mxcompile.inductor.compiled_forward import Forward
+from mxcompile.inductor.backend import MXBackend, compile_options, why_no_compiler
+from mxcompile.inductor.compiled_forward import CompiledForward
 from mxcompile.inductor.decode_step import DecodeStep
-from mxcompile.inductor.rewrites import fuse as fusion
-from mxcompile.inductor.rewrites import join_linears
+from mxcompile.inductor.private_api import aot_autograd, make_boxed_func, mark_static_address, maybe_mark_dynamic
+from mxcompile.inductor.rewrites.fuse import fuse
+from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.kernels.dispatch import prepare
-from mxcompile.tensor.arrange import arrange
+from mxcompile.tensor.planar_layout import use_planar_layout
+
+logger = logging.getLogger(__name__)
 
 
-def compile_module(module: M) -> M:
-    """Compile a deployed module in place, with MX fusion; where Inductor cannot run, only fuse, and say so."""
+def compile_fused(module: nn.Module) -> None:
+    """Compile a deployed module in place; without a compiler for its device, fuse only, with a warning."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    missing = why_no_inductor(device)
+    reason = why_no_compiler(device)
     if device.type == "cuda":
         prepare(device)
-        for name, reason in arrange(module).items():
-            logger.info("%s stays in rows: %s", name, reason)
-    if missing is None:
-        _compile_call(module, _Inductor({**compile_options(), **_without_bad_checks(device)}))
+        for name, why_not in use_planar_layout(module).items():
+            logger.info("%s keeps the row-major layout: %s", name, why_not)
+    if reason is None:
+        _compile_call(module, MXBackend({**compile_options(), **_without_bad_checks(device)}))
         _compile_generate(module, device)
     else:
-        warnings.warn(f"{missing}: the model runs with fused MX operations, but uncompiled", stacklevel=3)
+        warnings.warn(f"{reason}: the model runs with fused MX operations, but uncompiled", stacklevel=4)
         _compile_call(module, _fused_eager())
-    return module
 
 
 def _without_bad_checks(device: torch.device) -> dict[str, bool]:
-    """torch 2.11 checks the indices of an embedding in vectors, on some processors, by a name that it does not declare,
-    and g++ refuses the code. Left out there, at the price that an index out of bounds is not noticed.
+    """Options that switch off vectorized index checks on the CPU with torch 2.11.
+
+    It generates code for them that, on some processors, uses an undeclared name, so that g++ fails. Without the checks
+    an embedding index out of bounds goes unnoticed.
     """
     is_bad = device.type == "cpu" and torch.__version__.startswith("2.11.")
     return {"assert_indirect_indexing": False} if is_bad else {}
 
 
 def _compile_call(module: nn.Module, backend: Callable[..., Any]) -> None:
-    """`module.compile()` with sizes of inputs dynamic from the start.
+    """`module.compile()` with input sizes dynamic from the start.
 
-    Marking the inputs makes one graph for all lengths, not one for the first length and another for the rest;
-    `dynamic=True` would do so too, but makes floats dynamic as well, which doubles the time to compile.
+    Marking the inputs gives one graph for all lengths instead of one for the first length and another for the rest;
+    `dynamic=True` does that too, but makes floats dynamic as well, which doubles the compile time.
     """
-    forward = Forward(module, backend)
+    forward = CompiledForward(module, backend)
     forward.prepare()
 
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -68,8 +70,8 @@ def _compile_call(module: nn.Module, backend: Callable[..., Any]) -> None:
 
 
 def _fix_addresses(cache: Any) -> None:
-    """Tell Dynamo that the tensors of a static cache stay where they are, or nothing that writes to them can be a CUDA
-    graph. transformers says so itself when it makes them, but not where that is compiled, as our prefill is.
+    """Mark the tensors of a static cache as having static addresses: otherwise no graph that writes to them can be
+    captured as a CUDA graph. transformers marks them on creation, but not when that is compiled, as our prefill is.
     """
     for layer in getattr(cache, "layers", ()) if getattr(cache, "is_compileable", False) else ():
         for tensor in vars(layer).values():
@@ -78,11 +80,11 @@ def _fix_addresses(cache: Any) -> None:
 
 
 def _fused_eager() -> Callable[..., Any]:
-    """A torch.compile backend that applies the fusion rules and then runs the graph as it is."""
+    """A torch.compile backend that applies the fusion rules and runs the graph uncompiled."""
 
     def run(graph_module: GraphModule, _inputs: Any) -> Any:
-        fusion.fuse(graph_module.graph)
-        join_linears.join_linears(graph_module.graph)
+        fuse(graph_module.graph)
+        join_linears(graph_module.graph)
         graph_module.recompile()
         return make_boxed_func(graph_module.forward)
 
@@ -90,18 +92,20 @@ def _fused_eager() -> Callable[..., Any]:
 
 
 def _compile_generate(module: nn.Module, device: torch.device) -> None:
-    """Hugging Face's `generate` compiles the decode step itself on an accelerator: give it one with the same options,
-    and with guards on weights as they are elsewhere.
+    """Replace the decode step that Hugging Face's `generate` compiles on an accelerator by one with the same options
+    and with our guards on weights.
     """
     config = getattr(module, "generation_config", None)
     if config is None or device.type == "cpu":
         return
-    from transformers import CompileConfig  # only for models that come from there
+    from transformers import CompileConfig  # only for transformers models
 
     options = compile_options()
     graphed = {"triton.cudagraphs": True, **options}
     config.compile_config = CompileConfig(mode=None, options=graphed)  # pyright: ignore[reportArgumentType]
-    # What `get_compiled_call` of transformers 5.17 to 5.24 keeps, and gives to `generate`.
+    # The attributes in which `get_compiled_call` of transformers 5.17 to 5.24 caches the compiled step for `generate`
     kept: Any = module
-    kept._compiled_call = DecodeStep(Forward(module, _Inductor(options)), Forward(module, _Inductor(graphed)))
+    kept._compiled_call = DecodeStep(
+        CompiledForward(module, MXBackend(options)), CompiledForward(module, MXBackend(graphed))
+    )
     kept._last_compile_config = config.compile_config

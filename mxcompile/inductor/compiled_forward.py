@@ -1,4 +1,4 @@
-"""A module's forward, compiled: one code object for each module, and guards that a walk through the module replaces."""
+"""A module's forward, compiled under a code object of its own, with cheap guards in place of Dynamo's on MX weights."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -8,70 +8,73 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch._dynamo import eval_frame, optimize
 
 from mxcompile.inductor import weight_guards
+from mxcompile.inductor.private_api import cache_entries, innermost_function, optimize
 
 _NUMBERS: Final = count()
 
 
-class Forward:
-    """A module's forward, compiled under a code object of its own, and again when its weights are laid out otherwise.
+class CompiledForward:
+    """A module's compiled forward; it recompiles when the layout of a weight changes.
 
-    Dynamo counts recompilations per code object and gives up after a few; the frames of a Hugging Face model are shared
-    by all models of the process. By the code's name it knows which numbers differ from call to call, as a constant of
-    two models may, and makes inputs of them. A copy of the module has a copy of this, which runs the copy.
+    Dynamo counts recompilations per code object and gives up after a few, and all models of a process share the code
+    objects of a Hugging Face class. It also remembers, by the code's name, which numbers differed between calls and
+    makes inputs of them, although they are constants of two models. Hence a code object and a name per module. A deep
+    copy of the module gets its own `CompiledForward`.
     """
 
     def __init__(self, module: nn.Module, backend: Any) -> None:
         self.module, self.backend = module, backend
-        self._compiled: Callable[..., Any] | None = None  # a copy is made before the module's copy has its parts
-        self._compiled_for: weight_guards.Layouts | None = None
+        self._compiled: Callable[..., Any] | None = (
+            None  # compiled lazily: a deep copy is made before the copied module is complete
+        )
+        self._compiled_for: weight_guards.WeightLayouts | None = None
         self._has_fast_path = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's result."""
+        """Run the module."""
         if self._compiled is None or not torch.compiler.is_compiling():
             self.prepare()
         with _without_fast_path() if self._has_fast_path else nullcontext():
             return self._compiled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
 
     def prepare(self) -> None:
-        """Have the forward for the weights as they are."""
+        """Compile for the current layouts of the weights, unless that is done."""
         if self.is_prepared():
             return
-        found, known = weight_guards.Layouts(self.module), self._compiled_for
-        if known is None or found.layouts != known.layouts:
+        current, previous = weight_guards.WeightLayouts(self.module), self._compiled_for
+        if previous is None or current.layouts != previous.layouts:
             self._has_fast_path = any(isinstance(child, nn.MultiheadAttention) for child in self.module.modules())
             self._compiled = self._compile()
-        self._compiled_for = found
+        self._compiled_for = current
 
     def is_prepared(self) -> bool:
-        """Whether all weights are laid out as they were when the forward was compiled."""
+        """Whether all weights have the layouts that the forward was compiled for."""
         return self._compiled_for is not None and self._compiled_for.hold()
 
     def find_guards(self, **kwargs: Any) -> Any:
-        """What Dynamo checks of the module and of these arguments before it runs what it compiled for them.
+        """Dynamo's guards of the graph that it compiled for the module and these arguments.
 
-        None if nothing was compiled for them, or not in one piece: then there are other guards between the pieces.
+        None if nothing was compiled for them, or if the graph is broken into pieces, each with guards of its own.
         """
-        code = eval_frame.innermost_fn(self._compiled).__code__  # pyright: ignore
-        for entry in eval_frame._debug_get_cache_entry_list(code):  # pyright: ignore
-            if self.do_hold(entry.guard_manager, **kwargs):
-                # in pieces, this runs the module as it is, and its parts are compiled each for themselves
+        code = innermost_function(self._compiled).__code__  # pyright: ignore
+        for entry in cache_entries(code):
+            if self.guards_hold(entry.guard_manager, **kwargs):
+                # with graph breaks, this code runs the original module, whose pieces are compiled separately
                 is_whole = any(name.startswith("__compiled_fn") for name in entry.code.co_names)
                 return entry.guard_manager if is_whole else None
         return None
 
-    def do_hold(self, found: Any, **kwargs: Any) -> bool:
-        """Whether guards hold for the module as it is and for these arguments."""
-        return found.check({"args": (), "kwargs": kwargs, "module": self.module})
+    def guards_hold(self, guards: Any, **kwargs: Any) -> bool:
+        """Whether guards hold for the module as it is now and for these arguments."""
+        return guards.check({"args": (), "kwargs": kwargs, "module": self.module})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Forward":
-        return Forward(memo[id(self.module)], self.backend)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledForward":
+        return CompiledForward(memo[id(self.module)], self.backend)
 
     def __reduce__(self) -> Any:
-        return Forward, (self.module, self.backend)
+        return CompiledForward, (self.module, self.backend)
 
     def _compile(self) -> Callable[..., Any]:
         module = self.module
@@ -85,22 +88,24 @@ class Forward:
 
 
 def _guard_filter(module: nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
-    """`guards.outside_weights`. Dynamo makes all guards again after it and compares what they hold, though a property
-    may give a new object each time (`_PerLayerConfigView` of transformers 5.23): let it forget what it held.
+    """`weight_guards.outside_weights`, as a filter that also clears the objects that guards refer to.
+
+    Dynamo rebuilds all guards after the filter and compares the objects, but a property may return a new object each
+    time (`_PerLayerConfigView` of transformers 5.23).
     """
     keep = weight_guards.outside_weights(module)
 
-    def keep_afresh(entries: Sequence[Any]) -> list[bool]:
+    def keep_cleared(entries: Sequence[Any]) -> list[bool]:
         for entry in entries:
             entry.orig_guard.obj_weakref = None
         return keep(entries)
 
-    return keep_afresh
+    return keep_cleared
 
 
 @contextmanager
 def _without_fast_path() -> Generator[None]:
-    """torch's attention layers in their plain form: Dynamo does not see that their fused one takes no MXWeight."""
+    """Switch off the fused path of `nn.MultiheadAttention`: it takes no MXWeight, which Dynamo does not see."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,8 +1,8 @@
-"""The decode step of Hugging Face's `generate` on a GPU: a CUDA graph, recorded once for each place of a static cache.
+"""The decode step of Hugging Face's `generate` on a GPU: a CUDA graph, captured once per static cache.
 
-torch's own CUDA graphs for compiled models take about a millisecond of Python a step on their way from guard to guard,
-and after 128 recordings they are given up. Here a step is replayed at once, and what Dynamo guards is checked while the
-GPU runs; where it no longer holds, the step is taken back and done again.
+torch's own CUDA graphs for compiled models spend about 1 ms of Python a step on guards, and give up after 128 captures.
+Here the captured step is replayed at once, and Dynamo's guards are checked while the GPU runs; if they fail, the step
+is rolled back and run again.
 """
 
 import logging
@@ -11,64 +11,66 @@ from typing import Any, Final
 
 import torch
 
-from mxcompile.inductor.compiled_forward import Forward
-from mxcompile.inductor.recorded_step import CudaGraph, NotRecordedError, Recording, Step
+from mxcompile.inductor.captured_step import CapturedStep, CudaGraph, NotCapturableError, StepInputs
+from mxcompile.inductor.compiled_forward import CompiledForward
 
-_MOST_RECORDINGS: Final = 4
+_MOST_CAPTURES: Final = 4
 logger = logging.getLogger(__name__)
 
 
 class DecodeStep:
-    """A decode step of a module: recorded and replayed where that is possible.
+    """A decode step of a module: captured and replayed where that is possible.
 
-    forward: compiled without CUDA graphs, which is recorded; otherwise: for all other calls.
+    forward: compiled without CUDA graphs; it is captured. fallback: runs all other calls. graph: makes a CUDA graph.
     """
 
-    def __init__(self, forward: Forward, otherwise: Forward, graph: Callable[[], Any] = CudaGraph) -> None:
-        self.forward, self.otherwise, self.graph = forward, otherwise, graph
+    def __init__(
+        self, forward: CompiledForward, fallback: CompiledForward, graph: Callable[[], Any] = CudaGraph
+    ) -> None:
+        self.forward, self.fallback, self.graph = forward, fallback, graph
         self.refusal: str | None = None
-        """Why steps of this module are not recorded, once that is known."""
-        self._recordings: list[Recording] = []  # the last one that was used is the first
-        self._known_guards: list[Any] = []  # of what was compiled and has run: nothing is left to be made
+        """Why steps of this module are not captured, once that is known."""
+        self._captures: list[CapturedStep] = []  # the most recently used first
+        self._known_guards: list[Any] = []  # of graphs that have run once, so that nothing is left to initialize
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's result."""
-        is_traced, step = torch.compiler.is_compiling(), Step.of(kwargs)
+        """Run the model."""
+        is_traced, step = torch.compiler.is_compiling(), StepInputs.of(kwargs)
         if args or is_traced or step is None or self.refusal is not None or torch.is_grad_enabled():
-            return self.otherwise(*args, **kwargs)
-        if (recording := next((known for known in self._recordings if known.fits(step)), None)) is not None:
-            self._recordings.remove(recording)
-            if recording.can_start(step):
-                result = recording.replay(step)
-                if recording.was_right(step):
-                    self._recordings.insert(0, recording)
+            return self.fallback(*args, **kwargs)
+        if (captured := next((one for one in self._captures if one.fits(step)), None)) is not None:
+            self._captures.remove(captured)
+            if captured.can_start(step):
+                result = captured.replay(step)
+                if captured.was_right(step):
+                    self._captures.insert(0, captured)
                     return result
-                step.take_back()
+                step.roll_back()
         self.forward.prepare()
-        if (found := self.forward.find_guards(**kwargs)) in self._known_guards:
-            return self._record(step, found)
+        if (guards := self.forward.find_guards(**kwargs)) in self._known_guards:
+            return self._capture(step, guards)
         result = self.forward(**kwargs)
-        self._learn(kwargs)
+        self._remember_guards(kwargs)
         return result
 
-    def _record(self, step: Step, guards: Any) -> Any:
-        del self._recordings[_MOST_RECORDINGS - 1 :]
+    def _capture(self, step: StepInputs, guards: Any) -> Any:
+        del self._captures[_MOST_CAPTURES - 1 :]
         try:
-            self._recordings.insert(0, Recording(step, guards, self.forward, self.graph()))
-        except NotRecordedError as error:
+            self._captures.insert(0, CapturedStep(step, guards, self.forward, self.graph()))
+        except NotCapturableError as error:
             self.refusal = str(error)
-            logger.info("decode steps are not recorded here: %s", error)
-            return self.otherwise(**step.kwargs)
-        return self._recordings[0].replay(step)
+            logger.info("decode steps are not captured: %s", error)
+            return self.fallback(**step.kwargs)
+        return self._captures[0].replay(step)
 
-    def _learn(self, kwargs: dict[str, Any]) -> None:
-        if (found := self.forward.find_guards(**kwargs)) is None:
-            self.refusal = "the model is not compiled in one piece"
+    def _remember_guards(self, kwargs: dict[str, Any]) -> None:
+        if (guards := self.forward.find_guards(**kwargs)) is None:
+            self.refusal = "the model has graph breaks"
         else:
-            self._known_guards.append(found)
+            self._known_guards.append(guards)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeStep":
-        return DecodeStep(self.forward.__deepcopy__(memo), self.otherwise.__deepcopy__(memo), self.graph)
+        return DecodeStep(self.forward.__deepcopy__(memo), self.fallback.__deepcopy__(memo), self.graph)
 
     def __reduce__(self) -> Any:
-        return DecodeStep, (self.forward, self.otherwise, self.graph)
+        return DecodeStep, (self.forward, self.fallback, self.graph)

@@ -1,7 +1,7 @@
-"""Inputs of a compiled graph: an MXWeight -> the tensors that hold it, of which the graph makes it again.
+"""graph(weight) -> graph(elements, scales, multiplier): component tensors of an MXWeight become the graph's inputs.
 
-Otherwise AOTAutograd takes every weight apart at every call, in Python: milliseconds a token for a model with two
-hundred of them. When the graph is traced, the weight that it makes leaves nothing but what is done with its parts.
+Otherwise AOTAutograd flattens every weight at every call, in Python: milliseconds a token for a model with 200 of them.
+The graph rebuilds the weight from its components; tracing leaves only the operations on these.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from mxcompile.kernels.layout.planes import Scaling
+from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 CACHEABLE: Final = {f"{__name__}.weight_of": "1"}
-"""For torch's cache of compiled graphs: the function that graphs call is known by its arguments. Change the number with
-what it does."""
+"""Tells torch's cache of compiled graphs that `weight_of` depends on its arguments alone. Change the number with its
+code."""
 
 
 def unwrap_weights(
     module: GraphModule, values: Sequence[Any], source_of: Callable[[Any, str], Any]
 ) -> tuple[GraphModule, list[Any]]:
-    """A graph of Dynamo's as one that takes weights in parts, and its inputs, given those of the first.
+    """Rewrite a Dynamo graph to take component tensors instead of MX weights. Returns it and its example inputs.
 
-    source_of: Dynamo's source of an attribute, given that of the weight and the attribute's name.
+    values: example inputs of the graph. source_of: makes Dynamo's source of an attribute from the source of the weight
+    and the attribute's name.
     """
     graph, copies, parts = Graph(), dict[Node, Node](), dict[Node, list[Node]]()
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -50,7 +51,7 @@ def unwrap_weights(
 
 
 def unwrapped(values: Sequence[Any]) -> list[Any]:
-    """Arguments with the parts of a weight in its place."""
+    """The arguments with each MXWeight replaced by its component tensors."""
     flat: list[Any] = []
     for value in values:
         if type(value) is MXWeight:
@@ -63,20 +64,20 @@ def unwrapped(values: Sequence[Any]) -> list[Any]:
 def weight_of(
     parts: Sequence[Tensor], layout: tuple[Any, ...], planes: Sequence[int] | None, dtype: torch.dtype
 ) -> Any:
-    """The MXWeight of these parts; layout: the fields of its MXLayout, but for `planes`."""
+    """Rebuild an MXWeight from its component tensors. layout: the fields of its MXLayout without `planes`."""
     elements, scales, *multiplier = parts
-    spec = replace(MXLayout(*layout), planes=None if planes is None else Scaling(*planes))
+    spec = replace(MXLayout(*layout), planes=None if planes is None else PlanarScaling(*planes))
     return MXWeight(elements, scales, spec, dtype, *multiplier)
 
 
 def _input(graph: Graph, node: Node, value: Any, source: Any, name: str) -> Node:
-    """An input that says of itself what one of Dynamo's does; its value is one without data, or it would be kept."""
-    made: Any = graph.placeholder(name)
-    made.meta = {"example_value": value}
+    """A placeholder with the metadata that Dynamo gives to one; its example value is fake, or it would stay alive."""
+    placeholder: Any = graph.placeholder(name)
+    placeholder.meta = {"example_value": value}
     if "tensor_dict" in node.meta:
-        made.meta["tensor_dict"] = node.meta["tensor_dict"]
-    made._dynamo_source = source
-    return made
+        placeholder.meta["tensor_dict"] = node.meta["tensor_dict"]
+    placeholder._dynamo_source = source
+    return placeholder
 
 
 def _source(node: Node) -> Any:
@@ -84,9 +85,9 @@ def _source(node: Node) -> Any:
 
 
 def _like(module: GraphModule, graph: Graph) -> GraphModule:
-    """The graph with a module's attributes, and what AOTAutograd asks a module of Dynamo's for."""
-    made: Any = GraphModule(module, graph)
-    made.meta = dict(module.meta)
+    """A graph module with the attributes of `module`, and with what AOTAutograd reads from a Dynamo module."""
+    like: Any = GraphModule(module, graph)
+    like.meta = dict(module.meta)
     if (sources := getattr(module, "_param_name_to_source", None)) is not None:
-        made._param_name_to_source = sources
-    return made
+        like._param_name_to_source = sources
+    return like

@@ -1,7 +1,7 @@
-"""What a compiled call checks of its MXWeights each time: their layouts, at the places where they were found.
+"""Guards of a compiled call on its MX weights: the layout objects of all weights are compared by identity.
 
-Dynamo's own guards look into every weight, in Python: with 210 weights that takes a millisecond a token, this a
-thirtieth of one. They still hold for the weights as tensors (class, shape, dtype, device) and for everything else.
+Dynamo's own guards inspect every weight in Python: with 210 weights that takes 1 ms a token, these 0.03 ms. Dynamo
+still guards the weights as tensors (class, shape, dtype, device) and everything else.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,40 +12,40 @@ from torch import nn
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 
-class Layouts:
-    """The layouts of all MXWeights of a module, in the order of its parts, and where they were found.
+class WeightLayouts:
+    """The layouts of all MXWeights of a module in module order, and the dicts that hold the weights.
 
-    What lies in a weight of a given shape follows from its layout. Weights are not held here: one that is replaced is
-    freed.
+    A weight's shape and layout determine the shapes of its component tensors. The weights themselves are not
+    referenced: a weight that is replaced is freed.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._children: list[tuple[dict[str, Any], str, nn.Module | None]] = []
         self._weights: list[tuple[dict[str, Any], str, MXLayout]] = []
-        for part in module.modules():
-            inside, held = vars(part)["_modules"], vars(part)["_parameters"]
-            self._children += [(inside, name, child) for name, child in inside.items()]
-            self._weights += [(held, name, w.layout_) for name, w in held.items() if type(w) is MXWeight]
+        for submodule in module.modules():
+            children, parameters = vars(submodule)["_modules"], vars(submodule)["_parameters"]
+            self._children += [(children, name, child) for name, child in children.items()]
+            self._weights += [(parameters, name, w.layout_) for name, w in parameters.items() if type(w) is MXWeight]
 
     @property
     def layouts(self) -> list[MXLayout]:
-        """Of each weight, its layout."""
+        """The layout of each weight."""
         return [layout for _, _, layout in self._weights]
 
     def hold(self) -> bool:
-        """Whether the same modules have weights of these layouts. More of either change nothing that was traced."""
-        for inside, name, child in self._children:
-            if inside.get(name) is not child:
+        """Whether the same modules still have weights of these layouts; added ones do not affect what was traced."""
+        for children, name, child in self._children:
+            if children.get(name) is not child:
                 return False
         return all(getattr(held.get(name), "layout_", None) is layout for held, name, layout in self._weights)
 
 
 def outside_weights(module: nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
-    """A `guard_filter_fn` for `torch.compile` that keeps all guards but those on what lies in a module's MXWeights."""
-    held = {id(weight) for weight in module.parameters() if isinstance(weight, MXWeight)}
+    """A `guard_filter_fn` for `torch.compile` that drops the guards on the inside of a module's MXWeights."""
+    ours = {id(weight) for weight in module.parameters() if isinstance(weight, MXWeight)}
 
     def keep(guards: Sequence[Any]) -> list[bool]:
-        weights = {guard.name for guard in guards if id(guard.value) in held}
+        weights = {guard.name for guard in guards if id(guard.value) in ours}
         return [
             guard.name.rpartition(".")[0] not in weights
             and (guard.guard_type != "TENSOR_SUBCLASS_METADATA_MATCH" or guard.name not in weights)

@@ -12,18 +12,18 @@ from torch.fx import Graph
 import mxcompile
 from mxcompile.analysis.layers import find_layers
 from mxcompile.checkpoint import Checkpoint
-from mxcompile.cli.checkpoint_contents import Description
+from mxcompile.cli.checkpoint_contents import CheckpointContents
 from mxcompile.errors import CheckpointError, DeployError, PipelineError, VerifyError
 from mxcompile.formats import MXFP4, MXFP8_E4M3, ScaleRule
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Stage
-from mxcompile.inductor import backend
+from mxcompile.inductor import backend, why_no_inductor
 from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.numerics import reference
 from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.pipeline.pipeline import Pipeline
-from mxcompile.tensor.weight import MXWeight, step_by_step
+from mxcompile.tensor.weight import MXWeight, unfused_matmuls
 
 PLAIN = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3}"
 ALIGNED = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3,align=true}"
@@ -31,9 +31,7 @@ JOINING, SERVING = (
     sys.modules["mxcompile.inductor.rewrites.join_linears"],
     sys.modules["mxcompile.diagnostics.explain_quantized"],
 )
-needs_compiler = pytest.mark.skipif(
-    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
 
 class Two(nn.Module):
@@ -151,7 +149,7 @@ def test_the_deployed_module_computes_it_with_kernels_and_without(tokens, dtype)
     assert weight.layout_.aligned
     rounded = reference.align(reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL))
     assert torch.equal(weight.prepare(x), rounded)
-    with step_by_step():
+    with unfused_matmuls():
         wanted = module(x)
     assert difference(module(x), wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
@@ -165,17 +163,17 @@ def test_compiled_on_the_cpu(dtype):
 
     seen = []
 
-    class Seen(backend.FuseMX):
+    class CountingFuse(backend.FuseMX):
         def __call__(self, graph):
             super().__call__(graph)
             seen.append([(n.target, n.args) for n in graph.nodes if n.target in (CPU_LINEARS, LINEAR, ALIGN)])
 
     module, x = deployed().to(dtype), apart(5, 64).to(dtype)
     torch._dynamo.reset()
-    compiled = torch.compile(module, options=backend.compile_options(Seen()))
+    compiled = torch.compile(module, options=backend.compile_options(CountingFuse()))
     with fresh_cache():
         for given in (x, x[:1], apart(30, 64).to(dtype)):
-            with step_by_step():
+            with unfused_matmuls():
                 wanted = module(given)
             assert difference(compiled(given), wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
     assert [target for target, _ in seen[0]] == [ALIGN, CPU_LINEARS, ALIGN, LINEAR]
@@ -246,7 +244,10 @@ def test_saved_and_loaded(tmp_path):
     loaded = mxcompile.load(tmp_path / "aligned", model=Two())
     assert loaded.up.weight.layout_ == module.up.weight.layout_
     assert torch.equal(loaded(x), module(x))
-    assert {key[1] for key in Description(Checkpoint(tmp_path / "aligned")).groups()} == {"mxfp8_e4m3 aligned", None}
+    assert {key[1] for key in CheckpointContents(Checkpoint(tmp_path / "aligned")).groups()} == {
+        "mxfp8_e4m3 aligned",
+        None,
+    }
     mxcompile.save(deployed(recipe=PLAIN), tmp_path / "plain")
     (index,) = (tmp_path / "plain").glob("*.index.json")
     assert "aligned" not in index.read_text()  # earlier versions read it as ever
@@ -262,7 +263,7 @@ def test_other_projects_formats_cannot_hold_it(tmp_path):
 def test_a_value_needs_a_format_to_be_aligned():
     x, elements, scales = torch.empty(2, 32), torch.empty(4, 16).byte(), torch.empty(4, 1).byte()
     given = [x.to("meta"), [elements.to("meta")], [scales.to("meta")]]
-    with pytest.raises(RuntimeError, match="what is aligned has an activation format"):
+    with pytest.raises(RuntimeError, match="aligned needs an activation format"):
         LINEARS(*given, [None], "mxfp4", None, None, None, True)
 
 

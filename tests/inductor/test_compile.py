@@ -5,6 +5,8 @@ Compiling a language model takes seconds, so the models have one layer and each 
 
 import copy
 import io
+import shutil
+import sys
 import warnings
 
 import pytest
@@ -15,14 +17,15 @@ from torch import nn
 import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.multiplier import insert_multiplier, multiplier_of
-from mxcompile.inductor import backend, compile_module
+from mxcompile.errors import CompileError
+from mxcompile.inductor import backend, compile_module, why_no_inductor
 from mxcompile.inductor.compile import _compile_generate
 from mxcompile.inductor.decode_step import DecodeStep
 from mxcompile.inductor.rewrites import fuse as fusion
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import CPU_LINEARS, LINEAR
 
-NO_COMPILER = backend.why_no_inductor(torch.device("cpu"))
+NO_COMPILER = why_no_inductor(torch.device("cpu"))
 needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 
 
@@ -177,13 +180,48 @@ def test_with_a_compiler_nothing_is_said():
         mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"), recipe="w4a8-mxint-quick")
 
 
-def test_the_cache_key_follows_the_code(tmp_path, monkeypatch):
-    before = backend.FuseMX().uuid()
-    assert before == backend.FuseMX().uuid()
-    changed = tmp_path / "fuse.py"
-    changed.write_text("# other rules")
-    monkeypatch.setattr(fusion, "__file__", str(changed))
-    assert backend.FuseMX().uuid() != before
+@pytest.mark.parametrize(
+    "name", ["formats.py", "ops.py", "numerics/reference.py", "kernels/dispatch.py", "graph/rules.py"]
+)
+def test_the_cache_key_follows_the_code(name, tmp_path, monkeypatch):
+    """Any file that decides what a compiled graph computes; the copies have the same names, the key has no path."""
+    keys = []
+    for folder, text in (("same", ""), ("again", ""), ("changed", "# another line\n")):
+        shutil.copytree(backend._PACKAGE, tmp_path / folder / "mxcompile", ignore=shutil.ignore_patterns("__pycache__"))
+        with (tmp_path / folder / "mxcompile" / name).open("a") as file:
+            file.write(text)
+        monkeypatch.setattr(backend, "_PACKAGE", tmp_path / folder / "mxcompile")
+        keys.append(backend.FuseMX().uuid())
+        monkeypatch.undo()
+    assert keys[0] == keys[1] != keys[2]
+    assert backend.FuseMX().uuid() == keys[0]
+
+
+def test_a_torch_without_the_private_api_compiles_plainly(monkeypatch):
+    """One name is taken away: the model is compiled by torch alone, with the same results, and one line says so."""
+    from torch._dynamo import eval_frame
+
+    module, x = deployed("llama"), inputs("llama")
+    expected = module(**x, use_cache=False).logits
+    monkeypatch.delattr(eval_frame, "_debug_get_cache_entry_list")
+    monkeypatch.delitem(sys.modules, "mxcompile.inductor.private_api", raising=False)
+    monkeypatch.delattr("mxcompile.inductor.private_api", raising=False)
+    mxcompile.inductor.supported.cache_clear()
+    try:
+        with pytest.warns(
+            UserWarning, match="lacks what mxcompile's fusion needs.*plain torch.compile runs the model"
+        ) as said:
+            compile_module(module)
+        assert len(said) == 1
+        assert "_debug_get_cache_entry_list" in str(said[0].message)
+        assert "_debug_get_cache_entry_list" in str(why_no_inductor(torch.device("cpu")))
+        with pytest.raises(CompileError, match="_debug_get_cache_entry_list"):
+            mxcompile.inductor.compile_ahead(None, None)
+    finally:
+        monkeypatch.undo()
+        mxcompile.inductor.supported.cache_clear()
+    torch.testing.assert_close(module(**x, use_cache=False).logits, expected, rtol=0, atol=1e-4)
+    assert mxcompile.inductor.supported() is None
 
 
 def test_no_global_setting_changes():

@@ -1,4 +1,4 @@
-"""The decode step that `generate` gets on a GPU: when it is recorded, when replayed, and when neither."""
+"""The decode step that `generate` gets on a GPU: when it is captured, when replayed, and when neither."""
 
 import copy
 
@@ -11,14 +11,12 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import mxcompile
-from mxcompile.inductor import backend
-from mxcompile.inductor.compiled_forward import Forward
+from mxcompile.inductor import backend, why_no_inductor
+from mxcompile.inductor.captured_step import StepInputs
+from mxcompile.inductor.compiled_forward import CompiledForward
 from mxcompile.inductor.decode_step import DecodeStep
-from mxcompile.inductor.recorded_step import Step
 
-pytestmark = pytest.mark.skipif(
-    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
-)
+pytestmark = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
 
 class Graph:
@@ -26,7 +24,7 @@ class Graph:
 
     taken = replayed = 0
 
-    def record(self, call):
+    def capture(self, call):
         Graph.taken += 1
         self.call = call
         lengths = [layer.cumulative_length for layer in CACHE[0].layers]
@@ -51,7 +49,7 @@ def step():
     module = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe="w4a8-mxint-quick", compile=False)
     options = backend.compile_options()
     with torch.no_grad():
-        yield DecodeStep(*(Forward(module, backend._Inductor(options)) for _ in range(2)), Graph)
+        yield DecodeStep(*(CompiledForward(module, backend.MXBackend(options)) for _ in range(2)), Graph)
 
 
 def prefilled(module, cls=StaticCache, length=32):
@@ -79,18 +77,18 @@ def assert_equal_up_to_compilation(given, wanted):
     torch.testing.assert_close(given, wanted, rtol=0, atol=1e-3)
 
 
-def test_is_recorded_once_for_a_cache_and_replayed_from_then_on(step):
+def test_is_captured_once_for_a_cache_and_replayed_from_then_on(step):
     module = step.forward.module
     wanted = tokens(module, prefilled(module))
     assert_equal_up_to_compilation(tokens(step, prefilled(module)), wanted)
     assert counts() == (1, 3)  # the first step is compiled
     assert_equal_up_to_compilation(tokens(step, prefilled(module)), wanted)
-    assert counts() == (2, 7)  # what is compiled is recorded at once
+    assert counts() == (2, 7)  # what is compiled is captured at once
     assert step.refusal is None
 
 
 def test_generate_replays_from_the_third_token_on_and_gives_the_tokens_of_the_model(step, monkeypatch):
-    module, ids, sort = step.forward.module, torch.arange(8)[None], Step.of
+    module, ids, sort = step.forward.module, torch.arange(8)[None], StepInputs.of
 
     def of(kwargs):
         sorted_ = sort(kwargs)
@@ -99,7 +97,7 @@ def test_generate_replays_from_the_third_token_on_and_gives_the_tokens_of_the_mo
 
     how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
     wanted = module.generate(ids, **how)
-    monkeypatch.setattr(Step, "of", staticmethod(of))
+    monkeypatch.setattr(StepInputs, "of", staticmethod(of))
     module._valid_auto_compile_criteria = lambda *_, **__: True  # as on a GPU
     module.get_compiled_call = lambda _: step
     assert torch.equal(module.generate(ids, **how), wanted)
@@ -108,12 +106,12 @@ def test_generate_replays_from_the_third_token_on_and_gives_the_tokens_of_the_mo
     assert counts() == (2, 21)
 
 
-def test_another_cache_in_the_same_place_needs_no_new_recording(step):
+def test_another_cache_in_the_same_place_needs_no_new_capture(step):
     """As the memory of a cache that is freed is often given to the next."""
     module = step.forward.module
     tokens(step, prefilled(module))
     other, wanted = prefilled(module), tokens(module, prefilled(module))
-    first = CACHE[0] = step._recordings[0]._cache()
+    first = CACHE[0] = step._captures[0]._cache()
     for mine, known in zip(other.layers, first.layers, strict=True):
         for name in ("keys", "values", "cumulative_length"):
             getattr(known, name).copy_(getattr(mine, name))
@@ -210,7 +208,7 @@ def test_other_caches_are_compiled_with_torch_s_own_graphs(step):
     assert step.forward._compiled is None
 
 
-def test_a_model_that_counts_its_calls_is_not_recorded(step):
+def test_a_model_that_counts_its_calls_is_not_captured(step):
     """A replay would leave out what Python does."""
     module = step.forward.module
     layer, forward = module.model.layers[0], module.model.layers[0].forward
@@ -228,7 +226,7 @@ def test_a_model_that_counts_its_calls_is_not_recorded(step):
     assert counts()[1] == 0
 
 
-def test_a_model_in_pieces_is_not_recorded(step):
+def test_a_model_in_pieces_is_not_captured(step):
     module = step.forward.module
     layer, forward = module.model.layers[0], module.model.layers[0].forward
 
@@ -241,14 +239,14 @@ def test_a_model_in_pieces_is_not_recorded(step):
     assert_equal_up_to_compilation(tokens(step, cache), tokens(module, plain))
     assert counts() == (0, 0)
     assert step.refusal is not None
-    assert "one piece" in step.refusal
+    assert "graph breaks" in step.refusal
 
 
 def test_a_recording_that_fails_is_said_and_done_without(step, monkeypatch):
-    def record(self, call):
+    def capture(self, call):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(Graph, "record", record)
+    monkeypatch.setattr(Graph, "capture", capture)
     module = step.forward.module
     plain, cache = prefilled(module), prefilled(module)
     assert_equal_up_to_compilation(tokens(step, cache), tokens(module, plain))
@@ -262,11 +260,11 @@ def test_a_cache_is_freed_with_its_owner_and_weights_are_no_longer_held(step):
     cache = prefilled(step.forward.module)
     tokens(step, cache)
     known = weakref.ref(cache.layers[0].keys)
-    recording = step._recordings[0]
-    recording.graph = None
-    assert recording._held
+    captured = step._captures[0]
+    captured.graph = None
+    assert captured._held
     CACHE.clear()
     del cache
     gc.collect()
     assert known() is None
-    assert not recording._held
+    assert not captured._held

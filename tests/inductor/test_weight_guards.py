@@ -8,12 +8,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import mxcompile
-from mxcompile.inductor import backend, compile_module, weight_guards
+from mxcompile.inductor import compile_module, weight_guards, why_no_inductor
 from mxcompile.tensor.weight import MXWeight
 
-needs_compiler = pytest.mark.skipif(
-    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
 
 def quantized(recipe, seed=0):
@@ -61,11 +59,11 @@ def test_values_of_a_known_layout_need_no_new_graph():
 def test_layouts_are_those_of_all_weights():
     module = nn.ModuleList([quantized("w4a8-mxint-quick"), nn.Linear(2, 2), quantized("w8a8-mxint")])
     module.register_module("nothing", None)
-    found = weight_guards.Layouts(module)
+    found = weight_guards.WeightLayouts(module)
     assert [layout.format for layout in found.layouts] == ["mxint4", "mxint8"]
     assert found.hold()
     module[0][0].weight = quantized("w4a8-mxint-quick", seed=1)[0].weight
-    assert weight_guards.Layouts(module).layouts == found.layouts
+    assert weight_guards.WeightLayouts(module).layouts == found.layouts
     module[0] = module[2]
     assert not found.hold()
 

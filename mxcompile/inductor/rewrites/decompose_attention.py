@@ -1,10 +1,10 @@
-"""attention(q, k, v, mask) of one query a head on the CPU -> softmax(sum(q * k) * scale + mask), sum(p * v).
+"""attention(q, k, v, mask) with one query per head, on the CPU -> p = softmax(sum(q * k) * scale + mask); sum(p * v).
 
-torch's kernel is made for many queries. For one, each token of a text that is being generated, it takes longer to start
-than to compute, and it is handed keys and values that are repeated for every query head, a copy of the cache. Sums of
-products Inductor merges with what makes keys, values and mask, and nothing is copied.
+Single-token attention is decomposed into reductions that Inductor fuses with the producers of K, V and the mask.
+torch's kernel is made for many queries: for one it takes longer to start than to compute, and it needs keys and values
+repeated for every query head, a copy of the whole cache.
 
-As in that kernel sums are in float32, and where a mask leaves nothing the result is zero.
+As in torch's kernel, reductions are in float32, and a query whose mask excludes every key gives zero.
 """
 
 import math
@@ -21,19 +21,19 @@ _CONVERT = torch.ops.prims.convert_element_type.default
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def open_attention(graph: Graph) -> int:
-    """Rewrite all attention of one query in place; returns how many there were."""
-    found = [node for node in graph.find_nodes(op="call_function", target=_ATTENTION) if _has_one_query(node)]
-    for node in found:
-        _open(graph, node)
-    return len(found)
+def decompose_attention(graph: Graph) -> int:
+    """Decompose all single-token attention of the graph in place. Returns the number of rewrites."""
+    nodes = [node for node in graph.find_nodes(op="call_function", target=_ATTENTION) if _has_one_query(node)]
+    for node in nodes:
+        _decompose(graph, node)
+    return len(nodes)
 
 
 def _has_one_query(node: Node) -> bool:
-    """Whether each head has one query, which sees all keys, and only the output is used."""
+    """Whether each head has one query that attends to all keys, and only the output is used."""
     query, key, mask = (part.meta["val"] if isinstance(part, Node) else None for part in (*node.args[:2], _mask(node)))
     dropout_or_causal = any(node.args[3:]) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal")
-    if query is None or key is None or dropout_or_causal or not gives_only_output(node):
+    if query is None or key is None or dropout_or_causal or not uses_only_output(node):
         return False
     (heads, queries), shared = query.shape[1:3], key.shape[1]
     is_known = all(isinstance(size, int) for size in (heads, queries, shared, query.shape[3]))
@@ -44,13 +44,13 @@ def _has_one_query(node: Node) -> bool:
     return is_known and queries == 1
 
 
-def gives_only_output(node: Node) -> bool:
-    """Whether of the results of attention only the first is used."""
+def uses_only_output(node: Node) -> bool:
+    """Whether only the first result of an attention call is used."""
     return all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users)
 
 
 def replace_output(graph: Graph, node: Node, result: Node) -> None:
-    """Use `result` in place of the first result of attention, and erase that."""
+    """Replace the first result of an attention call by `result`, and erase the call."""
     for part in list(node.users):
         part.replace_all_uses_with(result)
         graph.erase_node(part)
@@ -61,16 +61,16 @@ def _mask(node: Node) -> Any:
     return node.kwargs.get("attn_mask")
 
 
-def _open(graph: Graph, node: Node) -> None:
+def _decompose(graph: Graph, node: Node) -> None:
     """Queries `[batch, shared heads, heads, 1, size]` with keys `[batch, shared heads, 1, keys, size]`."""
     of_query, of_key = (part.meta["val"] for part in node.args[:2])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     heads, shared, size, scale = of_query.shape[1], of_key.shape[1], of_query.shape[3], node.kwargs.get("scale")
     with graph.inserting_before(node):
 
         def call(target: Any, *args: Any) -> Node:
-            made = graph.call_function(target, args)
-            made.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
-            return made
+            created = graph.call_function(target, args)
+            created.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+            return created
 
         query, key, value = (call(_CONVERT, part, torch.float32) for part in node.args[:3])
         query = call(aten.reshape.default, query, [-1, shared, heads // shared, 1, size])

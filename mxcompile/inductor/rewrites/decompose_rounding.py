@@ -1,18 +1,18 @@
-"""quantize_dequantize(x) on a GPU -> the largest magnitude of each block, its power of two, every value rounded;
-align(x) -> the same of each token.
+"""quantize_dequantize(x) on a GPU -> amax of each block, its power of two, every value rounded; align(x) -> the same
+per token.
 
-Plain operations in place of a kernel launched from Python: Inductor makes one kernel of them and of the elementwise
-operations that x comes from (a gated product, the scaling of a norm, a residual sum), which then goes through memory
-once. The sum inside a norm stays a kernel in front of it. Where x comes from a call that nothing merges with, such as
-attention, this kernel is one of its own, still cheaper to launch. On the CPU a C++ kernel serves.
+Decomposed into pointwise operations and an amax, rounding becomes one Inductor kernel with the elementwise producers of
+x (a gated product, the scaling of a norm, a residual add), which passes over memory once. The reduction inside a norm
+stays a kernel of its own. Where the producer cannot be fused, such as attention, the rounding is a kernel of its own,
+still cheaper to launch than one from Python. On the CPU a C++ kernel runs instead.
 
-Bit for bit `reference.quantize_dequantize` and `reference.align` (the payload of a NaN excepted) of the values that are
-given. Those that Inductor merges into the kernel it keeps in float32: they are rounded to x's own dtype only as
-elements.
+Equal bit for bit to `reference.quantize_dequantize` and `reference.align` of the kernel's input (except for the payload
+of a NaN). Inductor keeps fused intermediate values in float32, so these are never rounded to x's dtype first.
 
-The arithmetic is that of `triton/quantize.py`, where it is argued: magnitudes are compared as integers, and
-adding and subtracting `c = 1.5 * 2**23` steps rounds to a step. To contract a product into that sum changes nothing.
-Integer elements are clamped between the two, where the last bits of `v + c` are the element itself.
+The arithmetic is that of `triton/quantize.py`, which has the derivation: magnitudes are compared as integers, and
+adding and subtracting `c = 1.5 * 2**23` steps rounds to a step; contracting a multiplication into that addition (FMA)
+changes nothing. Integer elements are clamped between the two operations, where the last bits of `v + c` are the
+element.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from mxcompile.formats import MXFP8_E4M3, SCALE_BIAS, MXFormat, ScaleRule, parse_format, parse_scale_rule
-from mxcompile.numerics.reference import ALIGNED_TOP
+from mxcompile.numerics.reference import ALIGNED_TOP_EXPONENT
 from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
 
 Call = Callable[..., Node]
@@ -38,25 +38,27 @@ _SIGN, _MAGNITUDE, _EXPONENT, _FRACTION = -0x80000000, 0x7FFFFFFF, 0x7F800000, 0
 _SMALLEST_NORMAL, _SMALLEST_SCALE = 0x00800000, 0x00400000  # 2**-126 and 2**-127
 
 
-def open_rounding(graph: Graph, devices: Collection[str] = ("cuda",)) -> int:
-    """Rewrite all rounding of whole blocks, and aligning, on these types of device in place; returns how many there
-    were."""
-    nodes = graph.find_nodes(op="call_function", target=QUANTIZE_DEQUANTIZE)
-    found = [node for node in nodes if _can_open(node, devices)]
-    for node in found:
-        _open(graph, node)
-    aligned = [node for node in graph.find_nodes(op="call_function", target=ALIGN) if _is_served(node, devices)]
-    for node in aligned:
-        _open_aligning(graph, node)
-    return len(found) + len(aligned)
+def decompose_rounding(graph: Graph, devices: Collection[str] = ("cuda",)) -> int:
+    """Decompose all rounding of whole blocks, and alignment, in place. Returns the number of rewrites.
+
+    devices: the device types to do this on.
+    """
+    roundings = graph.find_nodes(op="call_function", target=QUANTIZE_DEQUANTIZE)
+    roundings = [node for node in roundings if _can_decompose(node, devices)]
+    for node in roundings:
+        _decompose(graph, node)
+    alignments = [node for node in graph.find_nodes(op="call_function", target=ALIGN) if _is_static(node, devices)]
+    for node in alignments:
+        _decompose_alignment(graph, node)
+    return len(roundings) + len(alignments)
 
 
-def _can_open(node: Node, devices: Collection[str]) -> bool:
+def _can_decompose(node: Node, devices: Collection[str]) -> bool:
     x, fmt, rule = _operands(node)
-    return _is_served(node, devices) and rule is not ScaleRule.MSE and x.shape[-1] % fmt.block_size == 0
+    return _is_static(node, devices) and rule is not ScaleRule.MSE and x.shape[-1] % fmt.block_size == 0
 
 
-def _is_served(node: Node, devices: Collection[str]) -> bool:
+def _is_static(node: Node, devices: Collection[str]) -> bool:
     x: Tensor = node.args[0].meta["val"]  # pyright: ignore
     sizes: list[Any] = list(x.shape)
     is_empty = any(isinstance(size, int) and size == 0 for size in sizes)
@@ -68,7 +70,7 @@ def _operands(node: Node) -> tuple[Tensor, MXFormat, ScaleRule]:
     return x.meta["val"], parse_format(str(fmt)), parse_scale_rule(str(rule))  # pyright: ignore
 
 
-def _open(graph: Graph, node: Node) -> None:
+def _decompose(graph: Graph, node: Node) -> None:
     """Values `[..., size]` as `[..., blocks, block_size]` and back."""
     x, fmt, rule = _operands(node)
     with graph.inserting_before(node):
@@ -79,14 +81,14 @@ def _open(graph: Graph, node: Node) -> None:
         blocks = call(aten.reshape.default, source, [*sizes[:-1], sizes[-1] // fmt.block_size, fmt.block_size])
         values = call(_CONVERT, blocks, torch.float32)
         rounded = call(_CONVERT, _round(call, values, fmt, rule, x.dtype), x.dtype)
-        # What as_strided is given Inductor computes as it stands, in blocks. A reshape it would carry into the loops,
-        # and with lengths that are not known it then merges them with none of the others.
+        # Inductor materializes the input of as_strided in blocks. A reshape would move into the loops, which it then
+        # does not fuse with others where lengths are dynamic.
         result = call(aten.as_strided.default, rounded, sizes, strides)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 
 
-def _open_aligning(graph: Graph, node: Node) -> None:
+def _decompose_alignment(graph: Graph, node: Node) -> None:
     x = cast(Node, node.args[0])
     with graph.inserting_before(node):
         call = partial(_call, graph)
@@ -98,14 +100,14 @@ def _open_aligning(graph: Graph, node: Node) -> None:
 
 
 def _numbers(call: Call, read: Any, value: Node, numbers: Sequence[Any]) -> list[Any]:
-    """The sizes or strides of a value; those that are not known as nodes that read them."""
+    """The sizes or strides of a value; nodes that read them where they are dynamic."""
     return [n if isinstance(n, int) else call(read, value, dim) for dim, n in enumerate(numbers)]
 
 
 def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
-    made = graph.call_function(target, args, kwargs)
-    made.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **kwargs)
-    return made
+    created = graph.call_function(target, args, kwargs)
+    created.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **kwargs)
+    return created
 
 
 def _round(call: Call, values: Node, fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> Node:
@@ -118,17 +120,20 @@ def _round(call: Call, values: Node, fmt: MXFormat, rule: ScaleRule, dtype: torc
 
 
 def _align(call: Call, values: Node) -> Node:
-    """float32 values to e4m3 numbers times the power of two of the last dimension's largest."""
+    """Round float32 values to e4m3 numbers times one power of two per row (from the row's largest magnitude)."""
     bits = _bits(call, values)
     magnitudes = call(aten.bitwise_and.Scalar, bits, _MAGNITUDE)
     largest = call(aten.amax.default, magnitudes, [-1], True)
-    pattern = call(aten.sub.Tensor, call(aten.bitwise_and.Scalar, largest, _EXPONENT), _exponent_bits(ALIGNED_TOP, 0))
+    pattern = call(
+        aten.sub.Tensor, call(aten.bitwise_and.Scalar, largest, _EXPONENT), _exponent_bits(ALIGNED_TOP_EXPONENT, 0)
+    )
     down, up = _down_and_up(call, call(aten.clamp_min.default, pattern, 0), largest)
     return _signed(call, bits, magnitudes, down, up, MXFP8_E4M3)
 
 
 def _signed(call: Call, bits: Node, magnitudes: Node, down: Node, up: Node, fmt: MXFormat) -> Node:
-    """Magnitudes of float32 `bits`, rounded to floating elements between multiplying by `down` and `up`, signed."""
+    """Magnitudes of float32 `bits`, scaled by `down`, rounded to floating elements, scaled by `up`, with their
+    signs."""
     scaled = call(aten.mul.Tensor, _floats(call, magnitudes), down)
     rounded = call(aten.mul.Tensor, _floating(call, scaled, fmt), up)
     sign = call(aten.bitwise_and.Scalar, bits, _SIGN)
@@ -144,16 +149,16 @@ def _floats(call: Call, bits: Node) -> Node:
 
 
 def _powers(call: Call, largest: Node, fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> tuple[Node, Node]:
-    """`2**-e` and `2**e` for `e = reference.scale_exponents(...)` of bit patterns; the latter NaN where that is none.
+    """`2**-e` and `2**e` for `e = reference.scale_exponents(...)` of bit patterns; `2**e` is NaN for Inf and NaN.
 
-    What is added to a pattern carries into its exponent if the fraction is beyond the rule's threshold.
+    The addend carries into the exponent where the fraction exceeds the rule's threshold.
     """
     limit = int((rule.threshold(fmt) - 1) * 2**_FRACTION_BITS) - (rule is ScaleRule.EVEN)
     carry = max(_FRACTION - limit, 0)
     pattern = largest
     if carry and fmt.emax == 0:
-        # A subnormal of 2**-127 or more becomes exponent 0 with its fraction in place. Only these formats tell:
-        # in others any such exponent is clamped.
+        # A subnormal of at least 2**-127 becomes exponent 0 with its fraction in place. It matters only for formats
+        # with emax 0: in others such an exponent is clamped.
         doubled = call(aten.sub.Tensor, call(aten.mul.Tensor, largest, 2), _SMALLEST_NORMAL)
         pattern = call(aten.where.self, call(aten.lt.Scalar, largest, _SMALLEST_NORMAL), doubled, largest)
     pattern = call(aten.add.Tensor, pattern, carry - _exponent_bits(fmt.emax, 0))
@@ -164,7 +169,7 @@ def _powers(call: Call, largest: Node, fmt: MXFormat, rule: ScaleRule, dtype: to
 
 
 def _down_and_up(call: Call, pattern: Node, largest: Node) -> tuple[Node, Node]:
-    """`2**-e` and `2**e` for `e` in its place in a float32; the latter NaN where `largest`, bits, is not finite."""
+    """`2**-e` and `2**e` for an exponent field `pattern`; `2**e` is NaN where `largest` (bits) is not finite."""
     down = call(aten.add.Tensor, call(aten.neg.default, pattern), _exponent_bits(SCALE_BIAS))
     down, up = (_floats(call, call(aten.clamp_min.default, part, _SMALLEST_SCALE)) for part in (down, pattern))
     zero_or_nan = call(aten.mul.Tensor, _floats(call, largest), 0.0)
@@ -172,7 +177,7 @@ def _down_and_up(call: Call, pattern: Node, largest: Node) -> tuple[Node, Node]:
 
 
 def _integers(call: Call, v: Node, fmt: MXFormat) -> Node:
-    """Values below 2 in magnitude to the nearest integer elements, saturating; zero has no sign."""
+    """Round values below 2 in magnitude to the nearest integer elements, saturating; zero loses its sign."""
     magic, most = 1.5 * 2.0 ** (_FRACTION_BITS - fmt.mantissa_bits), int(fmt.max_value * 2**fmt.mantissa_bits)
     zero = _exponent_bits(_FRACTION_BITS - fmt.mantissa_bits) + (1 << (_FRACTION_BITS - 1))
     bits = _bits(call, call(aten.add.Tensor, v, magic))
@@ -181,7 +186,7 @@ def _integers(call: Call, v: Node, fmt: MXFormat) -> Node:
 
 
 def _floating(call: Call, v: Node, fmt: MXFormat) -> Node:
-    """Magnitudes below `2**(emax + 1)` to the nearest floating elements, saturating."""
+    """Round magnitudes below `2**(emax + 1)` to the nearest floating elements, saturating."""
     power = call(aten.bitwise_and.Scalar, _bits(call, v), _EXPONENT)
     power = _floats(call, call(aten.clamp_min.default, power, _exponent_bits(fmt.emin)))
     magic = call(aten.mul.Tensor, power, 1.5 * 2.0 ** (_FRACTION_BITS - fmt.mantissa_bits))
@@ -191,5 +196,5 @@ def _floating(call: Call, v: Node, fmt: MXFormat) -> Node:
 
 
 def _exponent_bits(exponent: int, bias: int = SCALE_BIAS) -> int:
-    """The exponent in its place in a float32."""
+    """The exponent field of a float32."""
     return (exponent + bias) << _FRACTION_BITS

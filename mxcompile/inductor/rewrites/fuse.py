@@ -1,9 +1,9 @@
 """dequantize(quantize(x)) -> mx::quantize_dequantize(x);  matmul(x, dequantize(w)) + bias -> mx::linear(x, w, bias).
 
-mx::multiply(x, m) becomes an ordinary multiplication, which the compiler merges with what makes x.
+mx::multiply(x, m) becomes an ordinary multiplication, which Inductor fuses with the producer of x.
 
-The rules work on plain fx graphs in both dialects: a lowered Program (`aten.linear`, `aten.addmm`, `aten.matmul`) and
-the graphs that Inductor sees inside `torch.compile` (`aten.mm`, `aten.addmm` on permuted weights).
+The rules match both dialects of fx graphs: a lowered Program (`aten.linear`, `aten.addmm`, `aten.matmul`) and the
+graphs that Inductor compiles (`aten.mm`, `aten.addmm` on permuted weights).
 """
 
 import operator
@@ -40,9 +40,9 @@ _OTHER_MATMULS = frozenset(
 
 
 def fuse(graph: Graph) -> PassResult:
-    """Apply the fusion rules; a matmul that keeps an unfused MX weight is a miss with its reason.
+    """Apply the fusion rules in place. A matmul whose MX weight stays unfused is a miss with its reason.
 
-    A value that several matmuls read is quantized once, also where each of them asked for it separately.
+    A value that several matmuls read is quantized once.
     """
     _merge_equal_calls(graph)
     result = apply_rules(graph, RULES)
@@ -57,7 +57,7 @@ def fused_linears(graph: Graph) -> list[Node]:
 
 
 def _merge_equal_calls(graph: Graph) -> None:
-    """Let equal `mx::` calls and views of equal operands be one node. Multipliers are equal by their digests."""
+    """Merge equal `mx::` calls and views (common subexpressions). Multipliers are compared by digest."""
     first: dict[AnyType, Node] = {}
     for node in list(graph.nodes):
         if node.target not in _PURE:
@@ -65,9 +65,9 @@ def _merge_equal_calls(graph: Graph) -> None:
         operands = node.args
         if node.target is MULTIPLY:
             operands = (node.args[0], node.args[2], node.args[1].meta["val"].dtype)  # pyright: ignore
-        known = first.setdefault((node.target, _hashable(operands)), node)
-        if known is not node:
-            node.replace_all_uses_with(known)
+        original = first.setdefault((node.target, _hashable(operands)), node)
+        if original is not node:
+            node.replace_all_uses_with(original)
             graph.erase_node(node)
 
 
@@ -85,7 +85,7 @@ def _fuse_round_trip(graph: Graph, match: Match) -> None:
     match.replace(QUANTIZE_DEQUANTIZE, *args, name=f"{match['x'].name}_mx")
 
 
-def _open_multiply(graph: Graph, match: Match) -> None:
+def _decompose_multiply(graph: Graph, match: Match) -> None:
     match.replace(aten.mul.Tensor, match["x"], match["multiplier"], name=f"{match['x'].name}_multiplied")
 
 
@@ -116,7 +116,7 @@ def _linear_rule(name: str, pattern: Pattern) -> Rule:
 
 
 RULES = (
-    Rule("open-multiply", Call(MULTIPLY, Any("x"), Any("multiplier")), lambda _: None, _open_multiply),
+    Rule("decompose-multiply", Call(MULTIPLY, Any("x"), Any("multiplier")), lambda _: None, _decompose_multiply),
     Rule("fuse-activation", _ROUND_TRIP, _check_round_trip, _fuse_round_trip),
     _linear_rule("fuse-linear", Call(aten.linear.default, Any("x"), _WEIGHT, Any("bias"))),
     _linear_rule("fuse-matmul", Call(_MULTIPLIES, Any("x"), _TRANSPOSED_WEIGHT)),

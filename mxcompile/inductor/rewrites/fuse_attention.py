@@ -1,7 +1,7 @@
-"""attention(q, repeat(k), repeat(v), mask) of one query a head on a GPU -> mx::attend(q, k, v, mask).
+"""attention(q, repeat(k), repeat(v), mask) with one query per head, on a GPU -> mx::attend(q, k, v, mask).
 
-Where a text is generated, transformers hands torch's kernels keys and values that are repeated for every query head: a
-copy of the whole cache, several times over, for each token. `mx::attend` takes them as the cache holds them.
+transformers passes keys and values to torch's kernels repeated for every query head: for each token, several copies of
+the whole cache. `mx::attend` reads them as the cache holds them.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.operator_schemas import normalize_function
 
-from mxcompile.inductor.rewrites.decompose_attention import gives_only_output, replace_output
+from mxcompile.inductor.rewrites.decompose_attention import replace_output, uses_only_output
 from mxcompile.kernels.dispatch import why_no_attention
 from mxcompile.ops import ATTEND
 
@@ -27,17 +27,17 @@ _VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.d
 _EXPAND = aten.expand.default
 
 
-def call_attend(graph: Graph) -> int:
-    """Rewrite all attention of one query on a GPU in place; returns how many there were."""
-    found = [node for target in _ATTENTIONS for node in graph.find_nodes(op="call_function", target=target)]
-    return sum(_rewrite(graph, node) for node in found)
+def fuse_attention(graph: Graph) -> int:
+    """Fuse all single-token attention of the graph in place, on a GPU. Returns the number of rewrites."""
+    nodes = [node for target in _ATTENTIONS for node in graph.find_nodes(op="call_function", target=target)]
+    return sum(_rewrite(graph, node) for node in nodes)
 
 
 def _rewrite(graph: Graph, node: Node) -> bool:
-    given = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)  # pyright: ignore[reportArgumentType]
-    if given is None or not gives_only_output(node):
+    call = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)  # pyright: ignore[reportArgumentType]
+    if call is None or not uses_only_output(node):
         return False
-    options = given.kwargs
+    options = call.kwargs
     tensors = [options[name] for name in ("query", "key", "value")]
     mask, scale = _unexpanded(options.get("attn_bias")), options["scale"]
     known = scale is None or isinstance(scale, float)
@@ -60,25 +60,25 @@ def _rewrite(graph: Graph, node: Node) -> bool:
 
 
 def _has_one_query(tensors: list[Node]) -> bool:
-    """Whether each head has one query, and all sizes but those of the batch and the cache are known."""
+    """Whether each head has one query, and all sizes but batch and cache length are static."""
     shapes = [_shape(part) for part in tensors]
     known = all(isinstance(size, int) for shape in shapes for size in (shape[1], shape[3]))
     return known and isinstance(shapes[0][2], int) and shapes[0][2] == 1
 
 
 def _fits(query: Any, key: Any, value: Any, mask: Any) -> bool:
-    """Whether the sizes are those of `mx::attend`, as far as they are known."""
-    wanted = (*query.shape[:3], key.shape[2])
+    """Whether the sizes are known to be what `mx::attend` takes."""
+    scores = (*query.shape[:3], key.shape[2])
     sizes = () if mask is None else tuple(mask.shape)
-    given = zip(reversed(sizes), reversed(wanted), strict=False)
+    pairs = zip(reversed(sizes), reversed(scores), strict=False)
     broadcasts = len(sizes) <= 4 and all(
-        statically_known_true(a == 1) or statically_known_true(a == b) for a, b in given
+        statically_known_true(a == 1) or statically_known_true(a == b) for a, b in pairs
     )
     return broadcasts and _alike(key.shape[:3], value.shape[:3]) and _alike(query.shape[:1], key.shape[:1])
 
 
 def _unrepeated(node: Node) -> Node:
-    """Keys or values `[batch, shared, keys, size]` if `node` is their heads repeated, each `n` times; else `node`.
+    """The keys or values `[batch, shared, keys, size]` whose heads `node` repeats `n` times; `node` if it repeats none.
 
     reshape(expand(unsqueeze(x, 2), [batch, shared, n, keys, size]), [batch, shared * n, keys, size])
     """
@@ -102,7 +102,7 @@ def _unrepeated(node: Node) -> Node:
 
 
 def _uncopied(node: Any) -> Node:
-    """What a node copies, or takes whole."""
+    """The node behind copies, aliases and slices that take everything."""
     while node.target in _COPIES and _alike(_shape(node), _shape(node.args[0])):
         node = node.args[0]
     return node
@@ -119,12 +119,12 @@ def _shape(node: Node) -> tuple[Any, ...]:
 
 
 def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether two shapes are known to be the same."""
+    """Whether two shapes are known to be equal."""
     return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
 
 
 def _erase_unused(graph: Graph, node: Any) -> None:
-    """A view or copy that nothing reads, and those that it was made of."""
+    """Erase a view or copy without users, and its sources likewise."""
     while isinstance(node, Node) and not node.users and node.target in (*_COPIES, *_VIEWS, _EXPAND):
         source = node.args[0]
         graph.erase_node(node)

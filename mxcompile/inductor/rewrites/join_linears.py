@@ -1,9 +1,8 @@
 """linear(quantize_dequantize(x), w1), linear(quantize_dequantize(x), w2) -> cpu_linears(x, [w1, w2]).
 
-One call in place of three (q, k, v and the rounding of their input): what a call costs is much of what a small product
-costs. On a GPU it is `linears`, of weights in planes, which one launch can serve. The rounding goes with it only where
-many tokens may be multiplied at the rate of 8 bits, and aligning with it; elsewhere both are left to
-`decompose_rounding.py`.
+One call instead of three (q, k, v) or four (with the rounding of their input): for a small GEMM the call itself is much
+of the cost. On a GPU the weights have the planar layout and `mx::linears` runs them in one launch. There, rounding and
+alignment of the input join the call only if the FP8 kernel may run; otherwise `decompose_rounding.py` handles them.
 """
 
 import math
@@ -15,13 +14,13 @@ from torch.fx import Graph, Node
 from mxcompile.formats import parse_format, parse_scale_rule
 from mxcompile.inductor.rewrites.fuse import VIEWS
 from mxcompile.kernels.dispatch import why_not_fp8
-from mxcompile.kernels.layout import e4m3_products
-from mxcompile.kernels.layout.planes import Scaling
+from mxcompile.kernels.layout import fp8_eligibility
+from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
 
 def join_linears(graph: Graph) -> int:
-    """Join all `mx::linear` calls that share an input and a weight format; returns the number of joined calls made."""
+    """Join all `mx::linear` calls that share an input and a weight format. Returns the number of joined calls."""
     groups: dict[tuple[Node, ...], list[Node]] = {}
     for node in graph.find_nodes(op="call_function", target=LINEAR, sort=True):
         if _on_cpu(node) or _planes(node):
@@ -34,15 +33,15 @@ def _on_cpu(node: Node) -> bool:
 
 
 def _planes(node: Node) -> tuple[Any, ...]:
-    """The argument of `mx::linear` that says so, if it is there."""
+    """The `planes` argument of `mx::linear`; empty for the row-major layout."""
     return node.args[5:]
 
 
 def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
-    place = {node: index for index, node in enumerate(graph.nodes)}
-    nodes = [node for node in nodes if all(place[part] < place[nodes[0]] for part in node.all_input_nodes)]
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    nodes = [node for node in nodes if all(position[arg] < position[nodes[0]] for arg in node.all_input_nodes)]
     rounded, aligned = _rounded(value)
-    if rounded is not None and not _goes_along(value, nodes[0], rounded, aligned):
+    if rounded is not None and not _call_rounds(value, nodes[0], rounded, aligned):
         rounded = None
     if rounded is None and len(nodes) == 1:
         return False
@@ -68,7 +67,7 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
 
 
 def _erase_unread(graph: Graph, value: Node) -> None:
-    """Erase what made a value that nothing reads any more, back to where it was rounded."""
+    """Erase a value without users and its producers, up to the rounding."""
     while value.target in (*VIEWS, ALIGN, QUANTIZE_DEQUANTIZE) and not value.users:
         source = cast(Node, value.args[0])
         graph.erase_node(value)
@@ -77,21 +76,21 @@ def _erase_unread(graph: Graph, value: Node) -> None:
         value = source
 
 
-def _goes_along(value: Node, node: Node, rounded: Node, aligned: bool) -> bool:
-    """Whether the products' call rounds: the CPU's does, but does not align; a GPU's where it multiplies at the rate of
-    8 bits, if there are enough tokens, and there may be."""
+def _call_rounds(value: Node, node: Node, rounded: Node, aligned: bool) -> bool:
+    """Whether the joined call does the rounding: on the CPU it does, without alignment; on a GPU the FP8 kernel does,
+    which needs enough tokens."""
     if _on_cpu(value):
         return not aligned
     x, (weight, planes) = value.meta["val"], cast(tuple[Any, Any], node.args[4:6])
     activation, rule = map(str, rounded.args[1:])
     rounding = (parse_format(activation), parse_scale_rule(rule))
     sizes = x.shape[:-1]
-    is_few = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < e4m3_products.FEWEST_TOKENS
-    return not is_few and why_not_fp8(x, parse_format(weight), Scaling(*planes), rounding, aligned) is None
+    is_few = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < fp8_eligibility.MIN_TOKENS
+    return not is_few and why_not_fp8(x, parse_format(weight), PlanarScaling(*planes), rounding, aligned) is None
 
 
 def _rounded(value: Node) -> tuple[Node | None, bool]:
-    """The rounding that made a value, or what it is a view of with the same last dimension; and if it was aligned."""
+    """The rounding node behind a value (or behind a view with the same last dimension), and whether it is aligned."""
     source = cast(Node, value.args[0]) if value.target in VIEWS else value
     aligned = source.target is ALIGN
     source = cast(Node, source.args[0]) if aligned else source

@@ -1,4 +1,4 @@
-"""Attention of one query, opened: what is rewritten, the numbers it gives, and that Inductor makes one kernel of it."""
+"""Single-token attention, decomposed: what is rewritten, its values, and that Inductor makes one kernel of it."""
 
 import operator
 
@@ -7,13 +7,11 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from mxcompile.inductor import backend
+from mxcompile.inductor import backend, why_no_inductor
 from mxcompile.inductor.rewrites import decompose_attention
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-needs_compiler = pytest.mark.skipif(
-    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
 
 def tensors(dtype, batch=2, heads=4, keys=19, size=16, queries=1):
@@ -22,11 +20,11 @@ def tensors(dtype, batch=2, heads=4, keys=19, size=16, queries=1):
     return [(torch.randn(*shape, generator=generator) * 2).to(dtype) for shape in shapes]
 
 
-def opened(function, *given):
+def decomposed(function, *given):
     """The graph of a function, rewritten; and how much was."""
     module = make_fx(function, tracing_mode="fake")(*given)
     assert module.graph.find_nodes(op="call_function", target=FLASH)
-    count = decompose_attention.open_attention(module.graph)
+    count = decompose_attention.decompose_attention(module.graph)
     module.recompile()
     return module, count
 
@@ -43,7 +41,7 @@ def exact(query, key, value, mask=None, scale=None):
 def test_values_are_those_of_float64(dtype, bound, scale):
     """Within the rounding of the result: 2^-9 of it in bfloat16, with room for the largest of a few hundred."""
     given = tensors(dtype)
-    module, count = opened(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale), *given)
+    module, count = decomposed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=scale), *given)
     assert count == 1
     assert not module.graph.find_nodes(op="call_function", target=FLASH)
     expected = exact(*given, scale=scale)
@@ -61,7 +59,7 @@ def test_a_mask_that_leaves_some_or_nothing():
     def call(q, k, v, m):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=m)
 
-    module, count = opened(call, query, key, value, mask)
+    module, count = decomposed(call, query, key, value, mask)
     y = module(query, key, value, mask)
     assert count == 1
     assert (y[2] == 0).all()
@@ -77,18 +75,18 @@ def test_keys_that_queries_share():
     def call(q, k, v, m):
         return FLASH(q, k, v, attn_mask=m)[0]
 
-    module, count = opened(call, query, key, value, mask)
+    module, count = decomposed(call, query, key, value, mask)
     expected = exact(query, *(part.repeat_interleave(3, 1) for part in (key, value)), mask)
     assert count == 1
     torch.testing.assert_close(module(query, key, value, mask).double(), expected, rtol=0, atol=3e-6)
-    assert opened(call, query, key, value, mask.expand(2, 6, 1, 19))[1] == 0
+    assert decomposed(call, query, key, value, mask.expand(2, 6, 1, 19))[1] == 0
 
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_masks_for_each_head_and_for_all(heads):
     query, key, value = tensors(torch.float32)
     mask = torch.randn(2, heads, 1, 19)
-    module, count = opened(lambda q, k, v, m: FLASH(q, k, v, attn_mask=m)[0], query, key, value, mask)
+    module, count = decomposed(lambda q, k, v, m: FLASH(q, k, v, attn_mask=m)[0], query, key, value, mask)
     assert count == 1
     expected = exact(query, key, value, mask)
     torch.testing.assert_close(module(query, key, value, mask).double(), expected, rtol=0, atol=3e-6)
@@ -99,21 +97,21 @@ def test_masks_for_each_head_and_for_all(heads):
 )
 def test_other_attention_is_left_alone(queries, options):
     given = tensors(torch.float32, queries=queries)
-    module, count = opened(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options), *given)
+    module, count = decomposed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options), *given)
     assert count == 0
     assert len(module.graph.find_nodes(op="call_function", target=FLASH)) == 1
 
 
 def test_one_that_gives_its_logarithms_too_is_left_alone():
     given = tensors(torch.float32)
-    _, count = opened(FLASH, *given)
+    _, count = decomposed(FLASH, *given)
     assert count == 0
 
 
 def test_a_length_that_is_not_known_is_left_alone():
     given = tensors(torch.float32, queries=3)
     module = make_fx(F.scaled_dot_product_attention, tracing_mode="symbolic")(*given)
-    assert decompose_attention.open_attention(module.graph) == 0
+    assert decompose_attention.decompose_attention(module.graph) == 0
 
 
 @needs_compiler

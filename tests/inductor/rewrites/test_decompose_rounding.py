@@ -1,4 +1,4 @@
-"""Rounding of activations, opened: what is rewritten, bits of the reference, and one kernel with what makes them.
+"""Rounding of activations, decomposed: what is rewritten, bits of the reference, and one kernel with the producers.
 
 A GPU is what it is for. Here the rewrite is asked for on the CPU, where Inductor writes C++ of the same operations.
 """
@@ -14,22 +14,20 @@ from torch.nn import functional as F
 
 import mxcompile
 from mxcompile.formats import BLOCK_SIZES, MXFP4, MXFP8_E4M3, MXINT8, ScaleRule
-from mxcompile.inductor import backend
+from mxcompile.inductor import backend, why_no_inductor
 from mxcompile.inductor.rewrites import decompose_rounding, fuse
 from mxcompile.numerics import reference
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
 
-needs_compiler = pytest.mark.skipif(
-    backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def opened(function, *given, mode="fake"):
+def decomposed(function, *given, mode="fake"):
     """The graph of a function, rewritten as on a GPU; and how much was."""
     module = make_fx(function, tracing_mode=mode)(*given)
-    count = decompose_rounding.open_rounding(module.graph, ("cpu",))
+    count = decompose_rounding.decompose_rounding(module.graph, ("cpu",))
     module.graph.lint()
     module.recompile()
     return module, count
@@ -43,13 +41,13 @@ def calls(module):
 def test_before_and_after(fmt, operations):
     """One maximum over blocks, everything else elementwise or a view."""
     x = torch.randn(3, 5, 64)
-    module, count = opened(lambda x: rounded(x, fmt, ScaleRule.FLOOR), x)
+    module, count = decomposed(lambda x: rounded(x, fmt, ScaleRule.FLOOR), x)
     assert count == 1
     assert QUANTIZE_DEQUANTIZE not in calls(module)
     assert calls(module).count(torch.ops.aten.amax.default) == 1
     assert len(calls(module)) == operations
     assert_same_bits(module(x), reference.quantize_dequantize(x, fmt, ScaleRule.FLOOR))
-    assert decompose_rounding.open_rounding(module.graph, ("cpu",)) == 0
+    assert decompose_rounding.decompose_rounding(module.graph, ("cpu",)) == 0
 
 
 @pytest.mark.parametrize(
@@ -64,26 +62,26 @@ def test_before_and_after(fmt, operations):
     ids=["part of a block", "less than a block", "a search", "float64", "nothing"],
 )
 def test_what_is_left_alone(x, fmt, rule):
-    module, count = opened(lambda x: rounded(x, fmt, rule), x)
+    module, count = decomposed(lambda x: rounded(x, fmt, rule), x)
     assert (count, calls(module)) == (0, [QUANTIZE_DEQUANTIZE])
 
 
 def test_the_cpu_is_left_alone():
     module = make_fx(lambda x: rounded(x, MXINT8, ScaleRule.FLOOR))(torch.randn(3, 64))
-    assert decompose_rounding.open_rounding(module.graph) == 0
+    assert decompose_rounding.decompose_rounding(module.graph) == 0
     backend.FuseMX()(module.graph)
     assert calls(module) == [QUANTIZE_DEQUANTIZE]
 
 
 def test_a_size_that_is_not_known_is_left_alone():
-    assert opened(lambda x: rounded(x, MXINT8, ScaleRule.FLOOR), torch.randn(3, 64), mode="symbolic")[1] == 0
+    assert decomposed(lambda x: rounded(x, MXINT8, ScaleRule.FLOOR), torch.randn(3, 64), mode="symbolic")[1] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("fmt", "rule"), CASES, ids=str)
 def test_bits_of_the_reference(fmt, rule, dtype):
     x = hard_values(128, dtype)
-    module, count = opened(lambda x: rounded(x, fmt, rule), x)
+    module, count = decomposed(lambda x: rounded(x, fmt, rule), x)
     assert count == 1
     assert_same_bits(module(x), reference.quantize_dequantize(x, fmt, rule))
 
@@ -97,7 +95,7 @@ def test_aligning_has_bits_of_the_reference(size, dtype):
         return ALIGN(rounded(x, MXFP8_E4M3, ScaleRule.RCEIL))
 
     x = hard_values(size, dtype)
-    module, count = opened(aligned, x)
+    module, count = decomposed(aligned, x)
     assert (count, calls(module).count(ALIGN)) == (1 + (size % 32 == 0), 0)
     assert_same_bits(module(x), aligned(x))
     assert_same_bits(aligned(x), reference.align(reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL)))
@@ -107,7 +105,7 @@ def test_aligning_has_bits_of_the_reference(size, dtype):
 @pytest.mark.parametrize("fmt", [MXINT8, MXFP4], ids=str)
 def test_other_blocks(fmt, block):
     fmt, x = fmt.with_block(block), hard_values(256, torch.bfloat16)
-    module, _ = opened(lambda x: rounded(x, fmt, ScaleRule.EVEN), x)
+    module, _ = decomposed(lambda x: rounded(x, fmt, ScaleRule.EVEN), x)
     assert_same_bits(module(x), reference.quantize_dequantize(x, fmt, ScaleRule.EVEN))
 
 
@@ -115,13 +113,13 @@ def test_other_blocks(fmt, block):
 def test_other_shapes_and_strides(shape):
     """The result is contiguous, as the operator's is."""
     for x in (torch.randn(shape), torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))):
-        module, count = opened(lambda x: rounded(x, MXFP4, ScaleRule.FLOOR), x)
+        module, count = decomposed(lambda x: rounded(x, MXFP4, ScaleRule.FLOOR), x)
         assert (count, module(x).is_contiguous()) == (1, True)
         assert_same_bits(module(x), reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR))
 
 
-class Opening(backend.FuseMX):
-    """FuseMX that opens rounding on the CPU, before any of it is joined with linears; counts what it opened."""
+class DecomposingFuse(backend.FuseMX):
+    """FuseMX that decomposes rounding on the CPU, before it is joined with linears; counts what it decomposed."""
 
     def __init__(self):
         super().__init__()
@@ -129,21 +127,21 @@ class Opening(backend.FuseMX):
 
     def __call__(self, graph):
         fuse.fuse(graph)
-        self.counts.append(decompose_rounding.open_rounding(graph, ("cpu",)))
+        self.counts.append(decompose_rounding.decompose_rounding(graph, ("cpu",)))
         super().__call__(graph)
 
 
 @torch.no_grad()
 def compiled(function, *given):
-    """What a compiled function gives, the code of its kernels, and how many roundings were opened in each graph."""
+    """What a compiled function gives, the code of its kernels, and how many roundings were decomposed in each graph."""
     from torch._inductor.utils import fresh_cache, run_and_get_code
 
-    opening = Opening()
+    decomposing = DecomposingFuse()
     torch._dynamo.reset()
     with fresh_cache():
-        made = torch.compile(function, options=backend.compile_options(opening))
+        made = torch.compile(function, options=backend.compile_options(decomposing))
         y, code = run_and_get_code(made, *given)
-    return made, y, "".join(code), opening.counts
+    return made, y, "".join(code), decomposing.counts
 
 
 def kernels(code):

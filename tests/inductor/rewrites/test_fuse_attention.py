@@ -12,7 +12,7 @@ from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map_only
 
-from mxcompile.inductor import backend
+from mxcompile.inductor import backend, why_no_inductor
 from mxcompile.inductor.rewrites import fuse_attention
 from mxcompile.ops import ATTEND
 
@@ -75,7 +75,7 @@ class Step:
         self.graph.output(node)
 
     def rewritten(self):
-        count = fuse_attention.call_attend(self.graph)
+        count = fuse_attention.fuse_attention(self.graph)
         self.graph.lint()
         return count, [node for node in self.graph.nodes if node.op == "call_function"]
 
@@ -197,7 +197,7 @@ def test_it_is_part_of_what_a_graph_is_compiled_with():
     assert made.graph.find_nodes(op="call_function", target=ATTEND)
 
 
-@pytest.mark.skipif(backend.why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
+@pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 @torch.no_grad()
 def test_a_cache_is_written_in_place_and_read_where_it_is():
     """The operator compiled, on the CPU as an example: nothing of the cache's size is made."""

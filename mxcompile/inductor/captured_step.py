@@ -1,4 +1,4 @@
-"""One decode step, recorded as a CUDA graph: what it reads and writes, and whether that lies where it lay."""
+"""One decode step captured as a CUDA graph: the tensors it reads and writes, and whether they are still in place."""
 
 import gc
 import weakref
@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mxcompile.inductor.compiled_forward import Forward
+from mxcompile.inductor.compiled_forward import CompiledForward
 from mxcompile.tensor.weight import MXWeight
 
 
-class NotRecordedError(Exception):
-    """Why a step cannot be recorded."""
+class NotCapturableError(Exception):
+    """Why a step cannot be captured."""
 
 
 class CudaGraph:
-    """What a call does on a GPU, recorded."""
+    """The GPU work of a call, captured."""
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
 
-    def record(self, call: Callable[[], Any]) -> Any:
-        """Record the call without doing it; its result, whose tensors each replay fills."""
+    def capture(self, call: Callable[[], Any]) -> Any:
+        """Capture the call without running it. Returns its result, whose tensors each replay fills."""
         current = torch.cuda.current_stream()
-        stream = _recording_stream(current.device)
+        stream = _capture_stream(current.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream), _no_collection():
             self._graph.capture_begin(capture_error_mode="thread_local")
@@ -40,19 +40,19 @@ class CudaGraph:
                 current.wait_stream(stream)
 
     def replay(self) -> None:
-        """Do again what the call did."""
+        """Run the captured work."""
         self._graph.replay()
 
 
 @cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: cuBLAS keeps a workspace for each stream that it is used on."""
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: cuBLAS keeps a workspace per stream."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def _no_collection() -> Generator[None]:
-    """Nothing is collected meanwhile: freeing what belongs to CUDA would end the recording."""
+    """Switch off garbage collection: freeing CUDA memory would invalidate the capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -63,8 +63,8 @@ def _no_collection() -> Generator[None]:
 
 
 @dataclass(frozen=True)
-class Step:
-    """The arguments of a decode step, sorted."""
+class StepInputs:
+    """The arguments of a decode step: static cache, tensors, and constants (`rest`)."""
 
     cache: Any
     cache_name: str
@@ -72,8 +72,8 @@ class Step:
     rest: dict[str, Any]
 
     @staticmethod
-    def of(kwargs: dict[str, Any]) -> "Step | None":
-        """None if it is none that can be recorded: one with tokens, a plain static cache, and tensors or constants."""
+    def of(kwargs: dict[str, Any]) -> "StepInputs | None":
+        """None unless there are tokens, one plain static cache, and otherwise only tensors and constants."""
         cache_name, tensors, rest = "", dict[str, Tensor](), dict[str, Any]()
         for name, value in kwargs.items():
             if isinstance(value, Tensor):
@@ -85,27 +85,27 @@ class Step:
             else:
                 cache_name = name
         has_tokens = "input_ids" in tensors and tensors["input_ids"].dim() == 2
-        return Step(kwargs[cache_name], cache_name, tensors, rest) if cache_name and has_tokens else None
+        return StepInputs(kwargs[cache_name], cache_name, tensors, rest) if cache_name and has_tokens else None
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """The arguments, as the model takes them."""
+        """The arguments as the model takes them."""
         return {**self.tensors, self.cache_name: self.cache, **self.rest}
 
     @property
     def cache_tensors(self) -> list[Tensor]:
-        """All that a step reads and writes of the cache."""
+        """The tensors of the cache that a step reads and writes."""
         return [t for layer in self.cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
 
-    def take_back(self) -> None:
-        """Set the cache back by the tokens of the step; what was written for them is written over."""
+    def roll_back(self) -> None:
+        """Shorten the cache by the tokens of the step; the next step overwrites what was written for them."""
         for layer in self.cache.layers:
             layer.cumulative_length.sub_(self.tensors["input_ids"].shape[1])
 
 
 def _is_plain_static(value: Any) -> bool:
-    """A cache of transformers whose layers all hold keys, values and a length that stay where they are, on a GPU."""
-    from transformers.cache_utils import StaticCache, StaticLayer  # only for models that come from there
+    """Whether this is a transformers static cache whose layers keep keys, values and length on the GPU."""
+    from transformers.cache_utils import StaticCache, StaticLayer  # only for transformers models
 
     return (
         type(value) is StaticCache
@@ -119,39 +119,39 @@ def _is_plain_static(value: Any) -> bool:
     )
 
 
-class Recording:
-    """A recorded step: where its inputs, its results and all that it reads lie, and under which guards it was compiled.
+class CapturedStep:
+    """A captured step: the addresses of its inputs, results and everything it reads, and the guards of its graph.
 
-    Memory that a replay reads is held for as long as the cache lives that the last step was for.
+    The memory that a replay reads is kept alive as long as the cache of the last step.
     """
 
-    def __init__(self, step: Step, guards: Any, forward: Forward, graph: Any) -> None:
-        """Record a step, which is not done by that. Raises NotRecordedError."""
+    def __init__(self, step: StepInputs, guards: Any, forward: CompiledForward, graph: Any) -> None:
+        """Capture a step without running it. Raises NotCapturableError."""
         self.guards, self.forward, self.graph, self.rest = guards, forward, graph, step.rest
         self.inputs = {name: _like(tensor) for name, tensor in step.tensors.items()}
-        bound = Step(step.cache, step.cache_name, self.inputs, step.rest)
-        if not forward.do_hold(guards, **bound.kwargs):
-            raise NotRecordedError("a copy of its inputs is not what it was compiled for")
-        read: list[Tensor] = []
-        before = _attributes(forward.module, step.cache)
+        bound = StepInputs(step.cache, step.cache_name, self.inputs, step.rest)
+        if not forward.guards_hold(guards, **bound.kwargs):
+            raise NotCapturableError("the guards do not hold for a copy of its inputs")
+        inputs: list[Tensor] = []
+        attributes = _attributes(forward.module, step.cache)
         try:
-            with forward.backend.reading(read):
-                result = graph.record(lambda: forward(**bound.kwargs))
+            with forward.backend.collecting_inputs(inputs):
+                result = graph.capture(lambda: forward(**bound.kwargs))
         except RuntimeError as error:
-            raise NotRecordedError(str(error)) from error
-        if any(not _is_unchanged(owner, known) for owner, known in before):
-            raise NotRecordedError("a step changes attributes of the model or of its cache")
+            raise NotCapturableError(str(error)) from error
+        if any(not _is_unchanged(owner, before) for owner, before in attributes):
+            raise NotCapturableError("a step changes attributes of the model or of its cache")
         leaves, self._form = pytree.tree_flatten(result)
         self._leaves = [_CACHE if leaf is step.cache else leaf for leaf in leaves]
-        _check_results(self._leaves, read)
+        _check_results(self._leaves, inputs)
         others = {id(tensor) for tensor in (*step.cache_tensors, *self.inputs.values())}
-        self._weights = _places(forward.module, read, others)
+        self._weights = _locations(forward.module, inputs, others)
         self._cache_addresses = [tensor.data_ptr() for tensor in step.cache_tensors]
         self._held: list[Any] = []
         self._cache = self._hold_for(step.cache)
 
-    def fits(self, step: Step) -> bool:
-        """Whether a replay takes such inputs, and reads and writes that cache."""
+    def fits(self, step: StepInputs) -> bool:
+        """Whether a replay takes inputs of this kind, and reads and writes this cache."""
         return (
             [tensor.data_ptr() for tensor in step.cache_tensors] == self._cache_addresses
             and self.rest == step.rest
@@ -159,33 +159,34 @@ class Recording:
             and all(_are_alike(self.inputs[name], tensor) for name, tensor in step.tensors.items())
         )
 
-    def can_start(self, step: Step) -> bool:
-        """Whether all that a replay reads is still there to be read."""
+    def can_start(self, step: StepInputs) -> bool:
+        """Whether everything that a replay reads is still in memory."""
         if self._cache() is not step.cache:
             if not self._is_in_place():
                 return False
             self._cache = self._hold_for(step.cache)
         return True
 
-    def replay(self, step: Step) -> Any:
-        """Do the step; its result, in tensors of its own."""
+    def replay(self, step: StepInputs) -> Any:
+        """Run the step. Returns its result in tensors of its own."""
         for name, tensor in step.tensors.items():
             _whole(self.inputs[name]).copy_(_whole(tensor))
         self.graph.replay()
         return pytree.tree_unflatten([self._own(leaf, step) for leaf in self._leaves], self._form)
 
-    def was_right(self, step: Step) -> bool:
-        """Whether the replay did what the model does: nothing that it depends on is another than when it was made."""
-        return self.forward.do_hold(self.guards, **step.kwargs) and self._is_in_place()
+    def was_right(self, step: StepInputs) -> bool:
+        """Whether the replay computed what the model computes: nothing that it depends on has changed since the
+        capture."""
+        return self.forward.guards_hold(self.guards, **step.kwargs) and self._is_in_place()
 
     def _is_in_place(self) -> bool:
-        return self.forward.is_prepared() and all(place.tensor() is not None for place in self._weights)
+        return self.forward.is_prepared() and all(location.tensor() is not None for location in self._weights)
 
     def _hold_for(self, cache: Any) -> Callable[[], Any]:
-        held = self._held = [place.tensor().untyped_storage() for place in self._weights]  # pyright: ignore
+        held = self._held = [location.tensor().untyped_storage() for location in self._weights]  # pyright: ignore
         return weakref.ref(cache, lambda _: held.clear())
 
-    def _own(self, leaf: Any, step: Step) -> Any:
+    def _own(self, leaf: Any, step: StepInputs) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.clone()
         return step.cache if leaf is _CACHE else leaf
@@ -195,15 +196,15 @@ _CACHE = object()
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """What a tensor is a view of, which Dynamo looks at; itself if of nothing."""
+    """The base of a view, which Dynamo guards too; the tensor itself if it is no view."""
     return tensor if (base := tensor._base) is None else base  # pyright: ignore[reportPrivateUsage]
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """A copy of a tensor, a view if that is one. Raises NotRecordedError if values of it share their place."""
+    """A copy of a tensor, as a view if it is one. Raises NotCapturableError for an expanded tensor."""
     whole = _whole(tensor)
     if any(stride == 0 and size > 1 for size, stride in zip(whole.shape, whole.stride(), strict=True)):
-        raise NotRecordedError("one of its inputs is expanded")
+        raise NotCapturableError("one of its inputs is expanded")
     room = torch.empty_strided(whole.shape, whole.stride(), dtype=whole.dtype, device=whole.device).copy_(whole)
     if whole is tensor:
         return room
@@ -211,7 +212,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def _are_alike(known: Tensor, tensor: Tensor) -> bool:
-    """Whether one can be copied into the other and stand for it: also the part that a view is of what it views."""
+    """Whether one can be copied into the other and replace it; of views, also at the same offset in their base."""
     whole, other = _whole(known), _whole(tensor)
     return (
         (whole.shape, whole.dtype, whole.device) == (other.shape, other.dtype, other.device)
@@ -221,27 +222,27 @@ def _are_alike(known: Tensor, tensor: Tensor) -> bool:
 
 
 def _attributes(module: nn.Module, cache: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """The modules of a model, its cache and the cache's layers, each with its attributes."""
+    """The modules of a model, its cache and the cache's layers, each with a copy of its attributes."""
     return [(owner, dict(vars(owner))) for owner in (*module.modules(), cache, *cache.layers)]
 
 
-def _is_unchanged(owner: Any, known: dict[str, Any]) -> bool:
-    return vars(owner).keys() == known.keys() and all(vars(owner)[name] is value for name, value in known.items())
+def _is_unchanged(owner: Any, before: dict[str, Any]) -> bool:
+    return vars(owner).keys() == before.keys() and all(vars(owner)[name] is value for name, value in before.items())
 
 
-def _check_results(leaves: list[Any], read: list[Tensor]) -> None:
-    """Raise NotRecordedError if a result cannot be given away as a copy."""
-    storages = {tensor.untyped_storage().data_ptr() for tensor in read}
+def _check_results(leaves: list[Any], inputs: list[Tensor]) -> None:
+    """Raise NotCapturableError if a result cannot be returned as a copy."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in storages:
-            raise NotRecordedError("one of its results lies in its inputs")
+            raise NotCapturableError("one of its results shares memory with an input")
         if not (leaf is _CACHE or leaf is None or isinstance(leaf, Tensor | bool | int | float | str)):
-            raise NotRecordedError(f"one of its results is a {type(leaf).__name__}")
+            raise NotCapturableError(f"one of its results is a {type(leaf).__name__}")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a module holds a tensor, and where that lay: an attribute, or the part of one that is an MXWeight."""
+class TensorLocation:
+    """The attribute of a module that holds a tensor (or an MXWeight with it as component), and the tensor's address."""
 
     attributes: dict[str, Any]
     name: str
@@ -249,33 +250,33 @@ class Place:
     address: int
 
     def tensor(self) -> Tensor | None:
-        """The tensor; None if it lies elsewhere now."""
+        """The tensor; None if it has been moved or replaced."""
         held = self.attributes.get(self.name)
         tensor = held if self.part is None else getattr(held, self.part, None)
         return tensor if isinstance(tensor, Tensor) and tensor.data_ptr() == self.address else None
 
 
-def _places(module: nn.Module, read: list[Tensor], others: set[int]) -> list[Place]:
-    """Where the model holds each tensor that a step reads; others: ids of tensors that are looked after elsewhere.
+def _locations(module: nn.Module, inputs: list[Tensor], others: set[int]) -> list[TensorLocation]:
+    """The locations in the model of all inputs of a step but `others`, ids of tensors that are tracked elsewhere.
 
-    Raises NotRecordedError if a tensor is not the model's.
+    Raises NotCapturableError if the model does not hold one of them.
     """
-    known = dict(_held(module))
-    wanted = {id(tensor): tensor for tensor in read if id(tensor) not in others}
-    for key, tensor in wanted.items():
-        if key not in known:
-            raise NotRecordedError(f"it reads a tensor that no module holds, of shape {list(tensor.shape)}")
-    return [known[key] for key in wanted]
+    locations = dict(_held(module))
+    weights = {id(tensor): tensor for tensor in inputs if id(tensor) not in others}
+    for key, tensor in weights.items():
+        if key not in locations:
+            raise NotCapturableError(f"it reads a tensor that no module holds, of shape {list(tensor.shape)}")
+    return [locations[key] for key in weights]
 
 
-def _held(module: nn.Module) -> Iterator[tuple[int, Place]]:
-    """All tensors of a module and of its parts, by id."""
+def _held(module: nn.Module) -> Iterator[tuple[int, TensorLocation]]:
+    """All tensors of a module and its submodules, by id."""
     for owner in module.modules():
         own = vars(owner)
         for held in (own["_parameters"], own["_buffers"], own):
             for name, value in held.items():
                 if type(value) is MXWeight:
                     for part, tensor in zip(value.__tensor_flatten__()[0], value.parts, strict=True):
-                        yield id(tensor), Place(held, name, part, tensor.data_ptr())
+                        yield id(tensor), TensorLocation(held, name, part, tensor.data_ptr())
                 elif isinstance(value, Tensor):
-                    yield id(value), Place(held, name, None, value.data_ptr())
+                    yield id(value), TensorLocation(held, name, None, value.data_ptr())

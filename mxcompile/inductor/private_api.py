@@ -1,0 +1,40 @@
+"""Every private name of Dynamo, Inductor and functorch that mxcompile uses: checked with torch 2.11, 2.13 and 2.14.
+
+The rest of this room imports them from here, so that a torch without one of them fails in one place, which
+`mxcompile.inductor.supported` turns into a sentence.
+"""
+
+import torch
+from torch._dynamo import eval_frame, mark_static_address, maybe_mark_dynamic, optimize
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.source import AttrSource
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import aoti_compile_and_package
+from torch._inductor import config as inductor_config
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils._triton import has_triton
+
+InductorBackend = torch._TorchCompileInductorWrapper  # pyright: ignore[reportPrivateUsage]
+cache_entries = eval_frame._debug_get_cache_entry_list  # pyright: ignore
+innermost_function = eval_frame.innermost_fn
+
+__all__ = [
+    "AttrSource",
+    "CustomGraphPass",
+    "InductorBackend",
+    "InvalidCxxCompiler",
+    "aot_autograd",
+    "aoti_compile_and_package",
+    "cache_entries",
+    "get_cpp_compiler",
+    "get_hash_for_files",
+    "has_triton",
+    "inductor_config",
+    "innermost_function",
+    "make_boxed_func",
+    "mark_static_address",
+    "maybe_mark_dynamic",
+    "optimize",
+]
