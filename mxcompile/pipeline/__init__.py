@@ -1,1 +1,1 @@
-"""Passes in a fixed order, checked when built, watched by instruments while they run, resumable."""
+"""Pipelines: passes in a checked order, instruments around each pass, the text form, and resuming."""

@@ -1,4 +1,4 @@
-"""What users subclass: `Pass` rewrites a Program, `Instrument` watches a pipeline run and never changes a Program."""
+"""Base classes for users: `Pass` rewrites a Program; `Instrument` observes a pipeline run and changes nothing."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ FLOATING = frozenset({Stage.FLOAT, Stage.ROUNDED})
 
 
 class Pass(ABC):
-    """One rewrite of a Program. Subclasses are frozen dataclasses: the fields are the pass's options.
+    """One rewrite of a Program. Subclasses are frozen dataclasses: their fields are the pass's options.
 
-    name: kebab-case, as it appears in a pipeline.
-    accepts: the stages in which the pass makes sense; checked when a pipeline is built.
-    gives: the stage a Program is in afterwards, or None if the pass does not change it.
-    preserves_function: True if the Program computes the same as before, up to float rounding.
+    name: kebab-case, as written in a pipeline.
+    accepts: the stages of a Program in which the pass may run; checked when a pipeline is built.
+    gives: the stage of the Program after the pass, None if unchanged.
+    preserves_function: True if the Program computes the same as before, up to float rounding; checked after the pass.
     """
 
     name: ClassVar[str]
@@ -30,22 +30,22 @@ class Pass(ABC):
 
     @property
     def reads_calibration(self) -> bool:
-        """Whether calibration data can make a difference to the pass; True unless it is known that it cannot."""
+        """Whether the result can depend on calibration data; override it where it cannot."""
         return True
 
     def required_db(self, program: Program) -> float:
-        """How well outputs before and after must agree if the pass keeps the function."""
+        """For a pass that preserves the function: the least SQNR in dB between outputs before and after it."""
         del program
         return REQUIRED_DB
 
     def requests(self, program: Program) -> Sequence[Request]:
-        """Statistics of values that `run` will read from `program.statistics`; gathered before it is called."""
+        """Statistics that `run` reads from `program.statistics`; the pipeline gathers them before `run`."""
         del program
         return ()
 
     @abstractmethod
     def run(self, program: Program) -> PassResult:
-        """Rewrite the Program in place; its graph must be valid afterwards, and a second run must change nothing."""
+        """Rewrite the Program in place. Its graph must be valid afterwards, and a second run must change nothing."""
 
     def __str__(self) -> str:
         return text_form.print_call(self.name, self)
@@ -53,7 +53,7 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class PipelineStep:
-    """A pass at its place (counted from 1) in a pipeline."""
+    """A pass of a running pipeline. index: its position, from 1. current: the pass. passes: all of the pipeline."""
 
     index: int
     current: Pass
@@ -61,25 +61,25 @@ class PipelineStep:
 
 
 class Instrument:
-    """Called around each pass; every method may be left as it is."""
+    """Called around each pass; override the methods that you need."""
 
     def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
-        """Before the first pass; passes: all that will run, in order."""
+        """Called before the first pass. passes: all that will run, in order."""
 
     def before(self, program: Program, step: PipelineStep) -> None:
-        """Before a pass, and before its statistics are gathered."""
+        """Called before a pass, and before its statistics are gathered."""
 
     def segment(self, program: Program, step: PipelineStep, done: int, total: int) -> None:
-        """Before each of the parts that a pass goes through (segments, batches, matmuls); `done` are finished."""
+        """Called before each unit of a pass's work (a segment, batch or matmul). done: finished units, of `total`."""
 
     def measure(self, program: Program, step: PipelineStep, result: PassResult) -> Measured | None:
-        """After a pass has succeeded and before it is recorded: numbers for its record, if it makes any."""
+        """Called after a pass has succeeded, before it is recorded; returns measurements for its record, or None."""
 
     def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
-        """After a pass, with what it did."""
+        """Called after a pass, with its record."""
 
     def failed(self, program: Program, step: PipelineStep, error: Exception) -> None:
-        """A pass raised, or left what cannot be run; the program may be half rewritten. The error names the pass."""
+        """Called if a pass raised or left an invalid program, which may be half rewritten. The error names the pass."""
 
     def finish(self, program: Program) -> None:
-        """After the last pass."""
+        """Called after the last pass."""

@@ -1,4 +1,4 @@
-"""Passes in a fixed order: checked when built, printed and parsed as text, watched by instruments while they run."""
+"""A pipeline: passes in a fixed order, checked when built, printed and parsed as text, run with instruments."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +25,8 @@ _OVERRIDES = "overrides"
 class Pipeline:
     """An ordered tuple of passes, `Pipeline([SmoothQuant(), LowerMX(weight=MXINT4)])`.
 
-    Raises PipelineError if the order cannot be right; it never reorders. Raises MXCompileError for a format that is not
-    what its name says.
+    Raises PipelineError for an order that cannot work; passes are never reordered. Raises MXCompileError for a format
+    that has a built-in name but other values.
     """
 
     def __init__(self, passes: Iterable[Pass]) -> None:
@@ -44,7 +44,7 @@ class Pipeline:
 
     @property
     def reads_calibration(self) -> bool:
-        """Whether calibration data can make a difference to any of the passes."""
+        """Whether the result of any pass can depend on calibration data."""
         return any(current.reads_calibration for current in self.passes)
 
     def __repr__(self) -> str:
@@ -58,19 +58,23 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str, passes: Iterable[type[Pass]] = ()) -> "Pipeline":
-        """Read `smooth-quant{alpha=0.5} | lower-mx{weight=mxint4}`. `passes` adds your own to the built-in ones."""
-        from mxcompile.passes import PASSES  # the one place where names meet classes
+        """Parse `smooth-quant{alpha=0.5} | lower-mx{weight=mxint4}`. passes: your own, beside the built-in ones."""
+        from mxcompile.passes import PASSES  # the one import upwards: pass names are looked up here
 
         table: dict[str, type[Pass]] = {**PASSES, **{p.name: p for p in passes}}
         return cls(text_form.parse_call(part, "pass", table) for part in text.split("|"))
 
     def with_overrides(self, overrides: Mapping[str, MXFormat | None]) -> "Pipeline":
-        """The same passes, those that give weights a format with these overrides behind their own
-        (`name_patterns.py`)."""
-        taking = [current for current in self.passes if isinstance(getattr(current, _OVERRIDES, None), Overrides)]
-        if not taking:
-            raise PipelineError(f"no pass of {self} takes overrides: those that give weights a format do")
-        changed = {id(p): replace(p, overrides={**getattr(p, _OVERRIDES), **overrides}) for p in taking}  # pyright: ignore
+        """The same pipeline with `overrides` added after those of every pass that gives weights a format.
+
+        Raises PipelineError if there is no such pass. Patterns: see `name_patterns.py`.
+        """
+        accepting = [current for current in self.passes if isinstance(getattr(current, _OVERRIDES, None), Overrides)]
+        if not accepting:
+            raise PipelineError(
+                f"no pass of {self} takes overrides: add one that gives weights a format, like lower-mx"
+            )
+        changed = {id(p): replace(p, overrides={**getattr(p, _OVERRIDES), **overrides}) for p in accepting}  # pyright: ignore
         return Pipeline(changed.get(id(current), current) for current in self.passes)
 
     def run(
@@ -82,20 +86,21 @@ class Pipeline:
     ) -> Program:
         """Run the passes on a copy of the program and return the copy.
 
-        calibration: a batch or an iterable of batches as `trace` takes inputs; the example inputs if None.
-        resume: a folder for what slow passes (gptq) have finished; the same run, started again, goes on from there.
+        calibration: a batch or an iterable of batches, in the forms that `trace` accepts; None: the example inputs.
+        resume: a folder in which slow passes (gptq) save finished segments; the same run, started again, continues
+            from there.
         """
         if self.passes and program.stage not in self.passes[0].accepts:
-            raise PipelineError(_wrong_stage(self.passes[0], program.stage, "what was run before"))
-        origin, program = program, program.copy()
-        program.origin = origin.origin or origin
+            raise PipelineError(_wrong_stage(self.passes[0], program.stage, "the passes that ran before"))
+        source, program = program, program.copy()
+        program.origin = source.origin or source
         program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))
-        program.resume = kept = None if resume is None else ResumeFolder(resume, str(self), program)
+        program.resume = folder = None if resume is None else ResumeFolder(resume, str(self), program)
         for instrument in instruments:
             instrument.start(program, self.passes)
         for index, current in enumerate(self.passes, start=1):
-            if kept is not None:
-                kept.place = f"{index:02}-{current.name}"
+            if folder is not None:
+                folder.current_pass = f"{index:02}-{current.name}"
             _run_one(PipelineStep(index, current, self.passes), program, instruments)
         program.batches, program.report, program.resume = (program.example,), None, None
         for instrument in instruments:
@@ -104,13 +109,13 @@ class Pipeline:
 
 
 def _wrong_stage(current: Pass, stage: Stage, origin: str) -> str:
-    what = f"it works on a {_names(current.accepts)} program, and {origin} leaves a {stage.name.lower()} one"
+    reason = f"it needs a {_names(current.accepts)} program, and {origin} leaves a {stage.name.lower()} one"
     if stage < min(current.accepts):
-        wanted = min(current.accepts).name.lower()
+        needed = min(current.accepts).name.lower()
         return (
-            f"{current.name} cannot run after {origin}: {what}. Put a pass in front of it that leaves a {wanted} one."
+            f"{current.name} cannot run after {origin}: {reason}. Put a pass before it that leaves a {needed} program."
         )
-    return f"{current.name} cannot run after {origin}: {what}. Move {current.name} in front of {origin}."
+    return f"{current.name} cannot run after {origin}: {reason}. Move {current.name} before {origin}."
 
 
 def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrument]) -> None:
@@ -118,7 +123,7 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
     for instrument in instruments:
         instrument.before(program, step)
     program.report = partial(_report, instruments, program, step)
-    began = time.perf_counter()
+    started = time.perf_counter()
     try:
         gather_statistics(program, current.requests(program))
         if current.preserves_function:
@@ -131,8 +136,8 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
             program.outputs = program.outputs if current.preserves_function else None
         verify.check(program)
         program.graph_module.recompile()
-        seconds = time.perf_counter() - began
-        measured = [found for i in instruments if (found := i.measure(program, step, result)) is not None]
+        seconds = time.perf_counter() - started
+        measured = [m for i in instruments if (m := i.measure(program, step, result)) is not None]
     except Exception as error:
         failure = error_location.named(error, current.name)
         for instrument in instruments:
@@ -162,13 +167,13 @@ def _report(instruments: Sequence[Instrument], program: Program, step: PipelineS
 
 
 def _preserving(current: Pass, program: Program) -> tuple[PassResult, float]:
-    """Run a pass that must keep the function, check that it did, and undo it if not."""
+    """Run a pass that must preserve the function; check the outputs, and undo the pass if they changed."""
     record_outputs(program)
-    before, least = program.copy(), current.required_db(program)
+    before, required_db = program.copy(), current.required_db(program)
     result = current.run(program)
     program.graph_module.recompile()
     try:
-        return result, check_preserved(program, before, result.folds, current.name, least)
+        return result, check_preserved(program, before, result.folds, current.name, required_db)
     except PreservationError:
         program.graph_module = before.graph_module
         raise

@@ -1,4 +1,4 @@
-"""Checks that a pass which promises to keep the function did: outputs on the example inputs before and after it."""
+"""Check that a pass preserves the function: compare outputs on the example inputs before and after it."""
 
 from torch import Tensor
 
@@ -8,43 +8,45 @@ from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold
 
 REQUIRED_DB = 100.0
-"""What a fold in float32 keeps; rounding alone leaves 115 to 140 dB."""
+"""Required SQNR in dB of a fold in float32; float rounding alone leaves 115 to 140 dB."""
 REQUIRED_DB_HALF = 30.0
-"""What is left at least where weights in half precision have to be rounded to it again; 40 to 50 dB are usual."""
+"""Required SQNR in dB where weights are rounded to half precision again; 40 to 50 dB are usual."""
 
 
 def record_outputs(program: Program) -> None:
-    """Keep the outputs on the example inputs, once, until a pass changes the function."""
+    """Store the outputs on the example inputs, unless they are stored and no pass has changed the function since."""
     if program.outputs is None:
         program.outputs = _run(program)
 
 
-def check_preserved(program: Program, before: Program, folds: tuple[Fold, ...], pass_name: str, least: float) -> float:
-    """SQNR in dB of the outputs against the remembered ones.
+def check_preserved(
+    program: Program, before: Program, folds: tuple[Fold, ...], pass_name: str, required_db: float
+) -> float:
+    """SQNR in dB of the outputs against the recorded ones.
 
-    Raises PreservationError that names the first fold at fault if they agree less than `least`. `before` is a copy of
-    the program as it was; the caller puts it back.
+    Raises PreservationError, which names the first fold at fault, if it is less than `required_db`. before: a copy of
+    the program before the pass; the caller restores it.
     """
     assert program.outputs is not None
     outputs = _run(program)
-    found, output = agreement_db(program.outputs, outputs)
-    if found >= least:
-        program.outputs = program.outputs if found >= REQUIRED_DB else outputs
-        return found
-    culprit = _first_at_fault(before, program.outputs, folds, least)
+    agreement, output = agreement_db(program.outputs, outputs)
+    if agreement >= required_db:
+        program.outputs = program.outputs if agreement >= REQUIRED_DB else outputs
+        return agreement
+    culprit = _first_at_fault(before, program.outputs, folds, required_db)
     raise PreservationError(
-        f"{pass_name} says it keeps the function, but output {output} agrees only to {found:.1f} dB (at least "
-        f"{least:.0f} wanted){culprit}. The pass was undone; please report the model"
+        f"{pass_name} must preserve the function, but output {output} agrees only to {agreement:.1f} dB (required: "
+        f"{required_db:.0f} dB){culprit}. The pass was undone; please report the model"
     )
 
 
-def _first_at_fault(before: Program, wanted: dict[str, Tensor], folds: tuple[Fold, ...], least: float) -> str:
+def _first_at_fault(before: Program, expected: dict[str, Tensor], folds: tuple[Fold, ...], required_db: float) -> str:
     attempt = before.copy()
     for fold in folds:
         fold.apply(attempt)
-        found, _ = agreement_db(wanted, _run(attempt))
-        if found < least:
-            return f"; {found:.1f} dB after the fold of {fold.where}"
+        agreement, _ = agreement_db(expected, _run(attempt))
+        if agreement < required_db:
+            return f"; {agreement:.1f} dB after the fold of {fold.where}"
     return ""
 
 

@@ -20,7 +20,7 @@ _CALL = re.compile(r"\s*(?P<name>[a-z0-9-]+)\s*(\{(?P<options>.*)\})?\s*", re.DO
 
 @dataclass(frozen=True)
 class PassOption:
-    """An option of a pass. values: what may be given, in words. default: in text form, None if it must be given."""
+    """An option of a pass. values: the accepted values, in words. default: in text form, None if required."""
 
     name: str
     values: str
@@ -28,7 +28,7 @@ class PassOption:
 
 
 def options(kind: type) -> list[PassOption]:
-    """The options of a pass's class, in order."""
+    """The options of a pass class, in order."""
     hints = get_type_hints(kind)
     return [PassOption(f.name, _values(hints[f.name]), _default(f)) for f in _fields(kind)]
 
@@ -40,7 +40,7 @@ def print_call(name: str, value: Any) -> str:
 
 
 def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
-    """The inverse of `print_call`; `table` gives the class for a name."""
+    """The inverse of `print_call`. kind: what the text names, for errors. table: the class of each name."""
     match = _CALL.fullmatch(text)
     if match is None:
         raise PipelineError(f"cannot read {text.strip()!r}: a {kind} is written name{{option=value,option=value}}")
@@ -48,17 +48,17 @@ def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
     if name not in table:
         raise UnknownNameError(kind, name, table)
     hints = get_type_hints(table[name])
-    known = {f.name: hints[f.name] for f in _fields(table[name])}
+    types = {f.name: hints[f.name] for f in _fields(table[name])}
     options: dict[str, Any] = {}
     for part in filter(str.strip, _split(match["options"] or "")):
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise PipelineError(f"{name}: cannot read the option {part.strip()!r}; write option=value")
-        if option not in known:
-            raise UnknownNameError(f"option of {name}", option, known)
+        if option not in types:
+            raise UnknownNameError(f"option of {name}", option, types)
         if option in options:
             raise PipelineError(f"{name}: the option {option!r} is given twice")
-        options[option] = _parse(value, known[option], f"{name}{{{option}}}")
+        options[option] = _parse(value, types[option], f"{name}{{{option}}}")
     try:
         return table[name](**options)
     except TypeError as error:
@@ -66,7 +66,7 @@ def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
 
 
 def check_formats(value: Any) -> None:
-    """Raise MXCompileError if the text of a format among the options means another one."""
+    """Raise MXCompileError if a format option has the name of a built-in format but other values."""
     for option in (getattr(value, field.name) for field in _fields(value)):
         for fmt in option.values() if isinstance(option, Overrides) else (option,):
             if isinstance(fmt, MXFormat):
@@ -74,7 +74,7 @@ def check_formats(value: Any) -> None:
 
 
 def _fields(value: Any) -> "tuple[Field[Any], ...]":
-    """The options of a pass or its class; one without options need not be a dataclass."""
+    """The options of a pass or a pass class; without options it need not be a dataclass."""
     return fields(value) if is_dataclass(value) else ()
 
 
@@ -83,7 +83,7 @@ def _default(field: "Field[Any]") -> str | None:
 
 
 def _values(hint: Any) -> str:
-    """What `_parse` reads for a type, in words."""
+    """The values that `_parse` accepts for a type, in words."""
     choices = [choice for choice in get_args(hint) if choice is not type(None)]
     if type(None) in get_args(hint):
         return f"{_values(choices[0])}, none"
@@ -91,8 +91,8 @@ def _values(hint: Any) -> str:
         return "[pattern=format,...]"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return ", ".join(str(choice.value) for choice in hint)
-    known = {MXFormat: "a format", bool: "true, false", int: "an integer", float: "a number", str: "a word"}
-    return known.get(hint, getattr(hint, "__name__", str(hint)))
+    words = {MXFormat: "a format", bool: "true, false", int: "an integer", float: "a number", str: "a word"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _is_default(value: Any, field: "Field[Any]") -> bool:
@@ -100,7 +100,7 @@ def _is_default(value: Any, field: "Field[Any]") -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that are in no bracket."""
+    """Split at the commas outside brackets."""
     parts, depth = [""], 0
     for mark in text:
         depth += (mark == "[") - (mark == "]")
@@ -119,17 +119,17 @@ def _print(value: Any) -> str:
     return str(value.value) if isinstance(value, Enum) else str(value)
 
 
-def _parse(text: str, hint: Any, place: str) -> Any:
+def _parse(text: str, hint: Any, option: str) -> Any:
     choices = get_args(hint) if type(None) in get_args(hint) else ()
     if choices:
-        return None if text == "none" else _parse(text, next(c for c in choices if c is not type(None)), place)
+        return None if text == "none" else _parse(text, next(c for c in choices if c is not type(None)), option)
     if getattr(hint, "__origin__", None) is Mapping:
-        return _parse_overrides(text, place)
+        return _parse_overrides(text, option)
     if isinstance(hint, type) and issubclass(hint, Enum) and hint is not ScaleRule:
         try:
             return hint(text)
         except ValueError:
-            raise UnknownNameError(f"value of {place}", text, (str(choice.value) for choice in hint)) from None
+            raise UnknownNameError(f"value of {option}", text, (str(choice.value) for choice in hint)) from None
     readers: dict[Any, Callable[[str], Any]] = {
         MXFormat: parse_format,
         ScaleRule: parse_scale_rule,
@@ -143,17 +143,17 @@ def _parse(text: str, hint: Any, place: str) -> Any:
     except MXCompileError:
         raise
     except (KeyError, ValueError) as error:
-        wanted = getattr(hint, "__name__", str(hint))
-        raise PipelineError(f"{place}: {text!r} is not a value of type {wanted}") from error
+        expected = getattr(hint, "__name__", str(hint))
+        raise PipelineError(f"{option}: {text!r} is not a value of type {expected}") from error
 
 
-def _parse_overrides(text: str, place: str) -> Overrides:
+def _parse_overrides(text: str, option: str) -> Overrides:
     if not (text.startswith("[") and text.endswith("]")):
-        raise PipelineError(f"{place}: {text!r} is not a list [pattern=format,pattern=none]")
+        raise PipelineError(f"{option}: {text!r} is not a list [pattern=format,pattern=none]")
     formats: dict[str, MXFormat | None] = {}
     for part in filter(str.strip, _split(text[1:-1])):
         pattern, equals, fmt = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise PipelineError(f"{place}: cannot read {part.strip()!r}; write pattern=format or pattern=none")
+            raise PipelineError(f"{option}: cannot read {part.strip()!r}; write pattern=format or pattern=none")
         formats[pattern] = None if fmt == "none" else parse_format(fmt)
     return Overrides(formats)

@@ -249,5 +249,7 @@ def test_a_pass_that_spoils_rounded_weights_is_found_out():
 
 
 def test_rounding_after_lowering_is_refused():
-    with pytest.raises(PipelineError, match=r"round-weights cannot run after lower-mx.*Move round-weights in front"):
+    with pytest.raises(
+        PipelineError, match=r"round-weights cannot run after lower-mx.*Move round-weights before lower-mx"
+    ):
         Pipeline([LowerMX(MXINT4), RoundWeights(MXINT4)])

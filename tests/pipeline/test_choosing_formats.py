@@ -10,6 +10,7 @@ import mxcompile
 from mxcompile import Pass, PassResult, Pipeline, Request, observers
 from mxcompile.analysis.layers import find_layers
 from mxcompile.formats import MXFP8_E4M3, MXINT4, MXINT8, ScaleRule
+from mxcompile.graph.edit import insert_call
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.numerics.metrics import rounding_db, sqnr_db
 from mxcompile.numerics.reference import quantize_dequantize
@@ -127,7 +128,7 @@ def test_a_graph_that_a_pass_has_edited_is_the_one_that_runs(traced):
         def run(self, program):
             (end,) = program.graph.find_nodes(op="output")
             (value,) = end.all_input_nodes
-            made = mxcompile.edit.insert_call(program, end, torch.ops.aten.neg.default, (value,), "negated")
+            made = insert_call(program, end, torch.ops.aten.neg.default, (value,), "negated")
             end.replace_input_with(value, made)
             return PassResult(1)
 

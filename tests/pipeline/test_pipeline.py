@@ -214,18 +214,18 @@ def test_an_option_given_twice():
     [
         (
             "round-weights{format=mxint4} | smooth-quant",
-            "smooth-quant cannot run after round-weights: it works on a float program, and round-weights leaves a "
-            "rounded one. Move smooth-quant in front of round-weights.",
+            "smooth-quant cannot run after round-weights: it needs a float program, and round-weights leaves a "
+            "rounded one. Move smooth-quant before round-weights.",
         ),
         (
             "smooth-quant | lower-mx{weight=mxint4} | lower-mx{weight=mxint8} | round-weights{format=mxint4}",
-            "round-weights cannot run after lower-mx: it works on a float or rounded program, and lower-mx leaves a "
-            "lowered one. Move round-weights in front of lower-mx.",
+            "round-weights cannot run after lower-mx: it needs a float or rounded program, and lower-mx leaves a "
+            "lowered one. Move round-weights before lower-mx.",
         ),
         (
             "lower-mx{weight=mxint4} | fuse-mx-gemm | lower-mx{weight=mxint4}",
-            "lower-mx cannot run after fuse-mx-gemm: it works on a float or rounded or lowered program, and "
-            "fuse-mx-gemm leaves a fused one. Move lower-mx in front of fuse-mx-gemm.",
+            "lower-mx cannot run after fuse-mx-gemm: it needs a float or rounded or lowered program, and "
+            "fuse-mx-gemm leaves a fused one. Move lower-mx before fuse-mx-gemm.",
         ),
     ],
 )
@@ -243,7 +243,7 @@ def test_a_fold_of_what_is_rounded(fold, earlier):
     with pytest.raises(PipelineError) as caught:
         Pipeline.parse(f"{earlier} | {fold}")
     assert f"{first} cannot run after {second}" in str(caught.value)
-    assert f"Move {first} in front of {second}." in str(caught.value)
+    assert f"Move {first} before {second}." in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["fuse-mx-gemm", "fuse-mx-gemm | lower-mx{weight=mxint4}"])
@@ -252,7 +252,7 @@ def test_a_pass_that_comes_too_early(text):
         Pipeline.parse(text)
     assert "fuse-mx-gemm" in str(caught.value)
     assert "lowered" in str(caught.value)
-    assert "in front of trace" not in str(caught.value)
+    assert "before trace" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["smooth-quant | smooth-quant", "lower-mx{weight=mxint8} | lower-mx{weight=mxint8}"])
@@ -309,7 +309,7 @@ def test_the_pass_that_moved_the_program_on_is_named():
         name = "again"
         gives = Stage.ROUNDED
 
-    with pytest.raises(PipelineError, match=r"Move smooth-quant in front of round-weights\."):
+    with pytest.raises(PipelineError, match=r"Move smooth-quant before round-weights\."):
         Pipeline([RoundWeights(MXINT4), Again(), SmoothQuant()])
 
 

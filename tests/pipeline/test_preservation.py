@@ -1,4 +1,4 @@
-"""Function preservation: a pass that says it keeps the function is held to it, at one forward per pass."""
+"""Function preservation: a pass that claims to preserve the function is checked, with one forward per pass."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def scaled(name: str, factor: float) -> Callable[[Program], None]:
 
 @dataclass(frozen=True)
 class Steps(Pass):
-    """Says that it keeps the function, and multiplies parameters; every step is a fold."""
+    """Claims to preserve the function, and multiplies parameters; every step is a fold."""
 
     up: float = 1.0
     down: float = 1.0
@@ -50,7 +50,7 @@ class Steps(Pass):
 
 
 class Silent(Steps):
-    """The same, and does not say what its folds are."""
+    """The same, without returning its folds."""
 
     name = "silent"
 
@@ -59,7 +59,7 @@ class Silent(Steps):
 
 
 class Honest(Steps):
-    """The same, and does not say that it keeps the function."""
+    """The same, without the claim to preserve the function."""
 
     name = "honest"
     preserves_function = False
@@ -91,7 +91,7 @@ def test_the_error_names_the_fold_and_the_agreement(program):
     with pytest.raises(PreservationError) as caught:
         Pipeline([Steps(down=1.5)]).run(program)
     assert str(caught.value).startswith(
-        "steps says it keeps the function, but output 0 agrees only to 6.1 dB (at least 100 wanted); 6.1 dB after the "
+        "steps must preserve the function, but output 0 agrees only to 6.1 dB (required: 100 dB); 6.1 dB after the "
         "fold of the down fold. The pass was undone"
     )
 
@@ -102,9 +102,7 @@ def test_the_first_fold_at_fault_is_named(program):
 
 
 def test_without_folds_the_pass_alone_is_named(program):
-    with pytest.raises(
-        PreservationError, match=r"agrees only to 6\.1 dB \(at least 100 wanted\)\. The pass was undone"
-    ):
+    with pytest.raises(PreservationError, match=r"agrees only to 6\.1 dB \(required: 100 dB\)\. The pass was undone"):
         Pipeline([Silent(down=1.5)]).run(program)
 
 
