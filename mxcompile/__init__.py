@@ -1,5 +1,6 @@
 """mxcompile: post-training quantization of PyTorch models to Microscaling formats, as passes over exported graphs."""
 
+from mxcompile import formats
 from mxcompile.analysis.choice import choose
 from mxcompile.api import load, quantize_and_compile
 from mxcompile.calibration import observers
@@ -18,6 +19,8 @@ from mxcompile.graph.program import Program
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.graph.rules import Rule, apply_rules
 from mxcompile.graph.trace import trace
+from mxcompile.inductor import compile_module
+from mxcompile.numerics import reference
 from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.pipeline import Pipeline
@@ -40,6 +43,7 @@ __all__ = [
     "apply_rules",
     "bisect",
     "choose",
+    "compile_module",
     "deploy",
     "evaluate",
     "explain",
@@ -52,6 +56,7 @@ __all__ = [
     "quantize_and_compile",
     "read_gguf",
     "recipes",
+    "reference",
     "save",
     "token_windows",
     "trace",
