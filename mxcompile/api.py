@@ -19,6 +19,7 @@ from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import DEFAULT, QUICK, as_pipeline
 from mxcompile.pipeline.interfaces import Instrument
 from mxcompile.pipeline.pipeline import Pipeline
+from mxcompile.tensor.devices import find_device
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -104,12 +105,13 @@ def load(
     compile: as `quantize_and_compile` does; what an earlier process has compiled is taken from torch's cache.
     verify: False skips checksums, and with them the reading of every weight; for a file that was changed on purpose.
 
-    Returns the module, in eval mode. Raises CheckpointError if the folder does not hold a model as it was saved, or it
-    is another than the one given; nothing is half loaded.
+    Returns the module, in eval mode. Raises InputError if the device does not exist, CheckpointError if the folder
+    does not hold a model as it was saved, or it is another than the one given; nothing is half loaded.
     """
+    target = None if device is None else find_device(device)
     loaded = checkpoint.load(path, model=model, verify=verify)
-    if device is not None:
-        loaded.to(device)
+    if target is not None:
+        loaded.to(target)
     return compile_module(loaded) if compile else loaded
 
 

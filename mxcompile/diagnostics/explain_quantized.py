@@ -1,4 +1,4 @@
-"""What multiplies each MX weight of a module on a device, and why nothing better does."""
+"""Select the kernel of each MX weight of a module on a device, with the reasons against better ones."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,57 +15,59 @@ from mxcompile.diagnostics.explanation import (
     PLANES,
     UNFUSED,
     Explanation,
-    Served,
-    grouped,
+    SelectedKernel,
+    group_similar,
 )
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, input_text, parse_format, parse_scale_rule
-from mxcompile.inductor.backend import why_no_inductor
+from mxcompile.inductor import why_no_inductor
 from mxcompile.kernels.dispatch import choices, rounding_choices, why_not_fp8
-from mxcompile.kernels.layout.planes import Scaling, scaling_for
-from mxcompile.kernels.layout.rows_to_planes import range_of_rows
+from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
+from mxcompile.kernels.layout.rows_to_planes import weight_scale_range
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
 
 _NO_2D = "no fused kernel: the weight is {}-D, mx::linear takes 2-D weights; it is dequantized first"
-_LIKELY = Scaling(0, 1)
-"""Of a weight that is not there: that its scales are not too far apart for e4m3 numbers."""
+_ASSUMED_SCALING = PlanarScaling(0, 1)
+"""For a weight that does not exist yet: assume that its range of scales fits FP8 (e4m3)."""
 
 
 def explain_quantized(model: nn.Module, device: torch.device) -> Explanation:
-    """`explain` of a module with MX weights."""
-    layers, packed = tuple(of_quantized(model, device)), stored_bytes(model)
+    """Explain a module that has MX weights."""
+    layers, packed = tuple(_select_kernels(model, device)), stored_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
-    return Explanation(str(device), None, grouped(layers), packed + saved, packed, why_no_inductor(device))
+    return Explanation(str(device), None, group_similar(layers), packed + saved, packed, why_no_inductor(device))
 
 
-def of_quantized(model: nn.Module, device: torch.device) -> Iterator[Served]:
-    """The MX weights of a module, and the float ones of its `nn.Linear`s."""
+def _select_kernels(model: nn.Module, device: torch.device) -> Iterator[SelectedKernel]:
+    """One entry for each MX weight of a module and for each float weight of an `nn.Linear`."""
     seen: set[int] = set()
     for name, weight in model.named_parameters(remove_duplicate=False):
         owner = model.get_submodule(name.rpartition(".")[0])
         if id(weight) in seen or not isinstance(weight, MXWeight):
             if isinstance(owner, nn.Linear) and weight.dim() == 2 and id(weight) not in seen:
                 seen.add(id(weight))
-                reasons = ("it was left in float when the model was quantized",)
+                reasons = ("it stayed in float when the model was quantized",)
                 size = weight.numel() * weight.element_size()
-                yield Served(short_name(name), 1, tuple(weight.shape), None, None, FLOAT, FLOAT, reasons, size, size)
+                yield SelectedKernel(
+                    layer_name(name), 1, tuple(weight.shape), None, None, FLOAT, FLOAT, reasons, size, size
+                )
             continue
         seen.add(id(weight))
         spec = weight.layout_
         if isinstance(owner, nn.Embedding):
-            served = Served(short_name(name), 1, (), spec.format, None, LOOKUP, LOOKUP, (), 0, 0)
+            selected = SelectedKernel(layer_name(name), 1, (), spec.format, None, LOOKUP, LOOKUP, (), 0, 0)
         else:
             x = torch.empty((1, spec.size), dtype=weight.dtype, device=device)
             rounding = None if spec.activation is None else (spec.activation, str(spec.rule))
             unfused = None if weight.dim() == 2 else _NO_2D.format(weight.dim())
             out = weight.numel() // spec.size
             fmt = parse_format(spec.format)
-            served = served_by(short_name(name), x, out, fmt, rounding, unfused, spec.aligned, _scaling(weight))
-        yield sized(served, weight, spec.size)
+            selected = select_kernel(layer_name(name), x, out, fmt, rounding, unfused, spec.aligned, _scaling(weight))
+        yield with_sizes(selected, weight, spec.size)
 
 
-def served_by(
+def select_kernel(
     name: str,
     x: Tensor,
     out: int,
@@ -73,24 +75,24 @@ def served_by(
     rounding: tuple[str, str] | None,
     unfused: str | None,
     aligned: bool = False,
-    scaling: Scaling = _LIKELY,
-) -> Served:
-    """What multiplies x `[1, in]` by a weight of that format, and its reasons; sizes are filled in by `sized`.
+    scaling: PlanarScaling = _ASSUMED_SCALING,
+) -> SelectedKernel:
+    """The kernels that multiply x `[1, in]` and longer inputs by a weight `[out, in]` of a format, with the reasons.
 
-    rounding: format and scale rule of the input, None for float. aligned: whether it is aligned then. unfused: why no
-    fused kernel serves, if none does.
+    rounding: format and scale rule of the input, None if it stays float. aligned: whether the rounded input is aligned.
+    unfused: why the matmul is not fused, None if it is. Shape and bytes are filled in by `with_sizes`.
     """
     reasons: list[str] = []
     if rounding is not None:
-        answers = rounding_choices(x, parse_format(rounding[0]), parse_scale_rule(rounding[1]))
-        reasons += [f"rounding of its input: {why}" for why in _refusals(answers)]
+        candidates = rounding_choices(x, parse_format(rounding[0]), parse_scale_rule(rounding[1]))
+        reasons += [f"rounding of its input: {why}" for why in _refusals(candidates)]
     if unfused is not None:
         decode = prefill = UNFUSED
         reasons.append(unfused)
     else:
-        answers = choices(x, fmt, out)
-        decode = prefill = next(name for name, reason in answers.items() if reason is None)
-        reasons += _refusals(answers)
+        candidates = choices(x, fmt, out)
+        decode = prefill = next(name for name, reason in candidates.items() if reason is None)
+        reasons += _refusals(candidates)
     if decode == CPU:
         prefill = CPU_DECODED
     if decode == PLANES:
@@ -99,40 +101,43 @@ def served_by(
         prefill = FP8 if why is None else PLANES
         reasons += [] if why is None else [f"no fp8: {why}"]
     activation = input_text(rounding and rounding[0], aligned)
-    return Served(name, 1, (), str(fmt), activation, decode, prefill, tuple(reasons), 0, 0)
+    return SelectedKernel(name, 1, (), str(fmt), activation, decode, prefill, tuple(reasons), 0, 0)
 
 
-def _refusals(answers: dict[str, str | None]) -> list[str]:
-    """Why the kernels in front of the one that serves do not; those of another kind of device go without saying."""
-    found: list[str] = []
-    for name, reason in answers.items():
+def _refusals(candidates: dict[str, str | None]) -> list[str]:
+    """Why the kernels preferred over the selected one do not run; kernels of other device types are not mentioned."""
+    refusals: list[str] = []
+    for name, reason in candidates.items():
         if reason is None:
             break
         if not reason.startswith("runs on"):
-            found.append(f"no {name}: {reason}")
-    return found
+            refusals.append(f"no {name}: {reason}")
+    return refusals
 
 
-def sized(served: Served, weight: Tensor, size: int, *, alone: bool = True) -> Served:
-    """With the sizes of a weight, whose blocks run along a dimension of that size; not alone: the float one stays."""
-    fmt = parse_format(str(served.weight))
-    before = weight.numel() * weight.element_size() if alone else 0
+def with_sizes(selected: SelectedKernel, weight: Tensor, size: int, *, replaces_float: bool = True) -> SelectedKernel:
+    """Add the shape and bytes of a weight whose blocks run along a dimension of `size`.
+
+    replaces_float: False if something else still reads the float weight, so that its bytes are not saved.
+    """
+    fmt = parse_format(str(selected.weight))
+    before = weight.numel() * weight.element_size() if replaces_float else 0
     after = fmt.storage_bytes(weight.numel() // size, size)
-    return replace(served, shape=tuple(weight.shape), bytes_before=before, bytes_after=after)
+    return replace(selected, shape=tuple(weight.shape), bytes_before=before, bytes_after=after)
 
 
-def short_name(name: str) -> str:
-    """The layer that a parameter is the weight of."""
+def layer_name(name: str) -> str:
+    """The layer that a weight parameter belongs to."""
     return name.removesuffix(".weight")
 
 
-def _scaling(weight: MXWeight) -> Scaling:
-    """Of a weight in planes, or that it would have there."""
+def _scaling(weight: MXWeight) -> PlanarScaling:
+    """The scaling of a weight in the planar layout, or the one that it would have there."""
     spec = weight.layout_
     if spec.planes is not None:
         return spec.planes
     fmt = parse_format(spec.format)
     try:
-        return scaling_for(*range_of_rows(weight.elements, weight.scales, fmt, spec.size), fmt)
+        return scaling_for(*weight_scale_range(weight.elements, weight.scales, fmt, spec.size), fmt)
     except MXCompileError:
-        return Scaling(0, 0)
+        return PlanarScaling(0, 0)

@@ -27,13 +27,14 @@ MEANINGS: Final = {
 
 
 @dataclass(frozen=True)
-class Served:
-    """Layers alike, and what multiplies them.
+class SelectedKernel:
+    """The kernels that run a group of similar layers.
 
-    pattern: their name, with * for numbers. count: how many. shape: of a weight. weight, activation: formats, None for
-    float; the latter may be "mxfp8_e4m3 aligned". decode, prefill: what serves 1 token and many, a key of `MEANINGS`.
-    reasons: why nothing better does, or why they stay float. bytes_before, bytes_after: of all of them; 0 if the weight
-    is counted elsewhere.
+    pattern: the layers' name, with * for numbers. count: number of layers. shape: of one weight.
+    weight, activation: formats, None for float; the activation may be "mxfp8_e4m3 aligned".
+    decode, prefill: the kernel for 1 token and for many, a key of `MEANINGS`.
+    reasons: why no better kernel runs them, or why they stay float.
+    bytes_before, bytes_after: of all layers together; 0 if the weight is counted elsewhere.
     """
 
     pattern: str
@@ -50,27 +51,27 @@ class Served:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which kernels will serve a model's layers on a device, and what that comes to.
+    """The kernels that run a model's layers on a device, and the model's size.
 
-    device: that it is about. recipe: None for a model that is quantized already. layers: in the order of the model.
+    device: where the model would run. recipe: None for a model that is already quantized. layers: in model order.
 
-    bytes_before, bytes_after: of the whole model. uncompiled: why `torch.compile` cannot run for the device, or None.
+    bytes_before, bytes_after: of the whole model. uncompiled: why `torch.compile` cannot target the device, or None.
     """
 
     device: str
     recipe: str | None
-    layers: tuple[Served, ...]
+    layers: tuple[SelectedKernel, ...]
     bytes_before: int
     bytes_after: int
     uncompiled: str | None
 
     @property
-    def quantized(self) -> tuple[Served, ...]:
+    def quantized(self) -> tuple[SelectedKernel, ...]:
         """The layers with MX weights."""
         return tuple(layer for layer in self.layers if layer.weight is not None)
 
     @property
-    def left_float(self) -> tuple[Served, ...]:
+    def left_float(self) -> tuple[SelectedKernel, ...]:
         """The layers that stay float."""
         return tuple(layer for layer in self.layers if layer.weight is None)
 
@@ -80,7 +81,7 @@ class Explanation:
         return vars(self) | {"layers": layers, "conclusions": list(self.conclusions())}
 
     def to_table(self) -> Table:
-        """A row for layers that are alike."""
+        """One row for each group of similar layers."""
         same = all(layer.decode == layer.prefill for layer in self.layers)
         rows: list[list[str]] = []
         heading = ""
@@ -97,8 +98,8 @@ class Explanation:
         return table(names, ("layers", "MB", "as MX"), rows)
 
     def print_to(self, console: Console) -> None:
-        """The table, what its words mean, why nothing better serves, and what follows."""
-        console.print(f"on {self.device}" + (f", by {self.recipe}" if self.recipe else ""), markup=False)
+        """Print the table, what each kernel does, the reasons against better ones, and the conclusions."""
+        console.print(f"on {self.device}" + (f", recipe {self.recipe}" if self.recipe else ""), markup=False)
         console.print(self.to_table())
         for word in dict.fromkeys(kernel for layer in self.layers for kernel in (layer.decode, layer.prefill)):
             console.print(f"{word}: {MEANINGS.get(word, word)}", markup=False)
@@ -123,39 +124,39 @@ class Explanation:
             yield uncovered
 
     def _reasons(self) -> Iterator[str]:
-        found: dict[str, list[str]] = {}
+        layers_of: dict[str, list[str]] = {}
         for layer in self.layers:
             for reason in layer.reasons:
-                found.setdefault(reason, []).append(layer.pattern)
-        for reason, patterns in found.items():
+                layers_of.setdefault(reason, []).append(layer.pattern)
+        for reason, patterns in layers_of.items():
             everywhere = len(patterns) == len(self.quantized) > 1
             listed = "all MX weights" if everywhere else ", ".join(patterns)
             yield f"- {listed}: {reason}"
 
     def _not_covered(self) -> str | None:
         """The float share of the matmul weight bytes that every token reads."""
-        left = sum(layer.bytes_before for layer in self.left_float)
-        total = left + sum(layer.bytes_after for layer in self.quantized)
-        if not left or not total:
+        stays = sum(layer.bytes_before for layer in self.left_float)
+        total = stays + sum(layer.bytes_after for layer in self.quantized)
+        if not stays or not total:
             return None
-        return f"{left / total:.0%} of the matmul weight bytes that every token reads stay float"
+        return f"{stays / total:.0%} of the matmul weight bytes that every token reads stay float"
 
 
-def grouped(layers: Iterable[Served]) -> tuple[Served, ...]:
-    """Those that differ in the numbers of their names alone, as one; at the place of the first."""
-    found: dict[Served, Served] = {}
+def group_similar(layers: Iterable[SelectedKernel]) -> tuple[SelectedKernel, ...]:
+    """Merge layers that differ only in the numbers of their names; a group stands where its first layer stood."""
+    groups: dict[SelectedKernel, SelectedKernel] = {}
     for layer in layers:
         reasons = tuple(map(_starred, layer.reasons))
         plain = replace(layer, pattern=_starred(layer.pattern), reasons=reasons)
         key = replace(plain, bytes_before=0, bytes_after=0)
-        known = found.get(key, replace(key, count=0))
-        found[key] = replace(
+        group = groups.get(key, replace(key, count=0))
+        groups[key] = replace(
             plain,
-            count=known.count + layer.count,
-            bytes_before=known.bytes_before + layer.bytes_before,
-            bytes_after=known.bytes_after + layer.bytes_after,
+            count=group.count + layer.count,
+            bytes_before=group.bytes_before + layer.bytes_before,
+            bytes_after=group.bytes_after + layer.bytes_after,
         )
-    return tuple(found.values())
+    return tuple(groups.values())
 
 
 def _starred(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`explain`: which kernel serves each layer, by the same graph and rules that the deployed model goes through."""
+"""`explain`: the kernel that runs each layer, selected by the graph and rules that the deployed model goes through."""
 
 import json
 import re
@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 
 import mxcompile
 from mxcompile.cli.app import app
-from mxcompile.diagnostics.explanation import Served, grouped
+from mxcompile.diagnostics.explanation import SelectedKernel, group_similar
 from mxcompile.errors import InputError, PipelineError
 from mxcompile.formats import MXFP8_E4M3
 from mxcompile.kernels import dispatch
 from mxcompile.kernels.cpu import build as cpu_build
 from mxcompile.tensor.modules import stored_bytes
 
-MODULE = sys.modules["mxcompile.diagnostics.explain"]  # of that name the package has the function
-SERVING = sys.modules["mxcompile.diagnostics.explain_quantized"]
+EXPLAIN = sys.modules["mxcompile.diagnostics.explain"]  # of that name the package has the function
+EXPLAIN_QUANTIZED = sys.modules["mxcompile.diagnostics.explain_quantized"]
 needs_compiler = pytest.mark.skipif(
     cpu_build.why_not(MXFP8_E4M3) is not None, reason="there is no C++ compiler for the CPU kernels"
 )
@@ -109,17 +109,17 @@ def test_overrides_exclusions_and_convolutions():
 
 def test_a_gpu_and_a_machine_without_a_compiler(monkeypatch):
     """What the dispatcher would answer there is what is told."""
-    monkeypatch.setattr(SERVING, "choices", lambda x, fmt, out: {"triton_linear": None, "reference": None})
+    monkeypatch.setattr(EXPLAIN_QUANTIZED, "choices", lambda x, fmt, out: {"triton_linear": None, "reference": None})
     found = mxcompile.explain(build("llama"), inputs("llama"))
     assert {layer.decode for layer in found.quantized} == {"triton_linear"}
     assert "triton_linear: Triton kernel, decodes packed weights inside the matmul" in words(found)
-    monkeypatch.setattr(SERVING, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
+    monkeypatch.setattr(EXPLAIN_QUANTIZED, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
     found = mxcompile.explain(build("llama"), inputs("llama"))
     assert {layer.decode for layer in found.quantized} == {"planes"}
     assert "planes: fused GPU kernel; compiling converts the weight to the planar layout" in words(found)
     missing = "there is no C++ compiler"
-    monkeypatch.setattr(SERVING, "choices", lambda x, fmt, out: {"cpu": missing, "reference": None})
-    monkeypatch.setattr(MODULE, "why_no_inductor", lambda device: missing)
+    monkeypatch.setattr(EXPLAIN_QUANTIZED, "choices", lambda x, fmt, out: {"cpu": missing, "reference": None})
+    monkeypatch.setattr(EXPLAIN, "why_no_inductor", lambda device: missing)
     text = words(mxcompile.explain(build("llama"), inputs("llama")))
     assert f"{missing}: the model runs uncompiled, nothing is fused" in text
     assert f"no cpu: {missing}" in text
@@ -127,12 +127,12 @@ def test_a_gpu_and_a_machine_without_a_compiler(monkeypatch):
 
 def test_products_at_the_rate_of_8_bits_are_told(monkeypatch):
     """The check of a weight's scales is made on the weight; of a float model it is taken to pass."""
-    monkeypatch.setattr(SERVING, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
+    monkeypatch.setattr(EXPLAIN_QUANTIZED, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
 
     def told(x, fmt, scaling, rounding, aligned):
         return None if scaling.top else "the weight's scales are too far apart"
 
-    monkeypatch.setattr(SERVING, "why_not_fp8", told)
+    monkeypatch.setattr(EXPLAIN_QUANTIZED, "why_not_fp8", told)
     found = mxcompile.explain(build("llama"), inputs("llama"), recipe="w4a4-mxfp-quick")
     assert {(layer.decode, layer.prefill) for layer in found.quantized} == {("planes", "fp8")}
     assert "fp8: as planes, and for 512 tokens or more an FP8 (e4m3) matmul" in words(found)
@@ -147,11 +147,11 @@ def test_products_at_the_rate_of_8_bits_are_told(monkeypatch):
 
 def test_what_cannot_be_explained():
     model = build("llama")
-    with pytest.raises(InputError, match="give example_inputs"):
+    with pytest.raises(InputError, match="pass example_inputs"):
         mxcompile.explain(model)
-    with pytest.raises(InputError, match="there is no device 'meat' here"):
+    with pytest.raises(InputError, match=r"there is no device 'meat' .*; this machine has: cpu"):
         mxcompile.explain(model, inputs("llama"), device="meat")
-    with pytest.raises(PipelineError, match="lowers nothing"):
+    with pytest.raises(PipelineError, match="has no lower-mx, so it quantizes nothing"):
         mxcompile.explain(model, inputs("llama"), recipe="round-weights{format=mxint4}")
 
 
@@ -171,10 +171,10 @@ def test_the_roundings_kernels_answer_as_the_products_do():
 
 
 def test_layers_of_different_reasons_stay_apart():
-    layer = Served("a.0.w", 1, (4, 4), "mxint4", None, "cpu", "decoded", (), 64, 9)
-    other = Served("a.1.w", 1, (4, 4), "mxint4", None, "cpu", "decoded", ("why",), 64, 9)
-    assert [found.count for found in grouped([layer, layer, other])] == [2, 1]
-    assert grouped([layer, layer])[0].bytes_after == 18
+    layer = SelectedKernel("a.0.w", 1, (4, 4), "mxint4", None, "cpu", "decoded", (), 64, 9)
+    other = SelectedKernel("a.1.w", 1, (4, 4), "mxint4", None, "cpu", "decoded", ("why",), 64, 9)
+    assert [found.count for found in group_similar([layer, layer, other])] == [2, 1]
+    assert group_similar([layer, layer])[0].bytes_after == 18
 
 
 def test_the_command_on_a_model_and_on_its_checkpoint(local_model, tmp_path):
