@@ -1,10 +1,10 @@
-"""Which pass, and which layers, are to blame for what quantizing has cost, and what would mend it.
+"""Find the pass and the layers that push a quantized model over an error threshold, and suggest a fix.
 
-Every pass's program is scored; the first that crosses the threshold is the pass to blame. Then the program before it is
-run with its changes (`calibration/hybrid.py`): each alone, which gives its contribution; then all but the k largest, k
-found by halving; then each of those k is given back if the threshold holds without it. That is at most 2 L + log2 L + 2
-forwards of the probe for L changes. What is left gets 8 bits, or is left in float, in a run of the whole pipeline, to
-see whether that mends it.
+The program after every pass is scored; the first that crosses the threshold is the culprit. Its changes are then
+applied to the program before it (`calibration/hybrid_run.py`): each alone, for its contribution; then all but the k
+largest, with k found by binary search; then each of those k is applied again if the threshold still holds with it. L
+changes take at most 2 L + log2 L + 2 forwards of the probe. The changes that stay out are the guilty layers. The whole
+pipeline is run again with 8 bits for them, or with them in float, to check that this fixes the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from torch import nn
 from mxcompile.analysis.layers import Layer, find_layers
 from mxcompile.calibration.hybrid_run import HybridRun, ProgramChange, find_changes
 from mxcompile.calibration.run import Runner
-from mxcompile.diagnostics.program_scores import Divergence, Perplexity, Score
+from mxcompile.diagnostics.program_scores import KLDivergence, Perplexity, Score
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFP8_E4M3, MXINT8, parse_format
@@ -38,8 +38,10 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Fix:
-    """The layers' names, a format to give them (None: float, by `exclude`), and the score of the whole pipeline with
-    that; mends: it is within the threshold.
+    """A setting for the guilty layers, tried on the whole pipeline.
+
+    names: name patterns of the layers. format: for their weights; None keeps them in float, by `exclude`.
+    score: of the whole pipeline with that setting. mends: whether the score is within the threshold.
     """
 
     names: tuple[str, ...]
@@ -55,12 +57,14 @@ class Fix:
 
 @dataclass(frozen=True)
 class Bisection:
-    """metric: KL or perplexity, the smaller the better. scores: of the float model, and after each pass.
+    """The result of `bisect`.
 
-    culprit: the first pass that crosses the threshold, by its place in the pipeline from 1; None if none does.
-    contributions: by how much each of its changes alone raises the score. guilty: the smallest set found without which
-    the score stays within the threshold; none if the pass does more than change layers and tensors, or is a fold.
-    restored: the score without them. forwards: of the probe that all this took.
+    metric: KL or perplexity; smaller is better. scores: of the float model, then after each pass.
+    culprit: the first pass that crosses the threshold, as its position in the pipeline from 1; None if none does.
+    contributions: how much each of its changes alone raises the score.
+    guilty: the smallest set of changes found without which the score is within the threshold; empty if the pass is a
+        fold or does more than change layers and tensors.
+    restored: the score without the guilty changes. forwards: how often the probe was run.
     """
 
     metric: str
@@ -76,7 +80,7 @@ class Bisection:
 
     @property
     def culprit_pass(self) -> Pass | None:
-        """The pass to blame."""
+        """The pass that first crosses the threshold."""
         return None if self.culprit is None else self.pipeline.passes[self.culprit - 1]
 
     def record(self) -> dict[str, Any]:
@@ -99,24 +103,24 @@ class Bisection:
         """The score after each pass."""
         names = ["float", *map(str, self.pipeline.passes)]
         rows: list[tuple[Text, Text, Text]] = []
-        for place, (name, score) in enumerate(zip(names, self.scores, strict=True)):
-            blame = f"the first above {self.threshold:g}" if place == self.culprit else ""
+        for index, (name, score) in enumerate(zip(names, self.scores, strict=True)):
+            blame = f"first above {self.threshold:g}" if index == self.culprit else ""
             rows.append(_row(name, blame, f"{score:.4f}"))
         return table(("pass", ""), (self.metric,), rows, "passes")
 
     def to_layer_table(self, count: int = _LISTED) -> Table:
-        """What contributes most, and every guilty one."""
-        found = self.contributions or {}
-        order = sorted(found, key=lambda name: -found[name])
+        """The changes that contribute most, and all guilty ones."""
+        contributions = self.contributions or {}
+        order = sorted(contributions, key=lambda name: -contributions[name])
         rows = [
-            _row(name, "to blame" if name in self.guilty else "", f"{found[name]:+.4f}")
-            for place, name in enumerate(order)
-            if name in self.guilty or place < count
+            _row(name, "to blame" if name in self.guilty else "", f"{contributions[name]:+.4f}")
+            for index, name in enumerate(order)
+            if name in self.guilty or index < count
         ]
-        return table(("layer", ""), (f"{self.metric} alone adds",), rows, f"changes of {self.culprit_pass}")
+        return table(("layer", ""), (f"{self.metric} added alone",), rows, f"changes of {self.culprit_pass}")
 
     def print_to(self, console: Console) -> None:
-        """The tables, and what follows from them."""
+        """Print the tables and the conclusions."""
         console.print(self.to_table())
         if self.contributions:
             console.print(self.to_layer_table())
@@ -128,11 +132,12 @@ class Bisection:
             yield f"{self.metric} stays within {self.threshold:g} after every pass"
             return
         if not self.guilty:
-            yield f"{self.culprit_pass} cannot be split: it folds, or does more than change layers and tensors"
+            yield f"{self.culprit_pass} cannot be bisected: it is a fold, or does more than change layers and tensors"
         elif self.restored is not None:
-            yield f"without these {len(self.guilty)} of {len(self.contributions or {})}: {self.restored:.4f}"
+            changes = f"{len(self.guilty)} of {len(self.contributions or {})} changes"
+            yield f"{self.metric} without these {changes}: {self.restored:.4f}"
         if self.fix is not None:
-            verdict = "mends it" if self.fix.mends else "is not enough, passes behind it cost the rest"
+            verdict = "fixes it" if self.fix.mends else "is not enough: later passes add the rest"
             yield f"{self.fix} {verdict}: {self.metric} {self.fix.score:.4f}"
         yield f"{self.forwards} forwards of the probe"
 
@@ -157,41 +162,41 @@ def bisect(
     instruments: Sequence[Instrument] = (),
     report: Report | None = None,
 ) -> Bisection:
-    """Find the pass, then the smallest set of layers, that bring a model over a threshold.
+    """Find the pass, then the smallest set of layers, that push a model over an error threshold.
 
-    kl, perplexity: the threshold, one of the two: mean KL(float || quantized) in nats a position, or perplexity.
-    probe: a batch or batches to measure on, as the example inputs (which it is if None). report: told what is done,
-    how many of its steps, and of how many. Others: as in `quantize_and_compile`.
+    kl, perplexity: the threshold, exactly one of them: mean KL(float || quantized) in nats per position, or perplexity.
+    probe: a batch or batches to score on, in the form of the example inputs, which are used if it is None.
+    report: called with a title, the steps done and their number. Others: as in `quantize_and_compile`.
     """
     if (kl is None) == (perplexity is None):
-        raise InputError("give one threshold: kl=... or perplexity=...")
+        raise InputError("pass one threshold: kl=... or perplexity=...")
     pipeline = as_pipeline(recipe)
     program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
     batches = list(as_batches(example_inputs if probe is None else probe))
     calibration = None if calibration is None else list(as_batches(calibration))
     threshold = kl if kl is not None else perplexity
     assert threshold is not None
-    score = Divergence.of(program, batches) if kl is not None else Perplexity(batches)
-    return _Search(score, threshold, pipeline, calibration, instruments, report).run(program)
+    score = KLDivergence.of(program, batches) if kl is not None else Perplexity(batches)
+    return _BisectRun(score, threshold, pipeline, calibration, instruments, report).run(program)
 
 
 class _Snapshots(Instrument):
-    """Keeps the program as it is before the first and after every pass; tensors are shared."""
+    """Keeps a copy of the program before the first pass and after every pass; the copies share tensors."""
 
     def __init__(self) -> None:
         self.programs: list[Program] = []
 
     def start(self, program: Program, pipeline: Pipeline) -> None:
-        """Keep what the pipeline is given."""
+        """Keep the float program."""
         self.programs = [program.copy()]
 
     def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
-        """Keep what a pass has left."""
+        """Keep the program after a pass."""
         self.programs.append(program.copy())
 
 
 @dataclass
-class _Search:
+class _BisectRun:
     score: Score
     threshold: float
     pipeline: Pipeline
@@ -204,20 +209,20 @@ class _Search:
         snapshots = _Snapshots()
         self.pipeline.run(program, self.calibration, [*self.instruments, snapshots])
         programs = snapshots.programs
-        scores = tuple(self._score(Runner(each), each) for each in self._through("scoring each pass", programs))
-        found = Bisection(self.score.name, self.threshold, self.pipeline, scores)
+        scores = tuple(self._score(Runner(each), each) for each in self._progress("scoring each pass", programs))
+        result = Bisection(self.score.name, self.threshold, self.pipeline, scores)
         if scores[0] > self.threshold:
-            raise InputError(f"the float model itself has a {found.metric} of {scores[0]:.4f}: give a higher threshold")
-        culprit = next((place for place, value in enumerate(scores) if value > self.threshold), None)
-        found = replace(found, culprit=culprit)
+            raise InputError(f"the float model itself has a {result.metric} of {scores[0]:.4f}: use a higher threshold")
+        culprit = next((index for index, value in enumerate(scores) if value > self.threshold), None)
+        result = replace(result, culprit=culprit)
         if culprit is not None and not self.pipeline.passes[culprit - 1].preserves_function:
-            found = self._layers(found, programs[culprit - 1], programs[culprit])
-        if found.guilty and (names := self._patterns(programs[0], found.guilty)):
-            found = replace(found, fix=self._fix(program, names, find_layers(programs[-1])))
-        return replace(found, forwards=self.forwards)
+            result = self._bisect_pass(result, programs[culprit - 1], programs[culprit])
+        if result.guilty and (names := self._patterns(programs[0], result.guilty)):
+            result = replace(result, fix=self._fix(program, names, find_layers(programs[-1])))
+        return replace(result, forwards=self.forwards)
 
-    def _layers(self, found: Bisection, before: Program, after: Program) -> Bisection:
-        """Contributions of a pass's changes and the smallest set without which the threshold holds."""
+    def _bisect_pass(self, result: Bisection, before: Program, after: Program) -> Bisection:
+        """Add the contributions of a pass's changes, and the smallest set without which the threshold holds."""
         changes = find_changes(before, after)
         hybrid = HybridRun(before, after)
 
@@ -225,18 +230,18 @@ class _Search:
             hybrid.apply(applied)
             return self._score(hybrid, before)
 
-        plain = found.scores[(found.culprit or 1) - 1]
-        alone = {c.name: score([c]) - plain for c in self._through("trying each change alone", changes)}
-        found = replace(found, contributions=alone)
+        previous = result.scores[(result.culprit or 1) - 1]
+        alone = {c.name: score([c]) - previous for c in self._progress("trying each change alone", changes)}
+        result = replace(result, contributions=alone)
         if score(changes) <= self.threshold:
-            return found
+            return result
         ordered = sorted(changes, key=lambda change: -alone[change.name])
         guilty = self._pruned(ordered, self._largest(ordered, score), score)
         applied = [change for change in changes if change not in guilty]
-        return replace(found, guilty=tuple(change.name for change in guilty), restored=score(applied))
+        return replace(result, guilty=tuple(change.name for change in guilty), restored=score(applied))
 
     def _largest(self, ordered: list[ProgramChange], score: Callable[[Iterable[ProgramChange]], float]) -> int:
-        """The least number of the first changes without which the threshold holds, by halving."""
+        """How many of the first changes must be left out for the threshold to hold, by binary search."""
         low, high = 1, len(ordered)
         while low < high:
             middle = (low + high) // 2
@@ -249,35 +254,35 @@ class _Search:
     def _pruned(
         self, ordered: list[ProgramChange], count: int, score: Callable[[Iterable[ProgramChange]], float]
     ) -> list[ProgramChange]:
-        """The first changes but for those that need not be undone, tried from the smallest contribution on."""
+        """The first `count` changes without those that can be applied after all, the smallest contribution first."""
         guilty = ordered[:count]
-        for change in self._through("giving back what need not be undone", ordered[:count][::-1]):
+        for change in self._progress("reducing the guilty set", ordered[:count][::-1]):
             fewer = [other for other in guilty if other is not change]
             if fewer and score([other for other in ordered if other not in fewer]) <= self.threshold:
                 guilty = fewer
         return guilty
 
     def _fix(self, program: Program, names: tuple[str, ...], layers: Mapping[str, Layer]) -> Fix:
-        """Give the layers 8 bits if they have fewer and that is enough, else leave them in float."""
+        """8 bits for the layers if they have fewer and that is enough, else float."""
         formats = [parse_format(layer.format) for layer in layers.values() if layer.format is not None]
         small = next((fmt for fmt in formats if fmt.bits < 8), None)
         if small is not None and any(hasattr(current, "overrides") for current in self.pipeline.passes):
             wide = (MXINT8 if small.is_integer else MXFP8_E4M3).with_block(small.block_size)
-            fix = self._tried(program, self.pipeline.with_overrides(dict.fromkeys(names, wide)), names, str(wide))
+            fix = self._try_fix(program, self.pipeline.with_overrides(dict.fromkeys(names, wide)), names, str(wide))
             if fix.mends:
                 return fix
-        spared = program.copy()
+        without = program.copy()
         selection = program.selection
-        spared.selection = replace(selection, exclude=(*selection.exclude, *names), allow_partial=True)
-        return self._tried(spared, self.pipeline, names, None)
+        without.selection = replace(selection, exclude=(*selection.exclude, *names), allow_partial=True)
+        return self._try_fix(without, self.pipeline, names, None)
 
-    def _tried(self, program: Program, pipeline: Pipeline, names: tuple[str, ...], fmt: str | None) -> Fix:
+    def _try_fix(self, program: Program, pipeline: Pipeline, names: tuple[str, ...], fmt: str | None) -> Fix:
         result = pipeline.run(program, self.calibration, self.instruments)
         score = self._score(Runner(result), result)
         return Fix(names, fmt, score, score <= self.threshold)
 
     def _patterns(self, program: Program, guilty: Iterable[str]) -> tuple[str, ...]:
-        """Module paths of the layers, or names of their weights where a module has several."""
+        """Module paths of the guilty layers, or the names of their weights where a module has several."""
         layers = find_layers(program)
         paths = [layer.module_path for layer in layers.values()]
         chosen = [layers[name] for name in guilty if name in layers]
@@ -285,10 +290,10 @@ class _Search:
         pairs = zip(chosen, weights, strict=True)
         return tuple(dict.fromkeys(la.module_path if paths.count(la.module_path) == 1 else w for la, w in pairs))
 
-    def _through(self, what: str, parts: Sequence[T]) -> Iterator[T]:
+    def _progress(self, title: str, parts: Sequence[T]) -> Iterator[T]:
         for done, part in enumerate(parts):
             if self.report is not None:
-                self.report(what, done, len(parts))
+                self.report(title, done, len(parts))
             yield part
 
     def _score(self, runner: Runner, program: Program) -> float:

@@ -1,4 +1,4 @@
-"""How good a language model is, alone and against another: perplexity, KL divergence, top-1 agreement."""
+"""Evaluate a language model alone or against a reference: perplexity, KL divergence, top-1 agreement."""
 
 import math
 from collections.abc import Generator, Iterable, Iterator
@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.errors import InputError, UnknownNameError
-from mxcompile.numerics.metrics import kl_divergence, top1_agreement
+from mxcompile.numerics.metrics import kl_divergence, negative_log_likelihood, perplexity, top1_agreement
 
 _ROWS = 512
-_LARGEST_EXPONENT = 709.0
 
 
 class Metric(StrEnum):
-    """What recovery is measured by: the share of equal predictions; the reference's perplexity over the model's;
-    exp(-KL).
-    """
+    """A measure of recovery: top-1 agreement; the reference's perplexity over the model's; exp(-KL)."""
 
     TOP1 = "top1"
     PERPLEXITY = "perplexity"
@@ -29,9 +26,10 @@ class Metric(StrEnum):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over `tokens` predicted tokens: mean negative log-likelihood in nats; against the reference model, if one was
-    given, mean KL(reference || model) in nats, the share of positions with the same most likely token, and the
-    reference's own negative log-likelihood.
+    """Scores of a model over `tokens` predicted tokens; the last three are None without a reference model.
+
+    nll: mean negative log-likelihood in nats. kl: mean KL(reference || model) in nats. top1: fraction of positions with
+    the same most likely token. reference_nll: the reference's mean negative log-likelihood.
     """
 
     tokens: int
@@ -43,33 +41,32 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """exp(nll)."""
-        return _exp(self.nll)
+        return perplexity(self.nll)
 
     @property
     def reference_perplexity(self) -> float | None:
         """exp(reference_nll)."""
-        return None if self.reference_nll is None else _exp(self.reference_nll)
+        return None if self.reference_nll is None else perplexity(self.reference_nll)
 
     def recovery(self, metric: Metric | str = Metric.TOP1) -> float:
-        """How much of the reference model is left, 1 if nothing is lost; raises InputError without a reference."""
+        """Quality relative to the reference, 1 for no loss; raises InputError without a reference."""
         if self.top1 is None or self.kl is None or self.reference_nll is None:
-            raise InputError("there is no recovery without a reference: evaluate(model, windows, reference)")
+            raise InputError("recovery needs a reference: evaluate(model, windows, reference)")
         if metric not in set(Metric):
             raise UnknownNameError("metric", metric, Metric)
-        ratio = _exp(self.reference_nll - self.nll)
+        ratio = perplexity(self.reference_nll - self.nll)
         return {Metric.TOP1: self.top1, Metric.PERPLEXITY: ratio, Metric.KL: math.exp(-self.kl)}[Metric(metric)]
 
 
 def evaluate(model: nn.Module, windows: Tensor | Iterable[Tensor], reference: nn.Module | None = None) -> Evaluation:
     """Score a causal language model on windows of token ids, each `[batch, length]` (see `token_windows`).
 
-    model, reference: called as Hugging Face's are, `model(input_ids=..., use_cache=False).logits`, in eval mode, on the
-        device they are on. They are trusted to be causal, see `check_causal`.
-    windows: one after the other, so that memory holds the logits of one; a single tensor goes row by row.
+    model, reference: Hugging Face causal LMs, called as `model(input_ids=..., use_cache=False).logits` in eval mode on
+        the device that they are on. Causality is assumed; `check_causal` tests it.
+    windows: scored one after the other, so that memory holds the logits of one; a single tensor is scored row by row.
 
-    Every token of a window but the first is predicted from those before it in the window. Raises InputError if the
-    windows hold nothing to predict, or if a model fails on them, gives no such logits, or NaN, or if the models have
-    different vocabularies.
+    Every token of a window except the first is predicted from those before it. Raises InputError if no window has two
+    tokens, if a model fails, returns no such logits or NaN, or if the vocabularies differ.
     """
     models = [model] if reference is None else [model, reference]
     sums = [0.0] * 4
@@ -86,22 +83,22 @@ def evaluate(model: nn.Module, windows: Tensor | Iterable[Tensor], reference: nn
             sums = [total + score for total, score in zip(sums, scores, strict=True)]
             tokens += window[:, 1:].numel()
     if tokens == 0:
-        raise InputError("nothing to evaluate: the windows hold fewer than two tokens each")
+        raise InputError("nothing to evaluate: every window has fewer than two tokens")
     nll, kl, top1, reference_nll = (total / tokens for total in sums)
     return Evaluation(tokens, nll) if reference is None else Evaluation(tokens, nll, kl, top1, reference_nll)
 
 
 def token_windows(tokens: Tensor, length: int, count: int | None = None) -> Iterator[Tensor]:
-    """Cut `[tokens]` into consecutive windows `[1, length]`; a shorter rest is dropped."""
+    """Split `[tokens]` into consecutive windows `[1, length]`, at most `count`; a shorter rest is dropped."""
     available = tokens.numel() // length
     for index in range(available if count is None else min(count, available)):
         yield tokens[index * length : (index + 1) * length].unsqueeze(0)
 
 
 def check_causal(model: nn.Module, window: Tensor) -> None:
-    """Raise InputError if what a model predicts depends on tokens that come later, as BERT's predictions do.
+    """Raise InputError if a model's predictions depend on later tokens, as BERT's do.
 
-    Seen by changing the last token of the window `[1, length]`.
+    The test changes the last token of the window `[1, length]`.
     """
     with torch.no_grad(), _eval_mode(model):
         before = _logits(model, window).float()
@@ -111,12 +108,12 @@ def check_causal(model: nn.Module, window: Tensor) -> None:
     rounding = torch.finfo(after.dtype).eps ** 0.5
     if (after.float() - before).abs().max() > rounding * before.abs().max():
         raise InputError(
-            f"{type(model).__name__} is not a causal language model: what it predicts changes with later tokens"
+            f"{type(model).__name__} is not a causal language model: its predictions depend on later tokens"
         )
 
 
 def _scores(models: list[nn.Module], window: Tensor) -> list[float]:
-    """Sums over the predicted tokens of a window: nll, KL, agreement, nll of the reference."""
+    """Sums over the predicted tokens of a window: nll, KL, top-1 agreement, nll of the reference."""
     targets = window[:, 1:].flatten()
     logits, *others = [_logits(model, window) for model in models]
     for other in others:
@@ -127,22 +124,22 @@ def _scores(models: list[nn.Module], window: Tensor) -> list[float]:
     for rows in torch.arange(len(targets)).split(_ROWS):
         sums[0] += _nll(models[0], logits[rows], targets[rows])
         for other in others:
-            theirs = other[rows].to(logits.device)
-            sums[1] += kl_divergence(theirs, logits[rows]) * len(rows)
-            sums[2] += top1_agreement(theirs, logits[rows]) * len(rows)
-            sums[3] += _nll(models[1], theirs, targets[rows])
+            reference = other[rows].to(logits.device)
+            sums[1] += kl_divergence(reference, logits[rows]) * len(rows)
+            sums[2] += top1_agreement(reference, logits[rows]) * len(rows)
+            sums[3] += _nll(models[1], reference, targets[rows])
     return sums
 
 
 def _nll(model: nn.Module, logits: Tensor, targets: Tensor) -> float:
-    nll = nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum").item()
+    nll = negative_log_likelihood(logits, targets)
     if math.isnan(nll):
-        raise InputError(f"{type(model).__name__} gives NaN or infinite logits: there is nothing to compare")
+        raise InputError(f"{type(model).__name__} returns NaN or infinite logits, which cannot be scored")
     return nll
 
 
 def _logits(model: nn.Module, window: Tensor) -> Tensor:
-    """`[batch * (length - 1), vocabulary]`: predictions of every token but the first."""
+    """`[batch * (length - 1), vocabulary]`: the logits that predict every token except the first."""
     name = type(model).__name__
     device = next((tensor.device for tensor in model.parameters()), window.device)
     try:
@@ -153,7 +150,7 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
     logits: object = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != window.shape:
         raise InputError(
-            f"{name} is not a causal language model: it gives no logits [batch, length, vocabulary] for token ids"
+            f"{name} is not a causal language model: it returns no logits [batch, length, vocabulary] for token ids"
         )
     return logits[:, :-1].flatten(0, 1)
 
@@ -168,7 +165,3 @@ def _eval_mode(model: nn.Module) -> Generator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf

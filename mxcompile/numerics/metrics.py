@@ -1,24 +1,26 @@
-"""Numbers that compare a tensor with what became of it."""
+"""Metrics between a tensor and its approximation: SQNR, top-1 agreement, KL divergence."""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.numerics import reference
 
-_VALUES = 1 << 18  # in float64 at a time
+_VALUES = 1 << 18  # converted to float64 at a time
 
 
 def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
-    """Signal to quantization noise ratio, 10 log10(sum x^2 / sum (x - y)^2), in dB; inf if they are
-    equal, NaN if one of them holds NaN. Both have the same shape."""
+    """Signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - y)^2), in dB, of tensors of one shape.
+
+    inf if they are equal, NaN if either holds NaN."""
     noise = power = 0.0
     parts = (tensor.flatten().split(_VALUES) for tensor in (signal, approximation))
-    for wanted, given in zip(*parts, strict=True):
-        exact = wanted.double()
-        noise += (exact - given.double()).square().sum().item()
+    for expected, actual in zip(*parts, strict=True):
+        exact = expected.double()
+        noise += (exact - actual.double()).square().sum().item()
         power += exact.square().sum().item()
     if noise == 0.0:
         return math.inf
@@ -27,9 +29,10 @@ def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
 
 
 def rounding_db(weight: Tensor, fmt: MXFormat, importance: Tensor | None = None) -> float:
-    """SQNR in dB of a weight `[..., out, in]` rounded to nearest (scales of least squared error).
+    """SQNR in dB of a weight `[..., out, in]` rounded to nearest, with the scales of least squared error.
 
-    importance: the mean square of each input channel `[in]`; with it, about the SQNR of the matmul's output.
+    importance: the mean square of each input channel `[in]`; with it, the result approximates the SQNR of the matmul's
+    output.
     """
     counts = torch.ones(weight.shape[-1]) if importance is None else importance.sqrt()
     counts = counts.to(weight.device)
@@ -37,7 +40,7 @@ def rounding_db(weight: Tensor, fmt: MXFormat, importance: Tensor | None = None)
 
 
 def top1_agreement(reference: Tensor, other: Tensor) -> float:
-    """Share of positions where both logits `[..., vocabulary]` have the same largest entry."""
+    """Fraction of positions at which both logits `[..., vocabulary]` have the same argmax."""
     return (reference.argmax(-1) == other.argmax(-1)).float().mean().item()
 
 
@@ -47,3 +50,19 @@ def kl_divergence(reference: Tensor, other: Tensor) -> float:
     log_q = torch.log_softmax(other.float(), -1)
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).mean().item()
+
+
+def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> float:
+    """Sum of -log softmax(logits)[token] over `logits [tokens, vocabulary]` and `tokens [tokens]`, in nats.
+
+    NaN if a logit is NaN or +Inf.
+    """
+    return F.cross_entropy(logits.float(), tokens.to(logits.device), reduction="sum").item()
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats; inf where a float cannot hold it."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

@@ -1,4 +1,4 @@
-"""bisect: a planted fault is found, the pass and the layer, whatever kind it is; and what is suggested mends it."""
+"""bisect: finds the pass and the layers of a planted fault of any kind, and suggests a setting that fixes it."""
 
 import json
 import math
@@ -202,8 +202,8 @@ def test_all_changes_are_the_program_after_and_none_the_one_before(model, text):
 @pytest.mark.parametrize(
     ("thresholds", "message"),
     [
-        ({}, "give one threshold"),
-        ({"kl": 1.0, "perplexity": 2.0}, "give one threshold"),
+        ({}, "pass one threshold"),
+        ({"kl": 1.0, "perplexity": 2.0}, "pass one threshold"),
         ({"perplexity": 1.5}, "the float model itself has a perplexity of"),
     ],
 )
@@ -220,16 +220,16 @@ def test_tables_and_conclusions(model):
     console = Console(record=True, width=160, file=StringIO())
     found.print_to(console)
     text = console.export_text()
-    assert "the first above 0.05" in next(line for line in text.splitlines() if "bad-scales" in line)
+    assert "first above 0.05" in next(line for line in text.splitlines() if "bad-scales" in line)
     assert "to blame" in next(line for line in text.splitlines() if f"{TARGET}.weight" in line)
-    assert f"exclude=['{TARGET}'] mends it: KL 0.0" in text
+    assert f"exclude=['{TARGET}'] fixes it: KL 0.0" in text
 
 
 def test_the_command(local_model):
     arguments = ["bisect", str(local_model), "--recipe", W4, "--kl", "0.001", "--length", "16", "--windows", "2"]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
-    assert "the first above 0.001" in result.output
+    assert "first above 0.001" in result.output
     assert "to blame" in result.output
     result = CliRunner().invoke(app, [*arguments, "--json"])
     record = json.loads(result.stdout)

@@ -1,4 +1,4 @@
-"""Evaluation: perplexity and divergence on models whose values are known, and how text is cut into windows."""
+"""Evaluation: perplexity and divergence of models with known values, and the windows of a text."""
 
 import math
 from types import SimpleNamespace
@@ -103,7 +103,7 @@ def test_no_gradients():
 
 @pytest.mark.parametrize("nothing", [[], [torch.zeros(1, 1, dtype=torch.long)]], ids=["no windows", "one token"])
 def test_nothing_to_predict(nothing):
-    with pytest.raises(InputError, match="nothing to evaluate: the windows hold fewer than two tokens each"):
+    with pytest.raises(InputError, match="nothing to evaluate: every window has fewer than two tokens"):
         evaluate(Uniform(), nothing)
     with pytest.raises(InputError, match="nothing to evaluate"):
         evaluate(Uniform(), nothing, Uniform())
@@ -184,7 +184,7 @@ class Answering(nn.Module):
     ids=["a tensor", "none", "a classifier's"],
 )
 def test_no_logits(output):
-    with pytest.raises(InputError, match="Answering is not a causal language model: it gives no logits"):
+    with pytest.raises(InputError, match="Answering is not a causal language model: it returns no logits"):
         evaluate(Answering(output), windows())
     with pytest.raises(InputError, match="Answering is not a causal language model"):
         evaluate(Uniform(), windows(), Answering(output))
@@ -205,7 +205,7 @@ def test_one_bad_logit_is_said(value):
     logits[0, 3, 5] = value
     bad = Answering(SimpleNamespace(logits=logits))
     for models in ([bad], [bad, Uniform()], [Uniform(), bad]):
-        with pytest.raises(InputError, match="Answering gives NaN or infinite logits"):
+        with pytest.raises(InputError, match="Answering returns NaN or infinite logits"):
             evaluate(models[0], windows(1), *models[1:])
 
 
@@ -236,7 +236,7 @@ def test_a_model_that_sees_later_tokens():
         def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
             return super().forward(input_ids.flip(-1), use_cache)
 
-    with pytest.raises(InputError, match="Backwards is not a causal language model: what it predicts changes"):
+    with pytest.raises(InputError, match="Backwards is not a causal language model: its predictions depend on"):
         check_causal(Backwards(), *windows(1))
 
 
@@ -265,5 +265,5 @@ def test_recovery_is_one_without_a_loss_and_falls():
     assert worse.recovery() == worse.recovery("top1")
     with pytest.raises(UnknownNameError, match=r"unknown metric 'bleu': known: kl, perplexity, top1"):
         worse.recovery("bleu")
-    with pytest.raises(InputError, match="no recovery without a reference"):
+    with pytest.raises(InputError, match="recovery needs a reference"):
         Evaluation(100, nll=3.0).recovery()

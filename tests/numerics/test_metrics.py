@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxcompile.numerics.metrics import kl_divergence, sqnr_db, top1_agreement
+from mxcompile.numerics.metrics import (
+    kl_divergence,
+    negative_log_likelihood,
+    perplexity,
+    sqnr_db,
+    top1_agreement,
+)
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=50)
 ROUNDING = 1e-6  # float32 log-softmax over a handful of entries
@@ -75,3 +81,16 @@ def test_measures_of_half_precision_are_those_of_its_values_in_float32(dtype):
     logits, other = (4 * torch.randn(2, 5, 16)).to(dtype)
     assert kl_divergence(logits, other) == kl_divergence(logits.float(), other.float())
     assert top1_agreement(logits, other) == top1_agreement(logits.float(), other.float())
+
+
+def test_negative_log_likelihood_is_a_sum_over_tokens():
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
+    expected = math.log(4 / 3) + math.log(2)
+    assert negative_log_likelihood(logits, torch.tensor([1, 0])) == pytest.approx(expected, abs=ROUNDING)
+    assert math.isnan(negative_log_likelihood(logits + math.inf, torch.tensor([1, 0])))
+
+
+def test_perplexity_of_a_mean_likelihood_and_where_it_overflows():
+    assert perplexity(math.log(50)) == pytest.approx(50, rel=1e-12)
+    assert math.isfinite(perplexity(709.0))
+    assert perplexity(710.0) == perplexity(math.inf) == math.inf
