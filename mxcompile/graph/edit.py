@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from mxcompile.graph.program import Program
@@ -15,11 +15,16 @@ BLOCK_AXIS = "mx_block_axis"
 
 def insert_call(program: Program, before: Node, target: Any, args: tuple[Any, ...], name: str) -> Node:
     """`name = target(*args)` in front of `before`, belonging to the same module."""
-    graph = program.graph
-    with graph.inserting_before(before):
-        node = graph.create_node("call_function", target, args, name=name)
-    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+    with program.graph.inserting_before(before):
+        node = create_call(program.graph, target, *args, name=name)
     _adopt(node, before)
+    return node
+
+
+def create_call(graph: Graph, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> Node:
+    """`target(*args, **kwargs)` at the graph's insertion point, with its fake value in `meta["val"]`."""
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
+    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **map_arg(kwargs, lambda n: n.meta["val"]))
     return node
 
 

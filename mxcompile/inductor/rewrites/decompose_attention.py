@@ -9,11 +9,13 @@ As in torch's kernel, reductions are in float32, and a query whose mask excludes
 
 import math
 import operator
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
+
+from mxcompile.graph.edit import create_call
 
 aten = torch.ops.aten
 _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -66,12 +68,7 @@ def _decompose(graph: Graph, node: Node) -> None:
     of_query, of_key = (part.meta["val"] for part in node.args[:2])  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     heads, shared, size, scale = of_query.shape[1], of_key.shape[1], of_query.shape[3], node.kwargs.get("scale")
     with graph.inserting_before(node):
-
-        def call(target: Any, *args: Any) -> Node:
-            created = graph.call_function(target, args)
-            created.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
-            return created
-
+        call = partial(create_call, graph)
         query, key, value = (call(_CONVERT, part, torch.float32) for part in node.args[:3])
         query = call(aten.reshape.default, query, [-1, shared, heads // shared, 1, size])
         key, value = (call(aten.unsqueeze.default, part, 2) for part in (key, value))

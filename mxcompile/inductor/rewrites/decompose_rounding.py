@@ -22,9 +22,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from mxcompile.formats import MXFP8_E4M3, SCALE_BIAS, MXFormat, ScaleRule, parse_format, parse_scale_rule
+from mxcompile.graph.edit import create_call
 from mxcompile.numerics.reference import ALIGNED_TOP_EXPONENT
 from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
 
@@ -74,7 +74,7 @@ def _decompose(graph: Graph, node: Node) -> None:
     """Values `[..., size]` as `[..., blocks, block_size]` and back."""
     x, fmt, rule = _operands(node)
     with graph.inserting_before(node):
-        call = partial(_call, graph)
+        call = partial(create_call, graph)
         source = call(aten.clone.default, node.args[0], memory_format=torch.contiguous_format)
         sizes = _numbers(call, aten.sym_size.int, source, x.shape)
         strides = _numbers(call, aten.sym_stride.int, source, source.meta["val"].stride())
@@ -91,7 +91,7 @@ def _decompose(graph: Graph, node: Node) -> None:
 def _decompose_alignment(graph: Graph, node: Node) -> None:
     x = cast(Node, node.args[0])
     with graph.inserting_before(node):
-        call = partial(_call, graph)
+        call = partial(create_call, graph)
         source = call(aten.clone.default, x, memory_format=torch.contiguous_format)
         values = call(_CONVERT, source, torch.float32)
         result = call(_CONVERT, _align(call, values), x.meta["val"].dtype)
@@ -102,12 +102,6 @@ def _decompose_alignment(graph: Graph, node: Node) -> None:
 def _numbers(call: Call, read: Any, value: Node, numbers: Sequence[Any]) -> list[Any]:
     """The sizes or strides of a value; nodes that read them where they are dynamic."""
     return [n if isinstance(n, int) else call(read, value, dim) for dim, n in enumerate(numbers)]
-
-
-def _call(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
-    created = graph.call_function(target, args, kwargs)
-    created.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]), **kwargs)
-    return created
 
 
 def _round(call: Call, values: Node, fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> Node:

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.operator_schemas import normalize_function
 
+from mxcompile.graph.edit import create_call
 from mxcompile.inductor.rewrites.decompose_attention import replace_output, uses_only_output
 from mxcompile.kernels.dispatch import why_no_attention
 from mxcompile.ops import ATTEND
@@ -51,8 +52,7 @@ def _rewrite(graph: Graph, node: Node) -> bool:
         return False
     with graph.inserting_before(node):
         args = (query, key, value, mask, 1 / math.sqrt(_shape(query)[3]) if scale is None else scale)
-        result = graph.create_node("call_function", ATTEND, args, name=f"{node.name}_of_one")
-        result.meta["val"] = ATTEND(*values, args[4])
+        result = create_call(graph, ATTEND, *args, name=f"{node.name}_single_token")
     replace_output(graph, node, result)
     for part in (*pair, options.get("attn_bias")):
         _erase_unused(graph, part)

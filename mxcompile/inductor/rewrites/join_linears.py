@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch.fx import Graph, Node
 
 from mxcompile.formats import parse_format, parse_scale_rule
+from mxcompile.graph.edit import create_call
 from mxcompile.inductor.rewrites.fuse import VIEWS
 from mxcompile.kernels.dispatch import why_not_fp8
 from mxcompile.kernels.layout import fp8_eligibility
@@ -49,8 +50,7 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
     with graph.inserting_before(nodes[0]):
         x, activation, rule = (value, None, None) if rounded is None else rounded.args
         if rounded is not None and value.target in VIEWS:
-            x = graph.create_node("call_function", value.target, (x, *value.args[1:]), name=f"{value.name}_plain")
-            x.meta["val"] = value.meta["val"]
+            x = create_call(graph, value.target, x, *value.args[1:], name=f"{value.name}_plain")
         args = (x, *columns, nodes[0].args[4], activation, rule, *_planes(nodes[0]))
         args += (True,) if rounded is not None and aligned else ()
         target = LINEARS if _planes(nodes[0]) else CPU_LINEARS
