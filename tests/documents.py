@@ -1,4 +1,4 @@
-"""Code blocks of Markdown files, and what it takes to run them: a tiny model in place of the one that they name."""
+"""Read and run the code blocks of Markdown files, with a tiny model in place of the one that they name."""
 
 import re
 import shlex
@@ -35,8 +35,14 @@ def blocks(path: Path, language: str) -> list[str]:
     return [block.text for block in read(path) if block.language == language]
 
 
+def block(path: Path, language: str, marker: str) -> str:
+    """The text of the one block in a language that contains a marker: a command, or a name in it."""
+    (text,) = (text for text in blocks(path, language) if marker in text)
+    return text
+
+
 def run_python(text: str, name: str, namespace: dict[str, Any], model: Path) -> None:
-    """Execute a block, with the model at a path in place of the one that it names."""
+    """Execute a block with the model at a path in place of the one that the block names."""
     exec(compile(text.replace(NAMED, str(model)), name, "exec", dont_inherit=True), namespace)
 
 

@@ -1,1 +1,1 @@
-"""What a run did and what it cost: measurements, dumps, ledger, report page, evaluation, bisection, explain."""
+"""What quantization did to a model: measurements, dumps, ledger, report page, evaluation, bisection, explain."""

@@ -1,12 +1,12 @@
-"""Dump folder: the graph after every pass, what changed, what each pass did, and a page that shows all of it.
+"""Write a dump folder: the graph after every pass, its diff, the ledger, and a report page.
 
     pipeline.txt  00-trace.txt  NN-<pass>.txt  NN-<pass>.diff
     summary.txt   ledger.json   distributions.json  index.html
-    kernels.txt   which kernel serves each layer of the deployed module, and why no better one
+    kernels.txt   which kernel runs each layer of the deployed module, and why not a better one
 
-A pass that fails leaves `NN-<pass>.FAILED.txt`: the error, the rest of the pipeline and the graph it was given. Files
-are written under a temporary name and then renamed. A folder that holds anything else is refused. Nothing is deleted
-but an earlier run's page and what it left of failed passes.
+A pass that fails leaves `NN-<pass>.FAILED.txt`: the error, the rest of the pipeline and the graph before it. Files are
+written under a temporary name and then renamed. A folder that holds anything else is refused. Only the page and the
+`.FAILED.txt` files of an earlier run are deleted.
 """
 
 from dataclasses import replace
@@ -25,9 +25,9 @@ from mxcompile.diagnostics.dump_reader import (
     PIPELINE,
     SUMMARY,
     DumpReader,
-    Failure,
-    is_ours,
-    stem,
+    FailedPass,
+    is_dump_folder,
+    stage_name,
 )
 from mxcompile.diagnostics.explanation import Explanation
 from mxcompile.diagnostics.ledger import FILE as _LEDGER
@@ -50,9 +50,9 @@ class Dump(Instrument):
         self._text = ""
         self._ledger = Ledger("", 0, ())
         self._distributions = Distributions()
-        if self.folder.exists() and not is_ours(self.folder):
+        if self.folder.exists() and not is_dump_folder(self.folder):
             raise DumpError(
-                f"{self.folder} exists and is not an mxcompile dump: give a new folder, or one that a dump wrote before"
+                f"{self.folder} exists and is not an mxcompile dump: choose a new folder, or one that a dump wrote"
             )
 
     def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
@@ -65,31 +65,31 @@ class Dump(Instrument):
         self._distributions = Distributions()
         self._text = print_program(program)
         self._write("00-trace.txt", self._text)
-        self._write_numbers()
+        self._write_ledger()
 
     def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
-        """Write the graph after a pass, its diff, and the numbers so far."""
+        """Write the graph after a pass, its diff, and the ledger so far."""
         before, self._text = self._text, print_program(program)
-        name = stem(step.index, step.current.name)
+        name = stage_name(step.index, step.current.name)
         self._write(f"{name}.txt", self._text)
         self._write(f"{name}.diff", diff_text(before, self._text, "before", name))
-        found = {} if record.measured is None else record.measured.distributions
+        histograms = {} if record.measured is None else record.measured.distributions
         self._ledger = replace(self._ledger, passes=(*self._ledger.passes, record))
-        self._distributions = Distributions((*self._distributions.passes, found))
-        self._write_numbers()
+        self._distributions = Distributions((*self._distributions.passes, histograms))
+        self._write_ledger()
 
     def failed(self, program: Program, step: PipelineStep, error: Exception) -> None:
-        """Write what the failing pass was given."""
+        """Write the error and the graph before the failed pass."""
         rest = " | ".join(str(p) for p in step.passes[step.index :]) or "nothing"
-        failure = Failure(step.index, str(error), rest)
-        self._write(f"{stem(step.index, step.current.name)}.FAILED.txt", failure.to_text(self._text))
+        failure = FailedPass(step.index, str(error), rest)
+        self._write(f"{stage_name(step.index, step.current.name)}.FAILED.txt", failure.to_text(self._text))
         write_page(self.folder)
 
     def finish(self, program: Program) -> None:
-        """Write the page."""
+        """Write the report page."""
         write_page(self.folder)
 
-    def _write_numbers(self) -> None:
+    def _write_ledger(self) -> None:
         self._write(_DISTRIBUTIONS, self._distributions.to_json())
         self._write(SUMMARY, _summary(self._ledger))
         self._write(_LEDGER, self._ledger.to_json())
@@ -99,14 +99,14 @@ class Dump(Instrument):
 
 
 def write_page(folder: Path) -> Path:
-    """Write `index.html` of a dump folder, from its other files."""
+    """Write `index.html` of a dump folder from its other files."""
     page = folder / PAGE
     _write(page, print_page(DumpReader(folder)))
     return page
 
 
 def write_kernels(folder: str | Path, explanation: Explanation) -> None:
-    """Write which kernel serves each layer."""
+    """Write which kernel runs each layer."""
     _write(Path(folder) / KERNELS, _printed(explanation))
 
 
@@ -119,7 +119,7 @@ def _summary(ledger: Ledger) -> str:
     return _printed(ledger)
 
 
-def _printed(told: Ledger | Explanation) -> str:
+def _printed(report: Ledger | Explanation) -> str:
     rendered = StringIO()
-    told.print_to(Console(width=_WIDTH, file=rendered, force_terminal=False, soft_wrap=True))
+    report.print_to(Console(width=_WIDTH, file=rendered, force_terminal=False, soft_wrap=True))
     return "".join(f"{line.rstrip()}\n" for line in rendered.getvalue().splitlines())

@@ -1,7 +1,7 @@
-"""What each pass did: rewrites, misses with reasons, seconds, bytes, and what was measured of the model and its layers.
+"""The ledger of a run: rewrites, misses, seconds, bytes and measurements of every pass.
 
-A pass returns a `PassResult`; the pipeline makes a `PassRecord` of it, with what instruments measured. A `Ledger` is
-all records of a run: a table, and a file that others may read (`ledger.json`).
+A pass returns a `PassResult`, from which the pipeline makes a `PassRecord` with the measurements of the instruments. A
+`Ledger` holds the records of a run, as tables and as a file for other programs (`ledger.json`).
 """
 
 import json
@@ -16,11 +16,11 @@ from rich.text import Text
 
 from mxcompile.diagnostics.tables import graded, table
 from mxcompile.errors import DumpError
-from mxcompile.graph.records import LayerNumbers, Measured, Miss, PassRecord
+from mxcompile.graph.records import LayerMeasurements, ModelMeasurements, Miss, PassRecord
 
 SCHEMA = 2
 FILE = "ledger.json"
-_GOOD_DB, _BAD_DB = 30.0, 15.0  # an SQNR that costs little; one that is felt: their colours in tables
+_GOOD_DB, _BAD_DB = 30.0, 15.0  # SQNR with little loss (green), with visible loss (red)
 _INFINITE = {math.inf: "inf", -math.inf: "-inf"}
 
 
@@ -29,9 +29,9 @@ class Ledger:
     """The records of a run. pipeline: its text form. bytes: of the model before the first pass.
 
     The file is a JSON object, `{"schema": 2, "pipeline": str, "bytes": int, "passes": [...]}`; a pass has the fields of
-    `PassRecord`, with those of `Miss`, `Measured` (but for its distributions) and `LayerNumbers` inside. A number that
-    is not finite is the string "inf" (an SQNR without any error), "-inf" or "nan"; null is what was not measured. The
-    schema's number changes with every change of names or meanings.
+    `PassRecord`, with those of `Miss`, `ModelMeasurements` (but for its distributions) and `LayerMeasurements` inside. A number that
+    is not finite is the string "inf" (an SQNR without any error), "-inf" or "nan"; null is what was not measured. Any
+    change of a name or a meaning increments the schema number.
     """
 
     pipeline: str
@@ -40,7 +40,7 @@ class Ledger:
 
     @classmethod
     def load(cls, path: str | Path) -> "Ledger":
-        """Read a `ledger.json`, or the one of a dump folder; raises DumpError if it is not one of this schema."""
+        """Read a `ledger.json`, or the one in a dump folder; raises DumpError if it does not have this schema."""
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -52,55 +52,55 @@ class Ledger:
         return cls(content["pipeline"], content["bytes"], tuple(map(_record, content["passes"])))
 
     def record(self) -> dict[str, Any]:
-        """Plain values: what the file holds."""
+        """The content of the file, as plain values."""
         passes = [plain(_fields(record)) for record in self.passes]
         return {"schema": SCHEMA, "pipeline": self.pipeline, "bytes": self.bytes, "passes": passes}
 
     def to_json(self) -> str:
-        """The file's text."""
+        """The text of the file."""
         return json.dumps(self.record(), indent=1) + "\n"
 
     def layers(self) -> tuple[str, ...]:
-        """Names of all layers that were measured, in graph order."""
+        """Names of all measured layers, in graph order."""
         return tuple(dict.fromkeys(name for record in self.passes for name in _layers_of(record)))
 
     def misses(self) -> dict[Miss, list[str]]:
-        """Each miss once, with the passes that met it."""
-        found: dict[Miss, list[str]] = {}
+        """Each miss once, with the names of the passes that reported it."""
+        passes_of: dict[Miss, list[str]] = {}
         for record in self.passes:
             for miss in record.misses:
-                found.setdefault(miss, []).append(record.name)
-        return found
+                passes_of.setdefault(miss, []).append(record.name)
+        return passes_of
 
     def to_table(self) -> Table:
-        """A row for every pass; what was not measured is left empty."""
-        title = "passes: outputs and what they were kept to in dB, KL in nats"
-        numbers = ("rewrites", "misses", "s", "MB", "outputs", "KL", "top-1", "kept to")
+        """A row for every pass; cells without a measurement are empty."""
+        title = "passes: SQNR of the outputs and agreement across the pass in dB, KL in nats"
+        numbers = ("rewrites", "misses", "s", "MB", "output dB", "KL", "top-1", "preserved dB")
         return table(("pass",), numbers, [(record.name, *_cells(record)) for record in self.passes], title)
 
     def to_layer_table(self, worst: int | None = None) -> Table:
-        """A row for every layer, or for those with the largest error of their own, the worst first.
+        """A row for every layer, or for the `worst` layers with the largest local error, the worst first.
 
-        local: the last pass's. after a pass: along the path.
+        The local column is that of the last pass; an "after" column holds the accumulated SQNR after a pass.
         """
         measured = [record for record in self.passes if record.measured is not None]
         rows: list[list[str | Text]] = []
         for name in self.layers() if worst is None else self.worst(worst):
             numbers = [_layers_of(record).get(name) for record in measured]
-            last = next(found for found in reversed(numbers) if found is not None)
+            last = next(layer for layer in reversed(numbers) if layer is not None)
             row = [name, last.weight or "float", last.activation or "float", _db(last.weight_db), _db(last.local_db)]
-            rows.append([*row, *(_db(found.accumulated_db if found else None) for found in numbers)])
-        along = ("after\n" + record.name.replace("-", "-\n") for record in measured)
+            rows.append([*row, *(_db(layer.accumulated_db if layer else None) for layer in numbers)])
+        after = ("after\n" + record.name.replace("-", "-\n") for record in measured)
         title = f"layers{'' if worst is None else ', the worst first'}: SQNR in dB"
-        return table(("layer", "weight", "input"), ("of\nweight", "local", *along), rows, title)
+        return table(("layer", "weight", "input"), ("of\nweight", "local", *after), rows, title)
 
     def to_miss_table(self) -> Table:
-        """What was left alone, why, and by which passes."""
+        """What was skipped, why, and by which passes."""
         rows = [(miss.where, miss.reason, ", ".join(names)) for miss, names in self.misses().items()]
-        return table(("left alone", "because", "by"), (), rows, "misses")
+        return table(("skipped", "reason", "passes"), (), rows, "misses")
 
     def print_to(self, console: Console, worst: int = 12) -> None:
-        """The pipeline, and the tables: of passes, of the worst layers, and of misses."""
+        """Print the pipeline and the tables of passes, of the worst layers and of misses."""
         console.print(Text("\n| ".join(self.pipeline.split(" | "))))
         console.print(self.to_table())
         if self.layers():
@@ -109,13 +109,13 @@ class Ledger:
             console.print(self.to_miss_table())
 
     def worst(self, count: int) -> list[str]:
-        """The layers with the largest error of their own after the last measured pass, the worst first."""
+        """The layers with the largest local error after the last measured pass, the worst first."""
         last = next((_layers_of(r) for r in reversed(self.passes) if r.measured is not None), {})
-        errors = {name: found.local_db for name, found in last.items() if found.local_db is not None}
+        errors = {name: layer.local_db for name, layer in last.items() if layer.local_db is not None}
         return sorted(errors, key=lambda name: errors[name])[:count]
 
 
-def _layers_of(record: PassRecord) -> dict[str, LayerNumbers]:
+def _layers_of(record: PassRecord) -> dict[str, LayerMeasurements]:
     return {} if record.measured is None else record.measured.layers
 
 
@@ -126,9 +126,9 @@ def _record(content: dict[str, Any]) -> PassRecord:
     return PassRecord(**read | {"misses": misses, "measured": measured and _measured(measured)})
 
 
-def _measured(content: dict[str, Any]) -> Measured:
-    layers = {name: LayerNumbers(**_read(layer, "weight", "activation")) for name, layer in content["layers"].items()}
-    return Measured(**_read(content) | {"layers": layers})
+def _measured(content: dict[str, Any]) -> ModelMeasurements:
+    layers = {name: LayerMeasurements(**_read(layer, "weight", "activation")) for name, layer in content["layers"].items()}
+    return ModelMeasurements(**_read(content) | {"layers": layers})
 
 
 def _fields(record: PassRecord) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _fields(record: PassRecord) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON has it: what is not finite is a word."""
+    """A value for JSON, in which floats that are not finite become the strings "inf", "-inf" and "nan"."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -151,18 +151,18 @@ def plain(value: Any) -> Any:
 
 
 def _read(value: Any, *texts: str) -> Any:
-    """The inverse, but for the entries of an object that are texts: a pass may be called inf."""
+    """The inverse of `plain`, except for the entries of an object named in `texts`: a pass may be called inf."""
     if isinstance(value, dict):
         return {key: item if key in texts else _read(item) for key, item in value.items()}
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
 def _cells(record: PassRecord) -> tuple[str | Text, ...]:
-    """A pass's numbers as a table has them."""
+    """The cells of a pass in a table."""
     misses = Text(str(len(record.misses)), style="yellow" if record.misses else "")
     counts = (str(record.rewrites), misses, f"{record.seconds:.2f}", f"{record.bytes / 1e6:.1f}")
-    found = record.measured
-    numbers = ("", "", "") if found is None else (_db(found.output_db), _number(found.kl), _share(found.top1))
+    measured = record.measured
+    numbers = ("", "", "") if measured is None else (_db(measured.output_db), _nats(measured.kl), _share(measured.top1))
     return *counts, *numbers, _db(record.preserved_db)
 
 
@@ -171,7 +171,7 @@ def _db(value: float | None) -> Text:
     return graded(text, value, _GOOD_DB, _BAD_DB)
 
 
-def _number(value: float | None) -> str:
+def _nats(value: float | None) -> str:
     return "" if value is None else f"{round(value, 4) + 0.0:.4f}"
 
 

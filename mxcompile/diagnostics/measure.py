@@ -1,14 +1,13 @@
 """Measure: an instrument that runs a probe through the program after every pass and compares it with the float model.
 
-Each layer is measured twice: on its input in the float model (the error that it makes by itself) and on the way through
-the program as it is now (what has accumulated). A pass that keeps the function may change what a layer computes: a fold
-divides its input and multiplies its weight. So the float model is carried along: after such a pass the program itself
-is the float model from there on, or, if something has been lost before, the float model gets the same folds.
+Each layer is measured twice: on its input in the float model (its own error) and on its input in the current program
+(the accumulated error). A pass that preserves the function may still change what a layer computes: a fold divides its
+input and multiplies its weight. The float model therefore follows such passes: the folded program becomes the new float
+model, or, if an earlier pass was lossy, the same folds are applied to the float model.
 
-It costs one forward of the probe at the start and one a pass, with every layer's matmul repeated on a sample of rows (a
-second one, if a lossy pass came before a fold). Of a probe of many tokens that sample, evenly spaced, is all that is
-kept: 256 rows of every layer's input and output, 512 of the logits. From those rows, and from rows of its weight, come
-the layer's distributions around each pass.
+Cost: one forward of the probe at the start and one after each pass (two after a fold that follows a lossy pass), with
+every layer's matmul repeated on a sample of rows. Only evenly spaced rows are kept: 256 of every layer's input and
+output, 512 of the logits. A layer's histograms before and after each pass come from those rows and rows of its weight.
 """
 
 import math
@@ -20,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.layers import Layer, Rounded, find_layers
+from mxcompile.analysis.layers import Layer, InputRounding, find_layers
 from mxcompile.calibration.run import Runner, run_outputs
 from mxcompile.graph.agreement import agreement_db, output_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs
 from mxcompile.graph.program import Program, Stage
-from mxcompile.graph.records import LayerNumbers, Measured, PassResult
-from mxcompile.numerics.histogram import Distribution, Histogram, Values
+from mxcompile.graph.records import LayerMeasurements, ModelMeasurements, PassResult
+from mxcompile.numerics.histogram import Histogram, HistogramChange, LayerHistograms
 from mxcompile.numerics.metrics import kl_divergence, sqnr_db, top1_agreement
-from mxcompile.pipeline.interfaces import Instrument, Pass, Step
+from mxcompile.pipeline.interfaces import Instrument, Pass, PipelineStep
 
 _ROWS = 256
 _OUTPUT_ROWS = 512
@@ -37,221 +36,232 @@ Outputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """What a layer read (its computed operands, the input before rounding) and gave; a sample of rows if it can be."""
+class _LayerSample:
+    """Computed operands (the input before rounding) and output of a layer; sampled rows if rows are independent."""
 
     operands: tuple[Tensor, ...]
     output: Tensor
 
 
 @dataclass(frozen=True)
-class _Float:
-    """The float model as it is by now, carried through folds, and what it shows on the probe."""
+class _FloatRun:
+    """The float model with the folds so far, and its layers and outputs on the probe."""
 
     program: Program
     layers: dict[str, Layer]
-    shown: dict[str, _Shown]
+    samples: dict[str, _LayerSample]
     outputs: Outputs
 
 
 class Measure(Instrument):
-    """Puts numbers into the ledger: `pipeline.run(program, instruments=[Measure()]).ledger[0].measured`.
+    """Adds measurements to the ledger: `pipeline.run(program, instruments=[Measure()]).ledger[0].measured`.
 
-    probe: inputs of one call, as `trace` takes them; the example inputs if None. Compared is with the program that the
-    pipeline was given.
+    probe: inputs of one call, as `trace` takes them; the example inputs if None. The reference is the program that the
+    pipeline starts from.
     """
 
     def __init__(self, probe: object = None) -> None:
-        self._given = None if probe is None else as_inputs(probe)
-        self._float: _Float | None = None
-        self._exact = True
-        self._values: dict[str, Values] = {}
+        self._probe_inputs = None if probe is None else as_inputs(probe)
+        self._float: _FloatRun | None = None
+        self._lossless = True
+        self._histograms: dict[str, LayerHistograms] = {}
 
     def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
         """Run the probe through the float model."""
-        self._exact = True
-        self._float = self._show(program.copy())
-        self._values = _all_values(self._float)
+        self._lossless = True
+        self._float = self._capture(program.copy())
+        self._histograms = _all_histograms(self._float)
 
-    def measure(self, program: Program, step: Step, result: PassResult) -> Measured:
-        """Run the probe through what the pass has left."""
-        before = self._values
-        measured, self._values = self._measure(program, step, result)
-        both = {name: Distribution(before[name], after) for name, after in self._values.items() if name in before}
-        return replace(measured, distributions=both)
+    def measure(self, program: Program, step: PipelineStep, result: PassResult) -> ModelMeasurements:
+        """Run the probe through the program after the pass."""
+        before = self._histograms
+        measured, self._histograms = self._measure(program, step, result)
+        changes = {
+            name: HistogramChange(before[name], after) for name, after in self._histograms.items() if name in before
+        }
+        return replace(measured, distributions=changes)
 
-    def _measure(self, program: Program, step: Step, result: PassResult) -> tuple[Measured, dict[str, Values]]:
+    def _measure(
+        self, program: Program, step: PipelineStep, result: PassResult
+    ) -> tuple[ModelMeasurements, dict[str, LayerHistograms]]:
         assert self._float is not None
-        folded = step.current.preserves_function and program.stage is Stage.FLOAT and result.rewrites > 0
-        if folded and self._exact:
-            now = self._show(program.copy())
-            if agreement_db(self._float.outputs, now.outputs)[0] >= step.current.least_db(program):
-                measured = _of_folds(self._float, now)
+        is_fold = step.current.preserves_function and program.stage is Stage.FLOAT and result.rewrites > 0
+        if is_fold and self._lossless:
+            now = self._capture(program.copy())
+            if agreement_db(self._float.outputs, now.outputs)[0] >= step.current.required_db(program):
+                measured = _measure_fold(self._float, now)
                 self._float = replace(now, outputs=self._float.outputs)
-                return measured, _all_values(now)
-        elif folded and result.folds:
-            carried = self._float.program.copy()
+                return measured, _all_histograms(now)
+        elif is_fold and result.folds:
+            folded_float = self._float.program.copy()
             for fold in result.folds:
-                fold.apply(carried)
-            self._float = replace(self._show(carried), outputs=self._float.outputs)
-        self._exact = self._exact and result.rewrites == 0
+                fold.apply(folded_float)
+            self._float = replace(self._capture(folded_float), outputs=self._float.outputs)
+        self._lossless = self._lossless and result.rewrites == 0
         return self._compare(program, self._float)
 
     def finish(self, program: Program) -> None:
-        """Let go of the float model."""
-        self._float, self._values = None, {}
+        """Release the float model."""
+        self._float, self._histograms = None, {}
 
     def _probe(self, program: Program) -> Inputs:
-        return self._given or program.example
+        return self._probe_inputs or program.example
 
-    def _show(self, program: Program) -> _Float:
+    def _capture(self, program: Program) -> _FloatRun:
         layers = find_layers(program)
-        shown: dict[str, _Shown] = {}
+        samples: dict[str, _LayerSample] = {}
 
-        def keep(layer: Layer, runner: _Watching, output: Tensor) -> None:
-            operands = (runner.env[layer.value if node is layer.activation else node] for node in layer.operands)
+        def keep(layer: Layer, runner: _LayerRunner, output: Tensor) -> None:
+            operands = (runner.env[layer.float_input if node is layer.activation else node] for node in layer.operands)
             kept = tuple(_sample(operand, layer) for operand in operands)
-            shown[layer.name] = _Shown(kept, _sample(output, layer))
+            samples[layer.name] = _LayerSample(kept, _sample(output, layer))
 
         outputs = _run(program, self._probe(program), layers, keep)
-        return _Float(program, layers, shown, outputs)
+        return _FloatRun(program, layers, samples, outputs)
 
-    def _compare(self, program: Program, exact: _Float) -> tuple[Measured, dict[str, Values]]:
+    def _compare(self, program: Program, float_run: _FloatRun) -> tuple[ModelMeasurements, dict[str, LayerHistograms]]:
         layers = find_layers(program)
-        numbers: dict[str, LayerNumbers] = {}
-        values: dict[str, Values] = {}
-        prepared = _Prepared()
+        numbers: dict[str, LayerMeasurements] = {}
+        histograms: dict[str, LayerHistograms] = {}
+        prepared = _PreparedInputs()
 
-        def compare(layer: Layer, runner: _Watching, output: Tensor) -> None:
-            known = exact.shown.get(layer.name)
-            if known is None or len(known.operands) != len(layer.operands):
+        def compare(layer: Layer, runner: _LayerRunner, output: Tensor) -> None:
+            reference = float_run.samples.get(layer.name)
+            if reference is None or len(reference.operands) != len(layer.operands):
                 return
-            pairs = zip(layer.operands, known.operands, strict=True)
-            local = runner.again(layer, [prepared(layer, x) if n is layer.activation else x for n, x in pairs])
-            along = _sample(output, layer) if layer.operands == (layer.activation,) else None
-            weight, wanted = layer.rows(program), exact.layers[layer.name].rows(exact.program)
-            numbers[layer.name] = _numbers(layer, _db(wanted, weight), known.output, local, along)
-            values[layer.name] = _values(layer, weight, known.operands, prepared)
+            pairs = zip(layer.operands, reference.operands, strict=True)
+            local = runner.recompute(layer, [prepared(layer, x) if n is layer.activation else x for n, x in pairs])
+            accumulated_output = _sample(output, layer) if layer.operands == (layer.activation,) else None
+            weight, float_weight = layer.rows(program), float_run.layers[layer.name].rows(float_run.program)
+            numbers[layer.name] = _layer_numbers(
+                layer, _db(float_weight, weight), reference.output, local, accumulated_output
+            )
+            histograms[layer.name] = _layer_histograms(layer, weight, reference.operands, prepared)
 
         outputs = _run(program, self._probe(program), layers, compare)
-        return _measured(exact.outputs, outputs, numbers), values
+        return _measured(float_run.outputs, outputs, numbers), histograms
 
 
-class _Watching(Runner):
-    """Runs a program and shows each layer, when it has been computed, together with the runner."""
+class _LayerRunner(Runner):
+    """Runs a program and calls `on_layer` with each layer, itself and the output, once the layer is computed."""
 
     def __init__(
-        self, program: Program, layers: dict[str, Layer], show: "Callable[[Layer, _Watching, Tensor], None]"
+        self, program: Program, layers: dict[str, Layer], on_layer: "Callable[[Layer, _LayerRunner, Tensor], None]"
     ) -> None:
         super().__init__(program)
         self.layers = {layer.node: layer for layer in layers.values()}
-        self.show = show
+        self.on_layer = on_layer
 
     def run_node(self, n: Node) -> Any:
         """Compute a node."""
         result = super().run_node(n)
         if n in self.layers:
-            self.show(self.layers[n], self, result)
+            self.on_layer(self.layers[n], self, result)
         return result
 
-    def again(self, layer: Layer, operands: list[Tensor]) -> Tensor:
-        """What a layer gives for other computed operands."""
-        plain = {node: self.env[node] for node in layer.operands}
+    def recompute(self, layer: Layer, operands: list[Tensor]) -> Tensor:
+        """The output of a layer for other computed operands."""
+        original = {node: self.env[node] for node in layer.operands}
         self.env.update(zip(layer.operands, operands, strict=True))
         result = super().run_node(layer.node)
-        self.env.update(plain)
+        self.env.update(original)
         return result
 
 
-class _Prepared:
-    """Layers that share an input and round it alike (q, k, v) round it once."""
+class _PreparedInputs:
+    """Prepares the input of a layer; the next layers with the same input and rounding (q, k, v) reuse it."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, Rounded | None, Tensor] | None = None
+        self._last: tuple[Tensor, InputRounding | None, Tensor] | None = None
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
-        if self._last is None or self._last[0] is not x or self._last[1] != layer.rounded:
-            self._last = x, layer.rounded, layer.prepare(x)
+        if self._last is None or self._last[0] is not x or self._last[1] != layer.input_rounding:
+            self._last = x, layer.input_rounding, layer.prepare(x)
         return self._last[2]
 
 
 def _run(
-    program: Program, probe: Inputs, layers: dict[str, Layer], show: Callable[[Layer, _Watching, Tensor], None]
+    program: Program, probe: Inputs, layers: dict[str, Layer], on_layer: Callable[[Layer, _LayerRunner, Tensor], None]
 ) -> Outputs:
-    """The float outputs of a program, at most 512 rows of each; every layer is shown on the way."""
-    outputs = output_tensors(run_outputs(_Watching(program, layers, show), program, probe))
+    """The float outputs of a program, at most 512 rows of each; calls `on_layer` for every layer on the way."""
+    outputs = output_tensors(run_outputs(_LayerRunner(program, layers, on_layer), program, probe))
     return {name: _spaced(value, _OUTPUT_ROWS) for name, value in outputs.items()}
 
 
 def _sample(value: Tensor, layer: Layer) -> Tensor:
-    return _spaced(value, _ROWS) if layer.samples else value
+    return _spaced(value, _ROWS) if layer.is_rowwise else value
 
 
 def _spaced(value: Tensor, count: int) -> Tensor:
-    """At most that many of the rows `[..., size]` of a value, evenly spaced."""
+    """At most `count` evenly spaced rows of a value `[..., size]`."""
     rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
     if len(rows) <= count:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]
 
 
-def _numbers(
-    layer: Layer, weight_db: float | None, wanted: Tensor, local: Tensor | None, along: Tensor | None
-) -> LayerNumbers:
-    accumulated = None if along is None else _db(wanted, along)
+def _layer_numbers(
+    layer: Layer, weight_db: float | None, expected: Tensor, local: Tensor | None, accumulated_output: Tensor | None
+) -> LayerMeasurements:
+    accumulated = None if accumulated_output is None else _db(expected, accumulated_output)
     error = None if accumulated is None else 10 ** (-accumulated / 20)
-    activation = None if layer.rounded is None else str(layer.rounded)
-    local_db = None if local is None else _db(wanted, local)
-    return LayerNumbers(layer.format, activation, weight_db, local_db, accumulated, error)
+    activation = None if layer.input_rounding is None else str(layer.input_rounding)
+    local_db = None if local is None else _db(expected, local)
+    return LayerMeasurements(layer.format, activation, weight_db, local_db, accumulated, error)
 
 
-def _all_values(exact: _Float) -> dict[str, Values]:
-    prepared = _Prepared()
-    found = ((layer, exact.shown[name].operands) for name, layer in exact.layers.items())
-    return {layer.name: _values(layer, layer.rows(exact.program), operands, prepared) for layer, operands in found}
+def _all_histograms(float_run: _FloatRun) -> dict[str, LayerHistograms]:
+    prepared = _PreparedInputs()
+    operands_of = ((layer, float_run.samples[name].operands) for name, layer in float_run.layers.items())
+    return {
+        layer.name: _layer_histograms(layer, layer.rows(float_run.program), operands, prepared)
+        for layer, operands in operands_of
+    }
 
 
-def _values(layer: Layer, weight: Tensor, operands: tuple[Tensor, ...], prepared: _Prepared) -> Values:
+def _layer_histograms(
+    layer: Layer, weight: Tensor, operands: tuple[Tensor, ...], prepared: _PreparedInputs
+) -> LayerHistograms:
     pairs = zip(layer.operands, operands, strict=True)
-    given = next((operand for node, operand in pairs if node is layer.activation), None)
-    if given is None:
-        return Values(Histogram.of(weight), None, None)
-    rounded = None if layer.rounded is None else Histogram.of(prepared(layer, given))
-    return Values(Histogram.of(weight), Histogram.of(given), rounded)
+    x = next((operand for node, operand in pairs if node is layer.activation), None)
+    if x is None:
+        return LayerHistograms(Histogram.of(weight), None, None)
+    rounded = None if layer.input_rounding is None else Histogram.of(prepared(layer, x))
+    return LayerHistograms(Histogram.of(weight), Histogram.of(x), rounded)
 
 
-def _of_folds(before: _Float, after: _Float) -> Measured:
-    """After a pass that has kept the function: a layer's input and weight carry factors, its output may."""
-    numbers: dict[str, LayerNumbers] = {}
-    for name, known in before.shown.items():
-        now = after.shown.get(name)
-        if now is not None and now.output.shape == known.output.shape:
-            wanted = _up_to_factors(known.output, now.output)
-            along = None if len(now.operands) > 1 else now.output
-            numbers[name] = _numbers(after.layers[name], None, wanted, now.output, along)
+def _measure_fold(before: _FloatRun, after: _FloatRun) -> ModelMeasurements:
+    """Measure a pass that preserved the function: it may have scaled a layer's input, weight and output channels."""
+    numbers: dict[str, LayerMeasurements] = {}
+    for name, sample in before.samples.items():
+        now = after.samples.get(name)
+        if now is not None and now.output.shape == sample.output.shape:
+            expected = _rescaled(sample.output, now.output)
+            accumulated_output = None if len(now.operands) > 1 else now.output
+            numbers[name] = _layer_numbers(after.layers[name], None, expected, now.output, accumulated_output)
     return _measured(before.outputs, after.outputs, numbers)
 
 
-def _up_to_factors(wanted: Tensor, given: Tensor) -> Tensor:
-    """The wanted values times the factor for each channel that brings them closest to the given ones."""
-    w, g = (tensor.reshape(-1, tensor.shape[-1]).double() for tensor in (wanted, given))
-    power = w.square().sum(0)
-    factors = torch.where(power > 0, (w * g).sum(0) / power, 1.0)
-    return wanted.double() * factors
+def _rescaled(expected: Tensor, actual: Tensor) -> Tensor:
+    """The expected values, each channel scaled by the factor that fits the actual values best."""
+    e, a = (tensor.reshape(-1, tensor.shape[-1]).double() for tensor in (expected, actual))
+    power = e.square().sum(0)
+    factors = torch.where(power > 0, (e * a).sum(0) / power, 1.0)
+    return expected.double() * factors
 
 
-def _measured(wanted: Outputs, given: Outputs, layers: dict[str, LayerNumbers]) -> Measured:
-    output_db = agreement_db(wanted, given)[0]
-    names = [name for name in wanted if name == _LOGITS and given[name].shape == wanted[name].shape]
+def _measured(expected: Outputs, actual: Outputs, layers: dict[str, LayerMeasurements]) -> ModelMeasurements:
+    output_db = agreement_db(expected, actual)[0]
+    names = [name for name in expected if name == _LOGITS and actual[name].shape == expected[name].shape]
     if not names:
-        return Measured(output_db, None, None, layers)
-    before, after = wanted[names[0]], given[names[0]]
-    return Measured(output_db, kl_divergence(before, after), top1_agreement(before, after), layers)
+        return ModelMeasurements(output_db, None, None, layers)
+    before, after = expected[names[0]], actual[names[0]]
+    return ModelMeasurements(output_db, kl_divergence(before, after), top1_agreement(before, after), layers)
 
 
-def _db(wanted: Tensor, given: Tensor) -> float | None:
-    """SQNR; None if the shapes differ or something is not finite."""
-    if wanted.shape != given.shape:
+def _db(expected: Tensor, actual: Tensor) -> float | None:
+    """SQNR in dB; None if the shapes differ or a value is NaN."""
+    if expected.shape != actual.shape:
         return None
-    found = sqnr_db(wanted, given)
-    return None if math.isnan(found) else found
+    sqnr = sqnr_db(expected, actual)
+    return None if math.isnan(sqnr) else sqnr

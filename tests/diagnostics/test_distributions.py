@@ -1,4 +1,4 @@
-"""Distributions: exact counts of magnitudes, for every layer around every pass, in a file of their own."""
+"""Histograms of every layer before and after every pass: exact counts, and their file in a dump."""
 
 import json
 import math
@@ -16,14 +16,16 @@ from mxcompile.diagnostics.distributions import SCHEMA, Distributions
 from mxcompile.errors import DumpError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.numerics import reference
-from mxcompile.numerics.histogram import Distribution, Histogram, Values
+from mxcompile.numerics.histogram import Histogram, HistogramChange, LayerHistograms
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 ROUND = "round-weights{format=mxint4}"
 LOWER = "lower-mx{weight=mxint4,activation=mxint8}"
 
 ONE = Histogram(1, 0, 508, (2, 1))
-READ = Distributions(({"up.weight": Distribution(Values(ONE, ONE, None), Values(ONE, None, ONE))}, {}))
+READ = Distributions(
+    ({"up.weight": HistogramChange(LayerHistograms(ONE, ONE, None), LayerHistograms(ONE, None, ONE))}, {})
+)
 HISTOGRAM = {"zeros": 1, "nonfinite": 0, "first": 508, "counts": [2, 1]}
 FILE = {
     "schema": 1,
@@ -95,10 +97,12 @@ def test_a_layer_by_hand(traced):
         given = F.relu(model.up(model.norm(x)))
     weight = Histogram.of(model.down.weight)
     after = Histogram.of(reference.quantize_dequantize(model.down.weight.detach(), MXINT4, ScaleRule.MSE))
-    values = Values(weight, Histogram.of(given), None)
+    values = LayerHistograms(weight, Histogram.of(given), None)
     prepared = Histogram.of(reference.quantize_dequantize(given, MXINT8, ScaleRule.FLOOR))
-    assert rounded["down.weight"] == Distribution(values, Values(after, values.input, None))
-    assert lowered["down.weight"] == Distribution(rounded["down.weight"].after, Values(after, values.input, prepared))
+    assert rounded["down.weight"] == HistogramChange(values, LayerHistograms(after, values.input, None))
+    assert lowered["down.weight"] == HistogramChange(
+        rounded["down.weight"].after, LayerHistograms(after, values.input, prepared)
+    )
     assert after.zeros > weight.zeros
 
 

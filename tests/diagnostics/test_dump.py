@@ -1,4 +1,4 @@
-"""Dumps: a folder that tells what every pass did, is safe to write again, and says what happened when a pass failed."""
+"""Dumps: a folder that shows what every pass did, can be written again, and keeps the error of a failed pass."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import mxcompile
 from mxcompile import Pipeline
 from mxcompile.diagnostics.distributions import Distributions
 from mxcompile.diagnostics.dump import Dump
-from mxcompile.diagnostics.dump_reader import DumpReader, Failure
+from mxcompile.diagnostics.dump_reader import DumpReader, FailedPass
 from mxcompile.errors import DumpError, PassError, UnknownNameError
 from mxcompile.graph.printer import print_program
 
@@ -155,7 +155,7 @@ def test_reader_tells_a_failed_run_from_what_is_left_of_another(tmp_path):
     assert DumpReader(tmp_path).failure() is None
     explode(tmp_path)
     reader = DumpReader(tmp_path)
-    assert reader.failure() == Failure(1, "pass 'explode' failed: ValueError: no fuel\nat all", TEXT)
+    assert reader.failure() == FailedPass(1, "pass 'explode' failed: ValueError: no fuel\nat all", TEXT)
     assert reader.stages() == ["00-trace"]
     assert reader.pipeline() == ["explode", *TEXT.split(" | ")]
     dump(tmp_path)

@@ -1,4 +1,4 @@
-"""The ledger's file: what was written is read back, another schema is refused; and its tables."""
+"""The ledger: its file is read back, another schema is refused; and its tables."""
 
 import json
 import math
@@ -14,14 +14,14 @@ import mxcompile
 from mxcompile import Ledger, Miss
 from mxcompile.diagnostics.ledger import SCHEMA
 from mxcompile.errors import DumpError
-from mxcompile.graph.records import LayerNumbers, Measured, PassRecord
+from mxcompile.graph.records import LayerMeasurements, ModelMeasurements, PassRecord
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 numbers = st.none() | st.floats(allow_nan=False)
 texts = st.text(max_size=8)
-layers = st.builds(LayerNumbers, st.none() | texts, st.none() | texts, numbers, numbers, numbers, numbers)
+layers = st.builds(LayerMeasurements, st.none() | texts, st.none() | texts, numbers, numbers, numbers, numbers)
 measured = st.builds(
-    Measured, st.floats(allow_nan=False), numbers, numbers, st.dictionaries(st.text(min_size=1), layers, max_size=3)
+    ModelMeasurements, st.floats(allow_nan=False), numbers, numbers, st.dictionaries(st.text(min_size=1), layers, max_size=3)
 )
 records = st.builds(
     PassRecord,
@@ -63,7 +63,7 @@ FILE = {
         }
     ],
 }
-UP = LayerNumbers("mxint4", "mxint8", 18.5, 17.25, math.inf, 0.0)
+UP = LayerMeasurements("mxint4", "mxint8", 18.5, 17.25, math.inf, 0.0)
 READ = Ledger(
     "lower-mx{weight=mxint4}",
     800,
@@ -77,7 +77,7 @@ READ = Ledger(
             {"up.weight": {"weight_sqnr_db": math.inf}},
             None,
             106,
-            Measured(17.5, 0.25, 0.5, {"up.weight": UP}),
+            ModelMeasurements(17.5, 0.25, 0.5, {"up.weight": UP}),
         ),
     ),
 )

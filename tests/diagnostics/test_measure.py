@@ -1,4 +1,4 @@
-"""Measure: the numbers of every layer after every pass, on its float input and on the way, also behind folds."""
+"""Measure: local and accumulated error of every layer after every pass, folds included."""
 
 import math
 from dataclasses import dataclass

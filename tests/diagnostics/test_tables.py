@@ -1,4 +1,4 @@
-"""Tables: nothing is cut off or read as markup, numbers stay whole, columns without entries are left out."""
+"""Tables: nothing is truncated or read as markup, numbers stay whole, columns without entries are omitted."""
 
 from io import StringIO
 
