@@ -1,4 +1,4 @@
-"""Dumps for tests of the report page, some with names that are hard on HTML."""
+"""Dumps for tests of the report page, some with module names that contain HTML."""
 
 from itertools import chain
 
@@ -31,7 +31,7 @@ class Hostile(nn.Module):
 
 
 class Own(Pass):
-    """A pass that does what a function does."""
+    """A pass whose `run` is a given function."""
 
     name = "own"
     accepts = FLOATING
@@ -51,7 +51,7 @@ def fail(program):
 
 
 def dump(folder, model, x, *passes):
-    """Run passes (the text of some, or what one of our own does)."""
+    """Run a pipeline with a dump and measurements. passes: pipeline texts, or functions for passes of our own."""
     found = [Pipeline.parse(each).passes if isinstance(each, str) else [Own(each)] for each in passes or [TEXT]]
     program = mxcompile.trace(model, x)
     return Pipeline(chain(*found)).run(program, instruments=[Dump(folder), Measure()])

@@ -1,4 +1,4 @@
-"""The page of a dump: what it says, that it needs nothing else, and that names from a model are text in it."""
+"""The report page: its texts and data, that it is self-contained, and that names from a model are escaped."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ from mxcompile import Measure, Miss, PassResult, Pipeline
 from mxcompile.cli.app import app
 from mxcompile.diagnostics.dump import Dump, write_page
 from mxcompile.diagnostics.dump_reader import DumpReader
-from mxcompile.diagnostics.report.content import owner, place
+from mxcompile.diagnostics.report.content import cell, owner
 from mxcompile.diagnostics.report.nodes import GraphNode, read_graph
 from mxcompile.errors import DumpError, PassError
 from mxcompile.graph.printer import print_program, print_type
@@ -116,7 +116,7 @@ def test_the_content_is_all_of_the_dump(folder):
     ],
 )
 def test_where_a_layer_is(layer, module, row, column):
-    assert (owner(layer), *place(layer)) == (module, row, column)
+    assert (owner(layer), *cell(layer)) == (module, row, column)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -185,7 +185,7 @@ def test_the_first_pass_fails(tmp_path):
         dump(tmp_path, build("mlp"), inputs("mlp"), fail)
     found = page(tmp_path)
     assert "Pass 1 of 1 failed" in found.text
-    assert "No heat map and no distributions: no pass has finished." in found.text
+    assert "No heat map and no histograms: no pass has finished." in found.text
     assert found.content["passes"] == []
 
 
@@ -204,7 +204,7 @@ def test_an_interrupted_run_says_so_when_the_page_is_written_again(tmp_path):
 def test_a_run_that_was_not_measured_says_what_is_not_there(tmp_path):
     mxcompile.quantize_and_compile(build("mlp"), inputs("mlp"), recipe=TEXT, dump=tmp_path, probe=False, compile=False)
     found = page(tmp_path)
-    assert "No heat map and no distributions: the layers were not measured. The run had no probe" in found.text
+    assert "No heat map and no histograms: the layers were not measured. The run had no probe" in found.text
     assert "Output SQNR 1" not in found.text
     assert found.content["layers"] == []
     assert len(found.content["stages"]) == 4
@@ -212,7 +212,7 @@ def test_a_run_that_was_not_measured_says_what_is_not_there(tmp_path):
 
 def test_a_pipeline_without_passes(tmp_path):
     Pipeline([]).run(mxcompile.trace(build("mlp"), inputs("mlp")), instruments=[Dump(tmp_path), Measure()])
-    assert "nothing has run" in page(tmp_path).text
+    assert "no pass has run" in page(tmp_path).text
 
 
 # One file, the same each time

@@ -1,4 +1,4 @@
-"""The page in a real browser: every part of it is drawn, links lead where they say, nothing is fetched, no errors.
+"""The report page in a real browser: all parts are drawn, links work, nothing is fetched, and there are no errors.
 
 Skipped where there is no Chromium.
 """
@@ -105,11 +105,11 @@ def test_the_worst_layer_is_shown_until_another_is_chosen(browser, folder):
 def test_the_numbers_shown_are_those_chosen(browser, folder):
     layers = mxcompile.Ledger.load(folder).passes[2].measured.layers
     with opened(browser, folder) as page:
-        for choice, field in (("its weight", "weight_db"), ("its output, accumulated", "accumulated_db")):
-            page.get_by_label(choice).check()
+        for choice, field in (("weight", "weight_db"), ("output, accumulated", "accumulated_db")):
+            page.get_by_label(choice, exact=True).check()
             value = getattr(layers["model.layers.9.mlp.down_proj.weight"], field)
             assert label(page, 3, "model.layers.9.mlp.down_proj").endswith(f": {value:.1f} dB")
-        page.get_by_label("its weight").check()
+        page.get_by_label("weight", exact=True).check()
         assert label(page, 1, "model.layers.9.mlp.down_proj").endswith(": not measured")
 
 
@@ -126,12 +126,12 @@ def test_arrow_keys_walk_through_the_heat_map(browser, folder):
 def test_a_layer_leads_to_its_nodes_and_to_its_changes(browser, folder):
     with opened(browser, folder) as page:
         cell(page, 3, "model.layers.31.mlp.up_proj").click()
-        page.get_by_role("link", name="Its nodes in the graph").click()
+        page.get_by_role("link", name="Nodes in the graph").click()
         expect(page.locator(QUERY)).to_have_value("model.layers.31.mlp.up_proj")
         rows = [row.split("\t") for row in page.locator(NODES).all_inner_texts()]
         assert [row[1] for row in rows] == ["tensor", "tensor", "mx.dequantize", "aten.linear"]
         assert rows[2][2:6] == ["f32", "[128, 64]", "mxint4", "model.layers.31.mlp.up_proj"]
-        page.get_by_role("link", name="What lower-mx changed").click()
+        page.get_by_role("link", name="Changes by lower-mx").click()
         diff = page.locator("#pass-3 .diff")
         expect(diff).to_contain_text("Lines of modules that match model.layers.31.mlp.up_proj")
         expect(diff.locator(".d2h-file-side-diff")).to_have_count(2)
@@ -153,7 +153,7 @@ def test_search_by_module_path(browser, folder):
     with opened(browser, folder) as page:
         page.locator(QUERY).fill("*.down_proj")
         assert page.locator("#maps a:not(.aside)").count() == 3 * 32
-        assert "32 layers" in page.locator("#found").inner_text()
+        assert "32 layers" in page.locator("#matches").inner_text()
         page.locator(QUERY).fill("model.layers.3")
         assert page.locator("#maps a:not(.aside)").count() == 3 * 7
         page.keyboard.press("Enter")
@@ -164,7 +164,7 @@ def test_search_by_module_path(browser, folder):
         page.locator("#stage").select_option("00-trace")
         assert not [text for text in page.locator(NODES).all_inner_texts() if "mx." in text]
         page.locator(QUERY).fill("nowhere")
-        assert "0 layers" in page.locator("#found").inner_text()
+        assert "0 layers" in page.locator("#matches").inner_text()
         assert page.locator(NODES).count() == 0
 
 
@@ -208,9 +208,9 @@ def test_hostile_names(browser, tmp_path):
         for name in HOSTILE:
             cell(page, 3, name).click()
             expect(page.locator("#layer-title")).to_have_text(f"{name}.weight")
-            page.get_by_role("link", name="Its nodes in the graph").click()
+            page.get_by_role("link", name="Nodes in the graph").click()
             expect(page.locator(NODES).first).to_contain_text(name)
-            page.get_by_role("link", name="What lower-mx changed").click()
+            page.get_by_role("link", name="Changes by lower-mx").click()
             expect(page.locator("#pass-3 .diff")).to_contain_text(f"# {name}")
         assert page.locator("main img, main script").count() == 0
 

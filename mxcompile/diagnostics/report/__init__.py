@@ -1,1 +1,1 @@
-"""The page of a dump: one HTML file, made from the dump's other files, that needs nothing but a browser."""
+"""The report page: one self-contained HTML file, made from the other files of a dump."""

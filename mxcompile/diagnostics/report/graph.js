@@ -1,4 +1,4 @@
-// The nodes of the graph after a pass, those of the modules searched for and of one operation; some at a time.
+// The nodes of the graph after a pass, filtered by module and operation, a page at a time.
 
 const [NAME, OP, CALL, DTYPE, SHAPE, FORMAT, MODULE] = d3.range(7);
 const ROWS = 200;

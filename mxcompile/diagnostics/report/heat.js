@@ -1,13 +1,13 @@
-// The heat map: a panel for each pass, a row for each block of the model, a column for each of a block's matmuls.
-// The more ink, the more error.
+// The heat map: a panel for each pass, a row for each block of the model, a column for each matmul of a block.
+// Darker cells have a larger error.
 
 const MEANINGS = {
-  local_db: "Each layer on the float model’s own input: the error that it makes by itself.",
-  accumulated_db: "Each layer on the way through the quantized model: what has accumulated up to it.",
-  weight_db: "Each weight against the float model’s. A pass that keeps the function has no such number.",
+  local_db: "Each layer’s output on its input in the float model: the error of the layer itself.",
+  accumulated_db: "Each layer’s output in the current model: the error accumulated up to it.",
+  weight_db: "Each weight against the float model’s. Not measured for passes that preserve the function.",
 };
 const GAP = 32; // between panels, as in page.css
-const CLEAR = 60; // dB: what a fold's float rounding costs is far above, what a format costs far below
+const CLEAR = 60; // dB: the float rounding of a fold is far above, the rounding of a format far below
 
 function drawMaps() {
   d3.selectAll("#metric input").on("change", (event) => {
@@ -24,13 +24,13 @@ function drawMaps() {
     const cells = heatCells(pass, low, high);
     const title = d3.create("figcaption").text(passTitle(pass)).node();
     this.replaceChildren(title, heatPlot(cells, size));
-    makeWalkable(d3.select(this), cells);
+    addArrowKeys(d3.select(this), cells);
   });
   drawSelection();
   drawMatches();
 }
 
-// From the worst value to one that few exceed, so that what stands out is what is bad.
+// From the worst value to the 90th percentile, so that the bad layers stand out.
 function heatDomain() {
   const values = measured.flatMap((pass) => Object.values(report.passes[pass].numbers).map((n) => number(n[state.metric])));
   const lossy = values.filter((value) => value !== null && value < CLEAR && value > -Infinity);
@@ -40,14 +40,14 @@ function heatDomain() {
 
 function heatCells(pass, low, high) {
   return report.layers.map(({ name, row, column }) => {
-    const found = report.passes[pass].numbers[name];
-    const value = found === undefined ? null : number(found[state.metric]);
+    const numbers = report.passes[pass].numbers[name];
+    const value = numbers === undefined ? null : number(numbers[state.metric]);
     const ink = value === null || Number.isNaN(value) ? 0 : Math.min(1, Math.max(0, (high - value) / (high - low)));
     return { pass, name, row, column, value, ink };
   });
 }
 
-// As many panels side by side as there is room for, their cells as wide as that leaves.
+// As many panels side by side as fit; the cells take the remaining width.
 function cellSize(available) {
   const longest = (kind) => d3.max(shortened(kind).values(), (label) => label.length);
   const columns = shortened("column").size;
@@ -106,7 +106,7 @@ function cellText(value) {
   return value < 100 ? decibels(value) : d3.format(".0f")(value);
 }
 
-// Labels of rows or columns by their last names, as many as tell one from all others.
+// Labels of rows or columns, shortened to the last names that make them unique.
 function shortened(kind) {
   const all = [...new Set(report.layers.map((layer) => layer[kind]))];
   const endings = (label) => label.split(".").map((_, i, parts) => parts.slice(parts.length - 1 - i).join("."));
@@ -114,8 +114,8 @@ function shortened(kind) {
   return new Map(all.map((label) => [label, endings(label).find((ending) => counts.get(ending) === 1) || label || "(top)"]));
 }
 
-// One stop of the tab key for each panel; arrow keys go from cell to cell.
-function makeWalkable(figure, cells) {
+// One tab stop for each panel; arrow keys move between cells.
+function addArrowKeys(figure, cells) {
   const anchors = figure.selectAll("a").nodes();
   const rows = [...new Set(cells.map((cell) => cell.row))];
   const columns = [...new Set(cells.map((cell) => cell.column))];

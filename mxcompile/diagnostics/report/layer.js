@@ -1,8 +1,8 @@
-// One layer: how its values are distributed around a pass, its numbers after every pass, and the way to its nodes.
+// One layer: histograms before and after a pass, its SQNR after every pass, and links to its nodes.
 
 const COLUMNS = [
   ["Weight", "weight_db"],
-  ["Alone", "local_db"],
+  ["Local", "local_db"],
   ["Accumulated", "accumulated_db"],
 ];
 
@@ -19,8 +19,8 @@ function drawLayer() {
   drawDistributions(article, name, pass);
   drawNumbers(article, name);
   const links = article.append("p").attr("class", "go");
-  const nodes = links.append("a").attr("href", "#graph").text("Its nodes in the graph");
-  const change = links.append("a").attr("href", `#pass/${pass + 1}`).text(`What ${report.passes[pass].name} changed`);
+  const nodes = links.append("a").attr("href", "#graph").text("Nodes in the graph");
+  const change = links.append("a").attr("href", `#pass/${pass + 1}`).text(`Changes by ${report.passes[pass].name}`);
   nodes.on("click", () => showStage(pass + 1));
   for (const link of [nodes, change]) link.on("click.search", () => searchFor(module));
 }
@@ -33,19 +33,19 @@ function drawPassLinks(article, name) {
     .text(passTitle);
 }
 
-// The weight against the traced one; the input against what it is rounded to, or against the traced model's.
+// The weight against the traced one; the input against its rounded values, or against the traced input.
 function drawDistributions(article, name, pass) {
   const box = article.append("div").attr("class", "distributions");
-  const found = report.passes[pass].distributions[name];
-  if (!found) {
-    box.append("p").attr("class", "absent").text("No distributions: this layer could not be compared after this pass.");
+  const change = report.passes[pass].distributions[name];
+  if (!change) {
+    box.append("p").attr("class", "absent").text("No histograms: this layer could not be compared after this pass.");
     return;
   }
   const first = measured.find((each) => report.passes[each].distributions[name]);
   const traced = report.passes[first].distributions[name].before;
-  const { after } = found;
+  const { after } = change;
   drawDistribution(box, "Weight", traced.weight, after.weight, "traced", "after the pass");
-  if (after.rounded) drawDistribution(box, "Input", after.input, after.rounded, "as it comes", "rounded");
+  if (after.rounded) drawDistribution(box, "Input", after.input, after.rounded, "before rounding", "rounded");
   else if (after.input) drawDistribution(box, "Input", traced.input, after.input, "traced", "after the pass");
 }
 
@@ -58,15 +58,15 @@ function drawDistribution(box, title, one, other, oneName, otherName) {
   if (!same) caption.append("span").attr("class", "swatch after").text(otherName);
   const kinds = same ? [["before", one]] : [["before", one], ["after", other]];
   figure.append(() => histogram(title, kinds, figure.node().clientWidth));
-  figure.append("p").attr("class", "remark").text(kinds.map(([, found]) => zeros(found)).join(" → ") + notFinite(other));
+  figure.append("p").attr("class", "remark").text(kinds.map(([, values]) => zeros(values)).join(" → ") + notFinite(other));
 }
 
-// Share of the values for each doubling of their magnitude: bins are not all of one width.
+// Share of the values per octave of magnitude, since bins differ in width.
 function histogram(title, kinds, width) {
-  const bars = kinds.flatMap(([kind, found]) => {
-    const total = found.zeros + found.nonfinite + d3.sum(found.counts);
-    return found.counts.map((n, i) => {
-      const [x1, x2] = [binEdge(found.first + i), binEdge(found.first + i + 1)];
+  const bars = kinds.flatMap(([kind, values]) => {
+    const total = values.zeros + values.nonfinite + d3.sum(values.counts);
+    return values.counts.map((n, i) => {
+      const [x1, x2] = [binEdge(values.first + i), binEdge(values.first + i + 1)];
       return { kind, x1, x2, y: n / total / Math.log2(x2 / x1) };
     });
   });
@@ -92,7 +92,7 @@ function histogram(title, kinds, width) {
   });
 }
 
-// Where a bin of `distributions.json` begins.
+// Lower edge of a bin of `distributions.json`.
 function binEdge(bin) {
   return 2 ** (Math.floor(bin / 4) - 127) * (1 + (bin % 4) / 4);
 }
@@ -102,12 +102,12 @@ function powerOfTwo(value) {
   return Number.isInteger(exponent) ? `2${[...String(exponent)].map((c) => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("")}` : "";
 }
 
-function zeros(found) {
-  return `${percent(found.zeros / (found.zeros + found.nonfinite + d3.sum(found.counts)))} zeros`;
+function zeros(values) {
+  return `${percent(values.zeros / (values.zeros + values.nonfinite + d3.sum(values.counts)))} zeros`;
 }
 
-function notFinite(found) {
-  return found.nonfinite ? `, ${count(found.nonfinite, "value")} not finite` : "";
+function notFinite(values) {
+  return values.nonfinite ? `, ${count(values.nonfinite, "value")} not finite` : "";
 }
 
 function drawNumbers(article, name) {

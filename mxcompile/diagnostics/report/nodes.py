@@ -1,6 +1,6 @@
-"""The printed graph of a dump, read back: one node a line, with what it is.
+"""Parse the printed graph of a dump, one node per line.
 
-A line that does not look like a node (a name with a line break in it) is kept as it is.
+A line that does not parse as a node (a name with a line break in it) is kept as text.
 """
 
 import re
@@ -20,9 +20,9 @@ _READS = re.compile(r"%(\w+)")
 class GraphNode:
     """A line of a graph.
 
-    op: `aten.linear`, `mx.quantize`, or input, tensor, output. call: its arguments; of a tensor, its name and numbers.
-    dtype, shape: texts; of a value of several tensors, one after the other. format: the MX format that it holds, that
-    it is rounded to or comes from; "" if there is none. module: path of the module that it belongs to.
+    op: `aten.linear`, `mx.quantize`, or input, tensor, output. call: the arguments; for a tensor, its name and digest.
+    dtype, shape: as text; a value with several tensors lists them all. format: the MX format that the value holds, is
+    rounded to or is decoded from; "" for none. module: path of the module that the node belongs to.
     """
 
     name: str
@@ -36,16 +36,16 @@ class GraphNode:
 
 def read_graph(text: str) -> list[GraphNode]:
     """The nodes of a graph as `print_program` prints it, in order."""
-    nodes = [_read(line) for line in text.splitlines()]
-    known = {node.name: node for node in nodes}
+    nodes = [_parse(line) for line in text.splitlines()]
+    by_name = {node.name: node for node in nodes}
     for node in nodes:
         if node.op == "getitem" or node.op.startswith("mx."):
-            known[node.name] = _with_format(node, known)
-            _pass_on(known[node.name], known)
-    return [known[node.name] if node.name else node for node in nodes]
+            by_name[node.name] = _with_format(node, by_name)
+            _mark_packed_tensors(by_name[node.name], by_name)
+    return [by_name[node.name] if node.name else node for node in nodes]
 
 
-def _read(line: str) -> GraphNode:
+def _parse(line: str) -> GraphNode:
     if line.startswith(_RETURN):
         return GraphNode("", "output", line.removeprefix(_RETURN))
     match = _NODE.fullmatch(line)
@@ -60,23 +60,23 @@ def _read(line: str) -> GraphNode:
         rounded = _ROUNDED.search(tensor.group(2))
         fmt = rounded.group(1) if rounded else ""
         return replace(node, op="tensor", call=f"{leaf}  {tensor.group(2)}", format=fmt, module=owner)
-    if found := _CALL.fullmatch(rest):
-        return replace(node, op=found.group(1), call=found.group(2), module=found.group(3) or "")
+    if call := _CALL.fullmatch(rest):
+        return replace(node, op=call.group(1), call=call.group(2), module=call.group(3) or "")
     return node
 
 
-def _with_format(node: GraphNode, known: dict[str, GraphNode]) -> GraphNode:
-    """With the format that its call names; an item of a quantized value has that of the value."""
+def _with_format(node: GraphNode, by_name: dict[str, GraphNode]) -> GraphNode:
+    """Set the format that the call names; an item of a quantized value has the format of the value."""
     if node.op == "getitem":
         source = _READS.search(node.call)
-        return replace(node, format=known[source.group(1)].format if source and source.group(1) in known else "")
+        return replace(node, format=by_name[source.group(1)].format if source and source.group(1) in by_name else "")
     named = _FORMAT.search(node.call)
     return replace(node, format=named.group(1)) if named else node
 
 
-def _pass_on(node: GraphNode, known: dict[str, GraphNode]) -> None:
-    """Tensors that are read as elements and scales have the format as well."""
+def _mark_packed_tensors(node: GraphNode, by_name: dict[str, GraphNode]) -> None:
+    """Set the format of the tensors that a node reads as elements and scales."""
     for name in _READS.findall(node.call):
-        read = known.get(name)
-        if read is not None and read.op == "tensor" and read.dtype == "u8":
-            known[name] = replace(read, format=node.format)
+        tensor = by_name.get(name)
+        if tensor is not None and tensor.op == "tensor" and tensor.dtype == "u8":
+            by_name[name] = replace(tensor, format=node.format)

@@ -1,4 +1,4 @@
-// The page's state, how numbers are written, and which part a link leads to.
+// The state of the page, number formats, and links within the page.
 
 const report = JSON.parse(document.getElementById("content").textContent);
 const layers = new Map(report.layers.map((layer) => [layer.name, layer]));
@@ -33,13 +33,13 @@ function selectLayer(pass, name) {
   drawLayer();
 }
 
-// Scrolls only if the element's beginning is out of sight.
+// Scrolls only if the top of the element is out of view.
 function reveal(element) {
   const top = element.getBoundingClientRect().top;
   if (top < 0 || top > innerHeight * 0.8) element.scrollIntoView();
 }
 
-// A path, with places where a long one may be broken.
+// A path with line break opportunities.
 function appendPath(selection, path) {
   for (const [i, part] of path.split(".").entries()) {
     if (i) selection.append("wbr");
@@ -49,7 +49,7 @@ function appendPath(selection, path) {
 
 function worstLayer() {
   const numbers = Object.entries(report.passes[state.pass].numbers);
-  return d3.least(numbers, ([, found]) => number(found.local_db) ?? Infinity)[0];
+  return d3.least(numbers, ([, layer]) => number(layer.local_db) ?? Infinity)[0];
 }
 
 addEventListener("DOMContentLoaded", () => {

@@ -1,7 +1,7 @@
-"""Dump folder -> `index.html`: the overview as HTML, the rest as JSON and scripts that draw it when it is asked for.
+"""Dump folder -> `index.html`: the overview as HTML, the rest as JSON that scripts draw on demand.
 
-Everything that comes from the model (names, errors) is text: the template escapes it, JSON leaves out `<`, `>` and `&`,
-and the scripts set text, never HTML. The page's policy lets nothing be fetched and only the scripts in it run.
+Names and errors of the model are untrusted: the template escapes them, the JSON escapes `<`, `>` and `&`, and the
+scripts set text, never HTML. The content security policy of the page forbids requests and all scripts but its own.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from jinja2.filters import do_filesizeformat
 from mxcompile.diagnostics.dump_reader import DumpReader
 from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.diagnostics.report.content import page_content
-from mxcompile.graph.records import Measured
+from mxcompile.graph.records import ModelMeasurements
 
 _LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "vendor/diff2html.min.js")
 _SCRIPTS = ("page.js", "search.js", "heat.js", "layer.js", "passes.js", "graph.js")
@@ -28,7 +28,7 @@ _FOLDER = files("mxcompile.diagnostics.report")
 
 @dataclass(frozen=True)
 class Tile:
-    """A number of the overview, with what it is and a remark."""
+    """A number of the overview with its label and a remark."""
 
     label: str
     value: str
@@ -36,7 +36,7 @@ class Tile:
 
 
 def print_page(dump: DumpReader) -> str:
-    """The page as text; the same dump gives the same page."""
+    """The text of the page; the same dump always makes the same page."""
     ledger = dump.ledger()
     failure = dump.failure()
     return _template().render(
@@ -68,7 +68,7 @@ def _template() -> Template:
 
 @cache
 def _scripts() -> tuple[str, str]:
-    """The libraries, and what draws the page."""
+    """The libraries, and the scripts that draw the page."""
     return ";\n".join(map(_asset, _LIBRARIES)), '"use strict";\n' + "\n".join(map(_asset, _SCRIPTS))
 
 
@@ -82,7 +82,7 @@ def _digest(script: str) -> str:
 
 def _tiles(ledger: Ledger) -> list[Tile]:
     if not ledger.passes:
-        return [Tile("Size", do_filesizeformat(ledger.bytes), "float, nothing has run")]
+        return [Tile("Size", do_filesizeformat(ledger.bytes), "float, no pass has run")]
     last = ledger.passes[-1]
     size = f"{last.bytes / ledger.bytes:.0%} of {do_filesizeformat(ledger.bytes)}" if ledger.bytes else ""
     tiles = [Tile("Size", do_filesizeformat(last.bytes), size)]
@@ -91,17 +91,17 @@ def _tiles(ledger: Ledger) -> list[Tile]:
     misses = ledger.misses()
     return [
         *tiles,
-        Tile("Misses", str(len(misses)), "left alone, with reasons" if misses else "nothing was left alone"),
+        Tile("Misses", str(len(misses)), "skipped, with reasons" if misses else "nothing was skipped"),
     ]
 
 
-def _measured_tiles(measured: Measured) -> list[Tile]:
+def _measured_tiles(measured: ModelMeasurements) -> list[Tile]:
     tiles = [Tile("Output SQNR", _db(measured.output_db), "against the float model")]
     if measured.kl is not None:
-        tiles.append(Tile("KL divergence", _nats(measured.kl), "nats a position, from the float model"))
+        tiles.append(Tile("KL divergence", _nats(measured.kl), "nats per position, from the float model"))
         tiles.append(Tile("Top-1 agreement", _share(measured.top1), "of positions, with the float model"))
     pairs = Counter((layer.weight or "float", layer.activation or "float") for layer in measured.layers.values())
-    formats = ", ".join(f"{count} in {weight} on {given}" for (weight, given), count in pairs.most_common(2))
+    formats = ", ".join(f"{count} in {weight} on {activation}" for (weight, activation), count in pairs.most_common(2))
     return [*tiles, Tile("Layers", str(len(measured.layers)), formats)]
 
 

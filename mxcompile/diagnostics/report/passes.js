@@ -1,8 +1,8 @@
-// What a pass changed in the graph, side by side, or in one column where there is no room; drawn when it is opened.
-// While there is a search, only the lines of the modules that match.
+// The diff of a pass, side by side, or in one column on a narrow screen; drawn when it is opened.
+// During a search, only the lines of matching modules.
 
 const HUNK = /^@@ -(\d+)(?:,\d+)? \+(\d+)(?:,\d+)? @@/;
-const PLACE = /tensor "(?:(.*)\.)?[^".]*"|\) +# (.*)$/;
+const MODULE_PATH = /tensor "(?:(.*)\.)?[^".]*"|\) +# (.*)$/;
 
 d3.selectAll("details.pass").on("toggle", function () {
   if (this.open) drawDiff(this);
@@ -16,7 +16,7 @@ function drawDiff(details) {
   box.property("query", state.query).html("");
   if (state.query) box.append("p").attr("class", "remark").text(`Lines of modules that match ${state.query}`);
   if (!shown) {
-    box.append("p").attr("class", "absent").text(diff ? "None of them has changed." : "The graph is the same before and after.");
+    box.append("p").attr("class", "absent").text(diff ? "None of them changed." : "The pass did not change the graph.");
     return;
   }
   const wide = matchMedia("(min-width: 60rem)").matches;
@@ -35,7 +35,7 @@ function drawOpenDiffs() {
   });
 }
 
-// A unified diff of the lines alone whose module matches; line numbers stay those of the graphs.
+// A unified diff of only the lines whose module matches, with the line numbers of the graphs.
 function onlyMatching(diff) {
   const [before, after, ...lines] = diff.trimEnd().split("\n");
   const hunks = changes(lines).flatMap(({ removed, added }) => {
@@ -45,27 +45,27 @@ function onlyMatching(diff) {
   return hunks.length ? [before, after, ...hunks].join("\n") : "";
 }
 
-// What is removed and added in one place, `{removed: [[number, line]], added: ...}`, as far as it matches.
+// The matching lines of each run of changes, as `{removed: [[number, line]], added: ...}`.
 function changes(lines) {
-  const found = [];
+  const result = [];
   let [old, now] = [0, 0];
   for (const line of lines) {
     const hunk = HUNK.exec(line);
     if (hunk) [old, now] = [Number(hunk[1]), Number(hunk[2])];
     else if (line[0] === " ") [old, now] = [old + 1, now + 1];
     if (hunk || line[0] === " ") {
-      found.push({ removed: [], added: [] });
+      result.push({ removed: [], added: [] });
       continue;
     }
-    const place = PLACE.exec(line);
-    const matches = place && state.matches(place[1] ?? place[2] ?? "");
+    const path = MODULE_PATH.exec(line);
+    const matches = path && state.matches(path[1] ?? path[2] ?? "");
     const [kind, at] = line[0] === "-" ? ["removed", old++] : ["added", now++];
-    if (matches) found.at(-1)[kind].push([at, line]);
+    if (matches) result.at(-1)[kind].push([at, line]);
   }
-  return found;
+  return result;
 }
 
-// Numbered lines, cut where they do not follow each other.
+// Numbered lines, split into runs of consecutive numbers.
 function runs(numbered) {
   return d3.groups([...numbered.entries()], ([i, [at]]) => at - i).map(([, run]) => run.map(([, line]) => line));
 }

@@ -1,4 +1,4 @@
-// Search by module path: the layers that do not match step back, the graph shows the nodes that do.
+// Search by module path: layers that do not match are dimmed, the graph shows only matching nodes.
 
 function prepareSearch() {
   const nodes = report.stages.flatMap((stage) => stage.nodes.map((node) => node[MODULE]));
@@ -21,12 +21,12 @@ function search(query) {
   state.matches = matcher(state.query);
   drawMatches();
   drawNodes();
-  const found = report.layers.filter((layer) => state.matches(layer.module)).length;
-  const results = state.query ? [["#layers", count(found, "layer")], ["#graph", count(shownNodes().length, "node")]] : [];
-  d3.select("#found").selectAll("a").data(results).join("a").attr("href", ([link]) => link).text(([, text]) => text);
+  const matching = report.layers.filter((layer) => state.matches(layer.module)).length;
+  const results = state.query ? [["#layers", count(matching, "layer")], ["#graph", count(shownNodes().length, "node")]] : [];
+  d3.select("#matches").selectAll("a").data(results).join("a").attr("href", ([link]) => link).text(([, text]) => text);
 }
 
-// A known path means that module and all inside it; `*` stands for any text; other text may be anywhere in a path.
+// A path of a module matches it and all modules inside; `*` stands for any text; other text matches anywhere in a path.
 function matcher(query) {
   if (!query) return () => true;
   if (state.paths.has(query)) return (path) => path === query || path.startsWith(`${query}.`);
