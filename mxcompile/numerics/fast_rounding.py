@@ -1,6 +1,6 @@
-"""Rounding to MX elements in few passes over memory, for searches and calibration, which round a great deal.
+"""Round to MX elements in few passes over memory, for searches and calibration, where rounding dominates the time.
 
-`reference.py` stays the definition.
+`reference.py` remains the definition.
 """
 
 import torch
@@ -15,21 +15,21 @@ _MAGIC = 1.5 * 2.0**23
 
 
 def round_steps_in_place(v: Tensor, fmt: MXFormat) -> Tensor:
-    """Finite float32 values, in `unit(fmt)`s, to the nearest elements, ties to even, saturating; overwrites v.
+    """Round finite float32 values, in units of `unit(fmt)`, to the nearest element: ties to even, saturating.
 
-    The values of `reference.round_elements`; only the sign of a zero is not kept.
+    Equals `reference.round_elements` except for the sign of zero, which is lost. Overwrites v.
     """
     if fmt.is_integer:
         largest = fmt.max_value * 2.0**fmt.mantissa_bits
         return v.round_().clamp_(-largest, largest)
-    # Adding 1.5 * 2^23 steps leaves float32 no bits below one step: its own rounding is the one wanted.
+    # Adding 1.5 * 2^23 steps leaves float32 no bits below one step, so the addition itself rounds as needed.
     power = (v.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     magic = power.clamp_(2.0**fmt.emin, 2.0**fmt.emax).mul_(_MAGIC * 2.0**-fmt.mantissa_bits)
     return v.add_(magic).sub_(magic).clamp_(-fmt.max_value, fmt.max_value)
 
 
 def unit(fmt: MXFormat) -> float:
-    """The step between integer elements; 1 for floating ones, whose steps differ."""
+    """The step between integer elements; 1 for floating-point formats, whose steps vary."""
     return 2.0**-fmt.mantissa_bits if fmt.is_integer else 1.0
 
 
@@ -53,5 +53,5 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
 
 
 def _signed(v: Tensor, fmt: MXFormat) -> Tensor:
-    """Floating elements, zeros with their sign."""
+    """Rounded floating-point elements that keep the sign of zero."""
     return round_steps_in_place(v.clone(), fmt).copysign_(v)

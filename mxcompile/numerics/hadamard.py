@@ -1,8 +1,8 @@
-"""Rotation over runs of channels, by Hadamard matrices along the diagonal: the definition of `mx::rotate`.
+"""Block-diagonal Hadamard rotation of channels: the definition of `mx::rotate`.
 
-    x [..., in], in runs of 2^n channels:  each times H / 2^ceil(n/2);     w [..., in]:  likewise, H / 2^floor(n/2)
+    x [..., in] -> each run of 2^n channels @ H / 2^ceil(n/2)         w [..., in] -> each run @ H / 2^floor(n/2)
 
-H H^T = 2^n: the two powers of two cancel exactly, and no square root is needed.
+H H^T = 2^n, so the two powers of two cancel exactly and no square root is needed.
 """
 
 import torch
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def rotate_input(x: Tensor, block: int) -> Tensor:
-    """`[..., in]`, every run of `block` channels times H / 2^ceil(n/2), 2^n = block; float32 inside, rounded once."""
+    """`[..., in]`: every run of `block` = 2^n channels times H / 2^ceil(n/2), computed in float32 and rounded once."""
     return _times(x, block, -(-_log2(block) // 2))
 
 
 def rotate_weight(w: Tensor, block: int) -> Tensor:
-    """`[..., in]` likewise times H / 2^floor(n/2): rotate_input(x) @ rotate_weight(w).T = x @ w.T."""
+    """`[..., in]`: every run times H / 2^floor(n/2), so that rotate_input(x) @ rotate_weight(w).T = x @ w.T."""
     return _times(w, block, _log2(block) // 2)
 
 
 def _times(x: Tensor, block: int, halvings: int) -> Tensor:
-    """Sylvester's H by sums and differences: the order of additions is the same on every device."""
+    """Fast Walsh-Hadamard transform (Sylvester order); the order of additions is the same on every device."""
     wide = x if x.dtype == torch.float64 else x.float()
     runs = wide.unflatten(-1, (-1, block))
     for step in range(_log2(block)):
@@ -31,5 +31,5 @@ def _times(x: Tensor, block: int, halvings: int) -> Tensor:
 
 def _log2(size: int) -> int:
     if size < 1 or size & (size - 1):
-        raise ValueError(f"a rotation is over a power of two channels, not {size}")
+        raise ValueError(f"a rotation block must be a power of two, not {size}")
     return size.bit_length() - 1

@@ -1,7 +1,7 @@
 """Histograms of a tensor's magnitudes by octave, four bins each.
 
-MX scales are powers of two, so values are counted by octave. A float32's exponent and the first two bits of its
-mantissa are such a bin: counting them is exact, takes any value, and needs no range to be known before.
+MX scales are powers of two, so values are counted by octave. The bin is the exponent of the float32 and the first two
+bits of its mantissa: counting is exact, covers every value, and needs no range in advance.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ _VALUES = 1 << 17
 
 
 _SMALL, _NONFINITE, _BINS = 4, 1020, 1024
-_SHIFT = 21  # of a float32's bits: 8 of the exponent and 2 of the mantissa are left
+_SHIFT = 21  # keeps 8 exponent and 2 mantissa bits of a float32
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many of a tensor's values have which magnitude.
+    """Counts of a tensor's values by magnitude.
 
-    Bin b holds magnitudes from 2^(b // 4 - 127) (1 + b % 4 / 4) up to where bin b + 1 begins; `counts[i]` is that of
-    bin `first + i`. zeros: also what is smaller than 2^-126. nonfinite: Inf and NaN.
+    Bin b covers magnitudes from 2^(b // 4 - 127) (1 + b % 4 / 4) up to the start of bin b + 1; `counts[i]` belongs to
+    bin `first + i`. zeros: includes magnitudes below 2^-126. nonfinite: Inf and NaN.
     """
 
     zeros: int
@@ -31,7 +31,7 @@ class Histogram:
 
     @classmethod
     def of(cls, values: Tensor) -> "Histogram":
-        """Count values `[..., size]`: evenly spaced rows of many, about 131072 values."""
+        """Count values `[..., size]`; of large tensors, evenly spaced rows with about 131072 values."""
         rows = values.detach().reshape(-1, values.shape[-1]) if values.dim() else values.detach().reshape(1, 1)
         rows = rows[:: max(1, rows.numel() // _VALUES)]
         bits = rows.float().contiguous().view(torch.int32) & 0x7FFFFFFF
@@ -43,10 +43,10 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Values:
-    """What a layer multiplies: its weight, its input in the float model, and that input rounded, if the layer does so.
+class LayerHistograms:
+    """The operands of a layer's matmul: its weight, its input in the float model, and that input as quantized.
 
-    input is None if it does not depend on the model's inputs.
+    input: None if it does not depend on the model's inputs. rounded: None if the layer does not quantize its input.
     """
 
     weight: Histogram
@@ -55,8 +55,8 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Distribution:
-    """The values of a layer before and after a pass."""
+class HistogramChange:
+    """The histograms of a layer before and after a pass."""
 
-    before: Values
-    after: Values
+    before: LayerHistograms
+    after: LayerHistograms

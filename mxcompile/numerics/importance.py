@@ -1,8 +1,8 @@
-"""How much each input channel of a weight matters, and block scales chosen accordingly.
+"""Importance of each input channel of a weight, and block scales that minimize the importance-weighted error.
 
-The error of a rounded weight in the output is, up to correlations between channels, sum_j h_j (w_j - q_j)^2, h_j the
-mean square of input channel j. A token counts with at most four times the median energy: the first token of a sequence
-can carry a thousand times the energy of others and would be all that counts; left out altogether it would break.
+Ignoring correlations between channels, rounding a weight changes the output by sum_j h_j (w_j - q_j)^2, where h_j is
+the mean square of input channel j. The energy of a token is capped at four times the median: the first token of a
+sequence can have a thousand times the energy of the others and would dominate; ignored altogether, it would break.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ OFFSETS = (-2, -1, 0, 1)
 
 
 def token_weights(x: Tensor) -> Tensor:
-    """`[tokens, 1]`: by how much the squares of each row of `[tokens, in]` count, at most 1.
+    """Weights `[tokens, 1]`, at most 1, for the squares of each row of x `[tokens, in]`.
 
-    The median is that of tokens that are not zero: padding is no measure.
+    The median is taken over nonzero tokens, so that padding does not count.
     """
     (energy,) = row_wise(_energy, x)
     median = energy.masked_fill(energy == 0, torch.nan).nanmedian().nan_to_num()
@@ -34,17 +34,17 @@ def _energy(rows: Tensor) -> tuple[Tensor]:
 
 
 def floored(importance: Tensor) -> Tensor:
-    """Mean squares `[in]`, at least a little everywhere: a channel that calibration never saw still has its weights."""
+    """Mean squares `[in]` with a small lower bound, so that channels unseen in calibration keep sensible weights."""
     return importance.clamp(min=float(importance.mean()) * 1e-6 + 1e-30)
 
 
 def round_weighted(
     rows: Tensor, importance: Tensor, fmt: MXFormat, offsets: Sequence[int] = OFFSETS
 ) -> tuple[Tensor, Tensor]:
-    """A weight as MX values, and the scales: of several scales a block, the one of least weighted squared error.
+    """Round a weight to MX values; each block uses the candidate scale with the least weighted squared error.
 
-    rows: `[..., in]`; importance: `[in]`. Scales tried: the OCP one (floor) times 2^offset, by default 1/4, 1/2, 1 and
-    2. Returns values `[..., in]` of the rows' dtype (NaN in a block that is not finite), E8M0 scales `[..., blocks]`.
+    rows: `[..., in]`; importance: `[in]`. Candidates: the OCP scale (floor) times 2^offset, by default 1/4, 1/2, 1, 2.
+    Returns values `[..., in]` in the dtype of rows (NaN in blocks that are not finite) and E8M0 scales `[..., blocks]`.
     """
     blocks = reference.to_blocks(rows.float(), fmt)
     weights = reference.to_blocks(importance.float(), fmt)
@@ -75,9 +75,9 @@ def round_rows(
     importance: Tensor | None = None,
     offsets: Sequence[int] = OFFSETS,
 ) -> tuple[Tensor, Tensor]:
-    """A weight as MX values, and the scales, a few rows at a time.
+    """Round a weight to MX values, a few rows at a time; returns the values and the E8M0 scales.
 
-    With the importance of its input channels `[in]`, the `mse` rule's squared error counts by it.
+    importance: of the input channels, `[in]`; weights the squared error of the `mse` rule.
     """
 
     def convert(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,5 +91,5 @@ def round_rows(
 
 
 def _in_steps(blocks: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
-    """Values over their block's scale and the format's unit."""
+    """Values divided by their block's scale and the format's unit."""
     return blocks * (reference.power_of_two(-exponent) * (1 / unit(fmt)))

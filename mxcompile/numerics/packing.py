@@ -1,17 +1,17 @@
-"""How codes lie in memory: `[..., blocks * block_size]` codes <-> `[..., blocks * block_bytes]` bytes.
+"""The packed (row-major) layout: `[..., blocks * block_size]` codes <-> `[..., blocks * block_bytes]` bytes.
 
-Packing works inside one block, so a row is a run of blocks and blocks never share a byte. The bits of an element are
-cut, from the low ones up, into fields of 8, 4, 2 or 1 bits, the widest first, and a block is all its elements' first
-fields, then all their second ones:
+Packing works inside one block, so a row is a sequence of blocks and blocks never share a byte. The bits of an element
+are split, from the low ones up, into fields of 8, 4, 2 or 1 bits, the widest first. A block stores the first fields of
+all its elements, then their second fields:
 
-- 8 bits: a byte each.
+- 8 bits: one byte each.
 - 4 bits: byte i holds element i in its low nibble and element i + block_size/2 in its high one.
 - 6 bits: the low four bits of every element packed as above, then their high two bits: byte i of that second part
   holds elements i, i + block_size/4, i + 2*block_size/4 and i + 3*block_size/4, from the low bits up.
 - 3 bits: two bits of every element, then one; 5 and 7 bits likewise (4 + 1, 4 + 2 + 1).
 
 Splitting a block into contiguous parts (instead of interleaving neighbours) lets a kernel unpack with one shift and one
-mask per part. Scales are one E8M0 byte a block, `[..., blocks]`.
+mask per part. Scales are one E8M0 byte per block, `[..., blocks]`.
 """
 
 import torch

@@ -1,18 +1,18 @@
-"""Large weights a few rows at a time, so that the float32 temporaries of a conversion stay small and in cache."""
+"""Convert large weights a few rows at a time, so that float32 temporaries stay small and in cache."""
 
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-VALUES = 1 << 17
-VALUES_ON_GPU = 1 << 24  # there it is the number of launches that costs
+SLICE_VALUES = 1 << 17
+SLICE_VALUES_ON_GPU = 1 << 24  # on a GPU the number of kernel launches dominates
 
 
 def row_wise(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """What `call(*tensors)` returns, computed on slices of about `VALUES` values of the first tensor (more on a GPU).
+    """The results of `call(*tensors)`, computed on slices of about `SLICE_VALUES` values of the first tensor.
 
-    tensors: `[..., size]` of any sizes with the same leading dimensions, which the results have too; `call` must treat
-    every row alike.
+    tensors: `[..., size]`, sizes may differ, with equal leading dimensions, which the results have too. `call` must
+    treat rows independently. On a GPU slices are larger.
     """
     leading = tensors[0].shape[:-1]
     flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
@@ -28,8 +28,8 @@ def row_wise(call: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple
 
 
 def row_slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Slices of tensors `[rows, size]`, the same rows of each, about `VALUES` values of the first (more on a GPU)."""
-    values = VALUES_ON_GPU if tensors[0].is_cuda else VALUES
+    """The same rows of each `[rows, size]` tensor, about `SLICE_VALUES` values of the first (more on a GPU)."""
+    values = SLICE_VALUES_ON_GPU if tensors[0].is_cuda else SLICE_VALUES
     count = max(1, values // max(1, tensors[0].shape[-1]))
     for start in range(0, max(1, len(tensors[0])), count):
         yield tuple(tensor[start : start + count] for tensor in tensors)

@@ -54,9 +54,9 @@ def test_strides_empty_and_nan():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="a power of two channels, not 24"):
+    with pytest.raises(ValueError, match="must be a power of two, not 24"):
         ROTATE(torch.randn(2, 48), 24)
-    with pytest.raises(RuntimeError, match="100 channels are no multiple of a rotation of 32"):
+    with pytest.raises(RuntimeError, match="100 channels are not a multiple of the rotation block 32"):
         ROTATE(torch.empty(2, 100, device="meta"), 32)
 
 
