@@ -1,1 +1,1 @@
-"""Fast implementations of `reference.py`, and which one serves a format, device and shape. No fx in here."""
+"""Fast implementations of `reference.py`, and their selection by format, device and shape. Nothing here imports fx."""

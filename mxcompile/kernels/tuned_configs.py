@@ -1,18 +1,16 @@
-"""How a product with a weight in planes is cut: looked up in measurements, `configs/*.jsonl`. Nothing is tried out.
+"""Tile configs for matmuls with planar weights, looked up in `configs/*.jsonl`. Nothing is tuned at run time.
 
-A line holds the fastest of many cuts for one format, shape and number of tokens. A GPU whose compute capability has a
-file takes that one, any other GPU `sm90.jsonl`. To measure another:
+A line holds the fastest of many measured configs for one format, shape and number of tokens. A GPU whose compute
+capability has a file uses that file, any other GPU `sm90.jsonl`. `benchmarks/tuning/README.md` says how to measure
+another GPU.
 
-    python benchmarks/gemm.py --sweep --out sweep.jsonl
-    python benchmarks/gluon_trial.py --rows 16,64,256,2048 --out sweep.jsonl      (on Hopper)
-    python benchmarks/gemm.py --choose sweep.jsonl --cuts mxcompile/kernels/configs/sm80.jsonl
-
-A shape that is not in the table takes the cut of the nearest one, with K split such that about as many programs run; a
-number of tokens takes that of the next larger one. Where the kernel in Gluon is the fastest, the line behind it holds
-the fastest of the others, for GPUs and activations that it does not serve. All powers of two up to 16 of a measured
-cut's splits were checked against float64: a compiler may get one of them wrong. A format that was not measured takes
-the cuts of the one that is most like it; the tests on a GPU check all cuts of the table in all formats that take them.
-Where a table has neither, few tokens take a cut that these tests check in all formats, and many are left to cuBLAS.
+A shape that is not in the table uses the config of the nearest shape, with split-K adjusted so that about as many
+programs run; a number of tokens uses that of the next larger one. Where the Gluon kernel is the fastest, the next line
+holds the fastest of the others, for GPUs and activations that Gluon does not support. For every measured config,
+split-K by all powers of two up to 16 was checked against float64: a compiler may get one of them wrong. A format that
+was not measured uses the configs of the most similar one; the GPU tests check every config of the table in all formats
+that use it. Without an entry, few tokens use a default config that these tests check in all formats, and many use
+cuBLAS.
 """
 
 import json
@@ -31,21 +29,21 @@ from mxcompile.kernels.triton import planes_linear as triton_planes
 
 Config: TypeAlias = triton_planes.Config | gluon_planes.Config
 TRITON, GLUON, DEQUANTIZED = "planes", "gluon", "dequantize+cublas"
-_DEFAULT: Final = "sm90"
-_LEAST_SLABS: Final = 4
-_MOST_PARTS: Final = 16
+_DEFAULT_TABLE: Final = "sm90"
+_MIN_K_STEPS: Final = 4
+_MAX_SPLIT: Final = 16
 _MANY_TOKENS: Final = 1024
-_LIKE: Final = {"mxint6": "mxfp6_e2m3", "mxfp6_e3m2": "mxfp6_e2m3", "mxfp8_e5m2": "mxfp8_e4m3"}
-_UNMEASURED: Final = (
+_SIMILAR_FORMAT: Final = {"mxint6": "mxfp6_e2m3", "mxfp6_e3m2": "mxfp6_e2m3", "mxfp8_e5m2": "mxfp8_e4m3"}
+_DEFAULT_CONFIGS: Final = (
     (8, triton_planes.Config(rows=8, out=64, split=4, warps=2, joined=False)),
     (64, triton_planes.Config(rows=16, out=64, split=2, stages=3)),
 )
-"""Up to so many tokens; both are among the cuts of `test_planes` in `tests/kernels/test_triton_gpu.py`."""
+"""(most tokens, config); both are among the configs of `test_planes` in `tests/kernels/test_triton_gpu.py`."""
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How m tokens are multiplied by n x k: `config` of a fused kernel, None to dequantize and leave it to cuBLAS."""
+class TunedConfig:
+    """A table entry for m tokens and a weight n x k: config of a fused kernel, or None for dequantize and cuBLAS."""
 
     fmt: MXFormat
     n: int
@@ -56,60 +54,62 @@ class Cut:
 
 @lru_cache(maxsize=4096)
 def config_for(fmt: MXFormat, n: int, k: int, m: int, device: torch.device, gluon: bool = True) -> Config | None:
-    """The cut for m tokens, n outputs and k inputs; None to dequantize the weight and leave the product to cuBLAS.
+    """The config for m tokens, n outputs and k inputs; None to dequantize the weight and multiply with cuBLAS.
 
-    gluon: whether the kernel in Gluon, which has conditions of its own, may be it.
+    gluon: whether the Gluon kernel, which has conditions of its own, may be chosen.
     """
-    known = [cut for cut in cuts(device, fmt) if gluon or not isinstance(cut.config, gluon_planes.Config)]
-    slabs = -(-k // plane_layout(fmt).columns)
-    rows = min((cut.m for cut in known if cut.m >= m), default=max((cut.m for cut in known), default=0))
+    entries = [
+        entry for entry in configs_for_format(device, fmt) if gluon or not isinstance(entry.config, gluon_planes.Config)
+    ]
+    k_steps = -(-k // plane_layout(fmt).columns)
+    rows = min((entry.m for entry in entries if entry.m >= m), default=max((entry.m for entry in entries), default=0))
     if rows < min(m, _MANY_TOKENS):
-        return _unmeasured(m, slabs)
-    nearest = min((cut for cut in known if cut.m == rows), key=lambda cut: _distance(cut, n, k))
+        return _default_config(m, k_steps)
+    nearest = min((entry for entry in entries if entry.m == rows), key=lambda entry: _distance(entry, n, k))
     if nearest.config is None or (nearest.n, nearest.k) == (n, k) or rows >= _MANY_TOKENS:
         return nearest.config
-    return _split_alike(nearest, nearest.config, n, slabs)
+    return _with_rescaled_split(nearest, nearest.config, n, k_steps)
 
 
-def cuts(device: torch.device, fmt: MXFormat) -> list[Cut]:
-    """The table's cuts for a format, or for the one that is most like it."""
-    table = _table(_file_of(device))
-    measured = {cut.fmt.name for cut in table}
-    name = fmt.name if fmt.name in measured else _LIKE.get(fmt.name, fmt.name)
-    return [cut for cut in table if cut.fmt.name == name]
+def configs_for_format(device: torch.device, fmt: MXFormat) -> list[TunedConfig]:
+    """The table's entries for a format, or for the most similar one."""
+    table = _table(_table_name(device))
+    measured = {entry.fmt.name for entry in table}
+    name = fmt.name if fmt.name in measured else _SIMILAR_FORMAT.get(fmt.name, fmt.name)
+    return [entry for entry in table if entry.fmt.name == name]
 
 
-def _unmeasured(m: int, slabs: int) -> Config | None:
-    config = next((config for rows, config in _UNMEASURED if m <= rows), None)
-    return config if config is not None and config.split <= slabs else None
+def _default_config(m: int, k_steps: int) -> Config | None:
+    config = next((config for rows, config in _DEFAULT_CONFIGS if m <= rows), None)
+    return config if config is not None and config.split <= k_steps else None
 
 
-def _distance(cut: Cut, n: int, k: int) -> float:
-    return abs(math.log2(cut.n / n)) + abs(math.log2(cut.k / k))
+def _distance(entry: TunedConfig, n: int, k: int) -> float:
+    return abs(math.log2(entry.n / n)) + abs(math.log2(entry.k / k))
 
 
-def _split_alike(cut: Cut, config: Config, n: int, slabs: int) -> Config:
-    """K in such a power of two of parts that about as many programs run as in the measurement."""
-    wanted = config.split * -(-cut.n // config.out) / -(-n // config.out)
-    most = min(_MOST_PARTS, max(1, slabs // _LEAST_SLABS))
-    parts = min(round(math.log2(max(1.0, wanted))), math.floor(math.log2(most)))
-    return replace(config, split=2**parts)
+def _with_rescaled_split(entry: TunedConfig, config: Config, n: int, k_steps: int) -> Config:
+    """The config with split-K by a power of two such that about as many programs run as in the measurement."""
+    target_split = config.split * -(-entry.n // config.out) / -(-n // config.out)
+    max_split = min(_MAX_SPLIT, max(1, k_steps // _MIN_K_STEPS))
+    log2_split = min(round(math.log2(max(1.0, target_split))), math.floor(math.log2(max_split)))
+    return replace(config, split=2**log2_split)
 
 
 @cache
-def _table(name: str) -> tuple[Cut, ...]:
+def _table(name: str) -> tuple[TunedConfig, ...]:
     text = files("mxcompile.kernels").joinpath("configs", f"{name}.jsonl").read_text()
-    return tuple(_cut(line) for line in map(json.loads, text.splitlines()) if "weight" in line)
+    return tuple(_parse_line(line) for line in map(json.loads, text.splitlines()) if "weight" in line)
 
 
-def _cut(line: dict[str, Any]) -> Cut:
+def _parse_line(line: dict[str, Any]) -> TunedConfig:
     kinds = {TRITON: triton_planes.Config, GLUON: gluon_planes.Config}
     config = None if line["path"] == DEQUANTIZED else kinds[line["path"]](**line["config"])
-    return Cut(parse_format(line["weight"]), line["n"], line["k"], line["m"], config)
+    return TunedConfig(parse_format(line["weight"]), line["n"], line["k"], line["m"], config)
 
 
 @cache
-def _file_of(device: torch.device) -> str:
+def _table_name(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     name = f"sm{major}{minor}"
-    return name if files("mxcompile.kernels").joinpath("configs", f"{name}.jsonl").is_file() else _DEFAULT
+    return name if files("mxcompile.kernels").joinpath("configs", f"{name}.jsonl").is_file() else _DEFAULT_TABLE

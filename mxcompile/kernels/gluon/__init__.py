@@ -1,1 +1,1 @@
-"""Gluon kernels for Hopper: warp-specialized WGMMA pipelines."""
+"""Gluon kernels for Hopper: warp-specialized wgmma pipelines."""

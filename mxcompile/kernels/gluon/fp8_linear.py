@@ -1,18 +1,18 @@
-"""y = x @ dequantize(w).T + bias where x and w are e4m3 numbers times powers of two: Gluon, Hopper (sm_90) only.
+"""FP8 linear: y = x @ dequantize(w).T + bias, with x and w e4m3 numbers times powers of two. Gluon, Hopper only.
 
-As in gluon/planes_linear.py a producer warp brings slabs by TMA and two warpgroups multiply, each 64 of a tile's 128
-outputs, with the weight as the left operand; but the weight is decoded to e4m3 (gluon/decode_to_e4m3.py), x is e4m3
-with one power of two a token (triton/align.py), and the tensor core works at twice its rate for bfloat16. The powers
-are applied to the sums.
+As in gluon/planes_linear.py, a producer warp loads K-steps by TMA and two consumer warpgroups multiply, each 64 of a
+tile's 128 outputs, with the weight as the left operand. Here the weight is decoded to e4m3 (gluon/decode_to_e4m3.py)
+and x is e4m3 with one power of two per token (triton/align.py), so the FP8 tensor cores run at twice the bfloat16 rate.
+The powers are applied to the accumulator.
 
-**Sums.** Hopper sums products of 8 bits with about 14 bits behind the largest. What that loses grows with the number of
-columns, so no more are summed so than `fp8.columns_at_once` says; these sums are added in float32 in memory, since
-registers cannot hold two sets. benchmarks/results/notes.md has the errors measured.
+**Accumulation.** Hopper accumulates FP8 products with about 14 bits below the largest. The error grows with the number
+of columns, so at most `fp8_eligibility.columns_per_accumulation` columns are accumulated at a time. These partial sums
+are added in float32 in memory, since registers cannot hold two sets. benchmarks/results/notes.md has measured errors.
 """
 
-# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 from dataclasses import dataclass
 from functools import cache
@@ -25,36 +25,36 @@ from torch import Tensor
 from mxcompile.formats import MXFormat
 from mxcompile.kernels.gluon import decode_to_e4m3
 from mxcompile.kernels.gluon.hopper import (
-    NEW,
-    NO_GLUON,
+    GLUON_UNAVAILABLE,
+    HAS_REINTERPRET,
     TensorDescriptor,
     fence_async_shared,
     fetch,
-    from_lines,
+    from_coalesced,
     gl,
-    in_lines,
     jit,
     mbarrier,
     next_stage,
-    send_result,
+    store_tile,
     thread_barrier,
+    to_coalesced,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mxcompile.kernels.layout import e4m3_products
-from mxcompile.kernels.layout.planes import Planes
+from mxcompile.kernels.layout import fp8_eligibility
+from mxcompile.kernels.layout.planes import PlanarWeight
 from mxcompile.kernels.triton.elements import capability, multiprocessors, unsupported_device
-from mxcompile.kernels.triton.planes_linear import _place
+from mxcompile.kernels.triton.planes_linear import _tile_position
 
 _CONSUMERS: Final = 2
-_ROWS: Final = 64
+_OUT_PER_CONSUMER: Final = 64
 _UNROLL = tl.constexpr(4)
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a product is cut: `rows` tokens x 128 outputs a program, `stages` slabs on their way, `group` tiles of tokens
-    side by side for the same outputs (for L2)."""
+    """Tile config: `rows` tokens x 128 outputs per program, `stages` K-steps in flight, `group` token tiles scheduled
+    together for the same outputs (L2 reuse)."""
 
     rows: int = 256
     stages: int = 5
@@ -62,42 +62,49 @@ class Config:
 
 
 def supports(x: Tensor, fmt: MXFormat) -> str | None:
-    """None if `linear` can serve bfloat16 tokens like x, or the reason why not; scales are the caller's to ask for."""
+    """None if `linear` supports bfloat16 tokens like x, else the reason; the caller checks the weight's scales."""
     if x.dtype != torch.bfloat16:
         return f"the result is bfloat16, the activation is {str(x.dtype).removeprefix('torch.')}"
-    if reason := unsupported_device(x) or NO_GLUON:
+    if reason := unsupported_device(x) or GLUON_UNAVAILABLE:
         return reason
-    if e4m3_products.largest_span(fmt) is None:
+    if fp8_eligibility.largest_span(fmt) is None:
         return f"{fmt.name} weights are not decoded to e4m3"
     if x.shape[-1] % 16:
-        return f"a weight of {x.shape[-1]} columns: a multiple of 16 is served"
+        return f"the FP8 kernel needs a multiple of 16 columns, not {x.shape[-1]}"
     if capability(x.device) != (9, 0):
-        return "the kernel needs compute capability 9.0"
+        return "the FP8 kernel needs compute capability 9.0"
     return None
 
 
 def linear(
-    x: Tensor, powers: Tensor, planes: Planes, bias: Tensor | None, activation: MXFormat, config: Config | None = None
+    x: Tensor,
+    powers: Tensor,
+    planes: PlanarWeight,
+    bias: Tensor | None,
+    activation: MXFormat,
+    config: Config | None = None,
 ) -> Tensor:
     """`(x * powers[:, None]) @ dequantize(planes).T + bias`: x `[tokens, in]` e4m3, powers `[tokens]` float32.
 
-    Returns `[tokens, out]` bfloat16. For what `supports` has no objection to, and planes with a `top`; activation: the
-    format that x was rounded to, by which its sums are cut.
+    Returns `[tokens, out]` bfloat16. Only for calls that `supports` accepts and planes with a `top`. activation: the
+    format that x was quantized to, which decides how many columns are accumulated at a time.
     """
     config = config or Config()
-    rows, slabs = len(x), planes.words.shape[1]
-    pitch = -(-planes.out // 8) * 8  # TMA wants rows at multiples of 16 bytes
+    rows, k_steps = len(x), planes.words.shape[1]
+    pitch = -(-planes.out // 8) * 8  # TMA needs row strides that are multiples of 16 bytes
     y = torch.empty((rows, pitch), dtype=torch.bfloat16, device=x.device)
     if not y.numel():
         return y[:, : planes.out]
-    programs = min(-(-rows // config.rows) * -(-planes.out // (_ROWS * _CONSUMERS)), multiprocessors(x.device))
-    pieces = -(-planes.size // e4m3_products.columns_at_once(activation, planes.size))
+    programs = min(
+        -(-rows // config.rows) * -(-planes.out // (_OUT_PER_CONSUMER * _CONSUMERS)), multiprocessors(x.device)
+    )
+    k_chunks = -(-planes.size // fp8_eligibility.columns_per_accumulation(activation, planes.size))
     kernel = cast(Any, _fp8_kernel)
-    scratch = programs * _CONSUMERS * _ROWS * config.rows if pieces > 1 else 1
+    scratch = programs * _CONSUMERS * _OUT_PER_CONSUMER * config.rows if k_chunks > 1 else 1
     tensors = {
         "x": x,
         "words": planes.words.view(planes.words.shape[0], -1, 64, 32),
-        "scales": planes.scales.view(-1, slabs, 64),
+        "scales": planes.scales.view(-1, k_steps, 64),
         "y": y[:, : planes.out],
     }
     with torch.cuda.device(x.device):
@@ -110,9 +117,9 @@ def linear(
             2.0 ** decode_to_e4m3.power(planes.fmt, planes.top, planes.lift),
             rows,
             planes.out,
-            slabs,
-            pieces,
-            **constants(planes.fmt, config, pieces > 1, bias is not None),
+            k_steps,
+            k_chunks,
+            **constants(planes.fmt, config, k_chunks > 1, bias is not None),
             **options(),
         )
     return y if pitch == planes.out else y[:, : planes.out].contiguous()
@@ -120,38 +127,38 @@ def linear(
 
 @cache
 def block(name: str, config: Config) -> tuple[list[int], Any]:
-    """What TMA moves at once of a tensor that the kernel takes, and its layout in shared memory."""
+    """TMA block shape of a tensor argument, and its layout in shared memory."""
     shape, dtype = {
         "x": ([config.rows, 128], gl.float8e4nv),
         "words": ([1, 1, 64, 32], gl.int16),
         "scales": ([1, 1, 64], gl.int32),
-        "y": ([config.rows, _ROWS], gl.bfloat16),
+        "y": ([config.rows, _OUT_PER_CONSUMER], gl.bfloat16),
     }[name]
     return shape, gl.NVMMASharedLayout.get_default_for(shape, dtype)
 
 
 @cache
-def constants(fmt: MXFormat, config: Config, in_pieces: bool, has_bias: bool) -> dict[str, Any]:
-    """The compile-time arguments of the kernel."""
-    cut = (config.rows, config.stages, config.group, in_pieces, has_bias)
-    return {"ASSEMBLY": decode_to_e4m3.assembly(fmt), "STEPS": decode_to_e4m3.steps(fmt), "CUT": cut}
+def constants(fmt: MXFormat, config: Config, k_chunked: bool, has_bias: bool) -> dict[str, Any]:
+    """The constexpr arguments of the kernel."""
+    kernel_config = (config.rows, config.stages, config.group, k_chunked, has_bias)
+    return {"ASSEMBLY": decode_to_e4m3.assembly(fmt), "STEPS": decode_to_e4m3.steps(fmt), "CONFIG": kernel_config}
 
 
 def options() -> dict[str, Any]:
-    """What the compiler is told: three warpgroups, one of which is the producer's, share all registers."""
+    """Compiler options: three warpgroups, one of them the producer, share all registers."""
     return {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": True}
 
 
 @jit
-def _slab(ws, ss, stage, which, LEFT: tl.constexpr):
-    """A slab's words and scales, of the 64 outputs of consumer `which`."""
-    w = ws.index(stage * 2 + which).reshape([64, 32]).load(LEFT)
-    return w, ss.index(stage * 2 + which).reshape([64]).load(gl.SliceLayout(1, LEFT))
+def _load_k_step(ws, ss, stage, consumer, OPERAND_A: tl.constexpr):
+    """Words and scales of a K-step, for the 64 outputs of `consumer`."""
+    w = ws.index(stage * 2 + consumer).reshape([64, 32]).load(OPERAND_A)
+    return w, ss.index(stage * 2 + consumer).reshape([64]).load(gl.SliceLayout(1, OPERAND_A))
 
 
 @jit
 def _values(w, s, offsets, plane: tl.constexpr, ASSEMBLY: tl.constexpr, STEPS: tl.constexpr):
-    """A plane of a slab, `[64, 32]` in e4m3."""
+    """One plane of a K-step, `[64, 32]` in e4m3."""
     byte = (s >> (8 * plane)) & 0xFF
     first = byte * STEPS[0] + offsets[0]
     second = byte * STEPS[1] + offsets[1]
@@ -167,124 +174,132 @@ def _values(w, s, offsets, plane: tl.constexpr, ASSEMBLY: tl.constexpr, STEPS: t
 
 @jit
 def _multiply(values, columns, plane: tl.constexpr, acc):
-    """Issues the product of a plane; `columns` `[tokens, 128]` of x."""
+    """Issue the wgmma of a plane; `columns`: `[tokens, 128]` of x."""
     return warpgroup_mma(values, columns.slice(32 * plane, 32, dim=1).permute((1, 0)), acc, is_async=True)
 
 
 @jit
-def _add(place, acc, first, LINES: tl.constexpr):
-    """Adds sums `[64, tokens]` to those in memory."""
-    lines = in_lines(acc, LINES)
+def _accumulate_in_memory(pointers, acc, first, COALESCED: tl.constexpr):
+    """Add the accumulator `[64, tokens]` to the partial sums in memory."""
+    accumulators = to_coalesced(acc, COALESCED)
     if first:
-        gl.store(place, lines)
-    else:  # without reading: registers hold one set of sums
-        gl.atomic_add(place, lines, sem="relaxed", scope="cta")
+        gl.store(pointers, accumulators)
+    else:  # without loading: registers hold one set of partial sums
+        gl.atomic_add(pointers, accumulators, sem="relaxed", scope="cta")
 
 
 @jit
-def _produce(descriptors, buffers, bars, sizes, CUT: tl.constexpr):
-    """One warp: brings slab after slab, tile after tile, wherever the consumers have left a stage."""
+def _produce(descriptors, buffers, barriers, sizes, CONFIG: tl.constexpr):
+    """The producer warp: loads K-step after K-step, tile after tile, into every stage that the consumers release."""
     x, words, scales = descriptors
     xs, ws, ss, _results = buffers
-    full, empty = bars
-    m_size, n_size, slabs, groups = sizes
-    TILE_M: tl.constexpr = CUT[0]
-    STAGES: tl.constexpr = CUT[1]
+    full, empty = barriers
+    m_size, n_size, k_steps, unrolled_steps = sizes
+    TILE_M: tl.constexpr = CONFIG[0]
+    STAGES: tl.constexpr = CONFIG[1]
     tiles = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, 128)
     stage = 0
     phase = 1
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        m_tile, n_tile = _place(tile, m_size, n_size, TILE_M, 128, CUT[2])
-        for slab in range(groups * _UNROLL):
-            inside = gl.minimum(slab, slabs - 1)  # beyond, x is zeros
+        m_tile, n_tile = _tile_position(tile, m_size, n_size, TILE_M, 128, CONFIG[2])
+        for k_step in range(unrolled_steps * _UNROLL):
+            inside = gl.minimum(k_step, k_steps - 1)  # beyond, x is zeros
             bar = full.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             fence_async_shared()
             mbarrier.expect(bar, TILE_M * 128 + 128 * 68)
-            for which in gl.static_range(2):
-                fetch(words, [n_tile * 2 + which, inside, 0, 0], bar, ws.index(stage * 2 + which))
-                fetch(scales, [n_tile * 2 + which, inside, 0], bar, ss.index(stage * 2 + which))
-            fetch(x, [m_tile * TILE_M, slab * 128], bar, xs.index(stage))
+            for consumer in gl.static_range(2):
+                fetch(words, [n_tile * 2 + consumer, inside, 0, 0], bar, ws.index(stage * 2 + consumer))
+                fetch(scales, [n_tile * 2 + consumer, inside, 0], bar, ss.index(stage * 2 + consumer))
+            fetch(x, [m_tile * TILE_M, k_step * 128], bar, xs.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
-        for _ in gl.static_range(2):  # stages for the result, one a consumer
+        for _ in gl.static_range(2):  # stages for the result, one per consumer
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.arrive(full.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
 
 
 @jit
-def _consume(  # noqa: PLR0915  (a software pipeline is one list of steps)
-    buffers, bars, sizes, tensors, numbers, which, ASSEMBLY: tl.constexpr, STEPS: tl.constexpr, CUT: tl.constexpr
+def _consume(  # noqa: PLR0915  (a software pipeline is one sequence of steps)
+    buffers,
+    barriers,
+    sizes,
+    tensors,
+    scalars,
+    consumer,
+    ASSEMBLY: tl.constexpr,
+    STEPS: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
-    """One warpgroup: 64 of the tile's outputs. A plane is decoded while the product of the one before runs, and that of
-    the next slab too, but for every fourth: ptxas lets no product run on from one turn of a loop into the next."""
+    """A consumer warpgroup: 64 of the tile's outputs. Each plane is decoded while the wgmma of the previous one runs,
+    also across K-steps, except for every fourth: ptxas does not let a wgmma run across loop iterations."""
     xs, ws, ss, results = buffers
-    full, empty = bars
-    m_size, n_size, _, groups = sizes
+    full, empty = barriers
+    m_size, n_size, _, unrolled_steps = sizes
     y, bias, powers, scratch = tensors
-    offsets, power, pieces = numbers
-    TILE_M: tl.constexpr = CUT[0]
-    STAGES: tl.constexpr = CUT[1]
-    IN_PIECES: tl.constexpr = CUT[3]
+    offsets, power, k_chunks = scalars
+    TILE_M: tl.constexpr = CONFIG[0]
+    STAGES: tl.constexpr = CONFIG[1]
+    K_CHUNKED: tl.constexpr = CONFIG[3]
     MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_M, 32])
-    LEFT: tl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    OPERAND_A: tl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     out = gl.arange(0, 64, gl.SliceLayout(1, MMA))
     tokens = gl.arange(0, TILE_M, gl.SliceLayout(0, MMA))
-    LINES: tl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
-    line = gl.arange(0, TILE_M // 8, gl.SliceLayout(1, LINES)).expand_dims(1) * 512
-    scratch += (gl.program_id(0) * 2 + which) * (64 * TILE_M)
-    place = scratch + (line + gl.arange(0, 512, gl.SliceLayout(0, LINES)).expand_dims(0))
+    COALESCED: tl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    thread_offsets = gl.arange(0, TILE_M // 8, gl.SliceLayout(1, COALESCED)).expand_dims(1) * 512
+    scratch += (gl.program_id(0) * 2 + consumer) * (64 * TILE_M)
+    pointers = scratch + (thread_offsets + gl.arange(0, 512, gl.SliceLayout(0, COALESCED)).expand_dims(0))
     tiles = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, 128)
-    count = pieces if IN_PIECES else 1
+    count = k_chunks if K_CHUNKED else 1
     stage = 0
     phase = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         acc = gl.zeros([64, TILE_M], gl.float32, MMA)
-        for piece in range(count):
-            first = piece * groups // count
-            last = (piece + 1) * groups // count
-            gl.assume(first < last)  # with a way around the loop, ptxas makes every wgmma wait for the one before it
+        for k_chunk in range(count):
+            first = k_chunk * unrolled_steps // count
+            last = (k_chunk + 1) * unrolled_steps // count
+            gl.assume(first < last)  # if the loop could be skipped, ptxas would serialize all wgmma
             acc = gl.zeros([64, TILE_M], gl.float32, MMA)
             for _ in range(first, last):
                 mbarrier.wait(full.index(stage), phase)
-                w, s = _slab(ws, ss, stage, which, LEFT)
+                w, s = _load_k_step(ws, ss, stage, consumer, OPERAND_A)
                 acc = _multiply(_values(w, s, offsets, 0, ASSEMBLY, STEPS), xs.index(stage), 0, acc)
-                for slab in gl.static_range(_UNROLL):
+                for k_step in gl.static_range(_UNROLL):
                     columns = xs.index(stage)
-                    done = empty.index(stage)
+                    release = empty.index(stage)
                     acc = _multiply(_values(w, s, offsets, 1, ASSEMBLY, STEPS), columns, 1, acc)
                     acc = _multiply(_values(w, s, offsets, 2, ASSEMBLY, STEPS), columns, 2, acc)
                     acc = _multiply(_values(w, s, offsets, 3, ASSEMBLY, STEPS), columns, 3, acc)
                     stage, phase = next_stage(stage, phase, STAGES)
-                    if slab < _UNROLL - 1:
+                    if k_step < _UNROLL - 1:
                         mbarrier.wait(full.index(stage), phase)
-                        w, s = _slab(ws, ss, stage, which, LEFT)
+                        w, s = _load_k_step(ws, ss, stage, consumer, OPERAND_A)
                         acc = _multiply(_values(w, s, offsets, 0, ASSEMBLY, STEPS), xs.index(stage), 0, acc)
                         acc = warpgroup_mma_wait(1, deps=[acc])
                     else:
                         acc = warpgroup_mma_wait(0, deps=[acc])
-                    mbarrier.arrive(done, count=1)
-            if IN_PIECES:
-                _add(place, acc, piece == 0, LINES)
-        if IN_PIECES:
-            acc = from_lines(gl.load(place), 64, MMA)  # each thread reads what it has written
-        m_tile, n_tile = _place(tile, m_size, n_size, TILE_M, 128, CUT[2])
+                    mbarrier.arrive(release, count=1)
+            if K_CHUNKED:
+                _accumulate_in_memory(pointers, acc, k_chunk == 0, COALESCED)
+        if K_CHUNKED:
+            acc = from_coalesced(gl.load(pointers), 64, MMA)  # each thread reads its own values
+        m_tile, n_tile = _tile_position(tile, m_size, n_size, TILE_M, 128, CONFIG[2])
         m = m_tile * TILE_M
-        n = n_tile * 128 + which * 64
+        n = n_tile * 128 + consumer * 64
         scale = gl.load(powers + m + tokens, mask=m + tokens < m_size, other=0.0) * power
         acc = acc * scale.expand_dims(0)
-        if CUT[4]:
+        if CONFIG[4]:
             acc += gl.load(bias + n + out, mask=n + out < n_size, other=0.0).to(gl.float32).expand_dims(1)
         result = acc.to(gl.bfloat16)
         for i in gl.static_range(2):
             mbarrier.wait(full.index(stage), phase)
-            if i == which:
-                send_result(y, m, n, result, results.index(stage))
+            if i == consumer:
+                store_tile(y, m, n, result, results.index(stage))
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
 
 
-@jit(do_not_specialize=["first_offset", "second_offset", "power", "m_size", "n_size", "slabs", "pieces"])
+@jit(do_not_specialize=["first_offset", "second_offset", "power", "m_size", "n_size", "k_steps", "k_chunks"])
 def _fp8_kernel(
     x,
     words,
@@ -298,14 +313,14 @@ def _fp8_kernel(
     power,
     m_size,
     n_size,
-    slabs,
-    pieces,
+    k_steps,
+    k_chunks,
     ASSEMBLY: tl.constexpr,
     STEPS: tl.constexpr,
-    CUT: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
-    TILE_M: tl.constexpr = CUT[0]
-    STAGES: tl.constexpr = CUT[1]
+    TILE_M: tl.constexpr = CONFIG[0]
+    STAGES: tl.constexpr = CONFIG[1]
     xs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE_M, 128], x.layout)
     ws = gl.allocate_shared_memory(gl.int16, [STAGES * 2, 1, 1, 64, 32], words.layout)
     ss = gl.allocate_shared_memory(gl.int32, [STAGES * 2, 1, 1, 64], scales.layout)
@@ -316,20 +331,20 @@ def _fp8_kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     thread_barrier()
-    if NEW:  # the stages for x as room for results: half as many columns of twice the size
+    if HAS_REINTERPRET:  # reuse the x stages for results: half as many columns of twice the size
         results = xs.reinterpret(gl.bfloat16, [STAGES, TILE_M, 64], y.layout)
     else:
         results = xs._reinterpret(gl.bfloat16, [STAGES, TILE_M, 64], y.layout)  # pyright: ignore[reportAttributeAccessIssue]
     buffers = (xs, ws, ss, results)
-    bars = (full, empty)
-    sizes = (m_size, n_size, slabs, gl.cdiv(slabs, _UNROLL))
+    barriers = (full, empty)
+    sizes = (m_size, n_size, k_steps, gl.cdiv(k_steps, _UNROLL))
     tensors = (y, bias, powers, scratch)
-    numbers = ((first_offset, second_offset), power, pieces)
+    scalars = ((first_offset, second_offset), power, k_chunks)
     gl.warp_specialize(
         [
-            (_consume, (buffers, bars, sizes, tensors, numbers, 0, ASSEMBLY, STEPS, CUT)),
-            (_consume, (buffers, bars, sizes, tensors, numbers, 1, ASSEMBLY, STEPS, CUT)),
-            (_produce, ((x, words, scales), buffers, bars, sizes, CUT)),
+            (_consume, (buffers, barriers, sizes, tensors, scalars, 0, ASSEMBLY, STEPS, CONFIG)),
+            (_consume, (buffers, barriers, sizes, tensors, scalars, 1, ASSEMBLY, STEPS, CONFIG)),
+            (_produce, ((x, words, scales), buffers, barriers, sizes, CONFIG)),
         ],
         [4, 1],
         [240, 24],

@@ -1,11 +1,11 @@
-"""What kernels in Gluon for Hopper (sm_90) share: its parts, as Triton 3.6 or 3.9 names them, and steps of a pipeline.
+"""Shared by the Gluon kernels for Hopper (sm_90): Gluon under the names of Triton 3.6 or 3.9, and pipeline steps.
 
-Where Triton has no Gluon, `NO_GLUON` says so, and nothing else here can be used.
+Where Triton has no Gluon, `GLUON_UNAVAILABLE` says why, and nothing else here can be used.
 """
 
-# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# As in triton/elements.py: strict checking has nothing true to say about jit functions.
+# As in triton/elements.py: strict checking reports false errors in jit functions.
 
 from typing import Any
 
@@ -23,18 +23,18 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # Triton 3.6, or what these are called in 3.9.
+    # The name in Triton 3.6, or else in 3.9.
     fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
     send = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
     thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-    NEW = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+    HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
     jit: Any = gluon.jit
-    NO_GLUON = None
+    GLUON_UNAVAILABLE = None
 except (ImportError, AttributeError) as error:
-    NO_GLUON = f"this version of Triton lacks what the Gluon kernels need: {error}"
-    nothing: Any = None
-    gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = nothing
-    fetch = send = thread_barrier = NEW = nothing
+    GLUON_UNAVAILABLE = f"this version of Triton lacks what the Gluon kernels need: {error}"
+    missing: Any = None
+    gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = missing
+    fetch = send = thread_barrier = HAS_REINTERPRET = missing
 
     def _undecorated(fn: Any = None, **_: Any) -> Any:
         return fn or _undecorated
@@ -44,14 +44,14 @@ except (ImportError, AttributeError) as error:
 
 @jit
 def next_stage(stage, phase, STAGES: tl.constexpr):
-    """The stage after one, and the phase of its barriers."""
+    """The next stage, and the phase of its barriers."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
 @jit
-def send_result(y, m, n, result, buffer):
-    """`result` `[out, tokens]` to y through `buffer` `[tokens, out]`, which may be written again afterwards."""
+def store_tile(y, m, n, result, buffer):
+    """Store `result` `[out, tokens]` to y by TMA through `buffer` `[tokens, out]`, which is free again afterwards."""
     buffer.permute((1, 0)).store(result)
     fence_async_shared()
     send(y, [m, n], buffer)
@@ -60,19 +60,23 @@ def send_result(y, m, n, result, buffer):
 
 
 @jit
-def in_lines(acc, LINES: tl.constexpr):
-    """Sums `[out, tokens]` of a warpgroup as `[.., 512]`, where a warp's lie side by side, 16 bytes a thread; nothing
-    moves between threads."""
+def to_coalesced(acc, COALESCED: tl.constexpr):
+    """Accumulators `[out, tokens]` of a warpgroup as `[.., 512]`, so that a warp stores contiguous memory, 16 bytes per
+    thread; no data moves between threads."""
     BLOCKS: tl.constexpr = acc.shape[0] // 64
     TOKENS: tl.constexpr = acc.shape[1] // 8
-    lines = acc.reshape([BLOCKS, 4, 2, 8, TOKENS, 4, 2]).permute((0, 4, 1, 3, 5, 2, 6)).reshape([BLOCKS * TOKENS, 512])
-    return gl.convert_layout(lines, LINES, assert_trivial=True)
+    coalesced = (
+        acc.reshape([BLOCKS, 4, 2, 8, TOKENS, 4, 2]).permute((0, 4, 1, 3, 5, 2, 6)).reshape([BLOCKS * TOKENS, 512])
+    )
+    return gl.convert_layout(coalesced, COALESCED, assert_trivial=True)
 
 
 @jit
-def from_lines(lines, OUT: tl.constexpr, MMA: tl.constexpr):
-    """The inverse of `in_lines`."""
+def from_coalesced(coalesced, OUT: tl.constexpr, MMA: tl.constexpr):
+    """The inverse of `to_coalesced`."""
     BLOCKS: tl.constexpr = OUT // 64
-    TOKENS: tl.constexpr = lines.shape[0] // BLOCKS
-    sums = lines.reshape([BLOCKS, TOKENS, 4, 8, 4, 2, 2]).permute((0, 2, 5, 3, 1, 4, 6)).reshape([OUT, TOKENS * 8])
-    return gl.convert_layout(sums, MMA, assert_trivial=True)
+    TOKENS: tl.constexpr = coalesced.shape[0] // BLOCKS
+    accumulators = (
+        coalesced.reshape([BLOCKS, TOKENS, 4, 8, 4, 2, 2]).permute((0, 2, 5, 3, 1, 4, 6)).reshape([OUT, TOKENS * 8])
+    )
+    return gl.convert_layout(accumulators, MMA, assert_trivial=True)

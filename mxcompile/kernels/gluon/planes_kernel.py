@@ -1,51 +1,52 @@
 """The kernel of gluon/planes_linear.py: the weight is the left operand, `acc[out, tokens]`, decoded in registers.
 
-Plain Triton lets the two warpgroups of a program decode at the same time, while the tensor core idles. Here warps have
-roles, and meet only at the barriers of some stages of 128 columns in shared memory:
+In plain Triton the two warpgroups of a program decode at the same time, while the tensor core idles. Here warps are
+specialized and synchronize only at the barriers of a few stages of 128 columns in shared memory:
 
-* a producer warp brings 128 columns after 128 columns of x, words and scales by TMA. What lies outside of a tensor is
-  zero: tokens beyond the last, columns beyond the last (of x; the weight's are stored as zeros), rows beyond the last
-  tile of 64. A slab of 6 bits has 256 columns: each half comes with its own word and the one that both share;
-* a consumer warpgroup, or two, multiplies its share of the tile's outputs: while a plane's product runs it decodes the
-  next plane, that of the next 128 columns too, and while it waits, the other one's products run.
+* a producer warp loads x, words and scales by TMA, 128 columns at a time. Out-of-bounds loads give zeros: tokens beyond
+  the last, columns of x beyond the last (those of the weight are stored as zeros), rows beyond the last tile of 64. A
+  K-step of a 6-bit format has 256 columns: each half is loaded with its own word and the word that both share;
+* one or two consumer warpgroups multiply their share of the tile's outputs. While the wgmma of a plane runs, a consumer
+  decodes the next plane, also across stages; while it waits, the wgmma of the other consumer runs.
 
-A tile's result goes through one stage (two, if it is that large) to memory by TMA. A program may take tile after tile
-(`Config.persistent`): the producer then fetches the next tile's first columns while the consumers finish this one.
+The result of a tile is stored by TMA through one stage (or two, if it needs them). A persistent program
+(`Config.persistent`) processes tile after tile: the producer loads the first columns of the next tile while the
+consumers finish the current one.
 
-**Split K** as in triton/planes_linear.py: partial sums in float32 to memory, each thread's side by side, and the last
-warpgroup to arrive at its share of a tile adds them in the order of the splits.
+**Split-K** as in triton/planes_linear.py: partial sums are stored in float32, coalesced, and the last warpgroup to
+arrive at its share of a tile adds them in the order of the splits.
 
-CUT holds what `gluon_planes.constants` says: tokens and outputs of a tile, consumers, stages, group, whether there is a
-bias, parts of K.
+CONFIG is the tuple of `planes_linear.constants`: tokens and outputs of a tile, consumers, stages, group, whether there
+is a bias, split.
 """
 
-# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
-# As in triton/elements.py: strict checking has nothing true to say about jit functions.
+# As in triton/elements.py: strict checking reports false errors in jit functions.
 
 import triton.language as tl
 
 from mxcompile.kernels.gluon.hopper import (
-    NEW,
+    HAS_REINTERPRET,
     fence_async_shared,
     fetch,
-    from_lines,
+    from_coalesced,
     gl,
-    in_lines,
     jit,
     mbarrier,
     next_stage,
-    send_result,
+    store_tile,
     thread_barrier,
+    to_coalesced,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from mxcompile.kernels.triton.planes_linear import _place
+from mxcompile.kernels.triton.planes_linear import _tile_position
 
 
 @jit
 def _values(w0, w1, s, plane: tl.constexpr, SHAPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """A plane of the slab that the words and scales belong to, `[n, 32]` in bfloat16."""
+    """One plane of a K-step from its words and scales, `[n, 32]` in bfloat16."""
     PLANES: tl.constexpr = SHAPE[0]
     word = w1 if SHAPE[1] == 2 and 2 * plane >= PLANES else w0
     pair = ((s >> (8 * (plane % 4))) & 0xFF) * 0x00800080
@@ -64,8 +65,8 @@ def _values(w0, w1, s, plane: tl.constexpr, SHAPE: tl.constexpr, ASSEMBLY: tl.co
 
 @jit
 def _halves(xs):
-    """The stages for x, each as two of half the columns."""
-    if NEW:
+    """The x stages, each viewed as two of half the columns."""
+    if HAS_REINTERPRET:
         view = xs.reinterpret(gl.bfloat16, [xs.shape[0] * 2, xs.shape[1], 64], xs.layout)
     else:
         view = xs._reinterpret(gl.bfloat16, [xs.shape[0] * 2, xs.shape[1], 64], xs.layout)
@@ -73,58 +74,58 @@ def _halves(xs):
 
 
 @jit
-def _staged(ws, ss, stage, which, WORDS: tl.constexpr, CONSUMERS: tl.constexpr, LEFT: tl.constexpr):
-    """A stage's words (the second is the first where there is one) and scales, of the rows of consumer `which`."""
+def _load_stage(ws, ss, stage, consumer, WORDS: tl.constexpr, CONSUMERS: tl.constexpr, OPERAND_A: tl.constexpr):
+    """Words (the second is the first if there is only one) and scales of a stage, for the rows of `consumer`."""
     ROWS: tl.constexpr = ws.shape[1] * 64
-    w0 = ws.index((stage * WORDS) * CONSUMERS + which).reshape([ROWS, 32]).load(LEFT)
+    w0 = ws.index((stage * WORDS) * CONSUMERS + consumer).reshape([ROWS, 32]).load(OPERAND_A)
     w1 = w0
     if WORDS > 1:
-        w1 = ws.index((stage * WORDS + 1) * CONSUMERS + which).reshape([ROWS, 32]).load(LEFT)
-    return w0, w1, ss.index(stage * CONSUMERS + which).reshape([ROWS]).load(gl.SliceLayout(1, LEFT))
+        w1 = ws.index((stage * WORDS + 1) * CONSUMERS + consumer).reshape([ROWS, 32]).load(OPERAND_A)
+    return w0, w1, ss.index(stage * CONSUMERS + consumer).reshape([ROWS]).load(gl.SliceLayout(1, OPERAND_A))
 
 
 @jit
-def _part_of_k(unit, slabs, SPLIT: tl.constexpr):
-    """Parts of a tile follow each other: the first slab of this one, and the first of the next."""
-    part = unit % SPLIT
-    return part * slabs // SPLIT, (part + 1) * slabs // SPLIT
+def _k_range(work_item, k_steps, SPLIT: tl.constexpr):
+    """First and end K-step of a work item; the splits of a tile are consecutive work items."""
+    part = work_item % SPLIT
+    return part * k_steps // SPLIT, (part + 1) * k_steps // SPLIT
 
 
 @jit
-def _produce(descriptors, buffers, bars, sizes, SHAPE: tl.constexpr, CUT: tl.constexpr):
-    """One warp: brings 128 columns after 128 columns, tile after tile, wherever the consumers have left a stage."""
+def _produce(descriptors, buffers, barriers, sizes, SHAPE: tl.constexpr, CONFIG: tl.constexpr):
+    """The producer warp: loads 128 columns at a time, tile after tile, into every stage that the consumers release."""
     x, words, scales = descriptors
     xs, ws, ss = buffers
-    full, empty = bars
-    m_size, n_size, slabs = sizes
-    TILE_M: tl.constexpr = CUT[0]
-    TILE_N: tl.constexpr = CUT[1]
-    CONSUMERS: tl.constexpr = CUT[2]
-    STAGES: tl.constexpr = CUT[3]
-    SPLIT: tl.constexpr = CUT[6]
+    full, empty = barriers
+    m_size, n_size, k_steps = sizes
+    TILE_M: tl.constexpr = CONFIG[0]
+    TILE_N: tl.constexpr = CONFIG[1]
+    CONSUMERS: tl.constexpr = CONFIG[2]
+    STAGES: tl.constexpr = CONFIG[3]
+    SPLIT: tl.constexpr = CONFIG[6]
     WORDS: tl.constexpr = min(SHAPE[1], 2)
     HALVES: tl.constexpr = SHAPE[0] // 4
-    PART: tl.constexpr = TILE_N // 64 // CONSUMERS
+    TILES: tl.constexpr = TILE_N // 64 // CONSUMERS
     BYTES: tl.constexpr = TILE_M * 256 + TILE_N * (64 * WORDS + 4)
-    units = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, TILE_N) * SPLIT
+    work_items = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, TILE_N) * SPLIT
     stage = 0
     phase = 1
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        m_tile, n_tile = _place(unit // SPLIT, m_size, n_size, TILE_M, TILE_N, CUT[4])
-        start, end = _part_of_k(unit, slabs, SPLIT)
-        for slab in range(start, end):
+    for work_item in range(gl.program_id(0), work_items, gl.num_programs(0)):
+        m_tile, n_tile = _tile_position(work_item // SPLIT, m_size, n_size, TILE_M, TILE_N, CONFIG[4])
+        start, end = _k_range(work_item, k_steps, SPLIT)
+        for k_step in range(start, end):
             for half in gl.static_range(HALVES):
                 bar = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 fence_async_shared()
                 mbarrier.expect(bar, BYTES)
-                for which in gl.static_range(CONSUMERS):
-                    first = n_tile * (TILE_N // 64) + which * PART
-                    for w in gl.static_range(WORDS):  # of 6 bits the half's own, then the one that both share
-                        word = slab * SHAPE[1] + (w if HALVES == 1 else half * (1 - w) + 2 * w)
-                        fetch(words, [first, word, 0, 0], bar, ws.index((stage * WORDS + w) * CONSUMERS + which))
-                    fetch(scales, [first, slab * HALVES + half, 0], bar, ss.index(stage * CONSUMERS + which))
-                fetch(x, [m_tile * TILE_M, (slab * HALVES + half) * 128], bar, xs.index(stage))
+                for consumer in gl.static_range(CONSUMERS):
+                    first = n_tile * (TILE_N // 64) + consumer * TILES
+                    for w in gl.static_range(WORDS):  # 6 bits: the word of this half, then the shared one
+                        word = k_step * SHAPE[1] + (w if HALVES == 1 else half * (1 - w) + 2 * w)
+                        fetch(words, [first, word, 0, 0], bar, ws.index((stage * WORDS + w) * CONSUMERS + consumer))
+                    fetch(scales, [first, k_step * HALVES + half, 0], bar, ss.index(stage * CONSUMERS + consumer))
+                fetch(x, [m_tile * TILE_M, (k_step * HALVES + half) * 128], bar, xs.index(stage))
                 stage, phase = next_stage(stage, phase, STAGES)
         for _ in gl.static_range((TILE_N + 127) // 128):  # stages for the result
             mbarrier.wait(empty.index(stage), phase)
@@ -134,50 +135,65 @@ def _produce(descriptors, buffers, bars, sizes, SHAPE: tl.constexpr, CUT: tl.con
 
 @jit
 def _multiply(values, columns, plane: tl.constexpr, acc):
-    """Issues the product of a plane; `columns` `[tokens, 128]` of x."""
+    """Issue the wgmma of a plane; `columns`: `[tokens, 128]` of x."""
     return warpgroup_mma(values, columns.slice(32 * plane, 32, dim=1).permute((1, 0)), acc, is_async=True)
 
 
 @jit
-def _all_parts(acc, partial, counter, unit, which, MMA: tl.constexpr, CUT: tl.constexpr):
-    """The sums of all parts of K if this warpgroup is the last one to come here with its own, and whether it is."""
-    SPLIT: tl.constexpr = CUT[6]
+def _reduce_split_k(acc, partial, counter, work_item, consumer, MMA: tl.constexpr, CONFIG: tl.constexpr):
+    """Store this warpgroup's partial sums; returns the total over all splits and True if it is the last to arrive."""
+    SPLIT: tl.constexpr = CONFIG[6]
     SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
-    LINES: tl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
-    line = gl.arange(0, SIZE // 512, gl.SliceLayout(1, LINES)).expand_dims(1) * 512
-    line += gl.arange(0, 512, gl.SliceLayout(0, LINES)).expand_dims(0)
-    step = CUT[2] * SIZE
-    gl.store(partial + (unit.to(gl.int64) * step + which * SIZE) + line, in_lines(acc, LINES))
+    COALESCED: tl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    offsets = gl.arange(0, SIZE // 512, gl.SliceLayout(1, COALESCED)).expand_dims(1) * 512
+    offsets += gl.arange(0, 512, gl.SliceLayout(0, COALESCED)).expand_dims(0)
+    step = CONFIG[2] * SIZE
+    gl.store(partial + (work_item.to(gl.int64) * step + consumer * SIZE) + offsets, to_coalesced(acc, COALESCED))
     thread_barrier()
     arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     if arrived == SPLIT - 1:
         gl.store(counter, 0)
-        place = partial + ((unit // SPLIT * SPLIT).to(gl.int64) * step + which * SIZE) + line
-        lines = gl.load(place, cache_modifier=".cg")
+        pointers = partial + ((work_item // SPLIT * SPLIT).to(gl.int64) * step + consumer * SIZE) + offsets
+        accumulators = gl.load(pointers, cache_modifier=".cg")
         for _ in range(1, SPLIT):
-            place += step
-            lines += gl.load(place, cache_modifier=".cg")
-        acc = from_lines(lines, acc.shape[0], MMA)
+            pointers += step
+            accumulators += gl.load(pointers, cache_modifier=".cg")
+        acc = from_coalesced(accumulators, acc.shape[0], MMA)
     return acc, arrived == SPLIT - 1
 
 
 @jit
-def _finish(acc, outputs, xs, bars, sizes, tensors, lift, unit, which, place, MMA: tl.constexpr, CUT: tl.constexpr):
-    """Sums to results, through stages that the producer leaves for them; the next stage and its phase."""
-    stage, phase = place
-    full, empty = bars
+def _epilogue(
+    acc,
+    outputs,
+    xs,
+    barriers,
+    sizes,
+    tensors,
+    lift,
+    work_item,
+    consumer,
+    pipeline_state,
+    MMA: tl.constexpr,
+    CONFIG: tl.constexpr,
+):
+    """Scale, add the bias, store through stages that the producer left free. Returns the next stage and its phase."""
+    stage, phase = pipeline_state
+    full, empty = barriers
     m_size, n_size, _ = sizes
     bias, partial, counters = tensors
-    TILE_N: tl.constexpr = CUT[1]
-    ROWS: tl.constexpr = TILE_N // CUT[2]
-    tile = unit // CUT[6]
-    m_tile, n_tile = _place(tile, m_size, n_size, CUT[0], TILE_N, CUT[4])
-    m, first = m_tile * CUT[0], n_tile * TILE_N + which * ROWS
+    TILE_N: tl.constexpr = CONFIG[1]
+    ROWS: tl.constexpr = TILE_N // CONFIG[2]
+    tile = work_item // CONFIG[6]
+    m_tile, n_tile = _tile_position(tile, m_size, n_size, CONFIG[0], TILE_N, CONFIG[4])
+    m, first = m_tile * CONFIG[0], n_tile * TILE_N + consumer * ROWS
     complete = True
-    if CUT[6] > 1:
-        acc, complete = _all_parts(acc, partial, counters + (tile * CUT[2] + which), unit, which, MMA, CUT)
+    if CONFIG[6] > 1:
+        acc, complete = _reduce_split_k(
+            acc, partial, counters + (tile * CONFIG[2] + consumer), work_item, consumer, MMA, CONFIG
+        )
     acc = acc * lift
-    if CUT[5]:
+    if CONFIG[5]:
         n = first + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
         acc += gl.load(bias + n, mask=n < n_size, other=0.0).to(gl.float32).expand_dims(1)
     result = acc.to(gl.bfloat16)
@@ -185,55 +201,64 @@ def _finish(acc, outputs, xs, bars, sizes, tensors, lift, unit, which, place, MM
         mbarrier.wait(full.index(stage), phase)
         if complete:
             if ROWS == 64:
-                _send(outputs, m, first, result, _halves(xs).index(stage * 2 + which))
-            elif i == which:
-                _send(outputs, m, first, result, xs.index(stage))
+                _store_share(outputs, m, first, result, _halves(xs).index(stage * 2 + consumer))
+            elif i == consumer:
+                _store_share(outputs, m, first, result, xs.index(stage))
         mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, CUT[3])
+        stage, phase = next_stage(stage, phase, CONFIG[3])
     return stage, phase
 
 
 @jit
-def _send(outputs, m, n, result, buffer):
-    """A share of a tile to the tensor of the weight that it belongs to."""
+def _store_share(outputs, m, n, result, buffer):
+    """Store a consumer's share of a tile to the output of the weight that it belongs to."""
     ys, starts = outputs
     for i in gl.static_range(len(ys)):
         if len(ys) == 1 or (n >= starts[i] and n < starts[i + 1]):
-            send_result(ys[i], m, n - starts[i], result, buffer)
+            store_tile(ys[i], m, n - starts[i], result, buffer)
 
 
 @jit
 def _consume(
-    outputs, buffers, bars, sizes, tensors, lift, which, SHAPE: tl.constexpr, ASSEMBLY: tl.constexpr, CUT: tl.constexpr
+    outputs,
+    buffers,
+    barriers,
+    sizes,
+    tensors,
+    lift,
+    consumer,
+    SHAPE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
-    """One warpgroup: its share of the tile's rows."""
+    """A consumer warpgroup: multiplies its share of the tile's outputs."""
     xs, ws, ss = buffers
-    full, empty = bars
-    m_size, n_size, slabs = sizes
-    TILE_M: tl.constexpr = CUT[0]
-    TILE_N: tl.constexpr = CUT[1]
-    CONSUMERS: tl.constexpr = CUT[2]
-    STAGES: tl.constexpr = CUT[3]
-    SPLIT: tl.constexpr = CUT[6]
+    full, empty = barriers
+    m_size, n_size, k_steps = sizes
+    TILE_M: tl.constexpr = CONFIG[0]
+    TILE_N: tl.constexpr = CONFIG[1]
+    CONSUMERS: tl.constexpr = CONFIG[2]
+    STAGES: tl.constexpr = CONFIG[3]
+    SPLIT: tl.constexpr = CONFIG[6]
     WORDS: tl.constexpr = min(SHAPE[1], 2)
     HALVES: tl.constexpr = SHAPE[0] // 4
     ROWS: tl.constexpr = TILE_N // CONSUMERS
     MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_M, 16])
-    LEFT: tl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    units = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, TILE_N) * SPLIT
+    OPERAND_A: tl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    work_items = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, TILE_N) * SPLIT
     stage = 0
     phase = 0
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        start, end = _part_of_k(unit, slabs, SPLIT)
-        gl.assume(start < end)  # with a way around the loop, ptxas makes every wgmma wait for the one before it
+    for work_item in range(gl.program_id(0), work_items, gl.num_programs(0)):
+        start, end = _k_range(work_item, k_steps, SPLIT)
+        gl.assume(start < end)  # if the loop could be skipped, ptxas would serialize all wgmma
         mbarrier.wait(full.index(stage), phase)
-        w0, w1, s = _staged(ws, ss, stage, which, WORDS, CONSUMERS, LEFT)
+        w0, w1, s = _load_stage(ws, ss, stage, consumer, WORDS, CONSUMERS, OPERAND_A)
         even = _values(w0, w1, s, 0, SHAPE, ASSEMBLY)
         acc = gl.zeros([ROWS, TILE_M], gl.float32, MMA)
-        for slab in range(start, end):
+        for k_step in range(start, end):
             for half in gl.static_range(HALVES):
                 columns = xs.index(stage)
-                done = empty.index(stage)
+                release = empty.index(stage)
                 acc = _multiply(even, columns, 0, acc)
                 odd = _values(w0, w1, s, 4 * half + 1, SHAPE, ASSEMBLY)
                 acc = warpgroup_mma_wait(0, deps=[acc])
@@ -243,19 +268,21 @@ def _consume(
                 acc = _multiply(even, columns, 2, acc)
                 odd = _values(w0, w1, s, 4 * half + 3, SHAPE, ASSEMBLY)
                 stage, phase = next_stage(stage, phase, STAGES)
-                mbarrier.wait(full.index(stage), phase, pred=half < HALVES - 1 or slab + 1 < end)
-                # After the last slab these are not the tile's, and neither multiplied.
-                w0, w1, s = _staged(ws, ss, stage, which, WORDS, CONSUMERS, LEFT)
+                mbarrier.wait(full.index(stage), phase, pred=half < HALVES - 1 or k_step + 1 < end)
+                # After the last K-step this loads another tile's data, which is not multiplied.
+                w0, w1, s = _load_stage(ws, ss, stage, consumer, WORDS, CONSUMERS, OPERAND_A)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 acc = _multiply(odd, columns, 3, acc)
                 even = _values(w0, w1, s, 4 * ((half + 1) % HALVES), SHAPE, ASSEMBLY)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(done, count=1)
-        place = (stage, phase)
-        stage, phase = _finish(acc, outputs, xs, bars, sizes, tensors, lift, unit, which, place, MMA, CUT)
+                mbarrier.arrive(release, count=1)
+        pipeline_state = (stage, phase)
+        stage, phase = _epilogue(
+            acc, outputs, xs, barriers, sizes, tensors, lift, work_item, consumer, pipeline_state, MMA, CONFIG
+        )
 
 
-@jit(do_not_specialize=["lift", "m_size", "n_size", "slabs", "second", "third"])
+@jit(do_not_specialize=["lift", "m_size", "n_size", "k_steps", "second", "third"])
 def _planes_kernel(
     x,
     words,
@@ -269,21 +296,21 @@ def _planes_kernel(
     lift,
     m_size,
     n_size,
-    slabs,
+    k_steps,
     second,
     third,
     SHAPE: tl.constexpr,
     ASSEMBLY: tl.constexpr,
-    CUT: tl.constexpr,
+    CONFIG: tl.constexpr,
 ):
-    TILE_M: tl.constexpr = CUT[0]
-    CONSUMERS: tl.constexpr = CUT[2]
-    STAGES: tl.constexpr = CUT[3]
-    PART: tl.constexpr = CUT[1] // 64 // CONSUMERS
+    TILE_M: tl.constexpr = CONFIG[0]
+    CONSUMERS: tl.constexpr = CONFIG[2]
+    STAGES: tl.constexpr = CONFIG[3]
+    TILES: tl.constexpr = CONFIG[1] // 64 // CONSUMERS
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE_M, 128], x.layout)
     WORDS: tl.constexpr = min(SHAPE[1], 2)
-    ws = gl.allocate_shared_memory(gl.int16, [STAGES * WORDS * CONSUMERS, PART, 1, 64, 32], words.layout)
-    ss = gl.allocate_shared_memory(gl.int32, [STAGES * CONSUMERS, PART, 1, 64], scales.layout)
+    ws = gl.allocate_shared_memory(gl.int16, [STAGES * WORDS * CONSUMERS, TILES, 1, 64, 32], words.layout)
+    ss = gl.allocate_shared_memory(gl.int32, [STAGES * CONSUMERS, TILES, 1, 64], scales.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -293,8 +320,8 @@ def _planes_kernel(
     thread_barrier()
     descriptors = (x, words, scales)
     buffers = (xs, ws, ss)
-    bars = (full, empty)
-    sizes = (m_size, n_size, slabs)
+    barriers = (full, empty)
+    sizes = (m_size, n_size, k_steps)
     tensors = (bias, partial, counters)
     ys = (y0,)
     if y2 is not None:
@@ -305,9 +332,9 @@ def _planes_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (outputs, buffers, bars, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CUT)),
-                (_consume, (outputs, buffers, bars, sizes, tensors, lift, 1, SHAPE, ASSEMBLY, CUT)),
-                (_produce, (descriptors, buffers, bars, sizes, SHAPE, CUT)),
+                (_consume, (outputs, buffers, barriers, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
+                (_consume, (outputs, buffers, barriers, sizes, tensors, lift, 1, SHAPE, ASSEMBLY, CONFIG)),
+                (_produce, (descriptors, buffers, barriers, sizes, SHAPE, CONFIG)),
             ],
             [4, 1],
             [240, 24],
@@ -315,8 +342,8 @@ def _planes_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (outputs, buffers, bars, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CUT)),
-                (_produce, (descriptors, buffers, bars, sizes, SHAPE, CUT)),
+                (_consume, (outputs, buffers, barriers, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
+                (_produce, (descriptors, buffers, barriers, sizes, SHAPE, CONFIG)),
             ],
             [1],
             [24],

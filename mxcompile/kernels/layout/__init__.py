@@ -1,1 +1,1 @@
-"""How packed weights lie in memory: rows, planes, and e4m3 operands."""
+"""Memory layouts of packed weights, row-major and planar, and which weights are exact as FP8 operands."""

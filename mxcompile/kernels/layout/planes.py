@@ -1,25 +1,25 @@
-"""The layout that the fast kernels read: packed elements and scales -> planes, tile by tile.
+"""The planar layout of the GPU kernels: packed elements and scales -> bit planes, tile by tile.
 
-    words  int16 [tiles, slabs, WORDS, 64, 32]       scales  int32 [tiles, slabs, PLANES / 4, 64]
+    words  int16 [tiles, k_steps, WORDS, 64, 32]       scales  int32 [tiles, k_steps, PLANES / 4, 64]
 
-A tile is 64 rows of the weight, a slab 32 * PLANES of its columns: column `32 * PLANES * slab + 32 * plane + lane`.
-Lane `lane` of the slab's words holds one element of every plane, and a plane is one block of 32 with one scale a row,
-so a kernel decodes a plane of a whole tile with a few operations on words and one multiplication. All words of a tile
-and slab are neighbours in memory. Rows and columns are padded with zeros to whole tiles and slabs.
+A tile is 64 rows of the weight. A K-step is 32 * PLANES columns: column `32 * PLANES * k_step + 32 * plane + lane`.
+Lane `lane` of the words of a K-step holds one element of every plane. A plane is one block of 32 with one scale per
+row, so a kernel decodes a plane of a whole tile with a few operations on words and one multiplication. The words of one
+tile and K-step are contiguous in memory. Rows and columns are padded with zeros to whole tiles and K-steps.
 
-An element is stored as the bits it has in a bfloat16 (its *pattern*), scattered over the word such that one rotation
-and one mask bring (most of) them back: see `Field`. Then
+An element is stored as its bits in a bfloat16 (its *pattern*), scattered over the word such that one rotation and one
+mask recover (most of) them: see `BitField`. Then
 
     value = (bfloat16(CONSTANT | pattern) + OFFSET) * 2**(scale - 127) * 2**lift
 
-with `scale` one byte of the int32 (plane j's is byte j % 4), already shifted by the format's own exponent. Floats and
-8-bit integers (as sign and magnitude) are bfloat16 subnormals or small normals times a large scale; narrower integers
-are 128 + n, which a multiply-add makes n. Every product is exact.
+where `scale` is one byte of the int32 (byte j % 4 for plane j), already shifted by the format's own exponent. Floats
+and 8-bit integers (as sign and magnitude) are bfloat16 subnormals or small normals times a large scale; narrower
+integers are 128 + n, from which a multiply-add makes n. Every product is exact.
 
-packing.py's layout stays the definition; this one is made from it once, and gives it back. `to_bytes` shows both
-tensors as rows of bytes, in which an MXWeight can hold them: `[out, slabs * WORDS * 64]` and `[out, slabs * PLANES]`,
-the sizes that rows of packed elements and scales would have if they were padded to whole slabs. A row of bytes is then
-no row of the weight.
+The packed layout of packing.py remains the definition; the conversion to planes is done once and is reversible.
+`to_bytes` views both tensors as rows of bytes, the form in which an MXWeight stores them: `[out, k_steps * WORDS * 64]`
+and `[out, k_steps * PLANES]`, the sizes of packed rows padded to whole K-steps. A row of these bytes is not a row of
+the weight.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFormat, no_kernel
-from mxcompile.kernels.layout import e4m3_products
+from mxcompile.formats import MXFormat, why_no_kernel
+from mxcompile.kernels.layout import fp8_eligibility
 from mxcompile.numerics import packing
 from mxcompile.numerics.reference import element_table
 
@@ -42,8 +42,8 @@ _BFLOAT16_SMALLEST: Final = -133
 
 
 @dataclass(frozen=True)
-class Field:
-    """Target bits `mask` of a pattern: bit `t` is bit `(t + rotation) % 16` of word `word` of the slab."""
+class BitField:
+    """Where bits `mask` of a pattern are stored: bit `t` is bit `(t + rotation) % 16` of word `word` of the K-step."""
 
     word: int
     rotation: int
@@ -52,10 +52,10 @@ class Field:
 
 @dataclass(frozen=True)
 class PlaneLayout:
-    """How one element type lies in words; see the module's docstring.
+    """How elements of one type are stored in words; see the module's docstring.
 
-    fields: for each plane of a slab, where its pattern's bits are. exponent: what is added to an E8M0 scale byte.
-    shift: of the code's magnitude in the pattern (its sign goes to bit 15), or None for `code + 2**(bits - 1)`.
+    fields: for each plane of a K-step, where the bits of its pattern are. exponent: added to an E8M0 scale byte.
+    shift: left shift of the code's magnitude in the pattern (its sign is bit 15), or None for `code + 2**(bits - 1)`.
     """
 
     words: int
@@ -63,16 +63,16 @@ class PlaneLayout:
     offset: int
     exponent: int
     shift: int | None
-    fields: tuple[tuple[Field, ...], ...]
+    fields: tuple[tuple[BitField, ...], ...]
 
     @property
     def planes(self) -> int:
-        """Planes of a slab."""
+        """Planes per K-step."""
         return len(self.fields)
 
     @property
     def columns(self) -> int:
-        """Columns of a slab."""
+        """Columns per K-step."""
         return LANES * self.planes
 
     @property
@@ -81,17 +81,20 @@ class PlaneLayout:
         return 254 - (8 if self.offset else 0)
 
 
-class Scaling(NamedTuple):
-    """lift: the power of two that values lack. top: the largest scale byte, if elements times scales are e4m3 numbers
-    times one power of two (layout/e4m3_products.py); 0 if they are not."""
+class PlanarScaling(NamedTuple):
+    """How the scales of a planar weight are stored.
+
+    lift: log2 of the factor by which the stored values are too small. top: the largest scale byte if elements times
+    scales are e4m3 numbers times one power of two (layout/fp8_eligibility.py), else 0.
+    """
 
     lift: int
     top: int
 
 
 @dataclass(frozen=True)
-class Planes:
-    """A weight `[out, size]` in the fast layout: `words` and `scales` as above, and its `Scaling`."""
+class PlanarWeight:
+    """A weight `[out, size]` in the planar layout: `words` and `scales` as above, and its `PlanarScaling`."""
 
     words: Tensor
     scales: Tensor
@@ -103,50 +106,58 @@ class Planes:
 
 
 def plane_layout(fmt: MXFormat) -> PlaneLayout:
-    """The layout of a format's element type."""
+    """The planar layout of a format's element type."""
     return _LAYOUTS[fmt.name]
 
 
-def why_no_format(fmt: MXFormat) -> str | None:
-    """Why no weight of a format can be held in planes, in a sentence; None if it depends on the weight."""
-    small = f"planes hold blocks of {LANES} or more, not {fmt.block_size}" if fmt.block_size < LANES else None
-    return no_kernel(fmt) or small
+def why_format_not_planar(fmt: MXFormat) -> str | None:
+    """Why no weight of a format can be planar, in a sentence; None if it depends on the weight."""
+    small = (
+        f"the planar layout needs blocks of {LANES} or more, not {fmt.block_size}" if fmt.block_size < LANES else None
+    )
+    return why_no_kernel(fmt) or small
 
 
 def scale_range(elements: Tensor, scales: Tensor, fmt: MXFormat) -> tuple[int, int]:
     """Smallest and largest scale byte, shifted by the format's exponent, over blocks that are not all zero.
 
-    Raises MXCompileError if planes cannot hold the weight whatever its scales are.
+    Raises MXCompileError if the weight cannot be planar whatever its scales are.
     """
-    if reason := why_no_format(fmt):
+    if reason := why_format_not_planar(fmt):
         raise MXCompileError(reason)
     if elements.dim() != 2 or elements.shape[1] == 0:
-        raise MXCompileError(f"planes hold 2-D weights with at least one column, not {tuple(elements.shape)}")
+        raise MXCompileError(
+            f"the planar layout needs a 2-D weight with at least one column, not {tuple(elements.shape)}"
+        )
     codes = packing.unpack(elements, fmt)
     if _patterns(fmt, codes.device)[codes.long()].lt(0).any():
-        raise MXCompileError(f"the weight holds {fmt.name} codes (Inf, NaN, or -128) that planes cannot hold")
+        raise MXCompileError(
+            f"the weight holds {fmt.name} codes (Inf, NaN, or -128) that the planar layout cannot hold"
+        )
     if bool((scales == 255).any()):
         raise MXCompileError("the weight has a NaN scale")
     shifted = (scales.int() + plane_layout(fmt).exponent)[~_zero_blocks(codes, fmt)]
     return (int(shifted.min()), int(shifted.max())) if shifted.numel() else (1, 1)
 
 
-def scaling_for(smallest: int, largest: int, fmt: MXFormat) -> Scaling:
-    """For `scale_range`'s results, with the least lift. Raises MXCompileError if they are too far apart."""
+def scaling_for(smallest: int, largest: int, fmt: MXFormat) -> PlanarScaling:
+    """The scaling with the least lift for a range of `scale_range`. Raises MXCompileError if the range is too large."""
     layout = plane_layout(fmt)
     lift = max(0, largest - layout.largest_scale)
     unit = smallest - 127 - layout.exponent + fmt.emin - fmt.mantissa_bits
     if smallest - lift < 1 or (lift and unit - lift < _BFLOAT16_SMALLEST):
-        raise MXCompileError(f"the weight's scales span 2**{largest - smallest}, too much for planes")
-    most = e4m3_products.largest_span(fmt)
-    return Scaling(lift, largest - lift if most is not None and largest - smallest <= most else 0)
+        raise MXCompileError(f"the weight's scales span 2**{largest - smallest}, too much for the planar layout")
+    max_span = fp8_eligibility.largest_span(fmt)
+    return PlanarScaling(lift, largest - lift if max_span is not None and largest - smallest <= max_span else 0)
 
 
-def to_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: Scaling | None = None) -> Planes:
+def to_planes(
+    elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: PlanarScaling | None = None
+) -> PlanarWeight:
     """Repack elements `[out, blocks * block_bytes]` and scales `[out, blocks]` (see packing.py).
 
-    scaling: as `scaling_for` gives it for these rows and others; for these if None, which raises MXCompileError, with
-    the reason, for a weight that planes cannot hold.
+    scaling: from `scaling_for`, possibly shared with other weights. If None, it is computed for this weight, which
+    raises MXCompileError with the reason if the weight cannot be planar.
     """
     if scaling is None:
         scaling = scaling_for(*scale_range(elements, scales, fmt), fmt)
@@ -155,50 +166,50 @@ def to_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scalin
     shifted = scales.int() + layout.exponent - lift
     shifted = torch.where(zero, top or shifted.clamp(1, layout.largest_scale), shifted)
     shifted = shifted.repeat_interleave(fmt.block_size // LANES, dim=-1)
-    words = _join_words(_tiled(codes, layout.columns), fmt)
-    bytes_ = _tiled(shifted, layout.planes, value=top or 127).unflatten(-1, (-1, _SCALES_PER_WORD))
-    packed = sum(bytes_[..., i].long() << (8 * i) for i in range(_SCALES_PER_WORD))
+    words = _join_words(_to_tiles(codes, layout.columns), fmt)
+    scale_bytes = _to_tiles(shifted, layout.planes, value=top or 127).unflatten(-1, (-1, _SCALES_PER_WORD))
+    packed = sum(scale_bytes[..., i].long() << (8 * i) for i in range(_SCALES_PER_WORD))
     packed = torch.as_tensor(packed).transpose(-1, -2).to(torch.int32)
-    return Planes(words, packed.contiguous(), fmt, elements.shape[0], size, lift, top)
+    return PlanarWeight(words, packed.contiguous(), fmt, elements.shape[0], size, lift, top)
 
 
-def from_planes(planes: Planes) -> tuple[Tensor, Tensor]:
-    """Packed elements and scales again: the values of `to_planes`' arguments (a block of zeros may change its scale,
-    and -0 stays -0)."""
+def from_planes(planes: PlanarWeight) -> tuple[Tensor, Tensor]:
+    """The inverse of `to_planes`: packed elements and scales of the same values, including -0. The scale of an all-zero
+    block may differ."""
     fmt, layout = planes.fmt, plane_layout(planes.fmt)
     blocks = fmt.blocks(planes.size)
     codes = _split_words(planes.words, fmt).transpose(1, 2).flatten(0, 1).flatten(1)
     codes = codes[: planes.out, : blocks * fmt.block_size]
-    bytes_ = [(planes.scales >> (8 * i)) & 0xFF for i in range(_SCALES_PER_WORD)]
-    scales = torch.stack(bytes_, dim=-1).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
+    scale_bytes = [(planes.scales >> (8 * i)) & 0xFF for i in range(_SCALES_PER_WORD)]
+    scales = torch.stack(scale_bytes, dim=-1).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
     scales = scales[: planes.out, :: fmt.block_size // LANES][:, :blocks] - layout.exponent + planes.lift
     return packing.pack(codes.contiguous(), fmt), scales.clamp(0, 254).to(torch.uint8)
 
 
-def to_bytes(planes: Planes) -> tuple[Tensor, Tensor]:
-    """Words and scales as uint8 `[out, bytes]` and `[out, blocks]`, on the same memory."""
+def to_bytes(planes: PlanarWeight) -> tuple[Tensor, Tensor]:
+    """Views of words and scales as uint8 `[out, bytes]` and `[out, blocks]`."""
     parts = (planes.words, planes.scales)
     elements, scales = (part.view(torch.uint8).reshape(planes.out, -1) for part in parts)
     return elements, scales
 
 
-def from_bytes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: Scaling) -> Planes:
-    """The inverse of `to_bytes`, on the same memory; both contiguous."""
+def from_bytes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: PlanarScaling) -> PlanarWeight:
+    """The inverse of `to_bytes`: views of two contiguous tensors."""
     layout, out = plane_layout(fmt), len(elements)
     words = elements.view(torch.int16).view(out // TILE, -1, layout.words, TILE, LANES)
     exponents = scales.view(torch.int32).view(out // TILE, -1, layout.planes // _SCALES_PER_WORD, TILE)
-    return Planes(words, exponents, fmt, out, size, *scaling)
+    return PlanarWeight(words, exponents, fmt, out, size, *scaling)
 
 
 def padded_bytes(fmt: MXFormat, size: int) -> tuple[int, int]:
-    """Bytes of elements and of scales that a row of `size` values takes in planes."""
+    """Bytes of elements and of scales per row of `size` values in the planar layout."""
     layout = plane_layout(fmt)
-    slabs = -(-size // layout.columns)
-    return slabs * layout.words * 2 * LANES, slabs * layout.planes
+    k_steps = -(-size // layout.columns)
+    return k_steps * layout.words * 2 * LANES, k_steps * layout.planes
 
 
-def _tiled(values: Tensor, width: int, value: int = 0) -> Tensor:
-    """`[out, n]` to `[tiles, slabs, 64, width]`, padded with `value`."""
+def _to_tiles(values: Tensor, width: int, value: int = 0) -> Tensor:
+    """`[out, n]` to `[tiles, k_steps, 64, width]`, padded with `value`."""
     out, n = values.shape
     padding = (0, -n % width, 0, -out % TILE)
     padded = torch.nn.functional.pad(values, padding, value=value)
@@ -216,7 +227,7 @@ def _patterns(fmt: MXFormat, device: torch.device) -> Tensor:
 
 @cache
 def _pattern_table(fmt: MXFormat) -> tuple[int, ...]:
-    """The pattern of every code, -1 where it has none."""
+    """The pattern of every code, -1 for codes without one."""
     layout, half = plane_layout(fmt), 2 ** (fmt.bits - 1)
     if layout.shift is None:
         return tuple((code + half) % (2 * half) for code in range(2 * half))
@@ -232,7 +243,7 @@ def _pattern_table(fmt: MXFormat) -> tuple[int, ...]:
 
 
 def _join_words(codes: Tensor, fmt: MXFormat) -> Tensor:
-    """Codes `[tiles, slabs, 64, columns]` to words `[tiles, slabs, WORDS, 64, 32]`."""
+    """Codes `[tiles, k_steps, 64, columns]` to words `[tiles, k_steps, WORDS, 64, 32]`."""
     layout = plane_layout(fmt)
     patterns = _patterns(fmt, codes.device)
     words = [torch.zeros(1, dtype=torch.int32, device=codes.device)] * layout.words
@@ -245,7 +256,7 @@ def _join_words(codes: Tensor, fmt: MXFormat) -> Tensor:
 
 
 def _split_words(words: Tensor, fmt: MXFormat) -> Tensor:
-    """Words `[tiles, slabs, WORDS, 64, 32]` to codes `[tiles, slabs, 64, columns]`."""
+    """Words `[tiles, k_steps, WORDS, 64, 32]` to codes `[tiles, k_steps, 64, columns]`."""
     layout, table = plane_layout(fmt), _pattern_table(fmt)
     code_of = torch.zeros(0x10000, dtype=torch.uint8, device=words.device)
     code_of[torch.tensor([p for p in table if p >= 0], device=words.device)] = torch.tensor(
@@ -265,47 +276,47 @@ def _rotate_left(values: Tensor, by: int) -> Tensor:
     return ((values << by) | (values >> (16 - by))) & 0xFFFF
 
 
-def _four(word: int) -> tuple[tuple[Field, ...], ...]:
-    """Four planes of sign (bit 15) and three bits (8 to 6) in one word. No rotations of that set fill a word, so the
-    last plane is in three pieces."""
+def _four_planes(word: int) -> tuple[tuple[BitField, ...], ...]:
+    """Four planes of sign (bit 15) and three bits (8 to 6) in one word. No four rotations of that mask fill a word, so
+    the last plane is stored in three pieces."""
     return (
-        (Field(word, 0, 0x81C0),),
-        (Field(word, 13, 0x81C0),),
-        (Field(word, 10, 0x81C0),),
-        (Field(word, 15, 0x8000), Field(word, 3, 0x0180), Field(word, 7, 0x0040)),
+        (BitField(word, 0, 0x81C0),),
+        (BitField(word, 13, 0x81C0),),
+        (BitField(word, 10, 0x81C0),),
+        (BitField(word, 15, 0x8000), BitField(word, 3, 0x0180), BitField(word, 7, 0x0040)),
     )
 
 
-def _nibbles(word: int, first: int) -> tuple[tuple[Field, ...], ...]:
-    """Four planes of four neighbouring bits, the lowest being bit `first`."""
-    return tuple((Field(word, (4 * j - first) % 16, 0xF << first),) for j in range(4))
+def _nibbles(word: int, first: int) -> tuple[tuple[BitField, ...], ...]:
+    """Four planes of four adjacent bits, the lowest of which is bit `first`."""
+    return tuple((BitField(word, (4 * j - first) % 16, 0xF << first),) for j in range(4))
 
 
-def _with(
-    planes: tuple[tuple[Field, ...], ...], others: tuple[tuple[Field, ...], ...]
-) -> tuple[tuple[Field, ...], ...]:
+def _combined(
+    planes: tuple[tuple[BitField, ...], ...], others: tuple[tuple[BitField, ...], ...]
+) -> tuple[tuple[BitField, ...], ...]:
     return tuple(a + b for a, b in zip(planes, others, strict=True))
 
 
-_PAIRS: Final = tuple((Field(2, (2 * j - 4) % 16, 0x0030),) for j in range(8))
+_PAIRS: Final = tuple((BitField(2, (2 * j - 4) % 16, 0x0030),) for j in range(8))
 _SIGN_AND_LAST: Final = (
-    *((Field(2, -j % 16, 0x8020),) for j in range(6)),
-    (Field(2, 10, 0x8000), Field(2, 3, 0x0020)),
-    (Field(2, 8, 0x8000), Field(2, 1, 0x0020)),
+    *((BitField(2, -j % 16, 0x8020),) for j in range(6)),
+    (BitField(2, 10, 0x8000), BitField(2, 3, 0x0020)),
+    (BitField(2, 8, 0x8000), BitField(2, 1, 0x0020)),
 )
 
 
-def _bytes(*fields: tuple[tuple[int, int], ...]) -> tuple[tuple[Field, ...], ...]:
-    """Two planes a word, two words a slab; `fields` are (rotation, mask) of the first and second plane of a word."""
-    return tuple(tuple(Field(word, *field) for field in plane) for word in range(2) for plane in fields)
+def _bytes(*fields: tuple[tuple[int, int], ...]) -> tuple[tuple[BitField, ...], ...]:
+    """Two planes per word, two words per K-step; `fields`: (rotation, mask) of the first and second plane of a word."""
+    return tuple(tuple(BitField(word, *field) for field in plane) for word in range(2) for plane in fields)
 
 
 _LAYOUTS: Final = {
     "mxint4": PlaneLayout(1, 0x4300, -136, -2, None, _nibbles(0, 0)),
-    "mxfp4": PlaneLayout(1, 0, 0, 126, 6, _four(0)),
-    "mxint6": PlaneLayout(3, 0x4300, -160, -4, None, _with(_nibbles(0, 0) + _nibbles(1, 0), _PAIRS)),
-    "mxfp6_e2m3": PlaneLayout(3, 0, 0, 126, 4, _with(_four(0) + _four(1), _PAIRS)),
-    "mxfp6_e3m2": PlaneLayout(3, 0, 0, 124, 5, _with(_nibbles(0, 6) + _nibbles(1, 6), _SIGN_AND_LAST)),
+    "mxfp4": PlaneLayout(1, 0, 0, 126, 6, _four_planes(0)),
+    "mxint6": PlaneLayout(3, 0x4300, -160, -4, None, _combined(_nibbles(0, 0) + _nibbles(1, 0), _PAIRS)),
+    "mxfp6_e2m3": PlaneLayout(3, 0, 0, 126, 4, _combined(_four_planes(0) + _four_planes(1), _PAIRS)),
+    "mxfp6_e3m2": PlaneLayout(3, 0, 0, 124, 5, _combined(_nibbles(0, 6) + _nibbles(1, 6), _SIGN_AND_LAST)),
     "mxint8": PlaneLayout(2, 0, 0, 127, 0, _bytes(((0, 0x807F),), ((8, 0x807F),))),
     "mxfp8_e4m3": PlaneLayout(2, 0, 0, 120, 4, _bytes(((0, 0x87F0),), ((15, 0x8000), (3, 0x0700), (12, 0x00F0)))),
     "mxfp8_e5m2": PlaneLayout(2, 0, 0, 112, 5, _bytes(((0, 0x8FE0),), ((15, 0x8000), (2, 0x0C00), (11, 0x03E0)))),

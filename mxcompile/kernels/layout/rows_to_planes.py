@@ -1,6 +1,6 @@
-"""Packed weights as bytes in rows (packing.py) <-> bytes in planes (planes.py), a few tiles at a time.
+"""Convert packed weights between the row-major (packing.py) and the planar layout (planes.py), a few tiles at a time.
 
-Planes come with their `Scaling`: the power of two that their values lack, and what products at the rate of 8 bits need.
+Both are bytes. A planar weight comes with its `PlanarScaling`.
 """
 
 from collections.abc import Iterator
@@ -12,75 +12,79 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
 from mxcompile.kernels.layout.planes import (
     TILE,
-    Planes,
-    Scaling,
+    PlanarScaling,
+    PlanarWeight,
     from_bytes,
     from_planes,
     padded_bytes,
     scale_range,
     to_bytes,
     to_planes,
-    why_no_format,
+    why_format_not_planar,
 )
-from mxcompile.numerics.row_slices import VALUES, VALUES_ON_GPU
+from mxcompile.numerics.row_slices import SLICE_VALUES, SLICE_VALUES_ON_GPU
 
-Parts = tuple[Tensor, Tensor]
-Range = tuple[int, int]
+PackedTensors = tuple[Tensor, Tensor]
+ScaleRange = tuple[int, int]
 
 
-def why_no_shape(out: int, fmt: MXFormat) -> str | None:
-    """Why a weight with so many outputs must stay in rows, whatever its data is, in a sentence."""
+def why_shape_not_planar(out: int, fmt: MXFormat) -> str | None:
+    """Why a weight with `out` outputs must stay row-major whatever its values are, in a sentence; else None."""
     if out % TILE:
-        return f"planes hold weights with a multiple of {TILE} outputs, not {out}"
-    return why_no_format(fmt)
+        return f"the planar layout needs a multiple of {TILE} outputs, not {out}"
+    return why_format_not_planar(fmt)
 
 
-def range_of_rows(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int) -> Range:
-    """The range of a weight's scales, `[out, bytes]`, as `planes.scaling_for` takes it. Reads the data; raises
-    MXCompileError, with the reason, if it must stay in rows."""
+def weight_scale_range(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int) -> ScaleRange:
+    """The range of a weight's scales, for `planes.scaling_for`; elements `[out, bytes]`. Reads the data.
+
+    Raises MXCompileError with the reason if the weight must stay row-major.
+    """
     if elements.dim() != 2:
-        raise MXCompileError(f"planes hold 2-D weights, not {elements.dim()}-D")
-    if (reason := why_no_shape(len(elements), fmt)) is not None:
+        raise MXCompileError(f"the planar layout needs a 2-D weight, not {elements.dim()}-D")
+    if (reason := why_shape_not_planar(len(elements), fmt)) is not None:
         raise MXCompileError(reason)
     ranges = [scale_range(part, exponents, fmt) for part, exponents in _pieces(elements, scales, size)]
     return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
-def planes_of_rows(
-    elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: Scaling, out: Parts | None = None
-) -> Parts:
-    """Rows to planes, both as bytes, into `out` if given. scaling: what `scaling_for` says of their range."""
-    place = out or empty_planes(len(elements), fmt, size, elements.device)
+def convert_to_planes(
+    elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: PlanarScaling, out: PackedTensors | None = None
+) -> PackedTensors:
+    """Row-major bytes to planar bytes, into `out` if given. scaling: from `scaling_for` for the weight's range."""
+    result = out or empty_planes(len(elements), fmt, size, elements.device)
     start = 0
     for part, exponents in _pieces(elements, scales, size):
-        for target, values in zip(place, to_bytes(to_planes(part, exponents, fmt, size, scaling)), strict=True):
+        for target, values in zip(result, to_bytes(to_planes(part, exponents, fmt, size, scaling)), strict=True):
             target[start : start + len(part)] = values
         start += len(part)
-    return place
+    return result
 
 
-def rows_of_planes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: Scaling) -> Parts:
-    """Planes to rows, both as bytes."""
+def convert_to_rows(
+    elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: PlanarScaling
+) -> PackedTensors:
+    """Planar bytes to row-major bytes."""
     planes = from_bytes(elements.contiguous(), scales.contiguous(), fmt, size, scaling)
     step = _tiles_at_once(elements, size)
     pieces = [
-        from_planes(Planes(words, exponents, fmt, TILE * len(words), size, *scaling))
+        from_planes(PlanarWeight(words, exponents, fmt, TILE * len(words), size, *scaling))
         for words, exponents in zip(planes.words.split(step), planes.scales.split(step), strict=True)
     ]
     return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
 
 
-def empty_planes(out: int, fmt: MXFormat, size: int, device: torch.device) -> Parts:
-    """Room for a weight in planes, as bytes."""
+def empty_planes(out: int, fmt: MXFormat, size: int, device: torch.device) -> PackedTensors:
+    """Uninitialized bytes for a planar weight."""
     width, blocks = padded_bytes(fmt, size)
     words = torch.empty(out, width, dtype=torch.uint8, device=device)
     return words, torch.empty(out, blocks, dtype=torch.uint8, device=device)
 
 
-def _pieces(elements: Tensor, scales: Tensor, size: int) -> Iterator[Parts]:
+def _pieces(elements: Tensor, scales: Tensor, size: int) -> Iterator[PackedTensors]:
     rows = TILE * _tiles_at_once(elements, size)
     yield from zip(elements.split(rows), scales.split(rows), strict=True)
 
 
 def _tiles_at_once(elements: Tensor, size: int) -> int:
-    return max(1, (VALUES_ON_GPU if elements.is_cuda else VALUES) // (TILE * size))
+    return max(1, (SLICE_VALUES_ON_GPU if elements.is_cuda else SLICE_VALUES) // (TILE * size))

@@ -1,1 +1,1 @@
-"""Triton kernels; also run by Triton's interpreter on a CPU."""
+"""Triton kernels; they also run on a CPU in Triton's interpreter."""

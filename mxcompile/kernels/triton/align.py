@@ -1,19 +1,18 @@
-"""x -> e4m3 elements with one power of two a token, for products at the rate of 8 bits (gluon/fp8_linear.py), or the
-values of these; rounded to an MX format on the way, if one is given.
+"""x -> e4m3 elements with one power of two per token, the input of the FP8 matmul (gluon/fp8_linear.py), or the values.
 
     power[m] = 2**(floor(log2(max |x[m]|)) - 7)        aligned[m] = e4m3(x[m] / power[m])
 
-Elements of MXFP4, MXINT4 and MXFP6 have no more significant bits than e4m3, so that they are kept exactly unless they
-are small: less than 2**-13 (2**-14 for integers) of the token's largest, in steps of 2**-16 of it. What is smaller is
-rounded to such steps, the smallest of e4m3.
+x may be quantized to an MX format in the same kernel. Elements of MXFP4, MXINT4 and MXFP6 have no more significant bits
+than e4m3, so they are exact unless they are small: below 2**-13 (integers: 2**-14) of the largest of their token they
+are rounded to multiples of 2**-16 of it, the smallest step of e4m3.
 
-Elements of MXFP8 E4M3 lose more so, where a model asks for it: `reference.align` of the rounded values. Rounding can
-make a token's largest the next power of two; for them it is the power of what it has become.
+Elements of MXFP8 E4M3 lose more, and are aligned only where the model asks for it: `reference.align` of the rounded
+values. Rounding can raise the largest of a token to the next power of two; for MXFP8 the power follows the rounded one.
 """
 
-# ruff: noqa: N803  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 import math
 from functools import cache
@@ -26,17 +25,17 @@ from torch import Tensor
 
 from mxcompile.formats import MXFP8_E4M3, MXFormat, ScaleRule
 from mxcompile.kernels.triton.elements import launch, narrow, power_of_two, unsupported_device, unsupported_dtype, widen
-from mxcompile.kernels.triton.quantize import _fraction_limit, _larger, _round_magnitude, _scale_exponent
-from mxcompile.numerics.reference import ALIGNED_TOP
+from mxcompile.kernels.triton.quantize import _fraction_limit, _maximum, _round_magnitude, _scale_exponent
+from mxcompile.numerics.reference import ALIGNED_TOP_EXPONENT
 
 _MOST_COLUMNS: Final = 4096
-_TOP = tl.constexpr(ALIGNED_TOP)
+_TOP = tl.constexpr(ALIGNED_TOP_EXPONENT)
 _E4M3 = tl.constexpr((4, 3, -6, 448.0))
 Rounding: TypeAlias = tuple[MXFormat, ScaleRule]
 
 
 def supports(x: Tensor, rounding: Rounding | None = None) -> str | None:
-    """None if `values` can serve, or the reason why not."""
+    """None if `align` and `values` support the call, else the reason."""
     if rounding is not None and rounding[1] is ScaleRule.MSE:
         return "scale rule mse searches exponents, which the kernel does not do"
     return unsupported_device(x) or unsupported_dtype(x.dtype)
@@ -45,7 +44,7 @@ def supports(x: Tensor, rounding: Rounding | None = None) -> str | None:
 def align(x: Tensor, rounding: Rounding | None = None) -> tuple[Tensor, Tensor]:
     """x `[..., size]` to e4m3 `[tokens, size]` and powers `[tokens]` in float32, in one launch.
 
-    A token with Inf or NaN has power NaN.
+    The power of a token that holds Inf or NaN is NaN.
     """
     rows, size = math.prod(x.shape[:-1]), x.shape[-1]
     aligned = torch.empty((rows, size), dtype=torch.float8_e4m3fn, device=x.device)
@@ -55,8 +54,10 @@ def align(x: Tensor, rounding: Rounding | None = None) -> tuple[Tensor, Tensor]:
 
 
 def values(x: Tensor, rounding: Rounding | None = None) -> Tensor:
-    """The same as values of x's shape and dtype: `reference.align(x)`, of x rounded to MXFP8 E4M3 if that is given, bit
-    for bit (the payload of a NaN excepted). For what `supports` has no objection to."""
+    """The aligned values in the shape and dtype of x: `reference.align(x)`, bit for bit (except for NaN payloads).
+
+    rounding: if given, x is quantized to that MXFP8 E4M3 first. Only for calls that `supports` accepts.
+    """
     aligned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, aligned, None, rounding)
     return aligned
@@ -89,11 +90,11 @@ def _launch(x: Tensor, aligned: Tensor, powers: Tensor | None, rounding: Roundin
 @cache
 def _constants(rounding: Rounding | None, largest: int) -> dict[str, Any]:
     if rounding is None:
-        return {"ROUNDING": None, "OF_ROUNDED": False}
+        return {"ROUNDING": None, "ALIGN_ROUNDED": False}
     fmt, rule = rounding
     limit = _fraction_limit(fmt, rule)
-    numbers = (fmt.exponent_bits, fmt.mantissa_bits, fmt.emin, fmt.emax, fmt.max_value, limit, largest)
-    return {"ROUNDING": numbers, "OF_ROUNDED": fmt.name == MXFP8_E4M3.name}
+    scaled = (fmt.exponent_bits, fmt.mantissa_bits, fmt.emin, fmt.emax, fmt.max_value, limit, largest)
+    return {"ROUNDING": scaled, "ALIGN_ROUNDED": fmt.name == MXFP8_E4M3.name}
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def _align_kernel(
     x_stride_row,
     x_stride_column,
     ROUNDING: tl.constexpr,
-    OF_ROUNDED: tl.constexpr,
+    ALIGN_ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -118,23 +119,23 @@ def _align_kernel(
     largest = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if not WHOLE:
         for first in range(BLOCKS * BLOCK, size, BLOCKS * BLOCK):
-            more = _load(x, first + lane, size, x_stride_column)
-            largest = tl.maximum(largest, more.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    amax = tl.reduce(tl.reduce(largest, 1, _larger), 0, _larger)
-    top = amax
-    if OF_ROUNDED:
-        # What rounds to more is never less, also from block to block: the largest becomes the largest.
-        top = _rounded_magnitude(amax, amax, ROUNDING).to(tl.int32, bitcast=True)
-    # A rounded value may be the next power of two; 2**8 is still less than e4m3's largest, 448.
-    exponent = tl.maximum((top >> 23) - 127 - _TOP, -127)
+            values_behind = _load(x, first + lane, size, x_stride_column)
+            largest = tl.maximum(largest, values_behind.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    amax = tl.reduce(tl.reduce(largest, 1, _maximum), 0, _maximum)
+    largest_bits = amax
+    if ALIGN_ROUNDED:
+        # Rounding is monotonic, also across blocks, so the largest value stays the largest.
+        largest_bits = _rounded_magnitude(amax, amax, ROUNDING).to(tl.int32, bitcast=True)
+    # A rounded value may reach the next power of two; 2**8 is still below the maximum of e4m3, 448.
+    exponent = tl.maximum((largest_bits >> 23) - 127 - _TOP, -127)
     power = tl.where(amax >= 0x7F800000, float("nan"), power_of_two(exponent))
     if powers is not None:
         tl.store(powers + row, power)
     _store(aligned, values, lane, size, exponent, power, ROUNDING)
     if not WHOLE:
         for first in range(BLOCKS * BLOCK, size, BLOCKS * BLOCK):
-            more = _load(x, first + lane, size, x_stride_column)
-            _store(aligned, more, first + lane, size, exponent, power, ROUNDING)
+            values_behind = _load(x, first + lane, size, x_stride_column)
+            _store(aligned, values_behind, first + lane, size, exponent, power, ROUNDING)
 
 
 @triton.jit
@@ -146,11 +147,11 @@ def _load(x, column, size, stride):
 def _store(aligned, values, column, size, exponent, power, ROUNDING: tl.constexpr):
     if ROUNDING is not None:
         values = _rounded(values, ROUNDING)
-    numbers = values * power_of_two(-exponent)
+    scaled = values * power_of_two(-exponent)
     if aligned.dtype.element_ty == tl.float8e4nv:
-        tl.store(aligned + column, numbers.to(tl.float8e4nv), mask=column < size)
+        tl.store(aligned + column, scaled.to(tl.float8e4nv), mask=column < size)
     else:
-        bits = numbers.to(tl.int32, bitcast=True)
+        bits = scaled.to(tl.int32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
         nearest = magnitude.to(tl.float32, bitcast=True)
         nearest = _round_magnitude(nearest, _E4M3[0], _E4M3[1], _E4M3[2], _E4M3[3]) * power
@@ -160,17 +161,17 @@ def _store(aligned, values, column, size, exponent, power, ROUNDING: tl.constexp
 
 @triton.jit
 def _rounded(values, ROUNDING: tl.constexpr):
-    """Blocks `[n, block]` in float32, rounded as triton/quantize.py does, but for Inf and NaN."""
+    """Quantize-dequantize blocks `[n, block]` in float32 as triton/quantize.py does, except for Inf and NaN."""
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    amax = tl.expand_dims(tl.reduce(magnitude, 1, _larger), 1)
+    amax = tl.expand_dims(tl.reduce(magnitude, 1, _maximum), 1)
     v = _rounded_magnitude(magnitude, amax, ROUNDING)
     return (v.to(tl.int32, bitcast=True) | (bits ^ magnitude)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _rounded_magnitude(magnitude, amax, ROUNDING: tl.constexpr):
-    """Bits of magnitudes to float32, rounded on the scale that the largest of their block asks for."""
+    """Bits of magnitudes to float32, rounded with the scale of their block's maximum `amax`."""
     exponent = _scale_exponent(amax, ROUNDING[3], ROUNDING[5], ROUNDING[6])
     v = magnitude.to(tl.float32, bitcast=True) * power_of_two(-exponent)
     return _round_magnitude(v, ROUNDING[0], ROUNDING[1], ROUNDING[2], ROUNDING[4]) * power_of_two(exponent)

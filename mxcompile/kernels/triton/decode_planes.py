@@ -1,12 +1,12 @@
-"""A plane of a weight (planes.py) -> bfloat16 values in registers, in Triton kernels: as PTX, from its layout.
+"""Decode one plane of a planar weight (planes.py) to bfloat16 in registers, in Triton kernels; PTX from its layout.
 
-For each field of a plane one shift, rotation or nothing, and one LOP3; then one fused multiply-add for two elements.
-The interpreter, which knows no PTX, applies the same fields with integer operations.
+Each bit field of a plane costs at most one shift or rotation and one LOP3; then one fused multiply-add decodes two
+elements. The interpreter, which has no PTX, applies the same bit fields with integer operations.
 """
 
-# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 from functools import cache
 from typing import Any
@@ -16,15 +16,15 @@ import triton
 import triton.language as tl
 
 from mxcompile.formats import MXFormat
-from mxcompile.kernels.layout.planes import Field, PlaneLayout, plane_layout
+from mxcompile.kernels.layout.planes import BitField, PlaneLayout, plane_layout
 from mxcompile.kernels.triton.elements import narrow, widen
 
 
 @cache
 def layout_constants(fmt: MXFormat) -> dict[str, tuple[Any, ...]]:
-    """What the kernels know of a layout, at compile time.
+    """The constexpr arguments that describe a planar layout.
 
-    SHAPE: planes, words, constant, offset. FIELDS: of every plane. ASSEMBLY: of every plane, and the addend's.
+    SHAPE: planes, words, constant, offset. FIELDS: of every plane. ASSEMBLY: PTX of every plane, then of the addend.
     """
     layout = plane_layout(fmt)
     assembly = [_assembly(layout, plane) for plane in range(layout.planes)]
@@ -35,8 +35,8 @@ def layout_constants(fmt: MXFormat) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def shift_to_place(field: Field) -> str | None:
-    """PTX that brings a field's bits to their places (and others with them), from register %s; None: they are there."""
+def shift_instruction(field: BitField) -> str | None:
+    """PTX that shifts the bits of a field in register %s to their position in the pattern; None if they are there."""
     sources = [bit + field.rotation for bit in range(16) if field.mask >> bit & 1]
     if field.rotation == 0:
         return None
@@ -48,39 +48,41 @@ def shift_to_place(field: Field) -> str | None:
 
 
 def _assembly(layout: PlaneLayout, plane: int) -> str:
-    """PTX that decodes two neighbouring elements: $0 = value, $1 = first word, $2 = last word, $3 = scale, $5 = addend.
+    """PTX that decodes two adjacent elements: $0 = value, $1 = first word, $2 = last word, $3 = scale, $5 = addend.
 
-    Scale and addend are bfloat16 pairs in 32-bit elements, of which Triton passes one for each of the two elements.
+    Scale and addend are bfloat16 pairs in 32-bit registers; Triton passes one for each of the two elements.
     """
-    lines = [f"mov.b32 p, {doubled(layout.constant)};"] if layout.constant else []
+    lines = [f"mov.b32 p, {in_both_halves(layout.constant)};"] if layout.constant else []
     for field in layout.fields[plane]:
-        source, shift = "$2" if field.word == 2 else "$1", shift_to_place(field)
+        source, shift = "$2" if field.word == 2 else "$1", shift_instruction(field)
         if shift is not None:
             lines.append(shift % source)
             source = "t"
         if layout.constant == 0 and field is layout.fields[plane][0]:
-            lines.append(f"and.b32 p, {source}, {doubled(field.mask)};")
+            lines.append(f"and.b32 p, {source}, {in_both_halves(field.mask)};")
         else:
-            lines.append(f"lop3.b32 p, {source}, {doubled(field.mask)}, p, 0xEA;")
+            lines.append(f"lop3.b32 p, {source}, {in_both_halves(field.mask)}, p, 0xEA;")
     addend = "$5" if layout.offset else "z"
     zero = "" if layout.offset else "mov.b32 z, 0x80008000; "
     return f"{{ .reg .b32 p, t, z; {' '.join(lines)} {zero}fma.rn.bf16x2 $0, p, $3, {addend}; }}"
 
 
 def _addend_assembly(layout: PlaneLayout) -> str:
-    """PTX for `offset * scale` in both halves of a bfloat16 pair."""
+    """PTX that puts `offset * scale` in both halves of a bfloat16 pair."""
     offset = int(torch.tensor(float(layout.offset)).to(torch.bfloat16).view(torch.int16)) & 0xFFFF
-    return f"{{ .reg .b32 c, z; mov.b32 c, {doubled(offset)}; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, c, z; }}"
+    return (
+        f"{{ .reg .b32 c, z; mov.b32 c, {in_both_halves(offset)}; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, c, z; }}"
+    )
 
 
-def doubled(half: int) -> str:
-    """16 bits in both halves of a register, in PTX."""
+def in_both_halves(half: int) -> str:
+    """A 16-bit constant in both halves of a register, in PTX."""
     return f"0x{half:04X}{half:04X}"
 
 
 @triton.jit
 def _decode(first, last, scales, plane, FIELDS: tl.constexpr, CONSTANT: tl.constexpr, OFFSET: tl.constexpr):
-    """What the assembly does, in plain operations: words `[n, 32]` and scale words `[n]` to float32 `[n, 32]`."""
+    """The same as the PTX in plain operations: words `[n, 32]` and scale words `[n]` to float32 `[n, 32]`."""
     pattern = CONSTANT
     for from_last, rotation, mask in FIELDS[plane]:
         word = (last if from_last else first).to(tl.int32) & 0xFFFF
@@ -103,7 +105,7 @@ def plane_values(
     ASSEMBLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """One plane of a tile, `[n, 32]`, from a slab's words and scales: bfloat16, or float32 in the interpreter."""
+    """One plane of a tile, `[n, 32]`, from the words and scales of a K-step: bfloat16, or float32 if interpreted."""
     PLANES: tl.constexpr = SHAPE[0]
     WORDS: tl.constexpr = SHAPE[1]
     OFFSET: tl.constexpr = SHAPE[3]

@@ -1,23 +1,23 @@
 """MX element codes and scale bytes -> float32 values, inside Triton kernels.
 
-What every kernel of this folder shares: reading codes out of packing.py's layout, decoding them, exact conversion
-between float32 and the tensor's own type, finding the last of several programs, and the question whether a tensor's
-device can run Triton at all.
+Shared by the kernels of this folder: reading codes from the packed layout of packing.py, decoding them, exact
+conversion between float32 and the tensor's dtype, detecting the last of several programs, and the check whether Triton
+runs on a tensor's device.
 
-One block of `BLOCK` elements is `BLOCK * BITS / 8` bytes, and splits into `PARTS` runs of `WIDTH = BLOCK / PARTS`
-neighbouring elements that come from the same bytes: 1 part for 8 bits, 2 for 4 bits (low and high nibbles), 4 for 6
+One block of `BLOCK` elements is `BLOCK * BITS / 8` bytes. It splits into `PARTS` runs of `WIDTH = BLOCK / PARTS`
+adjacent elements that are stored in the same bytes: 1 part for 8 bits, 2 for 4 bits (low and high nibbles), 4 for 6
 bits (nibbles and bit pairs of a quarter block). A kernel works part by part: part `p`, lane `i` is element
 `p * WIDTH + i` of its block.
 
-Exactness rests on two things. Multiplying by a power of two is exact, subnormal operands and results included: that
-holds because Triton emits `mul.f32` without `.ftz` (numpy, in the interpreter, keeps subnormals too). And bfloat16 is
-converted by moving bits: Triton's interpreter gets bfloat16 subnormals wrong and does not round to even.
+Two things make the results exact. Multiplying by a power of two is exact, including subnormal operands and results,
+because Triton emits `mul.f32` without `.ftz` (numpy, in the interpreter, keeps subnormals too). And bfloat16 is
+converted with integer operations: Triton's interpreter gets bfloat16 subnormals wrong and does not round to even.
 """
 
-# ruff: noqa: N803, N806, SIM300  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803, N806, SIM300  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# triton ships no types for what jit functions do (their arguments are neither Python's nor torch's, tl.static_range
-# is "not iterable"): strict checking has nothing true to say about them. Host code is fully typed all the same.
+# Triton ships no types for jit functions (their arguments are neither Python's nor torch's, tl.static_range is "not
+# iterable"), so strict checking reports false errors there. Host code is fully typed all the same.
 
 from functools import cache
 from typing import Any
@@ -37,7 +37,7 @@ def unsupported_device(x: Tensor) -> str | None:
     if x.device.type != "cuda":
         return f"Triton kernels need a CUDA device, not {x.device.type}"
     if torch.version.hip is not None:
-        return "the Triton kernels rely on float32 subnormals being kept, which was checked for NVIDIA GPUs only"
+        return "the Triton kernels rely on float32 subnormals being kept, which was verified on NVIDIA GPUs only"
     major, minor = capability(x.device)
     if major < 8:
         return f"the Triton kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}"
@@ -52,7 +52,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many the GPU has."""
+    """The GPU's number of multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -64,7 +64,7 @@ def unsupported_dtype(dtype: torch.dtype) -> str | None:
 
 
 def element_constants(fmt: MXFormat) -> dict[str, int]:
-    """The compile-time arguments by which a kernel knows its format."""
+    """The constexpr arguments that describe a format."""
     return {
         "BITS": fmt.bits,
         "EXPONENT_BITS": fmt.exponent_bits,
@@ -89,7 +89,7 @@ def launch(kernel: Any, programs: int | tuple[int, ...], *arguments: Any, **cons
 
 @triton.jit
 def element_offsets(column, BITS: tl.constexpr, WIDTH: tl.constexpr):
-    """Where the bytes of lane `column % WIDTH` of block `column // WIDTH` start, in bytes; see load_codes."""
+    """Byte offset of lane `column % WIDTH` of block `column // WIDTH`; see load_codes."""
     return column + (column // WIDTH) * (2 * WIDTH) if BITS == 6 else column
 
 
@@ -118,12 +118,12 @@ def decode(
 ):
     """Codes (int32) to element values (float32), Inf and NaN codes included."""
     if EXPONENT_BITS == 0:
-        # The sign is shifted into bit 31; the unit takes the shift back.
+        # The sign is shifted into bit 31; UNIT undoes the shift.
         UNIT: tl.constexpr = 2.0 ** (BITS - 32 - MANTISSA_BITS)
         values = (codes << (32 - BITS)).to(tl.float32) * UNIT
     else:
-        # Exponent and mantissa fields put where float32 has them are the value times 2**(1 - EMIN - 127),
-        # an element's subnormals being float32's.
+        # Exponent and mantissa moved to the fields of float32 are the value times 2**(1 - EMIN - 127);
+        # subnormal elements become subnormals of float32.
         REBIAS: tl.constexpr = 2.0 ** (126 + EMIN)
         magnitude = codes & (2 ** (BITS - 1) - 1)
         finite = (magnitude << (23 - MANTISSA_BITS)).to(tl.float32, bitcast=True) * REBIAS
@@ -177,7 +177,7 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def arrives_last(counter, count):
-    """Whether this program is the last of `count` to come here, whose stores it then sees; sets the counter back."""
+    """Whether this program is the last of `count` to arrive; it then sees their stores. Resets the counter."""
     tl.debug_barrier()
     arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     if arrived == count - 1:

@@ -1,27 +1,27 @@
-"""y = x @ dequantize(w).T + bias for a weight in planes (planes.py), decoded in registers.
+"""y = x @ dequantize(w).T + bias for a planar weight (planes.py), decoded in registers.
 
 One kernel from decode to prefill: the weight is the left operand, `acc[out, tokens] += plane[out, 32] @ x.T[32, :]`
-(or four planes at a time), so that its rows fill the tensor core's fixed dimension however few the tokens are, and on
-Hopper wgmma takes it from registers. A `Config` says how the product is cut.
+(or four planes at a time). Its rows fill the fixed dimension of the tensor core however few the tokens are, and on
+Hopper wgmma reads it from registers. A `Config` holds the tile sizes.
 
-With 4 or 8 warps and 64 rows or more a warpgroup's Triton uses wgmma; else mma.sync, which needs neither descriptors
-nor waits and takes 8 tokens. Joined planes make one chain of wgmma that runs while the next slab is decoded.
+With 4 or 8 warps and at least 64 rows per warpgroup Triton uses wgmma; else mma.sync, which needs neither descriptors
+nor waits and takes 8 tokens. Joined planes form one chain of wgmma that runs while the next K-step is decoded.
 
-**Split K** without atomics on values: each program writes its partial sums, and the last one to arrive at a tile (a
-counter per tile tells) adds them in the order of the splits, casts, and sets the counter back to zero. So results are
-equal bit for bit on repeat, and nothing needs clearing in between. Counters must not be shared by calls that may run at
-the same time.
+**Split-K** without atomic adds: each program stores its partial sums. The last program to arrive at a tile, found with
+a counter (semaphore) per tile, adds them in the order of the splits, casts, and resets the counter to zero. So results
+are bit-identical on repeat, and nothing needs clearing between calls. Calls that may run concurrently must not share
+counters.
 
-**Dependent launch** (`Config.dependent`, compute capability 9.0): the kernel may start while the one before it in the
-stream still runs, fetches weights into L2, which no kernel of the stream writes, and only then waits for it.
+**Programmatic dependent launch** (`Config.dependent`, compute capability 9.0): the kernel may start while the previous
+one in the stream still runs. It prefetches weights, which no kernel of the stream writes, into L2 and only then waits.
 
-The interpreter knows neither inline PTX nor bfloat16 products: there, the same table of fields (planes.py) is applied
-with integer operations and the same values are multiplied as float32.
+The interpreter supports neither inline PTX nor bfloat16 matmuls: there the bit fields (planes.py) are decoded with
+integer operations and the same values are multiplied as float32.
 """
 
-# ruff: noqa: N803, N806, SIM108  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803, N806, SIM108  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 import math
 from collections.abc import Sequence
@@ -36,20 +36,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
-from mxcompile.kernels.layout.planes import Planes, plane_layout
+from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout
 from mxcompile.kernels.triton.decode_planes import layout_constants, plane_values
 from mxcompile.kernels.triton.elements import arrives_last, launch, narrow, unsupported_device, widen
 
-MOST_WEIGHTS: Final = 3
+MAX_WEIGHTS: Final = 3
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a product is cut: `rows` tokens x `out` outputs a program, K in `split` parts.
+    """Tile config: a program computes `rows` tokens x `out` outputs; K is divided into `split` parts (split-K).
 
-    group: how many tiles of tokens run side by side for the same outputs (for L2). joined: one dot over 128 columns
-    instead of one a plane. registers: at most so many a thread, 0 for the compiler's choice. prefetch: slabs that a
-    program asks L2 for before it waits for the kernel before it, with `dependent` launch only.
+    group: number of token tiles scheduled together for the same outputs (L2 reuse). joined: one dot over 128 columns
+    instead of one per plane. registers: limit per thread, 0 for the compiler's choice. prefetch: K-steps prefetched
+    into L2 before a program waits for the previous kernel, with `dependent` launch only.
     """
 
     rows: int
@@ -65,31 +65,33 @@ class Config:
 
 
 def supports(x: Tensor) -> str | None:
-    """None if `linear` can serve `x`, or the reason why not."""
+    """None if `linear` supports x, else the reason."""
     if x.dtype != torch.bfloat16:
         return f"planes are decoded to bfloat16, the activation is {str(x.dtype).removeprefix('torch.')}"
     return unsupported_device(x)
 
 
-def linear(x: Tensor, planes: Planes, bias: Tensor | None, config: Config, counters: Tensor | None = None) -> Tensor:
-    """`x @ dequantize(planes).T + bias`, summed in float32 and rounded once: x `[..., in]`, y `[..., out]`.
+def linear(
+    x: Tensor, planes: PlanarWeight, bias: Tensor | None, config: Config, counters: Tensor | None = None
+) -> Tensor:
+    """`x @ dequantize(planes).T + bias`, accumulated in float32, rounded once: x `[..., in]`, y `[..., out]`.
 
-    counters: int32 zeros, at least `counters_needed(...)` of them, which a split K sets back to zero; made if missing.
+    counters: at least `counters_needed(...)` int32 zeros for split-K, which leaves them zero; allocated if None.
     """
     return linears(x, planes, [planes.out], [bias], config, counters)[0]
 
 
 def linears(
     x: Tensor,
-    planes: Planes,
+    planes: PlanarWeight,
     outs: Sequence[int],
     biases: Sequence[Tensor | None],
     config: Config,
     counters: Tensor | None = None,
 ) -> list[Tensor]:
-    """`linear` in one launch for up to three weights that lie behind each other in `planes`: `outs` rows of it each.
+    """`linear` in one launch for up to three weights, stored one after the other in `planes`, with `outs` rows each.
 
-    All of them have a bias or none; `outs` of several are multiples of `config.out`. See `linear` for the rest.
+    Either all have a bias or none. With several weights, `outs` are multiples of `config.out`. See `linear`.
     """
     _check(x, planes, outs, biases, config)
     ys = [torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device) for out in outs]
@@ -103,14 +105,14 @@ def linears(
     if split > 1:
         partial = torch.empty((split, rows, planes.out), dtype=torch.float32, device=x.device)
         counters = torch.zeros(tiles, dtype=torch.int32, device=x.device) if counters is None else counters
-    given = [x if bias is None else bias.contiguous() for bias in biases]
+    bias_pointers = [x if bias is None else bias.contiguous() for bias in biases]
     launch(
         _planes_kernel,
         tiles * split,
         x,
         planes.words,
         planes.scales,
-        tuple(given),
+        tuple(bias_pointers),
         tuple(ys),
         partial,
         ys[0] if counters is None else counters,
@@ -129,27 +131,29 @@ def linears(
     return ys
 
 
-def _check(x: Tensor, planes: Planes, outs: Sequence[int], biases: Sequence[Tensor | None], config: Config) -> None:
+def _check(
+    x: Tensor, planes: PlanarWeight, outs: Sequence[int], biases: Sequence[Tensor | None], config: Config
+) -> None:
     """Shapes that disagree would make the kernel read or write out of bounds."""
     if x.shape[-1] != planes.size or sum(outs) != planes.out or len(outs) != len(biases):
         raise MXCompileError(f"a linear of {planes.size} inputs and {planes.out} outputs cannot take {tuple(x.shape)}")
     for out, bias in zip(outs, biases, strict=True):
         if bias is not None and bias.shape != (out,):
             raise MXCompileError(f"a linear of {out} outputs cannot take a bias of shape {tuple(bias.shape)}")
-    together = len(outs) > 1
-    if len(outs) > MOST_WEIGHTS or len({bias is None for bias in biases}) > 1:
-        raise MXCompileError(f"one launch takes up to {MOST_WEIGHTS} weights, all with a bias or all without")
-    if together and any(out % config.out for out in outs):
-        raise MXCompileError(f"weights of {list(outs)} outputs are not cut by tiles of {config.out}")
+    several = len(outs) > 1
+    if len(outs) > MAX_WEIGHTS or len({bias is None for bias in biases}) > 1:
+        raise MXCompileError(f"one launch takes up to {MAX_WEIGHTS} weights, all with a bias or all without")
+    if several and any(out % config.out for out in outs):
+        raise MXCompileError(f"weights of {list(outs)} outputs are not divisible into tiles of {config.out}")
 
 
-def counters_needed(rows: int, planes: Planes, config: Config) -> int:
-    """Tiles of the output, each of which needs a counter if K is split."""
+def counters_needed(rows: int, planes: PlanarWeight, config: Config) -> int:
+    """Number of output tiles; with split-K each needs a counter."""
     return -(-rows // config.rows) * -(-planes.out // config.out)
 
 
 def constants(fmt: MXFormat, config: Config) -> dict[str, Any]:
-    """The compile-time arguments of the kernel that follow from a format and a configuration."""
+    """The constexpr arguments of the kernel that follow from format and config."""
     return {
         **layout_constants(fmt),
         "TILE_M": config.rows,
@@ -164,7 +168,7 @@ def constants(fmt: MXFormat, config: Config) -> dict[str, Any]:
 
 
 def options(config: Config) -> dict[str, Any]:
-    """What the compiler is told."""
+    """Compiler options."""
     return {
         "num_warps": config.warps,
         "num_stages": config.stages,
@@ -175,8 +179,8 @@ def options(config: Config) -> dict[str, Any]:
 
 
 @triton.jit
-def _side_by_side(a, b, c, d):
-    """Four `[n, 32]` as `[n, 128]`: as operands of a tensor core, a matter of naming registers."""
+def _concatenate_planes(a, b, c, d):
+    """Four `[n, 32]` as one `[n, 128]`; as tensor-core operands no data moves between registers."""
     quad = tl.join(tl.join(a, b), tl.join(c, d))
     return tl.reshape(tl.permute(quad, (0, 3, 2, 1)), (a.shape[0], 128))
 
@@ -191,8 +195,8 @@ def _multiply(values, tokens, acc, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, m_size, n_size, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
-    """The tile's place: `GROUP` tiles of tokens next to each other for the same outputs, then the next outputs."""
+def _tile_position(tile, m_size, n_size, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
+    """Token and output tile of a program: `GROUP` token tiles for the same outputs, then the next outputs."""
     m_tiles = (m_size + TILE_M - 1) // TILE_M
     n_tiles = (n_size + TILE_N - 1) // TILE_N
     first = tile // (GROUP * n_tiles) * GROUP
@@ -202,22 +206,22 @@ def _place(tile, m_size, n_size, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GRO
 
 
 @triton.jit
-def _weight_pointers(words, scales, n, n_size, slabs, first, PLANES: tl.constexpr, WORDS: tl.constexpr):
-    """Where slab `first` of rows `n` begins; a row beyond the last tile of 64 is the last one of that again."""
+def _weight_pointers(words, scales, n, n_size, k_steps, first, PLANES: tl.constexpr, WORDS: tl.constexpr):
+    """Pointers to K-step `first` of rows `n`; rows beyond the last tile of 64 are clamped to its last row."""
     row = tl.minimum(n, (n_size + 63) // 64 * 64 - 1)
-    slab = (row // 64).to(tl.int64) * slabs + first
-    w = words + (slab * (WORDS * 64 * 32) + row % 64 * 32)[:, None] + tl.arange(0, 32)[None, :]
-    return w, scales + slab * (PLANES // 4 * 64) + row % 64
+    k_step = (row // 64).to(tl.int64) * k_steps + first
+    w = words + (k_step * (WORDS * 64 * 32) + row % 64 * 32)[:, None] + tl.arange(0, 32)[None, :]
+    return w, scales + k_step * (PLANES // 4 * 64) + row % 64
 
 
 @triton.jit
-def _prefetch(words, row, n_size, slabs, first, TILE_N: tl.constexpr, WORDS: tl.constexpr, SLABS: tl.constexpr):
-    """Ask L2 for the first slabs of the tiles from `row` on, by lines of 128 bytes."""
+def _prefetch(words, row, n_size, k_steps, first, TILE_N: tl.constexpr, WORDS: tl.constexpr, K_STEPS: tl.constexpr):
+    """Prefetch the first K-steps of the tiles from `row` on into L2, in lines of 128 bytes."""
     for i in tl.static_range((TILE_N + 63) // 64 * WORDS):
         tile = tl.minimum(row // 64 + i // WORDS, (n_size - 1) // 64)
-        line = first * (WORDS * 32) + i % WORDS * (SLABS * 32) + tl.arange(0, SLABS * 32)
-        line = tl.minimum(line, slabs * (WORDS * 32) - 1)
-        pointers = words + tile.to(tl.int64) * slabs * (WORDS * 64 * 32) + line * 64
+        line = first * (WORDS * 32) + i % WORDS * (K_STEPS * 32) + tl.arange(0, K_STEPS * 32)
+        line = tl.minimum(line, k_steps * (WORDS * 32) - 1)
+        pointers = words + tile.to(tl.int64) * k_steps * (WORDS * 64 * 32) + line * 64
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
             "=r,l",
@@ -229,17 +233,17 @@ def _prefetch(words, row, n_size, slabs, first, TILE_N: tl.constexpr, WORDS: tl.
 
 
 @triton.jit
-def _wait_for_kernel_before(
-    words, row, n_size, slabs, first, TILE_N: tl.constexpr, WORDS: tl.constexpr, PREFETCH: tl.constexpr
+def _wait_for_previous_kernel(
+    words, row, n_size, k_steps, first, TILE_N: tl.constexpr, WORDS: tl.constexpr, PREFETCH: tl.constexpr
 ):
     if PREFETCH > 0:
-        _prefetch(words, row, n_size, slabs, first, TILE_N, WORDS, PREFETCH)
+        _prefetch(words, row, n_size, k_steps, first, TILE_N, WORDS, PREFETCH)
     gdc_launch_dependents()
     gdc_wait()
 
 
 @triton.jit
-def _add_slab(
+def _accumulate_k_step(
     acc,
     w,
     s,
@@ -255,7 +259,7 @@ def _add_slab(
     POLICY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """acc plus the product of a slab, which begins at `column`, with x at `rows`."""
+    """Accumulate the K-step that begins at `column`, multiplied with x at `rows`."""
     PLANES: tl.constexpr = SHAPE[0]
     WORDS: tl.constexpr = SHAPE[1]
     w0 = tl.load(w, eviction_policy=POLICY)  # pyright: ignore[reportArgumentType]
@@ -265,7 +269,7 @@ def _add_slab(
     s1 = tl.load(s + 64) if PLANES > 4 else s0
     if JOINED:
         for quad in tl.static_range(PLANES // 4):
-            values = _side_by_side(
+            values = _concatenate_planes(
                 plane_values(w0, w1, w2, s0, s1, 4 * quad, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
                 plane_values(w0, w1, w2, s0, s1, 4 * quad + 1, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
                 plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
@@ -298,7 +302,7 @@ def _planes_kernel(
     m_size,
     outs,
     k_size,
-    slabs,
+    k_steps,
     x_stride,
     SHAPE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -322,58 +326,58 @@ def _planes_kernel(
         n_size += outs[i]
     split = tl.program_id(0) % SPLIT
     tile = tl.program_id(0) // SPLIT
-    m_tile, n_tile = _place(tile, m_size, n_size, TILE_M, TILE_N, GROUP)
+    m_tile, n_tile = _tile_position(tile, m_size, n_size, TILE_M, TILE_N, GROUP)
     m = m_tile * TILE_M + tl.arange(0, TILE_M)
     row = n_tile * TILE_N
     n = row + tl.arange(0, TILE_N)
     m_inside = m[None, :] < m_size
-    first = split * slabs // SPLIT
-    count = (split + 1) * slabs // SPLIT - first
-    tl.assume(count > 0)  # with a way around the loop, ptxas makes every wgmma wait for the one before it
-    w, s = _weight_pointers(words, scales, n, n_size, slabs, first, PLANES, WORDS)
+    first = split * k_steps // SPLIT
+    count = (split + 1) * k_steps // SPLIT - first
+    tl.assume(count > 0)  # if the loop could be skipped, ptxas would serialize all wgmma
+    w, s = _weight_pointers(words, scales, n, n_size, k_steps, first, PLANES, WORDS)
     if DEPENDENT:
-        _wait_for_kernel_before(words, row, n_size, slabs, first, TILE_N, WORDS, PREFETCH)
+        _wait_for_previous_kernel(words, row, n_size, k_steps, first, TILE_N, WORDS, PREFETCH)
     rows = x + m[None, :].to(tl.int64) * x_stride
     acc = tl.full((TILE_N, TILE_M), 0.0, tl.float32)
-    for slab in range(count):
-        column = (first + slab) * (PLANES * 32)
-        acc = _add_slab(
+    for k_step in range(count):
+        column = (first + k_step) * (PLANES * 32)
+        acc = _accumulate_k_step(
             acc, w, s, rows, column, k_size, m_inside, SHAPE, FIELDS, ASSEMBLY, JOINED, PADDED, POLICY, INTERPRETED
         )
         w += WORDS * 64 * 32
         s += PLANES // 4 * 64
     if SPLIT > 1:
-        whole = m_size.to(tl.int64) * n_size
-        at = m[None, :].to(tl.int64) * n_size + n[:, None]
+        output_size = m_size.to(tl.int64) * n_size
+        offsets = m[None, :].to(tl.int64) * n_size + n[:, None]
         inside = m_inside & (n[:, None] < n_size)
-        tl.store(partial + split * whole + at, acc, mask=inside)
+        tl.store(partial + split * output_size + offsets, acc, mask=inside)
         if arrives_last(counters + tile, SPLIT):
             acc = tl.full((TILE_N, TILE_M), 0.0, tl.float32)
             for other in tl.static_range(SPLIT):
-                acc += tl.load(partial + other * whole + at, mask=inside, other=0.0, cache_modifier=".cg")
-            _finish(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS, INTERPRETED)
+                acc += tl.load(partial + other * output_size + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+            _epilogue(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS, INTERPRETED)
     else:
-        _finish(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS, INTERPRETED)
+        _epilogue(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS, INTERPRETED)
 
 
 @triton.jit
-def _finish(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Sums to results: scaled, with the bias, rounded once, to the tensor of the weight that the tile belongs to."""
+def _epilogue(acc, biases, ys, outs, row, n, m, m_inside, lift, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Scale, add the bias, round once, and store to the output of the weight that the tile belongs to."""
     acc = acc * lift
     if len(outs) == 1:
-        _write(acc, biases[0], ys[0], n, outs[0], m, m_inside, HAS_BIAS, INTERPRETED)
+        _store(acc, biases[0], ys[0], n, outs[0], m, m_inside, HAS_BIAS, INTERPRETED)
     else:
         start = row * 0
         for i in tl.static_range(len(outs)):
             if (row >= start) & (row < start + outs[i]):
-                _write(acc, biases[i], ys[i], n - start, outs[i], m, m_inside, HAS_BIAS, INTERPRETED)
+                _store(acc, biases[i], ys[i], n - start, outs[i], m, m_inside, HAS_BIAS, INTERPRETED)
             start += outs[i]
 
 
 @triton.jit
-def _write(acc, bias, y, n, n_size, m, m_inside, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr):
+def _store(acc, bias, y, n, n_size, m, m_inside, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr):
     if HAS_BIAS:
         acc += widen(tl.load(bias + n, mask=n < n_size, other=0.0))[:, None]
     result = narrow(acc, y.dtype.element_ty) if INTERPRETED else acc.to(y.dtype.element_ty)
-    at = m[None, :].to(tl.int64) * n_size + n[:, None]
-    tl.store(y + at, result, mask=m_inside & (n[:, None] < n_size))
+    offsets = m[None, :].to(tl.int64) * n_size + n[:, None]
+    tl.store(y + offsets, result, mask=m_inside & (n[:, None] < n_size))

@@ -1,19 +1,20 @@
 """x -> dequantize(quantize(x)) in one pass over memory, and packed weights -> values; bit for bit as reference.py.
 
-A program takes a few whole blocks: the largest magnitude of each (an integer maximum over float32 bit patterns, which
-order as the numbers do, Inf and NaN above all), its scale exponent from that pattern's fields, then every element.
+A program processes a few whole blocks: the largest magnitude of each block (an integer maximum over float32 bit
+patterns, which sort like the numbers, with Inf and NaN above all), the scale exponent from that bit pattern, then every
+element.
 
 Rounding to an element on a grid of step `s = 2**(e - mantissa_bits)` is `(v + c) - c` with `c = 1.5 * 2**23 * s`:
 float32 numbers near `c` lie exactly `s` apart and `c / s` is even, so the addition rounds to the nearest multiple of
 `s`, ties to even, for every `v < 2**22 * s` (here `v < 2**8 * s`), and the subtraction is exact. No compiler may
-cancel the two (Triton sets no reassociation flag). Contracting the multiplication that made `v` with the addition into
-one FMA changes nothing either: that product is by a power of two, exact unless it underflows below 2**-126, and then
-both ways round to zero.
+cancel the two (Triton sets no reassociation flag). Contracting the multiplication that produced `v` and the
+addition into one FMA changes nothing either: the factor is a power of two, so the product is exact unless it underflows
+below 2**-126, and then both round to zero.
 """
 
-# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 import math
 
@@ -23,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFormat, ScaleRule, no_kernel
+from mxcompile.formats import MXFormat, ScaleRule, why_no_kernel
 from mxcompile.kernels.triton.elements import (
     decode,
     element_constants,
@@ -43,18 +44,18 @@ _WARPS = 4
 
 
 def supports(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> str | None:
-    """None if `quantize_dequantize` can serve, or the reason why not. Every format of `FORMATS` is served."""
+    """None if `quantize_dequantize` supports the call, else the reason. Every format of `FORMATS` is supported."""
     if rule is ScaleRule.MSE:
         return "scale rule mse searches exponents, which the Triton kernel does not do"
     try:
         rule.threshold(fmt)
     except MXCompileError as error:
         return str(error)
-    return no_kernel(fmt) or unsupported_dtype(x.dtype) or unsupported_device(x)
+    return why_no_kernel(fmt) or unsupported_dtype(x.dtype) or unsupported_device(x)
 
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
-    """What reference.quantize_dequantize gives, bit for bit (the payload of a NaN excepted), in one launch.
+    """Equals reference.quantize_dequantize bit for bit (except for NaN payloads), in one launch.
 
     x `[..., size]`, bfloat16, float16 or float32, any strides; the result has its shape and dtype and is contiguous.
     """
@@ -93,7 +94,7 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
 def dequantize(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype: torch.dtype) -> Tensor:
     """Packed elements `[..., blocks * block_bytes]` and scales `[..., blocks]` to values `[..., size]` of `dtype`.
 
-    Bit for bit `reference.dequantize(unpack(elements), ...)` (the payload of a NaN excepted).
+    Equals `reference.dequantize(unpack(elements), ...)` bit for bit (except for NaN payloads).
     """
     blocks = fmt.blocks(size)
     if scales.shape[-1] != blocks or elements.shape != (*scales.shape[:-1], blocks * fmt.block_bytes):
@@ -126,15 +127,15 @@ def _fraction_limit(fmt: MXFormat, rule: ScaleRule) -> int:
 
 
 @triton.jit
-def _larger(a, b):
+def _maximum(a, b):
     return tl.maximum(a, b)
 
 
 @triton.jit
 def _scale_exponent(amax, EMAX: tl.constexpr, LIMIT: tl.constexpr, LARGEST: tl.constexpr):
     """reference.scale_exponents for the bit pattern of a block's largest magnitude (int32)."""
-    # A subnormal of 2**-127 or more becomes field 0 with its fraction in place; what is below gets field -1,
-    # which the clamp makes -127 whatever its true exponent.
+    # A subnormal of 2**-127 or more becomes exponent field 0 with its fraction in place. Smaller ones get field -1,
+    # which the clamp turns into -127 whatever the true exponent.
     bits = tl.where(amax < 0x00800000, 2 * amax - 0x00800000, amax)
     beyond = ((bits & 0x007FFFFF) > LIMIT).to(tl.int32)
     exponent = (bits >> 23) - 127 - EMAX + beyond
@@ -145,7 +146,7 @@ def _scale_exponent(amax, EMAX: tl.constexpr, LIMIT: tl.constexpr, LARGEST: tl.c
 def _round_magnitude(
     v, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, EMIN: tl.constexpr, MAX_VALUE: tl.constexpr
 ):
-    """Non-negative float32 below 2**(emax + 1) to the nearest element, ties to even, saturating."""
+    """Round non-negative float32 below 2**(emax + 1) to the nearest element, ties to even, saturating."""
     if EXPONENT_BITS == 0:
         MAGIC: tl.constexpr = 1.5 * 2.0 ** (23 - MANTISSA_BITS)
         rounded = (v + MAGIC) - MAGIC
@@ -175,7 +176,7 @@ def _quantize_dequantize_kernel(
     LARGEST: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    # Indices are as wide as the number of blocks needs.
+    # Indices have the integer width that the number of blocks needs.
     index = tl.program_id(0).to(total.dtype) * TILE + tl.arange(0, TILE)
     row = (index // blocks).to(tl.int64)[:, None]
     column = (index % blocks)[:, None].to(tl.int32) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -184,7 +185,7 @@ def _quantize_dequantize_kernel(
     values = widen(tl.load(pointers, mask=inside, other=0.0))
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    amax = tl.expand_dims(tl.reduce(magnitude, 1, _larger), 1)
+    amax = tl.expand_dims(tl.reduce(magnitude, 1, _maximum), 1)
     exponent = _scale_exponent(amax, EMAX, LIMIT, LARGEST)
     v = magnitude.to(tl.float32, bitcast=True) * power_of_two(-exponent)
     v = _round_magnitude(v, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE) * power_of_two(exponent)

@@ -1,18 +1,18 @@
-"""y[..., out] = x[..., in] @ dequantize(elements, scales).T + bias, with the weight decoded inside the product.
+"""y[..., out] = x[..., in] @ dequantize(elements, scales).T + bias, with the weight decoded inside the matmul.
 
-Reads packing.py's layout as it is: elements `[out, blocks * block_bytes]` and scales `[out, blocks]`, both uint8.
+Reads the row-major layout of packing.py: elements `[out, blocks * block_bytes]` and scales `[out, blocks]`, both uint8.
 
-The weight is the *left* operand of the dot, `acc[out, tokens] = w[out, in] @ x.T[in, tokens]`: the tensor core then
-has the long side of a decode-time product in its fixed dimension. The order of K inside a dot does not matter, so a
-step of the loop takes `COLUMNS` lanes of one part (see triton/elements.py) and reads x at the places they belong to.
-Nothing is split over K: a result depends on no other program, and repeats bit for bit.
+The weight is the *left* operand of the dot, `acc[out, tokens] = w[out, in] @ x.T[in, tokens]`: then the long
+side of a decode-time matmul fills the fixed dimension of the tensor core. The order of K inside a dot does not matter,
+so a step of the loop takes `COLUMNS` lanes of one part (see triton/elements.py) and reads x at the matching columns.
+There is no split-K, so results are bit-identical on repeat.
 
-This is the plain kernel: right for every format and shape. It is not tuned, and reads no tile-major weights.
+This is the generic kernel: correct for every format and shape, not tuned, row-major weights only.
 """
 
-# ruff: noqa: N803, N806  (upper case marks what is known at compile time, as everywhere in Triton)
+# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
-# As in triton/elements.py: strict checking has nothing true to say about jit functions. Host code is fully typed.
+# As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFormat, no_kernel
+from mxcompile.formats import MXFormat, why_no_kernel
 from mxcompile.kernels.triton.elements import (
     decode,
     element_constants,
@@ -40,16 +40,16 @@ from mxcompile.kernels.triton.elements import (
 
 
 def supports(x: Tensor, fmt: MXFormat) -> str | None:
-    """None if `linear` can serve `x`, or the reason why not. Every format of `FORMATS` is served."""
-    return no_kernel(fmt) or unsupported_dtype(x.dtype) or unsupported_device(x)
+    """None if `linear` supports x, else the reason. Every format of `FORMATS` is supported."""
+    return why_no_kernel(fmt) or unsupported_dtype(x.dtype) or unsupported_device(x)
 
 
 def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat) -> Tensor:
-    """`x @ dequantize(elements, scales).T + bias`, summed in float32 and rounded once to x's dtype.
+    """`x @ dequantize(elements, scales).T + bias`, accumulated in float32 and rounded once to x's dtype.
 
     x `[..., in]` (bfloat16, float16 or float32, any strides), elements uint8 `[out, blocks * block_bytes]`,
     scales uint8 `[out, blocks]` (255 makes its output column NaN), bias `[out]`; gives `[..., out]` in x's dtype.
-    The weight is rounded to x's dtype before the product, as in reference.linear.
+    The weight is rounded to x's dtype before the matmul, as in reference.linear.
     """
     _check_shapes(x, elements, scales, bias, fmt)
     rows, size, out = math.prod(x.shape[:-1]), x.shape[-1], scales.shape[0]
@@ -77,7 +77,7 @@ def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt
         COLUMNS=tile.columns,
         HAS_BIAS=bias is not None,
         PADDED=size % fmt.block_size != 0,
-        # numpy, on which the interpreter runs, has no bfloat16: there the same values are multiplied as float32.
+        # The interpreter runs on numpy, which has no bfloat16: there the same values are multiplied as float32.
         DOT_FLOAT32=not x.is_cuda,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -88,7 +88,7 @@ def linear(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt
 
 @dataclass(frozen=True)
 class _Tile:
-    """What one program computes: `rows` x `out` results, `columns` lanes of a part at a time."""
+    """Tile sizes of a program: `rows` x `out` outputs, `columns` lanes of a part per K-step."""
 
     rows: int
     out: int
@@ -98,7 +98,7 @@ class _Tile:
 
 
 def _tile(rows: int, dtype: torch.dtype, fmt: MXFormat) -> _Tile:
-    """Sane sizes, not tuned ones. float32 runs on CUDA cores, which hold both operands in registers: small tiles."""
+    """Reasonable, untuned sizes. float32 runs on CUDA cores with both operands in registers, hence small tiles."""
     if dtype == torch.float32:
         return _Tile(rows=16 if rows <= 16 else 32, out=64, columns=16, warps=4, stages=2)
     columns = 64 if parts(fmt) < 4 else 32
@@ -118,13 +118,13 @@ def _check_shapes(x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | No
         checks.append(("bias", bias, (out,)))
     for name, tensor, shape in checks:
         if tensor.shape != shape:
-            found = tuple(tensor.shape)
-            raise MXCompileError(f"{fmt} linear over {x.shape[-1]} inputs: {name} must be {shape}, not {found}")
+            actual = tuple(tensor.shape)
+            raise MXCompileError(f"{fmt} linear over {x.shape[-1]} inputs: {name} must be {shape}, not {actual}")
 
 
 @triton.jit
 def _lane_scales(rows, first, n_inside, blocks, TILE_N: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """Scales of the blocks from `first` on, one byte read for each, as float32 `[TILE_N, COLUMNS]`."""
+    """Scales of the blocks from `first` on as float32 `[TILE_N, COLUMNS]`; each byte is read once."""
     COUNT: tl.constexpr = COLUMNS // WIDTH if COLUMNS > WIDTH else 1  # pyright: ignore[reportAssignmentType]
     block = (first + tl.arange(0, COUNT))[None, :]
     scales = tl.load(rows + block, mask=n_inside & (block < blocks), other=0)

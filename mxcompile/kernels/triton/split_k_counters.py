@@ -1,7 +1,7 @@
-"""Zeros in GPU memory by which programs of a kernel find which of them is the last to arrive, and which sets them back.
+"""Semaphores for split-K: zeroed counters in GPU memory that tell a program that it is the last to arrive at a tile.
 
-Kernels of one stream run one after the other, so that all share the stream's counters; a kernel that is launched before
-the one ahead of it is done waits for that before it counts.
+The last program resets its counter. Kernels of one stream run one after the other and share the counters of the stream;
+a kernel with programmatic dependent launch waits for the previous kernel before it counts.
 """
 
 from functools import cache
@@ -15,22 +15,22 @@ _STREAMS: Final = 64
 
 
 @cache
-def of_device(device: torch.device) -> Tensor:
-    """`[streams, counters]` of a device.
+def device_counters(device: torch.device) -> Tensor:
+    """The counters of a device, `[streams, counters]`.
 
-    Made before anything is captured in a CUDA graph: call it when a model is prepared. Each stream has its own; graphs
-    that were captured on one stream must not run at the same time on two.
+    They must exist before a CUDA graph is captured: call this when a model is prepared. Each stream has its own row;
+    graphs captured on the same stream must not run concurrently on different streams.
     """
     return torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
 
 
-def of_stream(device: torch.device, count: int) -> Tensor | None:
-    """At least `count` counters of the stream that is in use on a GPU; None if there are not so many."""
-    places, stream = _places(device), torch.cuda.current_stream(device).cuda_stream
-    place = places.setdefault(stream, len(places))
-    return None if place >= _STREAMS or count > _COUNTERS else of_device(device)[place]
+def stream_counters(device: torch.device, count: int) -> Tensor | None:
+    """At least `count` counters of the current stream; None if there are not enough."""
+    rows, stream = _rows_of_streams(device), torch.cuda.current_stream(device).cuda_stream
+    row = rows.setdefault(stream, len(rows))
+    return None if row >= _STREAMS or count > _COUNTERS else device_counters(device)[row]
 
 
 @cache
-def _places(device: torch.device) -> dict[int, int]:
+def _rows_of_streams(device: torch.device) -> dict[int, int]:
     return {}
