@@ -1,4 +1,4 @@
-"""`mx::cpu_linears` in C++ for a few tokens: the same bits as in Python, and Python where it does not serve."""
+"""`mx::cpu_linears` in C++ for few tokens: the same bits as through Python, which handles all other calls."""
 
 import logging
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crossed import crossed
 
 from mxcompile.formats import MXFP4, MXINT8, ScaleRule, parse_format
 from mxcompile.kernels import dispatch
@@ -38,9 +39,12 @@ def arguments(x, name, activation, rows=(48, 7)):
 
 
 @needs_operator
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["mxint4", "mxfp4:64", "mxfp6_e2m3", "mxint8:16"])
-@pytest.mark.parametrize("rounded", [True, False])
+@pytest.mark.parametrize(
+    ("name", "rounded", "dtype"),
+    crossed(
+        ["mxint4", "mxfp4:64", "mxfp6_e2m3", "mxint8:16"], [True, False], [torch.float32, torch.bfloat16, torch.float16]
+    ),
+)
 def test_the_same_bits_as_in_python(name, rounded, dtype):
     activation = str(MXINT8.with_block(parse_format(name).block_size)) if rounded else None
     for shape in ((1, 96), (1, 1, 96), (2, 2, 77), (3, 64), (5, 96), (96,), (0, 96)):
@@ -91,19 +95,20 @@ def test_what_cannot_be_built_stays_in_python(monkeypatch, caplog):
         raise build.BuildError("there is no header")
 
     monkeypatch.setattr(linears, "operator", missing)
-    linears._serve_without_python.cache_clear()
+    linears._register_native_call.cache_clear()
     caplog.set_level(logging.INFO, logger="mxcompile")
     given = arguments(torch.randn(1, 96), "mxfp4", "mxfp8_e4m3")
     try:
         for _ in range(2):
             IN_PYTHON(*given)
     finally:
-        linears._serve_without_python.cache_clear()
+        linears._register_native_call.cache_clear()
     reasons = [record.message for record in caplog.records if "Python" in record.message]
-    assert reasons in ([], ["products of a few tokens go through Python: there is no header"])
+    assert reasons in ([], ["linear layers with few tokens are dispatched through Python: there is no header"])
     assert bool(reasons) == (linears.supports(given[0], MXFP4) is None)
 
 
+@pytest.mark.slow
 @needs_operator
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="reads a library with nm")
 def test_a_compiler_that_links_its_own_standard_library_keeps_it_to_itself(tmp_path):
@@ -115,5 +120,5 @@ def test_a_compiler_that_links_its_own_standard_library_keeps_it_to_itself(tmp_p
     listed = ["nm", "-C", "--defined-only", str(made)]
     assert " std::locale::id::" in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
     exported = subprocess.run([*listed, "--dynamic"], capture_output=True, text=True, check=True).stdout
-    assert "mx_serve" in exported
+    assert "mx_register_kernel" in exported
     assert "std::locale" not in exported

@@ -1,1 +1,1 @@
-"""C++ kernels for the CPU, compiled on the machine they run on."""
+"""C++ kernels for the CPU, compiled on the user's machine."""

@@ -1,8 +1,8 @@
-"""MX on the CPU, by mx_cpu.cpp: products with packed weights for up to four tokens, decoding, rounding of inputs.
+"""MX linear layers on the CPU (mx_cpu.cpp): matmuls with packed weights for up to four tokens, decoding, rounding.
 
-More tokens than four are multiplied by torch: the weight is decoded into a buffer that the next layer uses again. Fewer
-come here from a compiled graph once for each kind of call; then mx_cpu_operator.cpp takes them.
-Rounding and decoding are bit for bit `reference.py`'s, products up to the order of a float32 sum.
+For more than four tokens the weight is decoded into a buffer, shared by all layers, and torch multiplies. With four or
+fewer, a compiled graph comes here once for each combination of arguments; mx_cpu_operator.cpp runs the later calls.
+Rounding and decoding match `reference.py` bit for bit, matmuls up to the order of float32 accumulation.
 """
 
 import ctypes
@@ -23,14 +23,14 @@ from mxcompile.kernels.cpu.build import ELEMENTS, BuildError, library, operator,
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Packed elements `[out, bytes]`, scales `[out, blocks]`, and a bias `[out]` or None."""
-MOST_TOKENS = 4
+MAX_TOKENS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _local = threading.local()
 logger = logging.getLogger(__name__)
 
 
 def supports(x: Tensor, fmt: MXFormat) -> str | None:
-    """None if `linear` can serve, or the reason why not."""
+    """None if `linears` supports x and the format, else the reason."""
     if x.device.type != "cpu":
         return "runs on the CPU"
     if x.dtype not in _DTYPES:
@@ -39,7 +39,7 @@ def supports(x: Tensor, fmt: MXFormat) -> str | None:
 
 
 def supports_rounding(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> str | None:
-    """None if `quantize_dequantize` can serve, or the reason why not."""
+    """None if `quantize_dequantize` supports the call, else the reason."""
     if rule is ScaleRule.MSE:
         return "scale rule mse searches exponents, which the CPU kernel does not do"
     try:
@@ -52,17 +52,17 @@ def supports_rounding(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> str | None:
 def linears(
     x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | None = None
 ) -> list[Tensor]:
-    """`x @ dequantize(elements, scales).T + bias` for some weights of one format and inner size.
+    """`x @ dequantize(elements, scales).T + bias` for several weights of one format and inner size.
 
-    x `[..., in]`, rounded to a format first if one is given. Returns `[..., out]` for each weight.
+    x: `[..., in]`, quantized first as `rounding` says, if given. Returns `[..., out]` for each weight.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    few = 0 < len(rows) <= MOST_TOKENS
+    few = 0 < len(rows) <= MAX_TOKENS
     if rounding is not None and not (few and _rounds_with(rounding[0], fmt, x.dtype)):
         rows, rounding = quantize_dequantize(rows, *rounding), None
     if few:
         if rows.dtype != torch.float16:
-            _serve_without_python(fmt, rounding, rows.dtype)
+            _register_native_call(fmt, rounding, rows.dtype)
         outputs = _multiply(rows, weights, fmt, rounding)
     else:
         outputs = [_decode_and_multiply(rows, weight, fmt) for weight in weights]
@@ -75,8 +75,8 @@ def decode(
     """Packed elements `[rows, bytes]` and scales `[rows, blocks]` to values `[rows, size]`, in `out` if it fits."""
     wide = dtype != torch.bfloat16
     rows = len(elements)
-    place = torch.float32 if wide else torch.bfloat16
-    values = out if out is not None and out.dtype == place else torch.empty(rows * size, dtype=place)
+    storage_dtype = torch.float32 if wide else torch.bfloat16
+    values = out if out is not None and out.dtype == storage_dtype else torch.empty(rows * size, dtype=storage_dtype)
     values = values[: rows * size].view(rows, size)
     threads = torch.get_num_threads()
     library(fmt).mx_decode(
@@ -86,14 +86,14 @@ def decode(
 
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
-    """What reference.quantize_dequantize gives, bit for bit (the payload of a NaN excepted)."""
-    given = _plain(x)
-    values = torch.empty_like(given)
+    """Equals reference.quantize_dequantize bit for bit (except for NaN payloads)."""
+    plain_x = _plain(x)
+    values = torch.empty_like(plain_x)
     size = x.shape[-1]
     library(fmt).mx_round(
-        _pointer(given),
+        _pointer(plain_x),
         _pointer(values),
-        given.dtype == torch.float32,
+        plain_x.dtype == torch.float32,
         _long(math.prod(x.shape[:-1])),
         _long(size),
         ctypes.byref(_rounding(fmt, rule, x.dtype)),
@@ -105,40 +105,42 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
 def _multiply(
     x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | None
 ) -> list[Tensor]:
-    """x `[1 to 4, in]`; sums and bias in float32, rounded once."""
+    """x: `[1 to 4, in]`. Accumulates and adds the bias in float32, rounds once."""
     tokens, size = x.shape
-    given = _plain(x)
-    wide = given.dtype == torch.float32
-    kept = [
-        (e.contiguous(), s.contiguous(), None if b is None else b.to(given.dtype).contiguous()) for e, s, b in weights
+    plain_x = _plain(x)
+    wide = plain_x.dtype == torch.float32
+    packed = [
+        (e.contiguous(), s.contiguous(), None if b is None else b.to(plain_x.dtype).contiguous()) for e, s, b in weights
     ]
-    outputs = [given.new_empty(tokens, elements.shape[0]) for elements, _, _ in kept]
-    table = (_Weight * len(kept))()
-    for row, (elements, scales, bias), y in zip(table, kept, outputs, strict=True):
-        row.elements, row.scales, row.y = elements.data_ptr(), scales.data_ptr(), y.data_ptr()
-        row.rows = elements.shape[0]
-        row.bias, row.wide = None if bias is None else bias.data_ptr(), wide
-    how = None if rounding is None else ctypes.byref(_rounding(*rounding, x.dtype))
+    outputs = [plain_x.new_empty(tokens, elements.shape[0]) for elements, _, _ in packed]
+    table = (_Weight * len(packed))()
+    for entry, (elements, scales, bias), y in zip(table, packed, outputs, strict=True):
+        entry.elements, entry.scales, entry.y = elements.data_ptr(), scales.data_ptr(), y.data_ptr()
+        entry.rows = elements.shape[0]
+        entry.bias, entry.wide = None if bias is None else bias.data_ptr(), wide
+    c_rounding = None if rounding is None else ctypes.byref(_rounding(*rounding, x.dtype))
     threads = torch.get_num_threads()
-    library(fmt).mx_multiply(table, len(kept), _pointer(given), wide, _long(tokens), _long(size), how, threads)
-    return outputs if given.dtype == x.dtype else [y.to(x.dtype) for y in outputs]
+    library(fmt).mx_multiply(
+        table, len(packed), _pointer(plain_x), wide, _long(tokens), _long(size), c_rounding, threads
+    )
+    return outputs if plain_x.dtype == x.dtype else [y.to(x.dtype) for y in outputs]
 
 
 @cache
-def _serve_without_python(fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | None, dtype: torch.dtype) -> None:
-    """Let `mx::cpu_linears` with these arguments go by mx_cpu_operator.cpp from now on, if that can be built."""
+def _register_native_call(fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | None, dtype: torch.dtype) -> None:
+    """From now on run `mx::cpu_linears` with these arguments in mx_cpu_operator.cpp, if that can be built."""
     try:
-        serve = operator().mx_serve
+        register = operator().mx_register_kernel
     except BuildError as error:
-        logger.info("products of a few tokens go through Python: %s", error)
+        logger.info("linear layers with few tokens are dispatched through Python: %s", error)
         return
     names = (None, None) if rounding is None else (str(rounding[0]).encode(), rounding[1].value.encode())
-    how = None if rounding is None else ctypes.byref(_rounding(*rounding, dtype))
-    serve(str(fmt).encode(), *names, dtype == torch.float32, library(fmt).mx_multiply, how)
+    c_rounding = None if rounding is None else ctypes.byref(_rounding(*rounding, dtype))
+    register(str(fmt).encode(), *names, dtype == torch.float32, library(fmt).mx_multiply, c_rounding)
 
 
 def _rounds_with(activation: MXFormat, weight: MXFormat, dtype: torch.dtype) -> bool:
-    """Whether a weight's own library rounds the input: blocks as long as the weight's, not of float16."""
+    """Whether the library of the weight's format can round the input: same block size, and not float16."""
     return activation.block_size == weight.block_size and dtype != torch.float16
 
 
@@ -149,14 +151,14 @@ def _rounding(fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> "_Rounding"
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Contiguous, in bfloat16 or float32."""
+    """x contiguous, in bfloat16 or else float32."""
     return (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
 
 
 def _decode_and_multiply(x: Tensor, packed: PackedWeight, fmt: MXFormat) -> Tensor:
     elements, scales, bias = packed
-    room = _buffer(elements.shape[0] * x.shape[-1], x.dtype)
-    return F.linear(x, decode(elements.contiguous(), scales.contiguous(), fmt, x.shape[-1], x.dtype, room), bias)
+    buffer = _buffer(elements.shape[0] * x.shape[-1], x.dtype)
+    return F.linear(x, decode(elements.contiguous(), scales.contiguous(), fmt, x.shape[-1], x.dtype, buffer), bias)
 
 
 class _Weight(ctypes.Structure):
@@ -184,14 +186,14 @@ class _Rounding(ctypes.Structure):
 
 
 def _buffer(values: int, dtype: torch.dtype) -> Tensor:
-    """Room for a decoded weight, one for each thread and dtype, as large as the largest asked for so far."""
-    place = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    name = str(place)
-    held: Tensor | None = getattr(_local, name, None)
-    if held is None or held.numel() < values:
-        held = torch.empty(values, dtype=place)
-        setattr(_local, name, held)
-    return held
+    """A buffer for a decoded weight, one per thread and dtype, as large as the largest requested so far."""
+    storage_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    name = str(storage_dtype)
+    allocated: Tensor | None = getattr(_local, name, None)
+    if allocated is None or allocated.numel() < values:
+        allocated = torch.empty(values, dtype=storage_dtype)
+        setattr(_local, name, allocated)
+    return allocated
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

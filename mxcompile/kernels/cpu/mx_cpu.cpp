@@ -1,7 +1,8 @@
-// MX on the CPU: products with packed weights, decoding, and rounding of activations. See cpu/linears.py, which builds it.
+// MX on the CPU: matmuls with packed weights, decoding, and rounding of activations. Built by cpu/build.py, called by
+// cpu/linears.py.
 //
-// Bytes lie as packing.py says. Loops over the elements of a block have fixed length, so that a compiler turns them
-// into vector instructions of whatever machine it builds for.
+// The packed layout is that of packing.py. Loops over the elements of a block have fixed length, so that the compiler
+// vectorizes them for the machine it builds for.
 
 #include "mx_cpu.h"
 
@@ -18,7 +19,7 @@ namespace {
 constexpr int EXPONENT_BIAS = 127;
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer, ties to even
 
-// Bit layouts of elements; the numbers are those of formats.py.
+// Bit layouts of elements, with the parameters of formats.py.
 template <int BITS_, int EXPONENT_BITS_, int MANTISSA_BITS_, int EMIN_, int EMAX_, int MAX_CODE_>
 struct Element {
   static constexpr int BITS = BITS_, EXPONENT_BITS = EXPONENT_BITS_, MANTISSA_BITS = MANTISSA_BITS_;
@@ -50,13 +51,13 @@ inline uint32_t to_bits(float value) {
   return bits;
 }
 
-// 2^exponent for exponents from -149 on.
+// 2^exponent, for exponents of -149 and above.
 inline float power_of_two(int exponent) {
   return exponent > -EXPONENT_BIAS ? from_bits(uint32_t(exponent + EXPONENT_BIAS) << 23)
                                    : from_bits(1u << (exponent + 149));
 }
 
-// `N` values side by side, as vector instructions take them. (GCC wants the sizes of vectors as plain numbers.)
+// SIMD vectors of `N` values. (GCC requires literal vector sizes.)
 template <int N>
 struct Lanes;
 
@@ -100,14 +101,14 @@ struct Scales {
 template <class E>
 const Scales<E> SCALES;
 
-// Codes to values; integers in steps, which the scale makes good.
+// Codes to values; integers stay in units of their step, which `Scales` accounts for.
 template <class E, int N>
 inline typename Lanes<N>::Floats decode(typename Lanes<N>::Ints codes) {
   using Ints = typename Lanes<N>::Ints;
   using Floats = typename Lanes<N>::Floats;
   constexpr int32_t SIGN = 1 << (E::BITS - 1);
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
-  if constexpr (std::is_same_v<E, E2M1> && N == 16) {  // a table of all values is one register
+  if constexpr (std::is_same_v<E, E2M1> && N == 16) {  // all 16 values fit in one register
     const Floats values = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
     return __builtin_shuffle(values, codes);
   }
@@ -130,7 +131,7 @@ inline typename Lanes<N>::Floats decode(typename Lanes<N>::Ints codes) {
   }
 }
 
-// The elements of one block, `B` of them, times its scale.
+// The `B` elements of one block, times its scale.
 template <class E, int B>
 inline void decode_block(const uint8_t* packed, float scale, float* values) {
   constexpr int N = E::BITS == 8 ? 16 : E::BITS == 4 ? (B == 16 ? 8 : 16) : (B == 16 ? 4 : B == 32 ? 8 : 16);
@@ -189,7 +190,7 @@ inline void finish(const Weight& weight, int64_t m, int64_t n, float value) {
   }
 }
 
-// y [M, n] = x [M, blocks * B] times row n of a weight, for its rows from `begin` to `end`.
+// y[m, n] = x[m, :] . weight[n, :] for M rows of x and the weight rows [begin, end).
 template <class E, int B, int M>
 void multiply_rows(const Weight& weight, const float* x, int64_t stride, int64_t blocks, int64_t begin, int64_t end) {
   constexpr int64_t BYTES = B * E::BITS / 8;
@@ -210,7 +211,7 @@ void multiply_rows(const Weight& weight, const float* x, int64_t stride, int64_t
   }
 }
 
-// One row of a weight to values, `size` of them.
+// Decode one row of a weight to `size` values.
 template <class E, int B, class T>
 void decode_row(const uint8_t* packed, const uint8_t* scales, T* values, int64_t size) {
   constexpr int64_t BYTES = B * E::BITS / 8;
@@ -225,7 +226,7 @@ void decode_row(const uint8_t* packed, const uint8_t* scales, T* values, int64_t
   }
 }
 
-// Values of a block to the nearest elements; returns the block's scale. reference.py says how.
+// Round the values of a block to the nearest elements, as reference.py does; returns the block's scale.
 template <class E, int B>
 inline float to_elements(float* values, const Rounding& rounding) {
   uint32_t amax = 0;
@@ -270,7 +271,7 @@ inline float to_elements(float* values, const Rounding& rounding) {
   return power_of_two(exponent);
 }
 
-// Up to B values, the others zero.
+// Load up to B values and zero the rest.
 template <int B, class From>
 inline void load_block(const From* from, int64_t count, float* values) {
   if (count >= B) {
@@ -280,7 +281,7 @@ inline void load_block(const From* from, int64_t count, float* values) {
   }
 }
 
-// One row, rounded in its own type; `to` may be wider.
+// Round one row, with the result rounded to the input type; `to` may be wider.
 template <class E, int B, class From, class To>
 void round_row(const From* from, To* to, int64_t size, const Rounding& rounding) {
   for (int64_t start = 0; start < size; start += B) {
@@ -311,10 +312,10 @@ void round_rows(const void* from, void* to, int64_t rows, int64_t size, const Ro
 
 namespace {
 
-// Call `function` with a value of the element type that has this place; nothing (void) is at -1.
+// Call `function` with a value of the element type of this index; with nullptr for -1.
 template <class F>
-void with_element(int place, const F& function) {
-  switch (place) {
+void with_element(int index, const F& function) {
+  switch (index) {
     case 0: return function(Int8{});
     case 1: return function(Int6{});
     case 2: return function(Int4{});
@@ -327,46 +328,46 @@ void with_element(int place, const F& function) {
   }
 }
 
-// For every weight, rows [begin, end) of each thread.
+// Split the rows of every weight evenly among threads.
 template <class F>
-void share_rows(const Weight* weights, int count, int threads, const F& multiply) {
+void parallel_over_rows(const Weight* weights, int count, int threads, const F& multiply) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int part = 0; part < threads; ++part)
     for (int i = 0; i < count; ++i)
       multiply(weights[i], weights[i].rows * part / threads, weights[i].rows * (part + 1) / threads);
 }
 
-// Products of M rows of x, rounded to A's values (or as they are, if A is nullptr_t).
+// Matmul of M rows of x, rounded to values of A (unrounded if A is nullptr_t).
 template <class E, int B, int M, class A, class From>
 void multiply_values(const Weight* weights, int count, const From* x, int64_t size, const Rounding* rounding, int threads) {
-  static thread_local std::vector<float> room;
+  static thread_local std::vector<float> buffer;
   const int64_t blocks = (size + B - 1) / B, stride = blocks * B;
-  room.assign(M * stride, 0.0f);
-  float* values = room.data();
+  buffer.assign(M * stride, 0.0f);
+  float* values = buffer.data();
   for (int m = 0; m < M; ++m)
     if constexpr (std::is_same_v<A, std::nullptr_t>) {
       for (int64_t i = 0; i < size; ++i) values[m * stride + i] = load(x + m * size, i);
     } else {
       round_row<A, B>(x + m * size, values + m * stride, size, *rounding);
     }
-  share_rows(weights, count, threads, [&](const Weight& weight, int64_t begin, int64_t end) {
+  parallel_over_rows(weights, count, threads, [&](const Weight& weight, int64_t begin, int64_t end) {
     multiply_rows<E, B, M>(weight, values, stride, blocks, begin, end);
   });
 }
 
 #ifdef MX_DOT
-// The same, of A's elements. False if that cannot be done.
+// The same with dot products of elements instead of values. False if x does not allow it.
 template <class E, int B, int M, class A, class From>
 bool multiply_elements(const Weight* weights, int count, const From* x, int64_t size, const Rounding& rounding, int threads) {
-  static thread_local std::vector<Chunk<E>> room;
+  static thread_local std::vector<Chunk<E>> buffer;
   const int64_t blocks = (size + B - 1) / B, row = blocks * (B / Dot<E>::PARTS);
   const int64_t chunks = (row + Dot<E>::CHUNK - 1) / Dot<E>::CHUNK;
-  room.assign(M * chunks, Chunk<E>{});
-  Chunk<E>* laid = room.data();
+  buffer.assign(M * chunks, Chunk<E>{});
+  Chunk<E>* x_chunks = buffer.data();
   for (int m = 0; m < M; ++m)
-    if (!lay_out<E, B, A>(x + m * size, size, rounding, laid + m * chunks, chunks)) return false;
-  share_rows(weights, count, threads, [&](const Weight& weight, int64_t begin, int64_t end) {
-    dot_range<E, B, M>(weight, laid, chunks, blocks, begin, end);
+    if (!lay_out<E, B, A>(x + m * size, size, rounding, x_chunks + m * chunks, chunks)) return false;
+  parallel_over_rows(weights, count, threads, [&](const Weight& weight, int64_t begin, int64_t end) {
+    dot_range<E, B, M>(weight, x_chunks, chunks, blocks, begin, end);
   });
   return true;
 }
@@ -387,21 +388,21 @@ void multiply(const Weight* weights, int count, const From* x, int64_t size, con
 
 }  // namespace
 
-using Format = MX_ELEMENT;  // given on the compiler's command line: one library for each format
+using Format = MX_ELEMENT;  // defined on the compiler's command line: one library per format
 constexpr int BLOCK = MX_BLOCK;
-constexpr int64_t VALUES_A_THREAD = 1 << 17;
+constexpr int64_t VALUES_PER_THREAD = 1 << 17;
 
-static int worthwhile_threads(int64_t values, int most) {
-  return int(std::clamp<int64_t>(values / VALUES_A_THREAD, 1, most));
+static int worthwhile_threads(int64_t values, int max_threads) {
+  return int(std::clamp<int64_t>(values / VALUES_PER_THREAD, 1, max_threads));
 }
 
 extern "C" {
 
 void mx_multiply(const Weight* weights, int count, const void* x, int wide, int64_t m, int64_t size,
-                 const Rounding* rounding, int most_threads) {
+                 const Rounding* rounding, int max_threads) {
   int64_t rows = 0;
   for (int i = 0; i < count; ++i) rows += weights[i].rows;
-  const int threads = worthwhile_threads(rows * size, most_threads);
+  const int threads = worthwhile_threads(rows * size, max_threads);
   const auto call = [&](auto tokens) {
     constexpr int M = decltype(tokens)::value;
     if (wide)
@@ -419,8 +420,8 @@ void mx_multiply(const Weight* weights, int count, const void* x, int wide, int6
 
 // values [rows, size], float32 or (wide == 0) bfloat16.
 void mx_decode(const uint8_t* elements, const uint8_t* scales, void* values, int wide, int64_t rows, int64_t size,
-               int most_threads) {
-  const int threads = worthwhile_threads(rows * size, most_threads);
+               int max_threads) {
+  const int threads = worthwhile_threads(rows * size, max_threads);
   const int64_t blocks = (size + BLOCK - 1) / BLOCK, bytes = blocks * (BLOCK * Format::BITS / 8);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
@@ -434,8 +435,8 @@ void mx_decode(const uint8_t* elements, const uint8_t* scales, void* values, int
 
 // to [rows, size] = from [rows, size] rounded to this format; both float32 if `wide`, otherwise bfloat16.
 void mx_round(const void* from, void* to, int wide, int64_t rows, int64_t size, const Rounding* rounding,
-              int most_threads) {
+              int max_threads) {
   const auto call = wide ? round_rows<Format, BLOCK, float> : round_rows<Format, BLOCK, uint16_t>;
-  call(from, to, rows, size, *rounding, worthwhile_threads(rows * size, most_threads));
+  call(from, to, rows, size, *rounding, worthwhile_threads(rows * size, max_threads));
 }
 }

@@ -1,8 +1,9 @@
-// Products that sum each block in integers, or in pairs of bfloat16, and scale the sums: for rounded inputs, on
-// processors with AVX-512's dot products. Included by mx_cpu.cpp, whose products multiply values.
+// Matmuls that accumulate each block with integer or bfloat16-pair dot products and then scale the partial sums: for
+// quantized inputs, on processors with the dot products of AVX-512. Included by mx_cpu.cpp, whose own matmul multiplies
+// decoded values.
 //
-// x is held as elements in the order in which a weight's bytes give theirs, 64 bytes at a time. Sums of integers are
-// exact; of bfloat16 they are float32's, of exact products.
+// x is stored as elements in the order in which the weight's bytes are decoded, 64 bytes at a time. Integer partial sums
+// are exact; bfloat16 pairs are exact products accumulated in float32.
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && \
     defined(__AVX512BF16__) && defined(__AVX512DQ__) && defined(__GNUC__)
@@ -11,19 +12,20 @@
 
 namespace {
 
-// How the elements of a weight are multiplied: GROUP of x's in a lane of 32 bits, PARTS of them from one vector of codes.
+// How the elements of a weight are multiplied: GROUP elements of x per 32-bit lane, PARTS operands per vector of codes.
 template <class E>
 struct Dot {
   static constexpr bool INTEGER = E::INTEGER && E::BITS != 6, BFLOAT = std::is_same_v<E, E2M1>;
   static constexpr bool EXISTS = INTEGER || BFLOAT;
   static constexpr int PARTS = 8 / E::BITS, GROUP = INTEGER ? 4 : 2, CHUNK = 16 * GROUP, OFFSET = 1 << (E::BITS - 1);
   static constexpr float UNIT = INTEGER ? exact_power(-E::MANTISSA_BITS) : 1.0f;
-  // Whether inputs rounded to A can be multiplied so.
+  // Whether inputs rounded to A can use these dot products.
   template <class A>
   static constexpr bool TAKES = EXISTS && (BFLOAT || A::INTEGER);
 };
 
-// What 64 bytes of integer codes, or 32 of E2M1's, are multiplied by. start: what the codes' offset adds, taken away.
+// The part of x that 64 bytes of integer codes, or 32 bytes of E2M1, are multiplied by. start: minus the contribution of
+// the codes' offset, where accumulation starts.
 template <class E>
 struct alignas(64) Chunk {
   uint8_t x[Dot<E>::PARTS][64];
@@ -60,7 +62,7 @@ inline __m512 dot(__mmask64 mask, const uint8_t* codes, const Chunk<E>& chunk) {
   }
 }
 
-// The scales of up to 16 blocks, from their bytes.
+// Decode the scale bytes of up to 16 blocks.
 inline __m512 block_scales(const uint8_t* bytes, __mmask16 mask) {
   const __m512i each = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, bytes));
   __m512i bits = _mm512_slli_epi32(each, 23);
@@ -69,7 +71,7 @@ inline __m512 block_scales(const uint8_t* bytes, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc00000)));
 }
 
-// Sums of the lanes of four vectors; each in an order of its own place alone.
+// Horizontal sums of four vectors; the order of additions depends only on a vector's own position.
 inline __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -80,28 +82,28 @@ inline __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-// y [M][4] = x [M, ...] times R rows of a weight from n on, at most 4. Scales are decoded for 16 blocks at once, which are
-// as many chunks as a block has lanes.
+// y[M][4] = x[M, ...] times R <= 4 rows of a weight, starting at row n. Scales are decoded for 16 blocks at once, which
+// span as many chunks as a block has lanes.
 template <class E, int B, int R, int M>
 inline void dot_rows(const Weight& weight, const Chunk<E>* x, int64_t chunks, int64_t blocks, int64_t n, float* y) {
   constexpr int BYTES = B * E::BITS / 8, STEP = Dot<E>::CHUNK, LANES = B / (Dot<E>::GROUP * Dot<E>::PARTS);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  constexpr int AHEAD = 4096;  // bytes; the processor's own prefetching stops at the end of a page
+  constexpr int AHEAD = 4096;  // bytes; hardware prefetching stops at the end of a page
   const uint8_t* codes = weight.elements + n * blocks * BYTES;
   const uint8_t* scales = weight.scales + n * blocks;
   __m512 sums[4][M], decoded[R];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
   for (int64_t block = 0, chunk = 0; block < blocks; block += 16) {
-    const __mmask16 among = blocks - block >= 16 ? 0xffff : (1 << (blocks - block)) - 1;
-    for (int r = 0; r < R; ++r) decoded[r] = block_scales(scales + r * blocks + block, among);
+    const __mmask16 block_mask = blocks - block >= 16 ? 0xffff : (1 << (blocks - block)) - 1;
+    for (int r = 0; r < R; ++r) decoded[r] = block_scales(scales + r * blocks + block, block_mask);
     for (int part = 0; part < LANES && chunk < chunks; ++part, ++chunk) {
       const int64_t left = blocks * BYTES - chunk * STEP;
       const __mmask64 mask = left >= STEP ? ~0ull : (1ull << left) - 1;
-      const __m512i of_lane = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * part)), __builtin_ctz(LANES));
+      const __m512i scale_index = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16 * part)), __builtin_ctz(LANES));
       for (int r = 0; r < R; ++r) {
         _mm_prefetch(codes + r * blocks * BYTES + chunk * STEP + AHEAD, _MM_HINT_T0);
-        const __m512 scale = _mm512_permutexvar_ps(of_lane, decoded[r]);
+        const __m512 scale = _mm512_permutexvar_ps(scale_index, decoded[r]);
         for (int m = 0; m < M; ++m) {
           const Chunk<E>& with = x[m * chunks + chunk];
           const __m512 sum = dot<E>(mask, codes + r * blocks * BYTES + chunk * STEP, with);
@@ -127,8 +129,8 @@ void dot_range(const Weight& weight, const Chunk<E>* x, int64_t chunks, int64_t 
   for (; n < end; ++n) rows(std::integral_constant<int, 1>{}, n);
 }
 
-// One row of x, rounded to A's elements and laid out; `count` chunks, zeroed. False if a scale is so near to the ends of
-// float32 that a sum times it could leave them.
+// Round one row of x to elements of A and lay it out in `count` zeroed chunks. False if a scale is so close to the limits
+// of float32 that a scaled partial sum could exceed them.
 template <class E, int B, class A, class From>
 bool lay_out(const From* from, int64_t size, const Rounding& rounding, Chunk<E>* chunks, int64_t count) {
   using Element = std::conditional_t<Dot<E>::INTEGER, int8_t, uint16_t>;
@@ -143,12 +145,12 @@ bool lay_out(const From* from, int64_t size, const Rounding& rounding, Chunk<E>*
       if constexpr (Dot<E>::INTEGER)
         elements[i] = Element(int32_t(values[i] * exact_power(A::MANTISSA_BITS)));
       else
-        elements[i] = Element(to_bits(values[i]) >> 16);  // exact: no element has more than 7 bits of mantissa
+        elements[i] = Element(to_bits(values[i]) >> 16);  // exact: no element has more than 7 mantissa bits
     }
     for (int part = 0; part < Dot<E>::PARTS; ++part)
       for (int at = 0; at < RUN; at += PIECE) {
-        const int64_t place = block * RUN + at;
-        std::memcpy(chunks[place / Dot<E>::CHUNK].x[part] + place % Dot<E>::CHUNK * sizeof(Element),
+        const int64_t position = block * RUN + at;
+        std::memcpy(chunks[position / Dot<E>::CHUNK].x[part] + position % Dot<E>::CHUNK * sizeof(Element),
                     elements + part * RUN + at, PIECE * sizeof(Element));
       }
     const float unit = Dot<E>::INTEGER ? scale * exact_power(-A::MANTISSA_BITS) * Dot<E>::UNIT : scale;

@@ -1,7 +1,7 @@
-// mx::cpu_linears without Python, which takes longer than the products of a small model for a token.
+// mx::cpu_linears in C++: for one token of a small model, dispatch through Python takes longer than the matmuls.
 //
-// What it cannot do it hands to mx::linears, which is Python (ops.py). That tells it by `mx_serve` what it can do from
-// then on. See cpu/build.py, which builds it against torch's stable interface for C++.
+// Calls without a registered kernel go to mx::linears, which is Python (ops.py); that registers a kernel for later calls
+// with `mx_register_kernel`. Built by cpu/build.py against the stable C++ ABI of torch.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -25,21 +25,22 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Text = std::optional<std::string>;
 
-// Calls with these arguments are served by `multiply`.
-struct Served {
+// `multiply` is the kernel for calls with these arguments.
+struct SelectedKernel {
   std::string format;
   Text activation, rule;
   ScalarType dtype;
   Multiply* multiply;
   Rounding rounding;
 };
-std::deque<Served> all_served;  // never erased from: pointers to entries stay good
+std::deque<SelectedKernel> selected_kernels;  // entries are never erased, so pointers to them stay valid
 std::shared_mutex guard;
 
-const Served* find(const std::string& format, const Text& activation, const Text& rule, ScalarType dtype) {
+const SelectedKernel* find(const std::string& format, const Text& activation, const Text& rule, ScalarType dtype) {
   const std::shared_lock<std::shared_mutex> reading(guard);
-  for (const Served& one : all_served)
-    if (one.format == format && one.activation == activation && one.rule == rule && one.dtype == dtype) return &one;
+  for (const SelectedKernel& kernel : selected_kernels)
+    if (kernel.format == format && kernel.activation == activation && kernel.rule == rule && kernel.dtype == dtype)
+      return &kernel;
   return nullptr;
 }
 
@@ -57,9 +58,9 @@ bool are_plain(const Tensors& elements, const Tensors& scales, const std::vector
   return true;
 }
 
-Tensors multiply(const Served& served, const Tensor& x, int64_t tokens, const Tensors& elements, const Tensors& scales,
+Tensors multiply(const SelectedKernel& kernel, const Tensor& x, int64_t tokens, const Tensors& elements, const Tensors& scales,
                  const std::vector<std::optional<Tensor>>& biases) {
-  const int wide = served.dtype == ScalarType::Float;
+  const int wide = kernel.dtype == ScalarType::Float;
   Tensors outputs;
   std::vector<Weight> weights;
   std::vector<int64_t> shape;
@@ -71,8 +72,8 @@ Tensors multiply(const Served& served, const Tensor& x, int64_t tokens, const Te
                        static_cast<const uint8_t*>(scales[i].data_ptr()), biases[i] ? biases[i]->data_ptr() : nullptr,
                        outputs[i].data_ptr(), elements[i].size(0), wide});
   }
-  served.multiply(weights.data(), int(weights.size()), x.data_ptr(), wide, tokens, x.size(x.dim() - 1),
-                  served.activation ? &served.rounding : nullptr, int(torch::stable::get_num_threads()));
+  kernel.multiply(weights.data(), int(weights.size()), x.data_ptr(), wide, tokens, x.size(x.dim() - 1),
+                  kernel.activation ? &kernel.rounding : nullptr, int(torch::stable::get_num_threads()));
   return outputs;
 }
 
@@ -80,10 +81,10 @@ Tensors linears(Tensor x, Tensors elements, Tensors scales, std::vector<std::opt
                 std::string format, Text activation, Text rule) {
   const int64_t size = x.dim() == 0 ? 0 : x.size(x.dim() - 1);
   const int64_t tokens = size == 0 ? 0 : x.numel() / size;
-  const Served* served = find(format, activation, rule, x.scalar_type());
-  if (served != nullptr && tokens > 0 && tokens <= MOST_TOKENS && is_plain(x, served->dtype) &&
-      are_plain(elements, scales, biases, served->dtype))
-    return multiply(*served, x, tokens, elements, scales, biases);
+  const SelectedKernel* kernel = find(format, activation, rule, x.scalar_type());
+  if (kernel != nullptr && tokens > 0 && tokens <= MAX_TOKENS && is_plain(x, kernel->dtype) &&
+      are_plain(elements, scales, biases, kernel->dtype))
+    return multiply(*kernel, x, tokens, elements, scales, biases);
   using torch::stable::detail::from;
   std::array<StableIValue, 9> stack{from(x),          from(elements), from(scales),       from(biases), from(format),
                                     from(activation), from(rule),     from(std::nullopt), from(false)};
@@ -95,12 +96,13 @@ Tensors linears(Tensor x, Tensors elements, Tensors scales, std::vector<std::opt
 
 STABLE_TORCH_LIBRARY_IMPL(mx, CPU, library) { library.impl("cpu_linears", TORCH_BOX(&linears)); }
 
-// From now on serve these arguments; no activation and no rule if they are null. wide: x is float32, otherwise bfloat16.
-extern "C" void mx_serve(const char* format, const char* activation, const char* rule, int wide, Multiply* multiply,
+// Use `multiply` for these arguments from now on. activation and rule are null for unquantized inputs. wide: x is
+// float32, otherwise bfloat16.
+extern "C" void mx_register_kernel(const char* format, const char* activation, const char* rule, int wide, Multiply* multiply,
                          const Rounding* rounding) {
-  const auto text = [](const char* given) { return given == nullptr ? Text() : Text(given); };
-  const Rounding kept = rounding == nullptr ? Rounding{} : *rounding;
+  const auto text = [](const char* value) { return value == nullptr ? Text() : Text(value); };
+  const Rounding copied = rounding == nullptr ? Rounding{} : *rounding;
   const std::unique_lock<std::shared_mutex> writing(guard);
-  all_served.push_back(
-      {format, text(activation), text(rule), wide ? ScalarType::Float : ScalarType::BFloat16, multiply, kept});
+  selected_kernels.push_back(
+      {format, text(activation), text(rule), wide ? ScalarType::Float : ScalarType::BFloat16, multiply, copied});
 }
