@@ -1,1 +1,1 @@
-"""`MXWeight`, and what is done with all tensors of a module."""
+"""`MXWeight`, and operations on all tensors of a module."""

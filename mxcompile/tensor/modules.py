@@ -1,4 +1,4 @@
-"""The tensors that a module holds: how many bytes they take, and others put in their places."""
+"""The tensors of a module: their bytes, their names, and their replacement."""
 
 import sys
 from collections.abc import Iterable
@@ -21,18 +21,18 @@ def stored_bytes(module: nn.Module) -> int:
     return total
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, then buffers, under all their names; MX weights in rows, whatever kernels they are arranged for."""
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, then buffers, under all their names; MX weights row-major, whatever their layout in the module."""
     named = dict(module.named_parameters(remove_duplicate=False))
-    rows = {id(value): value.in_rows() for value in named.values() if isinstance(value, MXWeight)}
+    rows = {id(value): value.to_row_major() for value in named.values() if isinstance(value, MXWeight)}
     parameters: dict[str, Tensor] = {name: rows.get(id(value), value) for name, value in named.items()}
     return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
-def place_all(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Put tensors, by name, in the places of parameters and buffers; names with one object get one parameter.
+def set_tensors(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Replace parameters and buffers by name; names that share a tensor object share one parameter.
 
-    One after the other, so that what was there before is let go of while the next one is made.
+    Works one at a time, so that each old tensor is freed before the iterator makes the next new one.
     """
     parameters: dict[int, nn.Parameter] = {}
     for name, value in tensors:
@@ -46,6 +46,6 @@ def place_all(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def is_pretrained(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers, without importing that."""
+    """Whether a module is a Hugging Face `PreTrainedModel`, without importing transformers."""
     models = sys.modules.get("transformers.modeling_utils")
     return models is not None and isinstance(module, models.PreTrainedModel)

@@ -1,13 +1,13 @@
 """MXWeight: a parameter that holds packed MX elements and scales in place of a float tensor.
 
-It has the shape and dtype of the weight it stands for. A matmul with it (`F.linear`, `@`, `addmm`, `bmm`, grouped
+It has the shape and dtype of the weight it replaces. A matmul with it (`F.linear`, `@`, `addmm`, `bmm`, grouped
 matmul) computes what a lowered Program does: the input is multiplied by a vector, rotated, quantized and dequantized as
-the weight says, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any other
-arithmetic is refused with the operator's name: nothing is dequantized behind the user's back. In eager mode the kernels
-serve `F.linear`; inside `torch.compile` and `torch.export` every step is an op of the graph.
+the layout specifies, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any
+other arithmetic raises an error that names the operator: nothing is dequantized implicitly. In eager mode fused kernels
+run `F.linear`; inside `torch.compile` and `torch.export` every step is an op of the graph.
 
-Survives `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.export`. Compiled for a GPU its bytes may
-be arranged in planes; where nothing reads these (another device or dtype, a file) they go back to rows.
+Supports `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.export`. Compiling for a GPU may convert it
+to the planar layout; it goes back to row-major where nothing reads planes (another device or dtype, a file).
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -22,25 +22,23 @@ from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
-from mxcompile.kernels.layout.planes import Scaling, scaling_for
-from mxcompile.kernels.layout.rows_to_planes import planes_of_rows, range_of_rows, rows_of_planes
-from mxcompile.ops import ALIGN, DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
+from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
+from mxcompile.kernels.layout.rows_to_planes import convert_to_planes, convert_to_rows, weight_scale_range
+from mxcompile.ops import DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class MXLayout:
-    """What the bytes of an MXWeight mean, and how the input of its matmul is prepared.
+    """How the bytes of an MXWeight are encoded, and how the input of its matmul is prepared.
 
     format: of the weight. size: number of values along the blocks (the inner dimension).
-    transposed: the contracted dimension is the weight's second to last one; the packed form always has it last.
+    transposed: the contracted dimension is the weight's second to last one; in the packed form it is always the last.
     activation, rule: format and scale rule of the input, or None if it stays float.
-    multiplier: a name for the values that the input is multiplied by (equal names, equal values), or None.
-    rotation: block of the rotation of the input (`hadamard.py`), after the multiplication, or None.
-    aligned: whether the input, once rounded, is aligned (`reference.align`).
-    planes: None if the bytes lie in rows (`packing.py`); if they are arranged for the GPU's fast kernels
-        (`kernels/planes.py`), how their scales are shifted.
+    multiplier: digest of the values that the input is multiplied by (equal digests, equal values), or None.
+    rotation: block size of the input's rotation (`hadamard.py`), applied after the multiplier, or None.
+    planes: the scaling of the planar layout (`kernels/layout/planes.py`); None for row-major bytes (`packing.py`).
     """
 
     format: str
@@ -50,17 +48,16 @@ class MXLayout:
     rule: str | None = None
     multiplier: str | None = None
     rotation: int | None = None
-    aligned: bool = False
-    planes: Scaling | None = None
+    planes: PlanarScaling | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # Dynamo's guards hold a copy, and compare what is the same object in no time
+        return self  # Dynamo's guards hold a copy, and comparing an object with itself is free
 
 
 class MXWeight(Tensor):
     """elements: uint8 `[..., out, bytes]`, scales: uint8 `[..., out, blocks]`; see `packing.py`.
 
-    multiplier: `[in]`, in the weight's dtype, what the input is multiplied by; None if `layout.multiplier` is.
+    multiplier: `[in]`, in the weight's dtype, multiplied with the input; None if `layout.multiplier` is.
     """
 
     elements: Tensor
@@ -72,7 +69,7 @@ class MXWeight(Tensor):
     def __new__(
         cls, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype, multiplier: Tensor | None = None
     ) -> Self:
-        """Make a tensor without storage of its own around the packed bytes."""
+        """Wrap the packed bytes in a tensor without storage of its own."""
         shape = [*elements.shape[:-1], layout.size]
         if layout.transposed:
             shape[-2:] = shape[-1], shape[-2]
@@ -93,26 +90,26 @@ class MXWeight(Tensor):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """The tensors that hold it: elements, scales, and the multiplier if there is one."""
+        """The component tensors: elements, scales, and the multiplier if there is one."""
         return (
             (self.elements, self.scales) if self.multiplier is None else (self.elements, self.scales, self.multiplier)
         )
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of its parts in memory."""
+        """Bytes of the component tensors."""
         return sum(part.numel() * part.element_size() for part in self.parts)
 
     def dequantize(self) -> Tensor:
-        """The float values, in the weight's shape and dtype; of an expanded weight, each value is decoded once."""
+        """The float values, in the weight's shape and dtype; an expanded weight is decoded once."""
         spec = self.layout_
         elements, scales = (_unexpanded(part) for part in (self.elements, self.scales))
-        values = DEQUANTIZE(elements, scales, spec.format, spec.size, self.dtype, *_if_planes(spec))
+        values = DEQUANTIZE(elements, scales, spec.format, spec.size, self.dtype, *_planes_argument(spec))
         values = values.transpose(-1, -2) if spec.transposed else values
         return values if values.shape == self.shape else values.expand(self.shape)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The input of a matmul with this weight, as the matmul sees it."""
+        """The input of a matmul with this weight, transformed and quantized."""
         spec = self.layout_
         x = self.transform(x)
         if spec.activation is None:
@@ -122,51 +119,51 @@ class MXWeight(Tensor):
         else:
             elements, scales = QUANTIZE(x, spec.activation, spec.rule)
             rounded = DEQUANTIZE(elements, scales, spec.activation, x.shape[-1], x.dtype)
-        return ALIGN(rounded) if spec.aligned else rounded
+        return rounded
 
     def transform(self, x: Tensor) -> Tensor:
-        """The input of a matmul with this weight, before it is rounded."""
+        """The input of a matmul with this weight, multiplied and rotated but not quantized."""
         spec = self.layout_
         if self.multiplier is not None:
             x = MULTIPLY(x, self.multiplier, str(spec.multiplier))
         return x if spec.rotation is None else ROTATE(x, spec.rotation)
 
     def swap_axes(self) -> "MXWeight":
-        """The weight with its last two dimensions exchanged, on the same bytes."""
+        """The weight with its last two dimensions swapped, on the same bytes."""
         spec = replace(self.layout_, transposed=not self.layout_.transposed)
         return MXWeight(self.elements, self.scales, spec, self.dtype, self.multiplier)
 
-    def in_rows(self) -> "MXWeight":
-        """The weight with its bytes in rows; itself if they are."""
+    def to_row_major(self) -> "MXWeight":
+        """The weight in the row-major layout; itself if it is row-major."""
         spec = self.layout_
         if spec.planes is None:
             return self
         fmt = parse_format(spec.format)
-        elements, scales = rows_of_planes(self.elements, self.scales, fmt, spec.size, spec.planes)
+        elements, scales = convert_to_rows(self.elements, self.scales, fmt, spec.size, spec.planes)
         return MXWeight(elements, scales, replace(spec, planes=None), self.dtype, self.multiplier)
 
-    def in_planes(self, scaling: Scaling | None = None, place: tuple[Tensor, Tensor] | None = None) -> "MXWeight":
-        """The weight with its bytes in planes; itself if they are.
+    def to_planar(self, scaling: PlanarScaling | None = None, out: tuple[Tensor, Tensor] | None = None) -> "MXWeight":
+        """The weight in the planar layout; itself if it is planar.
 
-        scaling: for the range of its scales, found if None, which raises MXCompileError if planes cannot hold the
-        weight. place: where to put the bytes.
+        scaling: for the range of its scales. If None, it is computed, which raises MXCompileError if the weight cannot
+        be planar. out: where to store the bytes.
         """
         spec = self.layout_
         if spec.planes is not None:
             return self
         fmt = parse_format(spec.format)
         if scaling is None:
-            scaling = scaling_for(*range_of_rows(self.elements, self.scales, fmt, spec.size), fmt)
-        elements, scales = planes_of_rows(self.elements, self.scales, fmt, spec.size, scaling, place)
+            scaling = scaling_for(*weight_scale_range(self.elements, self.scales, fmt, spec.size), fmt)
+        elements, scales = convert_to_planes(self.elements, self.scales, fmt, spec.size, scaling, out)
         return MXWeight(elements, scales, replace(spec, planes=scaling), self.dtype, self.multiplier)
 
     def _stable_hash_for_caching(self) -> str:
-        """What compiled graphs depend on; read by AOTAutograd's cache (torch 2.13 and later)."""
+        """The properties that compiled graphs depend on, for AOTAutograd's cache (torch 2.13 and later)."""
         parts = [(tuple(p.shape), p.stride(), p.device.type) for p in self.parts]
         return f"MXWeight {self.layout_} {self.dtype} {parts}"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[MXLayout, torch.dtype]]:
-        return self._flat  # made once: every call of a compiled model asks every weight
+        return self._flat  # precomputed: every call of a compiled model flattens every weight
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], spec: tuple[MXLayout, torch.dtype], *_: Any) -> "MXWeight":
@@ -193,12 +190,12 @@ class MXWeight(Tensor):
             return _LOW_LEVEL[func](*args, **options)
         if func not in _COPIES or not isinstance(weight, MXWeight):
             raise MXCompileError(
-                f"{func} is not defined on an MXWeight: it takes part in matmuls (right operand) and embeddings; "
+                f"{func} is not defined on an MXWeight, which supports only matmuls (as right operand) and embeddings; "
                 "use weight.dequantize() for the float values"
             )
         dtype = options.pop("dtype", None) or weight.dtype
-        if func is aten._to_copy.default and not _keeps_planes(dtype, options.get("device"), weight):
-            weight = weight.in_rows()
+        if func is aten._to_copy.default and not _stays_planar(dtype, options.get("device"), weight):
+            weight = weight.to_row_major()
         elements, scales, *rest = (func(part, *args[1:], **options) for part in weight.parts)
         layout = weight.layout_
         if rest and dtype != weight.dtype:
@@ -207,15 +204,15 @@ class MXWeight(Tensor):
         return MXWeight(elements, scales, layout, dtype, *rest)
 
 
-def _if_planes(layout: MXLayout) -> tuple[Scaling, ...]:
-    """The operators' last argument, where it is not what they take if it is left out."""
+def _planes_argument(layout: MXLayout) -> tuple[PlanarScaling, ...]:
+    """The `planes` argument of the operators; omitted where it is the default."""
     return () if layout.planes is None else (layout.planes,)
 
 
-def _keeps_planes(dtype: torch.dtype, device: torch.device | str | None, weight: MXWeight) -> bool:
-    """Whether a weight of that dtype, there, is read by the kernels for planes."""
-    kind = weight.device.type if device is None else torch.device(device).type
-    return dtype == torch.bfloat16 and kind == "cuda"
+def _stays_planar(dtype: torch.dtype, device: torch.device | str | None, weight: MXWeight) -> bool:
+    """Whether the planar kernels can read the weight with that dtype on that device."""
+    device_type = weight.device.type if device is None else torch.device(device).type
+    return dtype == torch.bfloat16 and device_type == "cuda"
 
 
 def _unexpanded(part: Tensor) -> Tensor:
@@ -229,11 +226,11 @@ _COPIES = frozenset({aten.detach.default, aten.alias.default, aten.clone.default
 
 
 def _copy_into(weight: MXWeight, other: MXWeight) -> MXWeight:
-    """Write the other's parts over the weight's. Its layout stays: compiled graphs do not look at it again."""
-    other = other.in_rows() if weight.layout_.planes is None else other.in_planes()
+    """Copy the component tensors of `other` into `weight`. The layout stays: compiled graphs do not check it again."""
+    other = other.to_row_major() if weight.layout_.planes is None else other.to_planar()
     if weight.layout_ != other.layout_:
         raise MXCompileError(
-            f"cannot copy {other.layout_} into {weight.layout_}: put the other weight in its place "
+            f"cannot copy {other.layout_} into {weight.layout_}: replace the weight instead "
             "(load_state_dict(..., assign=True))"
         )
     for part, values in zip(weight.parts, other.parts, strict=True):
@@ -241,44 +238,44 @@ def _copy_into(weight: MXWeight, other: MXWeight) -> MXWeight:
     return weight
 
 
-def _right_operand(op: Callable[..., Tensor], place: int) -> Callable[..., Tensor]:
-    """op with its operand at `place` being an MXWeight, and the one before it the input to prepare."""
+def _right_operand(op: Callable[..., Tensor], position: int) -> Callable[..., Tensor]:
+    """`op` with an MXWeight as operand `position`; the operand before it is the input, which is prepared first."""
 
     def multiply(*args: Any, **kwargs: Any) -> Tensor:
-        weight = args[place] if len(args) > place else None
+        weight = args[position] if len(args) > position else None
         if not isinstance(weight, MXWeight):
             raise MXCompileError(f"{op.__name__}: an MXWeight can only be the right operand of a matmul")
-        before, after = args[: place - 1], args[place + 1 :]
-        return op(*before, weight.prepare(args[place - 1]), weight.dequantize(), *after, **kwargs)
+        before, after = args[: position - 1], args[position + 1 :]
+        return op(*before, weight.prepare(args[position - 1]), weight.dequantize(), *after, **kwargs)
 
     return multiply
 
 
 def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tensor:
-    if _served_by_kernels(input, weight):
+    if _uses_fused_kernel(input, weight):
         spec = weight.layout_
         args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule)
-        return LINEARS(weight.transform(input), *args, spec.planes, spec.aligned)[0]
+        return LINEARS(weight.transform(input), *args, spec.planes)[0]
     return F.linear(weight.prepare(input), weight.dequantize(), bias)
 
 
-def _served_by_kernels(x: Tensor, weight: MXWeight) -> bool:
-    """Outside `torch.compile`, whose graphs show every step, for a product without gradients of the right dtype."""
+def _uses_fused_kernel(x: Tensor, weight: MXWeight) -> bool:
+    """Outside tracing, whose graphs must contain every step, for an input of the weight's dtype without gradients."""
     plain = weight.dim() == 2 and not weight.layout_.transposed and x.dtype == weight.dtype
     return plain and not _is_traced(x) and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether every step has to be seen: by `torch.compile` or `torch.export`, that is Dynamo or (torch 2.11) what
-    comes after it, or because `step_by_step` asks for it.
+    """Whether every step must be an operator of its own: in `torch.compile` and `torch.export` (in Dynamo or, in
+    torch 2.11, in later stages), or under `unfused_matmuls`.
     """
     return torch.compiler.is_compiling() or type(x) is not Tensor or _STEP_BY_STEP.get()
 
 
 @contextmanager
-def step_by_step() -> Generator[None]:
-    """Matmuls with MX weights as the operators that a lowered Program has, one by one, without the kernels that do all
-    of them at once and sum in another order.
+def unfused_matmuls() -> Generator[None]:
+    """Run matmuls with MX weights as the separate operators of a lowered Program, without the fused kernels, which
+    accumulate in another order.
     """
     token = _STEP_BY_STEP.set(True)
     try:
@@ -287,7 +284,7 @@ def step_by_step() -> Generator[None]:
         _STEP_BY_STEP.reset(token)
 
 
-_STEP_BY_STEP: ContextVar[bool] = ContextVar("mxcompile.step_by_step", default=False)
+_STEP_BY_STEP: ContextVar[bool] = ContextVar("mxcompile.unfused_matmuls", default=False)
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: MXWeight, *args: Any, **kwargs: Any) -> Tensor:
@@ -299,9 +296,9 @@ def _grouped_mm_fallback(input: Tensor, weight: MXWeight, offs: Tensor) -> Tenso
 
 
 def _embedding(input: Tensor, weight: MXWeight, *args: Any, **kwargs: Any) -> Tensor:
-    del args, kwargs  # padding_idx and the like only matter for gradients
+    del args, kwargs  # padding_idx and others only affect gradients
     spec = weight.layout_
-    weight = weight.in_rows()
+    weight = weight.to_row_major()
     rows = [F.embedding(input, part) for part in (weight.elements, weight.scales)]
     return DEQUANTIZE(*rows, spec.format, spec.size, weight.dtype)
 
@@ -309,7 +306,7 @@ def _embedding(input: Tensor, weight: MXWeight, *args: Any, **kwargs: Any) -> Te
 def _transpose(weight: MXWeight, dim0: int = -2, dim1: int = -1) -> MXWeight:
     last = {weight.dim() - 1, weight.dim() - 2}
     if {dim0 % weight.dim(), dim1 % weight.dim()} != last:
-        raise MXCompileError("only the last two dimensions of an MXWeight can be exchanged")
+        raise MXCompileError("only the last two dimensions of an MXWeight can be swapped")
     return weight.swap_axes()
 
 
@@ -348,7 +345,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.transpose: _transpose,
     torch._grouped_mm: _grouped_mm,  # pyright: ignore[reportPrivateUsage] - what F.grouped_mm calls
 }
-# What F.linear and the like become where torch functions are switched off (nn.MultiheadAttention does that).
+# What F.linear and others become where __torch_function__ is disabled, as in nn.MultiheadAttention.
 _LOW_LEVEL: dict[Any, Callable[..., Any]] = {
     aten.t.default: _transpose,
     aten.transpose.int: _transpose,

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mxcompile.analysis.folds.multiplier import digest
+from mxcompile.analysis.folds.multiplier import multiplier_digest
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.numerics import packing, reference
-from mxcompile.tensor.weight import MXLayout, MXWeight, step_by_step
+from mxcompile.tensor.weight import MXLayout, MXWeight, unfused_matmuls
 
 
 def pack(
     rows: Tensor, activation: str | None = None, transposed: bool = False, multiplier: Tensor | None = None
 ) -> MXWeight:
     codes, scales = reference.quantize(rows, MXINT4, ScaleRule.MSE)
-    name = None if multiplier is None else digest(multiplier)
+    name = None if multiplier is None else multiplier_digest(multiplier)
     layout = MXLayout("mxint4", rows.shape[-1], transposed, activation, "floor" if activation else None, name)
     return MXWeight(packing.pack(codes, MXINT4), scales, layout, rows.dtype, multiplier)
 
@@ -105,7 +105,7 @@ def test_a_multiplier_serves_all_experts(x, multiplier):
 def test_a_multiplier_is_part_of_the_weight(rows, multiplier):
     weight = pack(rows, multiplier=multiplier)
     assert weight.packed_bytes == pack(rows).packed_bytes + 40 * 4
-    assert f"multiplier='{digest(multiplier)}'" in repr(weight)
+    assert f"multiplier='{multiplier_digest(multiplier)}'" in repr(weight)
     assert weight._stable_hash_for_caching() != pack(rows)._stable_hash_for_caching()
     assert weight._stable_hash_for_caching() != pack(rows, multiplier=-multiplier)._stable_hash_for_caching()
     names, spec = weight.__tensor_flatten__()
@@ -118,7 +118,7 @@ def test_step_by_step_no_kernel_does_all_at_once(rows, x, monkeypatch):
     weight = pack(rows, "mxint8")
     wanted = F.linear(weight.prepare(x[:1]), weight.dequantize())
     monkeypatch.setattr("mxcompile.tensor.weight.LINEARS", lambda *_: pytest.fail("a kernel was called"))
-    with step_by_step():
+    with unfused_matmuls():
         assert torch.equal(F.linear(x[:1], weight), wanted)
     with pytest.raises(pytest.fail.Exception):
         F.linear(x[:1], weight)
@@ -174,7 +174,7 @@ def test_casting_a_multiplier_changes_its_name(rows, x, multiplier):
     weight = pack(rows, multiplier=multiplier)
     half = weight.to(torch.bfloat16)
     assert (half.multiplier.dtype, half.elements.dtype) == (torch.bfloat16, torch.uint8)
-    assert half.layout_.multiplier == f"{digest(multiplier)} as torch.bfloat16"
+    assert half.layout_.multiplier == f"{multiplier_digest(multiplier)} as torch.bfloat16"
     assert torch.equal(F.linear(x.bfloat16(), half), F.linear(x.bfloat16() * multiplier.bfloat16(), half.dequantize()))
     assert half.float().layout_.multiplier != weight.layout_.multiplier
     assert weight.float().layout_ == weight.layout_

@@ -12,7 +12,7 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXFormat, ScaleRule
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
-from mxcompile.tensor import arrange
+from mxcompile.tensor import planar_layout
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 
@@ -25,34 +25,34 @@ def weight(fmt: MXFormat, out: int = 128, size: int = 200, dtype: torch.dtype = 
 @pytest.mark.parametrize("fmt", [*FORMATS.values(), MXINT4.with_block(128)], ids=str)
 def test_planes_mean_the_same_and_go_back(fmt):
     rows = weight(fmt)
-    planes = rows.in_planes()
+    planes = rows.to_planar()
     assert planes.shape == rows.shape
     assert torch.equal(planes.dequantize(), rows.dequantize())
-    again = planes.in_rows()
+    again = planes.to_row_major()
     assert again.layout_ == rows.layout_
     assert torch.equal(again.dequantize(), rows.dequantize())
     x = torch.randn(3, 200).to(torch.bfloat16)
     assert torch.equal(nn.functional.linear(x, planes), nn.functional.linear(x, rows))
-    assert planes.in_planes() is planes
-    assert rows.in_rows() is rows
+    assert planes.to_planar() is planes
+    assert rows.to_row_major() is rows
 
 
 def test_planes_take_no_more_bytes_than_rows_padded_to_slabs():
-    assert weight(MXFP4, 64, 256).in_planes().packed_bytes == weight(MXFP4, 64, 256).packed_bytes
-    assert weight(MXFP4, 64, 200).in_planes().packed_bytes == weight(MXFP4, 64, 256).packed_bytes
+    assert weight(MXFP4, 64, 256).to_planar().packed_bytes == weight(MXFP4, 64, 256).packed_bytes
+    assert weight(MXFP4, 64, 200).to_planar().packed_bytes == weight(MXFP4, 64, 256).packed_bytes
 
 
 def test_another_dtype_has_rows_and_a_copy_has_planes():
-    planes = weight(MXFP8_E4M3).in_planes()
+    planes = weight(MXFP8_E4M3).to_planar()
     assert planes.to(torch.float16).layout_.planes is None
     assert copy.deepcopy(planes).layout_.planes == (0, 0)
     rows = weight(MXFP8_E4M3, size=300)
     other = weight(MXFP8_E4M3, size=300)
     other.scales.add_(1)
-    planes = rows.in_planes()
+    planes = rows.to_planar()
     planes.copy_(other)
     assert torch.equal(planes.dequantize(), other.dequantize())
-    other = rows.in_planes()
+    other = rows.to_planar()
     rows.copy_(planes)
     assert torch.equal(rows.dequantize(), planes.dequantize())
     assert not torch.equal(rows.dequantize(), other.dequantize())
@@ -61,10 +61,10 @@ def test_another_dtype_has_rows_and_a_copy_has_planes():
 def test_large_scales_are_lifted():
     rows = weight(MXFP4)
     rows.scales.add_(20)
-    planes = rows.in_planes()
+    planes = rows.to_planar()
     assert planes.layout_.planes.lift > 0
     assert torch.equal(planes.dequantize(), rows.dequantize())
-    assert torch.equal(planes.in_rows().dequantize(), rows.dequantize())
+    assert torch.equal(planes.to_row_major().dequantize(), rows.dequantize())
 
 
 def test_what_planes_cannot_hold_is_named():
@@ -76,19 +76,19 @@ def test_what_planes_cannot_hold_is_named():
         (inf, "codes"),
     ):
         with pytest.raises(MXCompileError, match=reason):
-            given.in_planes()
+            given.to_planar()
 
 
 @pytest.fixture
 def arranged(monkeypatch):
     """A llama with tied head whose weights were arranged as on a GPU, the same one in rows, and what stayed in rows."""
-    monkeypatch.setattr(arrange, "choices", lambda x, fmt, out: {"planes": None})
+    monkeypatch.setattr(planar_layout, "choices", lambda x, fmt, out: {"planes": None})
     model, example = build("llama", torch.bfloat16), inputs("llama")
     rows = mxcompile.quantize_and_compile(
         model, example, recipe="w4a8-mxint-quick", compile=False, include=["lm_head", "model.embed_tokens"]
     )
     planes = copy.deepcopy(rows)
-    return planes, rows, arrange.arrange(planes)
+    return planes, rows, planar_layout.use_planar_layout(planes)
 
 
 def test_arranged_module(arranged, tmp_path):
@@ -102,7 +102,7 @@ def test_arranged_module(arranged, tmp_path):
     mxcompile.save(rows, tmp_path / "rows")
     for path in (tmp_path / "rows").iterdir():
         assert path.read_bytes() == (tmp_path / "planes" / path.name).read_bytes()
-    assert arrange.arrange(planes) == kept  # once more changes nothing
+    assert planar_layout.use_planar_layout(planes) == kept  # once more changes nothing
 
 
 class Attention(nn.Module):
@@ -113,15 +113,15 @@ class Attention(nn.Module):
 
 
 def test_alike_weights_lie_side_by_side(monkeypatch):
-    from mxcompile.kernels.gpu_linears import _side_by_side
+    from mxcompile.kernels.gpu_linears import _adjacent_groups
 
-    monkeypatch.setattr(arrange, "choices", lambda x, fmt, out: {"planes": None})
+    monkeypatch.setattr(planar_layout, "choices", lambda x, fmt, out: {"planes": None})
     module = Attention()
     before = {name: value.dequantize() for name, value in module.named_parameters()}
-    assert arrange.arrange(module) == {}
+    assert planar_layout.use_planar_layout(module) == {}
     assert all(torch.equal(value.dequantize(), before[name]) for name, value in module.named_parameters())
     parts = {name: (value.elements, value.scales, None) for name, value in module.named_parameters()}
-    assert [len(group) for group in _side_by_side([parts[name] for name in "kqvo"])] == [3, 1]
-    assert [len(group) for group in _side_by_side([parts[name] for name in "qkv"])] == [1, 1, 1]
+    assert [len(group) for group in _adjacent_groups([parts[name] for name in "kqvo"])] == [3, 1]
+    assert [len(group) for group in _adjacent_groups([parts[name] for name in "qkv"])] == [1, 1, 1]
     with_bias = (*parts["q"][:2], torch.zeros(128))
-    assert [len(group) for group in _side_by_side([parts["k"], with_bias])] == [1, 1]
+    assert [len(group) for group in _adjacent_groups([parts["k"], with_bias])] == [1, 1]

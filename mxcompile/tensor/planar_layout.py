@@ -1,0 +1,86 @@
+"""Convert the MX weights of a deployed module on a GPU to the planar layout, which the fast kernels read.
+
+Similar weights of one module (q, k and v; gate and up) become adjacent in memory, so that one launch runs them where
+they share an input. Embedding tables, and weights that the planar layout cannot hold, stay row-major.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import parse_format
+from mxcompile.kernels.dispatch import choices, prepare
+from mxcompile.kernels.layout import rows_to_planes
+from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
+from mxcompile.kernels.layout.rows_to_planes import ScaleRange
+from mxcompile.tensor.modules import set_tensors
+from mxcompile.tensor.weight import MXLayout, MXWeight
+
+
+def use_planar_layout(module: nn.Module) -> dict[str, str]:
+    """Convert a module's MX weights to the planar layout, in place; returns name -> reason for those not converted."""
+    reasons: dict[str, str] = {}
+    groups: dict[tuple[str, MXLayout], list[tuple[MXWeight, ScaleRange]]] = {}
+    looked_up = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    for name, weight in module.named_parameters():
+        if not isinstance(weight, MXWeight) or weight.layout_.planes is not None:
+            continue
+        try:
+            if id(weight) in looked_up:
+                raise MXCompileError("it is an embedding table")
+            scale_range = _scale_range(weight)
+        except MXCompileError as error:
+            reasons[name] = str(error)
+            continue
+        parent = name.removesuffix(".weight").rpartition(".")[0]
+        groups.setdefault((parent, replace(weight.layout_, transposed=False)), []).append((weight, scale_range))
+    names: dict[int, list[str]] = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    for group in groups.values():
+        for weights, scaling in _groups_with_one_scaling(group):
+            prepare(weights[0].device)
+            for weight, planar in zip(weights, _place_adjacently(weights, scaling), strict=True):
+                set_tensors(module, [(name, planar) for name in names[id(weight)]])
+    return reasons
+
+
+def _scale_range(weight: MXWeight) -> ScaleRange:
+    """The range of the weight's scales; raises MXCompileError with the reason if it must stay row-major."""
+    spec, fmt = weight.layout_, parse_format(weight.layout_.format)
+    if weight.dim() == 2:
+        x = torch.empty((1, spec.size), dtype=weight.dtype, device=weight.device)
+        reason = choices(x, fmt, len(weight.elements))["planes"]
+        if reason is not None:
+            raise MXCompileError(reason)
+    scale_range = rows_to_planes.weight_scale_range(weight.elements, weight.scales, fmt, spec.size)
+    scaling_for(*scale_range, fmt)
+    return scale_range
+
+
+def _groups_with_one_scaling(
+    group: list[tuple[MXWeight, ScaleRange]],
+) -> Iterator[tuple[list[MXWeight], PlanarScaling]]:
+    """Weights that share one scaling, as one launch requires: the whole group, or each weight alone if a shared scaling
+    would make one of them ineligible for the planar layout or for FP8."""
+    fmt = parse_format(group[0][0].layout_.format)
+    separate = [scaling_for(*scale_range, fmt) for _, scale_range in group]
+    try:
+        common = scaling_for(min(low for _, (low, _) in group), max(high for _, (_, high) in group), fmt)
+    except MXCompileError:
+        common = None
+    if common is not None and (common.top or not any(scaling.top for scaling in separate)):
+        yield [weight for weight, _ in group], common
+    else:
+        yield from (([weight], scaling) for (weight, _), scaling in zip(group, separate, strict=True))
+
+
+def _place_adjacently(weights: list[MXWeight], scaling: PlanarScaling) -> list[MXWeight]:
+    """The weights in the planar layout, one after the other in two shared tensors."""
+    outs, layout = [len(weight.elements) for weight in weights], weights[0].layout_
+    parts = rows_to_planes.empty_planes(sum(outs), parse_format(layout.format), layout.size, weights[0].device)
+    targets = zip(*(part.split(outs) for part in parts), strict=True)
+    return [weight.to_planar(scaling, target) for weight, target in zip(weights, targets, strict=True)]
