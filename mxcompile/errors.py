@@ -34,7 +34,7 @@ class TraceError(MXCompileError):
 
 
 class PipelineError(MXCompileError, ValueError):
-    """A pipeline that cannot be right: a bad text form, a bad option, or passes in an impossible order."""
+    """An invalid pipeline: a malformed text form, a bad option, or passes in an impossible order."""
 
 
 class PassError(MXCompileError):
@@ -42,11 +42,11 @@ class PassError(MXCompileError):
 
 
 class CoverageError(MXCompileError):
-    """Too little of the model would be quantized."""
+    """Too few of the model's matmuls would be quantized."""
 
 
 class VerifyError(MXCompileError):
-    """A Program breaks a rule of its stage."""
+    """A Program violates an invariant of its stage."""
 
 
 class WeightError(MXCompileError, ValueError):
@@ -58,20 +58,20 @@ class DumpError(MXCompileError):
 
 
 class PreservationError(MXCompileError):
-    """A pass that must keep the model's function has changed it; the pass was undone."""
+    """A pass that must preserve the model's function changed it; the pass was undone."""
 
 
 class CompileError(MXCompileError):
-    """The machine lacks what compiling needs."""
+    """Compilation is not possible on this machine; the message says what is missing."""
 
 
 class DeployError(MXCompileError):
-    """A lowered Program cannot be carried back into the module."""
+    """A lowered Program cannot be applied to the module."""
 
 
 class CheckpointError(MXCompileError):
-    """A model cannot be saved as it is, or a folder does not hold a model as it was saved."""
+    """A model cannot be saved, or a folder does not hold an intact saved model."""
 
 
 class RecoveryError(MXCompileError):
-    """A quantized model is further from its float self than was asked for."""
+    """A quantized model is further from its float baseline than allowed."""

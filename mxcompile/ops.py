@@ -1,29 +1,28 @@
-"""The `mx::` operators: what a lowered graph is made of.
+"""The `mx::` operators, of which lowered graphs consist.
 
-    mx::quantize(x, format, rule) -> (elements, scales)              explicit, one pair a value
+    mx::quantize(x, format, rule) -> (elements, scales)              explicit, one pair per value
     mx::dequantize(elements, scales, format, size, dtype, planes) -> values
     mx::quantize_dequantize(x, format, rule) -> values               the two above, fused
-    mx::align(x) -> values                                           of MXFP8, to e4m3 on one power of two a token
     mx::linear(x, elements, scales, bias, format, planes) -> y       dequantize + linear, fused
-    mx::linears(x, elements, scales, biases, format, activation, rule, planes, aligned) -> ys
-                                                                     the three above, for weights of one input
-    mx::cpu_linears(the same but planes, aligned)                    the same, in C++ for a few tokens
-    mx::rotate(x, block) -> x in runs of block times Hadamard        on the way into a matmul; see `hadamard.py`
-    mx::multiply(x, multiplier, digest) -> x * multiplier            on the way into a matmul of a deployed module
-    mx::attend(query, key, value, mask, scale) -> y                  attention of one query; see `fuse_attention.py`
+    mx::linears(x, elements, scales, biases, format, activation, rule, planes) -> ys
+                                                                     the three above, for several weights of one input
+    mx::cpu_linears(the same except planes)                          the same, in C++ for few tokens
+    mx::rotate(x, block) -> runs of block channels times Hadamard    input of a matmul; see `hadamard.py`
+    mx::multiply(x, multiplier, digest) -> x * multiplier            input of a matmul of a deployed module
+    mx::attend(query, key, value, mask, scale) -> y                  single-token attention; see `fuse_attention.py`
 
 `format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
 (`packing.py`), uint8 `[..., blocks * block_bytes]`; scales are E8M0 bytes `[..., blocks]`; blocks run along the last
-dimension, whose true length is `size`. With `planes` the bytes of a 2-D weight are arranged for the GPU's fast kernels
-(`kernels/planes.py`), in rows padded to whole slabs; it is their `Scaling`.
+dimension, whose true length is `size`. With `planes`, which is its `PlanarScaling`, a 2-D weight has the planar layout
+of the GPU kernels (`kernels/layout/planes.py`), in rows of bytes padded to whole K-steps.
 
-The first two are the reference itself on every device. The fused ones go to the fastest kernel that serves the call
-(`kernels.dispatch`) and mean exactly the composition of the first two with `aten.linear`. Compiled graphs have
-`cpu_linears` in place of `linears`: C++, as Python takes longer to call a small product than the product takes; without
-errors for wrong sizes, which a compiled graph cannot have.
+The first two are the reference itself on every device. The fused operators run the fastest kernel that supports the
+call (`kernels.dispatch`) and are defined as the composition of the first two with `aten.linear`. Compiled graphs
+contain `cpu_linears` in place of `linears`: it is C++, because calling a small matmul through Python takes longer than
+the matmul. It does not check sizes, which a compiled graph cannot get wrong.
 
-`digest` names a multiplier's values. Weights that share an input each bring a multiplier of their own, and inside
-`torch.compile` nothing else says that they are equal, so that one product will do.
+`digest` identifies the values of a multiplier. Weights that share an input each have their own multiplier tensor;
+inside `torch.compile` only the digest shows that they are equal and one multiplication suffices.
 """
 
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rul
 from mxcompile.kernels import dispatch
 from mxcompile.kernels.layout import planes as plane_layouts
 from mxcompile.kernels.layout import rows_to_planes
-from mxcompile.kernels.layout.planes import Scaling
+from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.numerics import hadamard, packing, reference
 
 _LIBRARY = torch.library.Library("mx", "DEF")
@@ -59,24 +58,19 @@ def dequantize(
     """Packed elements and scales to values `[..., size]`."""
     fmt = _format(format)
     if planes is not None:
-        elements, scales = rows_to_planes.rows_of_planes(elements, scales, fmt, size, Scaling(*planes))
+        elements, scales = rows_to_planes.convert_to_rows(elements, scales, fmt, size, PlanarScaling(*planes))
     return reference.dequantize(packing.unpack(elements, fmt), scales, fmt, size, dtype).contiguous()
 
 
 def quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
-    """`dequantize(quantize(x))` in one step, shape and dtype of x."""
+    """`dequantize(quantize(x))` in one step, in the shape and dtype of x."""
     return dispatch.quantize_dequantize(x, _format(format), _rule(rule)).contiguous()
-
-
-def align(x: Tensor) -> Tensor:
-    """Values of MXFP8 E4M3 `[..., size]` as e4m3 numbers times one power of two a token; see `reference.align`."""
-    return dispatch.align(x).contiguous()
 
 
 def linear(
     x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: Sequence[int] | None = None
 ) -> Tensor:
-    """`x @ dequantize(elements, scales).T + bias`: x `[..., in]`, elements `[out, bytes]`, gives `[..., out]`."""
+    """`x @ dequantize(elements, scales).T + bias`: x `[..., in]`, elements `[out, bytes]`, returns `[..., out]`."""
     return dispatch.linear(x, elements, scales, bias, _format(format), _scaling(planes))
 
 
@@ -89,17 +83,16 @@ def linears(
     activation: str | None,
     rule: str | None,
     planes: Sequence[int] | None = None,
-    aligned: bool = False,
 ) -> list[Tensor]:
-    """`linear` for each weight, all of one format and inner size, of x rounded to `activation` by `rule` if given, and
-    then aligned if that is said."""
+    """`linear` for several weights of one format and inner size; x is first quantized to `activation` by `rule`, if
+    given."""
     weights = list(zip(elements, scales, biases, strict=True))
     rounding = None if activation is None or rule is None else (_format(activation), _rule(rule))
-    return dispatch.linears(x, weights, _format(format), rounding, _scaling(planes), aligned)
+    return dispatch.linears(x, weights, _format(format), rounding, _scaling(planes))
 
 
-def _scaling(planes: Sequence[int] | None) -> Scaling | None:
-    return None if planes is None else Scaling(*planes)
+def _scaling(planes: Sequence[int] | None) -> PlanarScaling | None:
+    return None if planes is None else PlanarScaling(*planes)
 
 
 def multiply(x: Tensor, multiplier: Tensor, digest: str) -> Tensor:
@@ -109,30 +102,28 @@ def multiply(x: Tensor, multiplier: Tensor, digest: str) -> Tensor:
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
-    """`x` with every run of `block` channels rotated: x `[..., in]`, `in` a multiple of the block."""
+    """`x` with every run of `block` channels rotated: x `[..., in]`, `in` a multiple of `block`."""
     return hadamard.rotate_input(x, block)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of one query with keys and values that heads share; see `reference.attend`."""
+    """Single-token attention with grouped heads (GQA); see `reference.attend`."""
     return dispatch.attend(query, key, value, mask, scale)
 
 
 def _fake_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     del mask, scale
-    check(query.dim() == key.dim() == value.dim() == 4, lambda: "mx::attend takes tensors of 4 dimensions")
-    check(query.shape[2] == 1, lambda: f"mx::attend takes one query a head, not {query.shape[2]}")
-    check(query.shape[1] % key.shape[1] == 0, lambda: f"{query.shape[1]} heads cannot share {key.shape[1]}")
+    check(query.dim() == key.dim() == value.dim() == 4, lambda: "mx::attend takes 4-D tensors")
+    check(query.shape[2] == 1, lambda: f"mx::attend takes one query per head, not {query.shape[2]}")
+    check(
+        query.shape[1] % key.shape[1] == 0,
+        lambda: f"{query.shape[1]} query heads cannot share {key.shape[1]} KV heads",
+    )
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
 def _fake_rotate(x: Tensor, block: int) -> Tensor:
-    check(x.shape[-1] % block == 0, lambda: f"{x.shape[-1]} channels are no multiple of a rotation of {block}")
-    return x.new_empty(x.shape)
-
-
-def _fake_align(x: Tensor) -> Tensor:
-    check(x.is_floating_point(), lambda: f"mx::align takes floating values, not {x.dtype}")
+    check(x.shape[-1] % block == 0, lambda: f"{x.shape[-1]} channels are not a multiple of the rotation block {block}")
     return x.new_empty(x.shape)
 
 
@@ -148,10 +139,10 @@ def _fake_dequantize(
     elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: Sequence[int] | None = None
 ) -> Tensor:
     fmt = _format(format)
-    check(elements.dtype == torch.uint8 and scales.dtype == torch.uint8, lambda: "elements and scales are bytes")
+    check(elements.dtype == torch.uint8 and scales.dtype == torch.uint8, lambda: "elements and scales must be uint8")
     if planes is not None:
         sizes = (elements.shape[-1], scales.shape[-1])
-        check(sizes == plane_layouts.padded_bytes(fmt, size), lambda: f"elements are not planes of {fmt}")
+        check(sizes == plane_layouts.padded_bytes(fmt, size), lambda: f"elements are not planar {fmt}")
         return elements.new_empty((elements.shape[0], size), dtype=dtype)
     check(scales.shape[-1] == fmt.blocks(size), lambda: f"{scales.shape[-1]} scales for {size} values of {fmt}")
     check(elements.shape[-1] == scales.shape[-1] * fmt.block_bytes, lambda: f"elements are not packed {fmt}")
@@ -168,7 +159,7 @@ def _fake_linear(
 ) -> Tensor:
     _fake_dequantize(elements, scales, format, x.shape[-1], x.dtype, planes)
     check(elements.dim() == 2, lambda: f"mx::linear takes a 2-D weight, not {elements.dim()}-D")
-    check(bias is None or bias.shape == elements.shape[:1], lambda: "bias does not fit the weight")
+    check(bias is None or bias.shape == elements.shape[:1], lambda: "the shape of the bias does not match the weight")
     return x.new_empty((*x.shape[:-1], elements.shape[0]))
 
 
@@ -181,10 +172,8 @@ def _fake_linears(
     activation: str | None,
     rule: str | None,
     planes: Sequence[int] | None = None,
-    aligned: bool = False,
 ) -> list[Tensor]:
-    check(activation is not None or not aligned, lambda: "what is aligned has an activation format")
-    check((activation is None) == (rule is None), lambda: "an activation format comes with a scale rule")
+    check((activation is None) == (rule is None), lambda: "activation and rule must be given together")
     if activation is not None and rule is not None:
         x = _fake_quantize_dequantize(x, activation, rule)
     weights = zip(elements, scales, biases, strict=True)
@@ -215,8 +204,7 @@ def _register() -> None:
             linear,
             _fake_linear,
         ),
-        "align(Tensor x) -> Tensor": (align, _fake_align),
-        f"linears({of_linears}, int[]? planes=None, bool aligned=False) -> Tensor[]": (linears, _fake_linears),
+        f"linears({of_linears}, int[]? planes=None) -> Tensor[]": (linears, _fake_linears),
         f"cpu_linears({of_linears}) -> Tensor[]": (linears, _fake_linears),
         "multiply(Tensor x, Tensor multiplier, str digest) -> Tensor": (multiply, multiply),
         "rotate(Tensor x, int block) -> Tensor": (rotate, _fake_rotate),
@@ -248,7 +236,6 @@ torch.library.register_autograd("mx::rotate", _rotate_back, setup_context=_setup
 QUANTIZE = torch.ops.mx.quantize.default
 DEQUANTIZE = torch.ops.mx.dequantize.default
 QUANTIZE_DEQUANTIZE = torch.ops.mx.quantize_dequantize.default
-ALIGN = torch.ops.mx.align.default
 LINEAR = torch.ops.mx.linear.default
 LINEARS = torch.ops.mx.linears.default
 CPU_LINEARS = torch.ops.mx.cpu_linears.default

@@ -190,11 +190,11 @@ def test_unknown_formats_and_rules(fake):
     [
         (DEQUANTIZE, (ELEMENTS, SCALES, "mxint8", 65, torch.float32), "2 scales for 65 values of mxint8"),
         (DEQUANTIZE, (ELEMENTS, SCALES, "mxint4", 64, torch.float32), "elements are not packed mxint4"),
-        (DEQUANTIZE, (ELEMENTS.int(), SCALES, "mxint8", 64, torch.float32), "elements and scales are bytes"),
-        (DEQUANTIZE, (ELEMENTS, SCALES.float(), "mxint8", 64, torch.float32), "elements and scales are bytes"),
+        (DEQUANTIZE, (ELEMENTS.int(), SCALES, "mxint8", 64, torch.float32), "elements and scales must be uint8"),
+        (DEQUANTIZE, (ELEMENTS, SCALES.float(), "mxint8", 64, torch.float32), "elements and scales must be uint8"),
         (LINEAR, (X[:, :30], ELEMENTS, SCALES, None, "mxint8"), "2 scales for 30 values of mxint8"),
         (LINEAR, (X, ELEMENTS[None], SCALES[None], None, "mxint8"), "mx::linear takes a 2-D weight, not 3-D"),
-        (LINEAR, (X, ELEMENTS, SCALES, torch.ones(8), "mxint8"), "bias does not fit the weight"),
+        (LINEAR, (X, ELEMENTS, SCALES, torch.ones(8), "mxint8"), "the shape of the bias does not match the weight"),
     ],
     ids=["size", "packing", "element dtype", "scale dtype", "in features", "3-D", "bias"],
 )
