@@ -1,10 +1,11 @@
-"""What each algorithm saves of what rounding costs: mean negative log-likelihood on text that calibration has not seen.
+"""How much of the loss of rounding to nearest each algorithm recovers, on text that calibration has not seen.
 
     python benchmarks/accuracy.py --formats mxint4:mxint8 --out benchmarks/results/accuracy.jsonl
 
-SmolLM2-135M. Text: Python's help topics, calibration from their first half, test windows from their second; or files.
-`gap_closed` is the share closed of the gap between float and rounding to nearest with OCP's scales (`rtn_nll`), in
-nats. Nothing is drawn at random but the tokens sampled by a search and the factors of `--variant`, with seed 0.
+SmolLM2-135M. Text: Python's help topics, calibration on their first half, test windows from their second; or files.
+`nll` is the mean negative log-likelihood a token, in nats. `gap_closed` is the share recovered of the gap between the
+float model (`float_nll`) and rounding to nearest with OCP's scales (`rtn_nll`). Only the tokens that a search samples
+and the factors of `--variant` are random, with seed 0.
 """
 
 import argparse
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from planted import plant, take_off_grid
 from torch import Tensor, nn
+from variants import plant, take_off_grid
 
 import mxcompile
 from mxcompile.cli import smollm2
@@ -63,7 +64,7 @@ def main() -> None:
     exact = evaluate(model, test).nll
 
     def measured(text: str, weight: str, activation: str) -> tuple[float, float]:
-        """(negative log-likelihood, seconds of the pipeline)."""
+        """(negative log-likelihood a token, seconds of the pipeline)."""
         filled = (text + LOWER).replace("=W", f"={weight}").replace("=A", f"={activation}").replace(";", ",")
         began = time.perf_counter()
         lowered = Pipeline.parse(filled).run(program, batches)
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def write(row: dict[str, Any], out: Path | None) -> None:
-    """Print a record, and add it to a file."""
+    """Print a record, and append it to a file."""
     print(json.dumps(row), flush=True)
     if out:
         with out.open("a") as file:
@@ -99,17 +100,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--algorithms", default="rtn,smooth-quant,awq-fold,gptq,awq-fold + gptq,awq-fold + gptq + tune-vectors",
-        help="comma-separated names, or passes before lower-mx with W, A for the formats and ; between options",
+        help="comma-separated: names, or passes in front of lower-mx with W and A for formats and ; between options",
     )  # fmt: skip
-    parser.add_argument("--variant", choices=VARIANTS, default="", help="change the model first, not what it computes")
+    parser.add_argument(
+        "--variant", choices=VARIANTS, default="", help="change the weights first, and not the function"
+    )
     parser.add_argument("--calibration", type=int, default=128, help="windows of 512 tokens")
-    parser.add_argument("--calibration-text", type=Path, help="a .txt file, or .jsonl with a text a line")
-    parser.add_argument("--test-text", type=Path, help="likewise; help topics if left out")
-    parser.add_argument("--test-half", choices=HALVES, default="second", help="part of the test text")
+    parser.add_argument("--calibration-text", type=Path, help="a .txt file, or a .jsonl file with one text a line")
+    parser.add_argument("--test-text", type=Path, help="likewise; default: Python's help topics")
+    parser.add_argument("--test-half", choices=HALVES, default="second", help="which half of the test text")
     parser.add_argument("--windows", type=int, default=16, help="test windows")
     parser.add_argument("--length", type=int, default=2048, help="tokens a test window")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="add the results here, one JSON object a line")
+    parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
     return parser
 
 
@@ -119,7 +122,7 @@ def texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str,
     test_ids = token_ids(tokenizer, help_text() if own else read_text(arguments.test_text))
     halves = test_ids.chunk(2)
     if own and (arguments.test_half != "second" or arguments.calibration_text):
-        sys.exit("help topics serve for both calibration and test only as first and second half: name both files")
+        sys.exit("without --test-text, calibration takes the first half of the help topics and the test the second")
     calibration = halves[0] if own else token_ids(tokenizer, read_text(arguments.calibration_text))
     part = torch.cat(halves[HALVES[arguments.test_half]]).to(arguments.device)
     windows = list(token_windows(calibration.to(arguments.device), 512, arguments.calibration))

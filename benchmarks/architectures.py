@@ -1,8 +1,8 @@
 """Tiny models of many Hugging Face architectures, with random weights, and inputs that fit them.
 
-`build("llama")` makes the same bits every time, in eval mode; `inputs("llama", batch=3)` gives keyword arguments of its
-forward. Models are made from transformers' configs, nothing is downloaded. Weights are not a library's initial ones:
-channels of norms differ, two of them are outliers (8 times as large), and logits are far from uniform.
+`build("llama")` returns the same bits every time, in eval mode; `inputs("llama", batch=3)` returns keyword arguments of
+its forward. Models are made from transformers' configs, and nothing is downloaded. Weights are not initialized as in
+transformers: channels of norms differ, two of them are outliers (8 times as large), and logits are far from uniform.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _SIZES: Final[dict[str, Any]] = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "cls_token_id": 1},
     **{"decoder_start_token_id": 1, "forced_eos_token_id": None, "use_cache": False, "sliding_window": 4},
-    # other names of the same sizes
+    # the same sizes under other names
     **{"d_model": HIDDEN, "d_kv": 16, "d_ff": 2 * HIDDEN, "ffn_dim": 2 * HIDDEN, "embedding_size": HIDDEN},
     **{"word_embed_proj_dim": HIDDEN, "rotary_dim": 8, "ffn_hidden_size": 2 * HIDDEN, "num_layers": 2, "num_heads": 4},
     # encoder-decoders
@@ -43,7 +43,7 @@ _SIZES: Final[dict[str, Any]] = {
     # low-rank attention
     **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
 }
-"""What a config is given of this: the names that it has."""
+"""A config takes the entries whose names it has."""
 
 
 def _sizes(model_type: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _image(model_type: str, **changes: Any) -> Callable[[], nn.Module]:
 
 
 def _clip() -> nn.Module:
-    """An encoder of images and one of texts; the result is how well they match."""
+    """An image encoder and a text encoder; the result is how well they match."""
     parts = {f"{part}_config": _sizes(f"clip_{part}_model") for part in ("text", "vision")}
     return _auto("AutoModel", "clip", **parts, projection_dim=HIDDEN)()
 
@@ -209,7 +209,7 @@ def build(name: str) -> nn.Module:
 
 
 def _gain(module: nn.Module) -> tuple[nn.Parameter, float] | None:
-    """A norm's weight if it has one per hidden channel, and what the norm adds to it: 1 where it begins as 0."""
+    """A norm's weight if it has one per hidden channel, and what the norm adds to it: 1 if it is initialized to 0."""
     weight = getattr(module, "weight", None)
     if "Norm" not in type(module).__name__ or not isinstance(weight, nn.Parameter) or weight.shape != (HIDDEN,):
         return None
@@ -217,7 +217,7 @@ def _gain(module: nn.Module) -> tuple[nn.Parameter, float] | None:
 
 
 def _randomize(model: nn.Module) -> None:
-    """Move what is 1-D, draw what has more dimensions anew."""
+    """Add noise to 1-D parameters, and draw those of more dimensions anew."""
     convolutions = {m.weight for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d)}
     for parameter in model.parameters():
         if parameter.dim() <= 1:
@@ -237,15 +237,15 @@ def inputs(name: str, batch: int = 2, length: int = 8, seed: int = 0) -> dict[st
     if name == "whisper":
         features = torch.randn(batch, MEL_BINS, 2 * _SIZES["max_source_positions"], generator=generator)
         return {"input_features": features, "decoder_input_ids": ids()}
-    given = {}
+    arguments = {}
     if name in (*_IMAGES, "clip"):
-        given["pixel_values"] = torch.randn(batch, 3, IMAGE, IMAGE, generator=generator)
+        arguments["pixel_values"] = torch.randn(batch, 3, IMAGE, IMAGE, generator=generator)
     if name not in _IMAGES:
-        given["input_ids"] = ids()
-        given["attention_mask"] = torch.ones_like(given["input_ids"])
+        arguments["input_ids"] = ids()
+        arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
     if name in _ENCODER_DECODERS:
-        given["decoder_input_ids"] = ids()
-    return given
+        arguments["decoder_input_ids"] = ids()
+    return arguments
 
 
 def output(result: Any) -> Tensor:

@@ -4,9 +4,9 @@
     python benchmarks/costs.py --recipe "awq-fold{weight=mxint4,activation=mxint8} | ..." --calibration 128
 
 SmolLM2-135M (or `--model`, a local path or hub id), traced with 64 tokens; nothing is compiled. Calibration: windows of
-512 tokens of Python's help topics, in batches of four; `carried MB` is one hidden state of all of them. Memory is the
-process's resident set, Linux only: its peak over all stages, less what it was before the model was loaded
-(interpreter and libraries), over the bytes of the model's own parameters.
+512 tokens of Python's help topics, in batches of four; `carried MB` is the size of one hidden state of all of them.
+Memory is the process's resident set, Linux only. `peak over model bytes`: its peak over all stages, less its size
+before the model was loaded (interpreter and libraries), over the bytes of the float model's parameters.
 """
 
 import argparse
@@ -54,8 +54,8 @@ def calibration_data(source: str | None, windows: int) -> list[dict[str, Tensor]
     if not windows:
         return None
     tokenizer = smollm2.load_tokenizer() if source is None else AutoTokenizer.from_pretrained(source)
-    cut = list(token_windows(tokenizer(help_text(), return_tensors="pt").input_ids[0], 512, windows))
-    return [{"input_ids": torch.cat(cut[start : start + 4])} for start in range(0, len(cut), 4)]
+    chosen = list(token_windows(tokenizer(help_text(), return_tensors="pt").input_ids[0], 512, windows))
+    return [{"input_ids": torch.cat(chosen[start : start + 4])} for start in range(0, len(chosen), 4)]
 
 
 def measure(source: str | None, recipe: str, tokens: int, windows: int) -> dict[str, Any]:
@@ -87,11 +87,11 @@ def measure(source: str | None, recipe: str, tokens: int, windows: int) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a local path or hub id; SmolLM2-135M if left out")
-    parser.add_argument("--recipe", default="w4a8-mxint-quick", help="a name, or a pipeline's text")
+    parser.add_argument("--model", help="a local path or hub id; default: SmolLM2-135M")
+    parser.add_argument("--recipe", default="w4a8-mxint-quick", help="a recipe's name, or the text of a pipeline")
     parser.add_argument("--tokens", type=int, default=64, help="length of the example input")
-    parser.add_argument("--calibration", type=int, default=0, help="windows of 512 tokens; the example input if 0")
-    parser.add_argument("--out", type=Path, help="add the result here, one JSON object a line")
+    parser.add_argument("--calibration", type=int, default=0, help="windows of 512 tokens; 0: the example input")
+    parser.add_argument("--out", type=Path, help="append the result to this file, one JSON object a line")
     arguments = parser.parse_args()
     result = measure(arguments.model, arguments.recipe, arguments.tokens, arguments.calibration)
     print(json.dumps(result, indent=2))

@@ -1,11 +1,12 @@
-"""Tokens a second: greedy decoding and prefill of a quantized model beside the float one, each in its own process.
+"""Tokens a second of greedy decoding and prefill on the CPU: a quantized model beside the float baseline.
 
     python benchmarks/decode.py --out benchmarks/results/decode-cpu.jsonl
 
-SmolLM2-135M-Instruct on the CPU, batch 1, static cache, through `generate`. Decoding is the time of `--tokens` tokens
-after a prompt of `--prompt`, prefill that of one forward of `--prefill` tokens that fills the cache. The output head
-stays float but in one way. Ways take turns; the best of the rounds counts, as other work on the machine only ever slows
-one down. `--llama` adds llama.cpp on the file that SmolLM2 comes in (`pip install llama-cpp-python`).
+SmolLM2-135M-Instruct, batch 1, static cache, through `generate`. `decode` is `--tokens` tokens after a prompt of
+`--prompt`, `prefill` one forward of `--prefill` tokens that fills the cache. The output head stays in float unless the
+row says "head mxint8". Each measurement has a process of its own. Every row is measured `--rounds` times, one round
+after the other, and the best counts, as other work on the machine can only slow one down. `--llama` adds llama.cpp on
+the file that SmolLM2 comes in (`pip install llama-cpp-python`).
 """
 
 import argparse
@@ -56,9 +57,9 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for way in ways:
             row = in_process(arguments, way)
-            known = best.setdefault(way, row)
+            fastest = best.setdefault(way, row)
             for name in ("decode", "prefill"):
-                known[name] = max(known[name], row[name])
+                fastest[name] = max(fastest[name], row[name])
     rows = list(best.values())
     show(rows)
     if arguments.out:
@@ -68,20 +69,20 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens before the generated ones")
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the timed prefill")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--llama", action="store_true", help="llama.cpp too")
-    parser.add_argument("--out", type=Path, help="add the results here, one JSON object a line")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated: %(default)s")
+    parser.add_argument("--llama", action="store_true", help="measure llama.cpp, too")
+    parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     return parser
 
 
 def in_process(arguments: argparse.Namespace, way: tuple[str, str]) -> dict[str, Any]:
-    """One measurement in a process of its own: nothing that another way has compiled or holds is there."""
+    """One measurement in a process of its own, without the compiled code and the memory of the others."""
     options = [f"--{name}={getattr(arguments, name)}" for name in ("tokens", "prompt", "prefill", "threads")]
     command = [sys.executable, __file__, *options, f"--way={':'.join(way)}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -105,7 +106,7 @@ def measured(arguments: argparse.Namespace, what: str, dtype: str) -> dict[str, 
 
 
 def prepared(what: str, dtype: torch.dtype, arguments: argparse.Namespace) -> tuple[Any, Tensor]:
-    """(the model as it is to be run, token ids `[1, prefill]`)"""
+    """(the model ready to run, token ids `[1, prefill]`)"""
     model, tokenizer = smollm2.load()
     text = help_text()[: 20 * arguments.prefill]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.prefill]
@@ -142,7 +143,7 @@ def rates(model: Any, ids: Tensor, arguments: argparse.Namespace) -> dict[str, f
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """The least of three, after one that does not count."""
+    """The least of three calls after a warm-up."""
     call()
     best = float("inf")
     for _ in range(3):
@@ -177,7 +178,7 @@ def llama(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Rates, and how many times those of the fastest float way."""
+    """Tokens a second, and their ratio to those of the fastest float row."""
     table = Table("", "dtype", "decode, tokens/s", "", "prefill, tokens/s", "", box=None)
     floats = [row for row in rows if row["way"] in (EAGER, COMPILED)]
     fastest = {name: max((row[name] for row in floats), default=None) for name in ("decode", "prefill")}

@@ -1,12 +1,12 @@
-"""Scale groups across architectures: how many are found, and that folding factors into them leaves the model alone.
+"""Scale groups of many architectures: how many there are, and that folding factors into them keeps the function.
 
     python benchmarks/folds.py --out benchmarks/results/folds.jsonl
 
-Tiny random float32 models made from transformers configs (`architectures.py`): norms perturbed, two outlier channels
-planted, nothing quantized. `groups` counts groups found, `folded` those that factors were folded into, `multiplied`
-values that need an explicit multiply in the graph, `skipped` matmuls with neither. `sqnr_db_smooth`: outputs after
+Tiny random float32 models made from transformers configs (`architectures.py`), with two outlier channels; nothing is
+quantized. `groups`: scale groups; `folded`: those that factors were folded into; `multiplied`: values that need an
+explicit multiply in the graph; `skipped`: matmuls with neither. `sqnr_db_smooth`: outputs after
 `smooth-quant{through_linears=true}`; `sqnr_db_awq`: after random factors, up to 2^10 apart, in all groups and explicit
-multiplies at once. Both are taken on inputs of another batch size than traced, where the graph allows it.
+multiplies at once. Both are measured on inputs of another batch size than traced, where the graph allows it.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from architectures import ARCHITECTURES, build, inputs, output
 import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold
-from mxcompile.analysis.folds.multiplier import multiply, unfoldable_groups
+from mxcompile.analysis.folds.multiplier import fold_into_multiplier, multiplier_groups
 from mxcompile.errors import InputError
 from mxcompile.graph.program import Program
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline.pipeline import Pipeline
 
-LEAST_DB = 100.0
+REQUIRED_DB = 100.0
 HEADER = f"{'architecture':18} {'groups':>6} {'folded':>6} {'multiplied':>10} {'skipped':>7} {'smooth':>7} {'awq':>7}"
 
 
@@ -42,14 +42,14 @@ def fold_random(
         fold(folded, group, torch.exp2((torch.rand(group.count, generator=generator) - 0.5) * octaves))
     for group in unfoldable:
         factors = torch.exp2((torch.rand(group.count, generator=generator) - 0.5) * octaves)
-        multiply(folded, {node.name for node in group.nodes}, factors)
+        fold_into_multiplier(folded, {node.name for node in group.nodes}, factors)
     return folded
 
 
 def measure(name: str) -> dict[str, Any]:
     program = mxcompile.trace(build(name), inputs(name))
     groups, unfoldable = find_groups(program, choose(program).matmuls)
-    alone = unfoldable_groups(program, unfoldable)
+    alone = multiplier_groups(program, unfoldable)
     smooth = Pipeline.parse("smooth-quant{through_linears=true}").run(program)
     probe = inputs(name, batch=3, length=8, seed=1)
     try:
@@ -71,8 +71,8 @@ def measure(name: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="architectures, comma-separated; all if left out")
-    parser.add_argument("--out", type=Path, help="write the records here, one JSON object a line")
+    parser.add_argument("--only", help="architectures, comma-separated; default: all")
+    parser.add_argument("--out", type=Path, help="write the records to this file, one JSON object a line")
     arguments = parser.parse_args()
     records: list[dict[str, Any]] = []
     print(HEADER)
@@ -82,7 +82,7 @@ def main() -> int:
         print("{:18} {:6} {:6} {:10} {:7} {:7} {:7}".format(*numbers), flush=True)
     if arguments.out:
         arguments.out.write_text("".join(json.dumps(record) + "\n" for record in records))
-    changed = [r["architecture"] for r in records if min(r["sqnr_db_smooth"], r["sqnr_db_awq"]) < LEAST_DB]
+    changed = [r["architecture"] for r in records if min(r["sqnr_db_smooth"], r["sqnr_db_awq"]) < REQUIRED_DB]
     print(f"{len(records)} architectures, {len(changed)} changed by a fold: {', '.join(changed) or 'none'}")
     return 1 if changed else 0
 

@@ -1,15 +1,15 @@
-"""us of another project's product with the same MX weights and bfloat16 activations, checked and timed as ours are.
+"""Time of another project's GEMM with the same MX weights and bfloat16 activations, checked and timed as ours is.
 
     python benchmarks/gemm_peers.py humming --formats mxint4,mxfp4 --rows 1,64,2048 --seconds 300 --out gemm.jsonl
 
-`gemm.py --product --beside humming,tinygemm` runs it, too. What a peer makes of the weight is made once, before
-anything is timed; each number of tokens is finished for all shapes before the next, in the order given. `error` is over
-our bound (a float32 sum, rounded once): beyond 1 a peer rounds differently, and is timed nevertheless. A result that is
-off by more than 2 % of its norm is not timed. What a peer cannot do is printed, and gives no line.
+`gemm.py --beside humming,tinygemm` runs it, too. A peer repacks each weight once, before anything is timed. All shapes
+of one number of tokens come before the next number, in the order of `--rows`. `error` is over our bound (float32
+accumulation, rounded once): above 1 a peer rounds differently, and is timed nevertheless. A result that is off by more
+than 2 % of its norm is not timed. A case that a peer does not support is printed and not recorded.
 
 - tinygemm: `aten::_weight_int4pack_mm` of torch, groups of 32, scales in bfloat16: MXINT4.
 - humming (humming-kernels): compiles its kernels for these shapes and tokens, with nvrtc or nvcc of a CUDA toolkit.
-- gemlite: tunes itself for each shape and number of tokens, half a minute each: few at a time.
+- gemlite: tunes itself for each shape and number of tokens, which takes half a minute each.
 """
 
 import argparse
@@ -29,15 +29,15 @@ from mxcompile.numerics.reference import scale_values
 GROSS = 0.02
 _INNER_K_TILES = 8
 Product = Callable[[Tensor], Call]
-"""Of an activation `[tokens, in]`, what multiplies it by copy i of the weight."""
+"""Takes an activation `[tokens, in]` and returns a call that multiplies it by copy i of the weight."""
 
 
-class NotServedError(Exception):
+class UnsupportedFormatError(Exception):
     """A peer has no kernel for a format."""
 
 
 def stored(w: Weight) -> tuple[Tensor, Tensor]:
-    """Codes `[out, in]`, integers counted from their smallest, and exponents of the codes' steps as E8M0 bytes."""
+    """Codes `[out, in]`, integers with an offset (the smallest is 0), and exponents of their steps as E8M0 bytes."""
     codes = unpack(w.elements, w.fmt)[:, : w.k]
     if not w.fmt.is_integer:
         return codes, w.scales
@@ -45,14 +45,14 @@ def stored(w: Weight) -> tuple[Tensor, Tensor]:
 
 
 def in_a_row(codes: Tensor, bits: int) -> Tensor:
-    """Codes `[out, in]` as a row of bits, the lowest first: bytes `[out, in * bits / 8]`."""
+    """Codes `[out, in]` packed bit by bit, the lowest first: bytes `[out, in * bits / 8]`."""
     each = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     places = torch.arange(8, dtype=torch.uint8, device=codes.device)
     return (each.flatten(-2).unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)
 
 
 def tinygemm_parts(codes: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_convert_weight_to_int4pack` takes, two codes a byte, the first one high; scales and zeros by group.
+    """Input of `_convert_weight_to_int4pack`, two codes a byte, the first one high; scales and zeros by group.
 
     The kernel multiplies (code - 8) * scale + zero, so that all zeros are 0.
     """
@@ -64,7 +64,7 @@ def tinygemm_parts(codes: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
 def tinygemm(w: Weight, rows: list[int]) -> Product:
     del rows
     if w.fmt != MXINT4:
-        raise NotServedError("serves mxint4 alone")
+        raise UnsupportedFormatError("supports mxint4 alone")
     nibbles, scales_and_zeros = tinygemm_parts(*stored(w))
     words = torch.ops.aten._convert_weight_to_int4pack(nibbles, _INNER_K_TILES)
     copies, multiply = rotated([words, scales_and_zeros]), torch.ops.aten._weight_int4pack_mm
@@ -94,13 +94,13 @@ def humming(w: Weight, rows: list[int]) -> Product:
     words, scales = in_a_row(codes, w.fmt.bits).view(torch.int32), steps.view(torch.float8_e8m0fnu)
     layer.load_from_tensors({"weight": words, "weight_scale": scales})
     layer.transform()
-    # Its own choice for each number of tokens; by itself it compiles those for all up to 8192, about 90 kernels.
-    cuts = [[m - 1, m, get_heuristics_config(layer.humming_config, m)] for m in sorted(set(rows))]
+    # Its own choice for each number of tokens; by default it compiles those for all up to 8192, about 90 kernels.
+    configs = [[m - 1, m, get_heuristics_config(layer.humming_config, m)] for m in sorted(set(rows))]
     parts = dict(layer.named_parameters()) | {"locks": layer.locks}
     copies = [dict(zip(parts, copy, strict=True)) for copy in rotated(list(parts.values()))]
 
     def product(x: Tensor) -> Call:
-        return lambda i: humming_forward(layer.humming_config, x, **copies[i % len(copies)], tuning_config=cuts)
+        return lambda i: humming_forward(layer.humming_config, x, **copies[i % len(copies)], tuning_config=configs)
 
     return product
 
@@ -119,7 +119,7 @@ def gemlite(w: Weight, rows: list[int]) -> Product:
         elements = codes if w.fmt == MXFP4 else codes.view(torch.float8_e4m3fn)
         layer = kind(**options).from_weights(elements, steps.view(torch.float8_e8m0fnu))
     else:
-        raise NotServedError(f"does not serve {w.fmt}")
+        raise UnsupportedFormatError(f"does not support {w.fmt}")
     copies, about = rotated(layer.get_tensor_args()), layer.get_meta_args()
 
     def product(x: Tensor) -> Call:
@@ -133,22 +133,22 @@ PEERS: dict[str, tuple[str, Callable[[Weight, list[int]], Product]]] = {
     "tinygemm": ("torch", tinygemm),
     "gemlite": ("gemlite", gemlite),
 }
-"""By name: the package whose version counts, and what makes a product of a weight, for some numbers of tokens."""
+"""By name: the package whose version is recorded, and a function of a weight and the numbers of tokens."""
 
 
 def compare(case: Case, path: str, product: Product) -> dict[str, Any]:
-    """Check and time; a result that is grossly wrong is a ValueError."""
+    """The record of a case, checked and timed; ValueError if the result is grossly wrong."""
     call = product(case.x)
     results = [call(i) for i in range(2)]
     relative = max(case.exact.relative_error(y) for y in results)
     if not relative <= GROSS:
-        raise ValueError(f"wrong by {relative:.1%} of the product's norm")
+        raise ValueError(f"wrong by {relative:.1%} of the result's norm")
     error = max(case.exact.error(y) for y in results)
     return case.name(path) | {"error": round(error, 3)} | case.times(call)
 
 
 def time_peer(run: Run, name: str, arguments: argparse.Namespace) -> None:
-    """Every case that it can do; the others are printed."""
+    """Time every case that it supports, and print the others."""
     package, make = PEERS[name]
     path = f"{name} {version(package)}"
     made: dict[tuple[str, int, int], Product | None] = {}
@@ -157,15 +157,15 @@ def time_peer(run: Run, name: str, arguments: argparse.Namespace) -> None:
         key = str(w.fmt), w.n, w.k
         try:
             if key not in made:
-                made[key] = None  # until it is made, and for good if that fails
+                made[key] = None  # stays None if it cannot be made
                 made[key] = make(w, arguments.rows)
             product = made[key]
             if product is not None:
                 run.keep(compare(case, path, product))
                 print(in_a_line(run.lines[-1]), flush=True)
-        except NotServedError as problem:
+        except UnsupportedFormatError as problem:
             print(f"{where}: {problem}", flush=True)
-        except Exception as problem:  # whatever it is, the next case is to run
+        except Exception as problem:  # whatever it is, the next case runs
             print(f"{where}, {len(case.x)} tokens: {reason(problem)}", flush=True)
             torch.cuda.synchronize()  # raises again where the GPU is lost to this process
 
@@ -176,8 +176,8 @@ def main() -> int:
     add_case_options(parser)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("gemm_peers: no CUDA GPU here, nothing was timed")
-        return 0
+        print("gemm_peers.py needs a CUDA GPU, and this machine has none")
+        return 1
     run = Run(" ".join(["python benchmarks/gemm_peers.py", *sys.argv[1:]]), arguments.seconds, arguments.out)
     try:
         warm_up()

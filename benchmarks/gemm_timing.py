@@ -1,4 +1,4 @@
-"""What gemm.py, gemm_peers.py and gluon_trial.py share: weights, the check against float64, the clock, the lines."""
+"""What gemm.py, gemm_peers.py and tuning/ share: weights, the check against float64, timing, records."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule, parse_format
-from mxcompile.kernels.layout.planes import Planes, to_planes
+from mxcompile.kernels.layout.planes import PlanarWeight, to_planes
 from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, TRITON
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
@@ -24,27 +24,27 @@ BYTES_A_SECOND, OPERATIONS_A_SECOND = 3.0e12, 795e12
 ROTATED_BYTES = 260e6
 DEVICE = "cuda"
 OURS = (TRITON, GLUON, DEQUANTIZED)
-"""Paths of the product; any other is another project's kernel."""
+"""Paths of our kernels with float activations."""
 _REPLAYS = 5
 Call = Callable[[int], Tensor]
 
 
 def rotated(parts: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Copies of what a call reads, together larger than L2."""
+    """Copies of the tensors that a call reads, together larger than L2."""
     count = max(2, -(-int(ROTATED_BYTES) // sum(part.numel() * part.element_size() for part in parts)))
     return [[part.detach().clone() for part in parts] for _ in range(count)]
 
 
 @dataclass
 class Weight:
-    """One weight in every form that is timed; a form's copies are made when it is first asked for."""
+    """One weight in every form that is timed; the copies of a form are made on first use."""
 
     fmt: MXFormat
     n: int
     k: int
     elements: Tensor
     scales: Tensor
-    planes: Planes
+    planes: PlanarWeight
     values: Tensor
     copies: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class Weight:
 
     def _copy(self, form: str, parts: list[Tensor]) -> Any:
         return (
-            Planes(*parts, self.fmt, self.n, self.k, self.planes.lift, self.planes.top)
+            PlanarWeight(*parts, self.fmt, self.n, self.k, self.planes.lift, self.planes.top)
             if form == "planes"
             else parts[0]
         )
@@ -78,7 +78,7 @@ def tokens(m: int, k: int) -> Tensor:
 
 
 class Exact:
-    """A product in float64, and how far from it a float32 sum rounded to bfloat16 may be."""
+    """A matmul in float64, and how far from it float32 accumulation rounded to bfloat16 may be."""
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         x64, w64 = x.double(), weight.double()
@@ -89,21 +89,21 @@ class Exact:
         self.bound = error + info.eps / 2 * (self.y.abs() + error) + info.smallest_normal * info.eps / 2
 
     def error(self, y: Tensor) -> float:
-        """The largest error over the bound: at most 1 is right."""
+        """The largest error over the bound: at most 1 is correct."""
         return ((y.double() - self.y).abs() / self.bound).nan_to_num(nan=torch.inf).max().item()
 
     def relative_error(self, y: Tensor) -> float:
-        """Norm of the error over that of the product."""
+        """Norm of the error over that of the result."""
         return ((y.double() - self.y).norm() / self.y.norm()).nan_to_num(nan=torch.inf).item()
 
 
 def microseconds(call: Call, expected: float) -> float:
-    """Median time of a call, `call(i)` using copy i; `expected` us decide how many calls a graph holds."""
+    """Median us of a call, `call(i)` using copy i; `expected` us decides how many calls a CUDA graph holds."""
     return in_turns([call], expected)[0]
 
 
 def in_turns(calls: Sequence[Call], expected: float) -> list[float]:
-    """The same of several calls, which take turns: a clock that slows down as a GPU warms up slows all of them down."""
+    """The same of several calls, whose replays alternate: clocks that fall as a GPU warms up slow down all of them."""
     count = max(8, min(60, int(3000 / expected)))
     graphs = [_captured(call, count) for call in calls]
     times: list[list[float]] = []
@@ -134,7 +134,7 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def floor(fmt: MXFormat, n: int, k: int, m: int) -> float:
-    """us below which no kernel that sums bfloat16 products can go."""
+    """The least us that a bfloat16 matmul can take."""
     size = fmt.storage_bytes(n, k) + 2 * m * (n + k)
     return max(size / BYTES_A_SECOND, 2 * m * n * k / OPERATIONS_A_SECOND) * 1e6
 
@@ -155,7 +155,7 @@ def warm_up(seconds: float = 1.0) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One weight and number of tokens, the exact product, and cuBLAS's us for it."""
+    """One weight and number of tokens, the exact result, and cuBLAS's us for it."""
 
     w: Weight
     x: Tensor
@@ -163,12 +163,12 @@ class Case:
     cublas: float
 
     def name(self, path: str) -> dict[str, Any]:
-        """The fields of a line that say what was timed."""
+        """The fields of a record that say what was timed."""
         line = {"weight": str(self.w.fmt), "activation": "bf16", "path": path}
         return line | {"n": self.w.n, "k": self.w.k, "m": len(self.x)}
 
     def times(self, call: Call) -> dict[str, Any]:
-        """Those that say how long it took, in turns with cuBLAS."""
+        """Those that say how long it took, alternating with cuBLAS."""
         us, cublas = in_turns([call, cublas_call(self.w, self.x)], self.cublas)
         fastest = floor(self.w.fmt, self.w.n, self.w.k, len(self.x))
         line = {"us": round(us, 2), "cublas_bf16_us": round(cublas, 2)}
@@ -183,7 +183,7 @@ def make_case(w: Weight, m: int) -> Case:
 
 @dataclass
 class Run:
-    """The lines of a run, each written at once to the end of a file, after one that says what made them."""
+    """The records of a run, each appended to a file at once, after one with the device and the command."""
 
     command: str
     seconds: float
@@ -200,14 +200,17 @@ class Run:
         return self.elapsed > self.seconds
 
     def add(self, case: Case, path: str, call: Call, **more: Any) -> float | None:
-        """Check and time one call of ours; its us, or None if it is wrong or cannot run."""
+        """Check, time and record one call of ours; its us, or None if it is wrong or cannot run."""
         line = case.name(path) | more
         try:
-            error = max(case.exact.error(call(i)) for i in range(2))
+            results = [call(i) for i in range(3)]
+            error = max(case.exact.error(y) for y in results)
             line["error"] = round(error, 3)
-            if error <= 1:
+            if not all(torch.equal(results[0], y) for y in results):
+                line["failed"] = "results differ between calls"
+            elif error <= 1:
                 line |= case.times(call)
-        except Exception as problem:  # whatever it is, the next call is to run
+        except Exception as problem:  # whatever it is, the next call runs
             line["failed"] = reason(problem)
             torch.cuda.synchronize()  # raises again where the GPU is lost to this process
         finally:
@@ -229,27 +232,27 @@ class Run:
 
 
 def reason(problem: Exception) -> str:
-    """What went wrong, in a line."""
+    """The problem in one line."""
     text = str(problem).strip().splitlines()
     return f"{type(problem).__name__}: {text[0][:200]}" if text else type(problem).__name__
 
 
 def in_a_line(line: dict[str, Any]) -> str:
-    """A result to look at while the rest is timed."""
-    told = f"{line['weight']} {line['activation']} {line['path']}, {line['n']} x {line['k']}, {line['m']} tokens: "
+    """A record to read while the rest is timed."""
+    case = f"{line['weight']} {line['activation']} {line['path']}, {line['n']} x {line['k']}, {line['m']} tokens: "
     if "us" in line:
-        return told + f"{line['us']} us, {line['ratio']}x, error {line['error']}"
-    return told + str(line.get("failed", f"wrong, error {line.get('error')}"))
+        return case + f"{line['us']} us, {line['ratio']}x, error {line['error']}"
+    return case + str(line.get("failed", f"wrong, error {line.get('error')}"))
 
 
 def read(path: Path, start: int = 0) -> list[dict[str, Any]]:
-    """The results in a file, from byte `start` on."""
+    """The records of a file, from byte `start` on."""
     text = path.read_bytes()[start:].decode()
     return [line for line in map(json.loads, text.splitlines()) if "weight" in line]
 
 
 def totals(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Layer totals of what was timed for all four shapes; ours is one path, whichever kernel served a shape."""
+    """Totals of a layer, where all four shapes were timed; our kernels with float activations count as one path."""
     groups: dict[tuple[Any, ...], dict[tuple[int, int], dict[str, Any]]] = {}
     for line in lines:
         if "us" in line:
@@ -273,17 +276,20 @@ def formats(text: str) -> list[MXFormat]:
 
 
 def add_case_options(parser: argparse.ArgumentParser) -> None:
-    """Which cases, for how long, and where to."""
-    rows = "1,16,64,256,2048"
-    parser.add_argument("--formats", type=formats, default="mxint4,mxfp4", help="comma-separated: %(default)s")
-    parser.add_argument("--rows", type=lambda t: list(map(int, names(t))), default=rows, help="M: %(default)s")
-    parser.add_argument("--shapes", type=names, default=",".join(SHAPES), help="%(default)s")
-    parser.add_argument("--seconds", type=float, default=500.0, help="start nothing new after so many: %(default)s")
-    parser.add_argument("--out", type=Path, help="write the results to the end of this file, one JSON object a line")
+    """Options for the cases, the time and the output file."""
+
+    def option(name: str, kind: Callable[[str], Any], default: str, content: str) -> None:
+        parser.add_argument(name, type=kind, default=default, help=f"{content}, comma-separated: %(default)s")
+
+    option("--formats", formats, "mxint4,mxfp4", "weight formats")
+    option("--rows", lambda text: list(map(int, names(text))), "1,16,64,256,2048", "numbers of tokens")
+    option("--shapes", names, ",".join(SHAPES), "shapes")
+    parser.add_argument("--seconds", type=float, default=500.0, help="start no new case after that: %(default)s")
+    parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
 
 
 def cases(run: Run, arguments: argparse.Namespace) -> Iterator[Case]:
-    """A number of tokens for all shapes, then the next: what comes last is missing if time runs out."""
+    """All shapes for one number of tokens, then the next; the last cases are missing if time runs out."""
     for fmt in arguments.formats:
         weights = [make_weight(fmt, *SHAPES[shape]) for shape in arguments.shapes]
         for m, w in product(arguments.rows, weights):

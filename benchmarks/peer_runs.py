@@ -1,4 +1,4 @@
-"""Another project's quantization, in a virtual environment of its own: install it, run its script, read its weights."""
+"""Runs another project's quantization in an environment of its own: installs it, runs its script, reads its weights."""
 
 import json
 import os
@@ -17,7 +17,7 @@ TORCH: Final = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Peer:
-    """script: in `peers/`. packages: what pip installs, the peer itself first."""
+    """A project to compare with. script: in `peers/`. packages: for pip, the peer itself first."""
 
     script: str
     packages: tuple[str, ...]
@@ -29,7 +29,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Job:
-    """What a peer is asked for. checkpoint: a folder; calibration: a file with `input_ids`."""
+    """One quantization. checkpoint: a folder; calibration: a safetensors file with `input_ids`."""
 
     peer: str
     algorithm: str
@@ -47,7 +47,7 @@ PEERS: Final = {
 
 
 def quantized(job: Job, folder: Path) -> tuple[dict[str, Tensor], float]:
-    """(state dict with the peer's weights, seconds it took to make them); environments and logs lie in `folder`."""
+    """(state dict with the peer's weights, seconds of its quantization); environments and logs are kept in `folder`."""
     python = environment(job.peer, folder)
     out = folder / f"{job.peer}-{job.algorithm}-{job.format}.safetensors"
     command = [python, SCRIPTS / PEERS[job.peer].script, job.checkpoint, job.calibration, out]
@@ -60,7 +60,7 @@ def quantized(job: Job, folder: Path) -> tuple[dict[str, Tensor], float]:
 
 
 def environment(name: str, folder: Path) -> Path:
-    """The Python of a peer's environment, made and filled if it does not hold these packages yet."""
+    """The Python of a peer's environment, which is made if it does not hold these packages yet."""
     place = folder.absolute() / name
     python = place / "bin" / "python"
     packages = list(PEERS[name].packages)
@@ -77,13 +77,11 @@ def environment(name: str, folder: Path) -> Path:
 
 
 def run(what: str, command: list[object], log: Path) -> None:
-    """Run to the end, without a model hub; stops with what to read if it fails."""
+    """Run a command without a model hub; if it fails, stop and name the log."""
     alone = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("w") as file:
         words = [str(word) for word in command]
         code = subprocess.run(words, stdout=file, stderr=file, env={**os.environ, **alone}, check=False).returncode
     if code:
         lines = log.read_text().strip().splitlines() or ["no message"]
-        sys.exit(
-            f"{what} failed: {lines[-1]}\nRead {log}, mend that, and go on with --only and the rows that are left."
-        )
+        sys.exit(f"{what} failed: {lines[-1]}\nRead {log}, fix that, and continue with --only and the remaining rows.")

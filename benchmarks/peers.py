@@ -1,12 +1,12 @@
-"""What users would pick instead: other projects' 4-bit weights, scored by the code that scores ours.
+"""Other projects' 4-bit weights beside ours, all scored by the same code.
 
     python benchmarks/peers.py --calibration-text c4.jsonl --test-text wikitext2-validation.txt \\
         --out benchmarks/results/peers.jsonl
 
-SmolLM2-135M-Instruct; weights only, in the linears of the decoder; embedding and output head stay float. Every peer has
-a virtual environment of its own, is given the same float32 checkpoint and the same token ids, and writes the weights
-that its elements and scales stand for (`peers/`). These are put into the model that ours are put into.
-`gap_closed` is the share of the gap between rounding to MXFP4 with OCP's scales and float that is closed.
+SmolLM2-135M-Instruct, weight-only, in the linears of the decoder; embedding and output head stay in float. Every peer
+has a virtual environment of its own, reads the same float32 checkpoint and the same token ids, and writes its weights
+dequantized (`peers/`), which are then loaded into the same model as ours.
+`gap_closed` is the share recovered of the gap between the float model and rounding to MXFP4 with OCP's scales.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from mxcompile.pipeline.pipeline import Pipeline
 Batches = list[dict[str, Tensor]]
 
 FLOOR: Final = "mxcompile-floor-mxfp4"
-"""The row that `gap_closed` counts from: taken from `--out` if it is there for the same texts, measured otherwise."""
+"""The row at which `gap_closed` is 0: read from `--out` if it is there for the same texts, measured otherwise."""
 OURS: Final = {
     FLOOR: ("mxfp4", "round-weights{format=mxfp4,rule=floor}"),
     "mxcompile-rtn-mxfp4": ("mxfp4", "round-weights{format=mxfp4}"),
@@ -64,11 +64,11 @@ THEIRS: Final = tuple(
     for algorithm in algorithms
     for fmt in formats
 )
-"""(peer, algorithm, format) of rows that are called by all three."""
+"""(peer, algorithm, format); a row's name joins all three."""
 BITS: Final = {"mxfp4": 4 + 8 / 32, "mxint4": 4 + 8 / 32, "int4": 4 + 16 / 32}
 """Bits a weight in groups of 32: a scale has 8 bits in MX and 16 beside int4."""
 LEVELS: Final = 16
-"""A group of 4-bit elements holds no more different values."""
+"""The most different values that a group of 4-bit elements can hold."""
 SEED: Final = 0
 
 
@@ -99,30 +99,33 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="*", help="comma-separated rows or patterns such as torchao-*")
+    parser.add_argument("--only", default="*", help="rows, comma-separated, or patterns such as torchao-*")
     parser.add_argument("--calibration", type=int, default=128, help="windows of 512 tokens")
-    parser.add_argument("--calibration-text", type=Path, help="a .txt file, or .jsonl with a text a line")
-    parser.add_argument("--test-text", type=Path, help="likewise; help topics if left out")
-    parser.add_argument("--test-half", choices=accuracy.HALVES, default="second", help="part of the test text")
+    parser.add_argument("--calibration-text", type=Path, help="a .txt file, or a .jsonl file with one text a line")
+    parser.add_argument("--test-text", type=Path, help="likewise; default: Python's help topics")
+    parser.add_argument("--test-half", choices=accuracy.HALVES, default="second", help="which half of the test text")
     parser.add_argument("--windows", type=int, default=16, help="test windows")
     parser.add_argument("--length", type=int, default=2048, help="tokens a test window")
     parser.add_argument(
-        "--environments", type=Path, default=Path("out/peers"), help="folder for the peers' environments and logs"
+        "--environments",
+        type=Path,
+        default=Path("out/peers"),
+        help="folder of their environments and logs: %(default)s",
     )
-    parser.add_argument("--out", type=Path, help="add the results here, one JSON object a line")
+    parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
     parser.set_defaults(device="cpu")
     return parser
 
 
 def measured(name: str, about: dict[str, Any], out: Path | None) -> list[dict[str, Any]]:
-    """The last record of a row with the same texts, if there is one."""
+    """The last record of that row with the same texts, or nothing."""
     lines = out.read_text().splitlines() if out and out.exists() else []
     records = [record for record in map(json.loads, lines) if record["row"] == name]
     return [record for record in records if record.items() >= about.items()][-1:]
 
 
 def wanted(only: str) -> list[str]:
-    """Names of rows; stops if a pattern fits none."""
+    """Names of the rows to measure; stops if a pattern matches none."""
     names = [*OURS, *("-".join(row) for row in THEIRS)]
     patterns = only.split(",")
     for pattern in patterns:
@@ -132,7 +135,7 @@ def wanted(only: str) -> list[str]:
 
 
 def ours(name: str, model: Any, program: Program, batches: Batches) -> tuple[dict[str, Any], Any]:
-    """(what the row says of itself, the deployed model)."""
+    """(the row without its score, the deployed model)."""
     fmt, passes = OURS[name]
     torch.manual_seed(SEED)
     began = time.perf_counter()
@@ -146,7 +149,7 @@ def ours(name: str, model: Any, program: Program, batches: Batches) -> tuple[dic
 def theirs(
     name: str, model: Any, tokenizer: Any, program: Program, batches: Batches, folder: Path
 ) -> tuple[dict[str, Any], Any]:
-    """(what the row says of itself, our model with the peer's weights)."""
+    """(the row without its score, our model with the peer's weights)."""
     peer, algorithm, fmt = next(row for row in THEIRS if "-".join(row) == name)
     checkpoint, calibration = folder / "checkpoint", folder / "calibration.safetensors"
     write_checkpoint(model, tokenizer, checkpoint)
@@ -161,7 +164,7 @@ def theirs(
 
 
 def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A folder as from a model hub; transformers refuses to save what it has read from GGUF as it stands."""
+    """A folder as a model hub holds it, of a copy: transformers refuses to save a model that it has read from GGUF."""
     if folder.exists():
         return
     config = copy.deepcopy(model.config)
@@ -175,19 +178,19 @@ def write_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def check(name: str, state: dict[str, Tensor], exact: dict[str, Tensor], linears: set[str]) -> None:
-    """Stop unless exactly our linears have changed, and to no more values a group than 4 bits can tell apart."""
+    """Stop unless exactly our linears have changed, and no group has more different values than 4 bits can encode."""
     changed = {key for key, value in state.items() if not torch.equal(value, exact[key])}
     if changed != linears:
         some = ", ".join(sorted(changed ^ linears)[:4])
-        sys.exit(f"{name}: not the weights that ours quantizes: {some} ...; mend its script in peers/")
+        sys.exit(f"{name}: it changed other weights than ours: {some} ...; fix its script in peers/")
     groups = (state[key].unflatten(-1, (-1, 32)).sort(-1).values for key in sorted(linears))
     most = max(int((group.diff(dim=-1) != 0).sum(-1).max()) + 1 for group in groups)
     if most > LEVELS:
-        sys.exit(f"{name}: a group of 32 weights has {most} values: these are not 4 bits; mend its script in peers/")
+        sys.exit(f"{name}: a group of 32 weights has {most} values: these are not 4 bits; fix its script in peers/")
 
 
 def show(rows: list[dict[str, Any]], exact: float) -> None:
-    """Best last."""
+    """The table, the best row last."""
     table = Table("row", title=f"float: perplexity {exact:.2f}", box=None)
     for column in ("bits", "perplexity", "nll", "gap_closed", "seconds"):
         table.add_column(column, justify="right")

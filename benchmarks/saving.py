@@ -1,10 +1,10 @@
-"""A checkpoint's size, the time and memory that loading it takes, and what a second process gains from torch's cache.
+"""Size of a checkpoint, time and memory of loading it, and what torch's cache saves a second process.
 
     python benchmarks/saving.py --out benchmarks/results/saving.jsonl
 
-SmolLM2-135M (or `--model`). Every load is in a process of its own, after that of a tiny model, so that everything is
-imported; its memory is the process's peak over what it was then, as a share of the packed size. The first forward of
-the compiled model (64 tokens) is timed in two processes, of which the first finds an empty cache.
+SmolLM2-135M (or `--model`). Every load has a process of its own, which has loaded a tiny model before so that all is
+imported. `peak over stored` is how much its peak memory grew, over the size of the packed model. The first forward of
+the compiled model (64 tokens) is timed in two processes; the first finds an empty cache. Linux only.
 """
 
 import argparse
@@ -85,10 +85,10 @@ def measure(source: str | None, recipe: str, rounds: int, work: Path) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a local path or hub id; SmolLM2-135M if left out")
-    parser.add_argument("--recipe", default="w4a8-mxint-quick")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="append the result to this .jsonl file")
+    parser.add_argument("--model", help="a local path or hub id; default: SmolLM2-135M")
+    parser.add_argument("--recipe", default="w4a8-mxint-quick", help="%(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="loads of each kind: median time, largest peak")
+    parser.add_argument("--out", type=Path, help="append the result to this file, one JSON object a line")
     options = parser.parse_args()
     with TemporaryDirectory() as work:
         row = measure(options.model, options.recipe, options.rounds, Path(work))

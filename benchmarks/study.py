@@ -2,13 +2,12 @@
 
     python benchmarks/study.py --test-text wikitext2-validation.txt --calibration-text c4.jsonl --device cuda
 
-{RTN, GPTQ, SmoothQuant, AWQ, SmoothQuant + GPTQ, AWQ + GPTQ} x weight formats x block sizes, activations of 8 bits of
-the same kind; GPTQ is the paper's (micro-block of 128, OCP scales) or ours. The reversed order, a fold after GPTQ, is
-one that a pipeline refuses: here the rounded weights are declared float again, folded, and rounded to nearest. (Our
-AWQ search never takes factors that lose: on weights that are already rounded it may fold nothing. SmoothQuant always
-folds.)
-Prints perplexities, one line a format and block, and whether the paper's ranking holds; `--table` prints a file of such
-records again, and in how many of them it holds.
+{RTN, GPTQ, SmoothQuant, AWQ, SmoothQuant + GPTQ, AWQ + GPTQ} x weight formats x block sizes, with 8-bit activations of
+the same kind (integer or float). GPTQ is the paper's (micro-block of 128, OCP scales) or ours. A pipeline refuses the
+reversed order, a fold after GPTQ; here the rounded weights are declared float again, folded, and rounded to nearest.
+(SmoothQuant always folds. Our AWQ search rejects factors that lose, so on weights already rounded it may fold nothing.)
+Prints perplexities, one line for each format and block size, and in how many of them the paper's ranking holds.
+`--table` prints the records of a file in this way.
 """
 
 import itertools
@@ -58,7 +57,7 @@ class Study:
         self.program = mxcompile.trace(self.model, {"input_ids": self.batches[0]["input_ids"][:1, :64]})
 
     def perplexities(self, kind: str, names: dict[str, str]) -> Iterator[tuple[str, float]]:
-        """(the paper's name of an algorithm, perplexity), one after the other; every fold is made once."""
+        """(the paper's name of an algorithm, perplexity), one after the other; each fold runs once."""
         for fold, text in FOLDS.items():
             folded = self.program if text is None else self.run(text, self.program, names)
             for rounding, passes in {"RTN": ROUND, "GPTQ": GPTQ[kind]}.items():
@@ -70,7 +69,7 @@ class Study:
                         yield name, self.perplexity(self.folded_late(rounded, f"{late} | {ROUND}", names), names)
 
     def folded_late(self, rounded: Program, text: str, names: dict[str, str]) -> Program:
-        """A fold after GPTQ: the rounded weights are taken for float ones."""
+        """A fold after GPTQ: the rounded weights are treated as float weights."""
         floats = rounded.copy()
         floats.stage = Stage.FLOAT
         floats.rounded.clear()
@@ -88,9 +87,9 @@ class Study:
 def main() -> None:
     parser = accuracy.parser(__doc__)
     parser.set_defaults(formats="mxint4,mxint6,mxint8,mxfp4,mxfp6_e2m3,mxfp8_e4m3")
-    parser.add_argument("--blocks", default="16,32,128")
-    parser.add_argument("--gptq", default="paper,ours", help="which GPTQ: paper, ours or both")
-    parser.add_argument("--table", type=Path, help="only print these records")
+    parser.add_argument("--blocks", default="16,32,128", help="block sizes, comma-separated: %(default)s")
+    parser.add_argument("--gptq", default="paper,ours", help="which GPTQ, comma-separated: %(default)s")
+    parser.add_argument("--table", type=Path, help="only print the records of this file")
     arguments = parser.parse_args()
     if arguments.table:
         show([json.loads(line) for line in arguments.table.read_text().splitlines()])
@@ -102,14 +101,15 @@ def main() -> None:
     for fmt, block, kind in choices:
         activation = "mxint8" if "int" in fmt else "mxfp8_e4m3"
         names = {"weight": f"{fmt}:{block}", "activation": f"{activation}:{block}"}
-        found = {name: round(value, 3) for name, value in study.perplexities(kind, names)}
-        rows.append({**names, "gptq": kind, "float": exact, "perplexity": {name: found[name] for name in ALGORITHMS}})
+        measured = {name: round(value, 3) for name, value in study.perplexities(kind, names)}
+        perplexity = {name: measured[name] for name in ALGORITHMS}
+        rows.append({**names, "gptq": kind, "float": exact, "perplexity": perplexity})
         accuracy.write(rows[-1] | accuracy.described(arguments, study.batches, study.test), arguments.out)
     show(rows)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table, and in words where the paper's ranking holds."""
+    """The table, and for each finding of the paper how many rows agree and which do not."""
     table = Table("weights", "GPTQ", *ALGORITHMS, title=f"perplexity; float {rows[0]['float']:.2f}")
     for row in rows:
         values = row["perplexity"]

@@ -1,8 +1,8 @@
-"""Tiny models of every kind that mxcompile must handle, and inputs that fit them.
+"""Tiny models of every kind that mxcompile must handle, and inputs for them.
 
-`build("llama")` makes the same bits every time, in eval mode; `inputs("llama", batch=3)` gives keyword arguments of its
-forward. Weights are not a library's initial ones: channels of norms differ, so that a fold that forgets one shows, and
-logits are far from uniform.
+`build("llama")` makes the same weights to the bit every time, in eval mode; `inputs("llama", batch=3)` returns keyword
+arguments of its forward. Weights are not those of the library's initialization: the channels of a norm differ, so that
+a fold that forgets one is noticed, and logits are far from uniform.
 """
 
 from collections.abc import Callable
@@ -118,8 +118,26 @@ def llama(layers: int) -> nn.Module:
     return _filled(lambda: _llama(layers=layers), torch.float32)
 
 
+def two_layers(model_type: str, auto: str = "AutoModelForCausalLM") -> nn.Module:
+    """An architecture of transformers with two layers, in an encoder and a decoder two each, without a cache."""
+    import transformers
+
+    sizes = {**_decoder(), "num_hidden_layers": 2, "use_cache": False, "image_size": IMAGE, "patch_size": 8}
+    sizes |= {"d_model": HIDDEN, "d_kv": 16, "d_ff": 2 * HIDDEN, "num_layers": 2, "num_heads": 4}
+    sizes |= {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 2 * HIDDEN, "num_decoder_layers": 2}
+    sizes |= {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 2 * HIDDEN}
+    sizes |= {"num_key_value_heads": 2, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": HIDDEN, "shared_expert_intermediate_size": HIDDEN}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    default = transformers.AutoConfig.for_model(model_type)
+    config = transformers.AutoConfig.for_model(
+        model_type, **{name: size for name, size in sizes.items() if hasattr(default, name)}
+    )
+    return _filled(lambda: getattr(transformers, auto).from_config(config), torch.float32)
+
+
 def outliers() -> nn.Module:
-    """The llama with norms that make two channels 30 times larger; their readers read them as before."""
+    """The llama with two channels made 30 times larger by the norms, and smaller by their readers: same function."""
     model = build("llama")
     layer: Any = model.model.layers[0]
     with torch.no_grad():
@@ -158,7 +176,7 @@ def inputs(name: str, batch: int = 2, length: int = 8, seed: int = 0) -> dict[st
 
 
 def output(result: Any) -> Tensor:
-    """The one tensor that matters in a model's result: logits, or the last hidden state, or the result itself."""
+    """The main tensor of a model's result: logits, the last hidden state, or the result itself."""
     if isinstance(result, Tensor):
         return result
     return result["logits"] if "logits" in result else result["last_hidden_state"]

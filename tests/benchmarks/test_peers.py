@@ -1,4 +1,4 @@
-"""The benchmark against other projects compares like with like, or stops."""
+"""The benchmark of other projects compares weights of equal size in the same layers, or stops."""
 
 import json
 

@@ -1,10 +1,7 @@
-"""The table of cuts: it is the measured one, and what is not in it takes no cut that was never checked."""
+"""The table of tuned configs: it is the measured one, and shapes outside it use only configs that were checked."""
 
-import json
 from collections.abc import Callable
-from importlib.resources import files
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ pytest.importorskip("triton")
 
 SHAPES = [(6144, 4096), (4096, 14336), (64, 32), (49152, 576), (1024, 4096), (128256, 4096), (512, 1500)]
 MEASURED_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -30,8 +26,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 64, 65, 257, 5000])
 @pytest.mark.parametrize("fmt", [*FORMATS.values(), MXFP4.with_block(128)], ids=str)
 def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
-    """A fused one, but for many tokens of 6 bits; in Gluon beyond 64 tokens. Where that does not serve, a fused one up
-    to 64 tokens. K in a power of two of parts, but for shapes that were measured."""
+    """A fused kernel, except for many tokens with 6 bits; Gluon beyond 64 tokens. Without Gluon, a fused kernel up to
+    64 tokens. split-K is a power of two, except for shapes that were measured."""
     from mxcompile.kernels.layout.planes import plane_layout
     from mxcompile.kernels.triton import planes_linear as triton_planes
     from mxcompile.kernels.tuned_configs import config_for
@@ -53,18 +49,18 @@ def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_every_cut_of_the_table_is_right(error_over_bound: Callable[..., float], fmt: MXFormat) -> None:
-    """In every format that may take it: against float64, and equal on repeat."""
+    """In every format that may use it: against float64, and equal on repeat."""
     from mxcompile.kernels.gluon import planes_linear as gluon_planes
     from mxcompile.kernels.layout.planes import to_planes
     from mxcompile.kernels.triton import planes_linear as triton_planes
-    from mxcompile.kernels.tuned_configs import cuts
+    from mxcompile.kernels.tuned_configs import configs_for_format
     from mxcompile.numerics import reference
     from mxcompile.numerics.packing import pack
 
     codes, scales = reference.quantize(torch.randn(520, 4352, generator=generator(0)), fmt, ScaleRule.FLOOR)
     dense = reference.dequantize(codes, scales, fmt, 4352, torch.bfloat16).cuda()
     planes = to_planes(pack(codes, fmt).cuda(), scales.cuda(), fmt, 4352)
-    for config in {cut.config for cut in cuts(torch.device("cuda"), fmt)} - {None}:
+    for config in {entry.config for entry in configs_for_format(torch.device("cuda"), fmt)} - {None}:
         x = torch.randn(config.rows + 3, 4352, generator=generator(config.rows)).to("cuda", torch.bfloat16)
         fused = triton_planes if isinstance(config, triton_planes.Config) else gluon_planes
         if fused.supports(x) is None:
@@ -75,16 +71,6 @@ def test_every_cut_of_the_table_is_right(error_over_bound: Callable[..., float],
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def test_the_table_is_what_the_sweep_gives() -> None:
-    """With nothing in it that was wrong."""
-    from gemm import choose, cuts, read
-
-    lines = read(RESULTS / "gemm-sweep-h100.jsonl")
-    assert all(line["error"] <= 1 for line in choose(lines, dependent=False))
-    table = files("mxcompile.kernels").joinpath("configs", "sm90.jsonl").read_text().splitlines()
-    assert list(map(json.loads, table)) == cuts(lines, dependent=False)
 
 
 @pytest.mark.usefixtures("hopper")

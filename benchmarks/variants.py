@@ -1,10 +1,10 @@
-"""A Llama-like model made harder to quantize, or taken off the grid of its weights, without changing what it computes.
+"""Variants of a Llama-like model that compute the same and are harder to quantize.
 
-`plant`: in front of every attention and MLP, 1 % of the norm's channels are multiplied by up to 64 and the same columns
-of the linears that read them divided by as much: the outliers that make large models hard to quantize.
+`plant`: in front of every attention and MLP, 1 % of the norm's channels are multiplied by 8 to 64, and the matching
+columns of the linears that read them divided by as much: the outliers that make large models hard to quantize.
 
-`take_off_grid`: the channels of every norm and of the MLPs' inner value are multiplied by random factors in [1/2, 2]
-and divided out again in the linears that read them: weights from a 4-bit file no longer lie on its levels.
+`take_off_grid`: the channels of every norm and of the MLPs' inner value are multiplied by random factors in [1/2, 2],
+and the linears that read them divide: weights read from a 4-bit file no longer lie on the levels of its format.
 """
 
 import math
@@ -26,7 +26,7 @@ def plant(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def take_off_grid(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Change a model in place and return it. Factors are log-uniform: up to rounding it computes the same."""
+    """Change a model in place and return it. Factors are log-uniform; the function changes by float rounding alone."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in model.model.layers:  # pyright: ignore

@@ -1,8 +1,8 @@
-"""Folds leave tiny models of many architectures alone: the first table of `benchmarks/folds.py`, one model a kind."""
+"""The benchmark of folds on one model of each kind: every scale group is folded, and the function is kept."""
 
 import pytest
 from architectures import build, inputs
-from folds import LEAST_DB, measure
+from folds import REQUIRED_DB, measure
 
 import mxcompile
 from mxcompile.analysis.choice import choose
@@ -26,14 +26,25 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS, ids=lambda name: f"{name}: {KINDS[name]}")
+FAST = ("gpt_neox", "qwen2_moe", "mamba", "t5_v1_1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, id=f"{name}: {kind}", marks=[] if name in FAST else [pytest.mark.slow])
+        for name, kind in KINDS.items()
+    ],
+)
 def test_folds_keep_the_function(name):
     record = measure(name)
     assert record["groups"] == record["folded"] > 0
-    assert min(record["sqnr_db_smooth"], record["sqnr_db_awq"]) >= LEAST_DB
+    assert min(record["sqnr_db_smooth"], record["sqnr_db_awq"]) >= REQUIRED_DB
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mistral"))]
+)
 def test_every_decoder_linear_is_in_a_group(name):
     program = mxcompile.trace(build(name), inputs(name))
     groups, unfoldable = find_groups(program, choose(program).matmuls)

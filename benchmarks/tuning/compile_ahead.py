@@ -1,7 +1,7 @@
-"""Compile kernels in many processes at once, into Triton's cache, before the one that times them needs them.
+"""Compiles kernels in parallel processes, into Triton's cache, before the process that times them needs them.
 
-A worker runs each configuration once on a small weight: what Triton specializes on (alignment, sizes that are
-multiples of 16) is the same as for the large ones.
+A worker runs each config once on a small weight: what Triton specializes on (alignment, sizes that are multiples of 16)
+is the same as for the large ones.
 """
 
 import multiprocessing
@@ -13,14 +13,14 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mxcompile.kernels.layout.planes import Planes
+    from mxcompile.kernels.layout.planes import PlanarWeight
     from mxcompile.kernels.tuned_configs import Config
 
 _OUT = 512
 
 
 def compile_all(jobs: "Sequence[tuple[str, Config | None]]", sizes: list[int]) -> None:
-    """Each configuration for its format, and for inputs of `sizes`; None is the kernel that dequantizes."""
+    """Each (format, config), for inputs of `sizes` columns; None is the kernel that dequantizes."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=min(14, os.cpu_count() or 1), mp_context=context) as pool:
         for problem in pool.map(_compile, *zip(*jobs, strict=True), repeat(sizes), chunksize=4):
@@ -35,12 +35,12 @@ def _compile(fmt: str, config: "Config | None", sizes: list[int]) -> str | None:
         for size in sizes:
             _run(_weight(fmt, size), config)
         torch.cuda.synchronize()
-    except Exception as error:  # what does not compile or fit is found again, and recorded, where it is timed
+    except Exception as error:  # a config that does not compile or fit fails again, and is recorded, where it is timed
         return f"{fmt} {config}: {' '.join(str(error).split())[:160]}"
     return None
 
 
-def _run(planes: "Planes", config: "Config | None") -> None:
+def _run(planes: "PlanarWeight", config: "Config | None") -> None:
     import torch
 
     from mxcompile.kernels.gluon import planes_linear as gluon_planes
@@ -48,7 +48,7 @@ def _run(planes: "Planes", config: "Config | None") -> None:
     from mxcompile.kernels.triton import planes_linear as triton_planes
 
     if config is None:
-        dequantize.dequantize(planes, slabs=1)
+        dequantize.dequantize(planes, k_steps=1)
         return
     x = torch.zeros(config.rows, planes.size, dtype=torch.bfloat16, device="cuda")
     if isinstance(config, triton_planes.Config):
@@ -58,7 +58,7 @@ def _run(planes: "Planes", config: "Config | None") -> None:
 
 
 @cache
-def _weight(fmt: str, size: int) -> "Planes":
+def _weight(fmt: str, size: int) -> "PlanarWeight":
     import torch
 
     from mxcompile.formats import FORMATS, ScaleRule

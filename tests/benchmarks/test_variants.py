@@ -1,9 +1,9 @@
-"""Outliers planted for benchmarks: the model computes the same bits, and is harder to quantize."""
+"""Variants of a model for benchmarks: the function is the same, and the model is harder to quantize."""
 
 import pytest
 import torch
 from models import inputs, llama, output
-from planted import LARGEST, plant, take_off_grid
+from variants import LARGEST, plant, take_off_grid
 
 import mxcompile
 from mxcompile.numerics.metrics import sqnr_db

@@ -1,0 +1,251 @@
+"""A model of Llama-3-8B's shape on a GPU: how fast it generates, and what quantizing it takes.
+
+    python benchmarks/llama_8b.py generate --out benchmarks/results/decode-h100.jsonl
+    python benchmarks/llama_8b.py quantize --layers 4 --out benchmarks/results/large-h100.jsonl
+
+Random bfloat16 weights, `--layers` of its 32 decoder layers.
+
+`generate`: MX weights beside the same model in bfloat16, batch 1, through `generate` with a static cache; the decode
+step is compiled and replayed as a CUDA graph, for the bfloat16 model by transformers itself. `token_ms` is the mean
+time between two tokens of one call, after a prompt of `--prompt` tokens, without the first step, which captures the
+CUDA graph; `call_ms` is the whole call, `step_ms` the kernels of one decode step alone. `prefill_ms` is one compiled
+forward of `--prefill` tokens. "head mxint8": the output head is quantized, too.
+
+`quantize`: seconds from the model to its deployed copy, calibrated on random tokens in batches of four windows, and the
+peak of GPU memory. Both are extrapolated to 32 layers: one layer takes `(t(n) - t(1)) / (n - 1)`, and each layer left
+out adds twice its weights to the peak, the model's own and the quantized copy's.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+import triton
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+
+import mxcompile
+from mxcompile.formats import MXINT8
+from mxcompile.inductor import compile_module
+from mxcompile.passes.recipes import as_pipeline
+from mxcompile.tensor.modules import stored_bytes
+
+FLOAT: Final = "bfloat16"
+HEAD: Final = ", head mxint8"
+LISTED: Final = 14
+LAYERS: Final = 32
+FORMATS: Final = "weight=mxint4,activation=mxint8"
+PIPELINES: Final = {
+    "rtn": "w4a8-mxint-quick",
+    "gptq": f"gptq{{format=mxint4,activation=mxint8}} | lower-mx{{{FORMATS}}}",
+    "awq-fold + gptq": f"awq-fold{{{FORMATS}}} | gptq{{format=mxint4,activation=mxint8,correction=0.25}} "
+    f"| lower-mx{{{FORMATS}}}",
+}
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("llama_8b.py needs a CUDA GPU, and this machine has none")
+    arguments.run(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    speed = commands.add_parser("generate", help="milliseconds a token, and of prefill")
+    speed.set_defaults(run=compare_speed)
+    speed.add_argument("--layers", type=int, default=LAYERS)
+    speed.add_argument("--recipes", default=f"w4a8-mxint-quick{HEAD};w4a8-mxint-quick", help="separated by ;")
+    speed.add_argument("--prompt", type=int, default=1900, help="tokens before the generated ones")
+    speed.add_argument("--tokens", type=int, default=128, help="tokens to generate")
+    speed.add_argument("--prefill", type=int, default=2048, help="tokens of the timed prefill")
+    speed.add_argument("--profile", action="store_true", help="print the kernels of one decode step and of prefill")
+    cost = commands.add_parser("quantize", help="seconds and peak memory of quantizing")
+    cost.set_defaults(run=measure_quantizing)
+    cost.add_argument("--layers", type=int, default=4)
+    cost.add_argument("--windows", type=int, default=128, help="calibration windows")
+    cost.add_argument("--length", type=int, default=2048, help="tokens a window")
+    cost.add_argument("--pipelines", default="rtn,gptq", help=f"comma-separated, of {', '.join(PIPELINES)}")
+    for command in (speed, cost):
+        command.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
+    return parser
+
+
+def build(layers: int, device: str = "cuda") -> Any:
+    """Llama-3-8B's shape with fewer layers."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, rope_theta=500000.0, max_position_embeddings=8192, dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device(device):
+        torch.manual_seed(0)
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+def write(row: dict[str, Any], out: Path | None) -> None:
+    print(json.dumps(row), flush=True)
+    if out:
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def measure_quantizing(arguments: argparse.Namespace) -> None:
+    quantizing(1, PIPELINES["rtn"], 4, arguments.length)  # imports, and compiles kernels
+    layer_gib = sum(p.numel() * p.element_size() for p in build(1, "meta").model.layers.parameters()) / 2**30
+    for name in arguments.pipelines.split(","):
+        one, _ = quantizing(1, PIPELINES[name], arguments.windows, arguments.length)
+        several, peak = quantizing(arguments.layers, PIPELINES[name], arguments.windows, arguments.length)
+        layer = (several - one) / (arguments.layers - 1)
+        row = {"model": "Llama-3-8B shape, random", "pipeline": name, "layers": arguments.layers}
+        row |= {"calibration": f"{arguments.windows}x{arguments.length}", "seconds": round(several, 1)}
+        row |= {"seconds_one_layer": round(one, 1), "seconds_a_layer": round(layer, 2)}
+        row |= {"seconds_32_layers": round(one + (LAYERS - 1) * layer, 1), "peak_gib": round(peak, 2)}
+        row |= {"peak_gib_32_layers": round(peak + 2 * layer_gib * (LAYERS - arguments.layers), 2)}
+        write(row | {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "seed": 0}, arguments.out)
+
+
+def quantizing(layers: int, recipe: str, windows: int, length: int) -> tuple[float, float]:
+    """(seconds from the model to its deployed copy, peak GiB)."""
+    model = build(layers)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (windows, length), generator=generator, device="cuda")
+    batches = [{"input_ids": part} for part in ids.split(4)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    program = mxcompile.trace(model, {"input_ids": ids[:1, :64]})
+    lowered = as_pipeline(recipe).run(program, batches)
+    mxcompile.deploy(lowered, model, check=False)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30
+
+
+def compare_speed(arguments: argparse.Namespace) -> None:
+    model = build(arguments.layers)
+    rows: list[dict[str, Any]] = []
+    for recipe in (FLOAT, *arguments.recipes.split(";")):
+        began = time.perf_counter()
+        ready = model if recipe == FLOAT else quantized(model, recipe)
+        sizes = [stored_bytes(part) / 2**30 for part in (ready, ready.model.layers)]
+        row = {"model": "Llama-3-8B shape, random", "layers": arguments.layers, "recipe": recipe}
+        row |= {"gib": round(sizes[0], 3), "decoder_gib": round(sizes[1], 3)}
+        row |= measured(ready, arguments)
+        row["seconds_to_prepare"] = round(time.perf_counter() - began, 1)
+        row |= {"ratio": round(rows[0]["token_ms"] / row["token_ms"], 2) if rows else 1.0}
+        row |= {"step_ratio": round(rows[0]["step_ms"] / row["step_ms"], 2) if rows else 1.0}
+        row |= {"prefill_ratio": round(rows[0]["prefill_ms"] / row["prefill_ms"], 2) if rows else 1.0}
+        row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        rows.append(row | {"transformers": transformers.__version__})
+        write(rows[-1], arguments.out)
+        torch._dynamo.reset()
+
+
+def quantized(model: Any, recipe: str) -> Any:
+    ids = torch.arange(16, device="cuda")[None]
+    head: Any = {"include": ["lm_head"], "overrides": {"lm_head": MXINT8}} if recipe.endswith(HEAD) else {}
+    return mxcompile.quantize_and_compile(
+        model, {"input_ids": ids}, recipe=recipe.removesuffix(HEAD), probe=False, **head
+    )
+
+
+@torch.no_grad()
+def measured(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    ids = torch.randint(100, 100000, (1, arguments.prefill), generator=generator, device="cuda")
+    prompt = ids[:, : arguments.prompt]
+
+    runs = [generated(model, prompt, arguments.tokens) for _ in range(6)][3:]
+    step = step_seconds(model, arguments)
+    if model._compiled_call_impl is None:
+        compile_module(model)  # the float model's prefill, compiled the way ours is
+    for _ in range(2):
+        model(ids, use_cache=False, logits_to_keep=1)
+    prefill = seconds(lambda: model(ids, use_cache=False, logits_to_keep=1))
+    if arguments.profile:
+        print(f"prefill of {arguments.prefill}: {prefill * 1e3:.2f} ms", flush=True)
+        show(kernels(lambda: model(ids, use_cache=False, logits_to_keep=1)))
+    times = {name: min(run[name] for run in runs) for name in runs[0]} | {"step_ms": step, "prefill_ms": prefill}
+    return {name: round(value * 1e3, 3) for name, value in times.items()}
+
+
+class Clock(StoppingCriteria):
+    """Records the time of each token, and never stops."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def generated(model: Any, prompt: torch.Tensor, count: int) -> dict[str, float]:
+    """Seconds of one call of `generate`, of a token in it, and of its first decode step."""
+    clock = Clock()
+    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    model.generate(prompt, cache_implementation="static", stopping_criteria=StoppingCriteriaList([clock]), **options)
+    torch.cuda.synchronize()
+    whole, (first, second, *_, last) = time.perf_counter() - began, clock.times
+    return {"token_ms": (last - second) / (count - 2), "first_step_ms": second - first, "call_ms": whole}
+
+
+def step_seconds(model: Any, arguments: argparse.Namespace) -> float:
+    """Time of the kernels of one decode step, from a profile of `generate`."""
+    ids = torch.arange(arguments.prompt, device="cuda")[None] + 100
+    count = arguments.tokens
+    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+    steps = by_step(kernels(lambda: model.generate(ids, cache_implementation="static", **options)), count)
+    busy = sorted(sum(e.time_range.elapsed_us() for e in step) for step in steps)
+    if arguments.profile and steps:
+        show(steps[len(steps) // 2])
+    return busy[len(busy) // 2] / 1e6
+
+
+def kernels(call: Callable[[], Any]) -> list[Any]:
+    """The kernels that a call launched, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
+
+
+def by_step(events: list[Any], count: int) -> list[list[Any]]:
+    """The kernels of each of the last few tokens: the argmax is the last kernel of a token."""
+    ends = [i for i, event in enumerate(events) if "argmax" in event.name.lower() or "ArgMax" in event.name]
+    ends = ends[-min(8, count - 4) :]
+    return [events[first + 1 : last + 1] for first, last in pairwise(ends)]
+
+
+def show(step: list[Any]) -> None:
+    print(f"{sum(e.time_range.elapsed_us() for e in step):9.1f} us {len(step):4}  all kernels", flush=True)
+    totals: dict[str, list[float]] = {}
+    for event in step:
+        totals.setdefault(event.name[:70], []).append(event.time_range.elapsed_us())
+    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:LISTED]:
+        print(f"{sum(times):9.1f} us {len(times):4}x {name}", flush=True)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call, the least of three."""
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+if __name__ == "__main__":
+    main()

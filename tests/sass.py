@@ -1,0 +1,189 @@
+"""Kernels compiled for Hopper on a machine without a GPU, and what ptxas and nvdisasm say of them.
+
+    planes_report(MXINT4, Config(rows=64, out=128, warps=8, stages=3))
+
+compiles as for a launch on an H100 (bfloat16, sizes that are multiples of 16) and reads the SASS: registers, spills,
+shared memory, and the instructions of the main loop over K.
+"""
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mxcompile.formats import MXFormat
+from mxcompile.kernels.gluon import fp8_linear, planes_kernel
+from mxcompile.kernels.gluon import planes_linear as gluon_planes
+from mxcompile.kernels.layout.planes import plane_layout
+from mxcompile.kernels.triton import attention
+from mxcompile.kernels.triton import planes_linear as triton_planes
+
+SHARED_BYTES: Final = 232448
+"""Shared memory that one program may have on an H100."""
+_HOPPER: Final = GPUTarget("cuda", 90, 32)
+_BIN: Final = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MULTIPLE_OF_16: Final = [["tt.divisibility", 16]]
+_DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DECODE: Final = r"LOP3|SHF|PRMT|HFMA2|HMUL2|IMAD R"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ptxas made of a kernel. serialized: ptxas complains that wgmma instructions wait for each other. loop: the
+    instructions of the main loop of one warp."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    serialized: bool
+    sass: str
+    loop: tuple[str, ...] = ()
+
+    def count(self, instruction: str) -> int:
+        """How many instructions of the loop contain that name."""
+        return sum(instruction in line for line in self.loop)
+
+    @property
+    def waits(self) -> int:
+        """Waits for wgmma in the loop."""
+        return self.count("WARPGROUP.DEPBAR")
+
+    @property
+    def decoding(self) -> tuple[int, int]:
+        """(instructions of the loop that decode while wgmma runs, all that decode)."""
+        decode, overlapped, running = 0, 0, False
+        for line in self.loop:
+            running = (running or "HGMMA" in line) and "WARPGROUP.DEPBAR" not in line
+            if re.search(rf"\*/ +(@!?P\d )?({_DECODE})", line):
+                decode, overlapped = decode + 1, overlapped + running
+        return overlapped, decode
+
+
+def planes_report(fmt: MXFormat, config: triton_planes.Config) -> Report:
+    """triton/planes_linear.py: one weight, no bias."""
+    constants = triton_planes.constants(fmt, config) | {"HAS_BIAS": False, "PADDED": False, "INTERPRETED": False}
+    types: dict[str, Any] = {"x": "*bf16", "words": "*i16", "scales": "*i32", "counters": "*i32", "lift": "fp32"}
+    types |= {"partial": "*bf16" if config.split == 1 else "*fp32"}
+    types |= {"biases": ("*bf16",), "ys": ("*bf16",), "outs": ("i32",)}
+    kernel, options = triton_planes._planes_kernel, triton_planes.options(config)
+    compiled = _compiled(kernel, constants, types, options, other_than_16={"m_size"})
+    return _report(compiled, lambda loops: max(loops, key=len, default=[]))
+
+
+def gluon_report(fmt: MXFormat, config: gluon_planes.Config, has_bias: bool = False) -> Report:
+    """gluon/planes_linear.py."""
+    constants = {**gluon_planes.constants(fmt, config, has_bias), "y1": None, "y2": None}
+    types = {"bias": "*bf16", "partial": "*fp32", "counters": "*i32", "lift": "fp32"}
+    for name, dtype in {"x": "bf16", "words": "i16", "scales": "i32", "y0": "bf16"}.items():
+        types[name] = _descriptor(dtype, *gluon_planes.block(name[0] if name == "y0" else name, config))
+    compiled = _compiled(planes_kernel._planes_kernel, constants, types, gluon_planes.options(config), gluon=True)
+    fewest = 8 * plane_layout(fmt).planes // 4 * config.out // config.consumers // 64
+
+    def main_loop(loops: list[list[str]]) -> list[str]:
+        return min((loop for loop in loops if sum("HGMMA" in line for line in loop) >= fewest), key=len)
+
+    return _report(compiled, main_loop)
+
+
+def fp8_report(fmt: MXFormat, config: fp8_linear.Config, in_pieces: bool = False, has_bias: bool = False) -> Report:
+    """gluon/fp8_linear.py."""
+    types = {"bias": "*bf16", "powers": "*fp32", "scratch": "*fp32", "power": "fp32"}
+    for name, dtype in {"x": "fp8e4nv", "words": "i16", "scales": "i32", "y": "bf16"}.items():
+        types[name] = _descriptor(dtype, *fp8_linear.block(name, config))
+    constants = fp8_linear.constants(fmt, config, in_pieces, has_bias)
+    compiled = _compiled(fp8_linear._fp8_kernel, constants, types, fp8_linear.options(), gluon=True)
+    return _report(compiled, lambda loops: min(loops, key=len))
+
+
+def attention_report(dtype: str, size: int, group: int) -> tuple[Report, attention.Config]:
+    """triton/attention.py for 8 heads of a cache of 2048 tokens, `group` heads of queries each, and the same mask for
+    all of them; with the config that it chooses."""
+    config = attention.config_for(torch.empty(0, 8, 2048, size, dtype=_DTYPES[dtype]), 8)
+    constants = attention.constants(size, size, 8, group, config)
+    constants |= {"MASK": "float", "MASK_OF_HEADS": False, "INTERPRETED": False}
+    types: dict[str, Any] = dict.fromkeys(("query", "key", "value", "mask", "result"), f"*{dtype}")
+    types |= {"scratch": "*fp32", "counters": "*i32", "scale": "fp32", "mask_strides": ("i32", "i32", "constexpr")}
+    types |= {"query_strides": ("i32",) * 2, "key_strides": ("i32",) * 3, "value_strides": ("i32",) * 3}
+    compiled = _compiled(attention._attend_kernel, constants, types, attention.options(config))
+    return _report(compiled, lambda _: []), config
+
+
+def _descriptor(dtype: str, shape: list[int], layout: Any) -> str:
+    return f"tensordesc<{dtype}{shape},{layout!r}>"
+
+
+def _compiled(
+    kernel: Any,
+    constants: dict[str, Any],
+    types: dict[str, Any],
+    options: dict[str, Any],
+    other_than_16: set[str] | None = None,
+    gluon: bool = False,
+) -> Any:
+    """A kernel compiled for Hopper. Arguments without a type are int32: multiples of 16 if `other_than_16` is given,
+    for all that it does not name."""
+    signature, fixed, hints = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = kind = "constexpr" if name in constants else types.get(name, "i32")
+        if name in constants:
+            fixed[index,] = constants[name]
+        elif isinstance(kind, tuple):
+            hints |= {(index, i): _MULTIPLE_OF_16 for i, one in enumerate(kind) if one != "constexpr"}
+            fixed |= {(index, i): 1 for i, one in enumerate(kind) if one == "constexpr"}
+        elif kind.startswith("*") or (kind == "i32" and other_than_16 is not None and name not in other_than_16):
+            hints[index,] = _MULTIPLE_OF_16
+    source: Any = ASTSource
+    if gluon:
+        source = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    return triton.compile(source(kernel, signature, fixed, hints), target=_HOPPER, options=options)
+
+
+def _report(compiled: Any, main_loop: Any) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        messages = _assemble(ptx, cubin)
+        sass = _tool("nvdisasm", "-c", str(cubin))
+    return Report(
+        registers=int(re.findall(r"Used (\d+) registers", messages)[0]),
+        spilled_bytes=int(re.findall(r"(\d+) bytes spill stores", messages)[0]),
+        shared_bytes=compiled.metadata.shared,
+        serialized="are serialized" in messages,
+        sass=sass,
+        loop=tuple(main_loop(list(_loops(sass)))),
+    )
+
+
+def _loops(sass: str) -> Iterator[list[str]]:
+    """The instructions of every run of lines from a label to a branch back to it that multiplies matrices."""
+    lines, labels = sass.splitlines(), {}
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = i
+        branch = re.search(r"BRA `\((\.L_x_\d+)\)", line)
+        body = lines[labels.get(branch[1], i) : i + 1] if branch else []
+        if any("MMA" in other for other in body):
+            yield [other for other in body if re.search(r"/\*[0-9a-f]{4,}\*/ +\S", other)]
+
+
+def _assemble(ptx: Path, cubin: Path) -> str:
+    """ptxas' messages; newer versions of Triton write PTX for the newer of the two that they bring."""
+    arguments = ("-v", "-arch=sm_90a", str(ptx), "-o", str(cubin))
+    try:
+        return _tool("ptxas", *arguments)
+    except subprocess.CalledProcessError:
+        return _tool("ptxas-blackwell", *arguments)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([str(_BIN / name), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
