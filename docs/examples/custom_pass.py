@@ -1,20 +1,17 @@
-"""A pass of your own: the worst 5 % of layers keep 8 bits, all others get 4.
+"""A custom pass: the worst 5 % of layers keep 8 bits, all others get 4.
 
-passes/README.md takes you through it. Runs in seconds on a small random Llama, one layer of which is hard to round.
+passes/README.md explains it. Runs in seconds on a small random Llama with one layer that is hard to round.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
-from mxcompile import Pass, PassResult, Request, choose, formats, observers
-from mxcompile.analysis.matmuls import finite_rows
-from mxcompile.diagnostics.tables import table
-from mxcompile.numerics.metrics import rounding_db, sqnr_db
+from mxcompile import formats
+from mxcompile.passes.writing import Pass, PassResult, Request, choose, finite_rows, observers, rounding_db, sqnr_db
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class WorstLayers(Pass):
 
     def run(self, program):
         choice, sqnr = choose(program), {}
-        for matmul, request in program.through(list(zip(choice.matmuls, self.requests(program), strict=True))):
+        for matmul, request in program.track(list(zip(choice.matmuls, self.requests(program), strict=True))):
             weight = finite_rows(program, matmul)  # [..., out, in]
             sqnr[matmul.parameter] = rounding_db(weight, self.low, request.result(program))
         worst = sorted(sqnr, key=sqnr.get)[: math.ceil(self.share * len(sqnr))]
@@ -45,7 +42,7 @@ PLAIN = "round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxint8
 
 
 def small_llama() -> LlamaForCausalLM:
-    """Four layers; a weight of the third one has an outlier in every block, which leaves few levels to the others."""
+    """Four layers; one weight of the third has an outlier in every block, which leaves few levels to other elements."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
@@ -59,15 +56,15 @@ def small_llama() -> LlamaForCausalLM:
 def main() -> None:
     model, example = small_llama(), {"input_ids": torch.arange(64).reshape(2, 32)}
     program = mxcompile.trace(model, example)
-    wanted = program(**example).logits
-    rows = []
+    float_logits = program(**example).logits
+    print(f"{'pipeline begins with':28} {'kB':>6} {'SQNR of logits, dB':>20}")
     for text in (PLAIN, f"worst-layers | {PLAIN}"):
         lowered = mxcompile.Pipeline.parse(text, passes=[WorstLayers]).run(program)
-        error = sqnr_db(wanted, lowered(**example).logits)
-        rows.append((text.split(" | ")[0], f"{lowered.stored_bytes() / 1e3:.0f}", f"{error:.1f}"))
-    Console().print(table(("pipeline begins with",), ("kB", "SQNR of logits, dB"), rows))
-    kept = [(name, f"{numbers['sqnr_db']:.1f}") for name, numbers in lowered.ledger[0].numbers.items()]
-    Console().print(table(("kept in mxint8",), ("SQNR in mxint4, dB",), kept))
+        error = sqnr_db(float_logits, lowered(**example).logits)
+        print(f"{text.split(' | ')[0]:28} {lowered.stored_bytes() / 1e3:>6.0f} {error:>20.1f}")
+    print(f"\n{'kept in mxint8':40} {'SQNR in mxint4, dB':>20}")
+    for name, numbers in lowered.ledger[0].numbers.items():
+        print(f"{name:40} {numbers['sqnr_db']:>20.1f}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def _parts(path: Path) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "passes").glob("*.py")), ids=lambda p: p.name)
 def test_passes_do_not_import_each_other(path):
-    built_in = {file.stem for file in (ROOT / "passes").glob("*.py")} - {"__init__", "recipes"}
+    built_in = {file.stem for file in (ROOT / "passes").glob("*.py")} - {"__init__", "recipes", "writing"}
     allowed = {"recipes.py": set(), "__init__.py": built_in}
     names = set(re.findall(r"^from mxcompile\.passes\.(\w+)", path.read_text(), re.MULTILINE))
     assert names <= allowed.get(path.name, set())
@@ -75,6 +75,28 @@ def test_files_and_functions_stay_small(path):
         if isinstance(node, ast.FunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines <= 70, f"{node.name} has {lines} lines"
+
+
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_test_file_is_imported(path):
+    """What several of them use lies in support files beside the rooms; a support file imports no tests either."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(alias.name for alias in node.names)}
+    stems = {file.stem for file in TEST_FILES if file.name.startswith("test_")}
+    assert not {name for name in names if {*name.split(".")} & {*stems, "tests", "conftest"}}
+
+
+def test_no_test_reads_a_clock():
+    """How long something takes depends on what else the machine does: benchmarks measure that."""
+    clocks = re.compile(r"time\.(time|perf_counter|monotonic|process_time)\(\)")
+    assert [path.name for path in TEST_FILES if clocks.search(path.read_text())] == []
 
 
 def test_top_level_holds_what_it_should():
