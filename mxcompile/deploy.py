@@ -1,8 +1,8 @@
 """Lowered Program -> a copy of the user's module whose quantized parameters are `MXWeight`s.
 
-The graph is what counts: each lowered matmul says which parameter it reads, in which format, and how its input is
-prepared; the same facts go into the MXWeight at that parameter's place. Parameters that passes rewrote in float (norms)
-are carried over too. Nothing of the user's module is shared or changed.
+Everything is read from the graph: each lowered matmul states its parameter, the format, and how its input is prepared.
+The same goes into the MXWeight that replaces the parameter. Float parameters that passes changed (norms) are copied
+too. Nothing of the user's module is shared or changed.
 """
 
 import copy
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mxcompile.analysis.choice import slot
-from mxcompile.analysis.folds.multiplier import digest, multiplier_of
+from mxcompile.analysis.choice import name_in_module
+from mxcompile.analysis.folds.multiplier import multiplier_digest, multiplier_of
 from mxcompile.analysis.folds.rotation import rotation_of
 from mxcompile.analysis.matmuls import find_matmuls
-from mxcompile.checkpoint import adopt
+from mxcompile.checkpoint import mark_quantized
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import DeployError
 from mxcompile.graph.agreement import agreement_db, output_tensors
 from mxcompile.graph.edit import BLOCK_AXIS
 from mxcompile.graph.program import Program, Stage, where
-from mxcompile.ops import ALIGN, DEQUANTIZE, QUANTIZE
-from mxcompile.tensor.modules import own_tensors, place_all
-from mxcompile.tensor.weight import MXLayout, MXWeight, step_by_step
+from mxcompile.ops import DEQUANTIZE, QUANTIZE
+from mxcompile.tensor.modules import named_tensors, set_tensors
+from mxcompile.tensor.weight import MXLayout, MXWeight, unfused_matmuls
 
 M = TypeVar("M", bound=nn.Module)
 _SUFFIX = "_elements"
@@ -37,7 +37,10 @@ _EMBEDDING = torch.ops.aten.embedding.default
 
 @dataclass(frozen=True)
 class _Placement:
-    """An MX weight that a node reads, the name of the module parameter it replaces, and the input's multiplier."""
+    """An MX weight that a node reads, and the name of the module parameter that it replaces.
+
+    elements, scales, multiplier (of the input): names of tensors of the program. reader: the node.
+    """
 
     name: str
     elements: str
@@ -49,29 +52,31 @@ class _Placement:
 
 
 def deploy(program: Program, model: M, *, check: bool = True) -> M:
-    """A copy of `model`, of the same class and in eval mode, that computes what the lowered program computes.
+    """A copy of `model`, of the same class and in eval mode, that computes the same as the lowered program.
 
-    check: compare the two on the example inputs (one forward each).
-    Raises DeployError if the program is not lowered, does not come from this model, uses one parameter in two ways, or
-    if the copy does not compute what the program computes.
+    check: compare the outputs of both on the example inputs (one forward each).
+    Raises DeployError if the program is not lowered, was not traced from this model or uses one parameter in two ways,
+    or if the outputs differ.
     """
     if program.stage is not Stage.LOWERED:
         raise DeployError(
-            f"deploy takes a lowered program, this one is {program.stage.name.lower()}: end the pipeline with lower-mx "
-            "(fusing happens inside torch.compile)"
+            f"deploy needs a lowered program, this one is {program.stage.name.lower()}: end the pipeline with lower-mx "
+            "(torch.compile fuses the MX ops)"
         )
     weights = _placements(program)
-    own = own_tensors(model)
-    _check_names(program, weights, own)
+    own = named_tensors(model)
+    _check_names(weights, own)
     changed = _changed_tensors(program, own)
     replaced = {*weights, *changed}
-    kept_by_another_name = {id(tensor) for name, tensor in own.items() if name not in replaced}
-    memo: dict[int, Any] = {id(own[name]): own[name] for name in replaced if id(own[name]) not in kept_by_another_name}
+    still_used = {id(tensor) for name, tensor in own.items() if name not in replaced}  # tied to another name
+    memo: dict[int, Any] = {id(own[name]): own[name] for name in replaced if id(own[name]) not in still_used}
     deployed = copy.deepcopy(model, memo)
     copies = {id(tensor): tensor.detach().clone() for tensor in changed.values()}
-    place_all(deployed, [(name, copies[id(tensor)]) for name, tensor in changed.items()])
-    place_all(deployed, [(name, _weight(program, placement)) for name, placement in weights.items()])
-    adopt(deployed.requires_grad_(False).eval(), Provenance(" | ".join(record.spec for record in program.ledger)))
+    set_tensors(deployed, [(name, copies[id(tensor)]) for name, tensor in changed.items()])
+    set_tensors(deployed, [(name, _weight(program, placement)) for name, placement in weights.items()])
+    mark_quantized(
+        deployed.requires_grad_(False).eval(), Provenance(" | ".join(record.spec for record in program.ledger))
+    )
     if check:
         _check_agreement(program, deployed)
     return deployed
@@ -86,10 +91,10 @@ def _weight(program: Program, placement: _Placement) -> MXWeight:
 def _placements(program: Program) -> dict[str, _Placement]:
     placements: dict[str, _Placement] = {}
     for placement in _lowered_reads(program):
-        known = placements.setdefault(placement.name, placement)
-        if known.layout != placement.layout:
+        earlier = placements.setdefault(placement.name, placement)
+        if earlier.layout != placement.layout:
             raise DeployError(
-                f"parameter {placement.name!r} is used in two ways: {where(known.reader)} has {known.layout}, "
+                f"parameter {placement.name!r} is used in two ways: {where(earlier.reader)} has {earlier.layout}, "
                 f"{where(placement.reader)} has {placement.layout}"
             )
     return placements
@@ -97,19 +102,18 @@ def _placements(program: Program) -> dict[str, _Placement]:
 
 def _lowered_reads(program: Program) -> Iterator[_Placement]:
     for matmul in find_matmuls(program)[0]:
-        aligned, rounded = _alignment(matmul.activation)
-        activation, rule, value = _preparation(rounded)
+        activation, rule, value = _preparation(matmul.activation)
         rotation = rotation_of(value)
         multiplier = multiplier_of(program, value if rotation is None else cast(Node, value.args[0]))
         if matmul.is_lowered:
             name = _digest(program, multiplier)
-            layout = MXLayout(*_decoding(matmul.root), activation, rule, name, rotation, aligned)
+            layout = MXLayout(*_decoding(matmul.root), activation, rule, name, rotation)
             yield _placement(program, matmul.root, matmul.root.args[:2], matmul.node, layout, multiplier)
         elif multiplier is not None or rotation is not None:
-            what = "multiplied" if rotation is None else "rotated"
+            preparation = "multiplied" if rotation is None else "rotated"
             raise DeployError(
-                f"{where(matmul.node)} reads a {what} input, but its weight stays float, and only an MX weight can "
-                "carry that: quantize it, or leave it out of the pass that changed its input"
+                f"{where(matmul.node)} reads a {preparation} input, but its weight stays float, and only an MX weight "
+                "can prepare its input: quantize it, or exclude it from the pass that changed its input"
             )
     for node in program.graph.nodes:
         lookups = node.args[:2] if node.target is DEQUANTIZE else ()
@@ -123,55 +127,42 @@ def _placement(
 ) -> _Placement:
     elements, scales = (str(part.target) for part in parts)
     parameter = elements.removesuffix(_SUFFIX)
-    name = slot(program, parameter, reader) or parameter
+    name = name_in_module(program, parameter, reader) or parameter
     return _Placement(name, elements, scales, layout, cast(torch.dtype, root.args[4]), reader, multiplier)
 
 
 def _decoding(root: Node) -> tuple[str, int, bool]:
-    """What a weight's `mx::dequantize` says: format, size along the blocks, and whether they run along dimension -2."""
+    """Arguments of a weight's `mx::dequantize`: format, size along blocks, whether blocks are along dimension -2."""
     return str(root.args[2]), cast(int, root.args[3]), root.meta.get(BLOCK_AXIS, -1) == -2
 
 
-def _alignment(activation: Node) -> tuple[bool, Node]:
-    """Whether a matmul's input is aligned, and the value before that."""
-    if activation.target is not ALIGN:
-        return False, activation
-    rounded = cast(Node, activation.args[0])
-    if rounded.target is not DEQUANTIZE:
-        raise DeployError(
-            f"{where(activation)} aligns something that is not quantized: only rounded inputs are aligned"
-        )
-    return True, rounded
-
-
 def _preparation(activation: Node) -> tuple[str | None, str | None, Node]:
-    """Format and scale rule of a matmul's input, None and None if it is not quantized, and the value before that."""
+    """Format and scale rule of a matmul's input (None if it is not quantized), and the value before quantization."""
     if activation.target is not DEQUANTIZE:
         return None, None, activation
     elements = cast(Node, activation.args[0])
     quantize = cast(Node, elements.args[0])
     if quantize.target is not QUANTIZE:
-        raise DeployError(f"{where(activation)} dequantizes something that mx::quantize did not make")
+        raise DeployError(f"{where(activation)} dequantizes a value that is no output of mx::quantize")
     return str(quantize.args[1]), str(quantize.args[2]), cast(Node, quantize.args[0])
 
 
 def _digest(program: Program, multiplier: str | None) -> str | None:
-    return None if multiplier is None else digest(program.tensor(multiplier))
+    return None if multiplier is None else multiplier_digest(program.tensor(multiplier))
 
 
-def _check_names(program: Program, weights: dict[str, _Placement], own: dict[str, Tensor]) -> None:
+def _check_names(weights: dict[str, _Placement], own: dict[str, Tensor]) -> None:
     for name, placement in weights.items():
         shape = tuple(placement.reader.graph.find_nodes(op="get_attr", target=placement.elements)[0].meta["val"].shape)
         if name not in own or own[name].dim() != len(shape):
             raise DeployError(
-                f"the program quantizes {name!r}, which {len(own)} parameters of the module do not include in that "
-                "shape: deploy into the model that was traced"
+                f"the program quantizes {name!r}, but none of the module's {len(own)} parameters has that name and "
+                "number of dimensions: deploy into the model that was traced"
             )
-    del program
 
 
 def _changed_tensors(program: Program, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the module that a pass has replaced in float, under all their names."""
+    """Tensors that a pass changed in float, under all their names in the module."""
     changed: dict[str, Tensor] = {}
     for name in program.parameter_names():
         if name in own and program.tensor(name) is not own[name]:
@@ -182,8 +173,9 @@ def _changed_tensors(program: Program, own: dict[str, Tensor]) -> dict[str, Tens
 def _check_agreement(program: Program, deployed: nn.Module) -> None:
     """Raise DeployError if the deployed module's outputs differ from the program's by more than float rounding.
 
-    Where the trace has a mask a module may have none, and torch other kernels of attention for it: what these differ by
-    grows from layer to layer where activations are rounded. So where outputs differ they are compared again without.
+    The trace may have an attention mask where the module has none, and torch then runs different SDPA kernels. With
+    quantized activations their rounding differences grow from layer to layer. So if outputs differ, both are compared
+    again with the math backend of SDPA.
     """
     agreement, name = _agreement(program, deployed)
     if agreement < _AGREEMENT_DB:
@@ -191,14 +183,15 @@ def _check_agreement(program: Program, deployed: nn.Module) -> None:
             agreement, name = _agreement(program, deployed)
     if agreement < _AGREEMENT_DB:
         raise DeployError(
-            f"output {name} of the deployed module agrees with the lowered program's only to {agreement:.1f} dB: the "
-            "module does something that the trace does not show (a branch, state)"
+            f"output {name} of the deployed module agrees with the lowered program's only to {agreement:.1f} dB "
+            f"(required: {_AGREEMENT_DB:.0f} dB): the module does something that the trace does not show (a branch, "
+            "state)"
         )
 
 
 def _agreement(program: Program, deployed: nn.Module) -> tuple[float, str]:
     example = program.example
-    wanted = output_tensors(program(*example.args, **example.kwargs))
-    with torch.no_grad(), step_by_step():
-        given = output_tensors(deployed(*example.args, **example.kwargs))
-    return agreement_db(wanted, given)
+    expected = output_tensors(program(*example.args, **example.kwargs))
+    with torch.no_grad(), unfused_matmuls():
+        actual = output_tensors(deployed(*example.args, **example.kwargs))
+    return agreement_db(expected, actual)

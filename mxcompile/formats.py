@@ -5,8 +5,8 @@ Floating formats and MXINT8 follow the OCP Microscaling Formats specification v1
 they are the extension of MXINT8 to fewer bits used by Sharify et al. (arXiv 2405.07135). OCP fixes the block at 32;
 16, 64 and 128 are offered because the paper and other toolkits use them.
 
-Any other element of 2 to 8 bits has a name that says all of it, `mxint3` or `mxfp5_e3m1`, and can be used wherever a
-format is asked for; `integer` and `floating` make them. They run as the reference does, no kernel serves them.
+Any other element type of 2 to 8 bits is spelled out in its name, `mxint3` or `mxfp5_e3m1`, and is accepted wherever a
+format is; `integer` and `floating` construct them. They have no kernels and run as the reference.
 """
 
 import re
@@ -19,6 +19,7 @@ from mxcompile.errors import MXCompileError, UnknownNameError
 BLOCK_SIZES: Final = (16, 32, 64, 128)
 SCALE_BIAS: Final = 127
 SCALE_NAN: Final = 255
+_ALIGNED: Final = "+aligned"
 _NAME: Final = re.compile(r"mxint(?P<integer>\d+)|mxfp(?P<bits>\d+)_e(?P<exponent>\d+)m(?P<mantissa>\d+)")
 
 
@@ -26,9 +27,11 @@ _NAME: Final = re.compile(r"mxint(?P<integer>\d+)|mxfp(?P<bits>\d+)_e(?P<exponen
 class MXFormat:
     """One MX format.
 
-    A magnitude `m * 2**(e - mantissa_bits)` with `emin <= e <= emax` is an element; integers are the case
-    `emin == emax == 0` (all elements one step apart), floats have subnormals at `e == emin`.
+    Elements have magnitudes `m * 2**(e - mantissa_bits)` with `emin <= e <= emax`. Integers are the case
+    `emin == emax == 0` (all elements one step apart); floats have subnormals at `e == emin`.
     `max_value` is the largest finite magnitude of an element (E4M3 and E5M2 reserve codes above it).
+    aligned: values are aligned to one power of two per token after quantization (`reference.align`), for activations
+    that are to run on FP8 tensor cores; "mxfp8_e4m3+aligned".
     """
 
     name: str
@@ -39,6 +42,7 @@ class MXFormat:
     emax: int
     max_value: float
     block_size: int = 32
+    aligned: bool = False
 
     @property
     def is_integer(self) -> bool:
@@ -67,6 +71,13 @@ class MXFormat:
             raise MXCompileError(f"block size {block_size} is not one of {', '.join(map(str, BLOCK_SIZES))}")
         return replace(self, block_size=block_size)
 
+    def with_alignment(self, aligned: bool = True) -> Self:
+        """The same format, aligned or not. Raises MXCompileError if alignment is not defined for it."""
+        if aligned and self.name != "mxfp8_e4m3":
+            why = "are e4m3 numbers times one power of two already" if self.name in E4M3_COMPATIBLE else "cannot be"
+            raise MXCompileError(f"only mxfp8_e4m3 activations are aligned: those of {self.name} {why}")
+        return replace(self, aligned=aligned)
+
     def blocks(self, size: int) -> int:
         """Number of blocks that hold `size` values; the last one is padded with zeros."""
         return -(-size // self.block_size)
@@ -76,22 +87,23 @@ class MXFormat:
         return rows * self.blocks(size) * (self.block_bytes + 1)
 
     def __str__(self) -> str:
-        return self.name if self.block_size == 32 else f"{self.name}:{self.block_size}"
+        block = "" if self.block_size == 32 else f":{self.block_size}"
+        return f"{self.name}{block}{_ALIGNED if self.aligned else ''}"
 
 
 def integer(bits: int) -> MXFormat:
     """Two's complement elements of 2 to 8 bits, symmetric: MXINT8 is `integer(8)`, and `integer(2)` has -1, 0 and 1."""
     if not 2 <= bits <= 8:
-        raise MXCompileError(f"an integer element of {bits} bits: give 2 to 8")
+        raise MXCompileError(f"an integer element has 2 to 8 bits, not {bits}")
     return MXFormat(f"mxint{bits}", bits, 0, bits - 2, 0, 0, 2 - 2.0 ** (2 - bits))
 
 
 def floating(exponent_bits: int, mantissa_bits: int) -> MXFormat:
     """Elements of a sign, 1 to 5 exponent bits (biased as IEEE's) and a mantissa, 8 bits at most, with subnormals.
 
-    Every code is a finite number, as in OCP's formats of 6 and 4 bits. But with 5 exponent bits the largest exponent
-    stands for Inf and NaN, as in OCP's E5M2, and `floating(4, 3)` is OCP's E4M3, which has a NaN. Without a mantissa, a
-    value halfway between two powers of two goes to the larger one.
+    Every code is a finite number, as in OCP's 6-bit and 4-bit formats, with two exceptions: with 5 exponent bits the
+    largest exponent encodes Inf and NaN, as in OCP's E5M2, and `floating(4, 3)` is OCP's E4M3, which has a NaN. Without
+    a mantissa, a value halfway between two powers of two rounds to the larger one.
     """
     bits = 1 + exponent_bits + mantissa_bits
     if not 1 <= exponent_bits <= 5 or mantissa_bits < 0 or bits > 8:
@@ -100,8 +112,8 @@ def floating(exponent_bits: int, mantissa_bits: int) -> MXFormat:
             "bits, and at most 8 bits with the sign"
         )
     name = f"mxfp{bits}_e{exponent_bits}m{mantissa_bits}"
-    if name in _KNOWN:
-        return _KNOWN[name]
+    if name in _FORMATS_BY_NAME:
+        return _FORMATS_BY_NAME[name]
     bias = 2 ** (exponent_bits - 1) - 1
     emax = bias + (exponent_bits < 5)
     return MXFormat(name, bits, exponent_bits, mantissa_bits, 1 - bias, emax, (2 - 2.0**-mantissa_bits) * 2.0**emax)
@@ -119,22 +131,27 @@ MXFP4: Final = MXFormat("mxfp4", 4, 2, 1, 0, 2, 6.0)
 FORMATS: Final[dict[str, MXFormat]] = {
     f.name: f for f in (MXINT8, MXINT6, MXINT4, MXFP8_E4M3, MXFP8_E5M2, MXFP6_E3M2, MXFP6_E2M3, MXFP4)
 }
-"""Those that kernels serve."""
-ALIGNED_AS_THEY_ARE: Final = frozenset({"mxfp4", "mxint4", "mxfp6_e2m3", "mxfp6_e3m2"})
-"""Activations that are e4m3 numbers times one power of two for each token, unless they are tiny
-(`layout/e4m3_products.py`)."""
-_KNOWN: Final = FORMATS | {"mxfp8": MXFP8_E4M3, "mxfp6": MXFP6_E3M2, "mxfp4_e2m1": MXFP4}
+"""The formats that have kernels."""
+E4M3_COMPATIBLE: Final = frozenset({"mxfp4", "mxint4", "mxfp6_e2m3", "mxfp6_e3m2"})
+"""Activation formats whose tokens are e4m3 numbers times one power of two, except for tiny values
+(`layout/fp8_eligibility.py`)."""
+_FORMATS_BY_NAME: Final = FORMATS | {"mxfp8": MXFP8_E4M3, "mxfp6": MXFP6_E3M2, "mxfp4_e2m1": MXFP4}
 
 
 def parse_format(text: str) -> MXFormat:
-    """`"mxint4"` or, with a block size, `"mxint4:64"`. `mxfp8` means E4M3 and `mxfp6` E3M2.
+    """`"mxint4"`, `"mxint4:64"` with a block size, `"mxfp8_e4m3+aligned"` for aligned activations.
 
-    Raises UnknownNameError for what is no format, MXCompileError for one that cannot be.
+    `mxfp8` means E4M3 and `mxfp6` E3M2.
+
+    Raises UnknownNameError for an unknown name, MXCompileError for an impossible format.
     """
+    plain, aligned, _ = text.strip().lower().partition(_ALIGNED)
+    if aligned and text.strip().lower() == plain + _ALIGNED:
+        return parse_format(plain).with_alignment()
     name, colon, block = text.strip().lower().partition(":")
-    fmt = _KNOWN.get(name) or _spelled_out(name)
+    fmt = _FORMATS_BY_NAME.get(name) or _parse_element_name(name)
     if fmt is None:
-        raise UnknownNameError("format", text, _KNOWN)
+        raise UnknownNameError("format", text, _FORMATS_BY_NAME)
     if not colon:
         return fmt
     if not block.isdecimal():
@@ -143,18 +160,18 @@ def parse_format(text: str) -> MXFormat:
 
 
 def check_name(fmt: MXFormat) -> None:
-    """Raise MXCompileError for a format that is not what its name says: graphs and files hold names."""
+    """Raise MXCompileError if a format differs from what its name stands for: graphs and files store only the name."""
     if fmt != parse_format(str(fmt)):
         raise MXCompileError(f"{fmt!r} is not what {str(fmt)!r} means: make formats with integer(...), floating(...)")
 
 
-def no_kernel(fmt: MXFormat) -> str | None:
-    """Why no kernel serves a format, in a sentence; None for those of `FORMATS`."""
+def why_no_kernel(fmt: MXFormat) -> str | None:
+    """Why a format has no kernels, in a sentence; None for those of `FORMATS`."""
     return None if fmt.name in FORMATS else f"there is no kernel for {fmt.name}"
 
 
-def _spelled_out(name: str) -> MXFormat | None:
-    """The format whose name says what its elements are."""
+def _parse_element_name(name: str) -> MXFormat | None:
+    """The format of a name that spells out its elements; None if the name does not."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None
@@ -167,7 +184,7 @@ def _spelled_out(name: str) -> MXFormat | None:
 
 
 class ScaleRule(Enum):
-    """How a block's scale X follows from its largest magnitude: X = 2**ceil(log2(amax / T)).
+    """How a block's scale X is computed from its largest magnitude: X = 2**ceil(log2(amax / T)).
 
     FLOOR is OCP's (T = 2**(emax+1), exclusive); EVEN rounds amax to the element's mantissa first (AMD); RCEIL never
     saturates (NVIDIA); CEIL takes the ceiling of log2(amax); T725 is AutoRound's threshold for MXFP4. MSE tries the
@@ -185,7 +202,7 @@ class ScaleRule(Enum):
         return self.value
 
     def threshold(self, fmt: MXFormat) -> float:
-        """T / 2**emax, in [1, 2]: a block whose amax has a mantissa beyond it gets the next larger scale."""
+        """T / 2**emax, in [1, 2]: a block whose amax has a larger mantissa gets the next larger scale."""
         match self:
             case ScaleRule.FLOOR | ScaleRule.MSE:
                 return 2.0
@@ -209,27 +226,11 @@ def parse_scale_rule(text: str) -> ScaleRule:
         raise UnknownNameError("scale rule", text, (r.value for r in ScaleRule)) from None
 
 
-def why_not_aligned(activation: MXFormat | None) -> str | None:
-    """Why activations of a format are not aligned (`reference.align`), in a sentence; None for those that can be."""
-    if activation is None:
-        return "float activations are not aligned: give activation=mxfp8_e4m3"
-    if activation.name == MXFP8_E4M3.name:
-        return None
-    if activation.name in ALIGNED_AS_THEY_ARE:
-        return f"{activation.name} activations need no alignment: they are e4m3 numbers times one power of two a token"
-    return f"{activation.name} activations cannot be aligned: only those of mxfp8_e4m3 can"
-
-
-def input_text(activation: str | None, aligned: bool) -> str | None:
-    """What a matmul's input is rounded to, for people: `mxfp8_e4m3 aligned`; None if it stays float."""
-    return f"{activation} aligned" if aligned else activation
-
-
 def activation_rule(fmt: MXFormat) -> ScaleRule:
-    """The scale rule that loses least on activation-like data (normal to heavy-tailed), decided per format.
+    """The scale rule with the least error on activation-like data (normal to heavy-tailed) for a format.
 
-    Measured at block 32 on Gaussian, Laplace and Student-t(5) samples: integers want FLOOR; formats whose largest
-    element is 1.75 * 2**emax want RCEIL; E2M3 gains a little from EVEN; MXFP4 wants the threshold 7.25.
+    Measured at block 32 on Gaussian, Laplace and Student-t(5) samples. Best are FLOOR for integers, RCEIL for
+    formats whose largest element is 1.75 * 2**emax, EVEN (by a little) for E2M3, threshold 7.25 for MXFP4.
     """
     if fmt.is_integer:
         return ScaleRule.FLOOR

@@ -1,8 +1,8 @@
 """matmul(x, w) -> matmul(dequantize(quantize(x)), dequantize(w_elements, w_scales)).
 
-Every chosen weight is packed; its matmul's input gets an explicit `mx::quantize` / `mx::dequantize` pair, one pair per
-value, shared by all matmuls that read it. Without `activation` the inputs stay float (weight-only). An embedding that
-was asked for by name looks up packed rows. The lowered graph runs in eager as the reference on any device.
+Every chosen weight is packed. The input of its matmul gets an `mx::quantize` / `mx::dequantize` pair, shared by all
+matmuls that read the same value. Without `activation`, inputs stay float (weight-only). An embedding that was included
+by name looks up packed rows. In eager mode, the lowered graph runs the reference implementation on any device.
 """
 
 import operator
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.choice import Choice, check_coverage, choose, override_formats, refuse_inseparable
-from mxcompile.analysis.matmuls import Matmul, finite_rows, read_instead
-from mxcompile.errors import PassError, PipelineError
-from mxcompile.formats import MXFormat, ScaleRule, activation_rule, why_not_aligned
+from mxcompile.analysis.choice import MatmulChoice, check_coverage, choose, exclude_shared_weights, override_formats
+from mxcompile.analysis.matmuls import Matmul, finite_rows, replace_activation
+from mxcompile.errors import PassError
+from mxcompile.formats import MXFormat, ScaleRule, activation_rule
 from mxcompile.graph.edit import BLOCK_AXIS, insert_call, insert_tensor
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage
@@ -25,7 +25,7 @@ from mxcompile.graph.records import PassResult
 from mxcompile.numerics import packing, reference
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.row_slices import row_wise
-from mxcompile.ops import ALIGN, DEQUANTIZE, QUANTIZE
+from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.pipeline.interfaces import FLOATING, Pass
 
 aten = torch.ops.aten
@@ -35,12 +35,12 @@ aten = torch.ops.aten
 class LowerMX(Pass):
     """Formats of weights and activations (`activation=None`: weight-only).
 
-    weight_rule: scales of weights that no earlier pass has rounded (`mse` counts errors by the importance of input
-    channels, where a pass has measured it). activation_rule: scales of activations, computed at
-    run time; None takes the format's default (`formats.activation_rule`).
-    align: let rounded activations of mxfp8_e4m3 be e4m3 numbers times one power of two for each token, which loses the
-    last bits of what is small beside its token's largest (`reference.align`). With 4-bit weights many tokens are then
-    multiplied at the rate of 8 bits on a Hopper GPU; the function is the same everywhere.
+    weight_rule: scale rule of weights that no earlier pass has rounded (`mse` weights errors by the importance of input
+    channels if a pass has measured it). activation_rule: scale rule of activations at run time; None: the format's
+    default (`formats.activation_rule`).
+    activation=mxfp8_e4m3+aligned makes activations E4M3 numbers times one power of two per token, which drops low bits
+    of values far below the token's largest (`reference.align`). With 4-bit weights, matmuls of many tokens then run on
+    the FP8 tensor cores of Hopper GPUs; the result is the same on every device.
     overrides: other weight formats by name pattern, None for a layer that stays float (`name_patterns.py`).
     """
 
@@ -49,7 +49,6 @@ class LowerMX(Pass):
     weight_rule: ScaleRule = ScaleRule.MSE
     activation_rule: ScaleRule | None = None
     overrides: Mapping[str, MXFormat | None] = Overrides()
-    align: bool = False
 
     name = "lower-mx"
     accepts = FLOATING | {Stage.LOWERED}
@@ -57,42 +56,40 @@ class LowerMX(Pass):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", Overrides(self.overrides))
-        if self.align and (reason := why_not_aligned(self.activation)):
-            raise PipelineError(f"lower-mx{{align=true}}: {reason}")
 
     @property
     def reads_calibration(self) -> bool:
-        """Never: weights are rounded as they are, activations at run time."""
+        """False: weights are rounded without calibration data, activations at run time."""
         return False
 
     def run(self, program: Program) -> PassResult:
-        """Lower every chosen matmul and the embeddings that were asked for."""
+        """Lower every chosen matmul and every included embedding."""
         choice, formats = override_formats(program, choose(program), self.weight, self.overrides)
-        choice = refuse_inseparable(program, choice)
-        _check_left(program, choice)
+        choice = exclude_shared_weights(program, choice)
+        _check_rounded_weights_are_lowered(program, choice)
         check_coverage(program, choice)
         weights: dict[str, Node] = {}
         inputs: dict[Node, Node] = {}
         todo = [matmul for matmul in choice.matmuls if not matmul.is_lowered]
-        for matmul in program.through(todo):
+        for matmul in program.track(todo):
             if matmul.parameter not in weights:
                 weights[matmul.parameter] = self._lower_weight(program, matmul, formats[matmul.node])
             matmul.reader.replace_input_with(matmul.root, weights[matmul.parameter])
             if not matmul.root.users:
-                program.forget(matmul.root)
+                program.erase_tensor_node(matmul.root)
             if self.activation is not None:
                 if matmul.activation not in inputs:
                     inputs[matmul.activation] = self._lower_input(program, matmul, self.activation)
-                read_instead(matmul.node, inputs[matmul.activation])
+                replace_activation(matmul.node, inputs[matmul.activation])
         embeddings = self._lower_embeddings(program, choice, formats)
         program.graph.eliminate_dead_code()
         program.drop_unread()
         return PassResult(len(todo) + embeddings, choice.misses)
 
     def _lower_weight(self, program: Program, matmul: Matmul, fmt: MXFormat) -> Node:
-        """The weight's `mx::dequantize`, in the parameter's own orientation, in front of its first reader."""
+        """Insert the weight's `mx::dequantize`, in the parameter's own orientation, before its first reader."""
         rows = finite_rows(program, matmul)
-        order = {node: place for place, node in enumerate(program.graph.nodes)}
+        order = {node: index for index, node in enumerate(program.graph.nodes)}
         before = min(matmul.root.users, key=order.__getitem__)
         elements, scales = self._pack(program, matmul.parameter, rows, before, fmt)
         name = f"{matmul.root.name}_dequantized"
@@ -104,17 +101,16 @@ class LowerMX(Pass):
         return insert_call(program, before, aten.transpose.int, (weight, -1, -2), f"{name}_t")
 
     def _lower_input(self, program: Program, matmul: Matmul, fmt: MXFormat) -> Node:
-        """The dequantized activation, in front of the first matmul that reads it."""
+        """Insert the dequantized activation before the first matmul that reads it."""
         x, before = matmul.activation, matmul.node
         rule = self.activation_rule or activation_rule(fmt)
         quantized = insert_call(program, before, QUANTIZE, (x, str(fmt), str(rule)), f"{x.name}_quantized")
         elements = insert_call(program, before, operator.getitem, (quantized, 0), f"{x.name}_elements")
         scales = insert_call(program, before, operator.getitem, (quantized, 1), f"{x.name}_scales")
         args = (elements, scales, str(fmt), matmul.in_features, x.meta["val"].dtype)
-        rounded = insert_call(program, before, DEQUANTIZE, args, f"{x.name}_dequantized")
-        return insert_call(program, before, ALIGN, (rounded,), f"{x.name}_aligned") if self.align else rounded
+        return insert_call(program, before, DEQUANTIZE, args, f"{x.name}_dequantized")
 
-    def _lower_embeddings(self, program: Program, choice: Choice, formats: Mapping[Node, MXFormat]) -> int:
+    def _lower_embeddings(self, program: Program, choice: MatmulChoice, formats: Mapping[Node, MXFormat]) -> int:
         """embedding(w, ids) -> dequantize(embedding(w_elements, ids), embedding(w_scales, ids))."""
         for node in choice.embeddings:
             weight = node.args[0]
@@ -127,7 +123,7 @@ class LowerMX(Pass):
         return len(choice.embeddings)
 
     def _pack(self, program: Program, name: str, rows: Tensor, before: Node, fmt: MXFormat) -> tuple[Node, Node]:
-        """Nodes that read the packed elements and scales of a weight `[..., out, in]`, packed at the first call."""
+        """Nodes that read the packed elements and scales of a weight `[..., out, in]`, which the first call packs."""
         if not program.has_tensor(f"{name}_elements"):
             elements, scales = self._quantize(program, name, rows, fmt)
             program.set_tensor(f"{name}_elements", elements)
@@ -136,19 +132,19 @@ class LowerMX(Pass):
         return elements, insert_tensor(program, before, f"{name}_scales")
 
     def _quantize(self, program: Program, name: str, rows: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
-        """Elements and scales; for a weight that is already rounded, the ones it was rounded to."""
+        """Elements and scales; of a weight that an earlier pass rounded, those of that rounding."""
         rounded = program.rounded.pop(name, None)
         if rounded is None:
             rows, scales = round_rows(rows, fmt, self.weight_rule, program.importance.get(name))
             rounded = Rounding(fmt, scales)
         if rounded.format != fmt:
             raise PassError(
-                f"{name!r} was rounded to {rounded.format}, lower-mx has weight={fmt} for it: use one format, and the "
-                "same overrides for both passes"
+                f"{name!r} was rounded to {rounded.format}, but lower-mx has weight={fmt} for it: use one format, and "
+                "the same overrides in both passes"
             )
         elements, again = row_wise(partial(_encode_rows, fmt), rows, rounded.scales)
         if not torch.equal(again, rows):
-            raise PassError(f"{name!r} does not hold {fmt} values any more: a pass changed it after rounding")
+            raise PassError(f"{name!r} no longer holds {fmt} values: a pass changed it after rounding")
         return elements, rounded.scales
 
 
@@ -157,12 +153,12 @@ def _encode_rows(fmt: MXFormat, rows: Tensor, scales: Tensor) -> tuple[Tensor, T
     return packing.pack(codes, fmt), reference.dequantize(codes, scales, fmt, rows.shape[-1], rows.dtype)
 
 
-def _check_left(program: Program, choice: Choice) -> None:
-    """Raise PassError if a weight has been rounded and stays float all the same."""
-    left = {refusal.node for refusal in choice.left_float}
+def _check_rounded_weights_are_lowered(program: Program, choice: MatmulChoice) -> None:
+    """Raise PassError if a weight was rounded but would stay float."""
+    staying_float = {refusal.node for refusal in choice.skipped}
     for matmul in choose(program).matmuls:
-        if matmul.node in left and matmul.parameter in program.rounded:
+        if matmul.node in staying_float and matmul.parameter in program.rounded:
             raise PassError(
-                f"{matmul.parameter!r} was rounded to {program.rounded[matmul.parameter].format}, an override of "
-                "lower-mx leaves it in float: give the pass that rounded it the same overrides"
+                f"{matmul.parameter!r} was rounded to {program.rounded[matmul.parameter].format}, but an override of "
+                "lower-mx keeps it in float: use the same overrides in the pass that rounded it"
             )

@@ -13,10 +13,10 @@ from mxcompile.formats import MXFP8_E4M3, ScaleRule
 from mxcompile.inductor import backend, compile_module
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.numerics.reference import align, quantize_dequantize
-from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import QUANTIZE_DEQUANTIZE
 from mxcompile.passes.recipes import RECIPES
-from mxcompile.tensor import arrange
-from mxcompile.tensor.weight import step_by_step
+from mxcompile.tensor import planar_layout
+from mxcompile.tensor.weight import unfused_matmuls
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -98,7 +98,7 @@ def test_rounding_that_inductor_compiles_has_the_bits_of_the_reference(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_aligning_has_the_bits_of_the_reference_compiled_and_not(dtype):
     def aligned(x):
-        return ALIGN(QUANTIZE_DEQUANTIZE(x, "mxfp8_e4m3", "rceil"))
+        return QUANTIZE_DEQUANTIZE(x, "mxfp8_e4m3+aligned", "rceil")
 
     x = hard_values(128, dtype).cuda()
     wanted = align(quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL))
@@ -111,10 +111,10 @@ def test_aligning_has_the_bits_of_the_reference_compiled_and_not(dtype):
 def test_an_aligned_layer_compiled_agrees_with_the_reference_for_any_number_of_tokens(tokens):
     """Where the rate of 8 bits is taken and where it is not."""
     layer, x = torch.nn.Linear(256, 128).to("cuda", torch.bfloat16), torch.randn(600, 256, device="cuda").bfloat16()
-    recipe = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3,align=true}"
+    recipe = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3+aligned}"
     plain = mxcompile.quantize_and_compile(layer, x, recipe=recipe, compile=False)
     compiled = compile_module(copy.deepcopy(plain))
-    with step_by_step():
+    with unfused_matmuls():
         wanted = plain(x[:tokens])
     compiled(x[:tokens])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -150,7 +150,7 @@ def test_arranged_weights_give_what_rows_give(rows):
     example = {"input_ids": torch.randint(0, 300, (1, rows), device="cuda")}
     plain = mxcompile.quantize_and_compile(model, example, recipe="w4a8-mxint-quick", compile=False)
     arranged = copy.deepcopy(plain)
-    assert arrange.arrange(arranged) == {}
+    assert planar_layout.use_planar_layout(arranged) == {}
     with torch.no_grad():
         wanted, given = plain(**example).logits, arranged(**example).logits
         assert torch.equal(arranged(**example).logits, given)
@@ -163,7 +163,7 @@ def decoding(dtype):
     model = wide_llama(dtype)
     prompt = torch.arange(8, device="cuda")[None]
     plain = mxcompile.quantize_and_compile(model, {"input_ids": prompt}, recipe="w4a8-mxint-quick", compile=False)
-    arrange.arrange(plain)
+    planar_layout.use_planar_layout(plain)
     compiled = compile_module(copy.deepcopy(plain))
     how = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "cache_implementation": "static"}
     wanted = plain.generate(prompt, **how, disable_compile=True)

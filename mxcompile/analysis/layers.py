@@ -1,12 +1,12 @@
-"""Layers: the matmuls that are to be quantized, followed from pass to pass, whatever op stands for them by then.
+"""Layers: the matmuls to quantize, identified across passes, whatever op computes them at each stage.
 
 A layer has the name of its weight, which no pass changes: `up.weight` is packed into `up.weight_elements` and read by
-`mx::dequantize` or `mx::linear`, and is still the weight of the layer `up.weight`. What reads a weight a second time is
+`mx::dequantize` or `mx::linear`, and its layer is still called `up.weight`. A second matmul by the same weight is
 another layer, `up.weight (2)`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
@@ -14,32 +14,31 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.formats import input_text
 from mxcompile.graph.program import Program, Rounding, module_path
-from mxcompile.ops import ALIGN, DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
 
 _PACKED = "_elements"
 
 
 @dataclass(frozen=True)
-class Rounded:
-    """How a layer rounds its input: the texts of an MXFormat and of a ScaleRule, and whether it aligns it then."""
+class InputRounding:
+    """How a layer rounds its input: an MXFormat and a ScaleRule, as text."""
 
     format: str
     rule: str
-    aligned: bool = False
 
     def __str__(self) -> str:
-        return str(input_text(self.format, self.aligned))
+        return self.format
 
 
 @dataclass(frozen=True)
 class Layer:
-    """node: what multiplies. matmul: None for `mx::linear`. format: of its weight's elements, None if it is float.
+    """A matmul by a weight.
 
-    operands: its computed operands, in order of place (its input; the offsets of experts). constants: the others
-    (weight, bias). activation: the operand that is its input, as it is multiplied. value: its input before it is
-    rounded, which `rounded` says how.
+    node: the node that multiplies. matmul: None for `mx::linear`. format: of its weight's elements, None for float.
+    operands: its computed operands, in order of position (its input; the offsets of experts). constants: the others
+    (weight, bias). activation: the operand that is its input, as it is multiplied. float_input: its input before
+    rounding. input_rounding: how it is rounded, None if it is not.
     """
 
     name: str
@@ -49,8 +48,8 @@ class Layer:
     operands: tuple[Node, ...]
     constants: tuple[Node, ...]
     activation: Node
-    value: Node
-    rounded: Rounded | None
+    float_input: Node
+    input_rounding: InputRounding | None
 
     @property
     def module_path(self) -> str:
@@ -58,19 +57,18 @@ class Layer:
         return module_path(self.node)
 
     @property
-    def samples(self) -> bool:
-        """True if its output rows depend on the same rows of its input alone, so that a sample of them will do."""
+    def is_rowwise(self) -> bool:
+        """True if each output row depends on the same row of the input alone, so that rows can be sampled."""
         return self.operands == (self.activation,) and (self.matmul is None or self.matmul.root.meta["val"].dim() == 2)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """An input as it is multiplied."""
-        if self.rounded is None:
+        """An input, rounded as the layer does before it multiplies."""
+        if self.input_rounding is None:
             return x
-        rounded = QUANTIZE_DEQUANTIZE(x, self.rounded.format, self.rounded.rule)
-        return ALIGN(rounded) if self.rounded.aligned else rounded
+        return QUANTIZE_DEQUANTIZE(x, self.input_rounding.format, self.input_rounding.rule)
 
     def rows(self, program: Program) -> Tensor:
-        """Its weight `[..., out, in]`, decoded."""
+        """Its weight `[..., out, in]`, dequantized."""
         if self.matmul is not None and not self.matmul.is_lowered:
             return self.matmul.rows(program.tensor(self.matmul.parameter).detach())
         packed = self.node.args[1:3] if self.matmul is None else self.matmul.root.args[:2]
@@ -106,25 +104,22 @@ def _layer(
     if matmul is None or matmul.is_lowered:
         fmt = str(node.args[4] if matmul is None else matmul.root.args[2])
     else:
-        known: Rounding | None = program.rounded.get(parameter)
-        fmt = None if known is None else str(known.format)
-    return Layer(name, node, matmul, fmt, operands, constants, activation, *unprepared(activation))
+        rounding: Rounding | None = program.rounded.get(parameter)
+        fmt = None if rounding is None else str(rounding.format)
+    return Layer(name, node, matmul, fmt, operands, constants, activation, *split_rounding(activation))
 
 
-def unprepared(activation: Node) -> tuple[Node, Rounded | None]:
-    """A matmul's input before it is rounded, and how it is rounded."""
-    if activation.target is ALIGN:
-        value, rounded = unprepared(cast(Node, activation.args[0]))
-        return (activation, None) if rounded is None else (value, replace(rounded, aligned=True))
+def split_rounding(activation: Node) -> tuple[Node, InputRounding | None]:
+    """A matmul's input before rounding, and how it is rounded (None: it is not)."""
     if activation.target is QUANTIZE_DEQUANTIZE:
         x, fmt, rule = cast(tuple[Any, ...], activation.args)
-        return x, Rounded(str(fmt), str(rule))
+        return x, InputRounding(str(fmt), str(rule))
     if activation.target is DEQUANTIZE:
         elements = cast(Node, activation.args[0])
         quantize = elements.args[0] if elements.args else None
         if isinstance(quantize, Node) and quantize.target is QUANTIZE:
             x, fmt, rule = cast(tuple[Any, ...], quantize.args)
-            return x, Rounded(str(fmt), str(rule))
+            return x, InputRounding(str(fmt), str(rule))
     return activation, None
 
 
@@ -142,8 +137,8 @@ def _operands(node: Node) -> Iterator[Node]:
 
 def _computed(program: Program) -> set[Node]:
     """The nodes whose values depend on the inputs."""
-    found: set[Node] = set()
+    computed: set[Node] = set()
     for node in program.graph.nodes:
-        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.op == "placeholder" or any(source in computed for source in node.all_input_nodes):
+            computed.add(node)
+    return computed

@@ -1,4 +1,4 @@
-"""The index of a checkpoint: Hugging Face's map from tensors to files, and what mxcompile has to know to trust them.
+"""The index of a checkpoint: Hugging Face's map from tensors to files, plus MX metadata and checksums.
 
 {"metadata": {"total_size": 1234, "mxcompile": {
     "schema": 1,
@@ -18,11 +18,11 @@ from typing import Any, Final
 
 import torch
 
-from mxcompile.checkpoint.checked_json import file_name, read_json, sha256, take, take_map, take_some
-from mxcompile.checkpoint.shards import Shard
-from mxcompile.checkpoint.stored_tensors import Names, Packing
+from mxcompile.checkpoint.checked_json import file_name, read_json, sha256, take, take_map, take_optional
+from mxcompile.checkpoint.shards import ShardChecksums
+from mxcompile.checkpoint.stored_tensors import TensorNames, WeightPacking
 from mxcompile.errors import CheckpointError, MXCompileError
-from mxcompile.formats import parse_format, parse_scale_rule, why_not_aligned
+from mxcompile.formats import parse_format, parse_scale_rule
 from mxcompile.tensor.weight import MXLayout
 
 SCHEMA: Final = 1
@@ -33,21 +33,21 @@ _LARGEST: Final = 2**48
 
 
 @dataclass(frozen=True)
-class Index:
-    """names: what the tensors are. shards: the files, by name."""
+class CheckpointIndex:
+    """names: how the module's tensors are stored. shards: sizes and checksums of the files, by file name."""
 
-    names: Names
-    shards: Mapping[str, Shard]
+    names: TensorNames
+    shards: Mapping[str, ShardChecksums]
 
     @classmethod
-    def read(cls, path: Path, digest: str | None = None) -> "Index":
-        """Read the file. digest: its SHA-256, None not to compare.
+    def read(cls, path: Path, digest: str | None = None) -> "CheckpointIndex":
+        """Read the file. digest: its expected SHA-256, None to skip that check.
 
-        Raises CheckpointError if it is another file, no such index, or contradicts itself.
+        Raises CheckpointError if the digest differs, or the file is not an index of mxcompile or inconsistent.
         """
         data, content = read_json(path)
         if digest is not None and sha256(data) != digest:
-            raise CheckpointError(f"{path} is not as it was saved: copy the checkpoint again, or save it again")
+            raise CheckpointError(f"{path} has changed since it was saved: copy the checkpoint again, or save it again")
         try:
             return _parse(content)
         except MXCompileError as error:
@@ -60,7 +60,7 @@ class Index:
             "schema": SCHEMA,
             "weights": {name: _write_packing(packing) for name, packing in self.names.weights.items()},
             "aliases": dict(self.names.aliases),
-            "temporary": sorted(self.names.temporary),
+            "temporary": sorted(self.names.non_persistent),
             "shards": {name: {"bytes": shard.bytes, "header": shard.header} for name, shard in self.shards.items()},
             "crc32": {name: crc for shard in self.shards.values() for name, crc in shard.tensors.items()},
         }
@@ -69,26 +69,26 @@ class Index:
         return json.dumps(content, separators=(",", ":"))
 
 
-def _parse(content: dict[str, Any]) -> Index:
+def _parse(content: dict[str, Any]) -> CheckpointIndex:
     ours = take(take(content, "metadata", dict), "mxcompile", dict)
     if (schema := take(ours, "schema", int)) != SCHEMA:
-        raise CheckpointError(f"it has schema {schema}, this version of mxcompile reads {SCHEMA}")
+        raise CheckpointError(f"its schema is {schema}, this version of mxcompile reads schema {SCHEMA}")
     weights = {name: _parse_packing(entry) for name, entry in take_map(ours, "weights", dict).items()}
     aliases = take_map(ours, "aliases", str)
     files = take_map(content, "weight_map", str)
     parts = {part for name, packing in weights.items() for part in packing.parts(name)}
     plain = tuple(name for name in (*files, *aliases) if name not in parts)
-    temporary = frozenset(map(str, take(ours, "temporary", list)))
-    names = Names(plain, weights, aliases, temporary)
-    if names.stored() != set(files) or set(files) & set(aliases) or not temporary <= set(plain):
-        raise CheckpointError("its tensors, their parts and their other names contradict each other")
-    return Index(names, _parse_shards(ours, files))
+    non_persistent = frozenset(map(str, take(ours, "temporary", list)))
+    names = TensorNames(plain, weights, aliases, non_persistent)
+    if names.stored() != set(files) or set(files) & set(aliases) or not non_persistent <= set(plain):
+        raise CheckpointError("its lists of tensors, weights and aliases are inconsistent")
+    return CheckpointIndex(names, _parse_shards(ours, files))
 
 
-def _parse_shards(ours: dict[str, Any], files: dict[str, str]) -> dict[str, Shard]:
+def _parse_shards(ours: dict[str, Any], files: dict[str, str]) -> dict[str, ShardChecksums]:
     checksums = take_map(ours, "crc32", int)
     shards = {
-        file_name(name, ".safetensors"): Shard(
+        file_name(name, ".safetensors"): ShardChecksums(
             take(entry, "bytes", int),
             take(entry, "header", int),
             {tensor: checksums[tensor] for tensor, file in files.items() if file == name and tensor in checksums},
@@ -96,39 +96,43 @@ def _parse_shards(ours: dict[str, Any], files: dict[str, str]) -> dict[str, Shar
         for name, entry in take_map(ours, "shards", dict).items()
     }
     if set(files) != set(checksums) or set(files.values()) != set(shards):
-        raise CheckpointError("its map of tensors to files has gaps")
+        raise CheckpointError("its checksums, files and tensors are inconsistent")
     return shards
 
 
-def _write_packing(packing: Packing) -> dict[str, Any]:
-    """Without what is not so or not there."""
+def _write_packing(packing: WeightPacking) -> dict[str, Any]:
+    """As JSON, without false and missing entries. An aligned activation format is two of them."""
     written = {key: value for key, value in asdict(packing.layout).items() if value}
+    if packing.layout.activation is not None and (activation := parse_format(packing.layout.activation)).aligned:
+        written |= {"activation": str(activation.with_alignment(False)), "aligned": True}
     return written | {"dtype": str(packing.dtype).removeprefix("torch.")}
 
 
-def _parse_packing(entry: dict[str, Any]) -> Packing:
-    activation, rule = take_some(entry, "activation", str), take_some(entry, "rule", str)
-    rotation = take_some(entry, "rotation", int)
+def _parse_packing(entry: dict[str, Any]) -> WeightPacking:
+    activation, rule = take_optional(entry, "activation", str), take_optional(entry, "rule", str)
+    rotation = take_optional(entry, "rotation", int)
+    aligned = take_optional(entry, "aligned", bool) or False
+    if aligned and activation is None:
+        raise CheckpointError(f"{entry} is not a valid weight: a float input cannot be aligned")
     layout = MXLayout(
         str(parse_format(take(entry, "format", str))),
         take(entry, "size", int),
-        take_some(entry, "transposed", bool) or False,
-        None if activation is None else str(parse_format(activation)),
+        take_optional(entry, "transposed", bool) or False,
+        None if activation is None else str(parse_format(activation).with_alignment(aligned)),
         None if rule is None else str(parse_scale_rule(rule)),
-        take_some(entry, "multiplier", str),
+        take_optional(entry, "multiplier", str),
         rotation,
-        take_some(entry, "aligned", bool) or False,
     )
     dtype = take(entry, "dtype", str)
     if not 0 < layout.size < _LARGEST or (activation is None) != (rule is None) or dtype not in _DTYPES:
-        raise CheckpointError(f"{entry} describes no weight")
+        raise CheckpointError(f"{entry} is not a valid weight")
     if rotation is not None and (rotation < 1 or rotation & (rotation - 1) or layout.size % rotation):
-        raise CheckpointError(f"{entry} describes no weight: {rotation} is no power of two that divides {layout.size}")
-    if layout.aligned and (reason := why_not_aligned(None if activation is None else parse_format(activation))):
-        raise CheckpointError(f"{entry} describes no weight: {reason}")
+        raise CheckpointError(
+            f"{entry} is not a valid weight: rotation {rotation} is not a power of two that divides {layout.size}"
+        )
     if rule is not None:
         parse_scale_rule(rule).threshold(parse_format(str(activation)))
-    packing = Packing(layout, _DTYPES[dtype])
+    packing = WeightPacking(layout, _DTYPES[dtype])
     if _write_packing(packing) != entry:
-        raise CheckpointError(f"{entry} says more of a weight than this version of mxcompile understands")
+        raise CheckpointError(f"{entry} has entries that this version of mxcompile does not know")
     return packing

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for people (`mxcompile inspect`) and for programs."""
+"""The contents of a checkpoint, as tables and as JSON: `mxcompile inspect`."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,17 +9,15 @@ from rich.table import Table
 from torch import Tensor
 
 from mxcompile.checkpoint.reader import Checkpoint
-from mxcompile.checkpoint.stored_tensors import Packing
+from mxcompile.checkpoint.stored_tensors import WeightPacking
 from mxcompile.diagnostics.tables import table
-from mxcompile.formats import input_text
 from mxcompile.tensor.weight import MXWeight
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of the module. format: of its values. input: what a matmul with it rounds the other operand to.
-
-    bytes: as stored; 0 where it shares another's.
+class StoredTensor:
+    """format: of the values. input: the format to which a matmul rounds the other operand. bytes: as stored, 0 for an
+    alias of another tensor.
     """
 
     name: str
@@ -29,8 +27,8 @@ class Entry:
     bytes: int
 
 
-class Description:
-    """Reads the checkpoint's tensors, with their checksums if the checkpoint is one that verifies."""
+class CheckpointContents:
+    """Reads the tensors of a checkpoint, and checks their checksums if the checkpoint verifies."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -40,28 +38,28 @@ class Description:
             for name, tensor in checkpoint.tensors().items()
         ]
 
-    def groups(self) -> dict[tuple[str, str | None], list[Entry]]:
-        """Tensors by format and input, those with most bytes first."""
-        found: dict[tuple[str, str | None], list[Entry]] = {}
+    def groups(self) -> dict[tuple[str, str | None], list[StoredTensor]]:
+        """Tensors by format and input format, the largest group first."""
+        groups: dict[tuple[str, str | None], list[StoredTensor]] = {}
         for entry in self.entries:
-            found.setdefault((entry.format, entry.input), []).append(entry)
-        return dict(sorted(found.items(), key=lambda item: -sum(entry.bytes for entry in item[1])))
+            groups.setdefault((entry.format, entry.input), []).append(entry)
+        return dict(sorted(groups.items(), key=lambda item: -sum(entry.bytes for entry in item[1])))
 
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        card, shards = self.checkpoint.card, self.checkpoint.index.shards
+        config, shards = self.checkpoint.config, self.checkpoint.index.shards
         return {
             "folder": str(self.checkpoint.folder),
-            "module": card.module,
-            "recipe": card.provenance and card.provenance.recipe,
-            "versions": dict(card.provenance.versions) if card.provenance else {},
+            "module": config.class_name,
+            "recipe": config.provenance and config.provenance.recipe,
+            "versions": dict(config.provenance.versions) if config.provenance else {},
             "bytes": sum(shard.bytes for shard in shards.values()),
-            "files": [card.index, *shards, *card.files],
+            "files": [config.index, *shards, *config.files],
             "tensors": [asdict(entry) for entry in self.entries],
         }
 
     def print_to(self, console: Console, *, every: bool = False) -> None:
-        """Print what made it and a table of its formats, or of every tensor."""
+        """Print the recipe, the versions and a table of the formats, or of every tensor."""
         record = self.record()
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         console.print(
@@ -69,16 +67,16 @@ class Description:
         )
         console.print(f"recipe: {record['recipe'] or 'unknown'}", markup=False)
         console.print(f"made by: {versions or 'unknown'}", markup=False)
-        console.print(self._every() if every else self._by_format())
+        console.print(self._tensor_table() if every else self._format_table())
 
-    def _by_format(self) -> Table:
+    def _format_table(self) -> Table:
         rows: list[tuple[str, ...]] = []
         for (fmt, rounded), entries in self.groups().items():
             values, size = sum(math.prod(entry.shape) for entry in entries), sum(entry.bytes for entry in entries)
             rows.append((fmt, rounded or "", str(len(entries)), f"{values:,}", f"{size / 1e6:.2f}"))
         return table(("format", "input"), ("tensors", "values", "MB"), rows)
 
-    def _every(self) -> Table:
+    def _tensor_table(self) -> Table:
         rows = [
             (entry.name, entry.format, entry.input or "", "x".join(map(str, entry.shape)), f"{entry.bytes / 1e6:.2f}")
             for entry in self.entries
@@ -86,8 +84,8 @@ class Description:
         return table(("tensor", "format", "input"), ("shape", "MB"), rows)
 
 
-def _entry(name: str, tensor: Tensor, packing: Packing | None, shared: bool) -> Entry:
+def _entry(name: str, tensor: Tensor, packing: WeightPacking | None, shared: bool) -> StoredTensor:
     size = tensor.packed_bytes if isinstance(tensor, MXWeight) else tensor.nbytes
     fmt = str(tensor.dtype).removeprefix("torch.") if packing is None else packing.layout.format
-    rounded = None if packing is None else input_text(packing.layout.activation, packing.layout.aligned)
-    return Entry(name, fmt, rounded, tuple(tensor.shape), 0 if shared else size)
+    rounded = None if packing is None else packing.layout.activation
+    return StoredTensor(name, fmt, rounded, tuple(tensor.shape), 0 if shared else size)

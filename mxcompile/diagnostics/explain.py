@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from mxcompile.analysis.choice import choose, override_formats, exclude_shared_weights, name_in_module
+from mxcompile.analysis.choice import choose, exclude_shared_weights, name_in_module, override_formats
 from mxcompile.analysis.matmuls import Matmul, UnquantizedNode, find_matmuls
 from mxcompile.diagnostics.explain_quantized import explain_quantized, layer_name, select_kernel, with_sizes
 from mxcompile.diagnostics.explanation import FLOAT, LOOKUP, Explanation, SelectedKernel, group_similar
@@ -91,22 +91,25 @@ def _select_kernels(program: Program, lowering: LowerMX, device: torch.device) -
     lowering.run(lowered)
     unfused = {miss.where: miss.reason for miss in fuse(lowered.graph).misses}
     matmuls = {matmul.node: matmul for matmul in find_matmuls(program)[0]}
-    refused = {refusal.node: refusal for refusal in (*choice.unsupported, *choice.skipped)}
+    unquantized = {each.node: each for each in (*choice.unsupported, *choice.skipped)}
     rule = lowering.activation_rule or (None if lowering.activation is None else activation_rule(lowering.activation))
     rounding = None if lowering.activation is None or rule is None else (str(lowering.activation), str(rule))
     seen: set[str] = set()
     for node in program.graph.nodes:
-        if node in refused:
-            yield _float_layer(program, refused[node], matmuls.get(node))
+        if node in unquantized:
+            yield _float_layer(program, unquantized[node], matmuls.get(node))
         elif node in matmuls and matmuls[node].parameter not in seen:
             matmul = matmuls[node]
             seen.add(matmul.parameter)
             x = torch.empty((1, matmul.in_features), dtype=matmul.activation.meta["val"].dtype, device=device)
             out = program.tensor(matmul.parameter).numel() // matmul.in_features
             reason = unfused.get(where(node))
-            selected = select_kernel(_name(program, matmul), x, out, formats[node], rounding, reason, lowering.align)
+            selected = select_kernel(_name(program, matmul), x, out, formats[node], rounding, reason)
             yield with_sizes(
-                selected, program.tensor(matmul.parameter), matmul.in_features, replaces_float=choice.owns_weight(matmul)
+                selected,
+                program.tensor(matmul.parameter),
+                matmul.in_features,
+                replaces_float=choice.owns_weight(matmul),
             )
     for node in choice.embeddings:
         name = str(cast(Node, node.args[0]).target)
@@ -115,10 +118,11 @@ def _select_kernels(program: Program, lowering: LowerMX, device: torch.device) -
         yield with_sizes(selected, table, table.shape[-1], replaces_float=name not in seen)
 
 
-def _float_layer(program: Program, refusal: UnquantizedNode, matmul: Matmul | None) -> SelectedKernel:
-    name = module_path(refusal.node) or refusal.node.name if matmul is None else _name(program, matmul)
+def _float_layer(program: Program, unquantized: UnquantizedNode, matmul: Matmul | None) -> SelectedKernel:
+    node, size = unquantized.node, unquantized.bytes
+    name = module_path(node) or node.name if matmul is None else _name(program, matmul)
     shape = () if matmul is None else tuple(program.tensor(matmul.parameter).shape)
-    return SelectedKernel(name, 1, shape, None, None, FLOAT, FLOAT, (refusal.reason,), refusal.bytes, refusal.bytes)
+    return SelectedKernel(name, 1, shape, None, None, FLOAT, FLOAT, (unquantized.reason,), size, size)
 
 
 def _name(program: Program, matmul: Matmul) -> str:

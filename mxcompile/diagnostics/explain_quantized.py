@@ -19,7 +19,7 @@ from mxcompile.diagnostics.explanation import (
     group_similar,
 )
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFormat, input_text, parse_format, parse_scale_rule
+from mxcompile.formats import MXFormat, parse_format, parse_scale_rule
 from mxcompile.inductor import why_no_inductor
 from mxcompile.kernels.dispatch import choices, rounding_choices, why_not_fp8
 from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
@@ -63,7 +63,7 @@ def _select_kernels(model: nn.Module, device: torch.device) -> Iterator[Selected
             unfused = None if weight.dim() == 2 else _NO_2D.format(weight.dim())
             out = weight.numel() // spec.size
             fmt = parse_format(spec.format)
-            selected = select_kernel(layer_name(name), x, out, fmt, rounding, unfused, spec.aligned, _scaling(weight))
+            selected = select_kernel(layer_name(name), x, out, fmt, rounding, unfused, _scaling(weight))
         yield with_sizes(selected, weight, spec.size)
 
 
@@ -74,12 +74,11 @@ def select_kernel(
     fmt: MXFormat,
     rounding: tuple[str, str] | None,
     unfused: str | None,
-    aligned: bool = False,
     scaling: PlanarScaling = _ASSUMED_SCALING,
 ) -> SelectedKernel:
     """The kernels that multiply x `[1, in]` and longer inputs by a weight `[out, in]` of a format, with the reasons.
 
-    rounding: format and scale rule of the input, None if it stays float. aligned: whether the rounded input is aligned.
+    rounding: format and scale rule of the input, None if it stays float.
     unfused: why the matmul is not fused, None if it is. Shape and bytes are filled in by `with_sizes`.
     """
     reasons: list[str] = []
@@ -97,11 +96,10 @@ def select_kernel(
         prefill = CPU_DECODED
     if decode == PLANES:
         both = rounding and (parse_format(rounding[0]), parse_scale_rule(rounding[1]))
-        why = why_not_fp8(x, fmt, scaling, both, aligned)
+        why = why_not_fp8(x, fmt, scaling, both)
         prefill = FP8 if why is None else PLANES
         reasons += [] if why is None else [f"no fp8: {why}"]
-    activation = input_text(rounding and rounding[0], aligned)
-    return SelectedKernel(name, 1, (), str(fmt), activation, decode, prefill, tuple(reasons), 0, 0)
+    return SelectedKernel(name, 1, (), str(fmt), rounding and rounding[0], decode, prefill, tuple(reasons), 0, 0)
 
 
 def _refusals(candidates: dict[str, str | None]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a Program may contain at each stage; checked after every pass."""
+"""Verify a Program after every pass: a valid graph, with all its tensors, and only ops that belong to its stage."""
 
 from torch import Tensor
 from torch.fx import Node
@@ -7,9 +7,9 @@ from mxcompile.errors import VerifyError
 from mxcompile.formats import parse_format
 from mxcompile.graph.error_location import last_node
 from mxcompile.graph.program import Program, Stage, where
-from mxcompile.ops import ALIGN, DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
 
-_EXPLICIT = frozenset({QUANTIZE, DEQUANTIZE, ALIGN})
+_EXPLICIT = frozenset({QUANTIZE, DEQUANTIZE})
 _FUSED = frozenset({QUANTIZE_DEQUANTIZE, LINEAR})
 
 
@@ -23,7 +23,7 @@ def check(program: Program) -> None:
         raise VerifyError(f"the graph is malformed{at}: {str(error).splitlines()[0]}") from error
     for node in program.graph.nodes:
         if node.op == "get_attr" and not program.has_tensor(str(node.target)):
-            raise VerifyError(f"{where(node)} reads {node.target!r}, which the program does not hold")
+            raise VerifyError(f"{where(node)} reads {node.target!r}, which the program does not have")
         if node.op == "get_attr":
             _check_tensor(program, node)
         if node.op == "call_function":
@@ -38,16 +38,16 @@ def _check_stage(stage: Stage, node: Node) -> None:
     if node.target in _FUSED and stage < Stage.FUSED:
         raise VerifyError(f"{where(node)} is {node.target}, but the program is not fused")
     if "val" not in node.meta:
-        raise VerifyError(f"{where(node)} has no type: insert nodes with mxcompile.edit.insert_call")
+        raise VerifyError(f"{where(node)} has no fake value: insert nodes with mxcompile.graph.edit.insert_call")
 
 
 def _check_tensor(program: Program, node: Node) -> None:
-    """A tensor is what the nodes behind it were traced with."""
-    tensor, known = program.tensor(str(node.target)), node.meta.get("val")
-    if isinstance(known, Tensor) and (tensor.shape != known.shape or tensor.dtype != known.dtype):
+    """A tensor has the shape and dtype that its readers were traced with."""
+    tensor, traced = program.tensor(str(node.target)), node.meta.get("val")
+    if isinstance(traced, Tensor) and (tensor.shape != traced.shape or tensor.dtype != traced.dtype):
         raise VerifyError(
             f"{where(node)} reads {node.target!r}, which is {tensor.dtype} {tuple(tensor.shape)} and was "
-            f"{known.dtype} {tuple(known.shape)}: put in its place what has the same shape and dtype"
+            f"{traced.dtype} {tuple(traced.shape)}: replace it by a tensor of the same shape and dtype"
         )
 
 

@@ -16,7 +16,6 @@ _DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
     ops.DEQUANTIZE: ops.dequantize,
     ops.MULTIPLY: ops.multiply,
     ops.ROTATE: ops.rotate,
-    ops.ALIGN: ops.align,
 }
 
 

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
-CACHEABLE: Final = {f"{__name__}.weight_of": "1"}
+CACHEABLE: Final = {f"{__name__}.weight_of": "2"}
 """Tells torch's cache of compiled graphs that `weight_of` depends on its arguments alone. Change the number with its
 code."""
 

@@ -1,8 +1,8 @@
-"""Which implementation serves a call: the fastest kernel whose `supports` has no objection, else the reference.
+"""Kernel selection: each call runs the fastest kernel whose `supports` accepts it, else the reference.
 
-The choice depends on device, dtype, format, and whether a weight is held in rows or in planes (`planes.py`), nothing
-else. Without a C++ compiler the reference serves on the CPU for `linear`, and for values its equal in fewer passes,
-`fast_rounding.py`. `choices` gives every candidate's answer, for dumps, errors and `mxcompile explain`.
+The choice depends only on device, dtype, format, number of tokens, and the layout of the weight, row-major or planar
+(`planes.py`). On a CPU without a C++ compiler `linear` runs the reference, and quantize-dequantize its equivalent in
+fewer passes, `fast_rounding.py`. `choices` returns every candidate's answer, for dumps, errors and `mxcompile explain`.
 """
 
 import math
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.kernels.cpu import linears as cpu
-from mxcompile.kernels.layout import e4m3_products, rows_to_planes
-from mxcompile.kernels.layout.planes import Scaling
+from mxcompile.kernels.layout import fp8_eligibility, rows_to_planes
+from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.kernels.triton import split_k_counters
 from mxcompile.numerics import fast_rounding, packing, reference
 
@@ -26,9 +26,9 @@ TRITON_MISSING = "triton is not installed"
 
 
 def linear(
-    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat, planes: Scaling | None = None
+    x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat, planes: PlanarScaling | None = None
 ) -> Tensor:
-    """`x @ dequantize(elements, scales).T + bias`; see `reference.linear`, elements packed, in rows or in planes."""
+    """`x @ dequantize(elements, scales).T + bias`; see `reference.linear`. Elements are packed, planar if `planes`."""
     if planes is not None:
         return linears(x, [(elements, scales, bias)], fmt, None, planes)[0]
     kernel = _triton("triton.rows_linear", x)
@@ -44,32 +44,32 @@ def linears(
     weights: Sequence[cpu.PackedWeight],
     fmt: MXFormat,
     rounding: tuple[MXFormat, ScaleRule] | None,
-    planes: Scaling | None = None,
-    aligned: bool = False,
+    planes: PlanarScaling | None = None,
 ) -> list[Tensor]:
-    """`linear` with several weights of one x, rounded to that format first if one is given, and aligned if that is
-    said."""
-    fast = None if planes is None else _triton("gpu_linears", x)
-    many = math.prod(x.shape[:-1]) >= e4m3_products.FEWEST_TOKENS
-    if fast is not None and many and why_not_fp8(x, fmt, planes, rounding, aligned) is None:
-        return fast.fp8_linears(x, weights, fmt, planes, rounding)
-    if aligned:
-        x, rounding = align(x, rounding), None
-    refused = cpu.supports(x, fmt) or (rounding and cpu.supports_rounding(x, *rounding))
-    if planes is None and not refused:
+    """`linear` of one x with several weights; x is quantized first as `rounding` says, if given."""
+    gpu = None if planes is None else _triton("gpu_linears", x)
+    many_tokens = math.prod(x.shape[:-1]) >= fp8_eligibility.MIN_TOKENS
+    if gpu is not None and many_tokens and why_not_fp8(x, fmt, planes, rounding) is None:
+        return gpu.fp8_linears(x, weights, fmt, planes, rounding)
+    if rounding is not None and rounding[0].aligned:
+        x, rounding = quantize_dequantize(x, *rounding), None
+    why_not_cpu = cpu.supports(x, fmt) or (rounding and cpu.supports_rounding(x, *rounding))
+    if planes is None and not why_not_cpu:
         return cpu.linears(x, weights, fmt, rounding)
     if rounding is not None:
         x = quantize_dequantize(x, *rounding)
     if planes is not None:
-        if fast is not None and fast.supports(x) is None:
-            return fast.linears(x, weights, fmt, planes)
+        if gpu is not None and gpu.supports(x) is None:
+            return gpu.linears(x, weights, fmt, planes)
         size = x.shape[-1]
-        weights = [(*rows_to_planes.rows_of_planes(*weight[:2], fmt, size, planes), weight[2]) for weight in weights]
+        weights = [(*rows_to_planes.convert_to_rows(*weight[:2], fmt, size, planes), weight[2]) for weight in weights]
     return [linear(x, elements, scales, bias, fmt) for elements, scales, bias in weights]
 
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     """See `reference.quantize_dequantize`."""
+    if fmt.aligned:
+        return _quantize_aligned(x, fmt, rule)
     kernel = _triton("triton.quantize", x)
     if kernel is not None and kernel.supports(x, fmt, rule) is None:
         return kernel.quantize_dequantize(x, fmt, rule)
@@ -78,26 +78,24 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     return fast_rounding.quantize_dequantize(x, fmt, rule)
 
 
-def align(x: Tensor, rounding: tuple[MXFormat, ScaleRule] | None = None) -> Tensor:
-    """See `reference.align`; of x rounded to MXFP8 E4M3 first, if that is given."""
+def _quantize_aligned(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     kernel = _triton("triton.align", x)
-    if kernel is not None and kernel.supports(x, rounding) is None:
-        return kernel.values(x, rounding)
-    return reference.align(x if rounding is None else quantize_dequantize(x, *rounding))
+    if kernel is not None and kernel.supports(x, (fmt, rule)) is None:
+        return kernel.values(x, (fmt, rule))
+    return reference.align(quantize_dequantize(x, fmt.with_alignment(False), rule))
 
 
 def why_not_fp8(
     x: Tensor,
     fmt: MXFormat,
-    planes: Scaling | None,
+    planes: PlanarScaling | None,
     rounding: tuple[MXFormat, ScaleRule] | None,
-    aligned: bool = False,
 ) -> str | None:
-    """None if `linears` multiplies many tokens like x at the rate of 8 bits (`layout/e4m3_products.py`), or why not."""
+    """None if `linears` uses FP8 tensor cores for many tokens like x (`layout/fp8_eligibility.py`), else the reason."""
     if planes is None or rounding is None:
-        return "the weight is in rows" if planes is None else e4m3_products.why_not(fmt, None)
+        return "the weight is row-major" if planes is None else fp8_eligibility.why_not(fmt, None)
     kernel = _triton("gpu_linears", x)
-    return TRITON_MISSING if kernel is None else kernel.why_not_fp8(x, fmt, planes, rounding, aligned)
+    return TRITON_MISSING if kernel is None else kernel.why_not_fp8(x, fmt, planes, rounding)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -109,7 +107,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
 
 def why_no_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
-    """None if a kernel serves `attend`, or the reason why not."""
+    """None if a kernel runs `attend`, else the reason."""
     kernel = _triton("triton.attention", query)
     if kernel is None:
         return "runs on a GPU" if query.device.type == "cpu" else TRITON_MISSING
@@ -117,29 +115,29 @@ def why_no_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def choices(x: Tensor, fmt: MXFormat, out: int) -> dict[str, str | None]:
-    """For a weight with so many outputs, in order of preference: kernel name -> None if it serves, or why not.
+    """Kernel name -> None if it supports a weight with `out` outputs, else the reason; in order of preference.
 
-    That of planes serves if the weight's data can be held so, too, which is found when a model is compiled.
+    "planes" also requires that the weight's values fit the planar layout, which is checked when a model is compiled.
     """
-    on_gpu = "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
-    kernel, fast = _triton("triton.rows_linear", x), _triton("gpu_linears", x)
-    answer = on_gpu if kernel is None else kernel.supports(x, fmt)
-    planes = on_gpu if fast is None else fast.supports(x) or rows_to_planes.why_no_shape(out, fmt)
-    return {"planes": planes, "triton_linear": answer, "cpu": cpu.supports(x, fmt), "reference": None}
+    unavailable = "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
+    kernel, gpu = _triton("triton.rows_linear", x), _triton("gpu_linears", x)
+    reason = unavailable if kernel is None else kernel.supports(x, fmt)
+    planes = unavailable if gpu is None else gpu.supports(x) or rows_to_planes.why_shape_not_planar(out, fmt)
+    return {"planes": planes, "triton_linear": reason, "cpu": cpu.supports(x, fmt), "reference": None}
 
 
 def rounding_choices(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> dict[str, str | None]:
-    """The same for `quantize_dequantize`."""
+    """The same as `choices`, for `quantize_dequantize`."""
     kernel = _triton("triton.quantize", x)
-    on_gpu = "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
-    answer = on_gpu if kernel is None else kernel.supports(x, fmt, rule)
-    return {"triton_quantize": answer, "cpu": cpu.supports_rounding(x, fmt, rule), "reference": None}
+    unavailable = "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
+    reason = unavailable if kernel is None else kernel.supports(x, fmt, rule)
+    return {"triton_quantize": reason, "cpu": cpu.supports_rounding(x, fmt, rule), "reference": None}
 
 
 def prepare(device: torch.device) -> None:
-    """Make what the kernels of a GPU share; it must be there before a CUDA graph is captured."""
+    """Allocate the counters shared by the kernels of a GPU; must run before a CUDA graph is captured."""
     if device.type == "cuda":
-        split_k_counters.of_device(device)
+        split_k_counters.device_counters(device)
 
 
 def _triton(name: str, x: Tensor) -> ModuleType | None:

@@ -1,6 +1,6 @@
-"""The definition of right: MX quantize, dequantize and linear in plain PyTorch; attention of one query.
+"""Reference semantics in plain PyTorch: MX quantize, dequantize, linear, and single-token attention.
 
-Every kernel must agree with this file: quantization bit for bit, products up to the order of a float32 sum.
+Every kernel must agree with this file: quantization bit for bit, matmuls up to the order of float32 accumulation.
 Source: OCP Microscaling Formats (MX) specification v1.0, section 6.3; the scale rules are described at `ScaleRule`.
 
 Blocks run along the last dimension. A size that is not a multiple of the block is padded with zeros inside the last
@@ -20,7 +20,7 @@ from mxcompile.formats import MXFP8_E4M3, SCALE_BIAS, SCALE_NAN, MXFormat, Scale
 _MSE_OFFSETS = (0, -1, 1)
 _FLOAT16_MANTISSA = 10
 _FLOAT16_EMIN = -14
-ALIGNED_TOP = 7  # exponent of a token's largest number, once aligned
+ALIGNED_TOP_EXPONENT = 7  # exponent of the largest e4m3 number of an aligned token
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def decode(codes: Tensor, fmt: MXFormat) -> Tensor:
     """Codes (uint8) to element values (float32), Inf and NaN of E5M2 and E4M3 included.
 
     Integers are sign-extended. The fields of a float element are moved into those of a float16, whose exponent range
-    contains theirs (subnormals stay subnormals), and the difference in bias is made good by an exact power of two.
+    contains theirs (subnormals stay subnormals), and an exact power of two corrects the difference in bias.
     """
     if fmt.is_integer:
         unused = 8 - fmt.bits
@@ -78,14 +78,14 @@ def decode(codes: Tensor, fmt: MXFormat) -> Tensor:
     magnitude = wide & (2 ** (fmt.bits - 1) - 1)
     half = (sign | (magnitude << (_FLOAT16_MANTISSA - fmt.mantissa_bits))).view(torch.float16)
     values = half.to(torch.float32) * 2.0 ** (fmt.emin - _FLOAT16_EMIN)
-    if fmt.exponent_bits == 4:  # E4M3 has one NaN where the rule for the others would give a number
+    if fmt.exponent_bits == 4:  # the last code of E4M3 is NaN, where the rule for the others gives a number
         return torch.where(magnitude > fmt.max_code, torch.nan, values)
     return values
 
 
 @cache
 def element_table(fmt: MXFormat) -> tuple[float, ...]:
-    """The value of every code, `2**fmt.bits` of them."""
+    """The values of all `2**fmt.bits` codes."""
     return tuple(decode(torch.arange(2**fmt.bits, dtype=torch.uint8), fmt).tolist())
 
 
@@ -115,36 +115,41 @@ def quantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor]
 
 
 def quantize_on_scales(x: Tensor, scales: Tensor, fmt: MXFormat) -> Tensor:
-    """Codes `[..., blocks * block_size]` of finite values `[..., size]` on given scales `[..., blocks]` (none 255)."""
+    """Codes `[..., blocks * block_size]` of finite values `[..., size]` on scales `[..., blocks]` (none 255)."""
     blocks = to_blocks(x.to(torch.float32), fmt)
     exponent = SCALE_BIAS - scales.to(torch.int32).unsqueeze(-1)
     return encode(round_elements(blocks * power_of_two(exponent), fmt), fmt).flatten(-2)
 
 
 def dequantize(codes: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype: torch.dtype) -> Tensor:
-    """Codes `[..., blocks * block_size]` and scales `[..., blocks]` to values `[..., size]` of `dtype`."""
+    """Codes `[..., blocks * block_size]` and scales `[..., blocks]` to values `[..., size]` of `dtype`.
+
+    Those of an aligned format are aligned (`align`).
+    """
     blocks = decode(codes, fmt).unflatten(-1, (-1, fmt.block_size))
-    return (blocks * scale_values(scales).unsqueeze(-1)).flatten(-2)[..., :size].to(dtype)
+    values = (blocks * scale_values(scales).unsqueeze(-1)).flatten(-2)[..., :size].to(dtype)
+    return align(values) if fmt.aligned else values
 
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
-    """`dequantize(quantize(x))` without making codes: the same values, same shape and dtype as x."""
+    """`dequantize(quantize(x))` without forming codes: same values, in the shape and dtype of x."""
     elements, exponent, finite = _quantize_blocks(x, fmt, rule)
     values = torch.where(finite, elements * power_of_two(exponent), torch.nan)
-    return values.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    values = values.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    return align(values) if fmt.aligned else values
 
 
 def align(x: Tensor) -> Tensor:
-    """Every token as e4m3 numbers times one power of two, 2**(floor(log2(max|x|)) - 7), at least 2**-127.
+    """Make every token e4m3 numbers times one power of two, 2**(floor(log2(max|x|)) - 7), at least 2**-127.
 
-    x: `[..., size]`, a token along the last dimension; values of MXFP8 E4M3. Same shape and dtype. What is less than
-    2**-13 of that power of two of its token's largest is rounded to steps of 2**-16 of it, ties to even; the rest is
-    kept. A token that holds Inf or NaN is NaN as a whole. Twice is once.
+    x: `[..., size]`, one token along the last dimension, with values of MXFP8 E4M3. Same shape and dtype. With
+    p = 2**floor(log2(max|x|)), values below 2**-13 p are rounded to multiples of 2**-16 p, ties to even; the others are
+    unchanged. A token that holds Inf or NaN becomes NaN as a whole. Idempotent.
     """
     wide = x.to(torch.float32)
     amax = wide.abs().amax(-1, keepdim=True)
     finite = torch.isfinite(amax)
-    exponent = (_exponent(amax) - ALIGNED_TOP).clamp(min=-SCALE_BIAS)
+    exponent = (_exponent(amax) - ALIGNED_TOP_EXPONENT).clamp(min=-SCALE_BIAS)
     numbers = round_elements(torch.where(finite, wide, 0.0) * power_of_two(-exponent), MXFP8_E4M3)
     return torch.where(finite, numbers * power_of_two(exponent), torch.nan).to(x.dtype)
 
@@ -156,19 +161,19 @@ def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, fmt: M
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """`softmax(query @ key.T * scale + mask) @ value` in float32, zero where a mask leaves nothing.
+    """`softmax(query @ key.T * scale + mask) @ value` in float32; zero where every key is masked.
 
-    Query `[batch, heads, 1, size]`, key `[batch, shared, keys, size]`, value `[batch, shared, keys, vsize]`: each head
-    of keys serves the next `heads / shared` of queries. mask: added, or bool, true where a key counts; broadcast to
-    `[batch, heads, 1, keys]`. The result is `[batch, heads, 1, vsize]`, of the queries' type.
+    Query `[batch, heads, 1, size]`, key `[batch, kv_heads, keys, size]`, value `[batch, kv_heads, keys, vsize]`: each
+    KV head belongs to `heads / kv_heads` consecutive query heads (GQA). mask: additive, or bool, true where a key is
+    attended to; broadcast to `[batch, heads, 1, keys]`. Returns `[batch, heads, 1, vsize]` in the dtype of the query.
     """
-    (batch, heads, _, _), (_, shared, keys, vsize) = query.shape, value.shape
-    scores = query.float().unflatten(1, (shared, -1)).squeeze(3) @ key.float().mT * scale
+    (batch, heads, _, _), (_, kv_heads, keys, vsize) = query.shape, value.shape
+    scores = query.float().unflatten(1, (kv_heads, -1)).squeeze(3) @ key.float().mT * scale
     if mask is not None:
         added = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask.float()
         scores = scores + added.expand(batch, heads, 1, keys).reshape(scores.shape)
-    shares = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
-    return (shares @ value.float()).reshape(batch, heads, 1, vsize).to(query.dtype)
+    weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
+    return (weights @ value.float()).reshape(batch, heads, 1, vsize).to(query.dtype)
 
 
 def _exponent(v: Tensor) -> Tensor:
@@ -190,7 +195,7 @@ def _quantize_blocks(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor,
 
 
 def _least_squares_exponent(blocks: Tensor, floor: Tensor, fmt: MXFormat, largest: int) -> Tensor:
-    """The exponent among floor - 1, floor, floor + 1 with the least squared error; floor where they tie."""
+    """The exponent of floor - 1, floor, floor + 1 with the least squared error; floor on a tie."""
     v = blocks * power_of_two(-floor)
     best, best_error = floor, torch.full_like(floor, torch.inf, dtype=torch.float32)
     for offset in _MSE_OFFSETS:

@@ -66,11 +66,15 @@ def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
 
 
 def check_formats(value: Any) -> None:
-    """Raise MXCompileError if a format option has the name of a built-in format but other values."""
-    for option in (getattr(value, field.name) for field in _fields(value)):
+    """Raise MXCompileError if a format option has the name of a built-in format but other values, or is aligned and not
+    an activation's.
+    """
+    for name, option in ((field.name, getattr(value, field.name)) for field in _fields(value)):
         for fmt in option.values() if isinstance(option, Overrides) else (option,):
             if isinstance(fmt, MXFormat):
                 check_name(fmt)
+                if fmt.aligned and name != "activation":
+                    raise MXCompileError(f"{name}={fmt}: only activations can be aligned")
 
 
 def _fields(value: Any) -> "tuple[Field[Any], ...]":

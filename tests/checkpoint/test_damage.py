@@ -1,4 +1,4 @@
-"""What is not as it was saved is refused, with a reason, before anything of it is used."""
+"""What is has changed since it was saved is refused, with a reason, before anything of it is used."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import mxcompile
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.checkpoint.checked_json import sha256
 from mxcompile.errors import CheckpointError
-from mxcompile.tensor.modules import own_tensors
+from mxcompile.tensor.modules import named_tensors
 
 CORRUPTED = 2000
 INDEX = "model.safetensors.index.json"
@@ -43,10 +43,10 @@ def folder(checkpoint, tmp_path) -> Path:
 
 def refused(folder: Path, message: str, **options) -> None:
     model = build("mlp")
-    before = own_tensors(model)
+    before = named_tensors(model)
     with pytest.raises(CheckpointError, match=message):
         mxcompile.load(folder, model=model, **options)
-    assert all(tensor is before[name] for name, tensor in own_tensors(model).items())
+    assert all(tensor is before[name] for name, tensor in named_tensors(model).items())
     assert model.up.weight.requires_grad
 
 
@@ -121,15 +121,15 @@ def test_bits_of_the_json_files_are_not_flipped(folder, name):
             Checkpoint(folder, verify=False).tensors()
 
 
-def edit(folder: Path, change, *, config: bool = False) -> None:
+def edit(folder: Path, change, *, in_config: bool = False) -> None:
     """Change the index (or the config), and make all checksums fit what it is then."""
     index = json.loads((folder / INDEX).read_text())
-    card = json.loads((folder / "config.json").read_text())
-    change(card if config else index)
+    config = json.loads((folder / "config.json").read_text())
+    change(config if in_config else index)
     text = json.dumps(index)
     (folder / INDEX).write_text(text)
-    card["quantization_config"] |= {"index_sha256": sha256(text.encode()), "sha256": "0" * 64}
-    text = json.dumps(card)
+    config["quantization_config"] |= {"index_sha256": sha256(text.encode()), "sha256": "0" * 64}
+    text = json.dumps(config)
     (folder / "config.json").write_text(text.replace("0" * 64, sha256(text.encode())))
 
 
@@ -138,10 +138,10 @@ def ours(index):
 
 
 def test_an_edited_checkpoint_with_the_right_checksums_loads(folder):
-    edit(folder, lambda card: card.update(note="mine"), config=True)
+    edit(folder, lambda config: config.update(note="mine"), in_config=True)
     mxcompile.load(folder, model=build("mlp"))
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("mine", "his"))
-    refused(folder, r"config.json is not as it was saved: restore it; or .* verify=False and save again")
+    refused(folder, r"config.json has changed since it was saved: restore it; .* verify=False and save again")
     mxcompile.load(folder, model=build("mlp"), verify=False)
 
 
@@ -164,50 +164,65 @@ def test_files_outside_of_the_folder_are_not_opened(folder, name):
         index["weight_map"] = {k: name if file == SHARD else file for k, file in index["weight_map"].items()}
 
     edit(folder, rename)
-    refused(folder, "is not a name that a file of a checkpoint can have")
+    refused(folder, "is not a valid name for a file of a checkpoint")
 
 
 @pytest.mark.parametrize("name", ["../tokenizer.json", "/tokenizer.json", "a/../../tokenizer.json", "."])
 def test_files_that_came_along_stay_inside(folder, name):
-    edit(folder, lambda card: card["quantization_config"]["files"].update({name: "0"}), config=True)
-    refused(folder, "is not a name that a file of a checkpoint can have")
-    edit(folder, lambda card: card.update(transformers_weights="../" + INDEX), config=True)
-    refused(folder, "is not a name that a file of a checkpoint can have")
+    edit(folder, lambda config: config["quantization_config"]["files"].update({name: "0"}), in_config=True)
+    refused(folder, "is not a valid name for a file of a checkpoint")
+    edit(folder, lambda config: config.update(transformers_weights="../" + INDEX), in_config=True)
+    refused(folder, "is not a valid name for a file of a checkpoint")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: ours(index).update(schema=2), r"it has schema 2, this version of mxcompile reads 1"),
+        (lambda index: ours(index).update(schema=2), r"its schema is 2, this version of mxcompile reads schema 1"),
         (lambda index: ours(index)["weights"]["up.weight"].update(format="mxyz4"), r"unknown format 'mxyz4'"),
         (lambda index: ours(index)["weights"]["up.weight"].update(format="mxint4:8"), r"block size 8 is not one of"),
         (lambda index: ours(index)["weights"]["up.weight"].update(rule="round"), r"unknown scale rule 'round'"),
         (lambda index: ours(index)["weights"]["up.weight"].update(rule="7.25"), r"7.25 is a threshold of mxfp4"),
-        (lambda index: ours(index)["weights"]["up.weight"].pop("rule"), r"describes no weight"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(size=-1), r"describes no weight"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(size=10**30), r"describes no weight"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(size=True), r"'size' is not of its type"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(dtype="int8"), r"describes no weight"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(rotation=3), r"3 is no power of two that divides 64"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(rotation=128), r"128 is no power of two that"),
+        (lambda index: ours(index)["weights"]["up.weight"].pop("rule"), r"is not a valid weight"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(size=-1), r"is not a valid weight"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(size=10**30), r"is not a valid weight"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(size=True), r"'size' is not of type int"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(dtype="int8"), r"is not a valid weight"),
+        (
+            lambda index: ours(index)["weights"]["up.weight"].update(rotation=3),
+            r"3 is not a power of two .* 64",
+        ),
+        (
+            lambda index: ours(index)["weights"]["up.weight"].update(rotation=128),
+            r"128 is not a power of two",
+        ),
         (
             lambda index: ours(index)["weights"]["up.weight"].update(aligned=True),
-            r"mxint8 .* cannot be aligned",
+            r"only mxfp8_e4m3 activations are aligned: those of mxint8 cannot be",
         ),
-        (lambda index: ours(index)["weights"]["up.weight"].update(aligned=1), r"'aligned' is not of its type"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(zero=1), r"'zero': 1.* says more of a weight than"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(size=640), r"up.weight has scales \[128, 2\]: 640"),
+        (lambda index: ours(index)["weights"]["up.weight"].update(aligned=1), r"'aligned' is not of type bool"),
+        (
+            lambda index: ours(index)["weights"]["up.weight"].update(zero=1),
+            r"'zero': 1.* has entries that this version",
+        ),
+        (
+            lambda index: ours(index)["weights"]["up.weight"].update(size=640),
+            r"up.weight has scales \[128, 2\]: a row of 640",
+        ),
         (lambda index: ours(index)["weights"]["up.weight"].update(format="mxint8"), r"up.weight has elements \[128, 2"),
-        (lambda index: ours(index)["weights"]["up.weight"].update(multiplier="m"), r"contradict each other"),
+        (
+            lambda index: ours(index)["weights"]["up.weight"].update(multiplier="m"),
+            r"weights and aliases are inconsistent",
+        ),
         (lambda index: ours(index)["weights"].pop("up.weight"), r"only saved: up.weight.scales"),
-        (lambda index: ours(index)["aliases"].update(x="y"), r"contradict each other"),
-        (lambda index: ours(index)["temporary"].append("x"), r"contradict each other"),
-        (lambda index: ours(index)["crc32"].pop("up.weight"), r"gaps"),
-        (lambda index: ours(index)["shards"].pop(SHARD), r"gaps"),
-        (lambda index: index["weight_map"].update({"up.weight": 3}), r"'up.weight' is not of its type"),
+        (lambda index: ours(index)["aliases"].update(x="y"), r"weights and aliases are inconsistent"),
+        (lambda index: ours(index)["temporary"].append("x"), r"weights and aliases are inconsistent"),
+        (lambda index: ours(index)["crc32"].pop("up.weight"), r"checksums, files and tensors are inconsistent"),
+        (lambda index: ours(index)["shards"].pop(SHARD), r"checksums, files and tensors are inconsistent"),
+        (lambda index: index["weight_map"].update({"up.weight": 3}), r"'up.weight' is not of type str"),
         (lambda index: index.pop("weight_map"), r"'weight_map' is missing"),
-        (lambda index: index.update(metadata=[]), r"'metadata' is not of its type"),
-        (lambda index: ours(index)["weights"].update(x=[]), r"'x' is not of its type"),
+        (lambda index: index.update(metadata=[]), r"'metadata' is not of type dict"),
+        (lambda index: ours(index)["weights"].update(x=[]), r"'x' is not of type dict"),
     ],
 )
 def test_an_index_that_cannot_be(folder, change, message):
@@ -219,33 +234,42 @@ def test_an_index_that_cannot_be(folder, change, message):
     ("change", "message"),
     [
         (
-            lambda card: card["quantization_config"].update(schema=2),
+            lambda config: config["quantization_config"].update(schema=2),
             r"saved with schema 2, .* reads 1: use the version",
         ),
         (
-            lambda card: card["quantization_config"].update(quant_method="gptq"),
-            r"quantized by 'gptq', not by mxcompile",
+            lambda config: config["quantization_config"].update(quant_method="gptq"),
+            r"quantized by 'gptq', not one that mxcompile.save wrote",
         ),
-        (lambda card: card["quantization_config"].pop("module"), r"config.json is damaged: 'module' is missing"),
-        (lambda card: card["quantization_config"].update(recipe=3), r"config.json is damaged: 'recipe' is not of its"),
-        (lambda card: card["quantization_config"].update(versions={"torch": 2}), r"config.json is damaged: 'torch'"),
-        (lambda card: card.pop("transformers_weights"), r"config.json is damaged: 'transformers_weights' is missing"),
+        (lambda config: config["quantization_config"].pop("module"), r"config.json is damaged: 'module' is missing"),
         (
-            lambda card: card["quantization_config"].update(module="Trainer"),
-            r"holds a Trainer, the model given is a MLP",
+            lambda config: config["quantization_config"].update(recipe=3),
+            r"config.json is damaged: 'recipe' is not of type str",
+        ),
+        (
+            lambda config: config["quantization_config"].update(versions={"torch": 2}),
+            r"config.json is damaged: 'torch'",
+        ),
+        (
+            lambda config: config.pop("transformers_weights"),
+            r"config.json is damaged: 'transformers_weights' is missing",
+        ),
+        (
+            lambda config: config["quantization_config"].update(module="Trainer"),
+            r"holds a Trainer, `model` is a MLP",
         ),
     ],
 )
 def test_a_config_that_cannot_be(folder, change, message):
-    edit(folder, change, config=True)
+    edit(folder, change, in_config=True)
     refused(folder, message)
 
 
 def test_a_class_is_looked_up_among_models_only(folder):
     for name in ("AutoConfig", "os.system", "__class__", "PreTrainedModel"):
-        edit(folder, lambda card, name=name: card["quantization_config"].update(module=name), config=True)
-        edit(folder, lambda card: card.update(model_type="llama"), config=True)
-        with pytest.raises(CheckpointError, match=rf"holds a {name}, which is no model of transformers"):
+        edit(folder, lambda config, name=name: config["quantization_config"].update(module=name), in_config=True)
+        edit(folder, lambda config: config.update(model_type="llama"), in_config=True)
+        with pytest.raises(CheckpointError, match=rf"holds a {name}, which is not a transformers model"):
             mxcompile.load(folder)
 
 
@@ -253,7 +277,7 @@ def test_other_folders(tmp_path):
     refused(tmp_path, r"holds no saved model: it has no config.json")
     refused(tmp_path / "nowhere", r"nowhere holds no saved model")
     build("llama").save_pretrained(tmp_path)
-    refused(tmp_path, r"holds a model that is not quantized: mxcompile.save writes what load reads")
+    refused(tmp_path, r"holds a model that is not quantized: mxcompile.load reads what mxcompile.save wrote")
     (tmp_path / "config.json").write_text("[" * 100_000)
     refused(tmp_path, r"config.json cannot be read as JSON")
     (tmp_path / "config.json").write_text("[]")
@@ -282,7 +306,7 @@ def test_the_damaged_tensor_is_named(folder):
     (folder / SHARD).write_bytes(data)
     last = list(load_file(folder / SHARD))[-1]
     assert last in checkpoint.index.shards[SHARD].tensors
-    refused(folder, rf"{SHARD} is damaged \([\w.]+ is not what was written\)")
+    refused(folder, rf"{SHARD} is damaged \([\w.]+ has changed since it was written\)")
     mxcompile.load(folder, model=build("mlp"), verify=False)
 
 
@@ -295,7 +319,7 @@ def test_a_safetensors_file_of_other_tensors(folder):
     data = (folder / SHARD).read_bytes()
     header = data[: 8 + int.from_bytes(data[:8], "little")]
     edit(folder, lambda index: ours(index)["shards"][SHARD].update(bytes=len(data), header=zlib.crc32(header)))
-    refused(folder, rf"{re.escape(SHARD)} does not hold the tensors that the index names")
+    refused(folder, rf"{re.escape(SHARD)} does not hold the tensors that the index lists")
     junk = (10**15).to_bytes(8, "little") + data[8:]
     (folder / SHARD).write_bytes(junk)
     edit(folder, lambda index: ours(index)["shards"][SHARD].update(header=zlib.crc32(junk)))
@@ -316,17 +340,17 @@ def test_transformers_loads_no_damaged_checkpoint(tmp_path):
             load(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    with pytest.raises(CheckpointError, match="not as it was saved"):
+    with pytest.raises(CheckpointError, match="has changed since it was saved"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_what_transformers_cannot_build_is_explained(tmp_path):
     model = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe="w4a8-mxint-quick", compile=False)
     model.save_pretrained(tmp_path)
-    card = json.loads((tmp_path / "config.json").read_text())
-    card |= {"num_attention_heads": "four"}
-    card["quantization_config"]["sha256"] = "0" * 64
-    text = json.dumps(card)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"num_attention_heads": "four"}
+    config["quantization_config"]["sha256"] = "0" * 64
+    text = json.dumps(config)
     (tmp_path / "config.json").write_text(text.replace("0" * 64, sha256(text.encode())))
-    with pytest.raises(CheckpointError, match=r"transformers [\d.]+ cannot build the LlamaForCausalLM of"):
+    with pytest.raises(CheckpointError, match=r"transformers [\d.]+ cannot build the LlamaForCausalLM in"):
         mxcompile.load(tmp_path)

@@ -129,7 +129,7 @@ def test_products_at_the_rate_of_8_bits_are_told(monkeypatch):
     """The check of a weight's scales is made on the weight; of a float model it is taken to pass."""
     monkeypatch.setattr(EXPLAIN_QUANTIZED, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
 
-    def told(x, fmt, scaling, rounding, aligned):
+    def told(x, fmt, scaling, rounding):
         return None if scaling.top else "the weight's scales are too far apart"
 
     monkeypatch.setattr(EXPLAIN_QUANTIZED, "why_not_fp8", told)

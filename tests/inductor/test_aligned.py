@@ -1,4 +1,4 @@
-"""Aligned MXFP8 activations, `lower-mx{align=true}`: the same function in the graph, deployed, compiled and loaded."""
+"""Aligned activations, `mxfp8_e4m3+aligned`: the same function in the graph, deployed, compiled and loaded."""
 
 import operator
 import sys
@@ -13,20 +13,19 @@ import mxcompile
 from mxcompile.analysis.layers import find_layers
 from mxcompile.checkpoint import Checkpoint
 from mxcompile.cli.checkpoint_contents import CheckpointContents
-from mxcompile.errors import CheckpointError, DeployError, PipelineError, VerifyError
-from mxcompile.formats import MXFP4, MXFP8_E4M3, ScaleRule
+from mxcompile.errors import CheckpointError, MXCompileError
+from mxcompile.formats import MXFP4, MXFP8_E4M3, ScaleRule, parse_format
 from mxcompile.graph.printer import print_program
-from mxcompile.graph.program import Stage
 from mxcompile.inductor import backend, why_no_inductor
 from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.numerics import reference
-from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import CPU_LINEARS, DEQUANTIZE, LINEAR, LINEARS, QUANTIZE, QUANTIZE_DEQUANTIZE
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.weight import MXWeight, unfused_matmuls
 
 PLAIN = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3}"
-ALIGNED = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3,align=true}"
+ALIGNED = "lower-mx{weight=mxfp4,activation=mxfp8_e4m3+aligned}"
 JOINING, SERVING = (
     sys.modules["mxcompile.inductor.rewrites.join_linears"],
     sys.modules["mxcompile.diagnostics.explain_quantized"],
@@ -77,11 +76,9 @@ def deployed(x=None, recipe=ALIGNED):
 def test_the_graph_says_it_and_computes_it():
     model, x = Two(), apart(5, 64)
     program = Pipeline.parse(ALIGNED).run(mxcompile.trace(model, x))
-    assert len(program.graph.find_nodes(op="call_function", target=ALIGN)) == 2
-    assert "mx.align(%x_dequantized)" in print_program(program)
-    assert "%x_aligned" in print_program(program)
+    assert print_program(program).count("'mxfp8_e4m3+aligned'") == 4
     assert torch.equal(program(x), expected(model, x))
-    assert {str(layer.rounded) for layer in find_layers(program).values()} == {"mxfp8_e4m3 aligned"}
+    assert {str(layer.input_rounding) for layer in find_layers(program).values()} == {"mxfp8_e4m3+aligned"}
     again = Pipeline.parse(ALIGNED).run(program)
     assert again.ledger[-1].rewrites == 0
 
@@ -96,7 +93,7 @@ def test_it_is_another_function():
 
 def test_text_of_the_pass():
     (lowering,) = Pipeline.parse(ALIGNED).passes
-    assert lowering == LowerMX(MXFP4, MXFP8_E4M3, align=True)
+    assert lowering == LowerMX(MXFP4, MXFP8_E4M3.with_alignment())
     assert str(Pipeline([lowering])) == ALIGNED
     assert str(Pipeline.parse(PLAIN)) == PLAIN
 
@@ -104,39 +101,31 @@ def test_text_of_the_pass():
 @pytest.mark.parametrize(
     ("activation", "message"),
     [
-        ("none", "float activations are not aligned: give activation=mxfp8_e4m3"),
-        ("mxfp4", "mxfp4 activations need no alignment: they are e4m3 numbers"),
-        ("mxfp6_e3m2:64", "mxfp6_e3m2 activations need no alignment"),
-        ("mxint4", "mxint4 activations need no alignment"),
-        ("mxint8", "mxint8 activations cannot be aligned: only those of mxfp8_e4m3 can"),
-        ("mxfp8_e5m2", "mxfp8_e5m2 activations cannot be aligned: only those of mxfp8_e4m3 can"),
+        ("mxfp4", "those of mxfp4 are e4m3 numbers times one power of two already"),
+        ("mxfp6_e3m2:64", "those of mxfp6_e3m2 are e4m3 numbers"),
+        ("mxint4", "those of mxint4 are e4m3 numbers"),
+        ("mxint8", "those of mxint8 cannot be"),
+        ("mxfp8_e5m2", "those of mxfp8_e5m2 cannot be"),
     ],
 )
 def test_other_activations_are_refused(activation, message):
-    with pytest.raises(PipelineError, match=rf"lower-mx{{align=true}}: {message}"):
-        Pipeline.parse(f"lower-mx{{weight=mxfp4,activation={activation},align=true}}")
+    with pytest.raises(MXCompileError, match=rf"only mxfp8_e4m3 activations are aligned: {message}"):
+        Pipeline.parse(f"lower-mx{{weight=mxfp4,activation={activation}+aligned}}")
 
 
-def test_a_float_graph_has_none():
-    program = mxcompile.trace(Two(), apart(5, 64))
-    x = next(node for node in program.graph.nodes if node.op == "placeholder")
-    with program.graph.inserting_after(x):
-        program.graph.call_function(ALIGN, (x,)).meta["val"] = x.meta["val"]
-    assert program.stage is Stage.FLOAT
-    with pytest.raises(VerifyError, match=r"mx\.align\.default, but the program is not lowered"):
-        mxcompile.verify.check(program)
+@pytest.mark.parametrize("option", ["weight=mxfp8_e4m3+aligned", "weight=mxfp4,overrides=[*.up=mxfp8_e4m3+aligned]"])
+def test_weights_are_not_aligned(option):
+    with pytest.raises(MXCompileError, match=r"mxfp8_e4m3\+aligned: only activations can be aligned"):
+        Pipeline.parse(f"lower-mx{{{option}}}")
 
 
-def test_what_is_not_rounded_is_not_deployed():
-    model, x = Two(), apart(5, 64)
-    program = Pipeline.parse("lower-mx{weight=mxfp4}").run(mxcompile.trace(model, x))
-    value = next(node for node in program.graph.nodes if node.op == "placeholder")
-    with program.graph.inserting_after(value):
-        aligned = program.graph.call_function(ALIGN, (value,))
-    aligned.meta["val"] = value.meta["val"]
-    value.replace_all_uses_with(aligned, delete_user_cb=lambda user: user is not aligned)
-    with pytest.raises(DeployError, match="aligns something that is not quantized"):
-        mxcompile.deploy(program, model)
+def test_text_of_the_format():
+    assert str(MXFP8_E4M3.with_block(64).with_alignment()) == "mxfp8_e4m3:64+aligned"
+    assert parse_format("MXFP8:64+aligned") == MXFP8_E4M3.with_block(64).with_alignment()
+    assert MXFP8_E4M3.with_alignment().with_alignment(False) == MXFP8_E4M3
+    for text in ("mxfp8+aligned+aligned", "+aligned", "mxfp8_e4m3+aligned:64"):
+        with pytest.raises(MXCompileError):
+            parse_format(text)
 
 
 @torch.no_grad()
@@ -146,7 +135,7 @@ def test_the_deployed_module_computes_it_with_kernels_and_without(tokens, dtype)
     module, x = deployed().to(dtype), apart(tokens, 64).to(dtype)
     weight = module.up.weight
     assert isinstance(weight, MXWeight)
-    assert weight.layout_.aligned
+    assert weight.layout_.activation == "mxfp8_e4m3+aligned"
     rounded = reference.align(reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL))
     assert torch.equal(weight.prepare(x), rounded)
     with unfused_matmuls():
@@ -156,7 +145,7 @@ def test_the_deployed_module_computes_it_with_kernels_and_without(tokens, dtype)
 
 @needs_compiler
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_compiled_on_the_cpu(dtype):
     """One call for two linears, given aligned values and told of no rounding."""
     from torch._inductor.utils import fresh_cache
@@ -166,7 +155,8 @@ def test_compiled_on_the_cpu(dtype):
     class CountingFuse(backend.FuseMX):
         def __call__(self, graph):
             super().__call__(graph)
-            seen.append([(n.target, n.args) for n in graph.nodes if n.target in (CPU_LINEARS, LINEAR, ALIGN)])
+            steps = (CPU_LINEARS, LINEAR, QUANTIZE_DEQUANTIZE)
+            seen.append([(node.target, node.args) for node in graph.nodes if node.target in steps])
 
     module, x = deployed().to(dtype), apart(5, 64).to(dtype)
     torch._dynamo.reset()
@@ -176,7 +166,7 @@ def test_compiled_on_the_cpu(dtype):
             with unfused_matmuls():
                 wanted = module(given)
             assert difference(compiled(given), wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
-    assert [target for target, _ in seen[0]] == [ALIGN, CPU_LINEARS, ALIGN, LINEAR]
+    assert [target for target, _ in seen[0]] == [QUANTIZE_DEQUANTIZE, CPU_LINEARS, QUANTIZE_DEQUANTIZE, LINEAR]
     assert seen[0][1][1][5:7] == (None, None)
 
 
@@ -186,8 +176,8 @@ def test_a_gpus_graph_takes_the_alignment_into_the_product_where_it_may_be_fast(
     """Which devices are fast is asked of the dispatcher; here there is none."""
     asked = []
 
-    def why_not(x, fmt, planes, rounding, aligned):
-        asked.append((fmt, tuple(planes), rounding, aligned))
+    def why_not(x, fmt, planes, rounding):
+        asked.append((fmt, tuple(planes), rounding))
         return None if fast else "it is no Hopper GPU"
 
     monkeypatch.setattr(JOINING, "why_not_fp8", why_not)
@@ -201,30 +191,30 @@ def test_a_gpus_graph_takes_the_alignment_into_the_product_where_it_may_be_fast(
     shape = (2, 300, 64) if view else (600, 64)
     x, elements, scales = (graph.placeholder(name) for name in ("x", "elements", "scales"))
     x.meta["val"] = torch.empty(shape, **meta)
-    value = call(ALIGN, call(QUANTIZE_DEQUANTIZE, x, "mxfp8_e4m3", "rceil", shape=shape), shape=shape)
+    value = call(QUANTIZE_DEQUANTIZE, x, "mxfp8_e4m3+aligned", "rceil", shape=shape)
     if view:
         value = call(torch.ops.aten.reshape.default, value, [600, 64], shape=(600, 64))
     products = [call(LINEAR, value, elements, scales, None, "mxfp4", (0, 120), shape=(600, 64)) for _ in range(2)]
     graph.output(products)
     assert join_linears(graph) == 1
     graph.lint()
-    assert asked == [(MXFP4, (0, 120), (MXFP8_E4M3, ScaleRule.RCEIL), True)]
+    assert asked == [(MXFP4, (0, 120), (MXFP8_E4M3.with_alignment(), ScaleRule.RCEIL))]
     (joined,) = graph.find_nodes(op="call_function", target=LINEARS)
-    rest = ("mxfp8_e4m3", "rceil", (0, 120), True) if fast else (None, None, (0, 120))
+    rest = ("mxfp8_e4m3+aligned", "rceil", (0, 120)) if fast else (None, None, (0, 120))
     assert joined.args[5:] == rest
     left = [node.target for node in graph.nodes if node.op == "call_function"]
     before = [torch.ops.aten.reshape.default] if view else []
-    steps = before if fast else [QUANTIZE_DEQUANTIZE, ALIGN, *before]
+    steps = before if fast else [QUANTIZE_DEQUANTIZE, *before]
     assert left == [*steps, LINEARS, operator.getitem, operator.getitem]
 
 
 def test_explain_says_it(monkeypatch):
     model, x = Two(), apart(5, 64)
     for found in (mxcompile.explain(model, x, recipe=ALIGNED), mxcompile.explain(deployed())):
-        assert {layer.activation for layer in found.quantized} == {"mxfp8_e4m3 aligned"}
+        assert {layer.activation for layer in found.quantized} == {"mxfp8_e4m3+aligned"}
     monkeypatch.setattr(SERVING, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
     no = "it is not aligned"
-    monkeypatch.setattr(SERVING, "why_not_fp8", lambda x, fmt, scaling, rounding, aligned: None if aligned else no)
+    monkeypatch.setattr(SERVING, "why_not_fp8", lambda x, fmt, scaling, rounding: None if rounding[0].aligned else no)
     for recipe, prefill, reasons in ((ALIGNED, "fp8", ()), (PLAIN, "planes", (f"no fp8: {no}",))):
         for found in (mxcompile.explain(model, x, recipe=recipe), mxcompile.explain(deployed(recipe=recipe))):
             assert {(layer.prefill, layer.reasons) for layer in found.quantized} == {(prefill, reasons)}
@@ -232,8 +222,8 @@ def test_explain_says_it(monkeypatch):
 
 def test_dumps_say_it(tmp_path):
     mxcompile.quantize_and_compile(Two(), apart(5, 64), recipe=ALIGNED, compile=False, dump=tmp_path / "out")
-    assert "mxfp8_e4m3 aligned" in (tmp_path / "out" / "kernels.txt").read_text()
-    assert "mx.align(%x_dequantized)" in (tmp_path / "out" / "01-lower-mx.txt").read_text()
+    assert "mxfp8_e4m3+aligned" in (tmp_path / "out" / "kernels.txt").read_text()
+    assert "'mxfp8_e4m3+aligned'" in (tmp_path / "out" / "01-lower-mx.txt").read_text()
     assert ALIGNED in (tmp_path / "out" / "pipeline.txt").read_text()
 
 
@@ -245,7 +235,7 @@ def test_saved_and_loaded(tmp_path):
     assert loaded.up.weight.layout_ == module.up.weight.layout_
     assert torch.equal(loaded(x), module(x))
     assert {key[1] for key in CheckpointContents(Checkpoint(tmp_path / "aligned")).groups()} == {
-        "mxfp8_e4m3 aligned",
+        "mxfp8_e4m3+aligned",
         None,
     }
     mxcompile.save(deployed(recipe=PLAIN), tmp_path / "plain")
@@ -256,22 +246,19 @@ def test_saved_and_loaded(tmp_path):
 def test_other_projects_formats_cannot_hold_it(tmp_path):
     model = build("llama")
     exported = mxcompile.quantize_and_compile(model, inputs("llama"), recipe=ALIGNED, compile=False)
-    with pytest.raises(CheckpointError, match=r"cannot hold an input that is aligned \(use lower-mx{align=false}\)"):
+    with pytest.raises(CheckpointError, match=r"compressed-tensors has no mxfp8_e4m3\+aligned for inputs"):
         mxcompile.save(exported, tmp_path / "out", format="compressed-tensors")
 
 
-def test_a_value_needs_a_format_to_be_aligned():
-    x, elements, scales = torch.empty(2, 32), torch.empty(4, 16).byte(), torch.empty(4, 1).byte()
-    given = [x.to("meta"), [elements.to("meta")], [scales.to("meta")]]
-    with pytest.raises(RuntimeError, match="aligned needs an activation format"):
-        LINEARS(*given, [None], "mxfp4", None, None, None, True)
-
-
-def test_the_operator():
+def test_the_operators_align():
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for x in (apart(3, 64), apart(3, 64).to(torch.bfloat16).view(1, 3, 64), torch.randn(64, 5).T):
-        assert torch.equal(ALIGN(x), reference.align(x))
-        torch.library.opcheck(ALIGN, (x,), test_utils=checks)
+        args = (x, "mxfp8_e4m3+aligned", "rceil")
+        wanted = reference.align(reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL))
+        assert torch.equal(QUANTIZE_DEQUANTIZE(*args), wanted)
+        elements, scales = QUANTIZE(*args)
+        assert torch.equal(DEQUANTIZE(elements, scales, args[1], x.shape[-1], x.dtype), wanted)
+        torch.library.opcheck(QUANTIZE_DEQUANTIZE, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -43,13 +43,24 @@ CACHE = []
 CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
-@pytest.fixture
-def step():
+def decode_step(compile_graph):
     Graph.taken = Graph.replayed = 0
     module = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe="w4a8-mxint-quick", compile=False)
-    options = backend.compile_options()
+    return DecodeStep(*(CompiledForward(module, compile_graph) for _ in range(2)), Graph)
+
+
+@pytest.fixture
+def step():
+    """Its graphs run as they are: what is tested here is Dynamo's guards, which are the same for every backend."""
     with torch.no_grad():
-        yield DecodeStep(*(CompiledForward(module, backend.MXBackend(options)) for _ in range(2)), Graph)
+        yield decode_step(torch._dynamo.lookup_backend("eager"))
+
+
+@pytest.fixture
+def compiled_step():
+    """Its graphs are compiled as in a model."""
+    with torch.no_grad():
+        yield decode_step(backend.MXBackend(backend.compile_options()))
 
 
 def prefilled(module, cls=StaticCache, length=32):
@@ -77,7 +88,8 @@ def assert_equal_up_to_compilation(given, wanted):
     torch.testing.assert_close(given, wanted, rtol=0, atol=1e-3)
 
 
-def test_is_captured_once_for_a_cache_and_replayed_from_then_on(step):
+def test_is_captured_once_for_a_cache_and_replayed_from_then_on(compiled_step):
+    step = compiled_step
     module = step.forward.module
     wanted = tokens(module, prefilled(module))
     assert_equal_up_to_compilation(tokens(step, prefilled(module)), wanted)
@@ -87,7 +99,8 @@ def test_is_captured_once_for_a_cache_and_replayed_from_then_on(step):
     assert step.refusal is None
 
 
-def test_generate_replays_from_the_third_token_on_and_gives_the_tokens_of_the_model(step, monkeypatch):
+def test_generate_replays_from_the_third_token_on_and_gives_the_tokens_of_the_model(compiled_step, monkeypatch):
+    step = compiled_step
     module, ids, sort = step.forward.module, torch.arange(8)[None], StepInputs.of
 
     def of(kwargs):

@@ -4,10 +4,10 @@
     q_proj.weight (mxfp6_e2m3) <-> q_proj.weight_packed uint8 [out, in*3/4], q_proj.weight_scale
     q_proj.weight (mxfp8_e4m3) <-> q_proj.weight float8_e4m3fn [out, in], q_proj.weight_scale
 
-`quantization_config` in config.json says which Linears, and what their inputs are rounded to at run time. Scales of
-inputs are chosen by the program that runs the model: there is no place for a rule. compressed-tensors' own is `even`
-for MXFP4 and MXFP6 and, but for an amax of exactly 1.75 * 2**n, `rceil` for MXFP8; these are what a loaded model gets.
-Checked with compressed-tensors 0.20.
+`quantization_config` in config.json names the quantized Linears and the format that their inputs are rounded to at run
+time. It has no entry for the scale rule of inputs: the program that runs the model chooses it. compressed-tensors uses
+`even` for MXFP4 and MXFP6, and for MXFP8 `rceil`, except for an amax of exactly 1.75 * 2**n. A loaded model gets these
+rules. Checked with compressed-tensors 0.20.
 """
 
 import json
@@ -22,7 +22,7 @@ from mxcompile.checkpoint.checked_json import take, take_map
 from mxcompile.checkpoint.config_json import CONFIG
 from mxcompile.checkpoint.interop.element_layouts import STORED, check_scales, from_rows, to_rows
 from mxcompile.checkpoint.interop.files import read_tensors
-from mxcompile.checkpoint.stored_tensors import Names
+from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import FORMATS, ScaleRule, parse_format
 from mxcompile.tensor.weight import MXLayout, MXWeight
@@ -37,17 +37,17 @@ _NAMES: Final = {bits: name for name, bits in _FORMATS.items()}
 _MIXED: Final = "mixed-precision"
 _RULES: Final = {4: ScaleRule.EVEN, 6: ScaleRule.EVEN, 8: ScaleRule.RCEIL}
 _SCALE, _PACKED, _PLAIN = ".weight_scale", ".weight_packed", ".weight"
-Group = tuple[int, int | None]
-"""Bits of weights, and of their inputs."""
+GroupBits = tuple[int, int | None]
+"""Bits of a group's weights, and of their inputs (None: float)."""
 
 
-def write(folder: Path, module: nn.Module, names: Names, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Write config.json, and give the tensors to store. config: the model's own.
+def write(folder: Path, module: nn.Module, names: TensorNames, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Write config.json, and return the tensors to store. config: the model's own configuration.
 
     Raises CheckpointError, naming the layer, for a weight that compressed-tensors has no format for.
     """
     tensors: dict[str, Tensor] = {}
-    groups: dict[Group, list[str]] = {}
+    groups: dict[GroupBits, list[str]] = {}
     for name, value in _values(module, names):
         if not isinstance(value, MXWeight):
             tensors[name] = value.detach()
@@ -64,9 +64,9 @@ def write(folder: Path, module: nn.Module, names: Names, config: Mapping[str, An
 
 
 def read(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, MX weights made of their parts. config: its config.json.
+    """The tensors of a checkpoint, elements and scales assembled to MXWeights. config: its config.json.
 
-    Raises CheckpointError if it is damaged or holds what MXWeights cannot be.
+    Raises CheckpointError if it is damaged or holds weights that an MXWeight cannot represent.
     """
     ours = take(dict(config), "quantization_config", dict)
     groups = _groups(folder, cast(dict[str, Any], ours))
@@ -77,12 +77,12 @@ def read(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[st
         rows = stored.pop(path + _PACKED, None)
         rows = stored.pop(path + _PLAIN, None) if rows is None else rows
         if rows is None:
-            raise CheckpointError(f"{folder}: {path} has scales and no elements: copy the checkpoint again")
+            raise CheckpointError(f"{folder}: {path} has scales but no elements: copy the checkpoint again")
         tensors[path + _PLAIN] = _weight(folder, path, rows, scales, groups, dtype)
     for name in stored:
         leaf = name.rpartition(".")[2]
         if leaf.startswith(("weight_", "input_")):
-            raise CheckpointError(f"{folder}: {name} belongs to no MX weight: mxcompile reads {_known()}")
+            raise CheckpointError(f"{folder}: {name} belongs to no MX weight: mxcompile reads {_supported()}")
     return stored | tensors
 
 
@@ -95,8 +95,8 @@ def _weight(
     bits = rows.shape[-1] * 8 // size if size and rows.dim() == 2 else 0
     if bits not in groups:
         raise CheckpointError(
-            f"{folder}: {path} has elements {list(rows.shape)} and scales {list(scales.shape)}, which is no weight "
-            "that its quantization_config describes"
+            f"{folder}: {path} has elements {list(rows.shape)} and scales {list(scales.shape)}, which match no group "
+            "of its quantization_config"
         )
     inputs = groups[bits](path)
     activation = None if inputs is None else str(STORED[inputs])
@@ -105,45 +105,44 @@ def _weight(
     return from_rows(f"{folder}: {path}", rows, scales, STORED[bits], layout, dtype)
 
 
-def _values(module: nn.Module, names: Names) -> Iterable[tuple[str, Tensor]]:
-    """What a state dict holds, shared plain tensors once; an MX weight under all its names."""
+def _values(module: nn.Module, names: TensorNames) -> Iterable[tuple[str, Tensor]]:
+    """The state dict: plain tensors once each, an MX weight under all its names."""
     for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, MXWeight) or name not in names.aliases:
             yield name, value
 
 
-def _bits(name: str, weight: MXWeight, owner: nn.Module | None) -> Group:
-    """Bits of a weight and of its input. Raises CheckpointError if it has no equivalent."""
+def _bits(name: str, weight: MXWeight, owner: nn.Module | None) -> GroupBits:
+    """Bits of a weight and of its input. Raises CheckpointError if compressed-tensors cannot represent the weight."""
     layout, fmt = weight.layout_, parse_format(weight.layout_.format)
     activation = None if layout.activation is None else parse_format(layout.activation)
-    advice = "mxcompile.save without format=... keeps it as it is"
-    for wanted in (fmt, activation):
-        if wanted is not None and wanted not in STORED.values():
-            what = "" if wanted is fmt else " for inputs"
+    advice = "mxcompile.save without format=... saves it unchanged"
+    for needed in (fmt, activation):
+        if needed is not None and needed not in STORED.values():
+            what = "" if needed is fmt else " for inputs"
             raise CheckpointError(
-                f"{name}: compressed-tensors has no {wanted}{what}, of {', '.join(map(str, FORMATS))} only "
-                f"{', '.join(map(str, STORED.values()))} in blocks of 32: quantize to these, or {advice}"
+                f"{name}: compressed-tensors has no {needed}{what}; of {', '.join(map(str, FORMATS))} it has only "
+                f"{', '.join(map(str, STORED.values()))}, in blocks of 32: quantize to these, or {advice}"
             )
     reasons = {
         "an input that is multiplied by a vector (use awq-fold{multiply=false})": layout.multiplier,
         "an input that is rotated (use a recipe without rotate)": layout.rotation,
-        "an input that is aligned (use lower-mx{align=false})": layout.aligned,
-        "a weight that is no nn.Linear's (leave it out with exclude)": not isinstance(owner, nn.Linear)
+        "a weight that is not an nn.Linear's (skip it with exclude)": not isinstance(owner, nn.Linear)
         or layout.transposed,
-        f"a row of {layout.size} values, no multiple of 32 (leave it out with exclude)": layout.size % 32,
+        f"a row of {layout.size} values, not a multiple of 32 (skip it with exclude)": layout.size % 32,
     }
-    for what, found in reasons.items():
-        if found:
+    for what, applies in reasons.items():
+        if applies:
             raise CheckpointError(f"{name}: compressed-tensors cannot hold {what}; {advice}")
     check_scales(name, weight.scales)
     return fmt.bits, None if activation is None else activation.bits
 
 
-def _describe(module: nn.Module, groups: Mapping[Group, list[str]]) -> dict[str, Any]:
-    """`quantization_config`."""
+def _describe(module: nn.Module, groups: Mapping[GroupBits, list[str]]) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
     quantized = {path for paths in groups.values() for path in paths}
     linears = [path for path, child in module.named_modules() if isinstance(child, nn.Linear)]
-    one = len(groups) == 1
+    single_group = len(groups) == 1
     formats = {_NAMES[bits] for bits, _ in groups}
     return {
         "quant_method": METHOD,
@@ -151,7 +150,7 @@ def _describe(module: nn.Module, groups: Mapping[Group, list[str]]) -> dict[str,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{n}": {
-                "targets": ["Linear"] if one else sorted(paths),
+                "targets": ["Linear"] if single_group else sorted(paths),
                 "format": _NAMES[bits],
                 "weights": _arguments(bits, dynamic=False),
                 "input_activations": None if inputs is None else _arguments(inputs, dynamic=True),
@@ -171,53 +170,53 @@ def _arguments(bits: int, *, dynamic: bool) -> dict[str, Any]:
 
 
 def _groups(folder: Path, ours: dict[str, Any]) -> dict[int, Any]:
-    """For each number of bits of weights, what gives those of the input by a module's path."""
+    """For each number of weight bits, a function from a module's path to the bits of its input."""
     for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
         if ours.get(key):
-            raise CheckpointError(f"{folder} has a {key}, which an MX weight cannot carry: mxcompile reads {_known()}")
-    found: dict[int, list[tuple[list[Any], int | None]]] = {}
+            raise CheckpointError(
+                f"{folder} has a {key}, which an MX weight cannot represent: mxcompile reads {_supported()}"
+            )
+    by_bits: dict[int, list[tuple[list[Any], int | None]]] = {}
     try:
         for name, group in take_map(ours, "config_groups", dict).items():
             fmt = str(group.get("format") or ours.get("format"))
             if fmt not in _FORMATS:
-                raise CheckpointError(f"{name} is in {fmt!r}, mxcompile reads {_known()}")
+                raise CheckpointError(f"{name} is in {fmt!r}, mxcompile reads {_supported()}")
             if group.get("output_activations"):
-                raise CheckpointError(f"{name} rounds its outputs, which an MX weight cannot carry")
+                raise CheckpointError(f"{name} rounds its outputs, which an MX weight cannot represent")
             bits = _read_arguments(group.get("weights"), dynamic=False)
             inputs = group.get("input_activations")
             if bits != _FORMATS[fmt]:
-                raise CheckpointError(f"{name} has weights of {bits} bits, {fmt} has {_FORMATS[fmt]}")
-            choice = None if inputs is None else _read_arguments(inputs, dynamic=True)
-            found.setdefault(bits, []).append((take(group, "targets", list), choice))
+                raise CheckpointError(f"{name} has weights of {bits} bits, but {fmt} has {_FORMATS[fmt]} bits")
+            input_bits = None if inputs is None else _read_arguments(inputs, dynamic=True)
+            by_bits.setdefault(bits, []).append((take(group, "targets", list), input_bits))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    return {bits: _chooser(folder, choices) for bits, choices in found.items()}
+    return {bits: _input_bits(folder, groups) for bits, groups in by_bits.items()}
 
 
-def _chooser(folder: Path, choices: list[tuple[list[Any], int | None]]) -> Any:
-    def choose(path: str) -> int | None:
-        inputs = {bits for _, bits in choices}
-        inputs = {bits for targets, bits in choices if path in targets} if len(inputs) > 1 else inputs
-        if len(inputs) != 1:
-            raise CheckpointError(
-                f"{folder}: which group {path} is in cannot be told: its targets must be names of modules"
-            )
-        return next(iter(inputs))
+def _input_bits(folder: Path, groups: list[tuple[list[Any], int | None]]) -> Any:
+    def input_bits(path: str) -> int | None:
+        candidates = {bits for _, bits in groups}
+        candidates = {bits for targets, bits in groups if path in targets} if len(candidates) > 1 else candidates
+        if len(candidates) != 1:
+            raise CheckpointError(f"{folder}: no single group contains {path}: targets must be names of modules")
+        return next(iter(candidates))
 
-    return choose
+    return input_bits
 
 
 def _read_arguments(arguments: Any, *, dynamic: bool) -> int:
-    wanted = _arguments(0, dynamic=dynamic)
+    expected = _arguments(0, dynamic=dynamic)
     bits = take(arguments, "num_bits", int)
-    # older versions left scale_dtype out
-    given = {key: arguments.get(key) for key in wanted if key != "num_bits" and arguments.get(key) is not None}
-    strange = [key for key, value in given.items() if value != wanted[key]]
-    needed = {"type", "group_size"} - set(given)
-    if bits not in STORED or strange or needed:
-        raise CheckpointError(f"{arguments} are no MX values: mxcompile reads {_known()}")
+    # Older versions leave scale_dtype out.
+    stated = {key: arguments.get(key) for key in expected if key != "num_bits" and arguments.get(key) is not None}
+    different = [key for key, value in stated.items() if value != expected[key]]
+    missing = {"type", "group_size"} - set(stated)
+    if bits not in STORED or different or missing:
+        raise CheckpointError(f"{arguments} is not an MX format: mxcompile reads {_supported()}")
     return bits
 
 
-def _known() -> str:
+def _supported() -> str:
     return ", ".join(_FORMATS)

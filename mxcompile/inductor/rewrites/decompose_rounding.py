@@ -1,13 +1,13 @@
-"""quantize_dequantize(x) on a GPU -> amax of each block, its power of two, every value rounded; align(x) -> the same
-per token.
+"""quantize_dequantize(x) on a GPU -> amax of each block, its power of two, every value rounded; for an aligned format,
+then the same per token.
 
 Decomposed into pointwise operations and an amax, rounding becomes one Inductor kernel with the elementwise producers of
 x (a gated product, the scaling of a norm, a residual add), which passes over memory once. The reduction inside a norm
 stays a kernel of its own. Where the producer cannot be fused, such as attention, the rounding is a kernel of its own,
 still cheaper to launch than one from Python. On the CPU a C++ kernel runs instead.
 
-Equal bit for bit to `reference.quantize_dequantize` and `reference.align` of the kernel's input (except for the payload
-of a NaN). Inductor keeps fused intermediate values in float32, so these are never rounded to x's dtype first.
+Equal bit for bit to `reference.quantize_dequantize` of the kernel's input (except for the payload of a NaN). Inductor
+keeps fused intermediate values in float32, so these are never rounded to x's dtype first.
 
 The arithmetic is that of `triton/quantize.py`, which has the derivation: magnitudes are compared as integers, and
 adding and subtracting `c = 1.5 * 2**23` steps rounds to a step; contracting a multiplication into that addition (FMA)
@@ -17,7 +17,7 @@ element.
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 from mxcompile.formats import MXFP8_E4M3, SCALE_BIAS, MXFormat, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.graph.edit import create_call
 from mxcompile.numerics.reference import ALIGNED_TOP_EXPONENT
-from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import QUANTIZE_DEQUANTIZE
 
 Call = Callable[..., Node]
 
@@ -39,7 +39,7 @@ _SMALLEST_NORMAL, _SMALLEST_SCALE = 0x00800000, 0x00400000  # 2**-126 and 2**-12
 
 
 def decompose_rounding(graph: Graph, devices: Collection[str] = ("cuda",)) -> int:
-    """Decompose all rounding of whole blocks, and alignment, in place. Returns the number of rewrites.
+    """Decompose all rounding of whole blocks in place. Returns the number of rewrites.
 
     devices: the device types to do this on.
     """
@@ -47,10 +47,7 @@ def decompose_rounding(graph: Graph, devices: Collection[str] = ("cuda",)) -> in
     roundings = [node for node in roundings if _can_decompose(node, devices)]
     for node in roundings:
         _decompose(graph, node)
-    alignments = [node for node in graph.find_nodes(op="call_function", target=ALIGN) if _is_static(node, devices)]
-    for node in alignments:
-        _decompose_alignment(graph, node)
-    return len(roundings) + len(alignments)
+    return len(roundings)
 
 
 def _can_decompose(node: Node, devices: Collection[str]) -> bool:
@@ -84,17 +81,8 @@ def _decompose(graph: Graph, node: Node) -> None:
         # Inductor materializes the input of as_strided in blocks. A reshape would move into the loops, which it then
         # does not fuse with others where lengths are dynamic.
         result = call(aten.as_strided.default, rounded, sizes, strides)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
-
-
-def _decompose_alignment(graph: Graph, node: Node) -> None:
-    x = cast(Node, node.args[0])
-    with graph.inserting_before(node):
-        call = partial(create_call, graph)
-        source = call(aten.clone.default, x, memory_format=torch.contiguous_format)
-        values = call(_CONVERT, source, torch.float32)
-        result = call(_CONVERT, _align(call, values), x.meta["val"].dtype)
+        if fmt.aligned:
+            result = call(_CONVERT, _align(call, call(_CONVERT, result, torch.float32)), x.dtype)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

@@ -16,7 +16,7 @@ from mxcompile.graph.dataflow import TRANSPOSES, swapped_axes
 from mxcompile.graph.program import where
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.graph.rules import Any, Call, Match, Pattern, Rule, apply_rules
-from mxcompile.ops import ALIGN, DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
+from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ _WEIGHT = Call(DEQUANTIZE, Any("elements"), Any("scales"), Any("format"), Any("s
 _TRANSPOSED_WEIGHT = Call(TRANSPOSES, _WEIGHT, name="transpose")
 _MULTIPLIES = frozenset({aten.mm.default, aten.matmul.default})
 VIEWS = frozenset({aten.view.default, aten.reshape.default})
-_PURE = frozenset({QUANTIZE, DEQUANTIZE, ALIGN, MULTIPLY, ROTATE, operator.getitem, *VIEWS})
+_PURE = frozenset({QUANTIZE, DEQUANTIZE, MULTIPLY, ROTATE, operator.getitem, *VIEWS})
 _OTHER_MATMULS = frozenset(
     {aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default, *_MULTIPLIES, aten.addmm.default}
 )

@@ -17,7 +17,7 @@ from mxcompile.inductor.rewrites.fuse import VIEWS
 from mxcompile.kernels.dispatch import why_not_fp8
 from mxcompile.kernels.layout import fp8_eligibility
 from mxcompile.kernels.layout.planes import PlanarScaling
-from mxcompile.ops import ALIGN, CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
 
 def join_linears(graph: Graph) -> int:
@@ -41,8 +41,8 @@ def _planes(node: Node) -> tuple[Any, ...]:
 def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
     position = {node: index for index, node in enumerate(graph.nodes)}
     nodes = [node for node in nodes if all(position[arg] < position[nodes[0]] for arg in node.all_input_nodes)]
-    rounded, aligned = _rounded(value)
-    if rounded is not None and not _call_rounds(value, nodes[0], rounded, aligned):
+    rounded = _rounding(value)
+    if rounded is not None and not _call_rounds(value, nodes[0], rounded):
         rounded = None
     if rounded is None and len(nodes) == 1:
         return False
@@ -52,7 +52,6 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
         if rounded is not None and value.target in VIEWS:
             x = create_call(graph, value.target, x, *value.args[1:], name=f"{value.name}_plain")
         args = (x, *columns, nodes[0].args[4], activation, rule, *_planes(nodes[0]))
-        args += (True,) if rounded is not None and aligned else ()
         target = LINEARS if _planes(nodes[0]) else CPU_LINEARS
         joined = graph.create_node("call_function", target, args, name=f"{nodes[0].name}_joined")
         joined.meta["val"] = [node.meta["val"] for node in nodes]
@@ -68,7 +67,7 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
 
 def _erase_unread(graph: Graph, value: Node) -> None:
     """Erase a value without users and its producers, up to the rounding."""
-    while value.target in (*VIEWS, ALIGN, QUANTIZE_DEQUANTIZE) and not value.users:
+    while value.target in (*VIEWS, QUANTIZE_DEQUANTIZE) and not value.users:
         source = cast(Node, value.args[0])
         graph.erase_node(value)
         if value.target is QUANTIZE_DEQUANTIZE:
@@ -76,24 +75,21 @@ def _erase_unread(graph: Graph, value: Node) -> None:
         value = source
 
 
-def _call_rounds(value: Node, node: Node, rounded: Node, aligned: bool) -> bool:
+def _call_rounds(value: Node, node: Node, rounded: Node) -> bool:
     """Whether the joined call does the rounding: on the CPU it does, without alignment; on a GPU the FP8 kernel does,
     which needs enough tokens."""
-    if _on_cpu(value):
-        return not aligned
-    x, (weight, planes) = value.meta["val"], cast(tuple[Any, Any], node.args[4:6])
     activation, rule = map(str, rounded.args[1:])
     rounding = (parse_format(activation), parse_scale_rule(rule))
+    if _on_cpu(value):
+        return not rounding[0].aligned
+    x, (weight, planes) = value.meta["val"], cast(tuple[Any, Any], node.args[4:6])
     sizes = x.shape[:-1]
     is_few = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < fp8_eligibility.MIN_TOKENS
-    return not is_few and why_not_fp8(x, parse_format(weight), PlanarScaling(*planes), rounding, aligned) is None
+    return not is_few and why_not_fp8(x, parse_format(weight), PlanarScaling(*planes), rounding) is None
 
 
-def _rounded(value: Node) -> tuple[Node | None, bool]:
-    """The rounding node behind a value (or behind a view with the same last dimension), and whether it is aligned."""
+def _rounding(value: Node) -> Node | None:
+    """The rounding node behind a value, or behind a view with the same last dimension."""
     source = cast(Node, value.args[0]) if value.target in VIEWS else value
-    aligned = source.target is ALIGN
-    source = cast(Node, source.args[0]) if aligned else source
-    if source.target is not QUANTIZE_DEQUANTIZE or source.meta["val"].shape[-1] != value.meta["val"].shape[-1]:
-        return None, False
-    return source, aligned
+    is_rounding = source.target is QUANTIZE_DEQUANTIZE and source.meta["val"].shape[-1] == value.meta["val"].shape[-1]
+    return source if is_rounding else None

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from crossed import crossed
 from roundings import CASES, MANY, assert_same_bits, gated, hard_values, rounded, rounded_in_many_ways
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -18,10 +19,11 @@ from mxcompile.inductor import backend, why_no_inductor
 from mxcompile.inductor.rewrites import decompose_rounding, fuse
 from mxcompile.numerics import reference
 from mxcompile.numerics.metrics import sqnr_db
-from mxcompile.ops import ALIGN, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import QUANTIZE_DEQUANTIZE
 
 needs_compiler = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+COMPILED_DTYPES = [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))]
 
 
 def decomposed(function, *given, mode="fake"):
@@ -77,9 +79,9 @@ def test_a_size_that_is_not_known_is_left_alone():
     assert decomposed(lambda x: rounded(x, MXINT8, ScaleRule.FLOOR), torch.randn(3, 64), mode="symbolic")[1] == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("fmt", "rule"), CASES, ids=str)
-def test_bits_of_the_reference(fmt, rule, dtype):
+@pytest.mark.parametrize(("case", "dtype"), crossed(CASES, DTYPES), ids=str)
+def test_bits_of_the_reference(case, dtype):
+    fmt, rule = case
     x = hard_values(128, dtype)
     module, count = decomposed(lambda x: rounded(x, fmt, rule), x)
     assert count == 1
@@ -89,14 +91,14 @@ def test_bits_of_the_reference(fmt, rule, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [128, 70])
 def test_aligning_has_bits_of_the_reference(size, dtype):
-    """Of rounded values, which are rounded in the same graph if their blocks are whole."""
+    """Decomposed if its blocks are whole, else done by the operator."""
 
     def aligned(x):
-        return ALIGN(rounded(x, MXFP8_E4M3, ScaleRule.RCEIL))
+        return rounded(x, MXFP8_E4M3.with_alignment(), ScaleRule.RCEIL)
 
     x = hard_values(size, dtype)
     module, count = decomposed(aligned, x)
-    assert (count, calls(module).count(ALIGN)) == (1 + (size % 32 == 0), 0)
+    assert count == (size % 32 == 0)
     assert_same_bits(module(x), aligned(x))
     assert_same_bits(aligned(x), reference.align(reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL)))
 
@@ -150,7 +152,7 @@ def kernels(code):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
 def test_compiled_values_from_memory_have_the_bits_of_the_reference(dtype):
     """Whatever the compiler knows of sums that cancel, of subnormals or of NaN."""
     x = hard_values(64, dtype)
@@ -161,11 +163,11 @@ def test_compiled_values_from_memory_have_the_bits_of_the_reference(dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
 def test_compiled_aligned_values_have_the_bits_of_the_reference(dtype):
     x = hard_values(64, dtype)
-    _, y, code, counts = compiled(lambda x: ALIGN(rounded(x, MXFP8_E4M3, ScaleRule.RCEIL)), x)
-    assert (counts, kernels(code)[1]) == ([2], [])
+    _, y, code, counts = compiled(lambda x: rounded(x, MXFP8_E4M3.with_alignment(), ScaleRule.RCEIL), x)
+    assert (counts, kernels(code)[1]) == ([1], [])
     assert_same_bits(y, reference.align(reference.quantize_dequantize(x, MXFP8_E4M3, ScaleRule.RCEIL)))
 
 
