@@ -1,8 +1,8 @@
-"""Deployed module -> a file that runs without its Python code: a graph of `mx::` calls, or compiled ahead of time.
+"""Deployed module -> a `.pt2` file that runs without the model's Python code: a graph of `mx::` ops, or AOT-compiled.
 
-A `.pt2` archive of `torch.export` holds the fused graph and the packed weights; `torch.export.load` reads it wherever
-`mxcompile.ops` is imported. Compiled by AOTInductor, the steps of the reference are all that is left of the `mx::`
-calls: the package needs torch alone, and no Python.
+A `torch.export` archive holds the fused graph and the packed weights; `torch.export.load` reads it after
+`import mxcompile.ops`. An AOTInductor package has the reference implementation compiled in place of the `mx::` ops: it
+needs torch alone, and no Python.
 """
 
 from pathlib import Path
@@ -26,25 +26,23 @@ _SUFFIX = ".pt2"
 def export(model: nn.Module, example_inputs: object, path: str | Path, *, compile: bool = False) -> Path:
     """Write a deployed module to a file. Returns its path.
 
-    model: what `quantize_and_compile` or `deploy` has returned. example_inputs: as `trace` takes them; sizes may differ
-        later where the model allows it.
-    path: ends in .pt2; a file that is there is replaced when the new one is whole.
+    model: the result of `quantize_and_compile` or `deploy`. example_inputs: in the forms that `trace` accepts; sizes
+        may differ later where the model allows it.
+    path: ends in .pt2; an existing file is replaced once the new one is complete.
     compile: False writes a `torch.export` archive, read by `torch.export.load(path).module()` after
-        `import mxcompile.ops`. True compiles for the device of the model; torch's `aoti_load_package(path)` reads that
-        without mxcompile, and so does C++.
+        `import mxcompile.ops`. True compiles for the model's device; torch's `aoti_load_package(path)` and C++ read the
+        package without mxcompile.
 
-    Both are called with the example's arguments and return what `forward` returns, a Hugging Face output as a dict, and
-    without its key/value cache.
-    Raises InputError if the model holds no MX weights or fails on the inputs, or if the path ends in something else;
-    TraceError if it cannot be traced; CompileError if it cannot be compiled here.
+    The loaded model is called with the example's arguments and returns what `forward` returns: a Hugging Face output as
+    a dict, without the key/value cache.
+    Raises InputError if the model has no MX weights or fails on the inputs, or if the path has another suffix;
+    TraceError if the model cannot be traced; CompileError if it cannot be compiled on this machine.
     """
     path = Path(path)
     if path.suffix != _SUFFIX:
-        raise InputError(f"{path}: the archive of an exported model ends in {_SUFFIX}")
+        raise InputError(f"{path}: the file of an exported model must end in {_SUFFIX}")
     if not any(isinstance(parameter, MXWeight) for parameter in model.parameters()):
-        raise InputError(
-            f"{type(model).__name__} holds no MX weights: give what quantize_and_compile or deploy has returned"
-        )
+        raise InputError(f"{type(model).__name__} has no MX weights: pass the result of quantize_and_compile or deploy")
     exported = exported_program(model, as_inputs(example_inputs))
     with atomic_file(path) as staged, torch.no_grad():
         if compile:
@@ -55,7 +53,7 @@ def export(model: nn.Module, example_inputs: object, path: str | Path, *, compil
 
 
 def _fused(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """With MX weights as the tensors they are made of, read by fused calls; results keep their places."""
+    """The graph with MX weights as their component tensors, read by fused ops; outputs keep their order."""
     plain = exported.run_decompositions({})
     fuse(plain.graph)
     results = plain.graph.output_node().args[0]

@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: quantized models, each made once, and when two are the same."""
+"""Support for tests of checkpoints: quantized models, each made once, and a comparison of two."""
 
 import subprocess
 import sys
@@ -10,16 +10,16 @@ from models import build, inputs
 from torch import nn
 
 import mxcompile
-from mxcompile.tensor.modules import own_tensors
+from mxcompile.tensor.modules import named_tensors
 from mxcompile.tensor.weight import MXWeight
 
 OWN = ("mlp", "cnn")
-"""Modules that transformers does not know."""
+"""Models that are not in transformers."""
 
 
 @cache
 def deployed(name: str, recipe: str = "w4a8-mxint-quick", include: tuple[str, ...] = ()) -> nn.Module:
-    """That model quantized, always the same object: not to be changed."""
+    """The quantized model of that name. It is cached: do not change it."""
     model = build(name)
     program = mxcompile.recipes()[recipe].run(mxcompile.trace(model, inputs(name), include=include))
     return mxcompile.deploy(program, model)
@@ -34,8 +34,8 @@ def load(path: Path, name: str) -> nn.Module:
     return mxcompile.load(path, model=skeleton(name) if name in OWN else None)
 
 
-def assert_same(given: nn.Module, wanted: nn.Module) -> None:
-    mine, theirs = own_tensors(given), own_tensors(wanted)
+def assert_same(actual: nn.Module, expected: nn.Module) -> None:
+    mine, theirs = named_tensors(actual), named_tensors(expected)
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         other = mine[name]
@@ -52,7 +52,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def assert_runs(program: str, *arguments: object) -> str:
-    """In a process of its own; returns what it prints."""
+    """Run a program in a new process; returns what it prints."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

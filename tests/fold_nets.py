@@ -1,4 +1,4 @@
-"""Small networks for tests of folds, and the proof that a fold keeps their function."""
+"""Small networks for tests of folds, and a check that a fold preserves their function."""
 
 import torch
 from models import output
@@ -27,7 +27,7 @@ def tokens(batch: int, length: int, *features: int) -> Tensor:
 
 
 def reasons_of(program: Program) -> dict[str, str]:
-    """For every matmul in no group, by module path (or parameter, for one of the top module): why."""
+    """The reason of every matmul that is in no group, by module path (by parameter, in the top module)."""
     misses = find_groups(program, choose(program).matmuls)[1]
     return {miss.matmul.module_path or miss.matmul.parameter: miss.reason for miss in misses}
 
@@ -64,7 +64,7 @@ def _outputs(program: Program, call) -> list[Tensor]:
 
 
 def described(group: ScaleGroup) -> str:
-    """`64: norm.weight norm.bias -> k.weight v.weight`: how many factors, what is divided, what is multiplied."""
+    """`64: norm.weight norm.bias -> k.weight v.weight`: number of factors, divided and multiplied parameters."""
     divided, multiplied = (
         [a.parameter + f"+{a.offset:g}" * bool(a.offset) for a in group.absorbers if a.power == power]
         for power in (-1, 1)
@@ -73,7 +73,7 @@ def described(group: ScaleGroup) -> str:
 
 
 class Net(nn.Module):
-    """x -> function(module, x), with the given parts for it to use; parameters all differ."""
+    """x -> function(module, x); the function finds `parts` as attributes of the module. All parameters differ."""
 
     def __init__(self, function, **parts: nn.Module | nn.Parameter) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def net(function, **parts) -> Program:
 
 
 def proven(function, **parts) -> list[str]:
-    """The groups of such a module, after proving them."""
+    """The groups of such a module, after `prove`."""
     return [described(group) for group in prove(net(function, **parts), *(tokens(*shape) for shape in SHAPES))]
 
 

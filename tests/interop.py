@@ -1,4 +1,4 @@
-"""What the tests of other projects' checkpoints share: models in formats that others have."""
+"""Support for tests of other projects' checkpoints: tiny models in formats that those projects have."""
 
 import json
 from functools import cache
@@ -10,7 +10,7 @@ from torch import nn
 
 import mxcompile
 from mxcompile.graph.program import Program
-from mxcompile.tensor.modules import own_tensors
+from mxcompile.tensor.modules import named_tensors
 from mxcompile.tensor.weight import MXWeight
 
 PAIRS = (
@@ -26,7 +26,7 @@ PAIRS = (
 
 @cache
 def traced(name: str, dtype: torch.dtype) -> tuple[nn.Module, Program]:
-    """A tiny model and its program, to be copied."""
+    """A tiny model and its program. They are cached: copy before changing them."""
     model = build(name)
     for parameter in model.parameters():  # not its buffers: transformers loads those of bfloat16 models in float32
         parameter.data = parameter.data.to(dtype)
@@ -38,7 +38,7 @@ def traced(name: str, dtype: torch.dtype) -> tuple[nn.Module, Program]:
 def quantized(
     weight: str = "mxfp4", activation: str = "none", name: str = "llama", dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
-    """A tiny model, always the same object: not to be changed."""
+    """A tiny quantized model. It is cached: do not change it."""
     return lowered(f"lower-mx{{weight={weight},activation={activation}}}", name, dtype)
 
 
@@ -48,9 +48,9 @@ def lowered(recipe: str, name: str = "llama", dtype: torch.dtype = torch.bfloat1
     return mxcompile.deploy(mxcompile.Pipeline.parse(recipe).run(program.copy()), model, check=False)
 
 
-def assert_same_values(given: nn.Module, wanted: nn.Module) -> None:
-    """Everything but the scale rule of inputs, which other formats do not state."""
-    mine, theirs = own_tensors(given), own_tensors(wanted)
+def assert_same_values(actual: nn.Module, expected: nn.Module) -> None:
+    """Compare everything except the scale rule of inputs, which other formats do not store."""
+    mine, theirs = named_tensors(actual), named_tensors(expected)
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         other = mine[name]

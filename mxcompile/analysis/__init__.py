@@ -1,1 +1,1 @@
-"""Facts read from data flow: which nodes are matmuls with weights, and what can absorb a scale."""
+"""Data-flow analysis of a graph: its matmuls by a weight, layers and segments, and what can absorb a scale."""

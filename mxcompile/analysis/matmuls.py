@@ -1,8 +1,8 @@
-"""Which nodes multiply a value by a weight, whatever op says it: linear, addmm, matmul, bmm, grouped matmul.
+"""Find the nodes that multiply a value by a weight: linear, addmm, matmul, bmm, grouped matmul.
 
 A weight is recognised by data flow: a parameter that reaches the op's right operand through transposes alone. Matmuls
-of two computed values (attention scores) are not candidates. What looks like a candidate and is not usable becomes a
-refusal with its reason.
+of two computed values (attention scores) are not candidates. A candidate that cannot be quantized is returned as an
+`UnquantizedNode` with the reason.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Signature:
-    """Where a matmul op keeps its operands, and which dimension of the right one it contracts."""
+    """Positions of a matmul op's operands, and the dimension of the right one that it contracts."""
 
     activation: int
     weight: int
@@ -47,7 +47,7 @@ _CONVOLUTIONS: Final = frozenset(
         *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
     }
 )
-_OTHER_PRODUCTS: Final = frozenset({aten.einsum.default, aten.bilinear.default, aten.tensordot.default})
+_OTHER_CONTRACTIONS: Final = frozenset({aten.einsum.default, aten.bilinear.default, aten.tensordot.default})
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Matmul:
     """`node = activation @ weight`.
 
     activation: the left operand, `[..., in]`.
-    root: the node the weight comes from: the `get_attr` of the parameter, or its `mx::dequantize` once lowered.
+    root: the node that the weight comes from: the parameter's `get_attr`, or its `mx::dequantize` once lowered.
     reader: the first node on the way from root to `node` (a transpose, or `node` itself).
     axis: the dimension of root that is contracted, -1 or -2.
     """
@@ -95,31 +95,33 @@ class Matmul:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A node with weights that cannot be quantized, why, and the matmul weight bytes that stay float with it."""
+class UnquantizedNode:
+    """A node whose weight stays in float, the reason, and how many matmul weight bytes that is."""
 
     node: Node
     reason: str
     bytes: int
 
 
-def find_matmuls(program: Program) -> tuple[list[Matmul], list[Refusal]]:
-    """All matmuls by a weight, in graph order, and those whose weight cannot be used."""
-    found: list[Matmul] = []
-    refusals: list[Refusal] = []
+def find_matmuls(program: Program) -> tuple[list[Matmul], list[UnquantizedNode]]:
+    """All matmuls by a weight, in graph order, and those that cannot be quantized."""
+    matmuls: list[Matmul] = []
+    unsupported: list[UnquantizedNode] = []
     for node in program.graph.nodes:
         if node.target in _CONVOLUTIONS:
-            refusals.append(Refusal(node, "a convolution: MX quantization covers matmuls only, it stays float", 0))
-        if node.target in _OTHER_PRODUCTS and (size := _parameter_bytes(program, node)):
+            unsupported.append(
+                UnquantizedNode(node, "a convolution: MX quantization covers matmuls only, it stays float", 0)
+            )
+        if node.target in _OTHER_CONTRACTIONS and (size := _parameter_bytes(program, node)):
             reason = f"{node.target} of a parameter is not supported: write it as F.linear or x @ w"
-            refusals.append(Refusal(node, reason, size))
+            unsupported.append(UnquantizedNode(node, reason, size))
         signature = _SIGNATURES.get(str(node.target))
         result = None if signature is None else _as_matmul(program, node, signature)
         if isinstance(result, Matmul):
-            found.append(result)
+            matmuls.append(result)
         elif isinstance(result, str):
-            refusals.append(Refusal(node, result, _weight_bytes(node, signature)))
-    return found, refusals
+            unsupported.append(UnquantizedNode(node, result, _weight_bytes(node, signature)))
+    return matmuls, unsupported
 
 
 def finite_rows(program: Program, matmul: Matmul) -> Tensor:
@@ -129,22 +131,22 @@ def finite_rows(program: Program, matmul: Matmul) -> Tensor:
         bad = int((~torch.isfinite(weight)).sum())
         raise WeightError(
             f"parameter {matmul.parameter!r} ({where(matmul.node)}) holds {bad} NaN or Inf values and cannot be "
-            "quantized: repair the checkpoint, or leave the layer in float with exclude"
+            "quantized: repair the checkpoint, or keep the layer in float with exclude"
         )
     return matmul.rows(weight)
 
 
-def read_instead(node: Node, value: Node) -> None:
-    """Let a matmul's node read another value as its activation; a bias that is the same node stays."""
-    place = _SIGNATURES[str(node.target)].activation
-    if place < len(node.args):
-        node.update_arg(place, value)
+def replace_activation(node: Node, value: Node) -> None:
+    """Replace a matmul's activation by another value; a bias that is the same node stays."""
+    index = _SIGNATURES[str(node.target)].activation
+    if index < len(node.args):
+        node.update_arg(index, value)
     else:
-        node.update_kwarg(node.target._schema.arguments[place].name, value)  # pyright: ignore
+        node.update_kwarg(node.target._schema.arguments[index].name, value)  # pyright: ignore
 
 
 def _as_matmul(program: Program, node: Node, signature: _Signature) -> Matmul | str | None:
-    """A Matmul, the reason why a candidate is not one, or None for a node that is no candidate."""
+    """A Matmul, the reason why a candidate cannot be quantized, or None for a node that is not a candidate."""
     activation, weight = operand(node, signature.activation), operand(node, signature.weight)
     if not isinstance(activation, Node) or not isinstance(weight, Node):
         return None
@@ -153,7 +155,7 @@ def _as_matmul(program: Program, node: Node, signature: _Signature) -> Matmul | 
     root, reader, axis = _origin(node, weight, signature.axis)
     if root.target is not DEQUANTIZE:
         if root.op != "get_attr":
-            return _why_not(program, root)
+            return _why_computed_weight(program, root)
         if not program.is_parameter(str(root.target)):
             return None
     bias = None if signature.bias is None else operand(node, signature.bias)
@@ -162,7 +164,7 @@ def _as_matmul(program: Program, node: Node, signature: _Signature) -> Matmul | 
 
 
 def _origin(node: Node, weight: Node, axis: int) -> tuple[Node, Node, int]:
-    """Where a right operand comes from, behind transposes: (root, its first reader, its contracted dimension)."""
+    """Follow a right operand back through transposes: (root, the root's first reader, its contracted dimension)."""
     reader = node
     while weight.target in TRANSPOSES or weight.target in SAME_VALUE or is_cast_without_change(weight):
         source = weight.args[0]
@@ -189,8 +191,8 @@ def _reads_parameter(program: Program, node: Node) -> bool:
     return node.op == "get_attr" and program.is_parameter(str(node.target))
 
 
-def _why_not(program: Program, weight: Node) -> str | None:
-    """Why a right operand that is not a plain parameter cannot be used; None if it is no weight at all."""
+def _why_computed_weight(program: Program, weight: Node) -> str | None:
+    """Why a right operand that is not a plain parameter cannot be quantized; None if it is not a weight."""
     if not is_constant(weight):
         return None
     sources = [str(n.target) for n in weight.all_input_nodes if n.op == "get_attr"]

@@ -1,8 +1,8 @@
-"""Segments: a graph cut where little has to be carried on, so that calibration can go through it piece by piece.
+"""Segments: a graph cut where few values are live, so that calibration can run it segment by segment.
 
-A cut goes behind the node after which the fewest values are still to be read: in a language model the residual stream,
-once an attention or an MLP has been added to it. What no parameter has touched (masks, position embeddings) is carried
-along and does not count.
+A segment ends at the node behind which the fewest values are live: in a language model only the residual stream, once
+an attention or an MLP has been added to it. Values that depend on no parameter (masks, position embeddings) do not
+count.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -12,7 +12,7 @@ from torch import SymInt
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.graph.dataflow import computing
+from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.program import Program
 
 _INPUTS = 4
@@ -20,13 +20,14 @@ _INPUTS = 4
 
 @dataclass(frozen=True)
 class Segment:
-    """nodes: a run of the graph's computing nodes. matmuls: the wanted ones among them. gives: values made in it that
-    are read after it, in graph order.
+    """A run of consecutive computing nodes.
+
+    matmuls: the wanted ones among them. outputs: the values made in it that later nodes read, in graph order.
     """
 
     nodes: tuple[Node, ...]
     matmuls: tuple[Matmul, ...]
-    gives: tuple[Node, ...]
+    outputs: tuple[Node, ...]
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -39,37 +40,37 @@ class Segment:
 
 
 def find_segments(
-    program: Program, matmuls: Sequence[Matmul], uncut: Iterable[Collection[Node]] = ()
+    program: Program, matmuls: Sequence[Matmul], indivisible: Iterable[Collection[Node]] = ()
 ) -> tuple[Segment, ...]:
-    """Cut the graph up to the last wanted matmul (and what follows it until the next cut) into segments.
+    """Cut the graph into segments, up to the last wanted matmul and what follows it until the next cut.
 
-    A segment holds matmuls with at most four different inputs, unless `uncut` demands more: sets of values, none of
-    which may be carried from one segment to the next.
+    A segment holds matmuls with at most four different inputs, unless `indivisible` forces more.
+    indivisible: sets of values that must not be live across a cut.
     """
     if not matmuls:
         return ()
-    nodes = computing(program.graph.nodes)
-    place = {node: index for index, node in enumerate(nodes)}
-    carried = _carried(nodes, place, _from_parameters(program))
-    bound = set[Node]().union(*uncut)
+    nodes = compute_nodes(program.graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    live = _live_after(nodes, position, _from_parameters(program))
+    bound = set[Node]().union(*indivisible)
     by_node = {matmul.node: matmul for matmul in matmuls}
     segments: list[Segment] = []
     start = 0
     while any(node in by_node for node in nodes[start:]):
-        end = _best_end(nodes, start, by_node, carried, bound)
-        part = tuple(nodes[start:end])
-        gives = tuple(node for node in part if _last_reader(node, place) >= end)
-        segments.append(Segment(part, tuple(by_node[node] for node in part if node in by_node), gives))
+        end = _best_end(nodes, start, by_node, live, bound)
+        run = tuple(nodes[start:end])
+        outputs = tuple(node for node in run if _last_reader(node, position) >= end)
+        segments.append(Segment(run, tuple(by_node[node] for node in run if node in by_node), outputs))
         start = end
     return tuple(segments)
 
 
 def _best_end(
-    nodes: list[Node], start: int, wanted: dict[Node, Matmul], carried: list[set[Node]], bound: set[Node]
+    nodes: list[Node], start: int, wanted: dict[Node, Matmul], live: list[set[Node]], bound: set[Node]
 ) -> int:
-    """The first end of least carried values among those that give the segment one to four inputs.
+    """The first end with the fewest live values among those at which the segment has one to four inputs.
 
-    Where nothing can be cut so soon: among those that give it no more inputs than the first possible end.
+    If none of these is possible: among the ends at which it has no more inputs than at the first possible end.
     """
     best, least, most = len(nodes), None, _INPUTS
     inputs: set[Node] = set()
@@ -79,7 +80,7 @@ def _best_end(
             inputs.add(matmul.activation)
         if len(inputs) > most and least is not None:
             break
-        values = carried[end - 1]
+        values = live[end - 1]
         if inputs and not values & bound and (least is None or len(values) < least):
             best, least, most = end, len(values), max(most, len(inputs))
     return best
@@ -87,24 +88,24 @@ def _best_end(
 
 def _from_parameters(program: Program) -> set[Node]:
     """Computed values that depend on a parameter."""
-    found: set[Node] = set()
+    dependent: set[Node] = set()
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            own = program.is_parameter(str(node.target))
+            depends = program.is_parameter(str(node.target))
         else:
-            own = any(source in found for source in node.all_input_nodes)
-        if own:
-            found.add(node)
-    return found
+            depends = any(source in dependent for source in node.all_input_nodes)
+        if depends:
+            dependent.add(node)
+    return dependent
 
 
-def _carried(nodes: list[Node], place: dict[Node, int], counted: set[Node]) -> list[set[Node]]:
+def _live_after(nodes: list[Node], position: dict[Node, int], counted: set[Node]) -> list[set[Node]]:
     """For every node, the counted values made up to it that are read after it."""
     ends: dict[int, list[Node]] = {}
     result: list[set[Node]] = []
     alive: set[Node] = set()
     for index, node in enumerate(nodes):
-        last = _last_reader(node, place)
+        last = _last_reader(node, position)
         if last > index and node in counted and not isinstance(node.meta.get("val"), int | SymInt):
             alive = alive | {node}
             ends.setdefault(last, []).append(node)
@@ -113,6 +114,6 @@ def _carried(nodes: list[Node], place: dict[Node, int], counted: set[Node]) -> l
     return result
 
 
-def _last_reader(node: Node, place: dict[Node, int]) -> int:
-    """Place of the last node that reads the value; behind all of them for the graph's output."""
-    return max((place.get(user, len(place)) for user in node.users), default=-1)
+def _last_reader(node: Node, position: dict[Node, int]) -> int:
+    """Position of the last node that reads the value; that of the graph's output is behind all others."""
+    return max((position.get(user, len(position)) for user in node.users), default=-1)

@@ -10,7 +10,7 @@ from torch.fx import Node
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.run import Runner, bind_inputs
-from mxcompile.graph.dataflow import computing
+from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.inputs import Inputs, named_leaves
 from mxcompile.graph.program import Program
 
@@ -52,7 +52,7 @@ class Distillation:
             return {name: (t.float() + units[name] * moves[name]).to(t.dtype) for name, t in tensors.items()}
 
         snapshot_steps = {steps * (index + 1) // snapshots for index in range(snapshots)}
-        for step, batch in enumerate(self._program.through(list(islice(cycle(batches), steps))), 1):
+        for step, batch in enumerate(self._program.track(list(islice(cycle(batches), steps))), 1):
             self._student.tensors, self._student.gradients = moved(), True
             optimizer.zero_grad()
             self.loss(batch).backward()  # pyright: ignore[reportUnknownMemberType]
@@ -70,7 +70,7 @@ class Distillation:
         }
         heads = {n: v for n, v in floats.items() if v.meta["val"].shape[-1] in self._heads}
         outputs = heads or floats
-        nodes = computing(program.graph.nodes)
+        nodes = compute_nodes(program.graph.nodes)
         values = runner.run_nodes(nodes, bind_inputs(program, batch), None, outputs.values())
         return {name: values[node] for name, node in outputs.items()}
 

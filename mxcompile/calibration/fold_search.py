@@ -11,8 +11,8 @@ from functools import partial
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.folds.groups import ScaleGroup, fold, half_precision_factors
-from mxcompile.analysis.folds.multiplier import multiply
+from mxcompile.analysis.folds.groups import ScaleGroup, fold, representable_factors
+from mxcompile.analysis.folds.multiplier import fold_into_multiplier
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.factor_search import FactorSearchResult, Objective, output_error, search_factors
@@ -65,7 +65,7 @@ class FoldSearch:
         sweep = Sweep(program, program.batches)
         statistics: dict[Node, dict[type[Observer], Tensor]] = {}
         waiting = [*groups, *unfoldable]
-        for segment in program.through(segments):
+        for segment in program.track(segments):
             block_inputs = first_batches(sweep.states, segment) if self.objective is Objective.BLOCK else []
             observers = {value: self._observers() for value in segment.inputs}
             sweep.advance(segment, observers)
@@ -80,8 +80,9 @@ class FoldSearch:
             statistics = {node: values for node, values in statistics.items() if node in still_needed}
         for group, factors in result.multiplied:
             names = frozenset(node.name for node in group.nodes)
-            result.folds.append(Fold(f"{group} (multiplied)", partial(multiply, names=names, factors=factors)))
-            result.folds[-1].apply(program)
+            apply = partial(fold_into_multiplier, names=names, factors=factors)
+            result.folds.append(Fold(f"{group} (multiplied)", apply))
+            apply(program)
         return result
 
     def _observers(self) -> list[Observer]:
@@ -91,7 +92,7 @@ class FoldSearch:
         weights = {m.node: finite_rows(program, m).float() for m, _ in group.matmuls}
         magnitudes = {m.node: facts.statistics[m.activation][self.magnitude] for m, _ in group.matmuls}
         candidates = self.candidates(group, lambda m: magnitudes[m.node], lambda m: weights[m.node])
-        rounded = (half_precision_factors(group, factors, self.power_of_two) for factors in candidates)
+        rounded = (representable_factors(group, factors, self.power_of_two) for factors in candidates)
         if facts.block_inputs and facts.encloses(group):
             error = facts.block_error(program, group, self.quantizers)
         else:

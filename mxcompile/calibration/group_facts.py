@@ -56,7 +56,7 @@ class GroupFacts:
 
         def outputs(state: NodeValues) -> NodeValues:
             segment = self.segment
-            return runner.run_nodes(segment.nodes, copied_if_mutated(state, segment.nodes), None, segment.gives)
+            return runner.run_nodes(segment.nodes, copied_if_mutated(state, segment.nodes), None, segment.outputs)
 
         expected = [outputs(state) for state in self.block_inputs]
 

@@ -49,7 +49,7 @@ class HybridRun(AlteredRun):
         before, after = change.before, change.after
         twins = zip(before.constants, after.constants, strict=True)
         changed = {node: _constant(self._after, twin) for node, twin in twins}
-        if before.rounded != after.rounded:
+        if before.input_rounding != after.input_rounding:
             changed[before.activation] = after.prepare(self._value(before))
         plain = {node: self.env[node] for node in changed}
         self.env.update(changed)
@@ -59,7 +59,7 @@ class HybridRun(AlteredRun):
 
     def _value(self, layer: Layer) -> Tensor:
         """A layer's unrounded input; if that is freed already, the input as it was rounded before the pass."""
-        return self.env[layer.value if layer.value in self.env else layer.activation]
+        return self.env[layer.float_input if layer.float_input in self.env else layer.activation]
 
 
 def find_changes(before: Program, after: Program) -> list[ProgramChange]:
@@ -72,7 +72,7 @@ def find_changes(before: Program, after: Program) -> list[ProgramChange]:
         if twin is None or len(layer.constants) != len(twin.constants):
             continue
         covered |= _tensors(layer) | _tensors(twin)
-        if layer.rounded != twin.rounded or not _same_constants(before, layer, after, twin):
+        if layer.input_rounding != twin.input_rounding or not _same_constants(before, layer, after, twin):
             changes.append(ProgramChange(name, layer, twin))
     for name in before.parameter_names():
         if name not in covered and after.has_tensor(name) and not _same(before.tensor(name), after.tensor(name)):

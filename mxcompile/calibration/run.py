@@ -11,7 +11,7 @@ from torch.fx import Interpreter, Node
 
 from mxcompile.calibration.observers import Observer
 from mxcompile.errors import InputError
-from mxcompile.graph.dataflow import computing
+from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program, guards_explained
 
@@ -120,8 +120,8 @@ def gather_statistics(program: Program, requests: Sequence[Request], batches: It
     runner = Runner(program)
     needed = list(nodes.values())
     needed = needed[: max(map(needed.index, by_value)) + 1]
-    computed = computing(needed)
-    for batch in program.through(program.batches) if batches is None else batches:
+    computed = compute_nodes(needed)
+    for batch in program.track(program.batches) if batches is None else batches:
         bound = bind_inputs(program, batch)
         for node, value in bound.items():
             update(node, value)
@@ -134,7 +134,7 @@ def run_outputs(runner: Runner, program: Program, batch: Inputs) -> Any:
     bound = bind_inputs(program, batch)
     (end,) = program.graph.find_nodes(op="output")
     outputs = [node for node in end.all_input_nodes if node.op not in ("placeholder", "get_attr")]
-    values = bound | runner.run_nodes(computing(program.graph.nodes), bound, None, outputs)
+    values = bound | runner.run_nodes(compute_nodes(program.graph.nodes), bound, None, outputs)
 
     def value(leaf: Any) -> Any:
         if isinstance(leaf, Node):

@@ -1,4 +1,4 @@
-"""Reading files that others may have written: what is not there, or not what it should be, is a CheckpointError."""
+"""Read JSON that may be damaged or hostile: a missing or mistyped entry or an unsafe file name is a CheckpointError."""
 
 import hashlib
 import json
@@ -26,38 +26,38 @@ def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def sha256(data: bytes) -> str:
-    """In hexadecimal digits."""
+    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def take(content: Any, key: str, kind: type[T]) -> T:
-    """An entry of an object, of exactly that type."""
+    """The entry `key` of a JSON object; its type must be exactly `kind`."""
     value = cast(dict[str, Any], content).get(key) if isinstance(content, dict) else None
     if type(value) is not kind:
-        raise CheckpointError(f"{key!r} is {'missing' if value is None else 'not of its type'}")
+        raise CheckpointError(f"{key!r} is {'missing' if value is None else f'not of type {kind.__name__}'}")
     return value
 
 
-def take_some(content: Any, key: str, kind: type[T]) -> T | None:
-    """The same, or None if it is not there."""
+def take_optional(content: Any, key: str, kind: type[T]) -> T | None:
+    """Like `take`, but None if the key is missing."""
     return take(content, key, kind) if isinstance(content, dict) and key in content else None
 
 
 def take_map(content: Any, key: str, kind: type[T]) -> dict[str, T]:
-    """An object whose values are of one type."""
+    """Like `take` for an object whose values are all of one type."""
     entries = take(content, key, dict)
     return {str(name): take(entries, name, kind) for name in cast(dict[str, Any], entries)}
 
 
 def file_name(name: str, suffix: str = "") -> str:
-    """The name of a file of the folder; raises CheckpointError for anything that could lead out of it."""
+    """The name, checked to be that of a file in the folder; raises CheckpointError if it could lead elsewhere."""
     if not _FILE_NAME.fullmatch(name) or not name.endswith(suffix):
-        raise CheckpointError(f"{name!r} is not a name that a file of a checkpoint can have")
+        raise CheckpointError(f"{name!r} is not a valid name for a file of a checkpoint")
     return name
 
 
 def relative_path(name: str) -> str:
-    """The path of a file in the folder or below it, with the same care."""
+    """Like `file_name` for the path of a file in the folder or below it."""
     for part in PurePosixPath(name).parts or (name,):
         file_name(part)
     return name

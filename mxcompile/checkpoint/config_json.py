@@ -1,7 +1,7 @@
-"""What `config.json` says about a checkpoint: the one file whose renaming makes a save count.
+"""`config.json` of a checkpoint: the file whose rename commits a save.
 
-It names the index (`transformers_weights`, which transformers follows too), and under `quantization_config` the
-recipe, versions, and the SHA-256 of the index, of the files that came along (tokenizer, generation) and of itself.
+It names the index under `transformers_weights`, which transformers follows too. `quantization_config` holds the recipe,
+package versions, and the SHA-256 of the index, of the auxiliary files (tokenizer, generation config) and of itself.
 """
 
 import json
@@ -22,24 +22,25 @@ _BLANK: Final = "0" * 64
 
 
 @dataclass(frozen=True)
-class Card:
-    """module: name of the saved module's class. index: name of the index file, and its SHA-256.
+class CheckpointConfig:
+    """What `config.json` says: how a checkpoint was made, and which files belong to it.
 
-    files: SHA-256 of those that came along. config: the model's own configuration, empty for a module without one.
+    class_name: of the saved module. index, index_sha256: name of the index file and its SHA-256. files: SHA-256 of each
+    auxiliary file. model_config: the model's own configuration, empty for a module without one.
     """
 
-    module: str
+    class_name: str
     provenance: Provenance | None
     index: str
     index_sha256: str
     files: Mapping[str, str] = field(default_factory=dict[str, str])
-    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    model_config: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
-    def read(cls, folder: Path, *, verify: bool = True) -> "Card":
-        """Read a folder's. verify: False accepts a file that was edited.
+    def read(cls, folder: Path, *, verify: bool = True) -> "CheckpointConfig":
+        """Read the file of a folder. verify: False accepts a file that was edited.
 
-        Raises CheckpointError if the folder holds no model of ours, or a damaged one.
+        Raises CheckpointError if the folder holds no model that mxcompile saved, or a damaged one.
         """
         path = folder / CONFIG
         if not path.is_file():
@@ -47,41 +48,43 @@ class Card:
         data, content = read_json(path)
         ours = _ours(folder, content)
         try:
-            card = _parse(content, ours)
+            config = _parse(content, ours)
         except CheckpointError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-        if verify and not _is_whole(data, str(ours.get("sha256"))):
+        if verify and not _is_unchanged(data, str(ours.get("sha256"))):
             raise CheckpointError(
-                f"{path} is not as it was saved: restore it; or if you changed it on purpose, load with verify=False "
-                "and save again"
+                f"{path} has changed since it was saved: restore it; if you changed it on purpose, load with "
+                "verify=False and save again"
             )
-        return card
+        return config
 
     def to_json(self) -> bytes:
-        """The file."""
+        """The file's content."""
         ours = {
             "quant_method": METHOD,
             "schema": SCHEMA,
-            "module": self.module,
+            "module": self.class_name,
             "recipe": self.provenance and self.provenance.recipe,
             "versions": dict(self.provenance.versions) if self.provenance else {},
             "index_sha256": self.index_sha256,
             "files": dict(self.files),
             "sha256": _BLANK,
         }
-        content = dict(self.config) | {_WEIGHTS: self.index, _QUANTIZATION: ours}
+        content = dict(self.model_config) | {_WEIGHTS: self.index, _QUANTIZATION: ours}
         text = json.dumps(content, indent=2) + "\n"
         return text.replace(_BLANK, sha256(text.encode())).encode()
 
 
 def _ours(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The part that mxcompile wrote, of a schema that this version reads."""
+    """The `quantization_config`; raises CheckpointError if mxcompile did not write it or its schema is unknown."""
     ours = content.get(_QUANTIZATION)
     if not isinstance(ours, dict):
-        raise CheckpointError(f"{folder} holds a model that is not quantized: mxcompile.save writes what load reads")
+        raise CheckpointError(
+            f"{folder} holds a model that is not quantized: mxcompile.load reads what mxcompile.save wrote"
+        )
     method = ours.get("quant_method")  # pyright: ignore[reportUnknownVariableType]
     if method != METHOD:
-        raise CheckpointError(f"{folder} holds a model that was quantized by {method!r}, not by mxcompile.save")
+        raise CheckpointError(f"{folder} holds a model quantized by {method!r}, not one that mxcompile.save wrote")
     if ours.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{folder} was saved with schema {ours.get('schema')!r}, this version of mxcompile reads {SCHEMA}: use the "
@@ -90,14 +93,14 @@ def _ours(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     return ours  # pyright: ignore[reportUnknownVariableType]
 
 
-def _is_whole(data: bytes, digest: str) -> bool:
-    """Whether a file has the digest that is written in it, where zeros stood when it was made."""
+def _is_unchanged(data: bytes, digest: str) -> bool:
+    """True if a file has the digest that it states; the digest was computed with zeros in its place."""
     return len(digest) == len(_BLANK) and sha256(data.replace(digest.encode(), _BLANK.encode())) == digest
 
 
-def _parse(content: dict[str, Any], ours: dict[str, Any]) -> Card:
+def _parse(content: dict[str, Any], ours: dict[str, Any]) -> CheckpointConfig:
     recipe = None if ours.get("recipe") is None else take(ours, "recipe", str)
-    return Card(
+    return CheckpointConfig(
         take(ours, "module", str),
         None if recipe is None else Provenance(recipe, take_map(ours, "versions", str)),
         file_name(take(content, _WEIGHTS, str), ".safetensors.index.json"),

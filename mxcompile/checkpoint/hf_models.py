@@ -1,4 +1,4 @@
-"""Models of transformers: what there is to save besides tensors, and how one is built again."""
+"""transformers models: save their configuration and generation config, and build them again from a checkpoint."""
 
 import copy
 import json
@@ -9,17 +9,17 @@ import transformers
 from transformers import PreTrainedModel
 
 from mxcompile.checkpoint.reader import Checkpoint
-from mxcompile.checkpoint.stored_tensors import Names
+from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError, MXCompileError
 
 
 def build(checkpoint: Checkpoint) -> PreTrainedModel:
     """The saved model. Raises CheckpointError if transformers does not have its class or cannot build it."""
-    name = checkpoint.card.module
+    name = checkpoint.config.class_name
     kind = getattr(transformers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel) or kind.config_class is None:
         raise CheckpointError(
-            f"{checkpoint.folder} holds a {name}, which is no model of transformers: build one yourself and give "
+            f"{checkpoint.folder} holds a {name}, which is not a transformers model: build one yourself and pass it: "
             "load(path, model=...)"
         )
     try:
@@ -30,12 +30,12 @@ def build(checkpoint: Checkpoint) -> PreTrainedModel:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"transformers {transformers.__version__} cannot build the {name} of {checkpoint.folder}: {error}"
+            f"transformers {transformers.__version__} cannot build the {name} in {checkpoint.folder}: {error}"
         ) from error
 
 
-def configuration(model: PreTrainedModel, names: Names) -> dict[str, Any]:
-    """What `config.json` says of a model, as transformers writes it; of an earlier quantization nothing is left."""
+def configuration(model: PreTrainedModel, names: TensorNames) -> dict[str, Any]:
+    """A model's configuration as transformers writes it to `config.json`, without traces of an earlier quantization."""
     config = copy.deepcopy(model.config)
     for leftover in ("quantization_config", "transformers_weights"):
         if hasattr(config, leftover):
@@ -49,7 +49,7 @@ def configuration(model: PreTrainedModel, names: Names) -> dict[str, Any]:
 
 
 def save_generation(model: PreTrainedModel, folder: Path) -> None:
-    """Write the generation config of a model that generates, but not how a GPU has compiled it."""
+    """Write the generation config of a model that generates, without its `compile_config`, which is for one device."""
     if not model.can_generate():
         return
     config = copy.copy(model.generation_config)

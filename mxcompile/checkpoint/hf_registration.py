@@ -1,7 +1,7 @@
-"""Telling transformers of the quantizer when it is imported, or now if it has been.
+"""Register the quantizer with transformers: at once if transformers is imported, else when it is.
 
-Importing transformers takes longer than importing mxcompile, which most of its uses do without. So `import mxcompile`
-leaves a note: the module that holds transformers' table of quantizers is followed by an entry of ours.
+Importing transformers takes longer than importing mxcompile, and most uses of mxcompile do not need it. So
+`import mxcompile` installs an import hook on the module that holds transformers' table of quantizers.
 """
 
 import sys
@@ -17,15 +17,15 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Do it; once is enough, more does no harm."""
+    """Register the quantizer; calling it again has no effect."""
     if _TABLE in sys.modules:
-        _add(sys.modules[_TABLE])
-    elif not any(isinstance(finder, _Note) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Note())
+        _register_in(sys.modules[_TABLE])
+    elif not any(isinstance(finder, _RegistrationHook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegistrationHook())
 
 
-class _Note(MetaPathFinder):
-    """Finds the table as Python does, and has it filled in."""
+class _RegistrationHook(MetaPathFinder):
+    """Import hook: finds the table's module as Python does, and wraps its loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -34,12 +34,12 @@ class _Note(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Filled(spec.loader)
+            spec.loader = _RegisteringLoader(spec.loader)
         return spec
 
 
-class _Filled(Loader):
-    """Executes the table's module, then adds ours."""
+class _RegisteringLoader(Loader):
+    """Executes the table's module, then registers our quantizer."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -52,10 +52,10 @@ class _Filled(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _add(module)
+        _register_in(module)
 
 
-def _add(table: ModuleType) -> None:
+def _register_in(table: ModuleType) -> None:
     from mxcompile.checkpoint.hf_quantizer import MXCompileConfig, MXCompileQuantizer
 
     if METHOD not in table.AUTO_QUANTIZER_MAPPING:

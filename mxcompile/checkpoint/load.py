@@ -1,4 +1,4 @@
-"""`mxcompile.load`, without the compiling."""
+"""Load a checkpoint; `mxcompile.load` also compiles it."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.reader import Checkpoint
-from mxcompile.checkpoint.save import adopt
+from mxcompile.checkpoint.save import mark_quantized
 from mxcompile.checkpoint.stored_tensors import check_fits
 from mxcompile.errors import CheckpointError
-from mxcompile.tensor.modules import own_tensors, place_all
+from mxcompile.tensor.modules import named_tensors, set_tensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,21 +21,21 @@ def load(path: str | Path, *, model: M, verify: bool = True) -> M: ...
 @overload
 def load(path: str | Path, *, model: None = None, verify: bool = True) -> nn.Module: ...
 def load(path: str | Path, *, model: nn.Module | None = None, verify: bool = True) -> nn.Module:
-    """The module that `save` wrote, in eval mode, on mapped files: pages are read when they are touched.
+    """The module that `save` wrote, in eval mode. Its tensors are memory-mapped: pages are read when first touched.
 
-    Or the model of another project's checkpoint, in `interop`'s formats.
+    Other projects' checkpoints are loaded too, in the formats of `interop`.
     """
     if foreign.is_foreign(Path(path)):
         loaded = foreign.load(Path(path), model)
-        adopt(loaded, None)
+        mark_quantized(loaded, None)
         return loaded
     checkpoint = Checkpoint(path, verify=verify)
     if model is not None:
         return _fill(model, checkpoint)
-    if "model_type" not in checkpoint.card.config:
+    if "model_type" not in checkpoint.config.model_config:
         raise CheckpointError(
-            f"{path} holds a {checkpoint.card.module} that is no model of transformers: build one (on the meta device, "
-            "if you like) and give load(path, model=...)"
+            f"{path} holds a {checkpoint.config.class_name}, which is not a transformers model: build one yourself "
+            "(on the meta device, if you like) and pass it: load(path, model=...)"
         )
     from mxcompile.checkpoint.hf_models import build  # imports transformers
 
@@ -43,27 +43,27 @@ def load(path: str | Path, *, model: nn.Module | None = None, verify: bool = Tru
 
 
 def _fill(model: M, checkpoint: Checkpoint) -> M:
-    """Put the saved tensors into a module of the same class; nothing happens to it if they do not all fit."""
+    """Put the saved tensors into a module of the same class; it is unchanged if they do not all fit."""
     kind = type(model).__name__
-    if kind != checkpoint.card.module:
-        raise CheckpointError(f"{checkpoint.folder} holds a {checkpoint.card.module}, the model given is a {kind}")
+    if kind != checkpoint.config.class_name:
+        raise CheckpointError(f"{checkpoint.folder} holds a {checkpoint.config.class_name}, `model` is a {kind}")
     tensors = checkpoint.tensors()
     check_fits(model, checkpoint.names, tensors)
     _check_values(model, tensors)
-    own = own_tensors(model)
-    place_all(model, [(name, tensor) for name, tensor in tensors.items() if name in own])
-    adopt(model.requires_grad_(False).eval(), checkpoint.card.provenance)
+    own = named_tensors(model)
+    set_tensors(model, [(name, tensor) for name, tensor in tensors.items() if name in own])
+    mark_quantized(model.requires_grad_(False).eval(), checkpoint.config.provenance)
     return model
 
 
 def _check_values(model: nn.Module, tensors: Collection[str]) -> None:
-    """Raise CheckpointError if something of a module on the meta device would stay there."""
-    left = [name for name, tensor in own_tensors(model).items() if name not in tensors and tensor.is_meta]
+    """Raise CheckpointError if a tensor of the module would stay on the meta device."""
+    left = [name for name, tensor in named_tensors(model).items() if name not in tensors and tensor.is_meta]
     for path, child in model.named_modules():
         plain = (name for name, value in vars(child).items() if isinstance(value, Tensor) and value.is_meta)
         left += [f"{path}.{name}".removeprefix(".") for name in plain]
     if left:
         raise CheckpointError(
-            f"{', '.join(left)} of the model given is on the meta device, and no parameter or buffer that was saved: "
-            "build the model on the CPU"
+            f"{', '.join(left)} of `model` is on the meta device and is not a saved parameter or buffer: build the "
+            "model on the CPU"
         )

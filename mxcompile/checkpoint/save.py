@@ -1,4 +1,4 @@
-"""`mxcompile.save`, and the `save_pretrained` of quantized models of transformers."""
+"""Save a quantized module: `mxcompile.save`, and the `save_pretrained` of quantized transformers models."""
 
 import re
 from functools import partial
@@ -8,14 +8,15 @@ from typing import Any, Final
 from torch import nn
 
 from mxcompile.checkpoint import shards
-from mxcompile.checkpoint.atomic_folder import Saving, write
-from mxcompile.checkpoint.atomic_folder import check_free as check_own
+from mxcompile.checkpoint.atomic_files import write_durably
 from mxcompile.checkpoint.checked_json import sha256
-from mxcompile.checkpoint.config_json import Card
-from mxcompile.checkpoint.index import Index
+from mxcompile.checkpoint.config_json import CheckpointConfig
+from mxcompile.checkpoint.index import CheckpointIndex
 from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.provenance import Provenance
-from mxcompile.checkpoint.stored_tensors import Names, take_apart
+from mxcompile.checkpoint.save_transaction import SaveTransaction
+from mxcompile.checkpoint.save_transaction import check_destination as check_own
+from mxcompile.checkpoint.stored_tensors import TensorNames, flatten_module
 from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.tensor.modules import is_pretrained
 
@@ -38,65 +39,70 @@ def save(
     """Write a quantized model to a folder, from which `load` (and transformers' `from_pretrained`) reads it.
 
     model: what `deploy` or `quantize_and_compile` returned, compiled or not; it is not changed.
-    path: a new folder, one with a checkpoint that is to be replaced, or one without any model in it. Replacing happens
-        at one moment: a save that is interrupted, even killed, leaves the old checkpoint or the new one.
-    tokenizer, processor: written beside it by their own `save_pretrained`; a GGUF file has no place for them.
-    max_shard_size: of a file of weights, in bytes or as "5GB".
-    format: "mxcompile", which None means too; or for other programs "compressed-tensors", to a new folder, or "gguf",
-        to a file, which a path that ends in .gguf means too. These do not hold everything: what they cannot is refused.
+    path: a new folder, one with a checkpoint to replace, or one without any model in it. Replacing is atomic: a save
+        that is interrupted, even killed, leaves the old checkpoint or the new one.
+    tokenizer, processor: written to the same folder by their own `save_pretrained`; not with "gguf".
+    max_shard_size: the largest size of a weight file, in bytes or as text ("5GB").
+    format: "mxcompile" (the default), or a format of other programs: "compressed-tensors", written to a new folder, or
+        "gguf", written to a file (also chosen by a path that ends in .gguf). These cannot hold every quantized model;
+        one that does not fit is refused.
 
-    Raises CheckpointError if there is nothing quantized, the module holds what a checkpoint cannot, or the folder
-    holds something else.
+    Raises CheckpointError if nothing is quantized, the module holds something that a checkpoint cannot, or the folder
+    holds another model.
     """
     largest = _bytes(max_shard_size)
-    module: nn.Module = getattr(model, "_orig_mod", model)  # of a torch.compile(model)
-    names, tensors = take_apart(module)
+    module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile wraps the module in one of its own
+    names, tensors = flatten_module(module)
     if not names.weights:
         raise CheckpointError(
-            f"{type(module).__name__} has no MX weights: quantize it first, this saves quantized models"
+            f"{type(module).__name__} has no MX weights: quantize it first, only quantized models are saved"
         )
     shards.check_dtypes(tensors.items())
-    folder, others = Path(path), (tokenizer, processor)
-    other = _other_format(format, folder)
-    if other is not None:
-        foreign.save(folder, other, module, names, largest, lambda to: _write_beside(module, to, names, others))
+    folder, processors = Path(path), (tokenizer, processor)
+    foreign_format = _foreign_format(format, folder)
+    if foreign_format is not None:
+
+        def auxiliary(to: Path) -> dict[str, Any]:
+            return _write_auxiliary(module, to, names, processors)
+
+        foreign.save(folder, foreign_format, module, names, largest, auxiliary)
         return
     try:
-        with Saving(folder) as saving:
-            config = _write_beside(module, saving.stage, names, others)
+        with SaveTransaction(folder) as saving:
+            config = _write_auxiliary(module, saving.stage, names, processors)
             groups = shards.split(tensors, largest)
             files = [f"{saving.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
             written = {file: shards.write(saving.new(file), group) for file, group in zip(files, groups, strict=True)}
             index = f"{saving.stem}.safetensors.index.json"
-            data = Index(names, written).to_json().encode()
-            write(saving.new(index), data)
+            data = CheckpointIndex(names, written).to_json().encode()
+            write_durably(saving.new(index), data)
             kind = type(module).__name__
-            saving.commit(Card(kind, Provenance.of(module), index, sha256(data), saving.staged(), config))
+            saving.commit(CheckpointConfig(kind, Provenance.of(module), index, sha256(data), saving.staged(), config))
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written ({error}): what was saved there before is whole") from error
+        raise CheckpointError(f"{folder} cannot be written ({error}): the checkpoint before it is unchanged") from error
 
 
-def check_free(path: str | Path, format: str | None = None) -> None:
-    """Raise CheckpointError if something is there that `save` to that path would not replace."""
+def check_destination(path: str | Path, format: str | None = None) -> None:
+    """Raise CheckpointError if `save` to that path would refuse to replace what is there."""
     folder = Path(path)
-    other = _other_format(format, folder)
-    if other is None:
+    foreign_format = _foreign_format(format, folder)
+    if foreign_format is None:
         check_own(folder)
     else:
-        foreign.check_free(folder, other)
+        foreign.check_destination(folder, foreign_format)
 
 
-def _other_format(format: str | None, path: Path) -> str | None:
-    """Another project's format, by its name or a file's; None for our own."""
+def _foreign_format(format: str | None, path: Path) -> str | None:
+    """Another project's format, by its name or by the path's suffix; None for our own."""
     if format is None:
         return foreign.GGUF if path.suffix == ".gguf" else None
-    if format not in (_OWN, *foreign.WRITTEN):
-        raise UnknownNameError("checkpoint format", format, (_OWN, *foreign.WRITTEN))
+    if format not in (_OWN, *foreign.WRITABLE_FORMATS):
+        raise UnknownNameError("checkpoint format", format, (_OWN, *foreign.WRITABLE_FORMATS))
     return None if format == _OWN else format
 
 
-def adopt(model: nn.Module, provenance: Provenance | None) -> None:
-    """Write on a quantized model what made it, and let its `save_pretrained` be ours if transformers gave it one."""
+def mark_quantized(model: nn.Module, provenance: Provenance | None) -> None:
+    """Store the provenance on a quantized model, and replace the `save_pretrained` of a transformers model by ours."""
     if provenance is not None:
         provenance.write_on(model)
     if is_pretrained(model):
@@ -110,21 +116,21 @@ def save_pretrained(
     max_shard_size: int | str = _SHARD_SIZE,
     **options: Any,
 ) -> None:
-    """`save`, called as transformers calls it; options that it cannot honour are refused."""
+    """`save` with the signature of transformers' `save_pretrained`; options that it does not support are refused."""
     refused = sorted(name for name, value in options.items() if value and name not in _NO_EFFECT)
     if refused:
         raise CheckpointError(
-            f"a model with MX weights is written to a folder as it is: save_pretrained cannot take {', '.join(refused)}"
+            f"save_pretrained of a model with MX weights does not support {', '.join(refused)}: leave it out"
         )
     if is_main_process:
         save(model, save_directory, max_shard_size=max_shard_size)
 
 
-def _write_beside(module: nn.Module, stage: Path, names: Names, others: tuple[Any, ...]) -> dict[str, Any]:
-    """Write what belongs to a model besides its weights; returns its configuration."""
-    for other in others:
-        if other is not None:
-            other.save_pretrained(stage)
+def _write_auxiliary(module: nn.Module, stage: Path, names: TensorNames, processors: tuple[Any, ...]) -> dict[str, Any]:
+    """Write the files that belong to a model besides its weights; returns its configuration."""
+    for processor in processors:
+        if processor is not None:
+            processor.save_pretrained(stage)
     if not is_pretrained(module):
         return {}
     from mxcompile.checkpoint import hf_models  # imports transformers
@@ -137,5 +143,5 @@ def _bytes(size: int | str) -> int:
     match = _SIZE.fullmatch(f"{size}B" if isinstance(size, int) else size.strip())
     number = 0 if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
     if number < 1:
-        raise CheckpointError(f"max_shard_size is {size!r}: give a number of bytes, or a text such as 5GB")
+        raise CheckpointError(f"max_shard_size is {size!r}: give a number of bytes, or text such as 5GB")
     return number

@@ -1,7 +1,7 @@
-"""Safetensors files: written tensor by tensor with a checksum of each, mapped into memory and checked when read.
+"""Safetensors files: written tensor by tensor with a checksum of each, memory-mapped and checked when read.
 
-A GPU's weights pass through the memory of one tensor. Reading is lazy, the system brings a page in when it is touched;
-checking a tensor touches all of its pages once, at several GB/s.
+Saving from a GPU needs host memory for one tensor at a time. Reading is lazy: a page is read when it is first touched.
+Checking a tensor touches all of its pages once, at several GB/s.
 """
 
 import json
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mxcompile.errors import CheckpointError
+from mxcompile.tensor.digest import tensor_bytes
 
 _DTYPES: Final = {
     torch.float64: "F64",
@@ -42,8 +43,8 @@ _ALIGNMENT: Final = 8
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file. header: CRC-32 of everything in front of the tensors' bytes. tensors: CRC-32 of each one's bytes."""
+class ShardChecksums:
+    """Size and CRC-32s of a file. header: of all bytes before the tensors. tensors: of the bytes of each tensor."""
 
     bytes: int
     header: int
@@ -51,7 +52,7 @@ class Shard:
 
 
 def split(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tensor]]:
-    """In their order, into groups of at most so many bytes; a tensor that is larger is one by itself."""
+    """Consecutive groups of at most `largest` bytes; a larger tensor is a group of its own."""
     groups: list[dict[str, Tensor]] = [{}]
     room = largest
     for name, tensor in tensors.items():
@@ -63,35 +64,37 @@ def split(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tensor]
     return groups
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> Shard:
+def write(path: Path, tensors: Mapping[str, Tensor]) -> ShardChecksums:
     """Write a file and wait until it is on the disk."""
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # aligned, without gaps
+    ordered = dict(
+        sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    )  # keeps every tensor aligned without gaps
     header = _header(ordered)
     checksums: dict[str, int] = {}
     with path.open("wb") as file:
         file.write(header)
         for name, tensor in ordered.items():
-            data = _bytes(tensor.detach().cpu().contiguous())
+            data = tensor_bytes(tensor)
             checksums[name] = zlib.crc32(data)
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return Shard(path.stat().st_size, zlib.crc32(header), checksums)
+    return ShardChecksums(path.stat().st_size, zlib.crc32(header), checksums)
 
 
-def read(path: Path, shard: Shard, *, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file, mapped into memory. verify: False looks at the file's size and its list of tensors only.
+def read(path: Path, shard: ShardChecksums, *, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, memory-mapped. verify: False checks only the file's size and its list of tensors.
 
-    Raises CheckpointError if the file is not the one that was written.
+    Raises CheckpointError if the file has changed since it was written.
     """
     try:
         _check_file(path, shard)
         with safe_open(path, framework="pt") as file:
             if set(file.keys()) != set(shard.tensors):
-                raise CheckpointError(f"{path} does not hold the tensors that the index names")
+                raise CheckpointError(f"{path} does not hold the tensors that the index lists")
             for name, checksum in shard.tensors.items():
                 tensor = file.get_tensor(name)
-                if verify and zlib.crc32(_bytes(tensor)) != checksum:
+                if verify and zlib.crc32(tensor_bytes(tensor)) != checksum:
                     raise _damaged(path, name)
                 yield name, tensor
     except (SafetensorError, OSError) as error:
@@ -99,10 +102,10 @@ def read(path: Path, shard: Shard, *, verify: bool = True) -> Iterator[tuple[str
 
 
 def check_dtypes(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise CheckpointError for a tensor that a file cannot hold."""
+    """Raise CheckpointError for a dtype that safetensors cannot store."""
     for name, tensor in tensors:
         if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors files cannot hold: cast it")
+            raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors cannot store: cast it")
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
@@ -116,8 +119,8 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def _check_file(path: Path, shard: Shard) -> None:
-    """Raise CheckpointError if a file has another size or list of tensors than was written."""
+def _check_file(path: Path, shard: ShardChecksums) -> None:
+    """Raise CheckpointError if a file's size or list of tensors has changed since it was written."""
     size = path.stat().st_size if path.is_file() else None
     if size != shard.bytes:
         what = "is missing" if size is None else f"has {size} bytes, {shard.bytes} were written"
@@ -126,15 +129,11 @@ def _check_file(path: Path, shard: Shard) -> None:
         raise _damaged(path, "its list of tensors")
 
 
-def _read_header(path: Path, most: int) -> bytes:
+def _read_header(path: Path, largest: int) -> bytes:
     with path.open("rb") as file:
         length = file.read(_LENGTH_BYTES)
-        return length + file.read(min(int.from_bytes(length, "little"), most))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore - numpy's stubs of 3.11
+        return length + file.read(min(int.from_bytes(length, "little"), largest))
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged ({what} is not what was written): {_ADVICE}")
+    return CheckpointError(f"{path} is damaged ({what} has changed since it was written): {_ADVICE}")

@@ -1,11 +1,11 @@
-"""A module's tensors as a file can hold them: plain, named, each once; and the module's tensors made of them again.
+"""Module tensors <-> the plain tensors of a file: MX weights are stored as their component tensors, each tensor once.
 
-    q_proj.weight (MXWeight) -> q_proj.weight, q_proj.weight.scales, q_proj.weight.multiplier
+    q_proj.weight (MXWeight) <-> q_proj.weight, q_proj.weight.scales, q_proj.weight.multiplier
 
-Elements take the parameter's own name, `[..., out, blocks, bytes]`: one dimension more than the weight, so that a
-reader that knows nothing of MX refuses them by their shape. A parameter is no module, so none of the module's tensors
-can have a name below its own. What is held under several names (a tied head, a multiplier that q, k and v share) is
-stored under the first.
+Elements are stored under the parameter's own name as `[..., out, blocks, bytes]`, with one dimension more than the
+weight, so that a reader without MX support rejects them by their shape. `q_proj.weight.scales` cannot collide with a
+name in the module, since a parameter is not a module. A tensor with several names (a tied head, a multiplier that q, k
+and v share) is stored under the first.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,40 +16,40 @@ from torch import Tensor, nn
 
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import parse_format
-from mxcompile.tensor.modules import own_tensors
+from mxcompile.tensor.modules import named_tensors
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 _LISTED = 3
 
 
 @dataclass(frozen=True)
-class Packing:
-    """What the bytes of a stored MX weight mean. dtype: of the weight that it stands for."""
+class WeightPacking:
+    """How to read the bytes of a stored MX weight. dtype: of the values that it dequantizes to."""
 
     layout: MXLayout
     dtype: torch.dtype
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """Names of the weight's parts, its own for the elements."""
+        """Names of the stored component tensors; the elements have the weight's own name."""
         names = (name, f"{name}.scales")
         return names if self.layout.multiplier is None else (*names, f"{name}.multiplier")
 
 
 @dataclass(frozen=True)
-class Names:
-    """What a module's tensors are made of.
+class TensorNames:
+    """Under which names a module's tensors are stored.
 
-    plain: tensors that are stored as they are. weights: MX weights. aliases: for a name that shares another's stored
-    tensor, that one. temporary: those of `plain` that are buffers outside of the module's state dict.
+    plain: tensors that are stored as they are. weights: MX weights. aliases: name -> the name under which the shared
+    tensor is stored. non_persistent: those of `plain` that are buffers outside of the module's state dict.
     """
 
     plain: tuple[str, ...]
-    weights: Mapping[str, Packing]
+    weights: Mapping[str, WeightPacking]
     aliases: Mapping[str, str]
-    temporary: frozenset[str]
+    non_persistent: frozenset[str]
 
     def sources(self, names: Iterable[str]) -> list[str]:
-        """The stored tensors behind names."""
+        """For each name, the name under which its tensor is stored."""
         return [self.aliases.get(name, name) for name in names]
 
     def stored(self) -> set[str]:
@@ -58,37 +58,37 @@ class Names:
         return set(self.sources((*self.plain, *parts)))
 
 
-def take_apart(module: nn.Module) -> tuple[Names, dict[str, Tensor]]:
-    """How a module's tensors are made up of stored ones, and these by name.
+def flatten_module(module: nn.Module) -> tuple[TensorNames, dict[str, Tensor]]:
+    """The tensors to store for a module, by name, and how the module's tensors are made of them.
 
     Raises CheckpointError if the module holds something that cannot be stored.
     """
     _check_state(module)
     plain: list[str] = []
-    weights: dict[str, Packing] = {}
+    weights: dict[str, WeightPacking] = {}
     aliases: dict[str, str] = {}
     stored: dict[str, Tensor] = {}
     first: dict[object, str] = {}
-    for name, tensor in own_tensors(module).items():
+    for name, tensor in named_tensors(module).items():
         if isinstance(tensor, MXWeight):
-            weights[name] = Packing(tensor.layout_, tensor.dtype)
+            weights[name] = WeightPacking(tensor.layout_, tensor.dtype)
         else:
             plain.append(name)
         for part in tensor.parts if isinstance(tensor, MXWeight) else (tensor,):
             _check_storable(name, part)
-        for part, values, identity in _parts(name, tensor):
-            known = first.setdefault(identity, part)
-            if known == part:
+        for part, values, identity in _components(name, tensor):
+            stored_name = first.setdefault(identity, part)
+            if stored_name == part:
                 stored[part] = values
             else:
-                aliases[part] = known
-    return Names(tuple(plain), weights, aliases, frozenset(_temporary(module))), stored
+                aliases[part] = stored_name
+    return TensorNames(tuple(plain), weights, aliases, frozenset(_non_persistent(module))), stored
 
 
-def put_together(names: Names, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The module's tensors, made of stored ones; names of one tensor have one object.
+def unflatten_tensors(names: TensorNames, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The module's tensors, made of stored ones; several names of one tensor share one object.
 
-    Raises CheckpointError if parts do not fit each other.
+    Raises CheckpointError if the component tensors of a weight do not fit each other.
     """
     made: dict[object, Tensor] = {}
     tensors = {name: stored[source] for name, source in zip(names.plain, names.sources(names.plain), strict=True)}
@@ -101,9 +101,9 @@ def put_together(names: Names, stored: Mapping[str, Tensor]) -> dict[str, Tensor
     return tensors
 
 
-def check_fits(module: nn.Module, names: Names, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError if a module does not have the same tensors; temporary buffers may come and go."""
-    own, kind, free = own_tensors(module), type(module).__name__, {*names.temporary, *_temporary(module)}
+def check_fits(module: nn.Module, names: TensorNames, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a module does not have the same tensors; non-persistent buffers may differ."""
+    own, kind, free = named_tensors(module), type(module).__name__, {*names.non_persistent, *_non_persistent(module)}
     differences = {
         "only saved": [name for name in tensors if name not in own and name not in free],
         f"only in {kind}": [name for name in own if name not in tensors and name not in free],
@@ -119,34 +119,34 @@ def check_fits(module: nn.Module, names: Names, tensors: Mapping[str, Tensor]) -
             for what, which in differences.items()
             if which
         )
-        raise CheckpointError(
-            f"{kind} does not have the saved tensors ({listed}): build it as it was when it was saved"
-        )
+        raise CheckpointError(f"{kind} does not have the saved tensors ({listed}): build it as it was when saved")
 
 
-def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor, object]]:
-    """The tensors to store for one of the module's: name, values, and what is equal for those to be stored once."""
+def _components(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor, object]]:
+    """The tensors to store for one of the module's: name, values, and a key that is equal for shared tensors."""
     if not isinstance(tensor, MXWeight):
         yield name, tensor, _memory(name, tensor)
         return
     layout = tensor.layout_
     blocks = tensor.elements.unflatten(-1, (-1, parse_format(layout.format).block_bytes))
-    names = Packing(layout, tensor.dtype).parts(name)
+    names = WeightPacking(layout, tensor.dtype).parts(name)
     for part, values in zip(names, (blocks, *tensor.parts[1:]), strict=True):
         is_multiplier = values is tensor.multiplier
         yield part, values, (layout.multiplier, tensor.dtype) if is_multiplier else _memory(part, values)
 
 
-def _weight(name: str, packing: Packing, parts: list[Tensor]) -> MXWeight:
+def _weight(name: str, packing: WeightPacking, parts: list[Tensor]) -> MXWeight:
     layout = packing.layout
     fmt = parse_format(layout.format)
     elements, scales = parts[:2]
     blocks = fmt.blocks(layout.size)
     if scales.dtype != torch.uint8 or scales.dim() < 2 or scales.shape[-1] != blocks:
-        raise CheckpointError(f"{name} has scales {list(scales.shape)}: {layout.size} values of {fmt} have {blocks}")
-    wanted = [*scales.shape, fmt.block_bytes]
-    if elements.dtype != torch.uint8 or list(elements.shape) != wanted:
-        raise CheckpointError(f"{name} has elements {list(elements.shape)}, its scales are for {wanted}")
+        raise CheckpointError(
+            f"{name} has scales {list(scales.shape)}: a row of {layout.size} values in {fmt} has {blocks} scales"
+        )
+    expected = [*scales.shape, fmt.block_bytes]
+    if elements.dtype != torch.uint8 or list(elements.shape) != expected:
+        raise CheckpointError(f"{name} has elements {list(elements.shape)}, its scales need {expected}")
     for multiplier in parts[2:]:
         if multiplier.dtype != packing.dtype or list(multiplier.shape) != [layout.size]:
             raise CheckpointError(f"{name} has a multiplier that is not {layout.size} values of {packing.dtype}")
@@ -154,7 +154,7 @@ def _weight(name: str, packing: Packing, parts: list[Tensor]) -> MXWeight:
 
 
 def _memory(name: str, tensor: Tensor) -> object:
-    """Equal for tensors on the same memory; the name for one without any."""
+    """Equal for tensors that are views of the same memory in the same way; the name for an empty tensor."""
     if tensor.numel() == 0:
         return name
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
@@ -166,23 +166,23 @@ def _check_storable(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{name} is on the meta device and has no values: load the model before saving it")
     if kind not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         raise CheckpointError(
-            f"{name} is a {kind.__name__} ({tensor.layout}): a checkpoint holds MX weights and plain tensors"
+            f"{name} is a {kind.__name__} ({tensor.layout}): checkpoints hold MX weights and plain dense tensors only"
         )
 
 
 def _check_state(module: nn.Module) -> None:
-    """Raise CheckpointError for state outside of tensors."""
+    """Raise CheckpointError for state that is not in tensors."""
     for path, child in module.named_modules():
         if type(child).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(
-                f"{path or 'the module'} ({type(child).__name__}) keeps state of its own (get_extra_state), which a "
+                f"{path or 'the module'} ({type(child).__name__}) has extra state (get_extra_state), which a "
                 "checkpoint of tensors cannot hold"
             )
 
 
-def _temporary(module: nn.Module) -> Iterator[str]:
+def _non_persistent(module: nn.Module) -> Iterator[str]:
     """Names of buffers that are not in the state dict."""
     for path, child in module.named_modules(remove_duplicate=False):
-        for leaf in child._non_persistent_buffers_set:  # pyright: ignore[reportPrivateUsage] - there is no other way
+        for leaf in child._non_persistent_buffers_set:  # pyright: ignore[reportPrivateUsage] - no public API
             if isinstance(getattr(child, leaf, None), Tensor):
                 yield f"{path}.{leaf}" if path else leaf

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mxcompile.diagnostics.tables import graded, table
 from mxcompile.errors import DumpError
-from mxcompile.graph.records import LayerMeasurements, ModelMeasurements, Miss, PassRecord
+from mxcompile.graph.records import LayerMeasurements, Miss, ModelMeasurements, PassRecord
 
 SCHEMA = 2
 FILE = "ledger.json"
@@ -29,9 +29,9 @@ class Ledger:
     """The records of a run. pipeline: its text form. bytes: of the model before the first pass.
 
     The file is a JSON object, `{"schema": 2, "pipeline": str, "bytes": int, "passes": [...]}`; a pass has the fields of
-    `PassRecord`, with those of `Miss`, `ModelMeasurements` (but for its distributions) and `LayerMeasurements` inside. A number that
-    is not finite is the string "inf" (an SQNR without any error), "-inf" or "nan"; null is what was not measured. Any
-    change of a name or a meaning increments the schema number.
+    `PassRecord`, and inside those of `Miss`, `ModelMeasurements` (without its distributions) and `LayerMeasurements`. A
+    number that is not finite is the string "inf" (an SQNR without any error), "-inf" or "nan"; null is what was not
+    measured. Any change of a name or a meaning increments the schema number.
     """
 
     pipeline: str
@@ -127,7 +127,9 @@ def _record(content: dict[str, Any]) -> PassRecord:
 
 
 def _measured(content: dict[str, Any]) -> ModelMeasurements:
-    layers = {name: LayerMeasurements(**_read(layer, "weight", "activation")) for name, layer in content["layers"].items()}
+    layers = {
+        name: LayerMeasurements(**_read(layer, "weight", "activation")) for name, layer in content["layers"].items()
+    }
     return ModelMeasurements(**_read(content) | {"layers": layers})
 
 

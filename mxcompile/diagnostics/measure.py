@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.layers import Layer, InputRounding, find_layers
+from mxcompile.analysis.layers import InputRounding, Layer, find_layers
 from mxcompile.calibration.run import Runner, run_outputs
 from mxcompile.graph.agreement import agreement_db, output_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs

@@ -1,1 +1,1 @@
-"""A model as a graph: trace it, look at it, edit it, print it, verify it, and record what passes did to it."""
+"""A model as an fx graph: trace, match, edit, print and verify it, and record what passes did to it."""

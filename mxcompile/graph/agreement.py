@@ -1,4 +1,4 @@
-"""How well the outputs of two models agree."""
+"""Agreement of the outputs of two models, in dB of SQNR."""
 
 import math
 from typing import Any
@@ -15,9 +15,10 @@ def output_tensors(output: Any) -> dict[str, Tensor]:
     return {path: leaf for path, leaf in named_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
 
 
-def agreement_db(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> tuple[float, str]:
-    """(least SQNR over the outputs, the name of that output); -inf if one is missing or differs in shape or NaNs."""
-    worst = min(((_agreement(value, given.get(name)), name) for name, value in wanted.items()), default=(math.inf, ""))
+def agreement_db(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> tuple[float, str]:
+    """(lowest SQNR over the outputs, the name of that output); -inf if one is missing or differs in shape or NaNs."""
+    each = ((_agreement(value, actual.get(name)), name) for name, value in expected.items())
+    worst = min(each, default=(math.inf, ""))
     return worst[0], worst[1] or "0"
 
 

@@ -1,4 +1,4 @@
-"""Walking a graph: which ops only move or relabel values, and who reads a value through them."""
+"""Walk a graph: which ops only transpose, cast or copy a value, and which nodes read a value through them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -32,13 +32,13 @@ TRANSPOSES = frozenset(
 )
 
 
-def computing(nodes: Iterable[Node]) -> list[Node]:
+def compute_nodes(nodes: Iterable[Node]) -> list[Node]:
     """The nodes that compute something: neither inputs, tensors nor the output."""
     return [node for node in nodes if node.op not in ("placeholder", "get_attr", "output")]
 
 
 def operand(node: Node, index: int, default: Any = None) -> Any:
-    """Argument `index` of a call by its place in the schema, given positionally, by keyword, or by default."""
+    """Argument `index` of a call by its position in the schema, passed by position, by keyword or by default."""
     if index < len(node.args):
         return node.args[index]
     schema = getattr(node.target, "_schema", None)
@@ -72,7 +72,7 @@ def swapped_axes(node: Node, ndim: int) -> tuple[int, ...] | None:
 
 
 def is_constant(node: Node) -> bool:
-    """True if the value depends on tensors held by the program alone, not on any input."""
+    """True if the value depends on no input, only on the program's own tensors."""
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
@@ -85,10 +85,10 @@ def is_constant(node: Node) -> bool:
     return True
 
 
-def destinations(node: Node) -> set[Node]:
+def effective_readers(node: Node) -> set[Node]:
     """Every node that computes with the value, looking through transposes, casts and copies."""
-    found: set[Node] = set()
+    readers: set[Node] = set()
     for user in node.users:
-        passes_on = user.target in TRANSPOSES or user.target in SAME_VALUE or user.target in CASTS
-        found |= destinations(user) if passes_on else {user}
-    return found
+        is_transparent = user.target in TRANSPOSES or user.target in SAME_VALUE or user.target in CASTS
+        readers |= effective_readers(user) if is_transparent else {user}
+    return readers

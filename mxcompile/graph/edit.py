@@ -1,4 +1,4 @@
-"""Adding nodes to a Program with what a later reader needs: a good name, a type, and the module they belong to."""
+"""Insert nodes into a Program, with a readable name, a fake value, and the module path of their neighbour."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ BLOCK_AXIS = "mx_block_axis"
 
 
 def insert_call(program: Program, before: Node, target: Any, args: tuple[Any, ...], name: str) -> Node:
-    """`name = target(*args)` in front of `before`, belonging to the same module."""
+    """Insert `name = target(*args)` in front of `before`, with its module path."""
     with program.graph.inserting_before(before):
         node = create_call(program.graph, target, *args, name=name)
     _adopt(node, before)
@@ -29,7 +29,7 @@ def create_call(graph: Graph, target: Any, *args: Any, name: str | None = None, 
 
 
 def insert_tensor(program: Program, before: Node, name: str) -> Node:
-    """A node in front of `before` that reads the program's tensor of that full name."""
+    """Insert a `get_attr` of the program's tensor of that full name in front of `before`."""
     with program.graph.inserting_before(before):
         node = program.graph.create_node("get_attr", name, name=name.replace(".", "_"))
     node.meta["val"] = fake_like(before, program.tensor(name))
@@ -38,7 +38,7 @@ def insert_tensor(program: Program, before: Node, name: str) -> Node:
 
 
 def fake_like(node: Node, tensor: Tensor) -> Tensor:
-    """A tensor's shape and dtype as a fake tensor of the same mode as the values in the node's graph."""
+    """A fake tensor of the tensor's shape and dtype, of the fake mode that the node's graph was traced in."""
     for candidate in node.graph.nodes:
         mode = getattr(candidate.meta.get("val"), "fake_mode", None)
         if mode is not None:

@@ -1,4 +1,4 @@
-"""Example inputs and calibration data in one shape: positional and keyword arguments of `forward`."""
+"""Example inputs and calibration batches, normalized to positional and keyword arguments of `forward`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,18 +22,18 @@ class Inputs:
         return [leaf for _, leaf in named_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def check_ranks(self, other: "Inputs") -> None:
-        """Raise InputError if a tensor of the other call has another number of dimensions than the one in its place."""
+        """Raise InputError if a tensor of the other call has another number of dimensions than the one it replaces."""
         mine = dict(named_leaves((self.args, self.kwargs)))
         for path, value in named_leaves((other.args, other.kwargs)):
-            known = mine.get(path)
-            if isinstance(value, Tensor) and isinstance(known, Tensor) and value.dim() != known.dim():
+            traced = mine.get(path)
+            if isinstance(value, Tensor) and isinstance(traced, Tensor) and value.dim() != traced.dim():
                 raise InputError(
                     f"these inputs do not fit the traced graph (input {path.partition('.')[2]} has {value.dim()} "
-                    f"dimensions, it was traced with {known.dim()}); trace again with inputs of this kind"
+                    f"dimensions, it was traced with {traced.dim()}); trace again with inputs of this kind"
                 )
 
-    def repeated(self) -> "Inputs | None":
-        """The same call with a batch of one doubled, or None if not all tensors have a first dimension of one."""
+    def with_doubled_batch(self) -> "Inputs | None":
+        """The same call with a batch of one repeated, or None unless every tensor has a first dimension of one."""
         tensors = self.tensors()
         if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
             return None
@@ -46,7 +46,7 @@ class Inputs:
 
 
 def as_inputs(example: object) -> Inputs:
-    """A keyword mapping (also a tokenizer's output), a tuple or list of arguments, or a single tensor."""
+    """Normalize a keyword mapping (also a tokenizer's output), a tuple or list of arguments, or a single tensor."""
     if isinstance(example, Inputs):
         return example
     if isinstance(example, Tensor):
@@ -56,7 +56,7 @@ def as_inputs(example: object) -> Inputs:
     if isinstance(example, tuple | list):
         return Inputs(tuple(cast(Iterable[Any], example)))
     raise InputError(
-        f"example inputs are a {type(example).__name__}; give a dict of keyword arguments, a tuple of positional "
+        f"example inputs are a {type(example).__name__}; pass a dict of keyword arguments, a tuple of positional "
         "arguments, or a single tensor"
     )
 
@@ -70,13 +70,13 @@ def as_batches(calibration: object) -> Iterator[Inputs]:
         yield as_inputs(cast(object, calibration))
         return
     if not isinstance(calibration, Iterable):
-        raise InputError(f"calibration is a {type(calibration).__name__}; give a batch or an iterable of batches")
+        raise InputError(f"calibration is a {type(calibration).__name__}; pass a batch or an iterable of batches")
     count = 0
     for batch in cast(Iterable[object], calibration):
         count += 1
         yield as_inputs(batch)
     if count == 0:
-        raise InputError("calibration data is empty (an exhausted iterator?); give a list of batches")
+        raise InputError("calibration data is empty (an exhausted iterator?); pass a list of batches")
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
@@ -91,7 +91,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything inside nested tuples, lists and mappings, in order, with its path (`logits`, `0.1`)."""
+    """The leaves of nested tuples, lists and mappings, in order, each with its path (`logits`, `0.1`)."""
     if isinstance(value, Mapping):
         items: Iterable[tuple[Any, Any]] = cast(Mapping[Any, Any], value).items()
     elif isinstance(value, tuple | list):

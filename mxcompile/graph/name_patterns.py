@@ -1,4 +1,4 @@
-"""What users say by name pattern: which matmuls are quantized (`Selection`), and in which formats (`Overrides`).
+"""Name patterns of the user: which matmuls are quantized (`Selection`), and in which formats (`Overrides`).
 
 Patterns are shell-style (`*.down_proj`, `model.layers.0.*`) and match a parameter's full name or its module's path. In
 a `Selection`, one that matches nothing is an error.
@@ -18,8 +18,8 @@ _RESERVED = ",={}|"
 class Selection:
     """Which matmuls are quantized: all but the output head (`lm_head`, a tied embedding) and embeddings.
 
-    exclude: leaves more in float. include: wins over both. allow_partial: accept that less than half of the matmul
-    weight bytes is covered.
+    exclude: keeps more in float. include: wins over both. allow_partial: accept that less than half of the matmul
+    weight bytes is quantized.
     """
 
     include: tuple[str, ...] = ()
@@ -27,16 +27,16 @@ class Selection:
     allow_partial: bool = False
 
     def included(self, *names: str) -> bool:
-        """True if one of the names of a parameter or module is asked for by `include`."""
+        """True if `include` matches one of the names of a parameter or module."""
         return _matches(self.include, names)
 
     def excluded(self, *names: str) -> bool:
-        """True if one of the names is ruled out by `exclude`."""
+        """True if `exclude` matches one of the names."""
         return _matches(self.exclude, names)
 
-    def check(self, known: Iterable[str]) -> None:
-        """Raise `UnknownNameError` for a pattern that matches none of the known names."""
-        names = tuple(known)
+    def check(self, names: Iterable[str]) -> None:
+        """Raise `UnknownNameError` for a pattern that matches none of the names."""
+        names = tuple(names)
         for pattern in (*self.include, *self.exclude):
             if not _matches((pattern,), names):
                 raise UnknownNameError("module or parameter pattern", pattern, names)
@@ -47,19 +47,19 @@ def _matches(patterns: tuple[str, ...], names: Iterable[str]) -> bool:
 
 
 class Overrides(Mapping[str, MXFormat | None]):
-    """Other formats for some weights: `{"*.down_proj": MXFP8_E4M3, "model.layers.0.*": None}`, immutable, in order.
+    """Formats that differ from a pass's default: `{"*.down_proj": MXFP8_E4M3, "model.layers.0.*": None}`, immutable.
 
-    None leaves a layer in float, its input too. Of several patterns that match, the last one counts. Text form, as an
-    option of a pass: `overrides=[*.down_proj=mxfp8_e4m3,model.layers.0.*=none]`. Raises PipelineError for a pattern
+    None keeps a layer in float, its input too. If several patterns match, the last one counts. Text form, as an option
+    of a pass: `overrides=[*.down_proj=mxfp8_e4m3,model.layers.0.*=none]`. Raises PipelineError for a pattern
     that has no text form.
     """
 
-    def __init__(self, given: Mapping[str, MXFormat | None] | None = None) -> None:
-        self._formats = dict(given or {})
+    def __init__(self, formats: Mapping[str, MXFormat | None] | None = None) -> None:
+        self._formats = dict(formats or {})
         for pattern in self._formats:
             if not pattern or any(mark in pattern for mark in _RESERVED) or pattern.count("[") != pattern.count("]"):
                 raise PipelineError(
-                    f"the override pattern {pattern!r} is empty, or holds one of {_RESERVED} or a lone ["
+                    f"the override pattern {pattern!r} is empty, or contains one of {_RESERVED} or an unmatched ["
                 )
 
     def __getitem__(self, pattern: str) -> MXFormat | None:

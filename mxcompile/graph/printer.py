@@ -1,13 +1,12 @@
-"""Program -> stable text: the same program prints the same everywhere, and a small change prints as a small diff.
+"""Print a Program as stable text: the same program prints the same everywhere, a small change is a small diff.
 
-One node a line: name, type and shape, call, module path. No file paths, object ids or times; dynamic sizes are
-renamed s0, s1, ... in order of appearance; columns have fixed widths (a longer name overflows its own line alone). A
-tensor that the graph reads is printed with its largest magnitude and a hash of its bytes, since a rewritten weight does
-not show in the graph, with the format that its values have been rounded to, or the one chosen for later passes.
+One node a line: name, type and shape, call, module path. No file paths, object ids or times; dynamic sizes are renamed
+s0, s1, ... in order of appearance; columns have fixed widths, and a name that is too long overflows only its own line.
+A tensor that the graph reads is printed with its largest magnitude and a hash of its bytes, since a rewritten weight
+does not show in the graph, and with the format to which it has been rounded, or that a pass has chosen for it.
 """
 
 import difflib
-import hashlib
 import re
 import weakref
 from typing import Any
@@ -18,6 +17,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from mxcompile.graph.program import Program, module_path
+from mxcompile.tensor.digest import tensor_sha256
 
 _NAME, _TYPE, _CALL = 40, 28, 84
 _DTYPES = {
@@ -35,14 +35,14 @@ def print_program(program: Program) -> str:
 
 
 def print_changes(before: Program, after: Program) -> str:
-    """The lines that differ, each behind its `-` or `+` and without the padding of columns: for tests of a pass."""
+    """The lines that differ, with `-` or `+` in front and without column padding: for tests of a pass."""
     lines = diff_text(print_program(before), print_program(after), "", "").splitlines()[2:]
     changed = [line for line in lines if line[0] in "-+"]
     return "".join(f"{line[0]} {' '.join(line[1:].split())}\n" for line in changed)
 
 
 def print_type(value: Any, symbols: dict[str, str] | None = None) -> str:
-    """Type of a node's value: `f32[s0, 16, 64]`, `(f32[2], i64[2])`, `int`."""
+    """The type of a node's value: `f32[s0, 16, 64]`, `(f32[2], i64[2])`, `int`."""
     symbols = {} if symbols is None else symbols
     if isinstance(value, Tensor):
         sizes = ", ".join(_size(size, symbols) for size in value.shape)
@@ -56,12 +56,12 @@ def print_type(value: Any, symbols: dict[str, str] | None = None) -> str:
 
 def summarize(tensor: Tensor) -> str:
     """`absmax=0.93 sha=1f2e3d4c`: largest magnitude and the start of the SHA-256 of the bytes."""
-    known = _SUMMARIES.get(id(tensor))
+    cached = _SUMMARIES.get(id(tensor))
     version = tensor._version
-    if known is not None and known[0]() is tensor and known[1] == version:
-        return known[2]
-    data = tensor.detach().contiguous().flatten()
-    digest = hashlib.sha256(data.view(torch.uint8).cpu().numpy().tobytes()).hexdigest()[:8] if data.numel() else "empty"
+    if cached is not None and cached[0]() is tensor and cached[1] == version:
+        return cached[2]
+    data = tensor.detach()
+    digest = tensor_sha256(data)[:8] if data.numel() else "empty"
     absmax = f"absmax={data.abs().amax().item():.6g} " if data.numel() and data.is_floating_point() else ""
     _SUMMARIES[id(tensor)] = (weakref.ref(tensor), version, f"{absmax}sha={digest}")
     return _SUMMARIES[id(tensor)][2]

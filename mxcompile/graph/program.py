@@ -1,7 +1,7 @@
-"""Program: the one thing that flows through a pipeline.
+"""Program: what every pass of a pipeline takes and changes.
 
-A graph module whose parameters still are the user's tensors, shared and never written to: a pass replaces a parameter
-(`set_parameter`), it does not modify one. Around it: the example inputs, gathered statistics, and the ledger.
+It holds a graph module, the example inputs, gathered statistics and the ledger. The graph module's parameters are the
+user's tensors, shared and never written to: a pass replaces a tensor with `set_tensor`.
 """
 
 import re
@@ -22,13 +22,13 @@ from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.records import PassRecord
 
 T = TypeVar("T")
-_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export names the lack of a module
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export's name for "no module"
 
 _DYNAMO_ROOT = re.compile(r"^L\['\w+'\]\.?")  # how Dynamo's graphs begin a module path
 
 
 class Stage(IntEnum):
-    """How far a Program has come; a pass accepts some stages and may move on to the next."""
+    """How far a Program is lowered; a pass accepts some stages and may advance it to another."""
 
     FLOAT = 0
     ROUNDED = 1
@@ -38,21 +38,21 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Rounding:
-    """A weight holds exactly values of `format` with these scales (E8M0 bytes `[..., out, blocks]`)."""
+    """A weight's values are exactly representable in `format` with these scales (E8M0 bytes `[..., out, blocks]`)."""
 
     format: MXFormat
     scales: Tensor
 
 
-class Parts(Protocol):
-    """Finished parts of a pass, kept for when it is interrupted (`resume.py`): tensors and notes by name."""
+class ResumeStore(Protocol):
+    """Stores the finished parts of a long pass for a later run to resume from: tensors and notes by part name."""
 
     def load(self, part: str) -> tuple[dict[str, Tensor], list[str]] | None:
         """A finished part, None if it is not finished."""
         ...
 
     def save(self, part: str, tensors: dict[str, Tensor], notes: list[str]) -> None:
-        """Keep a part."""
+        """Store a finished part."""
         ...
 
 
@@ -60,17 +60,17 @@ class Program:
     """A traced model.
 
     graph_module: the graph at its present stage, ATen and `mx::` calls.
-    example: the inputs it was traced with.
-    output_heads: names of the parameters that make the model's output (lm_head).
-    aliases: for a parameter that the user's module holds under several names, all of them.
+    example: the inputs that it was traced with.
+    output_heads: names of the output embedding's parameters (lm_head).
+    aliases: for each name of a tied parameter, all its names in the user's module.
     rounded: parameter name -> how its values have been rounded.
-    batches: calibration data, while a pipeline runs. statistics: (value name, observer name) -> what they showed.
+    batches: calibration data, while a pipeline runs. statistics: (value name, observer name) -> the observed statistic.
     importance: weight name -> mean square of each of its input channels `[in]`, where a pass has measured it.
-    formats: weight name -> the format that a pass has chosen for it, None for float; later passes use it in place of
-    their default, where their overrides say nothing.
+    formats: weight name -> the format that a pass has chosen for it, None for float. Later passes use it instead of
+        their default, unless their overrides match the weight.
     origin: the program as traced, once passes have run. outputs: the output tensors on the example inputs, kept while
-    passes preserve the function.
-    report: told how many segments of how many a pass has gone through. resume: keeps what long passes have finished.
+        passes preserve the function.
+    report: called by `track` with how many of how many items a pass has done. resume: stores what long passes finish.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Program:
         self.origin: Program | None = None
         self.outputs: dict[str, Tensor] | None = None
         self.report: Callable[[int, int], None] | None = None
-        self.resume: Parts | None = None
+        self.resume: ResumeStore | None = None
 
     @property
     def graph(self) -> Graph:
@@ -131,12 +131,12 @@ class Program:
         other.outputs = self.outputs
         return other
 
-    def through(self, parts: Sequence[T]) -> Iterator[T]:
-        """The parts of a pass's work (segments, batches, matmuls), each reported when its turn comes."""
-        for done, part in enumerate(parts):
+    def track(self, items: Sequence[T]) -> Iterator[T]:
+        """Iterate over the items of a pass's work (segments, batches, matmuls), and report the progress."""
+        for done, item in enumerate(items):
             if self.report is not None:
-                self.report(done, len(parts))
-            yield part
+                self.report(done, len(items))
+            yield item
 
     def parameter_names(self) -> Iterator[str]:
         """Names of the parameters, buffers and constants that the graph reads, in order of appearance."""
@@ -157,7 +157,7 @@ class Program:
         return owner is not None and isinstance(getattr(owner, leaf, None), Tensor)
 
     def tensor(self, name: str) -> Tensor:
-        """The parameter, buffer or constant of that full name. Do not write to it: it may be the user's."""
+        """The parameter, buffer or constant of that full name. Do not write to it: it may be the user's tensor."""
         owner, leaf = self._owner(name)
         value = None if owner is None else getattr(owner, leaf, None)
         if not isinstance(value, Tensor):
@@ -170,9 +170,9 @@ class Program:
         return owner is not None and isinstance(getattr(owner, leaf, None), nn.Parameter)
 
     def set_tensor(self, name: str, value: Tensor) -> None:
-        """Put a tensor in place of the one of that name, or add it. The old tensor is left as it was.
+        """Replace the tensor of that name, or add one; the old tensor is not written to.
 
-        What is added is a buffer, or a parameter if it is an `nn.Parameter`.
+        A new name becomes a parameter if the value is an `nn.Parameter`, else a buffer.
         """
         owner, leaf = self._owner(name, create=True)
         assert owner is not None
@@ -184,8 +184,8 @@ class Program:
         else:
             owner.register_buffer(leaf, value)
 
-    def forget(self, node: Node) -> None:
-        """Erase a `get_attr` that nothing reads, and let go of its tensor if no other node reads it."""
+    def erase_tensor_node(self, node: Node) -> None:
+        """Erase a `get_attr` without readers, and delete its tensor if no other node reads it."""
         name = str(node.target)
         self.graph.erase_node(node)
         if name not in self.parameter_names():
@@ -193,7 +193,7 @@ class Program:
             delattr(owner, leaf)
 
     def drop_unread(self) -> None:
-        """Recompile the graph and let go of every tensor that no node reads."""
+        """Delete every tensor that no node reads, and recompile the graph."""
         read = set(self.parameter_names())
         for path, module in self.graph_module.named_modules():
             prefix = f"{path}." if path else ""
@@ -219,7 +219,7 @@ class Program:
 
 @contextmanager
 def guards_explained() -> Generator[None]:
-    """Turn the failure of a traced graph's own guard (a size it was specialised to) into an InputError."""
+    """Raise an InputError where a guard of the traced graph fails (a size that it is specialised to)."""
     try:
         yield
     except AssertionError as error:
@@ -231,14 +231,14 @@ def guards_explained() -> Generator[None]:
 
 
 def module_path(node: Node) -> str:
-    """Dotted path of the user's module whose forward made the node ("" for the top module)."""
+    """Dotted path of the user's module whose forward the node comes from ("" for the top module)."""
     stack = node.meta.get("nn_module_stack")
     path = str(next(reversed(stack.values()))[0]) if stack else ""
     return "" if path == _NO_MODULE else _DYNAMO_ROOT.sub("", path)
 
 
 def _copy_graph(graph: Graph) -> Graph:
-    """The same nodes in a new graph; the convention of inputs and outputs is shared."""
+    """The same nodes in a new graph; the codegen, which defines the calling convention, is shared."""
     copied = Graph()
     outputs = copied.graph_copy(graph, {})
     copied.output(outputs)
@@ -247,6 +247,6 @@ def _copy_graph(graph: Graph) -> Graph:
 
 
 def where(node: Node) -> str:
-    """A node as a person would look for it: its name and module."""
+    """A node's name and module path, for messages: `%linear in model.layers.0.mlp.up_proj`."""
     path = module_path(node)
     return f"%{node.name} in {path}" if path else f"%{node.name}"

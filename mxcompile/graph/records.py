@@ -1,15 +1,15 @@
-"""Records of what a pass did: what it returns (`PassResult`), and what the pipeline makes of it (`PassRecord`)."""
+"""Records of what a pass did: what the pass returns (`PassResult`), and what the ledger holds (`PassRecord`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mxcompile.numerics.histogram import Distribution
+from mxcompile.numerics.histogram import HistogramChange
 
 
 @dataclass(frozen=True)
 class Miss:
-    """Something a pass looked at and left alone."""
+    """A node or layer that a pass skipped, and the reason."""
 
     where: str
     reason: str
@@ -22,8 +22,8 @@ class Miss:
 class PassResult:
     """What `Pass.run` returns.
 
-    `numbers` holds measurements per layer, `{"model.layers.0.mlp.up_proj": {"weight_sqnr_db": 18.3}}`; `folds` the
-    steps of a pass that keeps the function, so that one which does not can be found.
+    numbers: measurements of each layer, `{"model.layers.0.mlp.up_proj": {"weight_sqnr_db": 18.3}}`. folds: the steps of
+    a pass that preserves the function; if the outputs do not agree, they are replayed one by one to find the cause.
     """
 
     rewrites: int
@@ -34,20 +34,19 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Fold:
-    """A rewrite that keeps the function: what it is about, and how to do it to another Program in that state."""
+    """A rewrite that preserves the function. where: what it rewrites. apply: does the same to a copy of the Program."""
 
     where: str
     apply: Callable[[Any], None]
 
 
 @dataclass(frozen=True)
-class LayerNumbers:
-    """A layer after a pass, against the float model; numbers are None where they could not be measured.
+class LayerMeasurements:
+    """A layer after a pass, compared with the float model. A number is None where it could not be measured.
 
-    weight, activation: formats that its weight is in and that its input is rounded to; None: float.
-    weight_db: SQNR of its weight. local_db: of its output on the float model's own input, so the error that it makes by
-        itself. accumulated_db: of its output on the way through the quantized model.
-    output_error: ||y' - y|| / ||y|| of the latter.
+    weight, activation: formats of its weight and its rounded input; None: float.
+    weight_db: SQNR of its weight. local_db: SQNR of its output on the float model's input, that is, its own error.
+    accumulated_db: SQNR of its output within the quantized model. output_error: ||y' - y|| / ||y|| of the latter.
     """
 
     weight: str | None
@@ -59,27 +58,27 @@ class LayerNumbers:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The model after a pass, against the float model, on a probe.
+class ModelMeasurements:
+    """The model after a pass, compared with the float model on probe inputs.
 
-    output_db: SQNR of its outputs, the least. kl, top1: mean KL(float || now) in nats and share of positions with the
-    same largest entry, of the output called logits; None without one. layers: by the names of their weights.
-    distributions: likewise; too many for the ledger's file, they have one of their own.
+    output_db: lowest SQNR of its outputs. kl, top1: of the output called `logits`, mean KL(float || now) in nats and
+    share of positions with the same argmax; None without that output. layers: by the names of their weights.
+    distributions: likewise; they are large, so they have a file of their own beside the ledger.
     """
 
     output_db: float
     kl: float | None
     top1: float | None
-    layers: dict[str, LayerNumbers]
-    distributions: dict[str, Distribution] = field(default_factory=dict[str, Distribution])
+    layers: dict[str, LayerMeasurements]
+    distributions: dict[str, HistogramChange] = field(default_factory=dict[str, HistogramChange])
 
 
 @dataclass(frozen=True)
 class PassRecord:
-    """A pass that ran. `spec` is the pass with its options, as in a pipeline.
+    """A pass that ran. spec: the pass with its options, in a pipeline's text form.
 
-    preserved_db: for a pass that keeps the function, how well the outputs before and after it agree.
-    bytes: of all tensors that the graph reads afterwards. measured: None if nothing was.
+    preserved_db: for a pass that preserves the function, SQNR of the outputs after it with respect to those before.
+    bytes: of all tensors that the graph reads after it. measured: None if no measurement was made.
     """
 
     name: str
@@ -90,4 +89,4 @@ class PassRecord:
     numbers: dict[str, dict[str, float]]
     preserved_db: float | None = None
     bytes: int = 0
-    measured: Measured | None = None
+    measured: ModelMeasurements | None = None

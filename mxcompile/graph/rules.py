@@ -1,11 +1,11 @@
-"""Local rewrites: a pattern, a check that gives its reason when it says no, and a rewrite.
+"""Local rewrites: a pattern, a check that returns a reason to skip a match, and a rewrite.
 
 A pattern is matched at a node and backwards along its operands:
 
     x, w = Any("x"), Any("w")
     Rule("relu-of-linear", Call(aten.relu.default, Call(aten.linear.default, x, w)), check, rewrite)
 
-A Rule whose pattern matches and whose check gives a reason is a near miss; `apply_rules` reports it.
+If the pattern matches and the check returns a reason, `apply_rules` reports a miss.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,12 +19,12 @@ from mxcompile.graph.dataflow import operand
 from mxcompile.graph.program import where
 from mxcompile.graph.records import Miss, PassResult
 
-_CARRIED = ("val", "nn_module_stack", "stack_trace")  # Inductor keeps the operands' types in meta too: those change
+_KEPT_META = ("val", "nn_module_stack", "stack_trace")  # not Inductor's entries: they describe the old operands
 
 
 @dataclass(frozen=True)
 class Match:
-    """A matched pattern: its root node, and what each named part stands for (nodes or plain arguments)."""
+    """A matched pattern: its root node, and the node or plain argument that each name is bound to."""
 
     root: Node
     parts: dict[str, AnyType] = field(default_factory=dict[str, AnyType])
@@ -33,27 +33,27 @@ class Match:
         return self.parts[name]
 
     def replace(self, target: AnyType, *args: AnyType, name: str = "") -> Node:
-        """Put `target(*args)`, of the same shape and dtype, in place of the root, in the same module."""
+        """Replace the root by `target(*args)` of the same shape and dtype, with the same module path."""
         graph = self.root.graph
         name = name or getattr(target, "__name__", str(target)).partition(".")[0]
         with graph.inserting_before(self.root):
-            made = graph.create_node("call_function", target, args, name=name)
-        made.meta = {key: self.root.meta[key] for key in _CARRIED if key in self.root.meta}
-        self.root.replace_all_uses_with(made)
+            replacement = graph.create_node("call_function", target, args, name=name)
+        replacement.meta = {key: self.root.meta[key] for key in _KEPT_META if key in self.root.meta}
+        self.root.replace_all_uses_with(replacement)
         graph.erase_node(self.root)
-        return made
+        return replacement
 
 
 class Pattern:
-    """Something that a node or argument may match."""
+    """Base of the patterns for a node or argument."""
 
     def match(self, value: AnyType, parts: dict[str, AnyType]) -> bool:
-        """True if the value fits; named parts are added to `parts`."""
+        """True if the value matches; bindings of names are added to `parts`."""
         raise NotImplementedError
 
 
 class Any(Pattern):
-    """Anything; the same name twice in a pattern must stand for the same thing."""
+    """Matches any value and binds it to a name; a name that occurs twice must match the same value."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -67,7 +67,7 @@ class Any(Pattern):
 
 
 class Call(Pattern):
-    """A call of one of the targets; operands are matched by their place in the schema, further ones are free."""
+    """Matches a call of one of the targets; operands are matched by position in the schema, further ones ignored."""
 
     def __init__(self, targets: AnyType, *operands: AnyType, name: str = "") -> None:
         self.targets = _overloads(targets)
@@ -80,16 +80,16 @@ class Call(Pattern):
             return False
         if self.name and not Any(self.name).match(value, parts):
             return False
-        for index, wanted in enumerate(self.operands):
-            given = operand(value, index)
-            fits = wanted.match(given, parts) if isinstance(wanted, Pattern) else wanted == given
-            if not fits:
+        for index, expected in enumerate(self.operands):
+            actual = operand(value, index)
+            matches = expected.match(actual, parts) if isinstance(expected, Pattern) else expected == actual
+            if not matches:
                 return False
         return True
 
 
 def _overloads(targets: AnyType) -> frozenset[AnyType]:
-    """One target, a collection of them, or an operator in all its overloads (`torch.ops.aten.relu`)."""
+    """One target, a collection of targets, or all overloads of an operator (`torch.ops.aten.relu`), as a set."""
     if isinstance(targets, OpOverloadPacket):
         return frozenset(getattr(targets, name) for name in targets.overloads())
     return frozenset(targets) if isinstance(targets, frozenset | set | tuple | list) else frozenset({targets})
@@ -99,9 +99,9 @@ def _overloads(targets: AnyType) -> frozenset[AnyType]:
 class Rule:
     """A local rewrite.
 
-    check: None if the match may be rewritten, else the reason in a sentence.
-    rewrite: edits the graph in front of `match.root`; replaces all uses of it (`match.replace` does) and may leave dead
-        nodes behind.
+    check: None if the match may be rewritten, else the reason why not, as a sentence.
+    rewrite: inserts nodes in front of `match.root` and replaces all its uses (`match.replace` does); dead nodes may
+        remain.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Rule:
 
 
 def apply_rules(graph: Graph, rules: Iterable[Rule]) -> PassResult:
-    """Try every rule at every node once, in graph order; dead code is removed at the end."""
+    """Try every rule at every node once, in graph order, then eliminate dead code."""
     rules = tuple(rules)
     rewrites = 0
     misses: list[Miss] = []

@@ -1,8 +1,8 @@
-"""nn.Module + example inputs -> Program: the only caller of `torch.export`.
+"""nn.Module + example inputs -> Program: the only caller of `torch.export.export`.
 
-The trace is not decomposed (it keeps `aten.linear`, `aten.scaled_dot_product_attention`) and leaves every dimension of
-every input dynamic that the model allows. The user's module is not touched: what is traced is a copy of its structure
-that shares its tensors, in eval mode and without a key/value cache among its outputs.
+The trace is not decomposed: it keeps `aten.linear` and `aten.scaled_dot_product_attention`. Every input dimension is
+dynamic where the model allows it. The user's module is not modified: a copy of its structure on the same tensors is
+traced, in eval mode and without a key/value cache among its outputs.
 """
 
 import copy
@@ -24,8 +24,8 @@ from mxcompile.graph.program import Program
 from mxcompile.tensor.weight import MXWeight
 
 _ADVICE = (
-    "Try: replace Python control flow on tensor values by torch.where or torch.cond, .item() by tensor arithmetic; "
-    "or trace the submodules that can be traced (mxcompile.trace(model.encoder, ...))."
+    "Try: replace Python control flow on tensor values with torch.where or torch.cond, and .item() with tensor "
+    "arithmetic; or trace a submodule that can be traced (mxcompile.trace(model.encoder, ...))."
 )
 
 
@@ -40,14 +40,16 @@ def trace(
     """Trace a module to a Program.
 
     example_inputs: keyword arguments (a dict or a tokenizer's output), a tuple of positional ones, or a tensor.
-    include, exclude, allow_partial: what is to be quantized, see `Selection`.
-    Raises InputError if the model is quantized already or itself fails on the inputs, TraceError if it runs but cannot
-    be traced.
+    include, exclude, allow_partial: which matmuls are quantized, see `Selection`.
+    Raises InputError if the model is quantized already or fails on the inputs without tracing, TraceError if it runs
+    but cannot be traced.
     """
     if any(isinstance(parameter, MXWeight) for parameter in model.parameters()):
-        raise InputError(f"this {type(model).__name__} is quantized already: trace the float model that it was made of")
+        raise InputError(
+            f"this {type(model).__name__} is quantized already: trace the float model that it was made from"
+        )
     inputs = as_inputs(example_inputs)
-    shadow = _shadow(model, inputs)
+    shadow = _traceable_copy(model, inputs)
     graph_module = _export(shadow, inputs).module()
     program = Program(
         GraphModule(graph_module, graph_module.graph),
@@ -56,18 +58,18 @@ def trace(
         aliases=_aliases(shadow),
         selection=Selection(_patterns(include), _patterns(exclude), allow_partial),
     )
-    _own_what_is_written(program)
-    _tidy(program)
+    _copy_mutated_buffers(program)
+    _drop_dead_nodes(program)
     _check_selection(program, shadow)
     return program
 
 
 def exported_program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    """A module as `torch.export` sees it, sizes dynamic; a Hugging Face output becomes a dict, which every torch reads.
+    """Export a module with dynamic sizes. A Hugging Face output becomes a dict, which loads without transformers.
 
     Raises InputError or TraceError, as `trace` does.
     """
-    shadow = _shadow(model, inputs)
+    shadow = _traceable_copy(model, inputs)
     forward = shadow.forward
 
     @functools.wraps(forward)
@@ -79,19 +81,19 @@ def exported_program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedP
     return _export(shadow, inputs)
 
 
-def _shadow(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """What is traced for a model: its structure on the same tensors, in eval mode, uncompiled, without a cache."""
-    _bind(model, inputs)
+def _traceable_copy(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """The module to trace: a copy of the structure on the same tensors, in eval mode, uncompiled, without a cache."""
+    _check_signature(model, inputs)
     shadow = structure_copy(model).eval()
-    shadow._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - what `model.compile()` sets
+    shadow._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - set by `model.compile()`
     config = getattr(shadow, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
     return shadow
 
 
-def _patterns(given: Iterable[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
+def _patterns(patterns: Iterable[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def structure_copy(model: nn.Module, clone: bool = False) -> nn.Module:
@@ -102,7 +104,7 @@ def structure_copy(model: nn.Module, clone: bool = False) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _bind(model: nn.Module, inputs: Inputs) -> None:
+def _check_signature(model: nn.Module, inputs: Inputs) -> None:
     try:
         inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
     except TypeError as error:
@@ -113,7 +115,7 @@ def _bind(model: nn.Module, inputs: Inputs) -> None:
 
 
 def _export(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    doubled = inputs.repeated()
+    doubled = inputs.with_doubled_batch()
     attempts = [inputs] if doubled is None else [doubled, inputs]
     failure: Exception | None = None
     for attempt in attempts:
@@ -123,9 +125,9 @@ def _export(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
             failure = error
     assert failure is not None
     _run_eagerly(shadow, inputs)
-    place = _innermost_module(failure, shadow)
+    location = _innermost_module(failure, shadow)
     reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-    raise TraceError(f"{type(shadow).__name__} cannot be traced: {place}: {reason}. {_ADVICE}") from failure
+    raise TraceError(f"{type(shadow).__name__} cannot be traced: {location}: {reason}. {_ADVICE}") from failure
 
 
 def _export_once(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
@@ -141,31 +143,31 @@ def _export_once(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProg
 
 
 def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:
-    """Raise InputError if the model fails on the inputs without any tracing."""
+    """Raise InputError if the model fails on the inputs without tracing."""
     try:
         with torch.no_grad():
             shadow(*inputs.args, **inputs.kwargs)
     except Exception as error:
-        given = ", ".join(f"{t.dtype} {tuple(t.shape)}".replace("torch.", "") for t in inputs.tensors())
+        shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}".replace("torch.", "") for t in inputs.tensors())
         raise InputError(
-            f"{type(shadow).__name__} itself fails on the example inputs ({given}): {type(error).__name__}: {error}"
+            f"{type(shadow).__name__} itself fails on the example inputs ({shapes}): {type(error).__name__}: {error}"
         ) from error
 
 
 def _innermost_module(error: BaseException, root: nn.Module) -> str:
-    """The deepest module of `root` whose code was running when the error was raised, as `path (Class), line N`."""
+    """The deepest module of `root` whose forward was running when the error was raised, as `path (Class), line N`."""
     paths = {id(module): name for name, module in root.named_modules()}
-    place = f"in {type(root).__name__}"
+    location = f"in {type(root).__name__}"
     for frame, line in traceback.walk_tb(error.__traceback__):
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and id(module) in paths and frame.f_code.co_name == "forward":
             path = paths[id(module)] or "the top module"
-            place = f"in {path} ({type(module).__name__}), line {line} of its forward"
-    return place
+            location = f"in {path} ({type(module).__name__}), line {line} of its forward"
+    return location
 
 
 def _output_heads(model: nn.Module) -> set[str]:
-    """Names of the output embedding's weight, for models that have one (Hugging Face: `get_output_embeddings`)."""
+    """Names of the output embedding's weight, if the model has Hugging Face's `get_output_embeddings`."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     weight = getattr(head, "weight", None)
@@ -182,19 +184,19 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
 
 
-def _own_what_is_written(program: Program) -> None:
-    """Copy the buffers that forward writes to: a run of the graph must not change the user's."""
+def _copy_mutated_buffers(program: Program) -> None:
+    """Copy the buffers that forward mutates: a run of the graph must not change the user's."""
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
             continue
-        for place, argument in enumerate(schema.arguments):
-            written = operand(node, place) if argument.alias_info is not None and argument.alias_info.is_write else None
+        for index, argument in enumerate(schema.arguments):
+            written = operand(node, index) if argument.alias_info is not None and argument.alias_info.is_write else None
             if isinstance(written, Node) and written.op == "get_attr":
                 program.set_tensor(str(written.target), program.tensor(str(written.target)).detach().clone())
 
 
-def _tidy(program: Program) -> None:
+def _drop_dead_nodes(program: Program) -> None:
     """Drop nodes that compute nothing: metadata assertions and parameters that no node reads."""
     graph = program.graph
     for node in list(graph.nodes):
@@ -207,5 +209,5 @@ def _tidy(program: Program) -> None:
 
 
 def _check_selection(program: Program, model: nn.Module) -> None:
-    known = [name for name, _ in model.named_modules() if name]
-    program.selection.check([*known, *(name for name, _ in model.named_parameters(remove_duplicate=False))])
+    modules = [name for name, _ in model.named_modules() if name]
+    program.selection.check([*modules, *(name for name, _ in model.named_parameters(remove_duplicate=False))])

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from mxcompile.calibration.run import Request
 from mxcompile.graph.program import Program, Stage
-from mxcompile.graph.records import Measured, PassRecord, PassResult
+from mxcompile.graph.records import ModelMeasurements, PassRecord, PassResult
 from mxcompile.pipeline import text_form
 from mxcompile.pipeline.preservation import REQUIRED_DB
 
@@ -72,7 +72,7 @@ class Instrument:
     def segment(self, program: Program, step: PipelineStep, done: int, total: int) -> None:
         """Called before each unit of a pass's work (a segment, batch or matmul). done: finished units, of `total`."""
 
-    def measure(self, program: Program, step: PipelineStep, result: PassResult) -> Measured | None:
+    def measure(self, program: Program, step: PipelineStep, result: PassResult) -> ModelMeasurements | None:
         """Called after a pass has succeeded, before it is recorded; returns measurements for its record, or None."""
 
     def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:

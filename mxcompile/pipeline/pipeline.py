@@ -139,7 +139,7 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
         seconds = time.perf_counter() - started
         measured = [m for i in instruments if (m := i.measure(program, step, result)) is not None]
     except Exception as error:
-        failure = error_location.named(error, current.name)
+        failure = error_location.add_location(error, current.name)
         for instrument in instruments:
             instrument.failed(program, step, failure)
         if failure is error:

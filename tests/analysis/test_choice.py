@@ -1,5 +1,5 @@
-"""choose: what is quantized by default and by patterns, which uses of one weight can be told apart, and that too small
-a share of the model is an error that lists the reasons.
+"""choose: what is quantized by default and by name patterns, which uses of a shared weight can be told apart, and that
+too small a share of the model is an error that lists the reasons.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from mxcompile.analysis.choice import Choice, check_coverage, choose, refuse_inseparable, slot
+from mxcompile.analysis.choice import MatmulChoice, check_coverage, choose, exclude_shared_weights, name_in_module
 from mxcompile.errors import CoverageError
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.program import Program
@@ -18,18 +18,18 @@ from mxcompile.graph.trace import trace
 SIZE = 64
 
 
-def select(program: Program, include=(), exclude=(), allow_partial=False) -> Choice:
+def select(program: Program, include=(), exclude=(), allow_partial=False) -> MatmulChoice:
     program.selection = Selection(tuple(include), tuple(exclude), allow_partial)
     return choose(program)
 
 
-def chosen(choice: Choice) -> list[str]:
+def chosen(choice: MatmulChoice) -> list[str]:
     """Paths of the modules whose matmuls are chosen."""
     return [matmul.module_path for matmul in choice.matmuls]
 
 
-def reasons(choice: Choice) -> dict[str, str]:
-    """where -> reason of everything left alone."""
+def reasons(choice: MatmulChoice) -> dict[str, str]:
+    """where -> reason of everything skipped."""
     return {miss.where: miss.reason for miss in choice.misses}
 
 
@@ -55,10 +55,10 @@ def test_the_output_head_stays_float(name, traced):
     choice = choose(traced(name))
     assert "lm_head" not in chosen(choice)
     assert choice.embeddings == ()
-    (head,) = choice.left_float
+    (head,) = choice.skipped
     assert head.reason == "the output head stays float; ask for it with include=['lm_head']"
     assert head.bytes == 128 * 64 * 4
-    assert choice.refusals == ()
+    assert choice.unsupported == ()
 
 
 def test_a_tied_embedding_is_an_output_head_without_being_declared():
@@ -75,15 +75,15 @@ def test_a_tied_embedding_is_an_output_head_without_being_declared():
     assert program.output_heads == frozenset()
     choice = choose(program)
     assert chosen(choice) == ["hidden"]
-    assert len(choice.left_float) == 1
+    assert len(choice.skipped) == 1
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "bert", "vit"])
 def test_everything_else_is_chosen(name, traced):
     choice = choose(traced(name))
-    assert choice.left_float == ()
+    assert choice.skipped == ()
     assert len(choice.matmuls) == {"mlp": 2, "cnn": 2, "bert": 7, "vit": 7}[name]
-    assert all(choice.alone(matmul) for matmul in choice.matmuls)
+    assert all(choice.owns_weight(matmul) for matmul in choice.matmuls)
 
 
 def test_refusals_are_misses(traced):
@@ -153,7 +153,7 @@ class SharedWeight(nn.Module):
 def test_exclude_one_module_of_a_tied_weight(excluded, left):
     choice = choose(trace(SharedWeight(), torch.randn(2, SIZE), exclude=[excluded]))
     assert chosen(choice) == left
-    assert not choice.alone(choice.matmuls[0])
+    assert not choice.owns_weight(choice.matmuls[0])
 
 
 @pytest.mark.parametrize(("excluded", "left"), [("first.weight", ["second"]), ("second.weight", ["first"])])
@@ -168,18 +168,18 @@ def test_exclude_one_name_of_a_tied_weight(excluded, left):
 def test_uses_under_their_own_names_are_separable():
     program = trace(SharedWeight(), torch.randn(2, SIZE), exclude=["second"])
     choice = choose(program)
-    assert refuse_inseparable(program, choice) == choice
+    assert exclude_shared_weights(program, choice) == choice
     (matmul,) = choice.matmuls
-    assert slot(program, matmul.parameter, matmul.node) == "first.weight"
+    assert name_in_module(program, matmul.parameter, matmul.node) == "first.weight"
 
 
 def test_a_tied_head_is_separable_from_its_embedding(traced):
     program = traced("llama-tied")
     choice = select(program, include=["lm_head"])
     head = choice.matmuls[-1]
-    assert not choice.alone(head)
-    assert refuse_inseparable(program, choice) == choice
-    assert slot(program, head.parameter, head.node) == "lm_head.weight"
+    assert not choice.owns_weight(head)
+    assert exclude_shared_weights(program, choice) == choice
+    assert name_in_module(program, head.parameter, head.node) == "lm_head.weight"
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_uses_under_one_name_are_inseparable(other_use, reader):
     program = a_model(lambda x, w: F.linear(x, w) + other_use(w), (SIZE, SIZE))
     choice = choose(program)
     assert len(choice.matmuls) == 1
-    assert not choice.alone(choice.matmuls[0])
-    separated = refuse_inseparable(program, choice)
+    assert not choice.owns_weight(choice.matmuls[0])
+    separated = exclude_shared_weights(program, choice)
     assert separated.matmuls == ()
-    (refusal,) = separated.refusals
+    (refusal,) = separated.unsupported
     assert refusal.reason == f"its weight 'weights.0' is also read, in float and by the same name, by {reader}"
     assert refusal.bytes == SIZE * SIZE * 4
 
@@ -213,7 +213,7 @@ def test_a_transpose_that_is_shared_with_another_use_is_inseparable():
     model.first = Transposing(SIZE, SIZE, bias=False)
     model.first.weight = model.second.weight
     program = trace(model, torch.randn(2, SIZE))
-    assert chosen(refuse_inseparable(program, choose(program))) == ["second"]
+    assert chosen(exclude_shared_weights(program, choose(program))) == ["second"]
 
 
 def test_uses_in_one_module_of_a_tied_weight_are_inseparable():
@@ -225,17 +225,17 @@ def test_uses_in_one_module_of_a_tied_weight_are_inseparable():
     model.first = Summing(SIZE, SIZE, bias=False)
     model.first.weight = model.second.weight
     program = trace(model, torch.randn(2, SIZE))
-    separated = refuse_inseparable(program, choose(program))
+    separated = exclude_shared_weights(program, choose(program))
     assert chosen(separated) == ["second"]
-    assert "aten.sum.default" in separated.refusals[0].reason
+    assert "aten.sum.default" in separated.unsupported[0].reason
 
 
 def test_two_chosen_uses_of_one_name_are_fine():
     program = a_model(lambda x, w: F.linear(F.linear(x, w), w), (SIZE, SIZE))
     choice = choose(program)
     assert len(choice.matmuls) == 2
-    assert all(map(choice.alone, choice.matmuls))
-    assert refuse_inseparable(program, choice) == choice
+    assert all(map(choice.owns_weight, choice.matmuls))
+    assert exclude_shared_weights(program, choice) == choice
 
 
 def test_an_embedding_in_one_module_with_its_head():
@@ -246,7 +246,7 @@ def test_an_embedding_in_one_module_with_its_head():
     program = trace(OneModule(16, SIZE), torch.zeros(2, 5, dtype=torch.long))
     both = select(program, include=["weight"])
     assert (len(both.matmuls), len(both.embeddings)) == (1, 1)
-    assert refuse_inseparable(program, both) == both
+    assert exclude_shared_weights(program, both) == both
 
 
 # Coverage
@@ -268,10 +268,10 @@ def test_less_than_half_is_an_error_with_its_reasons():
     with pytest.raises(CoverageError) as caught:
         check_coverage(program, choose(program))
     first, second, *reasons, last = str(caught.value).splitlines()
-    assert first == "only 25% of the matmul weight bytes would be quantized (1 matmuls). Left in float:"
+    assert first == "only 25% of the matmul weight bytes would be quantized (1 matmuls). Kept in float:"
     assert second.startswith("  %linear in 0: the weight is computed at run time by aten._weight_norm.default")
     assert len(reasons) == 2
-    assert last == "Pass allow_partial=True to go on all the same."
+    assert last == "Pass allow_partial=True to quantize anyway."
 
 
 def test_a_long_list_of_reasons_is_cut():
@@ -298,7 +298,7 @@ def test_nothing_at_all_is_an_error():
     with pytest.raises(CoverageError) as caught:
         check_coverage(program, choose(program))
     assert str(caught.value).splitlines()[:2] == [
-        "only 0% of the matmul weight bytes would be quantized (0 matmuls). Left in float:",
+        "only 0% of the matmul weight bytes would be quantized (0 matmuls). Kept in float:",
         "  the graph has no matmul by a weight",
     ]
 
@@ -321,5 +321,5 @@ def test_choosing_changes_nothing(traced):
     program = traced("llama")
     before = str(program.graph)
     assert choose(program) == choose(program)
-    refuse_inseparable(program, choose(program))
+    exclude_shared_weights(program, choose(program))
     assert str(program.graph) == before

@@ -1,5 +1,5 @@
-"""find_matmuls: every way to multiply by a parameter is found with its orientation, whatever op says it; attention is
-not; what cannot be used is refused with the reason and the remedy.
+"""find_matmuls: every op that multiplies by a parameter is found, with its orientation, and attention is not; what
+cannot be quantized is returned with the reason and what to do.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from mxcompile.analysis.matmuls import Matmul, Refusal, find_matmuls, finite_rows
+from mxcompile.analysis.matmuls import Matmul, UnquantizedNode, find_matmuls, finite_rows
 from mxcompile.errors import WeightError
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
@@ -30,7 +30,7 @@ class Weighted(nn.Module):
         return self.function(self, *args)
 
 
-def find(model: nn.Module, *args: Tensor) -> tuple[Program, list[Matmul], list[Refusal]]:
+def find(model: nn.Module, *args: Tensor) -> tuple[Program, list[Matmul], list[UnquantizedNode]]:
     program = trace(model, args or (torch.randn(2, 5, IN),))
     return program, *find_matmuls(program)
 
@@ -42,7 +42,7 @@ def the_matmul(model: nn.Module, *args: Tensor) -> tuple[Program, Matmul]:
     return program, matmul
 
 
-def the_refusal(model: nn.Module, *args: Tensor) -> Refusal:
+def the_refusal(model: nn.Module, *args: Tensor) -> UnquantizedNode:
     _, found, refusals = find(model, *args)
     assert found == []
     (refusal,) = refusals
@@ -273,6 +273,6 @@ def test_a_weight_that_is_not_finite(value):
         finite_rows(program, up)
     assert str(caught.value) == (
         "parameter 'up.weight' (%linear in up) holds 2 NaN or Inf values and cannot be quantized: repair the "
-        "checkpoint, or leave the layer in float with exclude"
+        "checkpoint, or keep the layer in float with exclude"
     )
     assert torch.equal(finite_rows(program, down), model.down.weight)

@@ -1,4 +1,4 @@
-"""Search of fold factors: the error is that of what will be rounded, 1 is always tried, and candidates are sane."""
+"""Factor search: the error is that of the later rounding, factors of 1 are always tried, candidates are finite."""
 
 import math
 
@@ -179,7 +179,7 @@ def test_block_error_is_that_of_folding_and_rounding(factors, scene):
         importance = facts.statistics[matmul.activation][ChannelImportance] / per_channel(chosen, channels).square()
         folded.set_tensor(matmul.parameter, W4A8.round_weight(folded.tensor(matmul.parameter).detach(), importance))
         prepare[matmul] = W4A8.round_input
-    (stream,) = facts.segment.gives
+    (stream,) = facts.segment.outputs
     runs = Runner(program), AlteredRun(folded, prepare)
     exact, given = (
         run.run_nodes(facts.segment.nodes, facts.block_inputs[0], None, [stream])[stream].flatten(0, -2) for run in runs

@@ -1,4 +1,4 @@
-"""Second moments: the weight they aim at is the least squares one, and what a matmul's output is added to is found."""
+"""Second moments: the corrected target is the least-squares weight, and the residual of a matmul's output is found."""
 
 import weakref
 from functools import partial
@@ -23,7 +23,7 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_the_target_is_the_least_squares_weight():
-    """Exact outputs from inexact inputs, and what the residual lacks, by torch's own solver."""
+    """Exact outputs from inexact inputs plus the residual's error, compared with torch's own solver."""
     exact, weight, lost = values(200, 8), values(5, 8, seed=1), values(200, 5, seed=2)
     x = exact + 0.3 * values(200, 8, seed=3)
     moments = SecondMoments(8, x.device)
@@ -95,13 +95,13 @@ def test_rows_of_experts():
 
 @pytest.mark.parametrize("activation", [None, MXINT8], ids=["float", "mxint8"])
 def test_streams_agree_until_something_is_rounded(activation):
-    """No weight rounded: with float activations nothing is lacking; rounded ones lack a little."""
+    """No weight rounded: with float activations the input error is zero, with rounded ones small."""
     batches = [inputs("llama", 4, 16, seed=seed) for seed in range(2)]
     program = mxcompile.trace(llama(2), batches[0])
     program.batches = tuple(as_inputs(batch) for batch in batches)
     twin_run = TwinRun(program, choose(program).matmuls, partial(round_input, activation), with_exact=True)
     for segment in twin_run.segments:
-        (moments,) = twin_run.moments(segment, segment.reading(segment.inputs[0]), residual=True)
+        (moments,) = twin_run.moments(segment, segment.readers_of(segment.inputs[0]), residual=True)
         assert moments.input_error is not None
         share = (moments.input_error.norm() / moments.inputs.norm()).item()
         assert share == 0 if activation is None else 0 < share < 0.02

@@ -86,7 +86,7 @@ def test_states_hold_only_what_is_still_to_be_read(program):
         sweep.advance(segment)
         passed.update(segment.nodes)
         assert all(node.users.keys() - passed for node in sweep.states[0])
-        assert set(segment.gives) <= sweep.states[0].keys()
+        assert set(segment.outputs) <= sweep.states[0].keys()
 
 
 def test_ragged_batches(program):
@@ -116,7 +116,7 @@ def test_later_segments_see_a_replaced_weight(program):
     name = second.matmuls[-1].parameter
     program.set_tensor(name, program.tensor(name).detach() * 3)
     sweep.advance(second)
-    stream = second.gives[-1]
+    stream = second.outputs[-1]
     for weights, same in ((program, True), (before, False)):
         nodes = {node.name: node for node in weights.graph.nodes}
         run = [nodes[node.name] for node in (*first.nodes, *second.nodes)]
@@ -148,7 +148,7 @@ def test_looking_stays_in_front(program):
     sweep = Sweep(program, batches((2, 8), (1, 5)))
     sweep.advance(first)
     before = [dict(state) for state in sweep.states]
-    (stream, *_), (inside, *_) = first.gives[-1:], second.inputs
+    (stream, *_), (inside, *_) = first.outputs[-1:], second.inputs
     seen = [Sum(), Sum()]
     for observer in seen:
         sweep.observe(second, {inside: [observer], stream: [observer]})
@@ -230,7 +230,7 @@ def test_a_model_that_writes_in_place_can_be_looked_at():
     sweep, sums = Sweep(program, [Inputs((x,))]), []
     for segment in find_segments(program, choose(program).matmuls):
         observers = [Last() for _ in range(3)]
-        value = segment.gives[-1]
+        value = segment.outputs[-1]
         for observer in observers[:2]:
             sweep.observe(segment, {value: [observer]})
             sweep.approach(segment, segment.matmuls[0].activation, 0)
@@ -254,8 +254,8 @@ def test_a_prepared_input_is_prepared_once_for_all_its_readers(program):
         return x / 2
 
     value = first.inputs[0]
-    altered = AlteredRun(program, dict.fromkeys(first.reading(value), halved))
-    nodes = [matmul.node for matmul in first.reading(value)]
+    altered = AlteredRun(program, dict.fromkeys(first.readers_of(value), halved))
+    nodes = [matmul.node for matmul in first.readers_of(value)]
     given = bind_inputs(program, program.example)
     found = altered.run_nodes(first.nodes, given, None, [*nodes, value])
     plain = Runner(program).run_nodes(first.nodes, given, None, [*nodes, value])
@@ -273,13 +273,13 @@ def test_a_replaced_tensor(program):
     other = program.tensor(name).detach() * 3
     given, before = bind_inputs(program, program.example), program.tensor(name)
     altered = AlteredRun(program, {}, {name: other})
-    found = altered.run_nodes(first.nodes, given, None, first.gives)
-    plain = Runner(program).run_nodes(first.nodes, given, None, first.gives)
+    found = altered.run_nodes(first.nodes, given, None, first.outputs)
+    plain = Runner(program).run_nodes(first.nodes, given, None, first.outputs)
     assert program.tensor(name) is before
     program.set_tensor(name, other)
-    wanted = Runner(program).run_nodes(first.nodes, given, None, first.gives)
-    assert all(torch.equal(found[node], wanted[node]) for node in first.gives if isinstance(wanted[node], Tensor))
-    assert not torch.equal(found[first.gives[-1]], plain[first.gives[-1]])
+    wanted = Runner(program).run_nodes(first.nodes, given, None, first.outputs)
+    assert all(torch.equal(found[node], wanted[node]) for node in first.outputs if isinstance(wanted[node], Tensor))
+    assert not torch.equal(found[first.outputs[-1]], plain[first.outputs[-1]])
     altered.tensors = {name: before}
-    again = altered.run_nodes(first.nodes, given, None, first.gives)
-    assert torch.equal(again[first.gives[-1]], plain[first.gives[-1]])
+    again = altered.run_nodes(first.nodes, given, None, first.outputs)
+    assert torch.equal(again[first.outputs[-1]], plain[first.outputs[-1]])

@@ -1,4 +1,4 @@
-"""Saved and loaded: the same module to the bit, at its packed size, from files that are read when they are needed."""
+"""Save and load: the same module to the bit, at its packed size, from files that are read lazily."""
 
 import copy
 import json
@@ -21,10 +21,10 @@ from mxcompile.checkpoint import Checkpoint
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import CheckpointError, InputError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, ScaleRule, activation_rule
-from mxcompile.inductor import backend
+from mxcompile.inductor import why_no_inductor
 from mxcompile.numerics import packing, reference
 from mxcompile.passes.recipes import RECIPES
-from mxcompile.tensor.modules import own_tensors, stored_bytes
+from mxcompile.tensor.modules import named_tensors, stored_bytes
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 
@@ -209,7 +209,7 @@ def test_what_made_it_is_kept(tmp_path):
     mxcompile.save(model, tmp_path)
     loaded = mxcompile.load(tmp_path, model=build("mlp"))
     assert Provenance.of(loaded) == Provenance.of(copy.deepcopy(loaded)) == provenance
-    assert Checkpoint(tmp_path).card.provenance == provenance
+    assert Checkpoint(tmp_path).config.provenance == provenance
 
 
 def test_a_quantized_model_is_not_quantized_again(tmp_path):
@@ -225,7 +225,7 @@ def test_a_quantized_model_is_not_quantized_again(tmp_path):
         (lambda model: model.register_buffer("x", torch.ones(2).to_sparse()), r"x is a Tensor \(torch.sparse_coo\)"),
         (lambda model: model.register_buffer("x", torch.ones(2, device="meta")), r"x is on the meta device"),
         (lambda model: model.add_module("x", nn.LazyLinear(2)), r"x.weight is a UninitializedParameter"),
-        (lambda model: model.add_module("x", Stateful()), r"x \(Stateful\) keeps state of its own"),
+        (lambda model: model.add_module("x", Stateful()), r"x \(Stateful\) has extra state"),
         (lambda model: model.register_buffer("x", torch.ones(2).cfloat().to(torch.complex128)), r"x is torch.complex"),
     ],
 )
@@ -244,10 +244,10 @@ class Stateful(nn.Module):
 
 def test_a_skeleton_must_be_the_saved_module(tmp_path):
     mxcompile.save(deployed("mlp"), tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds a MLP, the model given is a CNN"):
+    with pytest.raises(CheckpointError, match=r"holds a MLP, `model` is a CNN"):
         mxcompile.load(tmp_path, model=build("cnn"))
     with pytest.raises(
-        CheckpointError, match=r"holds a MLP that is no model of transformers: build one .*model=\.\.\."
+        CheckpointError, match=r"holds a MLP, which is not a transformers model: build one .*model=\.\.\."
     ):
         mxcompile.load(tmp_path)
     for change, difference in (
@@ -257,14 +257,14 @@ def test_a_skeleton_must_be_the_saved_module(tmp_path):
         ),
         (lambda model: delattr(model, "norm"), r"only saved: norm.weight, norm.bias"),
         (lambda model: setattr(model, "more", nn.Linear(2, 2)), r"only in MLP: more.weight, more.bias"),
-        (lambda model: setattr(model, "more", torch.ones(2, device="meta")), r"more of the model given is on the meta"),
+        (lambda model: setattr(model, "more", torch.ones(2, device="meta")), r"more of `model` is on the meta"),
     ):
         model = build("mlp")
         change(model)
-        before = own_tensors(model)
+        before = named_tensors(model)
         with pytest.raises(CheckpointError, match=difference):
             mxcompile.load(tmp_path, model=model)
-        assert all(tensor is before[name] for name, tensor in own_tensors(model).items())
+        assert all(tensor is before[name] for name, tensor in named_tensors(model).items())
 
 
 MEASURED = """
@@ -313,7 +313,7 @@ with torch.no_grad():
 assert counters["inductor"]["fxgraph_cache_hit"] == 1, counters
 assert counters["inductor"]["fxgraph_cache_miss"] == 0, counters
 """
-NO_COMPILER = backend.why_no_inductor(torch.device("cpu"))
+NO_COMPILER = why_no_inductor(torch.device("cpu"))
 
 
 @pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))

@@ -1,4 +1,4 @@
-"""What is has changed since it was saved is refused, with a reason, before anything of it is used."""
+"""Damaged or edited checkpoints are refused with a reason before anything of them is used."""
 
 import json
 import os

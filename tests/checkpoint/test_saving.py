@@ -1,4 +1,4 @@
-"""Saving over a checkpoint: killed at any moment, either the old or the new one is there, whole."""
+"""Saving over a checkpoint: if the process is killed at any moment, the old or the new one is there, whole."""
 
 import os
 import subprocess
@@ -47,9 +47,9 @@ def count_down(left):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(step)
-    sync, tensor_bytes = os.fsync, shards._bytes
+    sync, in_bytes = os.fsync, shards.tensor_bytes
     os.fsync = lambda handle: (step("os.fsync", ()), sync(handle))
-    shards._bytes = lambda tensor: (step("os.fsync", ()), tensor_bytes(tensor))[1]  # between two tensors of a file
+    shards.tensor_bytes = lambda tensor: (step("os.fsync", ()), in_bytes(tensor))[1]  # between two tensors of a file
 
 
 point = 0
@@ -87,12 +87,12 @@ def folders(tmp_path_factory, local_model) -> tuple[Path, Path]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Files by name; in place of weights, their index and config, what these hold."""
     checkpoint = Checkpoint(folder)
-    own = {checkpoint.card.index, *checkpoint.index.shards, "config.json"}
+    own = {checkpoint.config.index, *checkpoint.index.shards, "config.json"}
     found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in own}
     for name, tensor in checkpoint.tensors().items():
         for part in tensor.parts if isinstance(tensor, MXWeight) else (tensor,):
             found[name] = found.get(name, b"") + part.numpy().tobytes()
-    return found | {"config": str(checkpoint.card.config).encode()}
+    return found | {"config": str(checkpoint.config.model_config).encode()}
 
 
 def names(folder: Path) -> set[str]:
@@ -127,7 +127,7 @@ def test_nothing_of_the_old_one_is_left(folders, tmp_path):
         assert contents(tmp_path).items() <= contents(folder).items()
         mxcompile.save(mxcompile.load(tmp_path), tmp_path)
         assert contents(tmp_path).items() <= contents(folder).items()
-        stem = Checkpoint(tmp_path).card.index.partition(".")[0]
+        stem = Checkpoint(tmp_path).config.index.partition(".")[0]
         weights = {f"{stem}.safetensors.index.json", f"{stem}-00001-of-00001.safetensors"}
         assert names(tmp_path) == {"config.json", "generation_config.json", *weights}
 
@@ -192,7 +192,7 @@ def test_a_full_disk_is_explained_and_leaves_the_old_one(folders, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(CheckpointError, match=r"No space left .* before is whole"):
+        with pytest.raises(CheckpointError, match=r"No space left .* before it is unchanged"):
             mxcompile.save(model, tmp_path)
         with pytest.raises(CheckpointError, match=r"No space left"):
             mxcompile.save(model, tmp_path / "new")

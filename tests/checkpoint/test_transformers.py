@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' models: by `save_pretrained` and `from_pretrained` too, with all that belongs to one."""
+"""Checkpoints of transformers models, also with `save_pretrained` and `from_pretrained`, and their auxiliary files."""
 
 import copy
 import io
@@ -110,14 +110,14 @@ def test_tokenizer_and_generation_config_come_along(local_model, tmp_path):
     mxcompile.save(model, tmp_path, tokenizer=tokenizer, processor=tokenizer)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == tokenizer.get_vocab()
     assert mxcompile.load(tmp_path).generation_config.max_new_tokens == 7
-    assert {"tokenizer.json", "generation_config.json"} <= Checkpoint(tmp_path).card.files.keys()
+    assert {"tokenizer.json", "generation_config.json"} <= Checkpoint(tmp_path).config.files.keys()
 
 
 def test_a_file_that_came_along_may_be_changed_but_not_in_silence(tmp_path):
     mxcompile.save(deployed("llama"), tmp_path)
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": 3}))
-    with pytest.warns(UserWarning, match=r"generation_config.json has been changed since it was saved"):
+    with pytest.warns(UserWarning, match=r"generation_config.json has changed since it was saved"):
         loaded = mxcompile.load(tmp_path)
     assert loaded.generation_config.max_new_tokens == 3
 
@@ -126,7 +126,7 @@ def test_options_of_save_pretrained(tmp_path):
     model = deployed("llama")
     model.save_pretrained(tmp_path / "no", is_main_process=False)
     assert not (tmp_path / "no").exists()
-    with pytest.raises(CheckpointError, match="save_pretrained cannot take push_to_hub, variant"):
+    with pytest.raises(CheckpointError, match="does not support push_to_hub, variant: leave it out"):
         model.save_pretrained(tmp_path, push_to_hub=True, variant="fp8", safe_serialization=True)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(weight_files(tmp_path)) > 3
@@ -136,7 +136,7 @@ def test_transformers_is_told_when_a_model_of_another_class_is_asked_for(tmp_pat
     from transformers import AutoModel
 
     mxcompile.save(deployed("llama"), tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds a LlamaForCausalLM, not a LlamaModel: load that"):
+    with pytest.raises(CheckpointError, match=r"holds a LlamaForCausalLM, not a LlamaModel: load it as a"):
         AutoModel.from_pretrained(tmp_path)
 
 

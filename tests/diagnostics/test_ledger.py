@@ -21,7 +21,11 @@ numbers = st.none() | st.floats(allow_nan=False)
 texts = st.text(max_size=8)
 layers = st.builds(LayerMeasurements, st.none() | texts, st.none() | texts, numbers, numbers, numbers, numbers)
 measured = st.builds(
-    ModelMeasurements, st.floats(allow_nan=False), numbers, numbers, st.dictionaries(st.text(min_size=1), layers, max_size=3)
+    ModelMeasurements,
+    st.floats(allow_nan=False),
+    numbers,
+    numbers,
+    st.dictionaries(st.text(min_size=1), layers, max_size=3),
 )
 records = st.builds(
     PassRecord,

@@ -1,4 +1,4 @@
-"""A pass that fails, or leaves what cannot be used: the error and the dump name it, and the node that it was at."""
+"""Errors of passes: the message and the dump name the pass that failed, or broke the graph, and the node."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from mxcompile.diagnostics.dump_reader import DumpReader
 from mxcompile.diagnostics.measure import Measure
 from mxcompile.errors import MXCompileError, PassError, UnknownNameError, VerifyError
 from mxcompile.graph.edit import insert_call
-from mxcompile.graph.error_location import last_node, named
+from mxcompile.graph.error_location import add_location, last_node
 from mxcompile.graph.rules import Any, Call, apply_rules
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.pipeline import Pipeline
@@ -107,7 +107,10 @@ FAILURES = {
         VerifyError,
         "pass 'own': %up_weight reads 'up.weight', which is torch.float32 (3, 64) and was torch.float32 (128, 64)",
     ),
-    no_type: (VerifyError, "pass 'own': %gelu_default has no type: insert nodes with mxcompile.edit.insert_call"),
+    no_type: (
+        VerifyError,
+        "pass 'own': %gelu_default has no fake value: insert nodes with mxcompile.graph.edit.insert_call",
+    ),
     cannot_be_run: (PassError, "pass 'own' failed, last at %wrong: IndexError"),
 }
 
@@ -168,10 +171,11 @@ def test_an_error_that_has_seen_no_node_names_the_pass_alone():
     with pytest.raises(OSError, match="full") as caught:
         raise OSError("disk full")
     assert last_node(caught.value) is None
-    assert str(named(caught.value, "own")) == "pass 'own' failed: OSError: disk full"
-    assert named(caught.value, "own").__cause__ is caught.value
+    assert str(add_location(caught.value, "own")) == "pass 'own' failed: OSError: disk full"
+    assert add_location(caught.value, "own").__cause__ is caught.value
 
 
 def test_a_message_that_names_the_pass_is_left_as_it_is():
-    assert str(named(MXCompileError("own-pass needs more"), "own-pass")) == "own-pass needs more"
-    assert str(named(MXCompileError("my own-pass-2 needs more"), "own-pass")).startswith("pass 'own-pass': my own")
+    assert str(add_location(MXCompileError("own-pass needs more"), "own-pass")) == "own-pass needs more"
+    other = MXCompileError("my own-pass-2 needs more")
+    assert str(add_location(other, "own-pass")).startswith("pass 'own-pass': my own")

@@ -1,5 +1,5 @@
-"""Inputs: example inputs and calibration data arrive in one shape, whichever accepted form they had, and every other
-form is refused with the accepted ones named.
+"""Inputs: every accepted form of example inputs and calibration data is normalized alike; any other form is refused
+with a message that lists the accepted ones.
 """
 
 from collections import UserDict
@@ -43,7 +43,7 @@ def test_other_examples_are_refused(example):
     with pytest.raises(InputError) as caught:
         as_inputs(example)
     assert str(caught.value) == (
-        f"example inputs are a {type(example).__name__}; give a dict of keyword arguments, a tuple of positional "
+        f"example inputs are a {type(example).__name__}; pass a dict of keyword arguments, a tuple of positional "
         "arguments, or a single tensor"
     )
 
@@ -79,13 +79,13 @@ def test_a_data_loader():
 @pytest.mark.parametrize("empty", [[], iter(()), {}.values()], ids=["list", "iterator", "view"])
 def test_no_batches(empty):
     with pytest.raises(
-        InputError, match=r"calibration data is empty \(an exhausted iterator\?\); give a list of batch"
+        InputError, match=r"calibration data is empty \(an exhausted iterator\?\); pass a list of batch"
     ):
         list(as_batches(empty))
 
 
 def test_calibration_of_no_accepted_form():
-    with pytest.raises(InputError, match="calibration is a int; give a batch or an iterable of batches"):
+    with pytest.raises(InputError, match="calibration is a int; pass a batch or an iterable of batches"):
         list(as_batches(3))
     with pytest.raises(InputError, match="example inputs are a str"):
         list(as_batches(["a sentence"]))
@@ -98,7 +98,7 @@ def test_tensors_in_order():
 
 def test_repeated_doubles_a_batch_of_one():
     one = Inputs((X[:1], [Y[:1]]), {"flag": True, "none": None})
-    two = one.repeated()
+    two = one.with_doubled_batch()
     assert torch.equal(two.args[0], X[[0, 0]])
     assert torch.equal(two.args[1][0], Y[[0, 0]])
     assert two.kwargs == {"flag": True, "none": None}
@@ -111,7 +111,7 @@ def test_repeated_doubles_a_batch_of_one():
     ids=["batch of two", "mixed", "scalar", "no tensor", "nothing"],
 )
 def test_repeated_leaves_other_batches_alone(inputs):
-    assert inputs.repeated() is None
+    assert inputs.with_doubled_batch() is None
 
 
 leaves = st.integers() | st.none() | st.text(max_size=3)

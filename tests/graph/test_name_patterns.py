@@ -1,4 +1,4 @@
-"""Overrides: other formats by name pattern, in text, through every pass that gives weights a format, and when wrong."""
+"""Overrides: formats by name pattern, their text form, in every pass that assigns formats, and what is refused."""
 
 import pytest
 import torch
@@ -25,7 +25,11 @@ LOWER = "lower-mx{weight=mxint4,activation=mxint8}"
 
 def formats_of(program) -> dict[str, tuple[str | None, str | None]]:
     layers = find_layers(program)
-    return {name: (la.format, None if la.rounded is None else la.rounded.format) for name, la in layers.items()}
+    inputs_of = {name: layer.input_rounding for name, layer in layers.items()}
+    return {
+        name: (layer.format, None if inputs_of[name] is None else inputs_of[name].format)
+        for name, layer in layers.items()
+    }
 
 
 # Text
@@ -56,7 +60,7 @@ def test_round_trip(given_):
     [
         ("*.down_proj=mxint8", "is not a list [pattern=format,pattern=none]"),
         ("[*.down_proj]", "cannot read '*.down_proj'; write pattern=format or pattern=none"),
-        ("[*.down_proj=mxint9]", "an integer element of 9 bits: give 2 to 8"),
+        ("[*.down_proj=mxint9]", "an integer element has 2 to 8 bits, not 9"),
         ("[*.down_proj=mxin4]", "unknown format 'mxin4': did you mean mxint4"),
     ],
 )
@@ -149,15 +153,15 @@ def test_a_pattern_that_matches_nothing(traced):
 
 
 def test_a_pattern_for_what_stays_float_anyway(traced):
-    with pytest.raises(PipelineError, match=r"override 'lm_head': .* stays float: .*include=\['lm_head'\]"):
+    with pytest.raises(PipelineError, match=r"override 'lm_head': .* stays in float: .*include=\['lm_head'\]"):
         Pipeline([LowerMX(MXINT4, overrides={"lm_head": MXINT8})]).run(traced("llama"))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"*.o_proj": MXINT8}, "was rounded to mxint4, lower-mx has weight=mxint8 for it.*same overrides"),
-        ({"*.o_proj": None}, "was rounded to mxint4, an override of lower-mx leaves it in float"),
+        ({"*.o_proj": MXINT8}, "was rounded to mxint4, but lower-mx has weight=mxint8 for it.*same overrides"),
+        ({"*.o_proj": None}, "was rounded to mxint4, but an override of lower-mx keeps it in float"),
     ],
 )
 def test_passes_that_disagree(traced, overrides, message):

@@ -1,5 +1,5 @@
-"""The printed program: the whole expected text for a small MLP; the same over two traces; a change shows in its own
-line alone; nothing in it depends on a path, an id or a time.
+"""print_program: the whole expected text for a small MLP; two traces print the same; a change shows only in its own
+line; nothing depends on a path, an id or a time.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
-"""Program: runs like the model, copies isolate everything but tensors, a replaced tensor never touches the old one, and
-inserted nodes have the name, type and module that a reader expects.
+"""Program: it runs like the model; copies share only tensors; replacing a tensor never writes to the old one; inserted
+nodes have the expected name, type and module path.
 """
 
 import operator
@@ -181,13 +181,13 @@ def test_forget_lets_go_of_a_tensor_that_nothing_reads(program):
     linear = node_named(program, "linear")
     first = insert_tensor(program, linear, "up.bias")
     second = insert_tensor(program, linear, "down.weight")
-    program.forget(first)
+    program.erase_tensor_node(first)
     assert program.has_tensor("up.bias")  # linear still reads it
-    program.forget(second)
+    program.erase_tensor_node(second)
     down = node_named(program, "down_weight")
     linear_1 = node_named(program, "linear_1")
     linear_1.replace_input_with(down, linear_1.args[0])
-    program.forget(down)
+    program.erase_tensor_node(down)
     assert not program.has_tensor("down.weight")
     assert "down.weight" not in program.parameter_names()
 

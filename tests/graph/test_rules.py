@@ -1,5 +1,5 @@
-"""Rules: patterns match by place in the schema, however an operand is given; a check's reason becomes a miss; rewrites
-leave no dead code, and a second run finds nothing more to do.
+"""Rules: patterns match by position in the schema, however an operand is passed; a check's reason becomes a miss;
+rewrites leave no dead code, and a second run changes nothing.
 """
 
 import operator

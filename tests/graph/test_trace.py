@@ -1,5 +1,5 @@
 """trace: every accepted form of example inputs gives the same graph; batch and length stay dynamic; the user's model is
-untouched to the bit; tied parameters and the output head are known; what cannot be traced is explained.
+unchanged to the bit; tied parameters and the output head are recorded; errors explain what cannot be traced.
 """
 
 import re
@@ -297,7 +297,7 @@ def test_too_many_positional_arguments():
 
 
 def test_inputs_of_no_accepted_form():
-    with pytest.raises(InputError, match="example inputs are a str; give a dict of keyword arguments, a tuple"):
+    with pytest.raises(InputError, match="example inputs are a str; pass a dict of keyword arguments, a tuple"):
         trace(build("mlp"), "x")
 
 

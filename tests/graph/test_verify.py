@@ -1,5 +1,5 @@
-"""verify: a valid Program passes at every stage; a malformed graph, a missing tensor, an op of another stage, a node
-without a type and bytes that do not fit are refused with the node and its module, also after a user's pass.
+"""verify: a valid Program passes at every stage. A malformed graph, a missing tensor, an op of another stage, a node
+without a fake value and packed bytes of a wrong size are errors that name the node and its module.
 """
 
 from dataclasses import dataclass
@@ -87,10 +87,10 @@ def break_type(program: Program, linear: Node) -> None:
 BREAKS = {
     break_order: r"the graph is malformed at %linear in up: Argument 'layer_norm' of Node 'linear' was used before",
     break_tensor: r"up\.bias",
-    break_kind: r"%up_bias reads 'up\.bias', which the program does not hold",
+    break_kind: r"%up_bias reads 'up\.bias', which the program does not have",
     break_quantize: r"%early in up is mx\.quantize\.default, but the program is not lowered: a pass sets its `gives`",
     break_fused: r"%early in up is mx\.quantize_dequantize\.default, but the program is not fused",
-    break_type: r"%neg_default has no type: insert nodes with mxcompile\.edit\.insert_call",
+    break_type: r"%neg_default has no fake value: insert nodes with mxcompile\.graph\.edit\.insert_call",
 }
 
 

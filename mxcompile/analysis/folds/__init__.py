@@ -1,1 +1,1 @@
-"""Which channel factors can be folded where, discovered from data flow, and the folds themselves."""
+"""Folds: discover from data flow which channel factors can be folded where, and fold them."""

@@ -1,7 +1,7 @@
-"""What each op means for scaled operands: which values must be scaled with which, and what cannot be.
+"""The constraint of each op: which of its operands and result must be scaled together, and which cannot be.
 
-Every constraint is symmetric: from whatever labels its operands and result have, it derives the others. An op that is
-not listed, or a use that is not linear in the scaled operand, pins the factors to 1 and says why.
+Every constraint is symmetric: from the labels that its operands and result have, it derives the others. An op that is
+not listed, or a use that is not linear in the scaled operand, pins the factors to 1 and records the reason.
 """
 
 import math
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.folds.factors import collapsed, from_shape, merged, to_shape
-from mxcompile.analysis.folds.movement import MOVEMENTS, SPLITS, moved, rows_picked
+from mxcompile.analysis.folds.movement import MOVEMENTS, SPLITS, index_constraint, movement_constraint
 from mxcompile.analysis.folds.products import (
+    ATTENTION_CONSTRAINTS,
+    CONVOLUTION_CONSTRAINTS,
+    EMBEDDING_CONSTRAINTS,
     GROUPED_FALLBACK,
-    attended,
-    convolved,
-    embedded,
-    multiplied_by_matrix,
-    normalized,
+    MATMUL_CONSTRAINTS,
+    NORM_CONSTRAINTS,
 )
 from mxcompile.analysis.folds.region import Constraint, Option, Region
 from mxcompile.graph.dataflow import CASTS, SAME_VALUE, operand
@@ -51,7 +51,7 @@ _REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim})
 def constraint_of(node: Node) -> Constraint | None:
     """The constraint that a node puts on its operands and result; None for one that reads no tensor's values."""
     if node.op == "get_attr":
-        return _held_tensor
+        return _parameter
     if node.op != "call_function":
         return _refuse
     if node.target in _SHAPE_ONLY or node.target in SPLITS:
@@ -67,23 +67,23 @@ def tie(region: Region, out: Node, *operands: Any) -> None:
     """Elementwise with broadcasting: result and operands carry the same factors to the same power."""
     rank = len(region.sizes.shape(out))
     values = [out, *(value for value in operands if _is_tensor(value))]
-    known = [(value, labels) for value in values if (labels := region.get(value)) is not None]
-    powers = {region.power[value] for value, _ in known}
+    labelled = [(value, labels) for value in values if (labels := region.get(value)) is not None]
+    powers = {region.power[value] for value, _ in labelled}
     if len(powers) > 1:
-        for _, labels in known:
+        for _, labels in labelled:
             region.pin(out, labels, "would have to be scaled and unscaled by the same factor")
     if len(powers) != 1:
         return
-    joint = from_shape(known[0][1], rank)
-    for _, labels in known[1:]:
+    joint = from_shape(labelled[0][1], rank)
+    for _, labels in labelled[1:]:
         joint = merged(region.factors, joint, from_shape(labels, rank))
     power = powers.pop()
     for value in values:
         region.assign(value, to_shape(region.factors, joint, region.sizes.shape(value)), power)
 
 
-def _held_tensor(region: Region, node: Node) -> None:
-    """A parameter absorbs the factors; every name and reader of it must agree."""
+def _parameter(region: Region, node: Node) -> None:
+    """A parameter absorbs the factors; all its names and readers must agree."""
     labels = region.get(node)
     assert labels is not None
     name = str(node.target)
@@ -99,7 +99,7 @@ def _held_tensor(region: Region, node: Node) -> None:
 
 
 def _created(region: Region, node: Node) -> None:
-    """Zeros may be scaled by anything; the shape is all that is read of the operand."""
+    """Only the operand's shape is read; a result of zeros may be scaled by anything."""
     labels = region.get(node)
     if labels is not None and node.target not in _ZEROS:
         region.pin(node, labels, "is a constant")
@@ -137,20 +137,20 @@ def _add(region: Region, node: Node) -> None:
     elif region.get(node) is not None and _takes_offset(region, node, value, number):
         region.offsets[node] = cast(float, number)
     else:
-        for known in (node, value):
-            if (labels := region.get(known)) is not None:
-                region.pin(known, labels, f"has {number} added to it in %{node.name}")
+        for scaled in (node, value):
+            if (labels := region.get(scaled)) is not None:
+                region.pin(scaled, labels, f"has {number} added to it in %{node.name}")
 
 
 def _takes_offset(region: Region, node: Node, value: Node, number: Any) -> bool:
-    """True for w + number on a parameter that can hold (w + number) / s - number without loss."""
+    """True for w + number if the parameter w can hold (w + number) / s - number without loss (float32 or wider)."""
     plain = node.target is aten.add.Tensor and not node.kwargs and isinstance(number, int | float)
     parameter = _own_parameter(region, value)
     return plain and parameter is not None and parameter.meta["val"].dtype.itemsize >= 4
 
 
 def _own_parameter(region: Region, node: Node) -> Node | None:
-    """The parameter that the value is, perhaps cast, if nothing else reads it."""
+    """The parameter that the value is, possibly cast, if it has no other reader."""
     while len(node.users) == 1 and (node.target in CASTS or node.target in SAME_VALUE):
         node = node.args[0]  # pyright: ignore[reportAssignmentType]
     own = node.op == "get_attr" and len(node.users) == 1 and region.program.is_parameter(str(node.target))
@@ -158,34 +158,34 @@ def _own_parameter(region: Region, node: Node) -> Node | None:
 
 
 def _mul(region: Region, node: Node) -> None:
-    """The powers of the factors add up; who takes a factor is a choice."""
+    """Both operands' factors multiply; which operand takes a factor of the result is a choice."""
     one, other = node.args[:2]
     if not (isinstance(one, Node) and isinstance(other, Node) and _is_tensor(one) and _is_tensor(other)):
         tie(region, node, one, other)
         return
-    known = [value for value in (node, one, other) if region.get(value) is not None]
-    if one is other or len(known) == 3:
-        for value in known:
+    labelled = [value for value in (node, one, other) if region.get(value) is not None]
+    if one is other or len(labelled) == 3:
+        for value in labelled:
             region.pin(node, region.labels[value], "multiplies two scaled values")
-    elif len(known) == 2 and node in known:
+    elif len(labelled) == 2 and node in labelled:
         region.settled(node)
-        tie(region, node, next(value for value in known if value is not node))
-    elif len(known) == 2:
+        tie(region, node, next(value for value in labelled if value is not node))
+    elif len(labelled) == 2:
         region.settled(node)
         _cancel(region, node, one, other)
-    elif known == [node]:
-        region.choose(node, [_given_to(node, value) for value in _takers(region, node, one, other)])
+    elif labelled == [node]:
+        region.choose(node, [_carried_by(node, value) for value in _candidates(region, node, one, other)])
     else:
-        (value,) = known
+        (value,) = labelled
         rest = other if value is one else one
-        options = [_given_to(node, value)]
+        options = [_carried_by(node, value)]
         if _own_parameter(region, rest) is not None and math.prod(region.sizes.shape(rest)) > 1:
             options.insert(0, _cancelled(node, value, rest))
         region.choose(node, options)
 
 
-def _takers(region: Region, node: Node, *operands: Node) -> list[Node]:
-    """Operands that may carry the result's factors: parameters first, those too small for them left out."""
+def _candidates(region: Region, node: Node, *operands: Node) -> list[Node]:
+    """Operands that may carry the result's factors: parameters first, without those of too small a shape."""
     shape = region.sizes.shape(node)
     labels = region.get(node)
     assert labels is not None
@@ -199,8 +199,8 @@ def _takers(region: Region, node: Node, *operands: Node) -> list[Node]:
     return sorted(candidates, key=lambda value: _own_parameter(region, value) is None)
 
 
-def _given_to(node: Node, value: Node) -> Option:
-    """The result and one operand carry the same factors."""
+def _carried_by(node: Node, value: Node) -> Option:
+    """Option: the result and one operand carry the same factors."""
 
     def option(region: Region) -> None:
         tie(region, node, value)
@@ -209,7 +209,7 @@ def _given_to(node: Node, value: Node) -> Option:
 
 
 def _cancelled(node: Node, value: Node, other: Node) -> Option:
-    """The other operand undoes the factors of one."""
+    """Option: the other operand undoes the factors of one."""
 
     def option(region: Region) -> None:
         _cancel(region, node, value, other)
@@ -253,7 +253,7 @@ def _masked_fill(region: Region, node: Node) -> None:
 
 
 def _reduce(region: Region, node: Node) -> None:
-    """Sum or mean: the elements that are added must carry one factor."""
+    """Sum or mean: the elements that are summed must carry one factor."""
     source, dims = node.args[0], operand(node, 1)
     assert isinstance(source, Node)
     rank = len(region.sizes.shape(source))
@@ -283,8 +283,8 @@ def _cumsum(region: Region, node: Node) -> None:
 
 _TABLE: dict[Any, Constraint] = {
     **dict.fromkeys([*SAME_VALUE, *CASTS, *_HOMOGENEOUS], _unary),
-    **dict.fromkeys(MOVEMENTS, moved),
-    **dict.fromkeys([aten.index.Tensor, aten.index_select.default], rows_picked),
+    **dict.fromkeys(MOVEMENTS, movement_constraint),
+    **dict.fromkeys([aten.index.Tensor, aten.index_select.default], index_constraint),
     **dict.fromkeys([aten.add.Tensor, aten.sub.Tensor], _add),
     **dict.fromkeys([aten.mul.Tensor, aten.mul.Scalar], _mul),
     **dict.fromkeys([aten.div.Tensor, aten.div.Scalar], _div),
@@ -292,13 +292,13 @@ _TABLE: dict[Any, Constraint] = {
     aten.cumsum.default: _cumsum,
     aten.where.self: _where,
     aten.where.ScalarOther: _where,
-    # In place, these two do to a scaled tensor, and to all that share its memory, what they do to an unscaled one.
+    # In place, these two commute with scaling, also for all tensors that share the memory.
     **dict.fromkeys([aten.masked_fill.Scalar, aten.masked_fill_.Scalar], _masked_fill),
     aten.relu_.default: _unary,
-    **multiplied_by_matrix,
-    **attended,
-    **normalized,
-    **convolved,
-    **embedded,
+    **MATMUL_CONSTRAINTS,
+    **ATTENTION_CONSTRAINTS,
+    **NORM_CONSTRAINTS,
+    **CONVOLUTION_CONSTRAINTS,
+    **EMBEDDING_CONSTRAINTS,
     **dict.fromkeys(_ZEROS, _created),
 }

@@ -1,8 +1,8 @@
 """Factors and labels: which elements of a value are scaled by which factor.
 
-A label tensor says, element by element, which factor a value carries: an id, or UNKNOWN (nothing requires one). It has
-the value's rank; a dimension along which all elements carry the same factor may have size 1. Ids that are found to mean
-the same factor are united; factor ONE is the constant 1, and a factor united with it cannot be used ("pinned").
+A label tensor holds, for every element of a value, the id of the factor that it carries, or UNKNOWN if nothing requires
+one. It has the value's rank; a dimension along which all elements carry the same factor may have size 1. Ids that turn
+out to be the same factor are united. ONE is the constant 1: a factor united with it is pinned and cannot be chosen.
 """
 
 import torch
@@ -13,11 +13,11 @@ ONE = 0
 
 
 class InconsistentSizesError(Exception):
-    """Labels of one value differ in shape: the sizes assumed for the graph do not fit together."""
+    """Labels of one value differ in shape: the sizes assumed for the graph are inconsistent."""
 
 
 class Factors:
-    """A union-find over factor ids, the smallest id of a set being its name, with the reason for each pinned one."""
+    """A union-find over factor ids; the smallest id names a set. reasons: why each pinned factor is pinned."""
 
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.long)
@@ -40,7 +40,7 @@ class Factors:
         return torch.where(labels == UNKNOWN, UNKNOWN, self._parent[labels.clamp(min=0)])
 
     def unite(self, one: Tensor, other: Tensor) -> None:
-        """Factors at the same place are the same from now on; UNKNOWN at either is skipped. Shapes broadcast."""
+        """Unite the factors of elements at the same index; UNKNOWN in either is skipped. Shapes broadcast."""
         try:
             one, other = torch.broadcast_tensors(self.find(one), self.find(other))
         except RuntimeError as error:
@@ -56,7 +56,7 @@ class Factors:
             self._parent = flat
 
     def pin(self, labels: Tensor, reason: str) -> None:
-        """These factors must be 1."""
+        """Require that these factors are 1; reason: why."""
         ids = self.find(labels).unique()
         for name in ids[ids > ONE].tolist():
             self.reasons.setdefault(name, reason)
@@ -69,13 +69,13 @@ class Factors:
 
 
 def merged(factors: Factors, one: Tensor, other: Tensor) -> Tensor:
-    """Labels of a value that must carry both: unknown places are filled, known ones united. Shapes broadcast."""
+    """Labels of a value that must carry both: UNKNOWN takes the other's id, two ids are united. Shapes broadcast."""
     factors.unite(one, other)
     return compact(factors.find(torch.maximum(factors.find(one), factors.find(other))))
 
 
 def collapsed(factors: Factors, labels: Tensor, dim: int) -> Tensor:
-    """The labels with size 1 along `dim`: all elements along it must carry the same factor."""
+    """The labels with size 1 along `dim`; unites the factors of all elements along it."""
     if labels.shape[dim] == 1:
         return labels
     factors.unite(labels, factors.find(labels).amax(dim, keepdim=True))

@@ -1,11 +1,11 @@
-"""Scale groups: which values can be divided by channel factors, and which parameters take the factors up.
+"""Scale groups: which values can be divided by channel factors, and which parameters absorb the factors.
 
     linear(norm(x) * g, w)                 g / s,           w * s
     linear(silu(gate) * linear(x, u), w)   u / s (rows),    w * s (columns)
 
-A group is found from data flow alone: the input of a matmul is asked to carry factors, one a channel, and what follows
-for all other values is worked out (`region.py`, `constraints.py`). What cannot carry them pins factors to 1; a group
-all of whose factors are pinned is no group, and the first pin is the reason.
+A group is found from data flow alone: the input of a matmul is required to carry one factor per channel, and the
+consequences for all other values are propagated (`region.py`, `constraints.py`). What cannot carry a factor pins it to
+1. If all factors are pinned, there is no group, and the first pin is the reason.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.folds.constraints import constraint_of
 from mxcompile.analysis.folds.factors import ONE, UNKNOWN, InconsistentSizesError
-from mxcompile.analysis.folds.region import Region, Sizes
+from mxcompile.analysis.folds.region import ConcreteSizes, Region
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.graph.program import Program
 
@@ -26,9 +26,9 @@ _BY_LINEAR = "its input is made by a linear, not by a norm: ask for it with thro
 
 @dataclass(frozen=True)
 class Absorber:
-    """A parameter that takes factors up: (w + offset) * s**power - offset.
+    """A parameter that absorbs factors: (w + offset) * s**power - offset.
 
-    channels: the number of its factor for every element, broadcast against the parameter; -1 where there is none.
+    channels: index of the factor of every element, broadcast against the parameter; -1 where there is none.
     """
 
     parameter: str
@@ -39,11 +39,12 @@ class Absorber:
 
 @dataclass(frozen=True, eq=False)
 class ScaleGroup:
-    """value: the first matmul input that is divided. count: how many factors can be chosen freely.
+    """Values that are scaled together, and the parameters that absorb the factors.
 
+    value: the first matmul input that is divided. count: how many factors can be chosen freely.
     in_half_precision: a divided value or parameter has a 16-bit dtype: only powers of two divide it without loss.
-    matmuls: those wanted that read a divided value, each with the factor numbers `[in]` of its input channels, -1 for a
-        channel without one.
+    matmuls: the wanted ones that read a divided value, each with the factor indices `[in]` of its input channels, -1
+        for a channel without a factor.
     values: all computed values that are divided or multiplied.
     """
 
@@ -64,30 +65,36 @@ class ScaleGroup:
         return f"%{self.value.name} -> {readers}"
 
     def made_by_norm(self, program: Program) -> bool:
-        """True if vectors alone divide the value: a norm's weight and bias."""
+        """True if only vectors divide the value: a norm's weight and bias."""
         return all(program.tensor(a.parameter).dim() == 1 for a in self.absorbers if a.power == -1)
 
     def largest(self, channels: Callable[[Matmul], Tensor]) -> Tensor:
-        """For every factor, the largest of a number per input channel (`[in]` for each matmul), float32 `[count]`."""
+        """For every factor, the maximum over its channels of a statistic per input channel. Float32 `[count]`.
+
+        channels: the statistic `[in]` of a matmul.
+        """
         result = torch.zeros(self.count + 1)
         for matmul, numbers in self.matmuls:
-            places = torch.where(numbers < 0, self.count, numbers)
-            result.scatter_reduce_(0, places, channels(matmul).float().cpu(), "amax")
+            indices = torch.where(numbers < 0, self.count, numbers)
+            result.scatter_reduce_(0, indices, channels(matmul).float().cpu(), "amax")
         return result[:-1]
 
     def mean(self, channels: Callable[[Matmul], Tensor]) -> Tensor:
-        """For every factor, the mean of a number per input channel, over channels and matmuls, float32 `[count]`."""
+        """For every factor, the mean over its channels of a statistic per input channel. Float32 `[count]`.
+
+        channels: the statistic `[in]` of a matmul.
+        """
         total = torch.zeros(2, self.count + 1)
         for matmul, numbers in self.matmuls:
-            places = torch.where(numbers < 0, self.count, numbers)
-            total[0].scatter_add_(0, places, channels(matmul).float().cpu())
-            total[1].scatter_add_(0, places, torch.ones(len(places)))
+            indices = torch.where(numbers < 0, self.count, numbers)
+            total[0].scatter_add_(0, indices, channels(matmul).float().cpu())
+            total[1].scatter_add_(0, indices, torch.ones(len(indices)))
         return (total[0] / total[1].clamp(min=1))[:-1]
 
 
 @dataclass(frozen=True)
-class Unfoldable:
-    """A matmul input that is not divided by factors, and why. by_choice: it could be."""
+class UnfoldableInput:
+    """A matmul whose input is not divided by factors, and why. by_choice: it could be, but options exclude it."""
 
     matmul: Matmul
     reason: str
@@ -96,14 +103,14 @@ class Unfoldable:
 
 def find_groups(
     program: Program, wanted: Iterable[Matmul], through_linears: bool = True
-) -> tuple[list[ScaleGroup], list[Unfoldable]]:
-    """The scale groups of the wanted matmuls, in graph order, and the matmuls that are in none.
+) -> tuple[list[ScaleGroup], list[UnfoldableInput]]:
+    """The scale groups of the wanted matmuls, in graph order, and the matmuls without a group.
 
     through_linears: False leaves out groups whose value is made by a linear rather than a norm.
     """
-    wanted, sizes = list(wanted), [Sizes(program), Sizes(program, small=False)]
+    wanted, sizes = list(wanted), [ConcreteSizes(program), ConcreteSizes(program, small=False)]
     groups: list[ScaleGroup] = []
-    misses: list[Unfoldable] = []
+    misses: list[UnfoldableInput] = []
     reasons: dict[Node, str] = {}
     done: set[Node] = set()
     for matmul in wanted:
@@ -111,22 +118,22 @@ def find_groups(
             continue
         value = matmul.activation
         if value not in reasons:
-            found = _solved(program, sizes, matmul)
-            if isinstance(found, Region):
-                groups.append(_collected(program, found, value, wanted))
+            region = _solved(program, sizes, matmul)
+            if isinstance(region, Region):
+                groups.append(_collected(program, region, value, wanted))
                 done.update(groups[-1].nodes)
                 continue
-            reasons[value] = found
-        misses.append(Unfoldable(matmul, reasons[value]))
+            reasons[value] = region
+        misses.append(UnfoldableInput(matmul, reasons[value]))
     if through_linears:
         return groups, misses
     kept = [group for group in groups if group.made_by_norm(program)]
     left = [matmul for group in groups if group not in kept for matmul, _ in group.matmuls]
-    return kept, [*misses, *(Unfoldable(matmul, _BY_LINEAR, by_choice=True) for matmul in left)]
+    return kept, [*misses, *(UnfoldableInput(matmul, _BY_LINEAR, by_choice=True) for matmul in left)]
 
 
 def fold(program: Program, group: ScaleGroup, factors: Tensor) -> None:
-    """Divide the group's values by `factors` `[count]` (positive, float32) and let its parameters take them up."""
+    """Divide the group's values by `factors` `[count]` (positive, float32): its parameters absorb them."""
     padded = torch.cat((factors.float().cpu(), torch.ones(1)))
     for absorber in group.absorbers:
         before = program.tensor(absorber.parameter).detach()
@@ -136,17 +143,17 @@ def fold(program: Program, group: ScaleGroup, factors: Tensor) -> None:
         program.set_tensor(absorber.parameter, after.to(before.dtype))
     for name, channels in {matmul.parameter: channels for matmul, channels in group.matmuls}.items():
         if name in program.importance:
-            known = program.importance[name]
-            program.importance[name] = known / padded[channels].square().to(known.device)
+            importance = program.importance[name]
+            program.importance[name] = importance / padded[channels].square().to(importance.device)
 
 
-def half_precision_factors(group: ScaleGroup, factors: Tensor, power_of_two: bool) -> Tensor:
-    """The factors, rounded to powers of two if asked for or if the group could not take up others without loss."""
+def representable_factors(group: ScaleGroup, factors: Tensor, power_of_two: bool) -> Tensor:
+    """The factors, rounded to powers of two if asked for, or if the group cannot absorb others without loss."""
     return torch.exp2(torch.log2(factors).round()) if power_of_two or group.in_half_precision else factors
 
 
-def _solved(program: Program, sizes: Iterable[Sizes], matmul: Matmul) -> Region | str:
-    """The region of a matmul's input, or why it has no factor that can be chosen; with the first sizes that fit."""
+def _solved(program: Program, sizes: Iterable[ConcreteSizes], matmul: Matmul) -> Region | str:
+    """The region of a matmul's input, or why it has no factor to choose. Uses the first consistent `sizes`."""
     reason = ""
     for assumed in sizes:
         region = Region(program, assumed, constraint_of)
@@ -158,7 +165,7 @@ def _solved(program: Program, sizes: Iterable[Sizes], matmul: Matmul) -> Region 
         except (InconsistentSizesError, RuntimeError, IndexError) as error:
             reason = f"its data flow cannot be followed: {error}"
             continue
-        free = region.is_free(channels)
+        free = region.free_factors(channels)
         return region if free else next(iter(region.factors.reasons.values()), "nothing can take factors up")
     return reason
 
@@ -167,34 +174,34 @@ def _collected(program: Program, region: Region, value: Node, wanted: Iterable[M
     numbers: dict[int, int] = {}
 
     def numbered(labels: Tensor) -> Tensor:
-        found = region.factors.find(labels)
-        for name in found.unique().tolist():
+        ids = region.factors.find(labels)
+        for name in ids.unique().tolist():
             if name > ONE:
                 numbers.setdefault(name, len(numbers))
         table = torch.full((max(numbers, default=0) + 1,), UNKNOWN)
         table[list(numbers)] = torch.tensor(list(numbers.values()))
-        return torch.where(found > ONE, table[found.clamp(min=0, max=len(table) - 1)], UNKNOWN)
+        return torch.where(ids > ONE, table[ids.clamp(min=0, max=len(table) - 1)], UNKNOWN)
 
     matmuls: list[tuple[Matmul, Tensor]] = []
     for matmul in wanted:
         labels = region.get(matmul.activation)
-        if labels is None or not region.is_free(labels):
+        if labels is None or not region.free_factors(labels):
             continue
         channels = numbered(labels.flatten(0, -2)[0] if labels.dim() > 1 else labels).expand(matmul.in_features)
         matmuls.append((matmul, channels))
     absorbers = [
         Absorber(str(node.target), numbered(labels), region.power[node])
         for node, labels in region.labels.items()
-        if node.op == "get_attr" and region.is_free(labels)
+        if node.op == "get_attr" and region.free_factors(labels)
     ]
     for node, offset in region.offsets.items():
-        if region.is_free(region.labels[node]):
+        if region.free_factors(region.labels[node]):
             parameter = node.args[0] if isinstance(node.args[0], Node) else node.args[1]
             while isinstance(parameter, Node) and parameter.op != "get_attr":
                 parameter = parameter.args[0]
             assert isinstance(parameter, Node)
             absorbers.append(Absorber(str(parameter.target), numbered(region.labels[node]), region.power[node], offset))
-    scaled = [node for node, labels in region.labels.items() if region.is_free(labels)]
+    scaled = [node for node, labels in region.labels.items() if region.free_factors(labels)]
     half = any(node.meta["val"].dtype.itemsize < 4 for node in scaled)
     values = frozenset(node for node in scaled if node.op != "get_attr")
     unique = {(a.parameter, a.power): a for a in absorbers}

@@ -1,6 +1,6 @@
-"""Constraints of ops that only move elements: what labels an element carries does not change on the way.
+"""Constraints of ops that only move elements: each element keeps its factor.
 
-The op itself is run on a tensor of element numbers; the result says where every element came from, whatever the op.
+The op is run on a tensor of element indices; the result shows where every element came from, whatever the op.
 """
 
 import operator
@@ -38,20 +38,20 @@ LARGEST = 1 << 24
 """Values with more elements are not followed through a movement other than a transpose."""
 
 
-def moved(region: Region, node: Node) -> None:
-    """Result elements carry what their source elements carry."""
+def movement_constraint(region: Region, node: Node) -> None:
+    """Every result element carries the factor of its source element."""
     call = node.args[0] if node.target is operator.getitem else node
     assert isinstance(call, Node)
     operands: Any = call.args[0] if isinstance(call.args[0], list | tuple) else [call.args[0]]
     sources: list[Node] = list(dict.fromkeys(operands))
-    known = [value for value in (node, *sources) if region.get(value) is not None]
-    if not known:
+    labelled = [value for value in (node, *sources) if region.get(value) is not None]
+    if not labelled:
         return
-    powers = {region.power[value] for value in known}
-    refused = _why_not(region, node, call, sources, len(powers))
-    if refused is not None:
-        for value in known:
-            region.pin(node, region.labels[value], refused)
+    powers = {region.power[value] for value in labelled}
+    reason = _why_not(region, node, call, sources, len(powers))
+    if reason is not None:
+        for value in labelled:
+            region.pin(node, region.labels[value], reason)
         return
     axes = swapped_axes(node, len(region.sizes.shape(sources[0])))
     if axes is not None:
@@ -86,9 +86,9 @@ def _mapped(region: Region, node: Node, call: Node, sources: list[Node], power: 
     shapes = {source: region.sizes.shape(source) for source in sources}
     origin = _origin(region, node, call, shapes)
     flat = torch.cat([_full(region, source, shapes[source]).flatten() for source in sources])
-    there = torch.where(origin < 0, UNKNOWN, flat[origin.clamp(min=0)])
+    from_sources = torch.where(origin < 0, UNKNOWN, flat[origin.clamp(min=0)])
     own = region.get(node)
-    joint = there if own is None else merged(region.factors, there, own)
+    joint = from_sources if own is None else merged(region.factors, from_sources, own)
     joint = region.factors.find(joint.expand(origin.shape))
     region.assign(node, compact(joint), power)
     inside = origin >= 0
@@ -105,12 +105,12 @@ def _mapped(region: Region, node: Node, call: Node, sources: list[Node], power: 
 
 
 def _reads_by_size(call: Node) -> bool:
-    """True if a size known at run time says what is moved."""
+    """True if a size that is known only at run time determines which elements are moved."""
     return any(not isinstance(source.meta.get("val"), Tensor) for source in call.all_input_nodes)
 
 
 def _origin(region: Region, node: Node, call: Node, shapes: dict[Node, tuple[int, ...]]) -> Tensor:
-    """For every element of the result, the number of its source element; -1 for padding."""
+    """For every element of the result, the index of its source element; -1 for padding."""
     numbered: dict[Node, Tensor] = {}
     start = 0
     for source, shape in shapes.items():
@@ -141,18 +141,18 @@ def _full(region: Region, value: Node, shape: tuple[int, ...]) -> Tensor:
     return torch.full(shape, UNKNOWN) if labels is None else labels.expand(shape)
 
 
-def rows_picked(region: Region, node: Node) -> None:
-    """x[:, index] with indices known at run time: all that may be picked must carry one factor."""
+def index_constraint(region: Region, node: Node) -> None:
+    """x[:, index] with run-time indices: all elements that may be picked must carry one factor."""
     source = node.args[0]
     assert isinstance(source, Node)
-    place = _picked(region, node)
+    indexed = _indexed_dimensions(region, node)
     labels, own = region.get(source), region.get(node)
-    if place is None:
+    if indexed is None:
         for value in (labels, own):
             if value is not None:
                 region.pin(node, value, "picks elements with more than one index")
         return
-    dim, before, after = place
+    dim, before, after = indexed
     if labels is not None:
         for axis in range(dim, dim + before):
             labels = collapsed(region.factors, labels, axis)
@@ -165,13 +165,13 @@ def rows_picked(region: Region, node: Node) -> None:
         region.assign(source, own.reshape(shape), region.power[node])
 
 
-def _picked(region: Region, node: Node) -> tuple[int, int, int] | None:
-    """(first indexed dimension, how many there are, how many replace them) of an indexing op."""
+def _indexed_dimensions(region: Region, node: Node) -> tuple[int, int, int] | None:
+    """Of an indexing op: (first indexed dimension, number of indexed ones, number of dimensions that replace them)."""
     if node.target is aten.index_select.default:
         return int(node.args[1]) % len(region.sizes.shape(node.args[0])), 1, 1  # pyright: ignore
-    given = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]  # pyright: ignore
-    if len(given) != 1:
+    indices = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]  # pyright: ignore
+    if len(indices) != 1:
         return None
-    dim, index = given[0]
+    dim, index = indices[0]
     rank = len(region.sizes.shape(index))
     return (dim, rank, 1) if index.meta["val"].dtype == torch.bool else (dim, 1, rank)

@@ -1,12 +1,11 @@
-"""linear(x, w) -> linear(x * m, w), m a vector `[in]` of ones: room for factors where nothing that makes x has any.
+"""linear(x, w) -> linear(x * m, w), m a vector `[in]` of ones that absorbs factors where no parameter before x can.
 
-An embedding that the residual stream reads too, GELU, softmax: no parameter can divide such a value for its matmuls
-alone. An explicit multiply in front of them can, for one multiplication a token and channel. `find_groups` then finds a
-scale group with the multiplier as what is divided, `fold` gives it the factors, and `deploy` carries it as part of how
-the weight prepares its input.
+No parameter can divide the output of GELU, of softmax, or of an embedding that the residual stream reads too, for its
+matmuls alone. An explicit multiply in front of them can, at the cost of one multiplication per token and channel.
+`find_groups` then finds a scale group in which the multiplier is divided, `fold` folds the factors into it, and
+`deploy` stores it in the MXWeight, which multiplies its input by it.
 """
 
-import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from typing import cast
 
@@ -14,23 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from mxcompile.analysis.choice import choose, refuse_inseparable
-from mxcompile.analysis.folds.groups import ScaleGroup, Unfoldable, find_groups, fold
+from mxcompile.analysis.choice import choose, exclude_shared_weights
+from mxcompile.analysis.folds.groups import ScaleGroup, UnfoldableInput, find_groups, fold
 from mxcompile.analysis.folds.rotation import rotation_of
-from mxcompile.analysis.matmuls import Matmul, read_instead
+from mxcompile.analysis.matmuls import Matmul, replace_activation
 from mxcompile.errors import MXCompileError
-from mxcompile.graph.dataflow import destinations
+from mxcompile.graph.dataflow import effective_readers
 from mxcompile.graph.edit import insert_call, insert_tensor
 from mxcompile.graph.program import Program, where
+from mxcompile.tensor.digest import tensor_sha256
 
-_MULTIPLIED = "mx_multiplied"  # key of `Node.meta` on an inserted multiply; the user's own ones have none
+_MULTIPLIED = "mx_multiplied"  # key of `Node.meta` on an inserted multiply; the user's own multiplies have none
 _MUL = torch.ops.aten.mul.Tensor
 
 
 def insert_multiplier(program: Program, matmuls: Sequence[Matmul]) -> Node:
-    """Let float matmuls that read one value x read x * m, and return that product; other readers of x are untouched.
+    """Make float matmuls that read one value x read x * m instead, and return that product; other readers keep x.
 
-    m: ones `[in]` in x's dtype, held by the program under a name made from the first matmul's parameter. Matmuls that
+    m: ones `[in]` in x's dtype, a parameter of the program, named after the first matmul's parameter. Matmuls that
     read such a product already keep theirs. `matmuls` may be of a program that this one was copied from; afterwards
     their `activation` is out of date: find them again.
     Raises MXCompileError if the matmuls are lowered or read different values.
@@ -47,13 +47,13 @@ def insert_multiplier(program: Program, matmuls: Sequence[Matmul]) -> Node:
     ordered = [name for name in nodes if name in wanted]
     product = _insert(program, x, wanted[ordered[0]], nodes[ordered[0]])
     for name in ordered:
-        read_instead(nodes[name], product)
+        replace_activation(nodes[name], product)
     program.graph_module.recompile()
     return product
 
 
 def _insert(program: Program, x: Node, matmul: Matmul, before: Node) -> Node:
-    """The product x * m in front of a node, m of as many ones as the matmul contracts."""
+    """Insert x * m in front of a node, m being `[in]` ones of the matmul's size."""
     name = _unused(program, f"{matmul.parameter}_input_multiplier")
     device = program.tensor(matmul.parameter).device
     ones = torch.ones(matmul.in_features, dtype=x.meta["val"].dtype, device=device)
@@ -64,10 +64,10 @@ def _insert(program: Program, x: Node, matmul: Matmul, before: Node) -> Node:
     return product
 
 
-def multiply(program: Program, names: Collection[str], factors: Tensor) -> None:
-    """Divide the value that the matmuls of these node names read by factors `[in]`, by an explicit multiply.
+def fold_into_multiplier(program: Program, names: Collection[str], factors: Tensor) -> None:
+    """Divide the value that the named matmul nodes read by factors `[in]`, with an explicit multiply.
 
-    Their weights take the factors up. The program may be another copy of the one in which the names were found.
+    Their weights absorb the factors. The program may be another copy of the one in which the names were found.
     """
     insert_multiplier(program, [m for m in choose(program).matmuls if m.node.name in names])
     matmuls = [m for m in choose(program).matmuls if m.node.name in names]
@@ -78,9 +78,9 @@ def multiply(program: Program, names: Collection[str], factors: Tensor) -> None:
     fold(program, groups[0], numbered)
 
 
-def unfoldable_groups(program: Program, misses: Iterable[Unfoldable]) -> list[ScaleGroup]:
-    """One group for each value that no parameter can divide, as `multiply` would make it: a factor a channel."""
-    lowered = refuse_inseparable(program, choose(program)).matmuls
+def multiplier_groups(program: Program, misses: Iterable[UnfoldableInput]) -> list[ScaleGroup]:
+    """The group that `fold_into_multiplier` would make, for each value that no parameter can divide."""
+    lowered = exclude_shared_weights(program, choose(program)).matmuls
     by_value: dict[Node, list[Matmul]] = {}
     for miss in misses:
         if not miss.by_choice and miss.matmul in lowered and multiplier_of(program, miss.matmul.activation) is None:
@@ -89,8 +89,8 @@ def unfoldable_groups(program: Program, misses: Iterable[Unfoldable]) -> list[Sc
     for value, matmuls in by_value.items():
         if rotation_of(value) is not None:
             continue  # an input is multiplied before it is rotated
-        if any(destinations(matmul.root) - {m.node for m in matmuls} for matmul in matmuls):
-            continue  # a weight that reads other values too would need one multiplier for all of them
+        if any(effective_readers(matmul.root) - {m.node for m in matmuls} for matmul in matmuls):
+            continue  # the weight is multiplied with other values too: they would all need this multiplier
         size = matmuls[0].in_features
         half = value.meta["val"].dtype.itemsize < 4
         readers = tuple((matmul, torch.arange(size)) for matmul in matmuls)
@@ -107,10 +107,9 @@ def multiplier_of(program: Program, value: Node) -> str | None:
     return str(multiplier.target) if is_held else None
 
 
-def digest(multiplier: Tensor) -> str:
-    """A name for the values: equal digests, equal multipliers."""
-    data = multiplier.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
-    return hashlib.sha256(data).hexdigest()[:16]
+def multiplier_digest(multiplier: Tensor) -> str:
+    """The `digest` argument of `mx::multiply`: the first 16 hexadecimal digits of the values' SHA-256."""
+    return tensor_sha256(multiplier)[:16]
 
 
 def _unused(program: Program, name: str) -> str:

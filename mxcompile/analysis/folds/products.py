@@ -1,4 +1,4 @@
-"""Constraints of ops that contract, normalize or look up: matmuls, attention, norms, convolutions, embeddings.
+"""Constraints of matmuls, attention, norms, convolutions and embeddings.
 
 A matmul out = a @ w is linear in both operands. A factor on a's inner dimension k must be undone on w's, and a factor
 on out's channels n must come from w's.
@@ -17,8 +17,8 @@ from mxcompile.analysis.folds.region import Constraint, Region
 from mxcompile.graph.dataflow import operand
 
 aten = torch.ops.aten
-Part = tuple[Any, int, int]
-"""(value, its dimension, its sign) in a relation between channels."""
+ChannelAxis = tuple[Any, int, int]
+"""(value, dimension, sign): one of the values whose channels carry the same factors; sign: of the power."""
 
 
 def _matmul(
@@ -39,41 +39,41 @@ def _matmul(
 def _contract(
     region: Region, node: Node, left: tuple[Node, int], right: tuple[Node, int, int], out: tuple[Node, int], batch: int
 ) -> None:
-    """left[k] right[k, n] -> out[n], with `batch` leading dimensions kept apart."""
+    """left[k] right[k, n] -> out[n], with factors of their own along `batch` leading dimensions."""
     weight, k, n = right
     labels = region.get(weight)
-    inner: list[Part] = [(*left, 1), (weight, k, -1)]
-    outer: list[Part] = [(*out, 1), (weight, n, 1)]
-    scaled = [parts for parts in (inner, outer) if region.is_scaled(parts[0][0])]
-    if labels is None or not region.is_free(labels):
+    inner: list[ChannelAxis] = [(*left, 1), (weight, k, -1)]
+    outer: list[ChannelAxis] = [(*out, 1), (weight, n, 1)]
+    scaled = [axes for axes in (inner, outer) if region.is_scaled(axes[0][0])]
+    if labels is None or not region.free_factors(labels):
         kept = scaled[:1]
     elif (labels.shape[k] > 1) == (labels.shape[n] > 1):
         kept = []
         region.pin(weight, labels, "would have to be scaled along both dimensions of a product")
     else:
         kept = [inner if labels.shape[k] > 1 else outer]
-    for parts in scaled:
-        if parts not in kept:
-            own = region.labels[parts[0][0]]
+    for axes in scaled:
+        if axes not in kept:
+            own = region.labels[axes[0][0]]
             region.pin(node, own, f"multiplies it by %{weight.name}, which is scaled along its other dimension too")
-    for parts in kept:
-        relate(region, node, parts, batch)
+    for axes in kept:
+        relate(region, node, axes, batch)
 
 
-def relate(region: Region, node: Node, parts: list[Part], batch: int = 0) -> None:
-    """Channels along one dimension of each value carry the same factors, to the power of the part's sign."""
+def relate(region: Region, node: Node, axes: list[ChannelAxis], batch: int = 0) -> None:
+    """The channels along these axes carry the same factors, each to the power of the axis's sign."""
     joint: Tensor | None = None
-    known = [(value, dim, sign, labels) for value, dim, sign in parts if (labels := region.get(value)) is not None]
-    powers = {region.power[value] * sign for value, _, sign, _ in known}
+    labelled = [(value, dim, sign, labels) for value, dim, sign in axes if (labels := region.get(value)) is not None]
+    powers = {region.power[value] * sign for value, _, sign, _ in labelled}
     if len(powers) > 1:
-        for _, _, _, labels in known:
+        for _, _, _, labels in labelled:
             region.pin(node, labels, "multiplies two scaled values")
         return
     power = powers.pop() if powers else 0
-    for _, dim, _, labels in known:
+    for _, dim, _, labels in labelled:
         frame = _frame(region, labels, dim, batch)
         joint = frame if joint is None else merged(region.factors, joint, frame)
-    for value, dim, sign in parts if joint is not None else ():
+    for value, dim, sign in axes if joint is not None else ():
         assert joint is not None
         region.assign(value, _unframe(region, joint, region.sizes.shape(value), dim, batch), power * sign)
 
@@ -118,7 +118,7 @@ def _pin_all(region: Region, node: Node, reason: str) -> None:
 
 
 def _attention(region: Region, node: Node) -> None:
-    """A head's result is a mixture of its values over tokens: channel d of v is channel d of the result."""
+    """A head's result is a weighted sum of its values over tokens: channel d of v is channel d of the result."""
     value = node.args[2]
     assert isinstance(value, Node)
     for score in node.all_input_nodes:
@@ -150,8 +150,8 @@ def _norm(region: Region, node: Node, bias_at: int | None) -> None:
         if (labels := region.get(node)) is not None:
             region.pin(node, labels, "is a norm without a weight per channel")
         return
-    parts = [(value, -1, 1) for value in (node, weight, bias) if isinstance(value, Node)]
-    relate(region, node, parts)
+    axes = [(value, -1, 1) for value in (node, weight, bias) if isinstance(value, Node)]
+    relate(region, node, axes)
 
 
 def _convolution(region: Region, node: Node) -> None:
@@ -173,7 +173,7 @@ def _convolution(region: Region, node: Node) -> None:
 
 
 def _depthwise(region: Region, node: Node, source: Node, weight: Node) -> None:
-    """Channel by channel: the weight takes up what the result carries, or undoes what the input carries."""
+    """Channel by channel: the weight absorbs the result's factors, or undoes the input's."""
     if region.is_scaled(node) == region.is_scaled(source):
         _pin_all(region, node, "is a depthwise convolution of scaled values")
     elif region.is_scaled(node):
@@ -187,21 +187,21 @@ def _embedding(region: Region, node: Node) -> None:
 
 
 _MATMUL: Callable[..., Constraint] = partial(partial, _matmul)  # pyright: ignore[reportAssignmentType]
-_PLAIN = {"a": 0, "w": 1, "k": -2, "n": -1}
-_ADDING = {"a": 1, "w": 2, "k": -2, "n": -1, "bias": 0}
-multiplied_by_matrix: Final[dict[Any, Constraint]] = {
+_TWO_OPERANDS = {"a": 0, "w": 1, "k": -2, "n": -1}
+_WITH_BIAS = {"a": 1, "w": 2, "k": -2, "n": -1, "bias": 0}
+MATMUL_CONSTRAINTS: Final[dict[Any, Constraint]] = {
     aten.linear.default: _MATMUL(a=0, w=1, k=-1, n=-2, bias=2),
-    **dict.fromkeys([aten.mm.default, aten.bmm.default, aten.matmul.default], _MATMUL(**_PLAIN)),
-    **dict.fromkeys([aten.addmm.default, aten.baddbmm.default], _MATMUL(**_ADDING)),
-    aten._grouped_mm.default: _MATMUL(**_PLAIN, grouped=True),
+    **dict.fromkeys([aten.mm.default, aten.bmm.default, aten.matmul.default], _MATMUL(**_TWO_OPERANDS)),
+    **dict.fromkeys([aten.addmm.default, aten.baddbmm.default], _MATMUL(**_WITH_BIAS)),
+    aten._grouped_mm.default: _MATMUL(**_TWO_OPERANDS, grouped=True),
 }
-GROUPED_FALLBACK: Final = _MATMUL(**_PLAIN, grouped=True)
+GROUPED_FALLBACK: Final = _MATMUL(**_TWO_OPERANDS, grouped=True)
 """For `transformers.grouped_mm_fallback`, an op that exists only once transformers has been imported."""
-attended: Final[dict[Any, Constraint]] = {aten.scaled_dot_product_attention.default: _attention}
-normalized: Final[dict[Any, Constraint]] = {
+ATTENTION_CONSTRAINTS: Final[dict[Any, Constraint]] = {aten.scaled_dot_product_attention.default: _attention}
+NORM_CONSTRAINTS: Final[dict[Any, Constraint]] = {
     aten.layer_norm.default: partial(_norm, bias_at=3),
     aten.rms_norm.default: partial(_norm, bias_at=None),
 }
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-convolved: Final[dict[Any, Constraint]] = dict.fromkeys(_CONVOLUTIONS, _convolution)
-embedded: Final[dict[Any, Constraint]] = {aten.embedding.default: _embedding}
+CONVOLUTION_CONSTRAINTS: Final[dict[Any, Constraint]] = dict.fromkeys(_CONVOLUTIONS, _convolution)
+EMBEDDING_CONSTRAINTS: Final[dict[Any, Constraint]] = {aten.embedding.default: _embedding}

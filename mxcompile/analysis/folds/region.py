@@ -1,8 +1,9 @@
 """A region: the values that must be scaled together if one of them is.
 
-It grows by constraint propagation. A labelled value says "my elements carry these factors, to this power"; every node
-that makes or reads it is a constraint (`constraints.py`) which labels further values or pins factors to 1. Where a
-product may pass a factor to either operand, the alternatives are tried in turn and the freest outcome is kept.
+It grows by constraint propagation. A label says which factors a value's elements carry, and to which power. Every node
+that makes or reads a labelled value is a constraint (`constraints.py`): it labels further values or pins factors to 1.
+Where either operand of a product may carry a factor, both alternatives are tried, and the one that leaves more factors
+free is kept.
 """
 
 from collections import deque
@@ -23,9 +24,11 @@ Constraint = Callable[["Region", Node], None]
 Option = Callable[["Region"], None]
 
 
-class Sizes:
-    """Concrete shapes for all values of a program: those of the example, or, if `small`, with every symbolic size
-    replaced by a small number of its own, which serves as well where nothing depends on it.
+class ConcreteSizes:
+    """Concrete shapes for all values of a program.
+
+    They are those of the example; if `small`, every symbolic size is replaced by a small number of its own, which is
+    cheaper and gives the same labels unless the graph depends on the size.
     """
 
     def __init__(self, program: Program, small: bool = True) -> None:
@@ -47,14 +50,14 @@ class Sizes:
         return int(expr.xreplace({symbol: self._numbers.get(symbol, 3) for symbol in expr.free_symbols}))
 
     def shape(self, node: Node) -> tuple[int, ...]:
-        """A value's shape in numbers; raises InconsistentSizesError for an empty value, which would show nothing."""
+        """A value's shape in numbers; raises InconsistentSizesError for an empty value, which has no labels."""
         shape = tuple(self.of(size) for size in node.meta["val"].shape)
         if 0 in shape:
             raise InconsistentSizesError(f"%{node.name} is empty with the example inputs")
         return shape
 
     def arguments(self, node: Node, replace: Callable[[Node], Any]) -> tuple[Any, dict[str, Any]]:
-        """A call's arguments with sizes as numbers and tensors as `replace` says."""
+        """A call's arguments, with sizes as numbers and tensors replaced by `replace`."""
 
         def concrete(argument: Node) -> Any:
             value = argument.meta.get("val")
@@ -64,9 +67,11 @@ class Sizes:
 
 
 class Region:
-    """Labels and powers of values: a value with power -1 is divided by its factors, with +1 multiplied."""
+    """Labels and powers of values: a value of power -1 is divided by its factors, one of power 1 multiplied."""
 
-    def __init__(self, program: Program, sizes: Sizes, constraints: Callable[[Node], Constraint | None]) -> None:
+    def __init__(
+        self, program: Program, sizes: ConcreteSizes, constraints: Callable[[Node], Constraint | None]
+    ) -> None:
         self.program, self.sizes, self.factors = program, sizes, Factors()
         self.labels: dict[Node, Tensor] = {}
         self.power: dict[Node, int] = {}
@@ -87,7 +92,7 @@ class Region:
         return other
 
     def assign(self, node: Node, labels: Tensor, power: int) -> None:
-        """Require that a value carries these factors; `labels` has its rank."""
+        """Require that a value carries these factors, to this power; `labels` has the value's rank."""
         if bool((labels == UNKNOWN).all()):
             return None
         before = self.labels.get(node)
@@ -109,37 +114,37 @@ class Region:
         return None
 
     def get(self, node: Any) -> Tensor | None:
-        """The labels of a value; None if nothing is required of it, or of something that is no node."""
+        """The labels of a value; None if it has none or is not a node."""
         labels = self.labels.get(node) if isinstance(node, Node) else None
         return None if labels is None else self.factors.find(labels)
 
     def pin(self, node: Node, labels: Tensor, reason: str) -> None:
-        """These factors must be 1, because of what the node is or does."""
+        """Require that these factors are 1; reason: the predicate of a sentence about the node."""
         self.factors.pin(labels, f"%{node.name} {reason}")
 
     def choose(self, node: Node, options: list[Option]) -> None:
-        """Alternatives of which one must hold; decided after everything that is certain."""
+        """Add alternatives of which one must hold; they are tried after all certain constraints."""
         if node not in self._chosen:
             self._choices[node] = options
 
     def settled(self, node: Node) -> None:
-        """The node's alternatives are not open any more."""
+        """Drop the node's alternatives: they are decided."""
         self._choices.pop(node, None)
 
     def is_scaled(self, node: Any) -> bool:
         """True for a value that carries a factor other than 1."""
         labels = self.get(node)
-        return labels is not None and self.is_free(labels) > 0
+        return labels is not None and self.free_factors(labels) > 0
 
-    def is_free(self, labels: Tensor) -> int:
+    def free_factors(self, labels: Tensor) -> int:
         """How many different factors other than 1 the labels hold."""
-        found = self.factors.find(labels).unique()
-        return int((found > ONE).sum())
+        ids = self.factors.find(labels).unique()
+        return int((ids > ONE).sum())
 
     def solve(self, target: Tensor) -> "Region":
-        """Propagate until nothing changes, trying alternatives; returns the region that leaves `target` freest."""
+        """Propagate and try alternatives; returns the region that leaves the most factors of `target` free."""
         self._propagate(target)
-        if not self._choices or not self.is_free(target):
+        if not self._choices or not self.free_factors(target):
             return self
         node, options = next(iter(self._choices.items()))
         best: Region | None = None
@@ -150,9 +155,9 @@ class Region:
             attempt._chosen.add(node)
             option(attempt)
             attempt = attempt.solve(target)
-            if best is None or attempt.is_free(target) > best.is_free(target):
+            if best is None or attempt.free_factors(target) > best.free_factors(target):
                 best = attempt
-            if best.is_free(target) == self.is_free(target) or self._attempts[0] > MAXIMUM_ATTEMPTS:
+            if best.free_factors(target) == self.free_factors(target) or self._attempts[0] > MAXIMUM_ATTEMPTS:
                 break
         assert best is not None
         return best
@@ -163,7 +168,7 @@ class Region:
             constraint = self._constraints(node)
             if constraint is not None:
                 constraint(self, node)
-            if not self.is_free(target):
+            if not self.free_factors(target):
                 self._queue.clear()
 
     def _touch(self, node: Node) -> None:

@@ -1,8 +1,7 @@
-"""linear(x, w) -> linear(mx::rotate(x), w R): both rotated over short runs of channels, the product as before.
+"""linear(x, w) -> linear(mx::rotate(x), w R): the same rotation of blocks of channels on both, so y is unchanged.
 
-A rotation (`hadamard.py`) mixes the channels of a run: an outlier is spread over it, and the values that share an MX
-scale become alike. It is part of how a weight prepares its input, like a multiplier (`multiplier.py`), and `deploy`
-carries it.
+A rotation (`hadamard.py`) spreads an outlier over the channels of its block, so that values that share an MX scale have
+similar magnitudes. Like a multiplier (`multiplier.py`), `deploy` stores it in the MXWeight, which rotates its input.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.matmuls import Matmul, finite_rows, read_instead
+from mxcompile.analysis.matmuls import Matmul, finite_rows, replace_activation
 from mxcompile.graph.edit import insert_call
 from mxcompile.graph.program import Program
 from mxcompile.numerics.hadamard import rotate_weight
@@ -19,10 +18,10 @@ from mxcompile.ops import ROTATE
 
 
 def rotate(program: Program, names: Collection[str], block: int, importance: Tensor | None = None) -> None:
-    """Let the matmuls of these node names, which read one value, read it rotated, and rotate their weights.
+    """Rotate the one value that the named matmul nodes read, and their weights.
 
-    importance: mean square of each channel of the rotated value `[in]`, if it is known. The program may be another copy
-    of the one in which the names were found.
+    importance: mean square of each channel of the rotated value `[in]`, if it has been measured. The program may be
+    another copy of the one in which the names were found.
     """
     matmuls = [matmul for matmul in choose(program).matmuls if matmul.node.name in names]
     rotated = _insert(program, matmuls, block)
@@ -33,7 +32,7 @@ def rotate(program: Program, names: Collection[str], block: int, importance: Ten
         if importance is not None:
             program.importance[parameter] = importance
     for matmul in matmuls:
-        read_instead(matmul.node, rotated)
+        replace_activation(matmul.node, rotated)
     program.graph_module.recompile()
 
 
@@ -43,7 +42,7 @@ def rotation_of(value: Node) -> int | None:
 
 
 def _insert(program: Program, matmuls: Sequence[Matmul], block: int) -> Node:
-    """The rotated value, in front of its first reader; readers rotated earlier share it."""
+    """The rotated value, inserted in front of its first reader; an existing rotation of the same value is reused."""
     value = matmuls[0].activation
     for user in value.users:
         if rotation_of(user) == block:

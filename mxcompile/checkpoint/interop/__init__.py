@@ -1,8 +1,8 @@
-"""Other projects' checkpoints, written and read; `foreign.py` knows which file is whose.
+"""Read and write other projects' checkpoints; `foreign.py` recognizes their formats.
 
     compressed_tensors.py  what llm-compressor writes: MXFP4, MXFP6 (E2M3), MXFP8 (E4M3)
     gpt_oss.py             gpt-oss with its experts in MXFP4, read only
     gguf_model.py          MXFP4 in llama.cpp's files (gguf_file.py: the container)
 
-What they share: how elements lie in memory (element_layouts.py), files (files.py), building a model (build_model.py).
+Shared: memory layouts of elements (element_layouts.py), files (files.py), building a model (build_model.py).
 """

@@ -1,7 +1,7 @@
-"""Tensors of another project's checkpoint -> a model of transformers, or the module given, that holds them.
+"""Tensors of another project's checkpoint -> a transformers model, or a module of the caller's, that holds them.
 
-Names and shapes are compared with an empty model first: nothing is loaded that does not fit, and no size that a file
-claims is allocated before tensors of that size are there.
+Names and shapes are compared with a model on the meta device first: nothing is loaded that does not fit, and no memory
+is allocated for a size that a file claims without having tensors of that size.
 """
 
 from collections.abc import Mapping
@@ -11,33 +11,33 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from mxcompile.checkpoint.stored_tensors import Names, check_fits
+from mxcompile.checkpoint.stored_tensors import TensorNames, check_fits
 from mxcompile.errors import CheckpointError
-from mxcompile.tensor.modules import own_tensors, place_all
+from mxcompile.tensor.modules import named_tensors, set_tensors
 from mxcompile.tensor.weight import MXWeight
 
 _DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
-    """Of a model's values, by its configuration."""
+    """The dtype that a model's configuration states; float32 if it states none."""
     return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.float32)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Put tensors into a module that has the same ones by name and shape; nothing happens to it if not."""
-    check_fits(module, Names(tuple(tensors), {}, {}, frozenset()), tensors)
-    left = [name for name, tensor in own_tensors(module).items() if name not in tensors and tensor.is_meta]
+    """Put tensors into a module that has the same ones by name and shape; else raise, leaving it unchanged."""
+    check_fits(module, TensorNames(tuple(tensors), {}, {}, frozenset()), tensors)
+    left = [name for name, tensor in named_tensors(module).items() if name not in tensors and tensor.is_meta]
     if left:
         raise CheckpointError(
-            f"{left[0]} of the model given is on the meta device and was not saved: build it on the CPU"
+            f"{left[0]} of `model` is on the meta device and was not saved: build the model on the CPU"
         )
-    place_all(module, list(tensors.items()))
+    set_tensors(module, list(tensors.items()))
     return module.requires_grad_(False).eval()
 
 
 def build(source: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    """The model of transformers that a configuration describes, filled. source: what errors name."""
+    """The transformers model of a configuration, with these tensors. source: the file or folder, for error messages."""
     own = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         kind, parsed = _kind(source, own), None
@@ -61,7 +61,7 @@ def _kind(source: Path, config: Mapping[str, Any]) -> Any:
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel) or kind.config_class is None:
         raise CheckpointError(
-            f"{source} holds a {name}, which is no model of transformers: build one yourself and give "
+            f"{source} holds a {name}, which is not a transformers model: build one yourself and pass it: "
             "load(path, model=...)"
         )
     return kind
@@ -74,16 +74,16 @@ def _check_depth(source: Path, config: Any, tensors: Mapping[str, Tensor]) -> No
 
 
 def _check_tensors(source: Path, empty: Any, tensors: dict[str, Tensor]) -> None:
-    """Raise CheckpointError unless the model has the tensors, all of them, in their shapes."""
-    own, kind = own_tensors(empty), type(empty).__name__
+    """Raise CheckpointError unless the model has exactly these tensors, in these shapes."""
+    own, kind = named_tensors(empty), type(empty).__name__
     for name in [name for name in tensors if name not in own and name.endswith("rotary_emb.inv_freq")]:
         del tensors[name]
     for name, tensor in tensors.items():
         if name not in own:
-            raise CheckpointError(f"{source} holds {name}, which a {kind} of this transformers does not have")
+            raise CheckpointError(f"{source} holds {name}, which a {kind} of the installed transformers does not have")
         if own[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{source}: {name} has the shape {list(tensor.shape)}, a {kind} of that configuration has "
+                f"{source}: {name} has shape {list(tensor.shape)}, in a {kind} of that configuration it has "
                 f"{list(own[name].shape)}"
             )
     tied = cast(dict[str, str], getattr(empty, "all_tied_weights_keys", {}) or {})
@@ -94,16 +94,16 @@ def _check_tensors(source: Path, empty: Any, tensors: dict[str, Tensor]) -> None
 
 
 def _load(source: Path, kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """By transformers, which fills in what is not stored; MX weights take their places afterwards."""
+    """Load through transformers, which initializes what is not stored; then put the MX weights in place."""
     from transformers import GenerationConfig
 
     weights = {name: value for name, value in tensors.items() if isinstance(value, MXWeight)}
-    blank = {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in weights.items()}
+    placeholders = {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in weights.items()}
     try:
-        model = kind.from_pretrained(None, config=config, state_dict={**tensors, **blank}, dtype=config.dtype)
+        model = kind.from_pretrained(None, config=config, state_dict={**tensors, **placeholders}, dtype=config.dtype)
         if model.can_generate() and (source / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source)
     except Exception as error:
         raise CheckpointError(f"transformers cannot load the {kind.__name__} of {source}: {error}") from error
-    place_all(model, list(weights.items()))
+    set_tensors(model, list(weights.items()))
     return model.requires_grad_(False).eval()

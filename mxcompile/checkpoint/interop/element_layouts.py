@@ -1,8 +1,8 @@
-"""MX elements as other projects lay them out in memory <-> as `packing.py` does. Scales are E8M0 bytes everywhere.
+"""Other projects' memory layouts of MX elements <-> the layout of `packing.py`. Scales are E8M0 bytes everywhere.
 
-- pairs: 4-bit codes, byte i holds element 2i in its low nibble, 2i + 1 in its high one (compressed-tensors, gpt-oss).
-- triples: four 6-bit codes, the first lowest, as three bytes from the low end (compressed-tensors).
-- bytes: a byte each.
+- 4 bits: byte i holds element 2i in its low nibble and 2i + 1 in its high one (compressed-tensors, gpt-oss).
+- 6 bits: four codes in three bytes, little-endian, the first code lowest (compressed-tensors).
+- 8 bits: one byte each.
 """
 
 import torch
@@ -18,7 +18,7 @@ STORED = {4: MXFP4, 6: MXFP6_E2M3, 8: MXFP8_E4M3}
 
 
 def to_rows(weight: MXWeight, fmt: MXFormat) -> Tensor:
-    """Elements as uint8 `[..., out, in * bits / 8]`: pairs, triples or bytes; in is a whole number of blocks."""
+    """Elements as uint8 `[..., out, in * bits / 8]`, in the layout above; in must be a whole number of blocks."""
     codes = unpack(weight.elements, fmt)
     if fmt.bits == 4:
         return codes[..., 0::2] | (codes[..., 1::2] << 4)
@@ -30,22 +30,22 @@ def to_rows(weight: MXWeight, fmt: MXFormat) -> Tensor:
 
 
 def from_rows(name: str, rows: Tensor, scales: Tensor, fmt: MXFormat, layout: MXLayout, dtype: torch.dtype) -> MXWeight:
-    """The weight of that layout; rows as `to_rows` gives them, scales uint8 `[..., out, blocks]`.
+    """An MXWeight of elements as `to_rows` returns them and scales uint8 `[..., out, blocks]`.
 
     Raises CheckpointError, naming the weight, if the two do not fit each other.
     """
-    wanted = [*scales.shape[:-1], scales.shape[-1] * fmt.block_bytes] if scales.dim() else []
-    if scales.dtype != torch.uint8 or scales.dim() < 2 or list(rows.shape) != wanted or rows.dtype != torch.uint8:
+    expected = [*scales.shape[:-1], scales.shape[-1] * fmt.block_bytes] if scales.dim() else []
+    if scales.dtype != torch.uint8 or scales.dim() < 2 or list(rows.shape) != expected or rows.dtype != torch.uint8:
         raise CheckpointError(
             f"{name} has elements {list(rows.shape)} ({rows.dtype}) and scales {list(scales.shape)} ({scales.dtype}), "
-            f"which do not make a weight in {fmt}"
+            f"which do not form a weight in {fmt}"
         )
     check_scales(name, scales)
     return MXWeight(pack(_codes(rows, fmt), fmt), scales, layout, dtype)
 
 
 def check_scales(name: str, scales: Tensor) -> None:
-    """Raise CheckpointError for a scale that is NaN: other projects decode it as another value."""
+    """Raise CheckpointError if a scale is NaN: other projects decode that byte as a number."""
     if bool((scales == SCALE_NAN).any()):
         raise CheckpointError(f"{name} has a scale that is NaN: quantize weights that are finite")
 

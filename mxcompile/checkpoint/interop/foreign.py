@@ -1,4 +1,4 @@
-"""Whose checkpoint is it? Recognizes other projects' checkpoints, and reads and writes them."""
+"""Recognize other projects' checkpoints by their format, and read and write them."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,36 +10,36 @@ from mxcompile.checkpoint.checked_json import read_json
 from mxcompile.checkpoint.config_json import CONFIG
 from mxcompile.checkpoint.interop import build_model, compressed_tensors, gguf_model, gpt_oss
 from mxcompile.checkpoint.interop.files import check_new, new_folder, quantization_of, replace_file, write_tensors
-from mxcompile.checkpoint.stored_tensors import Names
+from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError
 
 _READERS: Final = {compressed_tensors.METHOD: compressed_tensors.read, gpt_oss.METHOD: gpt_oss.read}
 GGUF: Final = "gguf"
-WRITTEN: Final = (compressed_tensors.METHOD, GGUF)
-"""Formats of other projects that can be written."""
+WRITABLE_FORMATS: Final = (compressed_tensors.METHOD, GGUF)
+"""Formats of other projects that `save` can write."""
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether another project's checkpoint that can be read is there."""
+    """True if the path holds another project's checkpoint in a format that `load` can read."""
     return _is_gguf(path) or str(quantization_of(path).get("quant_method")) in _READERS
 
 
 def load(path: Path, model: nn.Module | None = None) -> nn.Module:
-    """The model of a checkpoint for which `is_foreign` holds, or the one given, filled with it.
+    """Load a checkpoint for which `is_foreign` is true, into `model` if given, else into a new transformers model.
 
-    Raises CheckpointError if it is damaged or holds what cannot be MX weights; nothing is half loaded.
+    Raises CheckpointError if it is damaged or has weights that an MXWeight cannot represent; `model` is then unchanged.
     """
     if _is_gguf(path):
         if model is not None:
-            raise CheckpointError(f"{path} is GGUF, which has names of its own: load it without model=...")
+            raise CheckpointError(f"{path} is a GGUF file, which uses other tensor names: load it without model=...")
         return gguf_model.load(path)
     config = read_json(path / CONFIG)[1]
     tensors = _READERS[quantization_of(path)["quant_method"]](path, config, build_model.dtype_of(config))
     return build_model.build(path, config, tensors) if model is None else build_model.fill(model, tensors)
 
 
-def check_free(path: Path, format: str) -> None:
-    """Raise CheckpointError if something is in the way of `save`."""
+def check_destination(path: Path, format: str) -> None:
+    """Raise CheckpointError if `save` would refuse to replace what is there."""
     if format != GGUF:
         check_new(path)
     elif path.is_dir():
@@ -50,21 +50,22 @@ def save(
     path: Path,
     format: str,
     module: nn.Module,
-    names: Names,
+    names: TensorNames,
     largest: int,
-    beside: Callable[[Path], Mapping[str, Any]],
+    auxiliary: Callable[[Path], Mapping[str, Any]],
 ) -> None:
-    """Write a model in one of `WRITTEN`. beside: writes what belongs to it to a folder, returns its configuration.
+    """Write a model in one of `WRITABLE_FORMATS`.
 
+    largest: bytes of a weight file. auxiliary: writes the auxiliary files to a folder and returns the model's config.
     Raises CheckpointError, naming the layer, if that format cannot hold the model; then nothing is written.
     """
-    check_free(path, format)
+    check_destination(path, format)
     if format == GGUF:
         config = dict(getattr(getattr(module, "config", None), "to_dict", dict)())
         replace_file(path, lambda stage: gguf_model.write(stage, module, names, config))
         return
     with new_folder(path) as stage:
-        tensors = compressed_tensors.write(stage, module, names, beside(stage))
+        tensors = compressed_tensors.write(stage, module, names, auxiliary(stage))
         write_tensors(stage, tensors, largest)
 
 

@@ -1,8 +1,8 @@
-"""GGUF files, the container: read with every length compared with the file before it is believed.
+"""Read the GGUF container; every length is checked against the file's size before it is used.
 
-A file's header is [magic, version, number of tensors, number of entries], metadata entries, a description of each
-tensor, and from the next multiple of `general.alignment` on their bytes. Source: ggml's docs/gguf.md, version 2 and 3.
-The `gguf` package's own reader, which trusts a file, is given it afterwards.
+A file consists of the header [magic, version, number of tensors, number of entries], metadata entries, a description of
+each tensor, and, from the next multiple of `general.alignment` on, the tensors' bytes. Source: ggml's docs/gguf.md,
+versions 2 and 3. The `gguf` package has a reader too, but it trusts the file; only its dequantization is used.
 """
 
 import mmap
@@ -27,7 +27,7 @@ _LONGEST_NAME: Final = 2**16
 
 
 def package() -> Any:
-    """The `gguf` package. Raises InputError that says how to install it."""
+    """The `gguf` package. Raises an InputError that says how to install it."""
     try:
         import gguf
     except ImportError as error:
@@ -36,8 +36,8 @@ def package() -> Any:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of a file. type: ggml's number. shape: outermost dimension first. start, bytes: where it lies."""
+class GGUFTensor:
+    """A tensor of a file. type: ggml's number. shape: outermost dimension first. start, bytes: range in the file."""
 
     name: str
     type: int
@@ -47,32 +47,32 @@ class Entry:
 
 
 class _Cursor:
-    """A place in the file that moves forward, never past the end."""
+    """Reads the file from front to back, never past the end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
-        self.place = 0
+        self.position = 0
 
     def take(self, code: str) -> Any:
-        """The next value, by `struct`'s letter."""
+        """The next value; code: its `struct` format character."""
         size = struct.calcsize(f"<{code}")
         self.skip(size)
-        return struct.unpack_from(f"<{code}", self.data, self.place - size)[0]
+        return struct.unpack_from(f"<{code}", self.data, self.position - size)[0]
 
     def skip(self, size: int) -> None:
-        """Go on; raises CheckpointError at the file's end."""
-        if size > len(self.data) - self.place:
+        """Advance; raises CheckpointError if that would pass the file's end."""
+        if size > len(self.data) - self.position:
             raise CheckpointError("it ends in the middle of its header")
-        self.place += size
+        self.position += size
 
     def text(self) -> str:
         """The next string."""
         length = self.take("Q")
         self.skip(length)
-        return self.data[self.place - length : self.place].decode()
+        return self.data[self.position - length : self.position].decode()
 
     def value(self, kind: int) -> Any:
-        """The next value of a metadata type; of an array, how long it is."""
+        """The next value of a metadata type; for an array, its length."""
         if kind == _STRING:
             return self.text()
         if kind in _SCALARS:
@@ -91,9 +91,9 @@ class _Cursor:
 
 
 class GGUFFile:
-    """metadata: single values by key; of arrays, lengths. entries: the tensors.
+    """metadata: values by key (for an array, its length). entries: the tensors by name.
 
-    Raises CheckpointError if it is no such file or damaged, InputError if the gguf package is missing.
+    Raises CheckpointError if the file is not GGUF or damaged, InputError if the gguf package is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,8 +106,8 @@ class GGUFFile:
         except (OSError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"{path} cannot be read as GGUF ({error}): copy it again") from error
 
-    def tensor(self, entry: Entry, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Its values: an MXWeight for MXFP4, else floats, in that dtype (where ggml has packed them, decoded)."""
+    def tensor(self, entry: GGUFTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor's values: an MXWeight for MXFP4; else floats of that dtype, dequantized if ggml packed them."""
         raw = np.frombuffer(self._data, np.uint8, entry.bytes, entry.start)
         gguf = package()
         kind = gguf.GGMLQuantizationType(entry.type)
@@ -119,34 +119,36 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: {entry.name} is {kind.name}, which gguf does not decode") from error
         return torch.from_numpy(np.array(values, np.float32).reshape(entry.shape)).to(dtype)
 
-    def _weight(self, entry: Entry, raw: Tensor, dtype: torch.dtype) -> MXWeight:
-        """Blocks of a scale byte and 16 bytes; byte i holds elements i and i + 16, as ours do."""
+    def _weight(self, entry: GGUFTensor, raw: Tensor, dtype: torch.dtype) -> MXWeight:
+        """MXFP4 blocks are a scale byte and 16 bytes; byte i holds elements i and i + 16, as in `packing.py`."""
         blocks = raw.view(*entry.shape[:-1], -1, MXFP4.block_bytes + 1)
         scales = blocks[..., 0].contiguous()
         check_scales(f"{self.path}: {entry.name}", scales)
         return MXWeight(blocks[..., 1:].flatten(-2), scales, MXLayout(str(MXFP4), entry.shape[-1]), dtype)
 
-    def _parse(self, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Entry]]:
+    def _parse(self, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         magic, version = cursor.take("4s"), cursor.take("I")
         if magic != b"GGUF" or version not in (2, 3):
-            raise CheckpointError(f"it begins with {magic!r}, version {version}; GGUF of version 2 or 3 is read")
-        tensors, entries = cursor.take("Q"), cursor.take("Q")
+            raise CheckpointError(f"it begins with {magic!r}, version {version}; supported are GGUF versions 2 and 3")
+        tensor_count, metadata_count = cursor.take("Q"), cursor.take("Q")
         metadata: dict[str, Any] = {}
-        for _ in range(entries):
+        for _ in range(metadata_count):
             key = cursor.text()
             if key in metadata:
                 raise CheckpointError(f"it has the entry {key!r} twice")
             metadata[key] = cursor.value(cursor.take("I"))
-        found = [self._describe(cursor) for _ in range(tensors)]
+        described = [self._describe(cursor) for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise CheckpointError(f"its alignment is {alignment!r}")
-        start = -(-cursor.place // alignment) * alignment
-        placed = {e.name: Entry(e.name, e.type, e.shape, start + e.start, e.bytes) for e in found}
-        self._check_places(found, placed)
-        return metadata, placed
+        start = -(-cursor.position // alignment) * alignment
+        entries_by_name = {e.name: GGUFTensor(e.name, e.type, e.shape, start + e.start, e.bytes) for e in described}
+        if len(entries_by_name) != len(described):
+            raise CheckpointError("two of its tensors have the same name")
+        self._check_ranges(entries_by_name)
+        return metadata, entries_by_name
 
-    def _describe(self, cursor: _Cursor) -> Entry:
+    def _describe(self, cursor: _Cursor) -> GGUFTensor:
         name, dimensions = cursor.text(), cursor.take("I")
         if dimensions > _MOST_DIMENSIONS or len(name) > _LONGEST_NAME:
             raise CheckpointError(f"{name[:99]!r} has {dimensions} dimensions")
@@ -157,14 +159,12 @@ class GGUFFile:
         for dimension in shape:
             values *= dimension
         if not block or not values or shape[-1] % block:
-            raise CheckpointError(f"{name!r} of type {kind} and shape {list(shape)} cannot be")
-        return Entry(name, kind, shape, start, values // block * size)
+            raise CheckpointError(f"{name!r} of type {kind} cannot have shape {list(shape)}")
+        return GGUFTensor(name, kind, shape, start, values // block * size)
 
-    def _check_places(self, found: list[Entry], placed: dict[str, Entry]) -> None:
-        if len(placed) != len(found):
-            raise CheckpointError("it has two tensors of one name")
+    def _check_ranges(self, entries: dict[str, GGUFTensor]) -> None:
         end = 0
-        for entry in sorted(placed.values(), key=lambda entry: entry.start):
+        for entry in sorted(entries.values(), key=lambda entry: entry.start):
             if entry.start < end or entry.start + entry.bytes > len(self._data):
-                raise CheckpointError(f"{entry.name!r} lies on another tensor, or beyond the end")
+                raise CheckpointError(f"{entry.name!r} overlaps another tensor, or ends beyond the file")
             end = entry.start + entry.bytes

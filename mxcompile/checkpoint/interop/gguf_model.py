@@ -1,10 +1,10 @@
-"""Whole models as GGUF files with MXFP4 weights: Llama, Mistral, Qwen2 and Qwen3, under the names llama.cpp has.
+"""Read and write models as GGUF files with MXFP4 weights: Llama, Mistral, Qwen2 and Qwen3, under llama.cpp's names.
 
     model.layers.0.mlp.up_proj.weight (MXWeight, mxfp4) <-> blk.0.ffn_up.weight (MXFP4), the same bytes
 
-Rows of Llama's q and k change places, since llama.cpp rotates neighbouring channels where transformers rotates halves.
-Names come from the `gguf` package. The tokenizer is not written. llama.cpp rounds the inputs of MXFP4 matmuls as it
-sees fit: what our weights say of them is not kept.
+The rows of Llama's q and k are permuted: RoPE rotates neighbouring channels in llama.cpp and halves of a head in
+transformers. Names come from the `gguf` package. The tokenizer is not written, and neither is the format to which
+inputs are rounded: llama.cpp chooses its own for MXFP4 matmuls.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mxcompile.checkpoint.interop.build_model import build
 from mxcompile.checkpoint.interop.element_layouts import check_scales
 from mxcompile.checkpoint.interop.gguf_file import GGUFFile, package
-from mxcompile.checkpoint.stored_tensors import Names
+from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import MXFP4
 from mxcompile.tensor.weight import MXLayout, MXWeight
@@ -28,29 +28,32 @@ _ARCHITECTURES: Final = {"mistral": "llama"} | {name: name for name in _CLASSES}
 _FILE_TYPE: Final = 38  # LLAMA_FTYPE_MOSTLY_MXFP4_MOE of llama.h
 
 
-def write(path: Path, module: nn.Module, names: Names, config: Mapping[str, Any]) -> None:
-    """Write a model. config: the model's own. Raises CheckpointError if GGUF, or this file, has no place for it."""
+def write(path: Path, module: nn.Module, names: TensorNames, config: Mapping[str, Any]) -> None:
+    """Write a model. config: the model's own configuration.
+
+    Raises CheckpointError if the architecture is not supported here, or GGUF cannot represent the model.
+    """
     gguf, architecture = package(), _architecture(config)
     parsed: Any = getattr(module, "config", None)
     if architecture is None or parsed is None:
         raise CheckpointError(
-            f"{type(module).__name__} cannot be written as GGUF: mxcompile knows {', '.join(_ARCHITECTURES)}; others "
-            'go to format="compressed-tensors"'
+            f"{type(module).__name__} cannot be written as GGUF: mxcompile supports {', '.join(_ARCHITECTURES)}; save "
+            'others with format="compressed-tensors"'
         )
-    values = _numbers(parsed, architecture)
+    metadata = _metadata(parsed, architecture)
     state = {
         name: value
         for name, value in module.state_dict(keep_vars=True).items()
         if isinstance(value, MXWeight) or name not in names.aliases
     }
-    known = _names(gguf, architecture, parsed.num_hidden_layers, state)
-    blocks = {known[name]: _encoded(name, value, parsed, architecture) for name, value in state.items()}
+    gguf_names = _gguf_names(gguf, architecture, parsed.num_hidden_layers, state)
+    arrays = {gguf_names[name]: _encoded(name, value, parsed, architecture) for name, value in state.items()}
     writer: Any = gguf.GGUFWriter(path, architecture)
     try:
-        for key, value in values.items():
+        for key, value in metadata.items():
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(key, value)
-        for name, data in blocks.items():
+        for name, data in arrays.items():
             packed = data.dtype == np.uint8
             writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.MXFP4 if packed else None)
         writer.write_header_to_file()
@@ -61,29 +64,31 @@ def write(path: Path, module: nn.Module, names: Names, config: Mapping[str, Any]
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model of transformers in a file; MXFP4 weights as MXWeights, float inputs. Others are decoded."""
+    """The transformers model in a file. MXFP4 weights become MXWeights with float inputs; others are dequantized."""
     file, gguf = GGUFFile(path), package()
     architecture = file.metadata.get("general.architecture")
     if architecture not in _CLASSES:
         raise CheckpointError(
-            f"{path} holds a {architecture}, which mxcompile cannot build; mxcompile.read_gguf gives its tensors"
+            f"{path} holds a {architecture}, which mxcompile cannot build; mxcompile.read_gguf returns its tensors"
         )
     config = _read_config(file, str(architecture))
     tied = config["tie_word_embeddings"]
     names = _parameters(str(path), config, tied)
-    known = {there: name for name, there in _names(gguf, str(architecture), config["num_hidden_layers"], names).items()}
+    gguf_names = _gguf_names(gguf, str(architecture), config["num_hidden_layers"], names)
+    own_names = {gguf_name: name for name, gguf_name in gguf_names.items()}
     tensors: dict[str, Tensor] = {}
     for name, entry in file.entries.items():
         if name == "rope_freqs.weight":
-            raise CheckpointError(f"{path} scales its rotary embedding, which mxcompile does not read")
-        if name not in known:
+            raise CheckpointError(f"{path} has a scaled rotary embedding, which mxcompile does not support")
+        if name not in own_names:
             raise CheckpointError(f"{path} holds {name}, which a {_CLASSES[str(architecture)]} does not have")
-        tensors[known[name]] = _turned(known[name], file.tensor(entry, dtype), config, str(architecture), back=True)
+        own, value = own_names[name], file.tensor(entry, dtype)
+        tensors[own] = _permuted(own, value, config, str(architecture), from_gguf=True)
     return build(path, config, tensors)
 
 
 def read(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """All tensors of a file, under its names and in its order of rows."""
+    """All tensors of a file, under its names; the rows of q and k are not permuted."""
     file = GGUFFile(path)
     return {name: file.tensor(entry, dtype) for name, entry in file.entries.items()}
 
@@ -92,16 +97,16 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
     return _ARCHITECTURES.get(str(config.get("model_type")))
 
 
-def _numbers(config: Any, architecture: str) -> dict[str, int | float]:
-    """Metadata entries of a model. Raises CheckpointError for what the file would lose."""
+def _metadata(config: Any, architecture: str) -> dict[str, int | float]:
+    """Metadata entries of a model. Raises CheckpointError for settings that they cannot represent."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    lost = {
+    unsupported = {
         "a scaled rotary embedding": rope.get("rope_type", "default") != "default",
         "sliding windows": getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None),
         f"{config.hidden_act} activations": config.hidden_act != "silu",
     }
-    for what, found in lost.items():
-        if found:
+    for what, applies in unsupported.items():
+        if applies:
             raise CheckpointError(f"this {config.model_type} has {what}: mxcompile cannot write that as GGUF")
     heads = config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -124,12 +129,12 @@ def _numbers(config: Any, architecture: str) -> dict[str, int | float]:
 
 
 def _read_config(file: GGUFFile, architecture: str) -> dict[str, Any]:
-    """The configuration that the metadata stand for."""
+    """The transformers configuration that a file's metadata describe."""
 
     def number(key: str, kind: type, default: Any = None) -> Any:
         value = file.metadata.get(f"{architecture}.{key}", default)
         if type(value) is not kind or value <= 0:
-            raise CheckpointError(f"{file.path}: {architecture}.{key} is {value!r}")
+            raise CheckpointError(f"{file.path}: {architecture}.{key} is {value!r}, not a positive {kind.__name__}")
         return value
 
     heads, width = number("attention.head_count", int), number("embedding_length", int)
@@ -137,7 +142,7 @@ def _read_config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     if table is None or len(table.shape) != 2 or number("block_count", int) > len(file.entries):
         raise CheckpointError(f"{file.path} does not hold the layers or the embedding that it describes")
     if any(key.startswith(f"{architecture}.rope.scaling.") for key in file.metadata):
-        raise CheckpointError(f"{file.path} scales its rotary embedding, which mxcompile does not read")
+        raise CheckpointError(f"{file.path} has a scaled rotary embedding, which mxcompile does not support")
     return {
         "model_type": architecture,
         "architectures": [_CLASSES[architecture]],
@@ -158,7 +163,7 @@ def _read_config(file: GGUFFile, architecture: str) -> dict[str, Any]:
 
 
 def _parameters(source: str, config: Mapping[str, Any], tied: bool) -> list[str]:
-    """Names of a model's tensors, which is built without memory for them."""
+    """Names of a model's tensors; the model is built on the meta device for that."""
     import transformers
 
     kind: Any = getattr(transformers, config["architectures"][0])
@@ -170,48 +175,48 @@ def _parameters(source: str, config: Mapping[str, Any], tied: bool) -> list[str]
     return [name for name in names if not (tied and name == "lm_head.weight")]
 
 
-def _names(gguf: Any, architecture: str, layers: int, names: Any) -> dict[str, str]:
-    """The file's name of each tensor. Raises CheckpointError for one that llama.cpp does not know."""
+def _gguf_names(gguf: Any, architecture: str, layers: int, names: Any) -> dict[str, str]:
+    """llama.cpp's name of each tensor. Raises CheckpointError for one that has none."""
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(arch, layers)
-    known = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
-    strange = next((name for name, there in known.items() if there is None), None)
-    if strange is not None:
-        raise CheckpointError(f"{strange} has no name in llama.cpp's {architecture}")
-    return known
+    gguf_names = {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    unnamed = next((name for name, gguf_name in gguf_names.items() if gguf_name is None), None)
+    if unnamed is not None:
+        raise CheckpointError(f"{unnamed} has no name in llama.cpp's {architecture}")
+    return gguf_names
 
 
 def _encoded(name: str, value: Tensor, config: Any, architecture: str) -> Any:
-    """A tensor as the writer takes it: MXFP4 as bytes `[out, in/32 * 17]`, the rest as floats."""
+    """A tensor as the GGUF writer takes it: MXFP4 as bytes `[out, in/32 * 17]`, others as float16 or float32."""
     sizes = {key: getattr(config, key) for key in ("num_attention_heads", "num_key_value_heads")}
-    turned = _turned(name, value, sizes, architecture, back=False)
-    if not isinstance(turned, MXWeight):
+    permuted = _permuted(name, value, sizes, architecture, from_gguf=False)
+    if not isinstance(permuted, MXWeight):
         kind = torch.float16 if value.dtype == torch.float16 else torch.float32
-        return turned.detach().to("cpu", kind).contiguous().numpy()
-    layout = turned.layout_
+        return permuted.detach().to("cpu", kind).contiguous().numpy()
+    layout = permuted.layout_
     reasons = {
         f"{layout.format} weights (quantize to {MXFP4} in blocks of 32)": layout.format != str(MXFP4),
         "an input that is multiplied by a vector (use awq-fold{multiply=false})": layout.multiplier,
         "an input that is rotated (use a recipe without rotate)": layout.rotation,
-        f"a row of {layout.size} values, no multiple of 32 (leave it out with exclude)": layout.size % 32,
+        f"a row of {layout.size} values, not a multiple of 32 (skip it with exclude)": layout.size % 32,
     }
-    for what, found in reasons.items():
-        if found or layout.transposed:
-            raise CheckpointError(f"{name}: GGUF cannot hold {what}; mxcompile.save to a folder keeps it as it is")
-    check_scales(name, turned.scales)
-    blocks = turned.elements.unflatten(-1, (-1, MXFP4.block_bytes))
-    return torch.cat([turned.scales[..., None], blocks], dim=-1).flatten(-2).cpu().contiguous().numpy()
+    for what, applies in reasons.items():
+        if applies or layout.transposed:
+            raise CheckpointError(f"{name}: GGUF cannot hold {what}; mxcompile.save to a folder saves it unchanged")
+    check_scales(name, permuted.scales)
+    blocks = permuted.elements.unflatten(-1, (-1, MXFP4.block_bytes))
+    return torch.cat([permuted.scales[..., None], blocks], dim=-1).flatten(-2).cpu().contiguous().numpy()
 
 
-def _turned(name: str, value: Tensor, config: Mapping[str, Any], architecture: str, *, back: bool) -> Tensor:
-    """Llama's q and k with the rows of each head in the other order; anything else as it is."""
+def _permuted(name: str, value: Tensor, config: Mapping[str, Any], architecture: str, *, from_gguf: bool) -> Tensor:
+    """Llama's q and k with the rows of each head in the other program's order; any other tensor unchanged."""
     key = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
     if architecture != "llama" or key is None:
         return value
     heads = config[key]
     if value.shape[0] % (2 * heads):
-        raise CheckpointError(f"{name} has {value.shape[0]} rows, which are not those of {heads} heads")
-    inner = (-1, 2) if back else (2, -1)
+        raise CheckpointError(f"{name} has {value.shape[0]} rows, which {heads} heads cannot share evenly")
+    inner = (-1, 2) if from_gguf else (2, -1)
     order = torch.arange(value.shape[0]).unflatten(0, (heads, *inner)).transpose(1, 2).flatten()
     if not isinstance(value, MXWeight):
         return value[order]

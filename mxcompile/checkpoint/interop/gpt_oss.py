@@ -1,10 +1,10 @@
-"""gpt-oss checkpoints: experts in MXFP4, everything else as it is. Read only.
+"""Read gpt-oss checkpoints: experts in MXFP4, everything else as it is.
 
     experts.down_proj_blocks uint8 [E, out, in/32, 16], experts.down_proj_scales uint8 [E, out, in/32]
         -> experts.down_proj (MXWeight of [E, in, out], contracted along in)
 
-A byte of blocks holds an even element in its low nibble and the next one in its high one; checked with transformers'
-`convert_moe_packed_tensors`.
+A byte of the blocks holds an even element in its low nibble and the next element in its high nibble. Checked with
+transformers' `convert_moe_packed_tensors`.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,13 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
 def read(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, MX weights made of their parts. Raises CheckpointError if it is damaged."""
+    """The tensors of a checkpoint, elements and scales assembled to MXWeights.
+
+    Raises CheckpointError if it is damaged, or not a gpt-oss model.
+    """
     if config.get("model_type") != "gpt_oss":
         raise CheckpointError(
-            f"{folder} holds a {config.get('model_type')} quantized by {METHOD!r}: of that kind mxcompile reads gpt_oss"
+            f"{folder} holds a {config.get('model_type')} quantized by {METHOD!r}: of these mxcompile reads gpt_oss"
         )
     stored = read_tensors(folder)
     tensors: dict[str, Tensor] = {}
@@ -36,10 +39,10 @@ def read(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[st
         blocks, scales = stored.pop(name + _BLOCKS), stored.pop(name + _SCALES, None)
         if scales is None or blocks.dim() != 4 or scales.dim() != 3 or blocks.shape[-1] != MXFP4.block_bytes:
             raise CheckpointError(
-                f"{folder}: {name} has no scales, or elements {list(blocks.shape)} that are no blocks"
+                f"{folder}: {name} has no scales, or its elements {list(blocks.shape)} are not MXFP4 blocks"
             )
         layout = MXLayout(str(MXFP4), 32 * scales.shape[-1], transposed=True)
         tensors[name] = from_rows(f"{folder}: {name}", blocks.flatten(-2), scales, MXFP4, layout, dtype)
     if not tensors:
-        raise CheckpointError(f"{folder} says that it was quantized by {METHOD!r} and holds no blocks of that")
+        raise CheckpointError(f"{folder} says that it was quantized by {METHOD!r} but holds no MXFP4 blocks")
     return stored | tensors

@@ -1,6 +1,6 @@
-"""Which ops let a factor through, which refuse it; and random graphs: whatever is found keeps the function.
+"""Which ops propagate a factor, and which pin it.
 
-Every case is proven as in test_groups.py: random factors are folded, outputs on inputs of three sizes stay the same.
+Every case is checked as in test_groups.py: random factors are folded, outputs on inputs of three sizes stay the same.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Factors, a union-find over ids, against a naive partition; and how tensors of labels are merged and reshaped."""
+"""Factors, a union-find over ids, compared with a naive partition; merging and reshaping of label tensors."""
 
 import pytest
 import torch

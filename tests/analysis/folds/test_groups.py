@@ -1,7 +1,7 @@
-"""find_groups: what divides a matmul's input, what takes the factors up, and what keeps a value from being divided.
+"""find_groups: what divides a matmul's input, what absorbs the factors, and what keeps a value from being divided.
 
-Every case is proven: random factors are folded, and the program computes the same as before on inputs of three sizes.
-Ops and random graphs are in test_scaling.py.
+In every case random factors are folded, and the program must compute the same as before on inputs of three sizes.
+Ops are in test_constraints.py, random graphs in test_random_graphs.py.
 """
 
 import re
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.folds.groups import find_groups, half_precision_factors
+from mxcompile.analysis.folds.groups import find_groups, representable_factors
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.trace import trace
 
@@ -148,7 +148,7 @@ def inputs_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 def test_factors_of_half_precision_models_are_powers_of_two(dtype):
     program = trace(build("mlp", dtype), inputs_of("mlp", dtype))
     for group in find_groups(program, choose(program).matmuls)[0]:
-        factors = half_precision_factors(group, torch.rand(group.count) + 0.1, power_of_two=False)
+        factors = representable_factors(group, torch.rand(group.count) + 0.1, power_of_two=False)
         assert torch.equal(factors.log2(), factors.log2().round())
 
 

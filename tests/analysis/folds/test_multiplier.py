@@ -1,4 +1,4 @@
-"""insert_multiplier: room for factors in front of matmuls, which find_groups sees, fold fills and data flow shows."""
+"""insert_multiplier: an explicit multiply in front of matmuls, into which find_groups and fold put factors."""
 
 import copy
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.folds.groups import find_groups, fold, half_precision_factors
-from mxcompile.analysis.folds.multiplier import digest, insert_multiplier, multiplier_of
+from mxcompile.analysis.folds.groups import find_groups, fold, representable_factors
+from mxcompile.analysis.folds.multiplier import insert_multiplier, multiplier_digest, multiplier_of
 from mxcompile.errors import MXCompileError
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program
@@ -19,7 +19,7 @@ from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline.pipeline import Pipeline
 
 SIZE = 32
-LEAST_DB = 100  # rounding of the factors and of float32 sums leaves 120 dB and more, a missed reader about 0
+REQUIRED_DB = 100  # rounding of the factors and of float32 sums leaves 120 dB and more, a missed reader about 0
 LARGEST = 12  # factors are between 2**-12 and 2**12
 
 
@@ -140,7 +140,7 @@ def test_find_groups_sees_it_and_extreme_factors_keep_the_function(name):
     assert absorbers(group) == f"{multiplier_of(program, product)} -> {' '.join(weights)}"
     assert (group.value, group.count, misses) == (product, SIZE, [])
     fold(program, group, torch.exp2((torch.rand(SIZE) * 2 - 1) * LARGEST))
-    assert sqnr_db(before, program(x)) >= LEAST_DB
+    assert sqnr_db(before, program(x)) >= REQUIRED_DB
 
 
 def test_experts_of_a_grouped_matmul_share_one_vector(traced):
@@ -152,7 +152,7 @@ def test_experts_of_a_grouped_matmul_share_one_vector(traced):
     (group,) = (g for g in find_groups(program, choose(program).matmuls)[0] if g.value is product)
     assert absorbers(group) == f"{multiplier_of(program, product)} -> {matmuls[0].parameter}"
     fold(program, group, torch.exp2((torch.rand(group.count) * 2 - 1) * LARGEST))
-    assert sqnr_db(before, output(program(**example))) >= LEAST_DB
+    assert sqnr_db(before, output(program(**example))) >= REQUIRED_DB
 
 
 def test_another_reader_s_group_may_undo_its_factors_in_a_multiplier():
@@ -168,7 +168,7 @@ def test_another_reader_s_group_may_undo_its_factors_in_a_multiplier():
     ]
     for group in groups:
         fold(program, group, torch.exp2((torch.rand(SIZE) * 2 - 1) * 5))
-    assert sqnr_db(before, program(x)) >= LEAST_DB
+    assert sqnr_db(before, program(x)) >= REQUIRED_DB
 
 
 def test_half_precision_takes_powers_of_two_without_any_rounding():
@@ -179,7 +179,7 @@ def test_half_precision_takes_powers_of_two_without_any_rounding():
     assert program.tensor(str(multiplier_of(program, product))).dtype == torch.bfloat16
     ((group,), _) = find_groups(program, choose(program).matmuls)
     assert group.in_half_precision
-    fold(program, group, half_precision_factors(group, torch.rand(SIZE) + 0.1, power_of_two=False))
+    fold(program, group, representable_factors(group, torch.rand(SIZE) + 0.1, power_of_two=False))
     assert torch.equal(program(x), before)
 
 
@@ -242,8 +242,8 @@ def test_lowered_matmuls_are_refused():
 
 def test_digests_tell_values_apart():
     ones = torch.ones(SIZE, dtype=torch.bfloat16)
-    assert digest(ones) == digest(ones.clone())
-    assert digest(ones) != digest(-ones)
+    assert multiplier_digest(ones) == multiplier_digest(ones.clone())
+    assert multiplier_digest(ones) != multiplier_digest(-ones)
 
 
 def test_nothing_of_the_model_changes():

@@ -1,4 +1,4 @@
-"""Checkpoints for compressed-tensors: what it decodes is what we decode, what it encodes is what we encode."""
+"""compressed-tensors checkpoints: both libraries decode and encode the same values and bytes."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from mxcompile.checkpoint.interop.element_layouts import from_rows, to_rows
 from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.formats import FORMATS, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.numerics import packing, reference
-from mxcompile.tensor.modules import own_tensors
+from mxcompile.tensor.modules import named_tensors
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 pytest.importorskip("compressed_tensors", reason="install the test extra")
@@ -185,7 +185,7 @@ def test_a_module_that_transformers_does_not_know(tmp_path):
     with torch.device("meta"):
         empty = type(model)()
     assert_same_values(mxcompile.load(tmp_path / "out", model=empty), model)
-    with pytest.raises(CheckpointError, match=r"holds a None, which is no model of transformers: build one yourself"):
+    with pytest.raises(CheckpointError, match=r"holds a None, which is not a transformers model: build one yourself"):
         mxcompile.load(tmp_path / "out")
 
 
@@ -205,13 +205,13 @@ def with_multiplier():
 REFUSED = {
     "mxint4": (
         lambda: lowered("lower-mx{weight=mxint4,activation=none}"),
-        r"q_proj.weight: compressed-tensors has no mxint4, of .* only mxfp4, mxfp6_e2m3, mxfp8_e4m3 in blocks of 32",
+        r"q_proj.weight: compressed-tensors has no mxint4; of .* it has only mxfp4, mxfp6_e2m3, mxfp8_e4m3, in blocks",
     ),
-    "mxfp6_e3m2": (lambda: lowered("lower-mx{weight=mxfp6_e3m2,activation=none}"), r"has no mxfp6_e3m2, of"),
+    "mxfp6_e3m2": (lambda: lowered("lower-mx{weight=mxfp6_e3m2,activation=none}"), r"has no mxfp6_e3m2; of"),
     "block": (lambda: lowered("lower-mx{weight=mxfp4:64,activation=none}"), r"q_proj.weight: .* no mxfp4:64"),
     "input": (
         lambda: lowered("lower-mx{weight=mxfp4,activation=mxint8}"),
-        r"q_proj.weight: compressed-tensors has no mxint8 for inputs, of",
+        r"q_proj.weight: compressed-tensors has no mxint8 for inputs; of",
     ),
     "rotation": (
         lambda: lowered(
@@ -222,9 +222,9 @@ REFUSED = {
     "multiplier": (with_multiplier, r"an input that is multiplied by a vector \(use awq-fold{multiply=false}\)"),
     "conv1d": (
         lambda: lowered(LOWER, "gpt2"),
-        r"c_attn.weight: .* a weight that is no nn.Linear's \(leave it out with excl",
+        r"c_attn.weight: .* a weight that is not an nn.Linear's \(skip it with excl",
     ),
-    "experts": (lambda: lowered(LOWER, "mixtral"), r"layers.0.mlp.*: .* a weight that is no nn.Linear's"),
+    "experts": (lambda: lowered(LOWER, "mixtral"), r"layers.0.mlp.*: .* a weight that is not an nn.Linear's"),
 }
 
 
@@ -241,7 +241,7 @@ def test_rows_that_are_no_multiple_of_a_block_are_refused(tmp_path):
     quantized = mxcompile.quantize_and_compile(
         model, torch.randn(2, 40), recipe="lower-mx{weight=mxfp4,activation=none}", compile=False, include=["*"]
     )
-    with pytest.raises(CheckpointError, match=r"0.weight: .* a row of 40 values, no multiple of 32"):
+    with pytest.raises(CheckpointError, match=r"0.weight: .* a row of 40 values, not a multiple of 32"):
         mxcompile.save(quantized, tmp_path / "out", format=FORMAT)
 
 
@@ -250,7 +250,7 @@ def test_names_of_formats_and_places_that_are_taken(tmp_path):
         mxcompile.save(quantized(), tmp_path / "out", format="ggml")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="is there already: name a new folder"):
+    with pytest.raises(CheckpointError, match="exists already: name a new folder"):
         mxcompile.save(quantized(), tmp_path / "out", format=FORMAT)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
@@ -278,22 +278,25 @@ def group(content):
         ),
         (lambda c: group(c).update(format=[1]), r"is in '\[1\]', mxcompile reads"),
         (lambda c: group(c).update(output_activations={"num_bits": 8}), r"rounds its outputs"),
-        (lambda c: group(c)["weights"].update(group_size=16), r"are no MX values: mxcompile reads mxfp4-pack"),
-        (lambda c: group(c)["weights"].update(type="int"), r"are no MX values"),
-        (lambda c: group(c)["weights"].update(num_bits=8), r"weights of 8 bits, mxfp4-pack-quantized has 4"),
-        (lambda c: group(c)["weights"].update(num_bits="4"), r"'num_bits' is not of its type"),
+        (lambda c: group(c)["weights"].update(group_size=16), r"is not an MX format: mxcompile reads mxfp4-pack"),
+        (lambda c: group(c)["weights"].update(type="int"), r"is not an MX format"),
+        (lambda c: group(c)["weights"].update(num_bits=8), r"weights of 8 bits, but mxfp4-pack-quantized has 4"),
+        (lambda c: group(c)["weights"].update(num_bits="4"), r"'num_bits' is not of type int"),
         (lambda c: group(c).update(weights=None), r"'num_bits' is missing"),
         (lambda c: group(c).update(input_activations=[3]), r"'num_bits' is missing"),
         (lambda c: group(c).pop("targets"), r"'targets' is missing"),
-        (lambda c: c["quantization_config"].update(config_groups=[]), r"'config_groups' is not of its type"),
+        (lambda c: c["quantization_config"].update(config_groups=[]), r"'config_groups' is not of type dict"),
         (lambda c: c["quantization_config"].update(kv_cache_scheme={"num_bits": 8}), r"has a kv_cache_scheme"),
         (lambda c: c["quantization_config"].update(transform_config={"a": 1}), r"has a transform_config"),
         (lambda c: c.update(num_hidden_layers=10**9), r"claims 1000000000 layers and holds"),
         (lambda c: c.update(num_hidden_layers=2), r"does not hold model.layers.1"),
-        (lambda c: c.update(vocab_size=10**12), r"\[128, 64\], a LlamaForCausalLM of that configuration has \[1000"),
+        (
+            lambda c: c.update(vocab_size=10**12),
+            r"shape \[128, 64\], in a LlamaForCausalLM .* it has \[10000",
+        ),
         (lambda c: c.update(hidden_size="x"), r"transformers cannot build the model"),
-        (lambda c: c.update(architectures=["Trainer"]), r"holds a Trainer, which is no model of transformers"),
-        (lambda c: c.update(architectures=[["os"]]), r"which is no model of transformers"),
+        (lambda c: c.update(architectures=["Trainer"]), r"holds a Trainer, which is not a transformers model"),
+        (lambda c: c.update(architectures=[["os"]]), r"which is not a transformers model"),
         (lambda c: c["quantization_config"].update(quant_method=["x"]), r"quantized by \['x'\]"),
     ],
 )
@@ -314,24 +317,24 @@ def put(tensors, name, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{PROJ}.weight_packed"), r"up_proj has scales and no elements"),
+        (lambda t: t.pop(f"{PROJ}.weight_packed"), r"up_proj has scales but no elements"),
         (lambda t: t.pop(f"{PROJ}.weight_scale"), r"up_proj.weight_packed belongs to no MX weight"),
         (lambda t: t.pop("model.norm.weight"), r"does not hold model.norm.weight, which a LlamaForCausalLM needs"),
         (lambda t: put(t, "more.weight", torch.ones(2)), r"holds more.weight, which a LlamaForCausalLM"),
         (lambda t: put(t, f"{PROJ}.weight_packed", torch.zeros(3, 7).byte()), r"up_proj has elements \[3, 7\]"),
         (
             lambda t: put(t, f"{PROJ}.weight_packed", torch.zeros(127, 32).byte()),
-            r"which do not make a weight in mxfp4",
+            r"which do not form a weight in mxfp4",
         ),
-        (lambda t: put(t, f"{PROJ}.weight_packed", torch.zeros(128, 32)), r"which do not make a weight in mxfp4"),
-        (lambda t: put(t, f"{PROJ}.weight_scale", torch.zeros(128, 2)), r"which do not make a weight in mxfp4"),
-        (lambda t: put(t, f"{PROJ}.weight_scale", torch.tensor(3).byte()), r"is no weight that its quantization"),
+        (lambda t: put(t, f"{PROJ}.weight_packed", torch.zeros(128, 32)), r"which do not form a weight in mxfp4"),
+        (lambda t: put(t, f"{PROJ}.weight_scale", torch.zeros(128, 2)), r"which do not form a weight in mxfp4"),
+        (lambda t: put(t, f"{PROJ}.weight_scale", torch.tensor(3).byte()), r"which match no group of its quantization"),
         (lambda t: put(t, f"{PROJ}.weight_scale", torch.full((128, 2), 255).byte()), r"has a scale that is NaN"),
         (
             lambda t: put(t, f"{PROJ}.weight_global_scale", torch.ones(1)),
             r"weight_global_scale belongs to no MX weight",
         ),
-        (lambda t: put(t, "model.norm.weight", torch.ones(63)), r"model.norm.weight has the shape \[63\]"),
+        (lambda t: put(t, "model.norm.weight", torch.ones(63)), r"model.norm.weight has shape \[63\]"),
     ],
 )
 def test_tensors_that_cannot_be(saved, change, message):
@@ -353,9 +356,9 @@ def test_files_that_are_missing_or_outside(tmp_path):
             (lambda f: (f / index).write_text("{"), r"cannot be read as JSON"),
             (
                 lambda f: (f / index).write_text('{"weight_map": {"x": "../y.safetensors"}}'),
-                r"is not a name that a file",
+                r"is not a valid name for a file",
             ),
-            (lambda f: (f / index).write_text('{"weight_map": {"x": "model.bin"}}'), r"is not a name that a file"),
+            (lambda f: (f / index).write_text('{"weight_map": {"x": "model.bin"}}'), r"is not a valid name for a file"),
         ]
     ):
         folder = shutil.copytree(tmp_path / "whole", tmp_path / str(n))
@@ -373,12 +376,12 @@ def test_a_generation_config_that_cannot_be(saved):
 
 def test_a_model_that_does_not_fit_is_not_touched(saved):
     model = build("llama")
-    before = own_tensors(model)
+    before = named_tensors(model)
     folder = saved()
     del model.lm_head
     with pytest.raises(CheckpointError, match=r"does not have the saved tensors \(only saved: lm_head.weight"):
         mxcompile.load(folder, model=model)
-    assert all(tensor is before[name] for name, tensor in own_tensors(model).items())
+    assert all(tensor is before[name] for name, tensor in named_tensors(model).items())
 
 
 def test_rules_that_a_loaded_model_gets(saved):

@@ -1,4 +1,4 @@
-"""Other projects' files with wrong bytes: a CheckpointError, or a model that the bytes describe, nothing else."""
+"""Damaged files of other projects: either a CheckpointError, or the model that the bytes describe."""
 
 from pathlib import Path
 

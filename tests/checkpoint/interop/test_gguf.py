@@ -1,4 +1,4 @@
-"""GGUF files with MXFP4 weights: what the gguf package and transformers decode is what we decode."""
+"""GGUF files with MXFP4 weights: the gguf package, transformers and mxcompile decode the same values."""
 
 import shutil
 import struct
@@ -120,7 +120,7 @@ def test_what_gguf_quantizes_is_read_by_name(tmp_path):
         (lambda: quantized("mxfp8_e4m3"), r"q_proj.weight: GGUF cannot hold mxfp8_e4m3 weights \(quantize to mxfp4"),
         (
             lambda: quantized(name="gemma"),
-            r"GemmaForCausalLM cannot be written as GGUF: mxcompile knows mistral, llama",
+            r"GemmaForCausalLM cannot be written as GGUF: mxcompile supports mistral, llama",
         ),
         (lambda: quantized(name="mlp"), r"MLP cannot be written as GGUF"),
     ],
@@ -162,7 +162,7 @@ def test_a_folder_and_a_model_that_is_given(file, tmp_path):
     (tmp_path / "x.gguf").mkdir()
     with pytest.raises(CheckpointError, match="is a folder: name a file"):
         mxcompile.save(quantized(), tmp_path / "x.gguf")
-    with pytest.raises(CheckpointError, match="names of its own: load it without model"):
+    with pytest.raises(CheckpointError, match="uses other tensor names: load it without model"):
         mxcompile.load(file, model=build("llama"))
     with pytest.raises(CheckpointError, match="No such file"):
         mxcompile.load(tmp_path / "none.gguf")
@@ -179,7 +179,7 @@ def header(tensors=0, entries=0, version=3, magic=b"GGUF") -> bytes:
 HOSTILE = {
     "empty": (b"", "cannot mmap an empty file"),
     "other": (header(magic=b"PK\3\4"), r"it begins with b'PK"),
-    "version": (header(version=9), r"version 9; GGUF of version 2 or 3"),
+    "version": (header(version=9), r"version 9; supported are GGUF versions 2 and 3"),
     "many tensors": (header(2**62), "ends in the middle of its header"),
     "many entries": (header(0, 2**62), "ends in the middle of its header"),
     "long key": (header(0, 1) + struct.pack("<Q", 2**63), "ends in the middle of its header"),
@@ -191,10 +191,10 @@ HOSTILE = {
     "no text": (header(0, 1) + text(b"\xff\xfe"), "utf-8"),
     "alignment": (header(0, 1) + text(b"general.alignment") + struct.pack("<II", 4, 3), "its alignment is 3"),
     "dimensions": (header(1) + text(b"t") + struct.pack("<I", 99), "has 99 dimensions"),
-    "kind": (header(1) + text(b"t") + struct.pack("<IQIQ", 1, 32, 999, 0), "of type 999 and shape"),
-    "row": (header(1) + text(b"t") + struct.pack("<IQIQ", 1, 31, 39, 0), r"of type 39 and shape \[31\] cannot be"),
-    "outside": (header(1) + text(b"t") + struct.pack("<IQIQ", 1, 2**40, 0, 0), "or beyond the end"),
-    "offset": (header(1) + text(b"t") + struct.pack("<IQIQ", 1, 32, 0, 2**63), "or beyond the end"),
+    "kind": (header(1) + text(b"t") + struct.pack("<IQIQ", 1, 32, 999, 0), "of type 999 cannot have shape"),
+    "row": (header(1) + text(b"t") + struct.pack("<IQIQ", 1, 31, 39, 0), r"of type 39 cannot have shape \[31\]"),
+    "outside": (header(1) + text(b"t") + struct.pack("<IQIQ", 1, 2**40, 0, 0), "or ends beyond the file"),
+    "offset": (header(1) + text(b"t") + struct.pack("<IQIQ", 1, 32, 0, 2**63), "or ends beyond the file"),
     "overlap": (
         header(2)
         + text(b"t")
@@ -202,9 +202,12 @@ HOSTILE = {
         + text(b"u")
         + struct.pack("<IQIQ", 1, 8, 0, 4)
         + bytes(99),
-        "'u' lies on another tensor",
+        "'u' overlaps another tensor",
     ),
-    "names": (header(2) + (text(b"t") + struct.pack("<IQIQ", 1, 8, 0, 0)) * 2 + bytes(99), "two tensors of one name"),
+    "names": (
+        header(2) + (text(b"t") + struct.pack("<IQIQ", 1, 8, 0, 0)) * 2 + bytes(99),
+        "two of its tensors have the",
+    ),
 }
 
 
