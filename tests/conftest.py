@@ -3,22 +3,57 @@
 The models themselves are plain functions in `models.py`.
 """
 
+import importlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch reads them. In graphs as small as those of tests, the cache of fake results costs a third of a trace, and
+# a pool of processes that compile costs more than it saves.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import torch
 from models import build, inputs
+from shared_exports import SharedExports
 
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
 
-SLOW = ("test_smollm2.py", "test_style.py", "test_export.py", "test_report_page.py")
+LONG = (
+    "test_smollm2.py",
+    "test_compile.py",
+    "test_readme.py",
+    "test_export.py",
+    "test_report_page.py",
+    "test_style.py",
+    "test_decode_step.py",
+    "test_guide.py",
+    "test_bisect.py",
+)
+export = importlib.import_module("mxcompile.graph.trace")
+shared_exports = SharedExports(export._export)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest files first: started last, one of them would keep a worker busy after all others are done."""
-    items.sort(key=lambda item: item.path.name not in SLOW)
+    """The longest files first: started last, one of them would keep a worker busy after all others are done."""
+    ranks = {name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Slow tests, and those of tracing itself, export every model that they trace."""
+    shared_exports.active = item.get_closest_marker("slow") is None and item.path.parent.name != "graph"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_export_of_a_structure() -> Iterator[None]:
+    """Models that differ in the values of their tensors share one `torch.export`: it takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_export", shared_exports)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

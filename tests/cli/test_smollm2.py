@@ -17,9 +17,12 @@ from mxcompile.diagnostics.evaluation import evaluate, token_windows
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
 
-pytestmark = pytest.mark.skipif(
-    not smollm2.cached_file().exists(), reason="SmolLM2 is not in the cache: python -m mxcompile.cli.smollm2"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not smollm2.cached_file().exists(), reason="SmolLM2 is not in the cache: python -m mxcompile.cli.smollm2"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,6 @@ def test_mxfp4_for_other_programs_comes_back_to_the_bit(real, tmp_path):
 
 LOADED = """
 import sys
-import time
 import torch
 import mxcompile
 
@@ -97,18 +99,18 @@ def peak():
 
 tiny, folder, ids, logits = sys.argv[1:]
 mxcompile.load(tiny)  # imports all there is to import
-before, began = peak(), time.perf_counter()
+before = peak()
 model = mxcompile.load(folder)
-seconds, taken = time.perf_counter() - began, peak() - before
+taken = peak() - before
 with torch.no_grad():
     torch.save(model(torch.load(ids)).logits, logits)
-print(seconds, taken)
+print(taken)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux's /proc")
 def test_saved_and_loaded_in_another_process(real, w4a8, tmp_path):
-    """Measured alone on 2 cores: 0.2 s, 1.13 of the packed size, 55 kB of headers, the same logits to the bit."""
+    """Measured: 1.13 of the packed size, 55 kB of headers, the same logits to the bit."""
     folder, ids, logits = tmp_path / "model", tmp_path / "ids.pt", tmp_path / "logits.pt"
     w4a8.save_pretrained(folder)
     (weights,) = folder.glob("*.safetensors")
@@ -119,8 +121,6 @@ def test_saved_and_loaded_in_another_process(real, w4a8, tmp_path):
     command = [sys.executable, "-c", LOADED, tmp_path / "tiny", folder, ids, logits]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    seconds, taken = map(float, done.stdout.split())
-    assert seconds < 3
-    assert taken < 1.2 * stored_bytes(w4a8)
+    assert int(done.stdout) < 1.2 * stored_bytes(w4a8)
     with torch.no_grad():
         assert torch.equal(torch.load(logits), w4a8(real[1][0][:, :64]).logits)

@@ -166,7 +166,7 @@ def test_nothing_to_blame(model):
     assert found.forwards == 3
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.6, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.3, 0.9))])
 def test_a_set_that_holds_the_threshold_and_cannot_be_smaller(model, share):
     """No layer is planted; whatever is blamed, without it the threshold holds, and with any one of it back it fails."""
     x = inputs("llama", 4, 16)

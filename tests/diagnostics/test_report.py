@@ -260,6 +260,7 @@ def test_it_needs_nothing_else(folder):
     assert len(digests) == 2
 
 
+@pytest.mark.slow
 def test_a_model_of_32_layers_stays_small(tmp_path):
     """224 layers and 4 passes; names as long as those of a large model, since it is the same class."""
     dump(tmp_path, llama(32), inputs("llama"), f"{TEXT} | fuse-mx-gemm")

@@ -18,12 +18,14 @@ from mxcompile.errors import PassError
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 api = pytest.importorskip("playwright.sync_api", reason="install the test extra")
 expect = api.expect
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+]
 
 FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
 MORE_FLAGS = ("disable-component-update", "disable-sync")
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +74,10 @@ def label(page, number, module):
 QUERY, NODES = "#query", "#nodes tr"
 
 
-def test_it_opens_in_time_and_shows_every_layer_after_every_pass(browser, folder):
+def test_it_shows_every_layer_after_every_pass(browser, folder):
     with opened(browser, folder) as page:
         assert page.locator("#maps figure").count() == 3
         assert page.locator("#maps a").count() == 3 * 224
-        timing = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
-        assert 0 < timing / 1000 < SECONDS
         found = mxcompile.Ledger.load(folder).passes[1].measured.layers["model.layers.5.mlp.up_proj.weight"]
         assert (
             label(page, 2, "model.layers.5.mlp.up_proj")

@@ -65,6 +65,7 @@ def site(tmp_path_factory) -> Path:
     return folder / "html"
 
 
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(site):
     for path in site.rglob("*.html"):
         text = path.read_text()
@@ -77,6 +78,7 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(si
     assert str(ROOT) not in "".join(path.read_text() for path in site.rglob("*.html"))
 
 
+@pytest.mark.slow
 def test_the_reference_has_every_public_name(site):
     reference = "".join(path.read_text() for path in (site / "api").glob("*.html"))
     public = [name for name in mxcompile.__all__ if not isinstance(getattr(mxcompile, name), types.ModuleType)]

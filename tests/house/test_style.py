@@ -14,7 +14,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["format", "lint", pytest.param("types", marks=pytest.mark.slow)])
 def test_tools_have_nothing_to_say(command):
     pytest.importorskip("ruff" if command != "types" else "pyright", reason="install the test extra")
     done = subprocess.run([sys.executable, *COMMANDS[command]], cwd=ROOT, capture_output=True, text=True, check=False)

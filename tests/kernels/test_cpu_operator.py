@@ -30,7 +30,7 @@ needs_operator = pytest.mark.skipif(why_not() is not None, reason=str(why_not())
 
 
 def arguments(x, name, activation, rows=(48, 7)):
-    """What `mx::cpu_linears` takes, for weights with and without a bias."""
+    """Arguments of `mx::cpu_linears`, for weights with and without a bias."""
     fmt, generator = parse_format(name), torch.Generator().manual_seed(0)
     packed = [reference.quantize(torch.randn(n, x.shape[-1], generator=generator), fmt, ScaleRule.FLOOR) for n in rows]
     elements, scales = [packing.pack(codes, fmt) for codes, _ in packed], [scales for _, scales in packed]
@@ -81,7 +81,7 @@ def test_weights_with_strides(part):
 
 @needs_operator
 def test_a_nan_scale_and_the_smallest_scale():
-    """Byte 255 makes its row NaN, byte 0 is 2^-127, not nothing."""
+    """Scale byte 255 makes its row NaN; byte 0 is 2^-127, not zero."""
     x, elements, scales, _, *rest = arguments(torch.full((1, 64), 2.0**99), "mxfp4", "mxint8", rows=(5, 4))
     scales[0][2, 1], scales[0][3] = 255, 0
     elements[0][3] = 0x22
@@ -112,7 +112,7 @@ def test_what_cannot_be_built_stays_in_python(monkeypatch, caplog):
 @needs_operator
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="reads a library with nm")
 def test_a_compiler_that_links_its_own_standard_library_keeps_it_to_itself(tmp_path):
-    """torch has another one in the process, and what is half of one and half of the other crashes at an error."""
+    """torch loads another libstdc++ into the process; a mixture of both crashes when an exception is thrown."""
     made = tmp_path / "operator.so"
     source = Path(build.__file__).parent / "mx_cpu_operator.cpp"
     command = [build._compiler(), "-static-libstdc++", *build._OPTIONS, str(source), *build._for_torch()]
