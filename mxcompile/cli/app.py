@@ -1,6 +1,6 @@
-"""The command line: `mxcompile demo | eval | bisect`, and the commands of other files.
+"""The command line app, with the commands `demo`, `eval` and `bisect`.
 
-About checkpoints: `model_commands.py`; about dumps: `dump_commands.py`; what there is: `list_commands.py`.
+Commands on models and checkpoints: `model_commands.py`; on dumps: `dump_commands.py`; lists: `list_commands.py`.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mxcompile.cli import dump_commands, list_commands, model_commands
 from mxcompile.cli.arguments import Calibration, CalibrationText, Device, Json, Length, Model, TextFile
-from mxcompile.cli.compare import Question, compare, prepare, report
+from mxcompile.cli.compare import EvalOptions, compare, load_with_data, print_comparison
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.demo import run_demo
 from mxcompile.cli.progress import Progress
@@ -27,23 +27,23 @@ app = typer.Typer(
 @app.command()
 def demo(
     model: Model = None,
-    out: Annotated[Path, typer.Option(help="folder for the graph dumps")] = Path("out/demo"),
-    length: Annotated[int, typer.Option(help="tokens a window of the evaluation text")] = 2048,
+    out: Annotated[Path, typer.Option(help="folder for the dumps")] = Path("out/demo"),
+    length: Annotated[int, typer.Option(help="tokens per window of the evaluation text")] = 2048,
     windows: Annotated[int, typer.Option(help="number of windows")] = 4,
     new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
     compile: Annotated[bool, typer.Option(help="compile the quantized models")] = True,
 ) -> None:
-    """Quantize a real language model W8A8 and W4A8, compile it, and compare it with its float self."""
-    run_demo(results(), model, folder=out, length=length, windows=windows, new_tokens=new_tokens, compile=compile)
+    """Quantize a real language model to W8A8 and W4A8, compile it, and compare it with the float model."""
+    run_demo(results(), messages(), EvalOptions(model, length=length, windows=windows), out, new_tokens, compile)
 
 
 @app.command("eval")
 def evaluate(
     model: Model = None,
     against: Annotated[
-        str | None, typer.Option(help="another model, to compare with: a path, a hub id, smollm2")
+        str | None, typer.Option(help="another model to compare with: a path, a hub id, or smollm2")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="quantize the model by a recipe or pipeline, and compare")] = None,
+    recipe: Annotated[str | None, typer.Option(help="a recipe or pipeline: quantize the model and compare")] = None,
     text: TextFile = None,
     length: Length = 2048,
     windows: Annotated[int, typer.Option(min=0, help="number of windows; 0 for all of the text")] = 4,
@@ -52,19 +52,20 @@ def evaluate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Print a language model's perplexity; with --recipe, of its quantized self too, and how far that is from it.
+    """Print the perplexity of a language model; with --recipe, also that of the quantized model and its distance.
 
-    Every token of a window is predicted from those before it; there is no special token in front of them.
+    Every token of a window is predicted from those before it, without a special token in front.
 
     --json: {"model": {"name", "bytes", "nll", "perplexity"}, "recipe", "reference", "kl", "top1", "text", "length",
-    "windows", "tokens", "calibration"}; the reference, null or like the model, is what kl and top1 compare with.
+    "windows", "tokens", "calibration"}; kl and top1 compare with the reference, which is null or
+    like the model.
     """
-    question = Question(model, against, recipe, text, length, windows, calibration_text, calibration, device)
-    answer = compare(messages(), question)
+    options = EvalOptions(model, against, recipe, text, length, windows, calibration_text, calibration, device)
+    comparison = compare(messages(), options)
     if as_json:
-        print_json(answer.record())
+        print_json(comparison.record())
     else:
-        report(results(), answer)
+        print_comparison(results(), comparison)
 
 
 @app.command()
@@ -72,9 +73,9 @@ def bisect(
     model: Model = None,
     recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
     kl: Annotated[
-        float | None, typer.Option(help="the largest KL divergence from the float model that will do")
+        float | None, typer.Option(help="threshold: largest accepted KL divergence from the float model")
     ] = None,
-    perplexity: Annotated[float | None, typer.Option(help="the largest perplexity that will do")] = None,
+    perplexity: Annotated[float | None, typer.Option(help="threshold: largest accepted perplexity")] = None,
     text: TextFile = None,
     length: Length = 256,
     windows: Annotated[int, typer.Option(min=1, help="number of windows")] = 1,
@@ -83,20 +84,20 @@ def bisect(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Find the pass, and in it the layers, that bring a model over a threshold, and what to leave out to mend it.
+    """Find the pass and the layers that push a model over an error threshold, and suggest a fix.
 
     Takes about two forwards of the windows for every layer.
 
-    --json: {"metric", "threshold", "scores": [{"pass", "score"}], "culprit", "contributions": {layer: what it adds},
+    --json: {"metric", "threshold", "scores": [{"pass", "score"}], "culprit", "contributions": {layer: added error},
     "guilty", "restored", "fix": null or {"names", "format", "score", "mends"}, "forwards"}.
     """
-    question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
+    options = EvalOptions(model, None, recipe, text, length, windows, calibration_text, calibration, device)
     screen = messages()
-    loaded, data = prepare(screen, question)
+    loaded, _, data = load_with_data(screen, options)
     probe = [{"input_ids": window.to(device)} for window in data.windows]
     kl = 0.1 if kl is None and perplexity is None else kl
     with Progress(screen, last="scoring") as progress:
-        found = find_culprits(
+        bisection = find_culprits(
             loaded,
             probe[0],
             recipe=recipe,
@@ -108,18 +109,18 @@ def bisect(
             report=progress.report,
         )
     if as_json:
-        print_json(found.record())
+        print_json(bisection.record())
     else:
-        found.print_to(results())
+        bisection.print_to(results())
 
 
-model_commands.add_to(app)
-dump_commands.add_to(app)
-list_commands.add_to(app)
+model_commands.register(app)
+dump_commands.register(app)
+list_commands.register(app)
 
 
 def main() -> None:
-    """Entry point: errors of ours are one message, not a traceback."""
+    """Entry point: an `MXCompileError` is printed as one message, without a traceback."""
     try:
         app()
     except MXCompileError as error:

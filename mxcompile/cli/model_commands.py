@@ -1,22 +1,19 @@
-"""The commands about models in folders: `mxcompile quantize | convert | generate | inspect | lm-eval | explain`.
-
-`cli.py` puts them beside the others.
-"""
+"""The commands on models and checkpoints: `mxcompile quantize | convert | generate | inspect | lm-eval | explain`."""
 
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mxcompile.api import load
-from mxcompile.checkpoint import Checkpoint, check_free, save
-from mxcompile.cli import compare, smollm2
+from mxcompile.checkpoint import Checkpoint, check_destination, save
+from mxcompile.cli import smollm2
 from mxcompile.cli.arguments import Calibration, CalibrationText, Device, Format, Json, Length, Model, TextFile
-from mxcompile.cli.checkpoint_contents import Description
-from mxcompile.cli.compare import Question
+from mxcompile.cli.checkpoint_contents import CheckpointContents
+from mxcompile.cli.compare import EvalOptions, print_comparison, quantize_and_compare
 from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.generation import generate_text
 from mxcompile.cli.model_source import load_model, load_tokenizer
 from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.evaluation import Metric
@@ -24,6 +21,7 @@ from mxcompile.diagnostics.explain import explain as find_kernels
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import QUICK
+from mxcompile.tensor.devices import find_device
 
 
 def quantize(
@@ -32,39 +30,39 @@ def quantize(
     format: Format = None,
     recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
     min_recovery: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="write nothing if less of the float model is left")
+        float | None, typer.Option(min=0.0, max=1.0, help="write nothing if recovery is below this")
     ] = None,
-    metric: Annotated[Metric, typer.Option(help="what that is measured by")] = Metric.TOP1,
-    force: Annotated[bool, typer.Option("--force", help="write it all the same")] = False,
+    metric: Annotated[Metric, typer.Option(help="the measure of recovery")] = Metric.TOP1,
+    force: Annotated[bool, typer.Option("--force", help="write it anyway")] = False,
     text: TextFile = None,
     length: Length = 2048,
-    windows: Annotated[int, typer.Option(min=0, help="number of windows to compare on; 0 for all of the text")] = 4,
+    windows: Annotated[int, typer.Option(min=0, help="number of windows to compare on; 0 for the whole text")] = 4,
     calibration_text: CalibrationText = None,
     calibration: Calibration = 32,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Quantize a language model, compare it with its float self, and write it to a folder.
+    """Quantize a language model, compare it with the float model, and write it to a folder.
 
-    Recovery is how much of the float model is left: the share of tokens predicted alike (top1), its perplexity over the
-    quantized model's (perplexity), or exp(-KL) (kl).
+    Recovery compares the quantized with the float model: the fraction of tokens predicted alike (top1), the float
+    perplexity over the quantized one (perplexity), or exp(-KL) (kl).
 
-    --json: as of eval, and "recovery", "metric", "out" (null if nothing is written).
+    --json: as for eval, and "recovery", "metric", "out" (null if nothing is written).
     """
-    check_free(out, format)
-    question = Question(model, None, recipe, text, length, windows, calibration_text, calibration, device)
-    quantized, tokenizer, answer = compare.quantize(messages(), question, recipe)
-    recovery = answer.scores.recovery(metric)
+    check_destination(out, format)
+    options = EvalOptions(model, None, recipe, text, length, windows, calibration_text, calibration, device)
+    quantized, tokenizer, comparison = quantize_and_compare(messages(), options, recipe)
+    recovery = comparison.scores.recovery(metric)
     enough = min_recovery is None or recovery >= min_recovery
     if enough or force:
         with waiting(messages(), "writing"):
             save(quantized, out, tokenizer=tokenizer, format=format)
-    found = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
+    written = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
     if as_json:
-        print_json(answer.record() | found)
+        print_json(comparison.record() | written)
     else:
-        compare.report(results(), answer)
-    verdict = f"recovery ({metric}) {recovery:.3f}" + ("" if enough else f", less than {min_recovery}")
+        print_comparison(results(), comparison)
+    verdict = f"recovery ({metric}) {recovery:.3f}" + ("" if enough else f", below {min_recovery}")
     if not enough and not force:
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
     screen = messages() if as_json else results()
@@ -76,8 +74,8 @@ def convert(
     out: Annotated[Path, typer.Argument(help="where to write it")],
     format: Format = None,
 ) -> None:
-    """Write a quantized model in another format: the same elements and scales, nothing is rounded again."""
-    check_free(out, format)
+    """Write a quantized model in another format, with the same elements and scales; nothing is rounded again."""
+    check_destination(out, format)
     with waiting(messages(), "writing"):
         save(load(source), out, tokenizer=load_tokenizer(source), format=format)
     results().print(f"{source} written to {out}", markup=False)
@@ -85,61 +83,57 @@ def convert(
 
 def generate(
     model: Model = None,
-    prompt: Annotated[str, typer.Option(help="text to go on from")] = "The capital of France is",
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "The capital of France is",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 64,
-    compile: Annotated[bool, typer.Option("--compile", help="compile first; kept on disk for the next time")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="compile first; cached on disk for the next time")] = False,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Go on with a text, greedily; the model is a checkpoint, or any language model.
+    """Continue a text greedily with a checkpoint or any language model.
 
-    --json: {"text", "prompt", "tokens", "seconds"}; the text begins with the prompt, tokens are those generated.
+    --json: {"text", "prompt", "tokens", "seconds"}; the text includes the prompt, tokens counts the generated ones.
     """
+    target = find_device(device)
     with waiting(messages(), "loading"):
         loaded, tokenizer = load_model(model)
-        loaded = loaded.to(device)
+        loaded = loaded.to(target)
     if compile:
         compile_module(loaded)
-    encoded = tokenizer(prompt, return_tensors="pt").to(device)
-    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    began = time.perf_counter()
     if not (compile or as_json):
-        loaded.generate(**inputs, **options, streamer=_streamer(tokenizer))
+        generate_text(loaded, tokenizer, prompt, max_new_tokens, streamer=_streamer(tokenizer))
         return
     with waiting(messages(), "compiling, generating" if compile else "generating"):
-        output = loaded.generate(**inputs, **options, cache_implementation="static" if compile else None)[0]
-    text = tokenizer.decode(output, skip_special_tokens=True)
-    if not as_json:
-        typer.echo(text)
-        return
-    tokens, seconds = len(output) - inputs["input_ids"].shape[1], time.perf_counter() - began
-    print_json({"text": text, "prompt": prompt, "tokens": tokens, "seconds": seconds})
+        generation = generate_text(loaded, tokenizer, prompt, max_new_tokens, static_cache=compile)
+    if as_json:
+        numbers = {"tokens": generation.tokens, "seconds": generation.seconds}
+        print_json({"text": generation.text, "prompt": prompt} | numbers)
+    else:
+        typer.echo(generation.text)
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="a checkpoint")],
-    tensors: Annotated[bool, typer.Option("--tensors", help="a line for every tensor")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="read all of it and compare checksums")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="one line per tensor")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read all tensors and check their checksums")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what a checkpoint holds: formats, sizes, the recipe and versions that made it.
+    """Print the contents of a checkpoint: formats, sizes, and the recipe and versions that made it.
 
     --json: {"folder", "module", "recipe", "versions", "bytes", "files", "tensors": [{"name", "format", "input",
     "shape", "bytes"}]}.
     """
     with waiting(messages(), "reading"):
-        description = Description(Checkpoint(folder, verify=verify))
+        contents = CheckpointContents(Checkpoint(folder, verify=verify))
     if as_json:
-        print_json(description.record())
+        print_json(contents.record())
         return
-    description.print_to(results(), every=tensors)
+    contents.print_to(results(), every=tensors)
     if verify:
-        results().print("every byte is as it was saved")
+        results().print("all checksums match")
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run EleutherAI's lm_eval, all of whose options follow, where it can load checkpoints.
+    """Run EleutherAI's lm_eval, with all its options, on any model or a checkpoint of mxcompile.
 
     mxcompile lm-eval --model hf --model_args pretrained=FOLDER --tasks ...
     """
@@ -153,19 +147,20 @@ def lm_eval(context: typer.Context) -> None:
 
 def explain(
     model: Model = None,
-    recipe: Annotated[str, typer.Option(help="a recipe or pipeline; without effect on a checkpoint")] = QUICK,
+    recipe: Annotated[str, typer.Option(help="a recipe or pipeline; ignored for a checkpoint")] = QUICK,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Print which kernel runs each layer on a device and why, its bytes, and what stays float; nothing is quantized."""
+    target = find_device(device)
     messages().print(f"loading {model or smollm2.NAME}", markup=False)
     loaded, tokenizer = load_model(model)
     example = {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids}
-    found = find_kernels(loaded, example, recipe=recipe, device=device)
+    explanation = find_kernels(loaded, example, recipe=recipe, device=target)
     if as_json:
-        print_json(found.record())
+        print_json(explanation.record())
     else:
-        found.print_to(results())
+        explanation.print_to(results())
 
 
 def _streamer(tokenizer: Any) -> Any:
@@ -174,9 +169,9 @@ def _streamer(tokenizer: Any) -> Any:
     return TextStreamer(tokenizer, skip_special_tokens=True)
 
 
-def add_to(app: typer.Typer) -> None:
-    """Make them commands."""
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
     for command in (quantize, convert, generate, inspect, explain):
         app.command()(command)
-    unread = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command("lm-eval", context_settings=unread, add_help_option=False)(lm_eval)
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command("lm-eval", context_settings=passed_on, add_help_option=False)(lm_eval)

@@ -1,4 +1,4 @@
-"""`mxcompile eval`: what it measures and on which part of the text, what it prints, and what it refuses."""
+"""`mxcompile eval`: its scores, the part of the text that it uses, its output and its errors."""
 
 import json
 import re
@@ -141,7 +141,7 @@ def test_what_is_printed(local_model, text):
     compared = printed("--recipe", CALIBRATED)
     assert "124 tokens of the second half of words.txt, 4 windows of 32\n" in compared
     assert "calibrated on the first half of words.txt, 2 windows of 512\n" in compared
-    assert "KL: divergence from the first, nats a token" in compared
+    assert "KL: divergence from the first model in nats per token" in compared
     assert re.search(r"^ \S+, float +[\d.]+ +[\d.]+ *$", compared, re.MULTILINE)
     assert re.search(r"^ quantized +[\d.]+ +[\d.]+ +[+-][\d.]+% +0\.\d+ +[\d.]+% *$", compared, re.MULTILINE)
 
@@ -158,14 +158,14 @@ def test_help_topics_if_no_text_is_named(local_model):
         ("MODEL --text .", "cannot be read as text: Is a directory"),
         ("MODEL --text binary.txt", "binary.txt cannot be read as text: 'utf-8' codec"),
         ("MODEL --text lines.jsonl", 'lines.jsonl, line 3: not a JSON object with a "text"'),
-        ("MODEL --text empty.txt", "empty.txt has 0 tokens, less than a window of 2048: give more text"),
-        ("MODEL --text words.txt --length 2401", "words.txt has 2400 tokens, less than a window of 2401"),
-        ("MODEL --text words.txt --length 2100", "reads 2048 tokens at a time, not 2100: give --length 2048"),
+        ("MODEL --text empty.txt", "empty.txt has 0 tokens, fewer than a window of 2048: use more text"),
+        ("MODEL --text words.txt --length 2401", "words.txt has 2400 tokens, fewer than a window of 2401"),
+        ("MODEL --text words.txt --length 2100", "takes at most 2048 tokens, not 2100: use --length 2048"),
         ("MODEL --text words.txt --recipe w4a8-mxit", "unknown recipe 'w4a8-mxit': did you mean w4a8-mxint"),
-        ("MODEL --recipe w4a8-mxint --against MODEL", "give --recipe .* or --against .*, not both"),
-        ("MODEL --calibration-text words.txt", "--calibration-text is for a --recipe"),
-        ("MODEL --device tpu", "there is no device 'tpu'"),
-        ("./nothing", "nothing cannot be loaded .*; give a hub id, or a folder that holds a causal language model"),
+        ("MODEL --recipe w4a8-mxint --against MODEL", "use --recipe .* or --against .*, not both"),
+        ("MODEL --calibration-text words.txt", "--calibration-text needs a --recipe"),
+        ("MODEL --device tpu", "there is no device 'tpu' .*; this machine has: cpu"),
+        ("./nothing", "nothing cannot be loaded .*; use a hub id, or a folder with a causal language model"),
     ],
 )
 def test_refused(local_model, text, monkeypatch, arguments, message):
@@ -186,7 +186,9 @@ def save(name: str, folder: Path, tokenizer: Any) -> Path:
 
 def test_a_model_that_sees_what_it_predicts(local_model, text, tmp_path):
     bert = save("bert", tmp_path / "bert", load_model(str(local_model))[1])
-    with pytest.raises(InputError, match="BertLMHeadModel is not a causal language model: what it predicts changes"):
+    with pytest.raises(
+        InputError, match="BertLMHeadModel is not a causal language model: its predictions depend on later tokens"
+    ):
         evaluated(bert, "--text", text, "--length", 32)
 
 

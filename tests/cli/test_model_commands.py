@@ -1,4 +1,4 @@
-"""`mxcompile quantize | generate | inspect | lm-eval`: a checkpoint made, refused, run and shown."""
+"""`mxcompile quantize | convert | generate | inspect | lm-eval`: checkpoints written, refused, run and printed."""
 
 import json
 import re
@@ -70,14 +70,14 @@ def test_quantize_writes_model_and_tokenizer_and_says_how_good_it_is(quantize, t
 def test_what_recovers_too_little_is_not_written(quantize, tmp_path):
     """Four bits of random weights keep far fewer than nine of ten predictions."""
     out = tmp_path / "out"
-    with pytest.raises(RecoveryError, match=r"recovery \(top1\) 0\.\d+, less than 0.99: nothing is written; .*--force"):
+    with pytest.raises(RecoveryError, match=r"recovery \(top1\) 0\.\d+, below 0.99: nothing is written; .*--force"):
         quantize(out, "--min-recovery", 0.99)
     assert not out.exists()
     result = quantize(out, "--min-recovery", 0.99, "--force", "--json")
     answer = json.loads(result.stdout)
     assert answer["top1"] == answer["recovery"] < 0.99
     assert (answer["metric"], answer["out"]) == ("top1", str(out))
-    assert "less than 0.99; written to" in result.stderr
+    assert "below 0.99; written to" in result.stderr
     assert mxcompile.load(out).config.model_type == "llama"
 
 
@@ -124,7 +124,7 @@ def test_inspect_shows_formats_sizes_and_what_made_it(checkpoint):
     assert f"recipe: {RECIPES['w4a8-mxint-quick']}\n" in output
     assert re.search(r"made by: mxcompile [\d.]+, torch 2\.\S+, transformers 5\.\S+\n", output)
     assert re.search(r"^ +mxint4 +mxint8 +7 +36,864 +0.02", output, re.MULTILINE)
-    assert "every byte is as it was saved" in output
+    assert "all checksums match" in output
     lines = run("inspect", checkpoint, "--tensors").stdout
     assert re.search(r"^ +model.layers.0.mlp.up_proj.weight +mxint4 +mxint8 +128x64 +0.00", lines, re.MULTILINE)
 
@@ -181,7 +181,7 @@ def test_quantize_for_other_programs_and_convert(quantize, text, tmp_path):
 def test_places_that_are_taken_are_said_before_the_work(quantize, tmp_path, monkeypatch):
     monkeypatch.setattr("mxcompile.cli.compare.load_model", lambda source: pytest.fail("loaded"))
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         quantize(tmp_path, "--format", "compressed-tensors")
     with pytest.raises(UnknownNameError, match="unknown checkpoint format 'ggml'"):
         quantize(tmp_path / "out", "--format", "ggml")
