@@ -1,1 +1,1 @@
-"""The command `mxcompile`: its commands, what they print, and a demo on a real model."""
+"""The command line `mxcompile`: its commands, their output, and a demo on a real model."""

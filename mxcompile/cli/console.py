@@ -1,4 +1,4 @@
-"""Where commands print: results on stdout, in colours on a terminal and at full width elsewhere; messages on stderr."""
+"""Consoles of the commands: results on stdout, messages on stderr, colors on a terminal, full width elsewhere."""
 
 import json
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ _DIFF = {"+": "green", "-": "red", "@": "cyan"}
 
 
 class _GraphHighlighter(RegexHighlighter):
-    """Colours of a printed graph: names, types, operators, module paths."""
+    """Colors of a printed graph: names, types, operators, module paths."""
 
     base_style = "graph."
     highlights = [  # noqa: RUF012 - rich reads a class attribute
@@ -41,12 +41,12 @@ class _GraphHighlighter(RegexHighlighter):
 
 
 def results() -> Console:
-    """For what a command was asked for."""
+    """The console for the results of a command."""
     return _console(stderr=False)
 
 
 def messages() -> Console:
-    """For what happens on the way: it does not mix with results that are piped on."""
+    """The console for progress and errors, apart from results that are piped."""
     return _console(stderr=True)
 
 
@@ -58,15 +58,15 @@ def _console(stderr: bool) -> Console:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """One line on stdout; a number that is not finite is the word "inf", "-inf" or "nan"."""
+    """Print one line on stdout; numbers that are not finite become the strings "inf", "-inf" and "nan"."""
     typer.echo(json.dumps(plain(content)))
 
 
 def graph_text(text: str) -> Text:
-    """A graph's text in colours."""
+    """The text of a graph in colors."""
     return _GraphHighlighter()(Text(text))
 
 
 def diff_text(lines: Iterable[str]) -> Text:
-    """A unified diff in colours."""
+    """A unified diff in colors."""
     return Text("\n").join(Text(line, style=_DIFF.get(line[:1], "dim")) for line in lines)

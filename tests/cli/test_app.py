@@ -1,4 +1,4 @@
-"""The command line: readable tables and graphs, the same for machines, one-line errors."""
+"""The command line: tables and graphs, their JSON, and one-line errors."""
 
 import json
 import re
@@ -88,10 +88,10 @@ def test_formats():
 
 def test_a_pass_with_all_that_its_options_may_be():
     output = run("passes", "gptq")
-    assert "works on a float or rounded program, leaves it rounded" in output
-    assert re.search(r"^ format +a format +must be given *$", output, re.MULTILINE)
+    assert "takes a float or rounded program, returns it rounded" in output
+    assert re.search(r"^ format +a format +required *$", output, re.MULTILINE)
     assert re.search(r"^ order +none, columns, blocks +blocks *$", output, re.MULTILINE)
-    assert "keeps the function, which is checked" in run("passes", "awq-fold")
+    assert "preserves the function, which is checked" in run("passes", "awq-fold")
     (record,) = run_json("passes", "lower-mx")["passes"]
     assert set(record) == {"name", "rewrite", "accepts", "gives", "preserves_function", "options"}
     assert (record["accepts"], record["gives"]) == (["float", "rounded", "lowered"], "lowered")

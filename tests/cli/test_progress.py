@@ -1,4 +1,4 @@
-"""Progress: a bar with the time left on a terminal, and nothing that moves anywhere else."""
+"""Progress: a bar with the time left on a terminal, one line per pass elsewhere."""
 
 import sys
 from io import StringIO
@@ -112,7 +112,7 @@ def test_every_pass_that_loops_says_how_far_it_is(traced):
 
 
 def test_parts_go_through_unwatched(program):
-    assert list(program.through("abc")) == ["a", "b", "c"]
+    assert list(program.track("abc")) == ["a", "b", "c"]
 
 
 def test_track_gives_all_items_on_a_terminal_and_elsewhere():
@@ -153,7 +153,7 @@ def test_bisect_says_how_far_it_is():
     total = mxcompile.bisect(model, x, recipe=recipe, kl=1e9).scores[-1]
     found = mxcompile.bisect(model, x, recipe=recipe, kl=total / 2, report=lambda *step: seen.append(step))
     titles = list(dict.fromkeys(title for title, _, _ in seen))
-    assert titles == ["scoring each pass", "trying each change alone", "giving back what need not be undone"]
+    assert titles == ["scoring each pass", "trying each change alone", "reducing the guilty set"]
     assert ("trying each change alone", 6, len(found.contributions)) in seen
 
 
