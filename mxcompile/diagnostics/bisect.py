@@ -37,7 +37,7 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Fix:
+class SuggestedFix:
     """A setting for the guilty layers, tried on the whole pipeline.
 
     names: name patterns of the layers. format: for their weights; None keeps them in float, by `exclude`.
@@ -75,7 +75,7 @@ class Bisection:
     contributions: dict[str, float] | None = None
     guilty: tuple[str, ...] = ()
     restored: float | None = None
-    fix: Fix | None = None
+    fix: SuggestedFix | None = None
     forwards: int = 0
 
     @property
@@ -186,7 +186,7 @@ class _Snapshots(Instrument):
     def __init__(self) -> None:
         self.programs: list[Program] = []
 
-    def start(self, program: Program, pipeline: Pipeline) -> None:
+    def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
         """Keep the float program."""
         self.programs = [program.copy()]
 
@@ -217,7 +217,7 @@ class _BisectRun:
         result = replace(result, culprit=culprit)
         if culprit is not None and not self.pipeline.passes[culprit - 1].preserves_function:
             result = self._bisect_pass(result, programs[culprit - 1], programs[culprit])
-        if result.guilty and (names := self._patterns(programs[0], result.guilty)):
+        if result.guilty and (names := self._layer_patterns(programs[0], result.guilty)):
             result = replace(result, fix=self._fix(program, names, find_layers(programs[-1])))
         return replace(result, forwards=self.forwards)
 
@@ -236,11 +236,11 @@ class _BisectRun:
         if score(changes) <= self.threshold:
             return result
         ordered = sorted(changes, key=lambda change: -alone[change.name])
-        guilty = self._pruned(ordered, self._largest(ordered, score), score)
+        guilty = self._pruned(ordered, self._count_left_out(ordered, score), score)
         applied = [change for change in changes if change not in guilty]
         return replace(result, guilty=tuple(change.name for change in guilty), restored=score(applied))
 
-    def _largest(self, ordered: list[ProgramChange], score: Callable[[Iterable[ProgramChange]], float]) -> int:
+    def _count_left_out(self, ordered: list[ProgramChange], score: Callable[[Iterable[ProgramChange]], float]) -> int:
         """How many of the first changes must be left out for the threshold to hold, by binary search."""
         low, high = 1, len(ordered)
         while low < high:
@@ -262,7 +262,7 @@ class _BisectRun:
                 guilty = fewer
         return guilty
 
-    def _fix(self, program: Program, names: tuple[str, ...], layers: Mapping[str, Layer]) -> Fix:
+    def _fix(self, program: Program, names: tuple[str, ...], layers: Mapping[str, Layer]) -> SuggestedFix:
         """8 bits for the layers if they have fewer and that is enough, else float."""
         formats = [parse_format(layer.format) for layer in layers.values() if layer.format is not None]
         small = next((fmt for fmt in formats if fmt.bits < 8), None)
@@ -271,17 +271,17 @@ class _BisectRun:
             fix = self._try_fix(program, self.pipeline.with_overrides(dict.fromkeys(names, wide)), names, str(wide))
             if fix.mends:
                 return fix
-        without = program.copy()
+        excluding = program.copy()
         selection = program.selection
-        without.selection = replace(selection, exclude=(*selection.exclude, *names), allow_partial=True)
-        return self._try_fix(without, self.pipeline, names, None)
+        excluding.selection = replace(selection, exclude=(*selection.exclude, *names), allow_partial=True)
+        return self._try_fix(excluding, self.pipeline, names, None)
 
-    def _try_fix(self, program: Program, pipeline: Pipeline, names: tuple[str, ...], fmt: str | None) -> Fix:
+    def _try_fix(self, program: Program, pipeline: Pipeline, names: tuple[str, ...], fmt: str | None) -> SuggestedFix:
         result = pipeline.run(program, self.calibration, self.instruments)
         score = self._score(Runner(result), result)
-        return Fix(names, fmt, score, score <= self.threshold)
+        return SuggestedFix(names, fmt, score, score <= self.threshold)
 
-    def _patterns(self, program: Program, guilty: Iterable[str]) -> tuple[str, ...]:
+    def _layer_patterns(self, program: Program, guilty: Iterable[str]) -> tuple[str, ...]:
         """Module paths of the guilty layers, or the names of their weights where a module has several."""
         layers = find_layers(program)
         paths = [layer.module_path for layer in layers.values()]
