@@ -8,7 +8,7 @@
   name patterns to formats; `round_rows` and `Rounding` for a pass that rounds weights.
 - Statistics: `Request`, `observers`, `Observer`; `find_segments`, `Segment` and `Sweep` for sequential calibration.
 - Folds: `find_groups`, `ScaleGroup`, `fold`, `Fold`.
-- Graph rewrites: `Rule`, `apply_rules`, `Match`, the patterns `Any` and `Call`; `insert_call`, `insert_tensor`.
+- Graph rewrites: `Rule`, `apply_rules`, `Match`, the patterns `Wildcard` and `Call`; `insert_call`, `insert_tensor`.
 - Numbers: `sqnr_db`, `rounding_db`, `kl_divergence`, `top1_agreement`.
 
 Formats are in `mxcompile.formats`, errors in `mxcompile.errors`. The built-in passes import from the rooms themselves.
@@ -26,14 +26,13 @@ from mxcompile.graph.edit import insert_call, insert_tensor
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage, where
 from mxcompile.graph.records import Fold, Miss, PassResult
-from mxcompile.graph.rules import Any, Call, Match, Rule, apply_rules
+from mxcompile.graph.rules import Call, Match, Rule, Wildcard, apply_rules
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import kl_divergence, rounding_db, sqnr_db, top1_agreement
 from mxcompile.pipeline.interfaces import FLOATING, Instrument, Pass, PipelineStep
 
 __all__ = [
     "FLOATING",
-    "Any",
     "Call",
     "Fold",
     "Instrument",
@@ -54,6 +53,7 @@ __all__ = [
     "Segment",
     "Stage",
     "Sweep",
+    "Wildcard",
     "apply_rules",
     "choose",
     "find_groups",

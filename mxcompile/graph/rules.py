@@ -2,7 +2,7 @@
 
 A pattern is matched at a node and backwards along its operands:
 
-    x, w = Any("x"), Any("w")
+    x, w = Wildcard("x"), Wildcard("w")
     Rule("relu-of-linear", Call(aten.relu.default, Call(aten.linear.default, x, w)), check, rewrite)
 
 If the pattern matches and the check returns a reason, `apply_rules` reports a miss.
@@ -10,7 +10,7 @@ If the pattern matches and the check returns a reason, `apply_rules` reports a m
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any as AnyType
+from typing import Any
 
 from torch._ops import OpOverloadPacket
 from torch.fx import Graph, Node
@@ -27,12 +27,12 @@ class Match:
     """A matched pattern: its root node, and the node or plain argument that each name is bound to."""
 
     root: Node
-    parts: dict[str, AnyType] = field(default_factory=dict[str, AnyType])
+    bindings: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    def __getitem__(self, name: str) -> AnyType:
-        return self.parts[name]
+    def __getitem__(self, name: str) -> Any:
+        return self.bindings[name]
 
-    def replace(self, target: AnyType, *args: AnyType, name: str = "") -> Node:
+    def replace(self, target: Any, *args: Any, name: str = "") -> Node:
         """Replace the root by `target(*args)` of the same shape and dtype, with the same module path."""
         graph = self.root.graph
         name = name or getattr(target, "__name__", str(target)).partition(".")[0]
@@ -47,48 +47,48 @@ class Match:
 class Pattern:
     """Base of the patterns for a node or argument."""
 
-    def match(self, value: AnyType, parts: dict[str, AnyType]) -> bool:
-        """True if the value matches; bindings of names are added to `parts`."""
+    def match(self, value: Any, bindings: dict[str, Any]) -> bool:
+        """True if the value matches; bindings of names are added to `bindings`."""
         raise NotImplementedError
 
 
-class Any(Pattern):
+class Wildcard(Pattern):
     """Matches any value and binds it to a name; a name that occurs twice must match the same value."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def match(self, value: AnyType, parts: dict[str, AnyType]) -> bool:
+    def match(self, value: Any, bindings: dict[str, Any]) -> bool:
         """Bind the name."""
-        if self.name in parts:
-            return bool(parts[self.name] is value or parts[self.name] == value)
-        parts[self.name] = value
+        if self.name in bindings:
+            return bool(bindings[self.name] is value or bindings[self.name] == value)
+        bindings[self.name] = value
         return True
 
 
 class Call(Pattern):
     """Matches a call of one of the targets; operands are matched by position in the schema, further ones ignored."""
 
-    def __init__(self, targets: AnyType, *operands: AnyType, name: str = "") -> None:
+    def __init__(self, targets: Any, *operands: Any, name: str = "") -> None:
         self.targets = _overloads(targets)
         self.operands = operands
         self.name = name
 
-    def match(self, value: AnyType, parts: dict[str, AnyType]) -> bool:
+    def match(self, value: Any, bindings: dict[str, Any]) -> bool:
         """Match the call and its operands."""
         if not isinstance(value, Node) or value.op != "call_function" or value.target not in self.targets:
             return False
-        if self.name and not Any(self.name).match(value, parts):
+        if self.name and not Wildcard(self.name).match(value, bindings):
             return False
         for index, expected in enumerate(self.operands):
             actual = operand(value, index)
-            matches = expected.match(actual, parts) if isinstance(expected, Pattern) else expected == actual
+            matches = expected.match(actual, bindings) if isinstance(expected, Pattern) else expected == actual
             if not matches:
                 return False
         return True
 
 
-def _overloads(targets: AnyType) -> frozenset[AnyType]:
+def _overloads(targets: Any) -> frozenset[Any]:
     """One target, a collection of targets, or all overloads of an operator (`torch.ops.aten.relu`), as a set."""
     if isinstance(targets, OpOverloadPacket):
         return frozenset(getattr(targets, name) for name in targets.overloads())
@@ -118,7 +118,7 @@ def apply_rules(graph: Graph, rules: Iterable[Rule]) -> PassResult:
     for node in list(graph.nodes):
         for rule in rules:
             match = Match(node)
-            if not rule.pattern.match(node, match.parts):
+            if not rule.pattern.match(node, match.bindings):
                 continue
             reason = rule.check(match)
             if reason is not None:

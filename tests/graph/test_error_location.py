@@ -16,7 +16,7 @@ from mxcompile.diagnostics.measure import Measure
 from mxcompile.errors import MXCompileError, PassError, UnknownNameError, VerifyError
 from mxcompile.graph.edit import insert_call
 from mxcompile.graph.error_location import add_location, last_node
-from mxcompile.graph.rules import Any, Call, apply_rules
+from mxcompile.graph.rules import Call, Wildcard, apply_rules
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.pipeline import Pipeline
 
@@ -43,7 +43,7 @@ def check_of_a_rule(program):
     def check(match):
         return str(match["missing"])
 
-    apply_rules(program.graph, [Rule("gelu", Call(aten.relu.default, Any("x")), check, lambda *_: None)])
+    apply_rules(program.graph, [Rule("gelu", Call(aten.relu.default, Wildcard("x")), check, lambda *_: None)])
 
 
 def erase(program):

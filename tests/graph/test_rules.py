@@ -13,7 +13,7 @@ from mxcompile.errors import InputError
 from mxcompile.graph.dataflow import operand
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Miss, PassResult
-from mxcompile.graph.rules import Any, Call, Match, Rule, apply_rules
+from mxcompile.graph.rules import Call, Match, Rule, Wildcard, apply_rules
 from mxcompile.graph.trace import trace
 
 aten = torch.ops.aten
@@ -39,16 +39,16 @@ def match(pattern, graph: Graph) -> dict | None:
 def test_any_binds_nodes_and_arguments():
     graph = graph_of(lambda g, x, y: g.call_function(aten.add.Tensor, (x, 3)))
     x = graph.find_nodes(op="placeholder")[0]
-    assert match(Call(aten.add.Tensor, Any("left"), Any("right")), graph) == {"left": x, "right": 3}
-    assert match(Any("all"), graph) == {"all": graph.output_node().args[0]}
+    assert match(Call(aten.add.Tensor, Wildcard("left"), Wildcard("right")), graph) == {"left": x, "right": 3}
+    assert match(Wildcard("all"), graph) == {"all": graph.output_node().args[0]}
 
 
 def test_the_same_name_twice_stands_for_the_same_thing():
-    square = Call(aten.mul.Tensor, Any("x"), Any("x"))
+    square = Call(aten.mul.Tensor, Wildcard("x"), Wildcard("x"))
     assert match(square, graph_of(lambda g, x, y: g.call_function(aten.mul.Tensor, (x, x)))) is not None
     assert match(square, graph_of(lambda g, x, y: g.call_function(aten.mul.Tensor, (x, y)))) is None
     assert match(square, graph_of(lambda g, x, y: g.call_function(aten.mul.Tensor, (x, 2)))) is None
-    twice = Call(aten.add.Tensor, Call(aten.mul.Tensor, Any("x"), Any("n")), Any("n"))
+    twice = Call(aten.add.Tensor, Call(aten.mul.Tensor, Wildcard("x"), Wildcard("n")), Wildcard("n"))
 
     def plus(addend):
         return graph_of(
@@ -63,13 +63,13 @@ def test_literal_operands():
     def softmax(dim):
         return graph_of(lambda g, x, y: g.call_function(aten.softmax.int, (x, dim)))
 
-    pattern = Call(aten.softmax.int, Any("x"), -1)
+    pattern = Call(aten.softmax.int, Wildcard("x"), -1)
     assert match(pattern, softmax(-1)) is not None
     assert match(pattern, softmax(1)) is None
 
 
 def test_operands_by_position_keyword_and_default():
-    pattern = Call(aten.linear.default, Any("x"), Any("weight"), Any("bias"))
+    pattern = Call(aten.linear.default, Wildcard("x"), Wildcard("weight"), Wildcard("bias"))
 
     def linear(args, kwargs):
         return match(pattern, graph_of(lambda g, x, y: g.call_function(aten.linear.default, args(x, y), kwargs(x, y))))
@@ -82,11 +82,11 @@ def test_operands_by_position_keyword_and_default():
 
 def test_further_operands_are_free():
     graph = graph_of(lambda g, x, y: g.call_function(aten.linear.default, (x, y, y)))
-    assert list(match(Call(aten.linear.default, Any("x")), graph)) == ["x"]
+    assert list(match(Call(aten.linear.default, Wildcard("x")), graph)) == ["x"]
 
 
 def test_one_of_several_targets():
-    pattern = Call({aten.relu.default, aten.gelu.default}, Any("x"), name="activation")
+    pattern = Call({aten.relu.default, aten.gelu.default}, Wildcard("x"), name="activation")
     for target in (aten.relu.default, aten.gelu.default):
         graph = graph_of(lambda g, x, y, target=target: g.call_function(target, (x,)))
         assert match(pattern, graph)["activation"].target is target
@@ -100,8 +100,8 @@ def test_a_call_does_not_match_what_is_no_call():
 
 def test_python_operators_have_operands_too():
     graph = graph_of(lambda g, x, y: g.call_function(operator.getitem, (x, 1)))
-    assert match(Call(operator.getitem, Any("x"), 1), graph) is not None
-    assert match(Call(operator.getitem, Any("x"), 0), graph) is None
+    assert match(Call(operator.getitem, Wildcard("x"), 1), graph) is not None
+    assert match(Call(operator.getitem, Wildcard("x"), 0), graph) is None
     assert operand(graph.output_node().args[0], 2, default="none given") == "none given"
 
 
@@ -118,7 +118,12 @@ def reject_64(match: Match) -> str | None:
     return "it has 64 rows" if match["w"].meta["val"].shape[0] == 64 else None
 
 
-RULE = Rule("gelu-for-relu", Call(aten.relu.default, Call(aten.linear.default, Any("x"), Any("w"))), reject_64, rewrite)
+RULE = Rule(
+    "gelu-for-relu",
+    Call(aten.relu.default, Call(aten.linear.default, Wildcard("x"), Wildcard("w"))),
+    reject_64,
+    rewrite,
+)
 
 
 @pytest.fixture
@@ -165,7 +170,7 @@ def test_twice_is_once(program):
 
 def test_nothing_to_do(program):
     before = str(program.graph)
-    never = Rule("never", Call(aten.silu.default, Any("x")), lambda match: None, rewrite)
+    never = Rule("never", Call(aten.silu.default, Wildcard("x")), lambda match: None, rewrite)
     assert apply_rules(program.graph, [never]) == PassResult(0)
     assert apply_rules(program.graph, []) == PassResult(0)
     assert str(program.graph) == before
@@ -227,7 +232,7 @@ def test_replace_keeps_type_and_module_and_gives_a_short_unique_name():
     x = graph.find_nodes(op="placeholder")[0]
     rule = Rule(
         "square",
-        Call(aten.pow.Tensor_Scalar, Any("x"), 2),
+        Call(aten.pow.Tensor_Scalar, Wildcard("x"), 2),
         lambda match: None,
         lambda graph, match: match.replace(aten.mul.Tensor, match["x"], match["x"]),
     )

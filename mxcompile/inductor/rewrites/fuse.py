@@ -7,7 +7,7 @@ graphs that Inductor compiles (`aten.mm`, `aten.addmm` on permuted weights).
 """
 
 import operator
-from typing import Any as AnyType
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -15,21 +15,29 @@ from torch.fx import Graph, Node
 from mxcompile.graph.dataflow import TRANSPOSES, swapped_axes
 from mxcompile.graph.program import where
 from mxcompile.graph.records import Miss, PassResult
-from mxcompile.graph.rules import Any, Call, Match, Pattern, Rule, apply_rules
+from mxcompile.graph.rules import Call, Match, Pattern, Rule, Wildcard, apply_rules
 from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
 
-_QUANTIZED = Call(QUANTIZE, Any("x"), Any("format"), Any("rule"), name="quantize")
+_QUANTIZED = Call(QUANTIZE, Wildcard("x"), Wildcard("format"), Wildcard("rule"), name="quantize")
 _ROUND_TRIP = Call(
     DEQUANTIZE,
     Call(operator.getitem, _QUANTIZED, 0),
     Call(operator.getitem, _QUANTIZED, 1),
-    Any("format"),
-    Any("size"),
-    Any("dtype"),
+    Wildcard("format"),
+    Wildcard("size"),
+    Wildcard("dtype"),
 )
-_WEIGHT = Call(DEQUANTIZE, Any("elements"), Any("scales"), Any("format"), Any("size"), Any("dtype"), name="weight")
+_WEIGHT = Call(
+    DEQUANTIZE,
+    Wildcard("elements"),
+    Wildcard("scales"),
+    Wildcard("format"),
+    Wildcard("size"),
+    Wildcard("dtype"),
+    name="weight",
+)
 _TRANSPOSED_WEIGHT = Call(TRANSPOSES, _WEIGHT, name="transpose")
 _MULTIPLIES = frozenset({aten.mm.default, aten.matmul.default})
 VIEWS = frozenset({aten.view.default, aten.reshape.default})
@@ -58,7 +66,7 @@ def fused_linears(graph: Graph) -> list[Node]:
 
 def _merge_equal_calls(graph: Graph) -> None:
     """Merge equal `mx::` calls and views (common subexpressions). Multipliers are compared by digest."""
-    first: dict[AnyType, Node] = {}
+    first: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.target not in _PURE:
             continue
@@ -71,7 +79,7 @@ def _merge_equal_calls(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def _hashable(operands: AnyType) -> AnyType:
+def _hashable(operands: Any) -> Any:
     return tuple(map(_hashable, operands)) if isinstance(operands, list | tuple) else operands
 
 
@@ -95,9 +103,9 @@ def _check_linear(match: Match) -> str | None:
         return f"the weight is {weight.dim()}-D; mx::linear takes 2-D weights"
     if weight.dtype != x.dtype:
         return f"the weight is dequantized to {weight.dtype}, the activation is {x.dtype}"
-    if "transpose" in match.parts and swapped_axes(match["transpose"], 2) != (1, 0):
+    if "transpose" in match.bindings and swapped_axes(match["transpose"], 2) != (1, 0):
         return "the weight's blocks do not run along the contracted dimension"
-    bias = match.parts.get("bias")
+    bias = match.bindings.get("bias")
     if isinstance(bias, Node) and tuple(bias.meta["val"].shape) != (weight.shape[0],):
         return f"the added term of shape {tuple(bias.meta['val'].shape)} is not a bias"
     if any(match.root.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
@@ -106,7 +114,7 @@ def _check_linear(match: Match) -> str | None:
 
 
 def _fuse_linear(graph: Graph, match: Match) -> None:
-    args = (match["x"], match["elements"], match["scales"], match.parts.get("bias"), match["format"])
+    args = (match["x"], match["elements"], match["scales"], match.bindings.get("bias"), match["format"])
     planes = match["weight"].args[len(_WEIGHT.operands) :]
     match.replace(LINEAR, *args, *planes, name=f"{match.root.name}_mx")
 
@@ -116,11 +124,13 @@ def _linear_rule(name: str, pattern: Pattern) -> Rule:
 
 
 RULES = (
-    Rule("decompose-multiply", Call(MULTIPLY, Any("x"), Any("multiplier")), lambda _: None, _decompose_multiply),
+    Rule(
+        "decompose-multiply", Call(MULTIPLY, Wildcard("x"), Wildcard("multiplier")), lambda _: None, _decompose_multiply
+    ),
     Rule("fuse-activation", _ROUND_TRIP, _check_round_trip, _fuse_round_trip),
-    _linear_rule("fuse-linear", Call(aten.linear.default, Any("x"), _WEIGHT, Any("bias"))),
-    _linear_rule("fuse-matmul", Call(_MULTIPLIES, Any("x"), _TRANSPOSED_WEIGHT)),
-    _linear_rule("fuse-addmm", Call(aten.addmm.default, Any("bias"), Any("x"), _TRANSPOSED_WEIGHT)),
+    _linear_rule("fuse-linear", Call(aten.linear.default, Wildcard("x"), _WEIGHT, Wildcard("bias"))),
+    _linear_rule("fuse-matmul", Call(_MULTIPLIES, Wildcard("x"), _TRANSPOSED_WEIGHT)),
+    _linear_rule("fuse-addmm", Call(aten.addmm.default, Wildcard("bias"), Wildcard("x"), _TRANSPOSED_WEIGHT)),
 )
 
 
