@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +115,23 @@ def test_groups_prints_who_divides_and_who_multiplies(gpt2):
     assert set(found["groups"][0]) == {"value", "factors", "divided", "multiplied"}
     assert found["groups"][0]["divided"] == ["transformer.h.0.ln_1.weight", "transformer.h.0.ln_1.bias"]
     assert found["unfoldable"][0]["where"] == "%addmm_3 in transformer.h.0.mlp.c_proj"
+
+
+LISTS = """
+import sys
+from mxcompile.cli.app import app
+for command in ("--help", "recipes", "passes", "formats"):
+    app([command], standalone_mode=False)
+print(*sys.modules)
+"""
+
+
+def test_help_and_lists_load_no_compiler_and_no_transformers():
+    done = subprocess.run([sys.executable, "-c", LISTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stdout.splitlines()[-1].split()
+    assert "mxcompile.cli.demo" in loaded
+    assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor", "transformers"))]
 
 
 # Dumps
