@@ -34,7 +34,7 @@ class Segment:
         """The distinct values that its matmuls multiply, in order."""
         return tuple(dict.fromkeys(matmul.activation for matmul in self.matmuls))
 
-    def reading(self, value: Node) -> tuple[Matmul, ...]:
+    def readers_of(self, value: Node) -> tuple[Matmul, ...]:
         """Its matmuls that read a value."""
         return tuple(matmul for matmul in self.matmuls if matmul.activation is value)
 

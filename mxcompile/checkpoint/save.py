@@ -72,12 +72,16 @@ def save(
             config = _write_auxiliary(module, saving.stage, names, processors)
             groups = shards.split(tensors, largest)
             files = [f"{saving.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-            written = {file: shards.write(saving.new(file), group) for file, group in zip(files, groups, strict=True)}
+            written = {
+                file: shards.write(saving.new_file(file), group) for file, group in zip(files, groups, strict=True)
+            }
             index = f"{saving.stem}.safetensors.index.json"
             data = CheckpointIndex(names, written).to_json().encode()
-            write_durably(saving.new(index), data)
+            write_durably(saving.new_file(index), data)
             kind = type(module).__name__
-            saving.commit(CheckpointConfig(kind, Provenance.of(module), index, sha256(data), saving.staged(), config))
+            saving.commit(
+                CheckpointConfig(kind, Provenance.of(module), index, sha256(data), saving.auxiliary_files(), config)
+            )
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error}): the checkpoint before it is unchanged") from error
 

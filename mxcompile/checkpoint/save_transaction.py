@@ -57,14 +57,14 @@ class SaveTransaction:
         if self._is_new and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def new(self, name: str) -> Path:
+    def new_file(self, name: str) -> Path:
         """The path at which to write a new file; the existing checkpoint does not use its name."""
         path = self.folder / name
         path.unlink(missing_ok=True)
         self._written.append(path)
         return path
 
-    def staged(self) -> dict[str, str]:
+    def auxiliary_files(self) -> dict[str, str]:
         """SHA-256 of each auxiliary file, by its path in the folder; they are on the disk afterwards."""
         digests: dict[str, str] = {}
         for path in sorted(self.stage.rglob("*")):
@@ -109,6 +109,6 @@ def check_destination(folder: Path) -> CheckpointConfig | None:
         others = [path.name for pattern in (CONFIG, *_OTHER_WEIGHTS) for path in folder.glob(pattern)]
         if others and not (folder / _STAGE).is_dir():
             raise CheckpointError(
-                f"{folder} holds something else ({others[0]}): name a new folder, or delete that one"
+                f"{folder} holds files of another model ({others[0]}): name a new folder, or delete that one"
             ) from error
         return None

@@ -119,10 +119,10 @@ def test_piece_by_piece_is_the_whole(name):
     sweep = Sweep(program, [program.example])
     for segment in segments:
         sweep.advance(segment)
-    gives = segments[-1].outputs
-    whole = Runner(program).run_nodes(compute_nodes(program), bind_inputs(program, program.example), None, gives)
-    assert gives
-    assert all(torch.equal(sweep.states[0][node], whole[node]) for node in gives)
+    outputs = segments[-1].outputs
+    whole = Runner(program).run_nodes(compute_nodes(program), bind_inputs(program, program.example), None, outputs)
+    assert outputs
+    assert all(torch.equal(sweep.states[0][node], whole[node]) for node in outputs)
 
 
 @pytest.mark.parametrize("name", ["mlp", "bert"])

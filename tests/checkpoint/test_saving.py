@@ -161,7 +161,7 @@ def test_other_files_are_left_alone(folders, tmp_path):
 def test_another_model_s_folder_is_refused(folders, tmp_path, file, text):
     (tmp_path / file).write_text(text)
     with pytest.raises(
-        CheckpointError, match=rf"holds something else \({file}\): name a new folder, or delete that one"
+        CheckpointError, match=rf"holds files of another model \({file}\): name a new folder, or delete that one"
     ):
         mxcompile.save(mxcompile.load(folders[0]), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [file]

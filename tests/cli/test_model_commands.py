@@ -99,7 +99,7 @@ def test_other_metrics(quantize, tmp_path, metric):
 def test_what_cannot_be_is_said_before_the_work(quantize, tmp_path, monkeypatch):
     monkeypatch.setattr("mxcompile.cli.compare.load_model", lambda source: pytest.fail("loaded"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="holds something else"):
+    with pytest.raises(CheckpointError, match="holds files of another model"):
         quantize(tmp_path)
     refused = CliRunner().invoke(app, ["quantize", "--out", str(tmp_path / "out"), "--metric", "top2"])
     assert refused.exit_code == 2
