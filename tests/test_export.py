@@ -1,4 +1,4 @@
-"""Exported models: read by torch and mxcompile.ops alone, compiled ahead without either, with the same numbers."""
+"""Exported models: an archive needs torch and mxcompile.ops alone, an AOT package torch alone; same outputs."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from models import build, inputs, output
 
 import mxcompile
 from mxcompile.errors import CompileError, InputError
-from mxcompile.inductor.backend import why_no_inductor
+from mxcompile.inductor import why_no_inductor
 from mxcompile.numerics.metrics import sqnr_db
 
 CPU = torch.device("cpu")
@@ -22,7 +22,18 @@ def deployed(name, recipe="w4a8-mxint-quick", **options):
     return mxcompile.quantize_and_compile(build(name), inputs(name), recipe=recipe, compile=False, **options)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "bert", "vit", "mlp"])
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A model, its settings before it was exported, and its archive."""
+    model = deployed("llama")
+    before = dict(vars(model.config))
+    return model, before, mxcompile.export(model, inputs("llama"), tmp_path_factory.mktemp("llama") / "model.pt2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2", "mixtral", "bert", "vit"))],
+)
 def test_archive_computes_the_same_on_other_sizes(name, tmp_path):
     model = deployed(name)
     path = mxcompile.export(model, inputs(name), tmp_path / "model.pt2")
@@ -30,7 +41,7 @@ def test_archive_computes_the_same_on_other_sizes(name, tmp_path):
     x = inputs(name, batch=3, length=11, seed=5)
     with torch.no_grad():
         wanted, given = output(model(**x)), output(loaded(**x))
-    assert sqnr_db(wanted, given) > 100  # the kernels serve both; tokens are counted together in one, not in the other
+    assert sqnr_db(wanted, given) > 100  # same kernels; only one of them flattens the token dimensions
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
 
 
@@ -53,12 +64,12 @@ assert "transformers" not in sys.modules
 """
 
 
-def test_archive_needs_torch_and_ops_alone(tmp_path):
-    """A Hugging Face model, in a process that never imports transformers."""
-    model, x = deployed("llama"), inputs("llama", seed=3)
-    mxcompile.export(model, inputs("llama"), tmp_path / "model.pt2")
+def test_archive_needs_torch_and_ops_alone(llama, tmp_path):
+    """A Hugging Face model, in a process that never imports transformers, on another batch and length."""
+    model, _, archive = llama
+    x = inputs("llama", batch=3, length=11, seed=3)
     torch.save(x, tmp_path / "x.pt")
-    files = [str(tmp_path / name) for name in ("model.pt2", "x.pt", "out.pt")]
+    files = [str(path) for path in (archive, tmp_path / "x.pt", tmp_path / "out.pt")]
     subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD, *files], check=True)
     with torch.no_grad():
         assert sqnr_db(model(**x).logits, torch.load(tmp_path / "out.pt")) > 100
@@ -94,9 +105,10 @@ assert "mxcompile" not in sys.modules
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_ahead_it_needs_torch_alone(tmp_path):
-    """The reference's own steps, compiled: the same numbers in a process without mxcompile, on another batch size."""
+    """The reference, compiled: the same outputs in a process without mxcompile, for another batch size."""
     model = deployed("mlp", "rotate{weight=mxint4,activation=mxfp4} | lower-mx{weight=mxint4,activation=mxfp4}")
     mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2", compile=True)
     x = inputs("mlp", batch=3, length=11, seed=5)
@@ -107,9 +119,10 @@ def test_compiled_ahead_it_needs_torch_alone(tmp_path):
         assert sqnr_db(model(**x), torch.load(tmp_path / "out.pt")) > 100
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiling_ahead_leaves_torch_s_settings_as_they_were(tmp_path):
-    """Or other processes would not find in torch's cache what this one compiles afterwards."""
+    """Else other processes would miss torch's compile cache for what this one compiles afterwards."""
     from torch._inductor import config
 
     with config.patch({"aot_inductor.metadata": {}}):
@@ -118,14 +131,14 @@ def test_compiling_ahead_leaves_torch_s_settings_as_they_were(tmp_path):
 
 
 def test_what_cannot_be_exported_says_so(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="MLP holds no MX weights: give what quantize_and_compile or deploy has"):
+    with pytest.raises(InputError, match="MLP has no MX weights: pass the result of quantize_and_compile or deploy"):
         mxcompile.export(build("mlp"), inputs("mlp"), tmp_path / "model.pt2")
     model = deployed("mlp")
-    with pytest.raises(InputError, match=r"ends in \.pt2"):
+    with pytest.raises(InputError, match=r"must end in \.pt2"):
         mxcompile.export(model, inputs("mlp"), tmp_path / "model.bin")
     with pytest.raises(InputError, match=r"do not fit MLP\.forward"):
         mxcompile.export(model, {"y": torch.zeros(1)}, tmp_path / "model.pt2")
-    monkeypatch.setattr("mxcompile.inductor.backend.why_no_inductor", lambda _: "no compiler here")
+    monkeypatch.setattr("mxcompile.inductor.why_no_inductor", lambda _: "no compiler here")
     with pytest.raises(CompileError, match="no compiler here"):
         mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2", compile=True)
     assert not list(tmp_path.iterdir())
@@ -141,9 +154,7 @@ def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
 
 
-def test_the_model_stays_as_it_was(tmp_path):
-    model = deployed("llama")
-    before = dict(vars(model.config))
-    mxcompile.export(model, inputs("llama"), tmp_path / "model.pt2")
+def test_the_model_stays_as_it_was(llama):
+    model, before, _ = llama
     assert vars(model.config) == before
     assert "forward" not in vars(model)

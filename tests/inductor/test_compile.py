@@ -8,6 +8,7 @@ import io
 import shutil
 import sys
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -34,32 +35,47 @@ def deployed(name, recipe="w4a8-mxint-quick"):
     return mxcompile.deploy(mxcompile.recipes()[recipe].run(mxcompile.trace(model, example)), model)
 
 
-@pytest.fixture
-def watched(monkeypatch):
-    """The fusion results of everything compiled in the test, without Inductor's caches."""
+@contextmanager
+def watching():
+    """The fusion results of everything that is compiled here, without Inductor's caches."""
     from torch._inductor.utils import fresh_cache
 
     fuse = backend.FuseMX()
-    monkeypatch.setattr(backend, "FuseMX", lambda: fuse)
-    with fresh_cache():
+    with pytest.MonkeyPatch.context() as patch, fresh_cache():
+        patch.setattr(backend, "FuseMX", lambda: fuse)
         yield fuse.results
+
+
+@pytest.fixture
+def watched():
+    with watching() as results:
+        yield results
+
+
+def compiled_and_called(name):
+    """A compiled model after its first call, and what was fused for that."""
+    with watching() as results, torch.no_grad():
+        module = compile_module(deployed(name))
+        module(**inputs(name), use_cache=False)
+    return module, list(results)
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return compile_module(deployed("llama")), deployed("llama")
+    return *compiled_and_called("llama"), deployed("llama")
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("name", "linears", "activations"), [("llama", 7, 4), pytest.param("gpt2", 4, 4, marks=pytest.mark.slow)]
-)
-def test_every_matmul_is_fused(watched, name, linears, activations):
-    module = compile_module(deployed(name))
-    with torch.no_grad():
-        module(**inputs(name), use_cache=False)
-    (result,) = watched
-    assert (result.rewrites, result.misses) == (linears + activations, ())
+def test_every_matmul_is_fused(llama):
+    (result,) = llama[1]
+    assert (result.rewrites, result.misses) == (7 + 4, ())
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_every_matmul_of_gpt2_is_fused():
+    (result,) = compiled_and_called("gpt2")[1]
+    assert (result.rewrites, result.misses) == (4 + 4, ())
 
 
 class Gated(nn.Module):
@@ -117,18 +133,22 @@ def test_near_misses_are_reported_with_reasons(watched):
 @pytest.mark.parametrize(("batch", "length"), [(2, 8), (3, 13), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_compiled_equals_uncompiled_at_other_sizes(llama, batch, length):
     """Float32 reassociation may flip a rounding of an activation; on this model and input none does."""
-    compiled, plain = llama
-    example = inputs("llama", batch, length, seed=batch)
+    compiled, _, plain = llama
+    example = {**inputs("llama", batch, length, seed=batch), "use_cache": False}
     with torch.no_grad():
         torch.testing.assert_close(output(compiled(**example)), output(plain(**example)), rtol=0, atol=1e-4)
 
 
 @needs_compiler
-@pytest.mark.parametrize("cache", [None, pytest.param("static", marks=pytest.mark.slow)])
-def test_generates_the_same_tokens(llama, cache):
-    compiled, plain = llama
+@pytest.mark.parametrize(
+    ("cache", "other"),
+    [(None, (3, 5)), *(pytest.param(kind, (1, 5), marks=pytest.mark.slow) for kind in (None, "static"))],
+)
+def test_generates_the_same_tokens(llama, cache, other):
+    """A batch of one is compiled apart."""
+    compiled, _, plain = llama
     how = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
-    for batch, length in ((2, 8), (1, 5)):
+    for batch, length in ((2, 8), other):
         prompt = inputs("llama", batch, length, seed=7)
         assert torch.equal(compiled.generate(**prompt, **how), plain.generate(**prompt, **how))
 
