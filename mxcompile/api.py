@@ -1,4 +1,4 @@
-"""One call: trace, run the pipeline, deploy, compile. A reader starts here. Another: load what was saved, compile."""
+"""The entry points, and the place to start reading: quantize_and_compile (trace, run, deploy, compile) and load."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,25 +43,27 @@ def quantize_and_compile(
     """Quantize a model to an MX format and compile it.
 
     model: any `nn.Module` that `torch.export` can trace; it is not changed.
-    example_inputs: what one call of `forward` takes: a dict of keyword arguments (or a tokenizer's output), a tuple of
-        positional ones, or a single tensor. Batch size and length may differ later.
-    recipe: a name (`mxcompile.recipes()`), a Pipeline, or its text form. None takes "w4a8-mxint", which learns from
-        calibration data, or without any "w4a8-mxint-quick", with a warning.
-    calibration: batches as example inputs are given, for language models about 128 windows of 512 tokens in a few
-        batches; passes that learn have only the example inputs if None.
-    dump: a folder for the graph after every pass, diffs, what each pass did, in numbers for each layer too, and a page
-        that shows all of it, `index.html`; and which kernel serves each layer, and why no better one, `kernels.txt`.
-    probe: what those numbers are measured on, like the example inputs (which it is if None); False measures nothing.
+    example_inputs: the arguments of one `forward` call: a dict of keyword arguments (or a tokenizer's output), a tuple
+        of positional ones, or a single tensor. Batch size and length may differ later.
+    recipe: a name (`mxcompile.recipes()`), a Pipeline, or its text form. None: "w4a8-mxint", which learns from
+        calibration data, or, without calibration data, "w4a8-mxint-quick" and a warning.
+    calibration: batches in the same form as the example inputs; for language models about 128 windows of 512 tokens in
+        a few batches. None: passes that learn use the example inputs only.
+    dump: a folder for the graph after every pass, diffs, what each pass did with measurements of each layer, a report
+        page (`index.html`), and the selected kernel of each layer with the reason against a faster one (`kernels.txt`).
+    probe: inputs for these measurements, in the form of the example inputs. None: the example inputs; False: measure
+        nothing.
     compile: False returns the deployed module without `torch.compile`.
     include, exclude: name patterns; see `Selection`. The output head stays float unless included.
-    overrides: other formats for some weights, `{"*.down_proj": MXFP8_E4M3}`; None leaves a layer in float.
-    allow_partial: accept that less than half of the matmul weight bytes is covered.
-    resume: a folder for what slow passes have finished, so that an interrupted call can go on.
+    overrides: other formats for some weights, `{"*.down_proj": MXFP8_E4M3}`; None keeps a layer in float.
+    allow_partial: accept that less than half of the matmul weight bytes is quantized.
+    instruments: observers of the pipeline run; see `Instrument`.
+    resume: a folder in which slow passes save finished parts, so that an interrupted call can continue.
 
     Returns a module of the same class, in eval mode, with `MXWeight` parameters; nothing is shared with `model`.
     Raises a subclass of `MXCompileError` that says what to do.
     """
-    pipeline = as_pipeline(_default(calibration) if recipe is None else recipe)
+    pipeline = as_pipeline(_default_recipe(calibration) if recipe is None else recipe)
     pipeline = pipeline.with_overrides(overrides) if overrides else pipeline
     watchers = [*instruments, *([] if dump is None else [Dump(dump)])]
     if dump is not None and probe is not False:
@@ -96,17 +98,17 @@ def load(
     compile: bool = False,
     verify: bool = True,
 ) -> Any:
-    """Read a quantized model that `save` wrote; or an MX checkpoint of llm-compressor, gpt-oss, or a GGUF file.
+    """Load a quantized model that `save` wrote, an MX checkpoint of llm-compressor or gpt-oss, or a GGUF file.
 
-    model: a module of the saved one's class, to be filled: on the meta device, if you like, so that it takes no memory.
+    model: a module of the saved model's class to load into, for example on the meta device, where it takes no memory.
         Not needed for models of transformers.
-    device: where to put it; None leaves it on the CPU, where weights are mapped files, read when they are used: while
-        the model lives, replace these files (as `save` does), do not write into them.
-    compile: as `quantize_and_compile` does; what an earlier process has compiled is taken from torch's cache.
-    verify: False skips checksums, and with them the reading of every weight; for a file that was changed on purpose.
+    device: where to put the model. None: the CPU, with memory-mapped weights that are read when used. While the model
+        is in use, replace these files (as `save` does), do not write into them.
+    compile: compile as `quantize_and_compile` does; graphs that an earlier process compiled come from torch's cache.
+    verify: False skips checksums, which read every weight; for files that were changed on purpose.
 
-    Returns the module, in eval mode. Raises InputError if the device does not exist, CheckpointError if the folder
-    does not hold a model as it was saved, or it is another than the one given; nothing is half loaded.
+    Returns the module, in eval mode. Raises InputError if the device does not exist, CheckpointError if the files
+    are not an intact saved model or do not fit `model`; a model is never half loaded.
     """
     target = None if device is None else find_device(device)
     loaded = checkpoint.load(path, model=model, verify=verify)
@@ -115,8 +117,11 @@ def load(
     return compile_module(loaded) if compile else loaded
 
 
-def _default(calibration: object) -> str:
+def _default_recipe(calibration: object) -> str:
     if calibration is not None:
         return DEFAULT
-    warnings.warn(f"no calibration data: {QUICK} is taken, {DEFAULT} is much more accurate with it", stacklevel=3)
+    warnings.warn(
+        f"no calibration data: using the recipe {QUICK}; {DEFAULT} with calibration data is much more accurate",
+        stacklevel=3,
+    )
     return QUICK

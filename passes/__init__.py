@@ -1,4 +1,4 @@
-"""The built-in passes by name: one algorithm, one file."""
+"""The built-in passes by name; each pass is one file."""
 
 from typing import Final
 

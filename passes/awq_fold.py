@@ -1,10 +1,10 @@
 """linear(x, w) -> linear(x / s, w * s), s searched: protect the weight channels that matter most.
 
-For every scale group the factors that lose least under the formats to come are searched (`factor_search.py`): AWQ (Lin
-et al., arXiv 2306.00978) for weight-only formats, its activation-aware form AQAS (Lee et al., arXiv 2311.05161) with
-both quantizers in the loop otherwise. AWQ's clip search is the choice of a smaller block scale in MX: how much each
-input channel of each weight matters is left with the Program, and `round-weights` and `lower-mx` choose scales by it.
-x / s is computed by whatever makes x; where nothing can, by an explicit multiply, if it saves a tenth of the error.
+For every scale group, the pass searches the factors with the least quantization error (`factor_search.py`): AWQ (Lin et
+al., arXiv 2306.00978) for weight-only formats, else AQAS (Lee et al., arXiv 2311.05161), with both quantizers in the
+loop. AWQ's clip search corresponds to a smaller block scale in MX: the pass stores the importance of each weight's
+input channels in the Program, and `round-weights` and `lower-mx` choose scales by it. 1 / s is folded into the op that
+produces x. Where that is impossible, an explicit multiply is inserted if it saves a tenth of the error.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
-from mxcompile.analysis.folds.multiplier import unfoldable_groups
+from mxcompile.analysis.folds.multiplier import multiplier_groups
 from mxcompile.calibration.factor_search import Objective, power_candidates
 from mxcompile.calibration.fold_search import FoldSearch, MatmulStatistic
 from mxcompile.calibration.observers import ChannelMeanAbs
@@ -29,11 +29,11 @@ from mxcompile.pipeline.interfaces import Pass
 class AwqFold(Pass):
     """weight, activation: the formats that `round-weights` and `lower-mx` will use (activation none: weight-only).
 
-    objective: score factors on the outputs of the group's matmuls ("output") or of the segment around them ("block").
-    through_linears: also search for values made by a linear (v -> o, up -> down), not only for those made by a norm.
-    multiply: insert explicit multiplies. grid: exponents tried for each kind of factor.
-    power_of_two: round the factors to powers of two, which folds bit-exactly; parameters in half precision always get
-    such factors.
+    objective: measure the error on the outputs of the group's matmuls ("output") or of their segment ("block").
+    through_linears: also search factors of a linear's output (v -> o, up -> down), not only of a norm's.
+    multiply: insert explicit multiplies. grid: number of exponents tried for each kind of factor.
+    power_of_two: round the factors to powers of two, which fold bit-exactly; half-precision parameters always get such
+    factors.
     """
 
     weight: MXFormat
@@ -48,17 +48,17 @@ class AwqFold(Pass):
     preserves_function = True
 
     def run(self, program: Program) -> PassResult:
-        """Search and fold group by group, segment by segment."""
+        """Search and fold the factors of every group, segment by segment."""
         matmuls = choose(program).matmuls
         groups, unfoldable = find_groups(program, matmuls, self.through_linears)
         quantizers = Quantizers(self.weight, self.activation)
         search = FoldSearch(quantizers, ChannelMeanAbs, self._candidates, self.objective, self.power_of_two)
-        alone = unfoldable_groups(program, unfoldable) if self.multiply else []
-        found = search.run(program, matmuls, groups, alone)
-        multiplied = {node.name for group, _ in found.multiplied for node in group.nodes}
-        left = [miss for miss in unfoldable if miss.matmul.node.name not in multiplied]
-        misses = [*(Miss(where(miss.matmul.node), miss.reason) for miss in left), *found.misses]
-        return PassResult(len(found.folds), tuple(misses), found.numbers, tuple(found.folds))
+        to_multiply = multiplier_groups(program, unfoldable) if self.multiply else []
+        result = search.run(program, matmuls, groups, to_multiply)
+        multiplied = {node.name for group, _ in result.multiplied for node in group.nodes}
+        skipped = [miss for miss in unfoldable if miss.matmul.node.name not in multiplied]
+        misses = [*(Miss(where(miss.matmul.node), miss.reason) for miss in skipped), *result.misses]
+        return PassResult(len(result.folds), tuple(misses), result.numbers, tuple(result.folds))
 
     def _candidates(self, group: ScaleGroup, activation: MatmulStatistic, weight: MatmulStatistic) -> Iterator[Tensor]:
         weights = group.mean(lambda matmul: weight(matmul).abs().flatten(0, -2).mean(0))

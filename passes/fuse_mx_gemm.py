@@ -1,7 +1,7 @@
 """dequantize(quantize(x)) -> mx::quantize_dequantize; matmul(x, dequantize(w)) -> mx::linear, which has fast kernels.
 
-The same rules (`mxcompile.inductor.rewrites.fuse`) run inside `torch.compile` on the graphs that Inductor sees; this
-pass applies them to a lowered Program.
+The same rules (`mxcompile.inductor.rewrites.fuse`) run inside `torch.compile` on Inductor's graphs. This pass applies
+them to a lowered Program.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from mxcompile.pipeline.interfaces import Pass
 
 @dataclass(frozen=True)
 class FuseMXGemm(Pass):
-    """Fuse every MX matmul that a fused op can express; the others are misses with their reasons."""
+    """Fuse every MX matmul that a fused op can express; the others become misses with a reason."""
 
     name = "fuse-mx-gemm"
     accepts = frozenset({Stage.LOWERED, Stage.FUSED})
@@ -23,7 +23,7 @@ class FuseMXGemm(Pass):
 
     @property
     def reads_calibration(self) -> bool:
-        """Never: a rewrite of the graph alone."""
+        """False: only the graph is rewritten."""
         return False
 
     def run(self, program: Program) -> PassResult:

@@ -1,12 +1,11 @@
-"""w -> q, MX values with the least || w x - q x ||^2 over calibration data: what one column loses, others make good.
+"""w -> q, MX values with the least || w x - q x ||^2 over calibration data: later columns compensate earlier ones.
 
-GPTQ (Frantar et al., arXiv 2210.17323) for MX blocks (Sharify et al., arXiv 2405.07135), column by column with each
-block's scale searched (`column_rounding.py`), segment by segment on inputs as the quantized model gives them:
-activations rounded as at run time, earlier weights already rounded. One second-moment matrix a value, shared by all its
-readers.
+GPTQ (Frantar et al., arXiv 2210.17323) for MX blocks (Sharify et al., arXiv 2405.07135): rounds column by column and
+searches each block's scale (`column_rounding.py`). Runs segment by segment, on the inputs that the quantized model has:
+activations rounded as at run time, earlier weights already rounded. All readers of a value share its second moments.
 
-With `correction`, x on the left is the exact model's: the weight aimed at is the least squares one that makes up for
-what earlier layers have lost (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al., arXiv 2505.11695).
+With `correction`, the first x is that of the float model: the target is the least-squares weight that compensates the
+error of earlier layers (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al., arXiv 2505.11695).
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,28 +27,28 @@ from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage, where
 from mxcompile.graph.records import Miss, PassResult
-from mxcompile.numerics.column_rounding import ColumnRounding, IllConditionedError, ColumnOrder
+from mxcompile.numerics.column_rounding import ColumnOrder, ColumnRounding, IllConditionedError
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline.interfaces import FLOATING, Pass
 
 _SCALES = " scales"
-_UNCORRECTED = "rounded without correction: an expert's tokens may differ in the exact model"
-_FEW = "tokens of calibration data are few for {} input channels: what they do not show is guessed"
+_UNCORRECTED = "rounded without correction: an expert's tokens may differ in the float model"
+_FEW_TOKENS = "calibration tokens for {} input channels: the second moments are rank-deficient"
 
 
 @dataclass(frozen=True)
 class Gptq(Pass):
-    """format, activation: of the weights, and of their inputs at run time (none: float).
+    """format: of the weights. activation: of their inputs at run time (none: float).
 
-    damping: added to the diagonal of the inputs' moments, times its mean. order: of the columns, as they are (none), or
-        those that matter most first: columns, or whole blocks. rule: fixes scales beforehand; none searches them block
-        by block. sweeps: how often each block is rounded again. microblock: columns rounded at once, with scales by
-        `rule` from the weights as they then are; 0: column by column (`ColumnRounding` says more).
-    correction: how much of what earlier layers have lost is aimed at, 0 to 1. residual: with a correction, also aim at
-        what the residual stream has lost by the place where the output is added to it. Experts get no correction: their
-        tokens may differ between the two models.
-    overrides: other formats by name pattern, None for a weight that stays float; those of `lower-mx` must be the same.
+    damping: added to the diagonal of the inputs' second moments, as a share of its mean. order: columns as they are
+        (none), or the most important first: columns, or whole blocks. rule: fixes scales before rounding; none searches
+        them block by block. sweeps: how often each block is rounded again. microblock: columns rounded together, with
+        scales by `rule` from the compensated weights; 0: column by column. See `ColumnRounding`.
+    correction: share of the error of earlier layers that is compensated, 0 to 1. residual: with a correction, also
+        compensate the error of the residual stream that the output is added to. Experts get no correction: their tokens
+        may differ between the float and the quantized model.
+    overrides: other formats by name pattern, None for a weight that stays float; `lower-mx` needs the same.
     """
 
     format: MXFormat
@@ -70,23 +69,23 @@ class Gptq(Pass):
     def __post_init__(self) -> None:
         object.__setattr__(self, "overrides", Overrides(self.overrides))
         if self.order is ColumnOrder.COLUMNS and self.rule is None:
-            raise PipelineError("gptq{order=columns} needs scales fixed beforehand: give a rule, for example rule=mse")
+            raise PipelineError("gptq{order=columns} needs scales fixed before rounding: set a rule, for example mse")
         if self.microblock % self.format.block_size or (self.microblock and self.rule is None):
             raise PipelineError(
-                f"gptq{{microblock={self.microblock}}} needs a multiple of the block of {self.format} and a rule"
+                f"gptq{{microblock={self.microblock}}} needs a rule, and a multiple of the block size of {self.format}"
             )
 
     def run(self, program: Program) -> PassResult:
-        """Round every chosen weight that nothing else reads, segment by segment."""
+        """Round every chosen weight that only matmuls read, segment by segment."""
         choice, formats = override_formats(program, choose(program), self.format, self.overrides)
-        misses = [*choice.misses, *(choice.left_to_lowering(m) for m in choice.matmuls if not choice.alone(m))]
+        misses = [*choice.misses, *(choice.shared_weight_miss(m) for m in choice.matmuls if not choice.owns_weight(m))]
         numbers: dict[str, dict[str, float]] = {}
-        todo = [m for m in choice.matmuls if choice.alone(m) and m.parameter not in program.rounded]
+        todo = [m for m in choice.matmuls if choice.owns_weight(m) and m.parameter not in program.rounded]
         if not todo:
             return PassResult(0, tuple(misses))
         prepare = partial(round_input, self.activation)
         twin_run = TwinRun(program, choice.matmuls, prepare, self.correction > 0)
-        for index, segment in enumerate(program.through(twin_run.segments)):
+        for index, segment in enumerate(program.track(twin_run.segments)):
             readings = _by_input(program, segment, todo, formats)
             before = {m.parameter: program.tensor(m.parameter) for readers in readings for m in readers}
             reasons = _restored(program, index, {m.parameter: formats[m.node] for readers in readings for m in readers})
@@ -106,7 +105,7 @@ class Gptq(Pass):
         readings: list[list[Matmul]],
         formats: Mapping[Node, MXFormat],
     ) -> list[str]:
-        """Round the weights of a segment, one input value after the other; returns why some were rounded to nearest."""
+        """Round the weights of a segment, one input value after the other; returns remarks on some of them."""
         reasons: list[str] = []
         for readers in readings:
             moments = twin_run.moments(segment, readers, self.residual)
@@ -114,23 +113,24 @@ class Gptq(Pass):
         return reasons
 
     def _round(self, program: Program, readers: list[Matmul], moments: list[SecondMoments], fmt: MXFormat) -> list[str]:
-        """Round the weights that read one value, all at once: their rows have nothing to do with each other."""
+        """Round all weights that read one value together: their rows are independent. Returns remarks."""
         rows = [finite_rows(program, matmul) for matmul in readers]
-        stacked = [part.reshape(-1, *part.shape[-2:]) for part in rows]
+        stacked = [weight.reshape(-1, *weight.shape[-2:]) for weight in rows]  # [experts or 1, out, in]
         pairs: list[tuple[Tensor, Tensor]] = []
         reasons = [_UNCORRECTED] if self.correction > 0 and rows[0].dim() == 3 else []
-        for index, known in enumerate(moments):
-            weights = {m.node.name: part[index] for m, part in zip(readers, stacked, strict=True)}
+        for index, of_expert in enumerate(moments):
+            weights = {m.node.name: weight[index] for m, weight in zip(readers, stacked, strict=True)}
             try:
-                pairs.append(self._round_together(weights, known, fmt))
-                if known.tokens < readers[0].in_features:
-                    reasons.append(f"{known.tokens} {_FEW.format(readers[0].in_features)}")
+                pairs.append(self._round_together(weights, of_expert, fmt))
+                if of_expert.tokens < readers[0].in_features:
+                    reasons.append(f"{of_expert.tokens} {_FEW_TOKENS.format(readers[0].in_features)}")
             except IllConditionedError as error:
                 reasons.append(f"rounded to nearest: {error}")
                 pairs.append(round_rows(torch.cat([*weights.values()]), fmt, self.rule or ScaleRule.MSE))
-        parts = [torch.stack(found).split([r.shape[-2] for r in rows], 1) for found in zip(*pairs, strict=True)]
-        for matmul, old, *found in zip(readers, rows, *parts, strict=True):
-            values, scales = (part.clone().reshape(*old.shape[:-1], -1) for part in found)  # each its own storage
+        sizes = [weight.shape[-2] for weight in rows]
+        all_values, all_scales = (torch.stack(tensors).split(sizes, 1) for tensors in zip(*pairs, strict=True))
+        for matmul, old, *rounded in zip(readers, rows, all_values, all_scales, strict=True):
+            values, scales = (t.clone().reshape(*old.shape[:-1], -1) for t in rounded)  # own storage for each weight
             program.set_tensor(matmul.parameter, matmul.rows(values.to(old.dtype)).contiguous())
             program.rounded[matmul.parameter] = Rounding(fmt, scales)
         return [f"{where(matmul.node)}: {reason}" for matmul in readers for reason in reasons]
@@ -138,17 +138,17 @@ class Gptq(Pass):
     def _round_together(
         self, weights: Mapping[str, Tensor], moments: SecondMoments, fmt: MXFormat
     ) -> tuple[Tensor, Tensor]:
-        """Weights `[out, in]` by the names of their matmuls' nodes; returns values and scales of all their rows."""
+        """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows."""
         rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock)
         return rounding.round(moments.target(weights, self.damping, self.correction), moments.inputs)
 
 
 def _restored(program: Program, index: int, formats: Mapping[str, MXFormat]) -> list[str] | None:
-    """Take a segment's weights from an earlier, interrupted run; None if it did not get there."""
-    found = None if program.resume is None else program.resume.load(f"{index:04}")
-    if found is None:
+    """Load a segment's weights from an interrupted run and return its remarks; None if it had not finished it."""
+    saved = None if program.resume is None else program.resume.load(f"{index:04}")
+    if saved is None:
         return None
-    tensors, reasons = found
+    tensors, reasons = saved
     for name, fmt in formats.items():
         device = program.tensor(name).device
         program.set_tensor(name, tensors[name].to(device))
@@ -166,7 +166,7 @@ def _keep(program: Program, index: int, names: Iterable[str], reasons: list[str]
 def _by_input(
     program: Program, segment: Segment, todo: list[Matmul], formats: Mapping[Node, MXFormat]
 ) -> list[list[Matmul]]:
-    """The matmuls of a segment to be rounded, those that read one value in one format together; each weight once."""
+    """The matmuls of a segment to round, grouped by input value and format; each weight once."""
     groups: dict[tuple[Node, int, MXFormat], list[Matmul]] = {}
     seen = set(program.rounded)
     for matmul in segment.matmuls:

@@ -1,4 +1,4 @@
-"""Named pipelines: the one place where a default order is written."""
+"""Recipes: named pipelines. The only place where a default order of passes is defined."""
 
 from typing import Final
 
@@ -8,30 +8,29 @@ from mxcompile.pipeline.pipeline import Pipeline
 
 DEFAULT: Final = "w4a8-mxint"
 QUICK: Final = "w4a8-mxint-quick"
-"""The default without calibration data: one token window is nothing to learn from."""
+"""The default without calibration data: a single example is too little for passes that learn."""
 
 
 def _rounded(weight: str, activation: str | None) -> str:
-    return f"round-weights{{format={weight}}} | lower-mx{{weight={weight}{_input(activation)}}}"
+    return f"round-weights{{format={weight}}} | lower-mx{{weight={weight}{_activation_option(activation)}}}"
 
 
 def _learned(weight: str, activation: str | None) -> str:
-    """The most accurate: needs calibration data, 128 windows of 512 tokens or so.
+    """The most accurate pipeline; needs calibration data, about 128 windows of 512 tokens.
 
-    With 8-bit floating inputs GPTQ does better without a fold in front of it, with 4-bit ones also after rotations
-    (`benchmarks/accuracy.py`).
+    Measured (`benchmarks/accuracy.py`): with FP8 activations, GPTQ is more accurate without a fold before it; with
+    4-bit activations, it also gains from rotations.
     """
-    given = _input(activation)
-    prepared = f"{{{given[1:]}}}" if given else ""
-    fold = "" if activation == "mxfp8_e4m3" else f"awq-fold{{weight={weight}{given}}} | "
-    turn = f"rotate{{weight={weight}{given}}} | " if activation == "mxfp4" else ""
+    option = _activation_option(activation)
+    tune = f"tune-vectors{{{option[1:]}}}" if option else "tune-vectors"
+    fold = "" if activation == "mxfp8_e4m3" else f"awq-fold{{weight={weight}{option}}} | "
+    rotate = f"rotate{{weight={weight}{option}}} | " if activation == "mxfp4" else ""
     return (
-        f"{fold}{turn}gptq{{format={weight}{given},correction=0.25}} | tune-vectors{prepared} | "
-        f"lower-mx{{weight={weight}{given}}}"
+        f"{fold}{rotate}gptq{{format={weight}{option},correction=0.25}} | {tune} | lower-mx{{weight={weight}{option}}}"
     )
 
 
-def _input(activation: str | None) -> str:
+def _activation_option(activation: str | None) -> str:
     return f",activation={activation}" if activation else ""
 
 
@@ -58,12 +57,12 @@ RECIPES: Final[dict[str, str]] = {
 
 
 def recipes() -> dict[str, Pipeline]:
-    """Every recipe by name, as a Pipeline; `str()` of one is its text."""
+    """All recipes by name, as Pipelines; `str()` of a Pipeline is its text form."""
     return {name: Pipeline.parse(text) for name, text in RECIPES.items()}
 
 
 def as_pipeline(recipe: str | Pipeline) -> Pipeline:
-    """A recipe's name, a Pipeline, or its text form, as a Pipeline. Raises UnknownNameError for a name of neither."""
+    """A Pipeline from a recipe's name or a pipeline's text form. Raises UnknownNameError for any other name."""
     if isinstance(recipe, Pipeline):
         return recipe
     if recipe in RECIPES:

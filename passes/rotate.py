@@ -1,9 +1,9 @@
 """linear(x, w) -> linear(mx::rotate(x), w H): spread an outlier over the block that shares its scale.
 
-Small Hadamard rotations along the diagonal, one for each run of channels as long as an MX block, of a value and of the
-weights that read it: of weights once, of values at run time. Rotations over more than a block only carry outliers into
-blocks that had none (Shao et al., arXiv 2511.04214; Egiazarian et al., arXiv 2509.23202). A value is rotated where that
-saves a tenth of the error of the matmuls that read it, both quantizers in the loop: with 4-bit inputs mostly.
+A block-diagonal Hadamard rotation, one block for each MX block of channels, of a value and of the weights that read it.
+Weights are rotated once, values at run time. Rotations larger than an MX block only spread outliers into blocks that
+had none (Shao et al., arXiv 2511.04214; Egiazarian et al., arXiv 2509.23202). A value is rotated if that saves a tenth
+of the error of the matmuls that read it, with both quantizers in the loop; mostly so with 4-bit inputs.
 """
 
 from collections.abc import Sequence
@@ -24,22 +24,22 @@ from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
-from mxcompile.graph.dataflow import destinations
+from mxcompile.graph.dataflow import effective_readers
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.preservation import REQUIRED_DB, REQUIRED_DB_HALF
 
-_PAYS = 0.9  # a rotation at run time must save this much of the error
-_NOT_WORTH = f"a rotation would save less than {1 - _PAYS:.0%} of the error"
+_ROTATED_RATIO = 0.9  # a rotation costs run time: the error with it must be below this share of that without
+_NOT_WORTH = f"a rotation would save less than {1 - _ROTATED_RATIO:.0%} of the error"
 
 
 @dataclass(frozen=True)
 class Rotate(Pass):
     """weight, activation: the formats that later passes will use (activation none: weight-only).
 
-    block: channels that are mixed, a power of two; none: as many as share a scale of the input, or of the weight.
+    block: channels of a rotation, a power of two; none: the block size of the activation, or of the weight.
     """
 
     weight: MXFormat
@@ -51,34 +51,34 @@ class Rotate(Pass):
 
     def __post_init__(self) -> None:
         if self.size < 2 or self.size & (self.size - 1):
-            raise PipelineError(f"rotate{{block={self.size}}}: give a power of two, 2 or more")
+            raise PipelineError(f"rotate{{block={self.size}}}: the block must be a power of two, 2 or more")
 
     @property
     def size(self) -> int:
-        """Channels of a rotation."""
+        """The number of channels of a rotation."""
         return (self.activation or self.weight).block_size if self.block is None else self.block
 
     def required_db(self, program: Program) -> float:
-        """Rotated weights are not numbers of 16 bits any more and have to be rounded to them."""
+        """Less for half-precision weights: a rotated weight is rounded to half precision again."""
         dtypes = {program.tensor(matmul.parameter).dtype for matmul in choose(program).matmuls}
         return REQUIRED_DB_HALF if any(dtype.itemsize < 4 for dtype in dtypes) else REQUIRED_DB
 
     def run(self, program: Program) -> PassResult:
-        """Try value by value, segment by segment; rotate at the end, as nothing that is measured depends on it."""
+        """Measure every value, segment by segment; rotate at the end, because no measurement depends on rotations."""
         sweep = Sweep(program, program.batches)
         folds: list[Fold] = []
         misses: list[Miss] = []
         numbers: dict[str, dict[str, float]] = {}
-        for segment in program.through(find_segments(program, choose(program).matmuls)):
-            readers = {value: segment.reading(value) for value in segment.inputs if rotation_of(value) is None}
+        for segment in program.track(find_segments(program, choose(program).matmuls)):
+            readers = {value: segment.readers_of(value) for value in segment.inputs if rotation_of(value) is None}
             reasons = {value: self._why_not(matmuls) for value, matmuls in readers.items()}
-            seen = {value: _ValueObservers(self.size) for value, reason in reasons.items() if reason is None}
-            sweep.advance(segment, {value: shown.observers for value, shown in seen.items()})
-            for value, shown in seen.items():
-                fold = self._fold(value, readers[value], shown)
-                ratio = self._error_over_plain(program, readers[value], shown)
+            observed = {value: _ValueObservers(self.size) for value, reason in reasons.items() if reason is None}
+            sweep.advance(segment, {value: observers.all for value, observers in observed.items()})
+            for value, observers in observed.items():
+                fold = self._fold(value, readers[value], observers)
+                ratio = self._error_over_plain(program, readers[value], observers)
                 numbers[fold.where] = {"error_over_plain": ratio}
-                if ratio < _PAYS:
+                if ratio < _ROTATED_RATIO:
                     folds.append(fold)
                 else:
                     reasons[value] = _NOT_WORTH
@@ -90,33 +90,33 @@ class Rotate(Pass):
     def _why_not(self, readers: Sequence[Matmul]) -> str | None:
         size = readers[0].in_features
         if size % self.size:
-            return f"{size} input channels are not a multiple of a rotation of {self.size}"
-        if any(destinations(matmul.root) - {other.node for other in readers} for matmul in readers):
-            return "its weight multiplies other values too, which would have to be rotated as well"
+            return f"{size} input channels are not a multiple of the rotation's block of {self.size}"
+        if any(effective_readers(matmul.root) - {other.node for other in readers} for matmul in readers):
+            return "its weight is also multiplied with other values, which would need the same rotation"
         return None
 
-    def _fold(self, value: Node, readers: Sequence[Matmul], shown: "_ValueObservers") -> Fold:
+    def _fold(self, value: Node, readers: Sequence[Matmul], observers: "_ValueObservers") -> Fold:
         names = frozenset(matmul.node.name for matmul in readers)
-        apply = partial(rotate, names=names, block=self.size, importance=shown.rotated.value)
+        apply = partial(rotate, names=names, block=self.size, importance=observers.rotated.value)
         return Fold(f"%{value.name} -> {', '.join(m.module_path or m.parameter for m in readers)}", apply)
 
-    def _error_over_plain(self, program: Program, readers: Sequence[Matmul], shown: "_ValueObservers") -> float:
-        """Squared error of the matmuls' outputs on a sample of tokens, rotated over plain."""
+    def _error_over_plain(self, program: Program, readers: Sequence[Matmul], observers: "_ValueObservers") -> float:
+        """Squared error of the matmuls' outputs on a sample of tokens, with the rotation over without."""
         weight = torch.cat([finite_rows(program, matmul).float().flatten(0, -2) for matmul in readers])
-        sample = subsample_tokens(shown.sample.value, weight)
-        alone = torch.full((sample.shape[-1],), -1, device=weight.device)  # no channel has a factor
-        plain = Operand(sample, shown.plain.value, weight, alone)
-        turned = (rotate_input(sample, self.size), shown.rotated.value, rotate_weight(weight, self.size))
+        sample = subsample_tokens(observers.sample.value, weight)
+        no_factors = torch.full((sample.shape[-1],), -1, device=weight.device)
+        plain = Operand(sample, observers.plain.value, weight, no_factors)
+        rotated = (rotate_input(sample, self.size), observers.rotated.value, rotate_weight(weight, self.size))
         errors = [
             output_error([operand], Quantizers(self.weight, self.activation))(torch.ones(0))
-            for operand in (plain, Operand(*turned, alone))
+            for operand in (plain, Operand(*rotated, no_factors))
         ]
         return errors[1] / max(errors[0], 1e-30)
 
 
 class _ValueObservers:
-    """What is observed of a value: a sample of tokens, and how much its channels matter, as it is and rotated."""
+    """Observers of one value: a sample of its tokens, and the importance of its channels without and with rotation."""
 
     def __init__(self, block: int) -> None:
         self.sample, self.plain, self.rotated = TokenSample(), ChannelImportance(), ChannelImportance()
-        self.observers: list[Observer] = [self.sample, self.plain, RotatedObserver(self.rotated, block)]
+        self.all: list[Observer] = [self.sample, self.plain, RotatedObserver(self.rotated, block)]

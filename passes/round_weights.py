@@ -1,7 +1,7 @@
 """w -> dequantize(quantize(w)): round every chosen weight to the nearest MX value (RTN), block by block.
 
-The graph stays a float one, so that the loss from weights alone can be measured; `lower-mx` finds the same elements
-again.
+The graph stays in float, so that the error of weight quantization alone can be measured. `lower-mx` packs the same
+elements.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ from mxcompile.pipeline.interfaces import FLOATING, Pass
 class RoundWeights(Pass):
     """Round to `format`, with scales by `rule` (by default the least squared error of each block).
 
-    weighted: let the squared error of the `mse` rule count by the mean square of each input channel, as calibration
-        shows it (`importance.py`). Weights for which an earlier pass has measured it are always rounded so.
-    overrides: other formats by name pattern, None for a weight that stays float; those of `lower-mx` must be the same.
+    weighted: weight the squared error of the `mse` rule by the mean square of each input channel in calibration data
+        (`importance.py`). Weights for which an earlier pass has measured it are always rounded this way.
+    overrides: other formats by name pattern, None for a weight that stays float; `lower-mx` needs the same.
     """
 
     format: MXFormat
@@ -45,25 +45,25 @@ class RoundWeights(Pass):
 
     @property
     def reads_calibration(self) -> bool:
-        """If scales are chosen by what calibration data shows."""
+        """True if scales are chosen by calibrated channel importance."""
         return self.weighted
 
     def requests(self, program: Program) -> Sequence[Request]:
-        """How much the channels of the weights' inputs matter, if scales are to be chosen by that."""
+        """The channel importance of the weights' inputs, if `weighted` and no pass has measured it."""
         matmuls = choose(program).matmuls if self.weighted else ()
         missing = [matmul for matmul in matmuls if matmul.parameter not in program.importance]
         return [Request(matmul.activation.name, ChannelImportance) for matmul in missing]
 
     def run(self, program: Program) -> PassResult:
-        """Replace the weights; one that something else reads too is left to `lower-mx`, which makes its own copy."""
+        """Round the weights. A weight with other readers is left to `lower-mx`, which packs a copy."""
         choice, formats = override_formats(program, choose(program), self.format, self.overrides)
         misses = list(choice.misses)
         numbers: dict[str, dict[str, float]] = {}
-        for matmul in program.through(choice.matmuls):
+        for matmul in program.track(choice.matmuls):
             if matmul.parameter in program.rounded:
                 continue
-            if not choice.alone(matmul):
-                misses.append(choice.left_to_lowering(matmul))
+            if not choice.owns_weight(matmul):
+                misses.append(choice.shared_weight_miss(matmul))
                 continue
             before, after = self._round(program, matmul, formats[matmul.node])
             numbers[matmul.parameter] = {"weight_sqnr_db": sqnr_db(before, after)}

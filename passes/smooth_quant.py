@@ -1,8 +1,8 @@
 """linear(x, w) -> linear(x / s, w * s): move outliers from activations into weights.
 
-s_j = max|X_j|**alpha / max_l|W_l,j|**(1 - alpha), the maximum over all quantized weights that read the value (Xiao et
-al., SmoothQuant, arXiv 2211.10438, eq. 4). x / s is computed by whatever makes x: a norm's weight, the rows of the
-linear before. Values, makers and readers are found from data flow; what cannot be folded is left alone and reported.
+s_j = max|X_j|**alpha / max_l|W_l,j|**(1 - alpha), with the maximum over all quantized weights that read the value (Xiao
+et al., SmoothQuant, arXiv 2211.10438, eq. 4). 1 / s is folded into the op that produces x: a norm's weight, or the rows
+of the preceding linear. Producers and readers are found from data flow; what cannot be folded is skipped and reported.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold, half_precision_factors
+from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold, representable_factors
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.calibration.factor_search import Objective, power_candidates
 from mxcompile.calibration.fold_search import FoldSearch, FoldSearchResult
@@ -30,12 +30,13 @@ _SMALLEST = 1e-5
 
 @dataclass(frozen=True)
 class SmoothQuant(Pass):
-    """alpha: how much of an outlier moves into the weights, 0 (none) to 1 (all); none to search it for every group.
+    """alpha: share of an outlier that moves into the weights, 0 (none) to 1 (all); none: search it for every group.
 
-    through_linears: also smooth values made by a linear (v -> o, up -> down), not only those made by a norm.
-    power_of_two: round the factors to powers of two, which folds bit-exactly; parameters in half precision always get
-    such factors.
-    For the search: weight, activation: the formats to come; objective: what alpha is scored on; grid: alphas tried.
+    through_linears: also smooth a linear's output (v -> o, up -> down), not only a norm's.
+    power_of_two: round the factors to powers of two, which fold bit-exactly; half-precision parameters always get such
+    factors.
+    For the search: weight, activation: the formats that later passes will use; objective: where the error of an alpha
+    is measured ("output" or "block", as in `awq-fold`); grid: number of alphas tried.
     """
 
     alpha: float | None = 0.5
@@ -52,42 +53,42 @@ class SmoothQuant(Pass):
     def __post_init__(self) -> None:
         if self.alpha is None and self.weight is None:
             raise PipelineError(
-                "smooth-quant{alpha=none} searches alpha: name the formats, weight=... and activation=..."
+                "smooth-quant{alpha=none} searches alpha and needs the formats: set weight=... and activation=..."
             )
 
     def requests(self, program: Program) -> Sequence[Request]:
-        """The largest magnitude of every channel that will be smoothed (a search gathers it on its way)."""
+        """The abs-max of every channel to smooth; none for a search, which observes it itself."""
         if self.alpha is None:
             return ()
         groups, _ = find_groups(program, choose(program).matmuls, self.through_linears)
         return [Request(m.activation.name, ChannelAbsMax) for group in groups for m, _ in group.matmuls]
 
     def run(self, program: Program) -> PassResult:
-        """Fold the smoothing factors into the makers and the readers of every value."""
+        """Fold the smoothing factors into the producer and the readers of every value."""
         matmuls = choose(program).matmuls
         groups, unfoldable = find_groups(program, matmuls, self.through_linears)
         if self.alpha is not None:
-            found = self._fixed(program, groups, self.alpha)
+            result = self._fixed(program, groups, self.alpha)
         else:
             assert self.weight is not None
             quantizers = Quantizers(self.weight, self.activation)
             search = FoldSearch(quantizers, ChannelAbsMax, self._candidates, self.objective, self.power_of_two)
-            found = search.run(program, matmuls, groups)
-        misses = [*(Miss(where(miss.matmul.node), miss.reason) for miss in unfoldable), *found.misses]
-        return PassResult(len(found.folds), tuple(misses), found.numbers, tuple(found.folds))
+            result = search.run(program, matmuls, groups)
+        misses = [*(Miss(where(miss.matmul.node), miss.reason) for miss in unfoldable), *result.misses]
+        return PassResult(len(result.folds), tuple(misses), result.numbers, tuple(result.folds))
 
     def _fixed(self, program: Program, groups: list[ScaleGroup], alpha: float) -> FoldSearchResult:
-        found = FoldSearchResult()
+        result = FoldSearchResult()
         for group in groups:
             key = {m.node: Request(m.activation.name, ChannelAbsMax).key for m, _ in group.matmuls}
             activation, weight = _largest(
                 group, lambda m, key=key: program.statistics[key[m.node]], lambda m: finite_rows(program, m)
             )
             smoothing = activation**alpha / weight ** (1 - alpha)
-            smoothing = half_precision_factors(group, smoothing, self.power_of_two)
-            found.folds.append(Fold(str(group), partial(fold, group=group, factors=smoothing)))
-            found.folds[-1].apply(program)
-        return found
+            smoothing = representable_factors(group, smoothing, self.power_of_two)
+            result.folds.append(Fold(str(group), partial(fold, group=group, factors=smoothing)))
+            result.folds[-1].apply(program)
+        return result
 
     def _candidates(
         self, group: ScaleGroup, activation: Callable[[Matmul], Tensor], weight: Callable[[Matmul], Tensor]
@@ -98,6 +99,6 @@ class SmoothQuant(Pass):
 def _largest(
     group: ScaleGroup, activation: Callable[[Matmul], Tensor], weight: Callable[[Matmul], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """For every factor `[count]`, the largest magnitude in activations and in weights."""
+    """For every factor `[count]`, the largest magnitude of its channels in activations and in weights."""
     rows = group.largest(lambda matmul: weight(matmul).abs().flatten(0, -2).amax(0))
     return group.largest(activation).clamp(min=_SMALLEST), rows.clamp(min=_SMALLEST)

@@ -1,9 +1,9 @@
-"""norm(x) * g + b -> norm(x) * g' + b': vectors trained so that the rounded model says what the exact one says.
+"""norm(x) * g + b -> norm(x) * g' + b': vectors trained so that the quantized model predicts what the float model does.
 
-Every norm weight and bias (the parameters of one dimension: a few ten thousand numbers) is moved by gradient descent
-on calibration data, weights staying rounded and inputs rounded as at run time, towards the least KL divergence of the
-exact model's predictions from the quantized model's. A norm's weight costs nothing at run time and reaches everything
-that reads it. Norm Tweaking (Li et al., arXiv 2309.02784) goes layer by layer; here it is the whole model at once.
+All norm weights and biases (the one-dimensional parameters, some ten thousand numbers) are trained on calibration data,
+with rounded weights and inputs rounded as at run time, to minimize the KL divergence between the predictions of the
+float model and the quantized model. A trained norm weight costs nothing at run time and affects everything that reads
+the norm. Norm Tweaking (Li et al., arXiv 2309.02784) trains layer by layer; this pass trains the whole model at once.
 """
 
 import math
@@ -24,17 +24,17 @@ from mxcompile.graph.program import Program
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.pipeline.interfaces import FLOATING, Pass
 
-_LOOKS, _ROUNDS = 4, 5
+_SNAPSHOTS, _LARGEST_EPOCHS = 4, 5
 
 
 @dataclass(frozen=True)
 class TuneVectors(Pass):
     """activation: format of matmul inputs at run time (none: float).
 
-    steps: batches seen, one a step; at most five rounds of all, as more fits the data rather than the model.
-    rate: of Adam, in units of each vector's mean magnitude, falling to zero along a cosine.
-    An eighth of the batches, one at least, is kept back: of four states on the way the one that does best there is
-    taken, or none if that gains nothing.
+    steps: training steps of one batch each; at most five epochs, because more overfits the calibration data.
+    rate: Adam's learning rate in units of each vector's mean magnitude, decaying to zero along a cosine.
+    An eighth of the batches, at least one, is held out: of four snapshots during training, the pass takes the one with
+    the least loss on them, or none if that is no gain.
     """
 
     activation: MXFormat | None = None
@@ -45,23 +45,23 @@ class TuneVectors(Pass):
     accepts = FLOATING
 
     def run(self, program: Program) -> PassResult:
-        """Train all vectors that the graph reads, towards the model as traced."""
+        """Train all vectors that the graph reads towards the traced float model."""
         if program.origin is None:
-            raise PassError("tune-vectors needs the model as traced: run it in a pipeline")
+            raise PassError("tune-vectors needs the traced float model: run it in a pipeline")
         names = [n for n in program.parameter_names() if program.is_parameter(n) and program.tensor(n).dim() == 1]
         vectors = {name: program.tensor(name).detach() for name in names}
         matmuls = choose(program).matmuls
         if not vectors or not matmuls or self.steps < 1:
             return PassResult(0)
         if len(program.batches) < 2:
-            return _left(names, "one batch of calibration data leaves none to check training on: give two or more")
+            return _unchanged(names, "training needs a held-out batch: give two or more calibration batches")
         prepare = partial(straight_through, partial(round_input, self.activation))
         student = AlteredRun(program, dict.fromkeys(matmuls, prepare))
         best, losses = self._trained(Distillation(program, student, program.origin), vectors, program.batches)
         numbers = {"all vectors": losses}
         if best is None:
             change = f"({losses['loss_before']:.4g} to {losses['loss_after']:.4g})"
-            return _left(names, f"training did not lower the loss {change}", numbers)
+            return _unchanged(names, f"training did not lower the loss {change}", numbers)
         for name, vector in best.items():
             program.set_tensor(name, vector)
         return PassResult(len(names), numbers=numbers)
@@ -69,17 +69,17 @@ class TuneVectors(Pass):
     def _trained(
         self, distillation: Distillation, vectors: dict[str, Tensor], batches: Sequence[Inputs]
     ) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
-        """The best state on batches kept back, None if the vectors as they are do better; losses there."""
+        """The best snapshot on the held-out batches, None if the untrained vectors are better; and the losses there."""
         count = len(batches) - max(1, len(batches) // 8)
         before = distillation.mean_loss(vectors, batches[count:])
         best, least = None, math.inf
-        steps = min(self.steps, _ROUNDS * count)
-        for trained in distillation.train(vectors, batches[:count], steps, self.rate, min(_LOOKS, steps)):
+        steps = min(self.steps, _LARGEST_EPOCHS * count)
+        for trained in distillation.train(vectors, batches[:count], steps, self.rate, min(_SNAPSHOTS, steps)):
             loss = distillation.mean_loss(trained, batches[count:])
             if loss < least:
                 best, least = trained, loss
         return best if least < before else None, {"loss_before": before, "loss_after": least}
 
 
-def _left(names: list[str], reason: str, numbers: dict[str, dict[str, float]] | None = None) -> PassResult:
-    return PassResult(0, (Miss(f"{len(names)} vectors", f"{reason}: they stay as they were"),), numbers or {})
+def _unchanged(names: list[str], reason: str, numbers: dict[str, dict[str, float]] | None = None) -> PassResult:
+    return PassResult(0, (Miss(f"{len(names)} vectors", f"{reason}: they stay unchanged"),), numbers or {})

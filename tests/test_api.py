@@ -1,4 +1,4 @@
-"""quantize_and_compile: one call, on any model, input form and dtype, that changes nothing of the user's."""
+"""quantize_and_compile: one call works for any model, input form and dtype, and leaves the user's objects unchanged."""
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ def test_exclude_and_include_choose_by_name():
 
 def test_the_default_learns_from_calibration_data_or_is_quick():
     model, x = build("mlp"), inputs("mlp")
-    with pytest.warns(UserWarning, match="no calibration data: w4a8-mxint-quick is taken"):
+    with pytest.warns(UserWarning, match="no calibration data: using the recipe w4a8-mxint-quick"):
         quick = mxcompile.quantize_and_compile(model, x, compile=False)
     batches = [inputs("mlp", 4, seed=seed) for seed in range(3)]
     learned = mxcompile.quantize_and_compile(model, x, calibration=batches, compile=False)

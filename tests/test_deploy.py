@@ -1,4 +1,4 @@
-"""deploy: the lowered program's decisions, carried into a copy of the user's module, compute the same thing."""
+"""deploy: a copy of the user's module with MX weights computes the same as the lowered program."""
 
 import copy
 import importlib
@@ -119,7 +119,7 @@ class Gated(nn.Module):
 
 
 def multiplied(model, x, lower="lower-mx{weight=mxint4,activation=mxint8}", **options):
-    """The lowered program of a model with multipliers in front of its first matmul's value, factors folded in."""
+    """The lowered program of a model with a multiplier before its first matmuls, with factors folded in."""
     program = mxcompile.trace(model, x, **options)
     matmuls = find_matmuls(program)[0]
     product = insert_multiplier(program, [m for m in matmuls if m.activation is matmuls[0].activation])
@@ -251,7 +251,7 @@ def test_a_module_that_does_something_else_than_its_trace_is_found_out():
 
 @pytest.mark.parametrize("agrees", [True, False])
 def test_other_kernels_of_attention_are_told_from_other_functions(monkeypatch, agrees):
-    """Where outputs differ they are compared again with torch's plain attention on both sides."""
+    """Outputs that differ are compared again with the math backend of SDPA in both models."""
     model, example = build("llama"), inputs("llama")
     lowered = mxcompile.recipes()["w4a8-mxint-quick"].run(mxcompile.trace(model, example))
     plain: list[bool] = []

@@ -1,5 +1,5 @@
-"""Sweep: batches go through a program piece by piece, held as little as possible; what is changed on the way is seen
-behind it. AlteredRun: the same program with other tensors and prepared inputs, left as it is.
+"""Sweep: batches run through a program segment by segment with little state; later segments see changed weights.
+AlteredRun: the same program with replaced tensors and prepared inputs, without being changed.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""awq-fold: searched factors lose less than none, keep the function, and are shared by all readers of a value."""
+"""awq-fold: searched factors reduce the error, preserve the function, and are shared by all readers of a value."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def test_multiplies_where_nothing_can_take_factors_up():
 
 
 def test_no_multiply_where_it_does_not_pay():
-    """All units alike: a miss that says so, and no node more."""
+    """All units alike: a miss with this reason, and no inserted node."""
     torch.manual_seed(0)
     program = mxcompile.trace(Gelu(1).eval(), torch.randn(4, 32, 64))
     folded = Pipeline.parse("awq-fold{weight=mxint8,activation=mxint8}").run(program)
@@ -148,7 +148,7 @@ def test_the_objectives_are_not_the_same_number(outliers):
 
 
 class Residual(nn.Module):
-    """A stream with two MLPs added to it, in place or not."""
+    """A residual stream to which two MLPs are added, in place or not."""
 
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Residual(nn.Module):
 
 
 def test_a_stream_that_is_written_to():
-    """A segment is run many times on the same state: the factors are those of the model that writes to nothing."""
+    """A segment runs repeatedly on the same state: the factors are those of the model without in-place ops."""
     x, records = torch.randn(16, 64), []
     for in_place in (False, True):
         torch.manual_seed(0)

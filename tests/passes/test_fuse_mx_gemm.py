@@ -1,4 +1,4 @@
-"""fuse-mx-gemm: MX matmuls become mx::linear in both graph dialects; what does not is reported with the reason."""
+"""fuse-mx-gemm: MX matmuls become mx::linear in both graph dialects; the others are reported with a reason."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""gptq: weights rounded so that outputs stay, on inputs as the quantized model gives them, segment by segment."""
+"""gptq: weights rounded for least output error, on the inputs of the quantized model, segment by segment."""
 
 import pytest
 import torch
@@ -132,7 +132,7 @@ def test_other_models(name):
 def test_experts_without_correction_say_so():
     program = mxcompile.trace(Experts().eval(), torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(1)))
     (miss,) = Pipeline.parse("gptq{format=mxint4,correction=0.25}").run(program).ledger[0].misses
-    assert miss.reason == "rounded without correction: an expert's tokens may differ in the exact model"
+    assert miss.reason == "rounded without correction: an expert's tokens may differ in the float model"
 
 
 def test_few_tokens_are_reported():
@@ -141,7 +141,7 @@ def test_few_tokens_are_reported():
     reasons = [str(miss) for miss in rounded.ledger[0].misses]
     assert len(reasons) == 2
     assert reasons[0].endswith(
-        "in up: 40 tokens of calibration data are few for 64 input channels: what they do not show is guessed"
+        "in up: 40 calibration tokens for 64 input channels: the second moments are rank-deficient"
     )
 
 
@@ -165,9 +165,12 @@ def test_folds_come_first(fold):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gptq{format=mxint4,order=columns}", "needs scales fixed beforehand"),
-        ("gptq{format=mxint4,microblock=32}", "multiple of the block of mxint4 and a rule"),
-        ("gptq{format=mxint4:64,microblock=32,rule=floor}", "multiple of the block of mxint4:64 and a rule"),
+        ("gptq{format=mxint4,order=columns}", "needs scales fixed before rounding"),
+        ("gptq{format=mxint4,microblock=32}", r"needs a rule, and a multiple of the block size of mxint4$"),
+        (
+            "gptq{format=mxint4:64,microblock=32,rule=floor}",
+            "a multiple of the block size of mxint4:64$",
+        ),
         ("gptq{format=mxint4,order=upwards}", "upwards"),
         ("gptq", "format"),
     ],

@@ -1,4 +1,4 @@
-"""rotate: where it pays and only there, the product as before, carried to the deployed module and compiled graphs."""
+"""rotate: only where it reduces the error enough, function preserved, also in deployed modules and compiled graphs."""
 
 import copy
 
@@ -124,14 +124,14 @@ def test_what_cannot_be_rotated_says_why():
     after = Pipeline.parse(ROTATE_TEXT).run(mxcompile.trace(Shared().eval(), x))
     assert after.ledger[0].rewrites == 0
     assert {miss.reason for miss in after.ledger[0].misses} == {
-        "its weight multiplies other values too, which would have to be rotated as well",
-        "48 input channels are not a multiple of a rotation of 32",
+        "its weight is also multiplied with other values, which would need the same rotation",
+        "48 input channels are not a multiple of the rotation's block of 32",
     }
 
 
 @pytest.mark.parametrize("block", [0, 1, 24])
 def test_blocks_that_are_no_power_of_two_are_refused(block):
-    with pytest.raises(PipelineError, match=rf"rotate\{{block={block}\}}: give a power of two"):
+    with pytest.raises(PipelineError, match=rf"rotate\{{block={block}\}}: the block must be a power of two"):
         Pipeline.parse(f"rotate{{weight=mxfp4,block={block}}}")
 
 
@@ -164,7 +164,7 @@ def test_experts_and_multipliers_together():
 
 
 def test_readers_share_one_rotation_when_fused(spiked):
-    """Each deployed weight asks for its own; the fused graph has one, and one rounding of it."""
+    """Each deployed weight rotates its input; the fused graph has one rotation, and one rounding of it."""
     model, batches, program = spiked
     deployed = mxcompile.deploy(Pipeline.parse(f"{ROTATE_TEXT} | {REST}").run(program, batches), model)
     graph = torch.export.export(deployed, (batches[0],), strict=False).run_decompositions({}).graph
@@ -201,7 +201,7 @@ def test_folds_after_it_leave_rotated_values_alone(spiked):
 
 
 def test_importance_is_that_of_the_rotated_value(spiked):
-    """What awq-fold measured of the plain value does not count any more."""
+    """The importance that awq-fold measured on the unrotated value is replaced."""
     _, batches, program = spiked
     rotated = Pipeline.parse(f"awq-fold{{weight=mxfp4,activation=mxfp4}} | {ROTATE_TEXT}").run(program, batches)
     (matmul, *_) = choose(rotated).matmuls

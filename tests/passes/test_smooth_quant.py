@@ -1,5 +1,5 @@
-"""smooth-quant: outliers move from a norm's output into the weights that read it, by a given alpha or by the best one,
-and the function stays as it was.
+"""smooth-quant: outliers move from a norm's output into the weights that read it, with a fixed or a searched alpha, and
+the function is preserved.
 """
 
 import pytest
@@ -177,7 +177,7 @@ def test_a_search_needs_the_formats_to_come():
         with pytest.raises(PipelineError) as caught:
             build_it()
         assert str(caught.value) == (
-            "smooth-quant{alpha=none} searches alpha: name the formats, weight=... and activation=..."
+            "smooth-quant{alpha=none} searches alpha and needs the formats: set weight=... and activation=..."
         )
 
 
@@ -199,7 +199,7 @@ def test_a_search_undoes_planted_outliers(objective):
 
 
 def test_a_search_takes_an_alpha_of_its_grid(x):
-    """With one alpha, 1, tried: the factors of alpha=1, up to one for all channels."""
+    """A search over alpha = 1 alone: the factors of alpha=1, up to a common factor."""
     model = attention(outlier=50.0)
     before, searched = smoothed(model, x, alpha=None, weight=MXINT8, activation=MXINT4, grid=1)
     _, fixed = smoothed(model, x, alpha=1.0)

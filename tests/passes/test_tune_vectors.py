@@ -1,4 +1,4 @@
-"""tune-vectors: norms and biases trained so that a rounded model says what the exact one says."""
+"""tune-vectors: norm weights and biases trained so that a rounded model predicts what the float model does."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_without_a_gain_nothing_changes(run):
 
 
 def test_one_batch_is_not_enough(run):
-    """What is trained on cannot tell whether training helps."""
+    """Training data cannot show whether training helps."""
     _, program, batches, _ = run
     rounded = Pipeline.parse(ROUND).run(program, batches[:1])
     tuned = Pipeline.parse(TUNE).run(rounded, batches[:1])
@@ -91,7 +91,7 @@ def test_one_batch_is_not_enough(run):
 
 
 def test_the_best_state_on_the_way_is_taken(run, monkeypatch):
-    """Of four states shown, the second does best on the batches kept back."""
+    """Of four snapshots, the second has the least loss on the held-out batches."""
     _, program, batches, _ = run
     rounded = Pipeline.parse(ROUND).run(program, batches)
     vectors = {n: rounded.tensor(n) for n in rounded.parameter_names() if rounded.tensor(n).dim() == 1}
@@ -112,7 +112,7 @@ def test_the_best_state_on_the_way_is_taken(run, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mlp", "vit", "gpt2", "mixtral", "gemma"])
 def test_other_models(name):
-    """Outputs that are no predictions are brought nearer in squared error; biases count as vectors."""
+    """Outputs other than logits are trained by squared error; biases count as vectors."""
     batches = [
         inputs(name, 4, seed=seed) if name in ("mlp", "vit") else inputs(name, 4, 16, seed=seed) for seed in range(4)
     ]

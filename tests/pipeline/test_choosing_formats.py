@@ -1,4 +1,4 @@
-"""A pass chooses formats for weights: passes behind it take them, overrides count before, dumps show it."""
+"""A pass chooses formats for weights: later passes use them, overrides take precedence, dumps show them."""
 
 from dataclasses import dataclass
 
@@ -120,7 +120,7 @@ def test_the_loss_of_rounding_counts_by_importance():
 
 
 def test_a_graph_that_a_pass_has_edited_is_the_one_that_runs(traced):
-    """The pipeline recompiles it, whether or not the pass keeps the function."""
+    """The pipeline recompiles the graph, whether or not the pass preserves the function."""
 
     class Negative(Pass):
         name = "negative"

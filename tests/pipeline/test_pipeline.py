@@ -1,5 +1,5 @@
-"""Pass and Pipeline: the text form round-trips and its mistakes are explained; an impossible order is refused; a
-user's own pass needs no registration; instruments see every step; a pass that fails is named.
+"""Pass and Pipeline: the text form round-trips, and its errors say what is wrong; an impossible order is refused; a
+user's own pass needs no registration; instruments are called around each pass; errors name the pass.
 """
 
 from dataclasses import dataclass
@@ -271,7 +271,7 @@ def test_a_program_that_is_too_far_for_the_first_pass(traced):
 
 @dataclass(frozen=True)
 class Negate(Pass):
-    """w -> -w of one parameter: a user's pass, known to nobody."""
+    """w -> -w of one parameter: a user's pass, registered nowhere."""
 
     parameter: str = "down.weight"
     times: int = 1
@@ -349,7 +349,7 @@ def test_the_ledger(program):
 
 
 class Log(Instrument):
-    """Writes down every call."""
+    """Records every call."""
 
     def __init__(self, name: str, log: list) -> None:
         self.name, self.log = name, log

@@ -1,4 +1,4 @@
-"""A run that was killed goes on from the last finished segment, to the same bits; a folder belongs to one run."""
+"""A killed run resumes after the last finished segment, with bit-identical results; a folder belongs to one run."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TEXT = "smooth-quant | gptq{format=mxint4,activation=mxint8,correction=0.25,over
 
 
 class Killed(Instrument):
-    """Stops the process in front of a segment of gptq, as Ctrl-C would, and notes the segments it has seen."""
+    """Stops before a segment of gptq, as Ctrl-C would, and records the segments seen."""
 
     def __init__(self, at: int | None = None) -> None:
         self.at, self.seen = at, []
@@ -64,7 +64,7 @@ def test_goes_on_to_the_same_bits(run, tmp_path):
 
 
 def test_reasons_are_kept(tmp_path):
-    """A weight that was rounded to nearest says so in the second run too."""
+    """The miss of a weight that was rounded to nearest is reported in the resumed run too."""
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     x[0, 0] = torch.nan
     program = mxcompile.trace(build("mlp"), x)
