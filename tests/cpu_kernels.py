@@ -1,4 +1,4 @@
-"""Tests of the CPU kernels share these: packed weights, another cache folder, a skip without a compiler."""
+"""Shared by tests of the CPU kernels: packed weights, an empty cache folder, a skip without a compiler."""
 
 from contextlib import contextmanager
 
@@ -13,7 +13,7 @@ needs_compiler = pytest.mark.skipif(build.why_not(MXINT8) is not None, reason=st
 
 
 def packed(fmt, rows, size, seed=0):
-    """Elements, scales and the values they stand for, in float32: of sizes that float16 holds."""
+    """Elements, scales and their values in float32, within the range of float16."""
     generator = torch.Generator().manual_seed(seed)
     exponents = torch.randint(-6, 4, (rows, size), generator=generator)
     x = torch.randn(rows, size, generator=generator) * torch.exp2(exponents)
@@ -23,7 +23,7 @@ def packed(fmt, rows, size, seed=0):
 
 @contextmanager
 def building_in(folder):
-    """Nothing built yet, and an empty folder to build in."""
+    """Clear the cached libraries and build in an empty folder."""
     functions = (build.library, build._why_not)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build.platformdirs, "user_cache_dir", lambda *_, **__: str(folder))

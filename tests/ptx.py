@@ -1,5 +1,5 @@
-"""The few PTX instructions that decode elements (triton/decode_planes.py, gluon/decode_to_e4m3.py), on registers of any
-shape."""
+"""Emulate the PTX instructions that decode elements (triton/decode_planes.py, gluon/decode_to_e4m3.py), on tensors of
+registers."""
 
 import re
 
@@ -16,30 +16,30 @@ def pairs(register: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def join(numbers: Tensor, bits: int) -> Tensor:
-    """A register of numbers `[..., n]`, the first one lowest."""
+    """Pack numbers `[..., n]` into a register, the first one lowest."""
     fields = numbers.to(torch.int64) & (2**bits - 1)
     return sum((fields[..., i] << (bits * i) for i in range(fields.shape[-1])), torch.tensor(0))
 
 
 def execute(ptx: str, registers: dict[str, Register]) -> Tensor:
-    """What is in $0 in the end."""
-    known = {name: torch.as_tensor(value, dtype=torch.int64) for name, value in registers.items()}
+    """Run the PTX text; returns $0."""
+    values = {name: torch.as_tensor(value, dtype=torch.int64) for name, value in registers.items()}
 
     def value(name: str) -> Tensor:
-        return known[name] if name in known else torch.tensor(int(name, 0))
+        return values[name] if name in values else torch.tensor(int(name, 0))
 
     for name, text in re.findall(r" ([a-z][\w.]+) ([^;]*);", ptx):
         target, *names = re.findall(r"\{[^}]*\}|[^\s,]+", text)
         if name == "mov.b32" and names[0].startswith("{"):
             low, high = (value(part) for part in names[0].strip("{}").split(", "))
-            known[target] = low | (high << 16)
+            values[target] = low | (high << 16)
         else:
-            known[target] = _result(name, [value(n) for n in names])
-    return known["$0"]
+            values[target] = _result(name, [value(n) for n in names])
+    return values["$0"]
 
 
-def _result(name: str, given: list[Tensor]) -> Tensor:
-    a, b, c, table = [*given, *[torch.tensor(0)] * 3][:4]
+def _result(name: str, operands: list[Tensor]) -> Tensor:
+    a, b, c, table = [*operands, *[torch.tensor(0)] * 3][:4]
     match name:
         case "mov.b32":
             result = a
@@ -64,17 +64,17 @@ def _result(name: str, given: list[Tensor]) -> Tensor:
             numbers = pairs(a, torch.float16).float().clamp(-448, 448)
             result = join(numbers.to(torch.float8_e4m3fn).view(torch.uint8), 8)
         case _:
-            raise AssertionError(f"{name} is not known here")
+            raise AssertionError(f"PTX instruction {name} is not emulated")
     return result & 0xFFFFFFFF
 
 
 def _permuted(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
     data = [(register >> (8 * i)) & 0xFF for register in (a, b) for i in range(4)]
     chosen = [(selector >> (4 * i)) & 0xF for i in range(4)]
-    assert all((place < 8).all() for place in chosen), "signs are not replicated here"
+    assert all((index < 8).all() for index in chosen), "sign replication is not emulated"
     *bytes_, _ = torch.broadcast_tensors(*data, selector)
-    places = torch.stack([place.expand_as(bytes_[0]) for place in chosen], -1)
-    return join(torch.stack(bytes_, -1).gather(-1, places), 8)
+    indices = torch.stack([index.expand_as(bytes_[0]) for index in chosen], -1)
+    return join(torch.stack(bytes_, -1).gather(-1, indices), 8)
 
 
 def _multiplied(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Formats and scale rules as values: their text, their sizes, and errors that say what to do."""
+"""Formats and scale rules as values: their text, their sizes, and helpful errors."""
 
 from dataclasses import FrozenInstanceError
 

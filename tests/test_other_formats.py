@@ -1,6 +1,6 @@
-"""Formats that are made from their names, `mxint3` or `mxfp5_e3m1`: their elements, rounding to them, no kernel.
+"""Formats constructed from their names, `mxint3` or `mxfp5_e3m1`: elements, rounding, and no kernels.
 
-What the elements are is checked with gfloat, which knows any layout of exponent and mantissa.
+Elements are checked with gfloat, which supports any exponent and mantissa widths.
 """
 
 import gfloat
@@ -129,7 +129,7 @@ def test_no_kernel_serves_it(fmt):
     missing = f"there is no kernel for {fmt.name}"
     x = torch.randn(2, 64)
     assert dispatch.choices(x, fmt, 64)["cpu"] == linears.supports_rounding(x, fmt, ScaleRule.FLOOR) == missing
-    assert planes.why_no_format(fmt) == missing
+    assert planes.why_format_not_planar(fmt) == missing
 
 
 def test_no_triton_kernel_serves_it():
@@ -144,8 +144,8 @@ def test_no_triton_kernel_serves_it():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mxint1", "an integer element of 1 bits: give 2 to 8"),
-        ("mxint9", "an integer element of 9 bits: give 2 to 8"),
+        ("mxint1", "an integer element has 2 to 8 bits, not 1"),
+        ("mxint9", "an integer element has 2 to 8 bits, not 9"),
         ("mxfp9_e4m4", "a floating element of 4 exponent and 4 mantissa bits: give 1 to 5 exponent bits"),
         ("mxfp7_e6m0", "6 exponent and 0 mantissa bits"),
         ("mxfp4_e0m3", "0 exponent and 3 mantissa bits"),
@@ -160,7 +160,7 @@ def test_nonsense_is_refused(text, message):
 
 
 def test_a_format_that_is_not_what_its_name_says_is_refused():
-    """Graphs hold names: what is run would be another format."""
+    """Graphs store only names: another format would run."""
     wrong = MXFormat("mxint4", 3, 0, 1, 0, 0, 1.5)
     with pytest.raises(MXCompileError, match=r"is not what 'mxint4' means: make formats with integer\("):
         mxcompile.Pipeline([mxcompile.passes.LowerMX(weight=wrong)])

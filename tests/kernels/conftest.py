@@ -1,9 +1,9 @@
-"""Triton kernels on CPU tensors, inputs that are hard on them, and the error a float32 sum may make.
+"""Triton kernels on CPU tensors, edge-case inputs for them, and bounds on float32 accumulation error.
 
-`interpreted` imports *private copies* of the kernel modules while triton's interpreter knob is on, and puts everything
-back: the modules that other tests (and mxcompile itself) import are compiled as ever, no environment variable stays
-set, and Inductor notices nothing. What that costs: triton's own jit functions (tl.max, tl.zeros, tl.cdiv), which exist
-since triton was imported, cannot be interpreted, so the kernels do without them.
+`interpreted` imports *private copies* of the kernel modules while Triton's interpreter knob is on, then restores
+everything: the modules that other tests and mxcompile import stay compiled, no environment variable stays set, and
+Inductor is unaffected. The price: Triton's own jit functions (tl.max, tl.zeros, tl.cdiv), which exist since Triton was
+imported, cannot be interpreted, so the kernels avoid them.
 """
 
 import importlib
@@ -38,20 +38,20 @@ _MODULES = (
 def interpreted() -> Iterator[SimpleNamespace]:
     """The modules rows_linear, planes_linear, quantize ..., interpreted, as `.linear`, `.planes` and so on.
 
-    `.larger` is the combining function of quantize's maximum as it was written (see below).
+    `.larger` is the original combining function of quantize's maximum (see below).
     """
     pytest.importorskip("triton")
     copies = _import_interpreted()
     linear, quantize = copies["rows_linear"], copies["quantize"]
-    larger = quantize._larger
+    larger = quantize._maximum
     with pytest.MonkeyPatch.context() as patch:
         _let_scalars_be_range_bounds(patch)
         _round_to_e4m3(patch)
-        # The interpreter recognizes triton's own maximum and sum; it calls others once an element: 100 times slower.
+        # The interpreter recognizes Triton's own maximum and sum; it calls others once per element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
         for name in ("quantize", "align", "attention"):
-            patch.setattr(copies[name], "_larger", standard._elementwise_max)
-        patch.setattr(copies["attention"], "_added", standard._sum_combine)
+            patch.setattr(copies[name], "_maximum", standard._elementwise_max)
+        patch.setattr(copies["attention"], "_sum", standard._sum_combine)
         others = {name: copies[name] for name in ("align", "attention", "dequantize")}
         yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)
 
@@ -91,7 +91,7 @@ def _let_scalars_be_range_bounds(patch: pytest.MonkeyPatch) -> None:
 
 
 def _round_to_e4m3(patch: pytest.MonkeyPatch) -> None:
-    """Triton interprets float32 -> e4m3 by cutting off, where GPUs and torch round to the nearest, ties to even."""
+    """Triton's interpreter truncates float32 -> e4m3, where GPUs and torch round to nearest, ties to even."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
     convert, language = interpreter._convert_float, importlib.import_module("triton.language")
 
@@ -106,13 +106,13 @@ def _round_to_e4m3(patch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Accesses:
-    """Every address an interpreted kernel loaded from and stored to."""
+    """All addresses that an interpreted kernel loads from and stores to."""
 
     loads: list[np.ndarray] = field(default_factory=list)
     stores: list[np.ndarray] = field(default_factory=list)
 
     def assert_within(self, inputs: list[Tensor], output: Tensor) -> None:
-        """Loads touched elements of the inputs only, stores every element of the output, once."""
+        """Loads touch only elements of the inputs; stores touch every element of the output exactly once."""
         allowed = np.concatenate([_addresses(t) for t in inputs])
         assert np.isin(np.concatenate(self.loads), allowed).all()
         assert np.array_equal(np.sort(np.concatenate(self.stores)), np.sort(_addresses(output)))
@@ -127,7 +127,7 @@ def _addresses(t: Tensor) -> np.ndarray:
 
 @pytest.fixture
 def accesses(interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Accesses:
-    """Records what interpreted kernels read and write from here on."""
+    """Records the loads and stores of interpreted kernels from here on."""
     builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
     load, store, seen = builder.create_masked_load, builder.create_masked_store, Accesses()
 
@@ -146,7 +146,7 @@ def accesses(interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> A
 
 @pytest.fixture(scope="session")
 def assert_same_bits() -> Callable[[Tensor, Tensor], None]:
-    """Asserts that two tensors are equal bit by bit, signs of zeros included; any NaN equals any other."""
+    """Asserts bitwise equality, including signs of zeros; any NaN equals any other."""
 
     def check(actual: Tensor, expected: Tensor) -> None:
         assert actual.shape == expected.shape
@@ -163,10 +163,10 @@ def assert_same_bits() -> Callable[[Tensor, Tensor], None]:
 
 @pytest.fixture(scope="session")
 def error_over_bound() -> Callable[..., float]:
-    """The largest |y - y64| / bound over a product's results, `y = x @ weight.T + bias`; 1 is the most allowed.
+    """The largest |y - y64| / bound over the outputs of `y = x @ weight.T + bias`; at most 1 is allowed.
 
-    y64 is the product of the same x and weight (already rounded to x's dtype) in float64. The kernel sums K products
-    and the bias in float32. Each of those n = K + 1 steps loses at most u = 2**-23 of the largest partial sum
+    y64 is the matmul of the same x and weight (already rounded to x's dtype) in float64. The kernel accumulates K
+    products and the bias in float32. Each of those n = K + 1 steps loses at most u = 2**-23 of the largest partial sum
     (half of that if it rounds to nearest; tensor cores truncate), and no partial sum exceeds
     S = sum |x| |w| + |b|, so |acc - y64| <= E = n u / (1 - n u) S. The result is rounded once to x's dtype:
     |y - acc| <= eps/2 |acc| + tiny/2 with tiny the smallest subnormal. In all: E + eps/2 (|y64| + E) + tiny/2.
@@ -188,14 +188,15 @@ def error_over_bound() -> Callable[..., float]:
 
 @pytest.fixture(scope="session")
 def attention_over_bound() -> Callable[..., float]:
-    """The largest |y - y64| / bound over results of attention, `y = softmax(q @ k.T * scale + mask) @ v`; zeros where
-    a mask leaves nothing.
+    """The largest |y - y64| / bound over the outputs of attention, `y = softmax(q @ k.T * scale + mask) @ v`; zero
+    where every key is masked.
 
-    With u = 2**-23 what a step in float32 loses at most: a score is off by (size + 3) u (sum |q| |k| scale + |mask|),
-    which as an exponent is a relative error of the power; computing the power and bringing it to the largest score of
-    all, which its own error leaves as it is, adds 8 u times its distance from that, and 16 u a block of keys. A power
-    is rounded to the values' type, eps/2 of it or half a subnormal, and sums over keys lose u a step. All of that is
-    the numerator's; the denominator has it but for the values and that rounding. The result is rounded once.
+    u = 2**-23 is the largest relative error of a float32 operation. A score is off by at most
+    (size + 3) u (sum |q| |k| scale + |mask|), which is a relative error of its exponential. Computing the exponential
+    and rescaling it to the maximum score, whose own error cancels, adds 8 u times its distance from the maximum, and
+    16 u per block of keys. The exponential is rounded to the dtype of the values, by eps/2 of it or half a subnormal,
+    and accumulation over the keys loses u per step. All of this affects the numerator; the denominator has the same
+    errors except for the values and that rounding. The result is rounded once.
     """
 
     def ratio(y: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> float:

@@ -1,8 +1,9 @@
-"""The CPU kernels: rounding and decoding bit for bit as the reference, products within the bound of a float32 sum."""
+"""CPU kernels: rounding and decoding match the reference bit for bit, matmuls within the float32 accumulation bound."""
 
 import pytest
 import torch
 from cpu_kernels import building_in, needs_compiler, packed
+from crossed import crossed
 
 from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule, parse_format
 from mxcompile.kernels import dispatch
@@ -14,9 +15,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", FORMAT_NAMES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", [ScaleRule.FLOOR, ScaleRule.EVEN, ScaleRule.RCEIL, ScaleRule.CEIL])
+@pytest.mark.parametrize(
+    ("name", "dtype", "rule"),
+    crossed(FORMAT_NAMES, DTYPES, [ScaleRule.FLOOR, ScaleRule.EVEN, ScaleRule.RCEIL, ScaleRule.CEIL]),
+)
 def test_rounding_is_the_references(name, dtype, rule, nasty_blocks, assert_same_bits):
     fmt = parse_format(name)
     x = nasty_blocks(fmt, dtype)
@@ -39,7 +41,7 @@ def test_rounding_of_odd_shapes_and_strides(shape, dtype, assert_same_bits):
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_code_decodes_to_the_references_value(name, dtype, assert_same_bits):
-    """All codes in all places of a block (Inf and NaN of 8-bit floats too), on every scale byte."""
+    """All codes at all positions of a block (including Inf and NaN of 8-bit floats), with every scale byte."""
     fmt = parse_format(name)
     codes = (torch.arange(256)[:, None] + torch.arange(fmt.block_size)) % 2**fmt.bits
     elements, scales = packing.pack(codes.to(torch.uint8), fmt), torch.arange(256, dtype=torch.uint8)[:, None]
@@ -49,9 +51,7 @@ def test_every_code_decodes_to_the_references_value(name, dtype, assert_same_bit
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", FORMAT_NAMES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 9])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "name", "dtype"), crossed([1, 2, 3, 4, 5, 9], FORMAT_NAMES, DTYPES))
 def test_products_are_within_the_bound(name, tokens, dtype, error_over_bound):
     fmt = parse_format(name)
     generator = torch.Generator().manual_seed(tokens)
@@ -67,7 +67,7 @@ def test_products_are_within_the_bound(name, tokens, dtype, error_over_bound):
 @pytest.mark.parametrize("tokens", [1, 4, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_weights_on_an_input_rounded_once(tokens, dtype):
-    """The same bits as one after the other on a rounded input, for sizes that leave a block part empty."""
+    """The same bits as separate calls on a rounded input, also for sizes that leave a block partly empty."""
     x = torch.randn(tokens, 2, 80, generator=torch.Generator().manual_seed(0)).to(dtype)[:, 0]
     weights = [(*packed(MXINT4, rows, 80, rows)[:2], bias) for rows, bias in ((24, None), (7, torch.ones(7).to(dtype)))]
     rounded = reference.quantize_dequantize(x, MXINT8, ScaleRule.FLOOR)
@@ -78,7 +78,7 @@ def test_several_weights_on_an_input_rounded_once(tokens, dtype):
 
 @needs_compiler
 def test_many_threads_compute_the_same_bits():
-    """A row's sum does not depend on how rows are divided among threads."""
+    """The accumulation of a row does not depend on how rows are divided among threads."""
     elements, scales, _ = packed(MXINT4, 999, 1024)
     x = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
@@ -105,7 +105,7 @@ def test_leading_dimensions_strides_and_nothing():
 
 @needs_compiler
 def test_a_result_is_not_changed_by_the_next_call():
-    """The buffer for decoded weights is used again; results are not in it."""
+    """The buffer for decoded weights is reused; results are not stored in it."""
     first, second = (packed(MXINT4, 32, 64, seed) for seed in (0, 1))
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     y = linears.linears(x, [(*first[:2], None)], MXINT4)[0]

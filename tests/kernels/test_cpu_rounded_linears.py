@@ -1,12 +1,13 @@
-"""Products of inputs rounded in the same call: as of inputs rounded by the reference, to the order of a float32 sum.
+"""CPU matmuls that quantize their input: equal to matmuls of reference-quantized inputs up to accumulation order.
 
-Where the processor has dot products of small elements, blocks are summed in integers or in pairs of bfloat16; a
-compiler that is told not to use them builds what other processors run.
+On processors with AVX-512 dot products, blocks are accumulated as integers or bfloat16 pairs; compiling without these
+instructions builds the kernels of other processors.
 """
 
 import pytest
 import torch
 from cpu_kernels import building_in, needs_compiler, packed
+from crossed import crossed
 
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, parse_format
 from mxcompile.kernels.cpu import linears
@@ -21,7 +22,7 @@ FLOOR = ScaleRule.FLOOR
 
 @pytest.fixture(scope="module", params=["all instructions", "no dot products"])
 def instructions(request, tmp_path_factory):
-    """What the libraries are built with."""
+    """Compiler options of the libraries under test."""
     if request.param == "all instructions":
         yield
         return
@@ -51,11 +52,10 @@ def check(weight_name, activation_name, tokens, dtype, error_over_bound):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("weight", "activation"), PAIRS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_products_are_within_the_bound(weight, activation, dtype, error_over_bound):
+@pytest.mark.parametrize(("pair", "dtype"), crossed(PAIRS, [torch.float32, torch.bfloat16, torch.float16]))
+def test_products_are_within_the_bound(pair, dtype, error_over_bound):
     for tokens in (1, 2, 3, 4):
-        check(weight, activation, tokens, dtype, error_over_bound)
+        check(*pair, tokens, dtype, error_over_bound)
 
 
 @needs_compiler
@@ -86,7 +86,7 @@ def test_what_is_not_finite_spoils_its_token_alone(fmt, activation, instructions
 @pytest.mark.parametrize(("fmt", "activation"), [(MXINT4, MXINT8), (MXINT8, MXINT8), (MXFP4, MXFP8_E4M3)])
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30, 3e38])
 def test_every_scale_byte(fmt, activation, size, instructions):
-    """From the smallest scale to the largest and NaN, with inputs as small and as large as float32 holds them."""
+    """From the smallest scale to the largest and NaN, with inputs as small and as large as float32 allows."""
     elements, _, _ = packed(fmt, 256, 32)
     scales = torch.arange(256, dtype=torch.uint8)[:, None]
     x = size * torch.linspace(-1, 1, 32)[None]

@@ -1,4 +1,4 @@
-"""planes.py: the fast layout holds exactly what the packed one does, and says what it cannot hold."""
+"""The planar layout holds exactly the values of the packed one, and names weights that it cannot hold."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from mxcompile.numerics.packing import pack, unpack
 
 
 def why_not(elements: Tensor, scales: Tensor, fmt: MXFormat) -> str | None:
-    """The reason that planes cannot hold a weight, None if they can."""
+    """The reason why a weight cannot be planar, None if it can."""
     try:
         scaling_for(*scale_range(elements, scales, fmt), fmt)
     except MXCompileError as error:

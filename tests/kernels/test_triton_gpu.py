@@ -1,4 +1,4 @@
-"""The Triton kernels compiled, on a real GPU. Most of the time goes into compiling: with pytest-xdist, use -n 8."""
+"""The Triton kernels compiled, on a real GPU. Compiling takes most of the time: with pytest-xdist, use -n 8."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -121,7 +121,7 @@ def test_nan_scale_makes_exactly_its_column_nan() -> None:
 def test_quantize_dequantize(
     assert_same_bits: SameBits, nasty_blocks: Callable[..., Tensor], fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype
 ) -> None:
-    """Against the reference on the CPU: nasty blocks, every kind of bit pattern, and values of a common size."""
+    """Against the reference on the CPU: edge-case blocks, all kinds of bit patterns, and values of a common size."""
     from mxcompile.kernels.triton import quantize
 
     generator = torch.Generator().manual_seed(0)
@@ -260,7 +260,7 @@ ATTENTION_SHAPES = [
 
 
 def attention_arguments(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """What `attend` takes: a part of a cache and every kind of mask."""
+    """Arguments of `attend`: a part of a cache and every kind of mask."""
     batch, heads, shared, keys, size = shape
     generator = torch.Generator(device="cuda").manual_seed(0)
     query = torch.randn(batch, 1, heads, size, generator=generator, device="cuda").to(dtype).transpose(1, 2)
@@ -274,7 +274,7 @@ def attention_arguments(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_attention(attention_over_bound: Callable[..., float], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """On repeat equal bit for bit."""
+    """Also bit-identical on repeat."""
     from mxcompile.kernels import dispatch
     from mxcompile.kernels.triton import attention
 
@@ -288,7 +288,7 @@ def test_attention(attention_over_bound: Callable[..., float], shape: tuple[int,
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_attention_in_a_cuda_graph(shape: tuple[int, ...]) -> None:
-    """Apart: a graph needs the caching allocator, without which compute-sanitizer sees more."""
+    """Separate, since a graph needs the caching allocator; without that allocator compute-sanitizer sees more."""
     from mxcompile.kernels import dispatch
     from mxcompile.kernels.triton import attention
 

@@ -1,25 +1,25 @@
-"""triton/planes_linear.py against float64 and reference.dequantize in Triton's interpreter; its PTX by executing the
-text."""
+"""triton/planes_linear.py against float64 and reference.dequantize in Triton's interpreter; its PTX is emulated."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
+from crossed import crossed
 from ptx import execute, join, pairs
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT6, MXFormat, ScaleRule
-from mxcompile.kernels.layout.planes import Planes, plane_layout, to_planes
+from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout, to_planes
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
 
 ErrorOverBound = Callable[..., float]
 
 
-def weight(fmt: MXFormat, out: int, size: int) -> tuple[Planes, Tensor]:
-    """A random weight in planes, and its values."""
+def weight(fmt: MXFormat, out: int, size: int) -> tuple[PlanarWeight, Tensor]:
+    """A random planar weight, and its values."""
     values = torch.randn(out, size, generator=torch.Generator().manual_seed(out * 1000 + size))
     codes, scales = reference.quantize(values, fmt, ScaleRule.FLOOR)
     return to_planes(pack(codes, fmt), scales, fmt, size), reference.dequantize(
@@ -32,17 +32,21 @@ def tokens(rows: int, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("rows", "options"),
-    [
-        (1, {"rows": 8, "out": 32, "joined": False}),
-        (3, {"rows": 16, "out": 64, "split": 3}),
-        (17, {"rows": 16, "out": 128, "split": 2, "joined": False, "group": 1}),
-    ],
+    ("fmt", "case"),
+    crossed(
+        FORMATS.values(),
+        [
+            (1, {"rows": 8, "out": 32, "joined": False}),
+            (3, {"rows": 16, "out": 64, "split": 3}),
+            (17, {"rows": 16, "out": 128, "split": 2, "joined": False, "group": 1}),
+        ],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_every_format(
-    interpreted: SimpleNamespace, error_over_bound: ErrorOverBound, fmt: MXFormat, rows: int, options: dict[str, int]
+    interpreted: SimpleNamespace, error_over_bound: ErrorOverBound, fmt: MXFormat, case: tuple[int, dict[str, int]]
 ) -> None:
+    rows, options = case
     config = interpreted.planes.Config(**options)
     planes, w = weight(fmt, 70, 600)
     x, bias = tokens(rows, 600), tokens(1, 70)[0] if rows != 3 else None
@@ -90,7 +94,7 @@ def test_weights_that_one_launch_cannot_take(interpreted: SimpleNamespace) -> No
     planes, _ = weight(MXFP4, 256, 64)
     linears, config, x = interpreted.planes.linears, interpreted.planes.Config(8, 64), tokens(3, 64)
     for outs, biases, problem in (
-        ([96, 160], [None, None], "not cut by tiles of 64"),
+        ([96, 160], [None, None], "not divisible into tiles of 64"),
         ([64] * 4, [None] * 4, "up to 3 weights"),
         ([128, 128], [None, tokens(1, 128)[0]], "all with a bias or all without"),
         ([128, 64], [None, None], "cannot take"),

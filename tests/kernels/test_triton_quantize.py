@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from crossed import crossed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +18,7 @@ from mxcompile.numerics.packing import pack
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CASES = [
-    pytest.param(fmt, rule, id=f"{fmt}-{rule.name}")
+    (fmt, rule)
     for fmt, rule in product(FORMATS.values(), ScaleRule)
     if rule is not ScaleRule.MSE and (rule is not ScaleRule.T725 or fmt is MXFP4)
 ]
@@ -27,23 +28,22 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Every bit pattern is as likely: all exponents, subnormals, NaN and Inf."""
+    """Uniform bit patterns: all exponents, subnormals, NaN and Inf."""
     width = torch.int32 if dtype == torch.float32 else torch.int16
     info = torch.iinfo(width)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(info.min, info.max + 1, shape, generator=generator, dtype=torch.int64).to(width).view(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("fmt", "rule"), CASES)
+@pytest.mark.parametrize(("case", "dtype"), crossed(CASES, DTYPES), ids=str)
 def test_nasty_blocks(
     interpreted: SimpleNamespace,
     assert_same_bits: SameBits,
     nasty_blocks: Callable[..., Tensor],
-    fmt: MXFormat,
-    rule: ScaleRule,
+    case: tuple[MXFormat, ScaleRule],
     dtype: torch.dtype,
 ) -> None:
+    fmt, rule = case
     x = nasty_blocks(fmt, dtype)
     expected = reference.quantize_dequantize(x, fmt, rule)
     assert_same_bits(interpreted.quantize.quantize_dequantize(x, fmt, rule), expected)
@@ -88,7 +88,7 @@ def test_any_shape_and_stride(
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    case=st.sampled_from([case.values for case in CASES]),
+    case=st.sampled_from(CASES),
     block=st.sampled_from(BLOCK_SIZES),
     dtype=st.sampled_from(DTYPES),
     rows=st.integers(1, 4),
@@ -113,15 +113,16 @@ def test_random_bit_patterns(
 
 
 def test_own_maximum(interpreted: SimpleNamespace, assert_same_bits: SameBits, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other tests run with triton's own combining function in place of the kernel's: this one is slow."""
-    monkeypatch.setattr(interpreted.quantize, "_larger", interpreted.larger)
+    """The other tests replace the kernel's combining function with Triton's own; the kernel's is slow to interpret."""
+    monkeypatch.setattr(interpreted.quantize, "_maximum", interpreted.larger)
     x = random_bits((3, 40), torch.float32, seed=3)
     y = interpreted.quantize.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR)
     assert_same_bits(y, reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR))
 
 
-@pytest.mark.parametrize("block", BLOCK_SIZES)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(
+    ("block", "fmt"), crossed([32, *(size for size in BLOCK_SIZES if size != 32)], FORMATS.values()), ids=str
+)
 def test_dequantize_every_code_and_scale(
     interpreted: SimpleNamespace, assert_same_bits: SameBits, fmt: MXFormat, block: int
 ) -> None:

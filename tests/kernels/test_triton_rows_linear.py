@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from crossed import crossed
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
@@ -31,9 +32,7 @@ def tokens(rows: int, size: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(rows)).to(dtype)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3, 16, 17])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(("rows", "fmt", "dtype"), crossed([17, 0, 1, 3, 16], FORMATS.values(), DTYPES), ids=str)
 def test_every_format(
     interpreted: SimpleNamespace, error_over_bound: ErrorOverBound, fmt: MXFormat, dtype: torch.dtype, rows: int
 ) -> None:
@@ -61,8 +60,9 @@ def test_any_size_in_bounds(
     accesses.assert_within([x, elements, scales, bias], y)
 
 
-@pytest.mark.parametrize("block", BLOCK_SIZES)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "block"), crossed([MXFP4, *(fmt for fmt in FORMATS.values() if fmt is not MXFP4)], BLOCK_SIZES), ids=str
+)
 def test_every_block_size(
     interpreted: SimpleNamespace, error_over_bound: ErrorOverBound, accesses: ..., fmt: MXFormat, block: int
 ) -> None:
@@ -84,16 +84,14 @@ def test_larger_tiles(interpreted: SimpleNamespace, error_over_bound: ErrorOverB
     assert error_over_bound(interpreted.linear.linear(x, elements, scales, None, MXFP4), x, w, None) <= 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(("fmt", "dtype"), crossed(FORMATS.values(), DTYPES), ids=str)
 def test_identity_gives_the_weight_exactly(interpreted: SimpleNamespace, fmt: MXFormat, dtype: torch.dtype) -> None:
     elements, scales, w = weight(fmt, 35, 65, dtype)
     y = interpreted.linear.linear(torch.eye(65, dtype=dtype), elements, scales, None, fmt)
     assert torch.equal(y, w.T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(("fmt", "dtype"), crossed(FORMATS.values(), DTYPES), ids=str)
 def test_one_input_gives_every_code_and_scale_exactly(
     interpreted: SimpleNamespace, fmt: MXFormat, dtype: torch.dtype
 ) -> None:
@@ -184,13 +182,13 @@ def test_shapes_that_disagree_are_refused(interpreted: SimpleNamespace) -> None:
 
 
 def test_supports_says_why_not(interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    supports, of_device = interpreted.linear.supports, interpreted.linear.unsupported_device.__globals__
+    supports, device_counters = interpreted.linear.supports, interpreted.linear.unsupported_device.__globals__
     assert supports(torch.zeros(2, 32), MXFP4) == "Triton kernels need a CUDA device, not cpu"
     assert "not int8" in supports(torch.zeros(2, 32, dtype=torch.int8), MXFP4)
-    monkeypatch.setitem(of_device, "capability", lambda device: (7, 5))
+    monkeypatch.setitem(device_counters, "capability", lambda device: (7, 5))
     on_gpu = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0))
     assert "8.0 or newer, this GPU has 7.5" in supports(on_gpu, MXFP4)
-    monkeypatch.setitem(of_device, "capability", lambda device: (9, 0))
+    monkeypatch.setitem(device_counters, "capability", lambda device: (9, 0))
     assert supports(on_gpu, MXFP4) is None
 
 
@@ -209,6 +207,7 @@ def test_interpreter_leaves_triton_and_inductor_alone(interpreted: SimpleNamespa
     assert isinstance(quantize._dequantize_kernel, triton.JITFunction)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ for CPU code")
 def test_torch_compile_still_works_afterwards(interpreted: SimpleNamespace) -> None:
     elements, scales, w = weight(MXFP4, 5, 64, torch.float32)

@@ -1,4 +1,4 @@
-"""Rounding column by column: against brute force, against a plain float64 implementation, and edges."""
+"""Column-by-column (GPTQ) rounding: against brute force, against a plain float64 implementation, and edge cases."""
 
 import itertools
 
@@ -89,7 +89,7 @@ def plain_gptq(w: Tensor, h: Tensor, fmt, scales: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [32, 50, 96])
 def test_equals_a_plain_float64_implementation(name, size):
-    """Fixed scales, columns as they are. A value near a tie may go either way, and what follows it with it."""
+    """Fixed scales, columns in order. A value near a tie may round either way, which changes the values after it."""
     fmt = FORMATS[name]
     w, h = problem(24, size)
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(size)

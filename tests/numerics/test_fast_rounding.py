@@ -1,4 +1,4 @@
-"""Rounding in few passes gives the reference's values."""
+"""fast_rounding gives the values of the reference."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""mx::rotate: orthogonal up to a power of two, exact where sums are, and the same for weights and inputs together."""
+"""mx::rotate: orthogonal up to a power of two, exact where sums are exact, and cancelling in the matmul."""
 
 import pytest
 import torch

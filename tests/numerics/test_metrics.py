@@ -1,4 +1,4 @@
-"""Measures: their values on cases that can be worked out by hand, and their limits."""
+"""Metrics: values on cases that can be computed by hand, and their limits."""
 
 import math
 

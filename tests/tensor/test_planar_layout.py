@@ -1,4 +1,4 @@
-"""A module's MX weights in planes and back: same values, same files, side by side in memory where they are alike."""
+"""A module's MX weights in the planar layout and back: same values, same files, adjacent in memory where alike."""
 
 import copy
 
@@ -81,7 +81,7 @@ def test_what_planes_cannot_hold_is_named():
 
 @pytest.fixture
 def arranged(monkeypatch):
-    """A llama with tied head whose weights were arranged as on a GPU, the same one in rows, and what stayed in rows."""
+    """A llama with tied head in the planar layout as on a GPU, the row-major one, and the weights not converted."""
     monkeypatch.setattr(planar_layout, "choices", lambda x, fmt, out: {"planes": None})
     model, example = build("llama", torch.bfloat16), inputs("llama")
     rows = mxcompile.quantize_and_compile(

@@ -1,4 +1,4 @@
-"""MXWeight: stands for a float weight in every kind of matmul, survives copies, and refuses what it cannot do."""
+"""MXWeight: replaces a float weight in every kind of matmul, supports copies, and rejects other operations."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ def rows():
 
 @pytest.fixture
 def x():
-    """More rows than the CPU kernels multiply in an order of their own (`tests/kernels/test_cpu_linears.py`)."""
+    """More rows than the CPU kernels accumulate in their own order (`tests/kernels/test_cpu_linears.py`)."""
     return torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
 
 
@@ -76,7 +76,7 @@ def test_every_matmul_gives_what_linear_gives(rows, x, multiplier, activation, m
 
 
 def test_few_rows_and_gradients(rows, x):
-    """One row goes to a kernel, within the rounding of a float32 sum; with gradients it does not, and gets them."""
+    """One row runs a fused kernel, within float32 accumulation error; with gradients it does not, and gets them."""
     weight = pack(rows, "mxint8")
     expected = torch.matmul(weight.prepare(x), weight.dequantize().T)
     torch.testing.assert_close(F.linear(x[:1], weight), expected[:1], rtol=0, atol=1e-5)
@@ -114,7 +114,7 @@ def test_a_multiplier_is_part_of_the_weight(rows, multiplier):
 
 
 def test_step_by_step_no_kernel_does_all_at_once(rows, x, monkeypatch):
-    """One token, whose products the CPU kernel would sum in an order of its own."""
+    """One token, which the CPU kernel would accumulate in its own order."""
     weight = pack(rows, "mxint8")
     wanted = F.linear(weight.prepare(x[:1]), weight.dequantize())
     monkeypatch.setattr("mxcompile.tensor.weight.LINEARS", lambda *_: pytest.fail("a kernel was called"))
@@ -125,7 +125,7 @@ def test_step_by_step_no_kernel_does_all_at_once(rows, x, monkeypatch):
 
 
 def test_torchs_own_attention_reaches_its_weights():
-    """F.multi_head_attention_forward switches torch functions off: the weights meet transpose, expand and bmm."""
+    """F.multi_head_attention_forward disables __torch_function__: the weights see transpose, expand and bmm."""
     attention = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
     x = torch.randn(2, 5, 64)
     weights = {name: pack(value.detach()) for name, value in attention.named_parameters() if value.dim() == 2}
@@ -170,7 +170,7 @@ def test_casting_changes_what_it_decodes_to_not_what_it_holds(rows):
 
 
 def test_casting_a_multiplier_changes_its_name(rows, x, multiplier):
-    """Once rounded, its values are not those of the name any more, whatever it is cast to later."""
+    """After rounding, its values no longer match the digest, whatever it is cast to later."""
     weight = pack(rows, multiplier=multiplier)
     half = weight.to(torch.bfloat16)
     assert (half.multiplier.dtype, half.elements.dtype) == (torch.bfloat16, torch.uint8)
