@@ -1,14 +1,18 @@
-"""How Sphinx builds these pages: `sphinx-build -W docs out/site`. Needs no network, neither do the pages."""
+"""Sphinx configuration: `sphinx-build -W docs out/site`. Neither the build nor the pages need a network."""
 
 import inspect
 import re
+import tomllib
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+_ROOT = Path(__file__).parent.parent
 
 project = "mxcompile"
 author = ""
 copyright = ""
-version = release = "0.1"
+version = release = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["version"]
 html_title = "mxcompile"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 exclude_patterns = ["examples"]
@@ -34,24 +38,24 @@ toc_object_entries_show_parents = "hide"
 _NAMES = re.compile(r"^(\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
 
 
-def _documented(given: Any) -> set[str]:
+def _documented_names(subject: Any) -> set[str]:
     """Names that a docstring may explain line by line: parameters, and fields of a dataclass."""
-    names = {*getattr(given, "__dataclass_fields__", ()), *getattr(given, "__annotations__", ())}
+    names = {*getattr(subject, "__dataclass_fields__", ()), *getattr(subject, "__annotations__", ())}
     with suppress(TypeError, ValueError):
-        names |= set(inspect.signature(given).parameters)
+        names |= set(inspect.signature(subject).parameters)
     return names
 
 
 def _one_a_line(lines: list[str], names: set[str]) -> list[str]:
-    """`device: of the model. recipe: its name` -> two lines, where both are names to be explained."""
-    known = "|".join(map(re.escape, names))
-    split = re.compile(rf"(?<=[.;]) (?=(?:{known})(?:, (?:{known}))*: )") if names else None
+    """`device: of the model. recipe: its name` -> two lines, where both are documented names."""
+    any_name = "|".join(map(re.escape, names))
+    split = re.compile(rf"(?<=[.;]) (?=(?:{any_name})(?:, (?:{any_name}))*: )") if names else None
     return [part for line in lines for part in (split.split(line) if split else [line])]
 
 
-def _as_fields(_app: object, kind: str, _name: str, given: object, _options: object, lines: list[str]) -> None:
-    """`recipe: a name` with its hanging lines -> a definition list; what is indented -> a literal block."""
-    names, result, inside = _documented(given), list[str](), False
+def _as_fields(_app: object, kind: str, _name: str, subject: object, _options: object, lines: list[str]) -> None:
+    """`recipe: a name` with its continuation lines -> a definition list; indented text -> a literal block."""
+    names, result, inside = _documented_names(subject), list[str](), False
     if kind == "module":
         names.clear()
     for line in _one_a_line(lines, names):
@@ -73,12 +77,21 @@ def _as_fields(_app: object, kind: str, _name: str, given: object, _options: obj
     lines[:] = result
 
 
-def _without_folders(_app: object, _path: object, _parent: object, content: list[str]) -> None:
-    """A link to a folder of the repository is no link on these pages."""
-    content[0] = re.sub(r"\[([^\]]+)\]\(\.\./docs/\w+\)", r"`\1`", content[0])
+def _link_to_code(text: str) -> str:
+    """Links to folders and pages outside of docs become plain code: the site does not have them."""
+    return re.sub(r"\[`?([^\]`]+)`?\]\(\.\./(?:benchmarks|docs)/[\w/]+(?:\.md)?\)", r"`\1`", text)
+
+
+def _on_source(_app: object, _name: object, content: list[str]) -> None:
+    content[0] = _link_to_code(content[0])
+
+
+def _on_include(_app: object, _path: object, _parent: object, content: list[str]) -> None:
+    content[0] = _link_to_code(content[0])
 
 
 def setup(app: Any) -> None:
-    """What Sphinx calls."""
+    """Connect the handlers; Sphinx calls this."""
     app.connect("autodoc-process-docstring", _as_fields)
-    app.connect("include-read", _without_folders)
+    app.connect("source-read", _on_source)
+    app.connect("include-read", _on_include)

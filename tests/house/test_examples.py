@@ -1,4 +1,4 @@
-"""docs/examples: each script runs as a user would run it, and shows what it is about."""
+"""Run each script of docs/examples as a user would, and check what it prints."""
 
 import re
 import runpy
@@ -11,9 +11,8 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
 
 
 @pytest.fixture
-def shown(capsys, monkeypatch):
-    """shown("custom_pass") is what that script prints."""
-    monkeypatch.setenv("COLUMNS", "120")
+def shown(capsys):
+    """shown("custom_pass") returns what that script prints."""
 
     def run(name: str) -> str:
         runpy.run_path(str(ROOT / "docs" / "examples" / f"{name}.py"), run_name="__main__")
@@ -24,7 +23,7 @@ def shown(capsys, monkeypatch):
 
 def number(text: str, row: str) -> float:
     """The last number of a row."""
-    (line,) = (line for line in text.splitlines() if re.match(rf" {re.escape(row)}\s", line))
+    (line,) = (line for line in text.splitlines() if re.match(rf"{re.escape(row)}\s", line))
     return float(line.split()[-1])
 
 
@@ -39,7 +38,7 @@ def test_custom_pass_keeps_the_layer_with_outliers_and_gains_by_it(shown):
     assert text.count("model.layers") == 2  # 5 % of 28, rounded up
 
 
-def test_custom_format_takes_formats_that_no_kernel_serves(shown):
+def test_custom_format_takes_formats_without_a_kernel(shown):
     text = shown("custom_format")
     errors = [number(text, name) for name in ("mxint8", "mxint4", "mxint3", "mxint2")]
     assert errors == sorted(errors, reverse=True)
@@ -54,6 +53,6 @@ def test_mixed_precision_spends_bytes_on_what_needs_them(shown):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_each_says_what_it_is_about_and_is_named_where_passes_are_explained(path):
+def test_each_has_a_docstring_and_is_named_where_passes_are_explained(path):
     assert path.read_text().startswith('"""')
     assert f"`{path.name}`" in (ROOT / "passes" / "README.md").read_text()

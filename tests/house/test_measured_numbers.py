@@ -1,0 +1,354 @@
+"""Compare each number in README.md and docs/ with the record of its measurement in benchmarks/results."""
+
+import importlib.util
+import json
+import math
+import re
+
+from documents import ROOT
+
+from mxcompile.formats import parse_format
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+
+
+def page(name):
+    """A page's text with single spaces, one line a table row."""
+    return re.sub(r"[ ]*\n(?!\|)[ ]*", " ", (ROOT / name).read_text())
+
+
+def results(name):
+    return [json.loads(line) for line in (ROOT / "benchmarks/results" / name).read_text().splitlines()]
+
+
+def percent(share):
+    return f"{share:.0%}".replace("%", " %")
+
+
+def layer_ratio(lines):
+    """How many times as fast as cuBLAS the four matmuls of a layer are together."""
+    assert len({(line["n"], line["k"]) for line in lines}) == len(lines) == 4
+    return sum(line["cublas_bf16_us"] for line in lines) / sum(line["us"] for line in lines)
+
+
+def gpu_ratios():
+    """(format or "format, project", tokens) -> ratio to cuBLAS, of all that were measured."""
+    measured = {}
+    for line in results("gemm-h100.jsonl"):
+        if "us" in line:
+            who = "" if line["path"] in ("planes", "gluon", "dequantize+cublas") else f", {line['path']}"
+            measured.setdefault((line["weight"] + who, line["m"]), []).append(line)
+    return {key: layer_ratio(lines) for key, lines in measured.items()}
+
+
+def fp8_ratio(weight, activation):
+    lines = results("fp8-h100.jsonl")
+    return layer_ratio([line for line in lines if (line["weight"], line["activation"]) == (weight, activation)])
+
+
+def accuracy(weight, activation, recipe, model=SMOLLM2):
+    """The one record of these."""
+    (row,) = (
+        row
+        for row in results("accuracy.jsonl")
+        if (row["weight"], row["activation"], row["recipe"], row["model"]) == (weight, activation, recipe, model)
+    )
+    return row
+
+
+def test_the_recipes_of_readme():
+    """The size of a recipe that was not measured follows from one that was, as its weights have as many bits."""
+    sizes = {
+        parse_format(name).bits: row["deployed MB"]
+        for name, row in zip(("mxint8", "mxint4"), results("costs.jsonl"), strict=False)
+    }
+    gpu, cpu = gpu_ratios(), {(row["way"], row["dtype"]): row["decode"] for row in results("decode-cpu.jsonl")}
+    plain = cpu["float compiled", "bfloat16"]
+    learned = "awq-fold + gptq + tune-vectors"
+    rows = {
+        "w8a8-mxint": ("mxint8", "mxint8", "rtn", "w8a8-mxint"),
+        "w4a8-mxint": ("mxint4", "mxint8", learned, "w4a8-mxint-quick"),
+        "w4a8-mxint-quick": ("mxint4", "mxint8", "rtn", "w4a8-mxint-quick"),
+        "w4a8-mxfp": ("mxfp4", "mxfp8_e4m3", "gptq + tune-vectors", None),
+        "w4a4-mxfp": ("mxfp4", "mxfp4", "awq-fold + rotate + gptq + tune-vectors", None),
+    }
+    text = page("README.md")
+    for name, (weight, activation, algorithm, way) in rows.items():
+        row = accuracy(weight, activation, algorithm)
+        prefill = fp8_ratio(weight, activation) if activation == "mxfp4" else gpu[weight, 2048]
+        cells = [
+            f"`{name}`",
+            f"{sizes[parse_format(weight).bits]:.0f} MB",
+            f"{row['rtn_nll'] - row['float_nll']:.3f}",
+            percent(row["gap_closed"]),
+            f"{cpu[way, 'bfloat16'] / plain:.1f} x" if way else "",
+            f"{gpu[weight, 1]:.2f} x",
+            f"{prefill:.2f} x",
+        ]
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in text
+    assert f"| float | {results('costs.jsonl')[0]['model MB']:.0f} MB |" in text
+    assert f"against compiled bfloat16 ({plain} a second)" in text
+    assert f"generates {results('decode-h100.jsonl')[1]['ratio']} times as many tokens a second" in text
+
+
+def test_the_demo():
+    text = page("docs/benchmarks.md")
+    rows = {row["recipe"]: row for row in results("eval.jsonl")}
+    for recipe, row in rows.items():
+        quantized, plain = row["model"], row["reference"]
+        change = quantized["perplexity"] / plain["perplexity"] - 1
+        assert f"| float32 | 100 % | {plain['perplexity']:.2f} | | |" in text
+        kl = f"{row['kl']:.{3 if row['kl'] < 0.1 else 2}f}"
+        cells = (
+            f"`{recipe}`",
+            percent(quantized["bytes"] / plain["bytes"]),
+            f"{quantized['perplexity']:.2f} ({100 * change:+.{1 if change < 0.1 else 0}f} %)",
+            kl,
+            percent(row["top1"]),
+        )
+        assert f"| {' | '.join(cells)} |" in text
+        assert (row["tokens"], row["length"]) == (8188, 2048)
+    assert len(rows) == 2
+
+
+def test_the_table_of_architectures():
+    """As `python docs/folds_table.py` writes it."""
+    spec = importlib.util.spec_from_file_location("folds_table", ROOT / "docs" / "folds_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs" / "folds.md").read_text()
+    assert text.endswith(f"\n{module.folds_table()}\n")
+    records = results("folds.jsonl")
+    table = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    keys = ("architecture", "groups", "folded", "multiplied", "skipped")
+    assert table == [tuple(str(record[key]) for key in keys) for record in records]
+    assert min(min(record["sqnr_db_smooth"], record["sqnr_db_awq"]) for record in records) > 111
+    assert f"{len(records)} architectures, " in text
+
+
+ACCURACY = (
+    "rtn",
+    "smooth-quant",
+    "smooth-quant searched",
+    "awq-fold",
+    "awq-fold + gptq",
+    "awq-fold + gptq + tune-vectors",
+)
+
+
+def test_the_accuracy_of_algorithms():
+    """The gap of every pair of formats, and the shares closed; a dash where nothing was measured."""
+    records = results("accuracy.jsonl")
+    text = page("docs/accuracy.md")
+    for pair in dict.fromkeys((r["weight"], r["activation"]) for r in records if r["rtn_nll"]):
+        rows = {r["recipe"]: r for r in records if (r["weight"], r["activation"], r["model"]) == (*pair, SMOLLM2)}
+        first = next(iter(rows.values()))
+        shares = [percent(rows[name]["gap_closed"]) if name in rows else "-" for name in ACCURACY]
+        gap = first["rtn_nll"] - first["float_nll"]
+        assert f"| {pair[0]}, {pair[1]} | {gap:.3f} | {' | '.join(shares)} |" in text
+
+
+def test_what_is_said_about_accuracy():
+    text = page("docs/accuracy.md")
+    whole = "awq-fold + gptq + tune-vectors"
+    four = accuracy("mxint4", "mxint8", whole)
+    assert f"recipe closes {percent(accuracy('mxint4', 'mxint8', whole, f'{SMOLLM2} off-grid')['gap_closed'])}" in text
+    ocp, plain = math.exp(four["rtn_nll"]), math.exp(four["float_nll"])
+    assert f"is {ocp:.1f} rounded with OCP's scales and {four['perplexity']:.1f} by the recipe" in text
+    assert f"{plain:.2f} perplexity in float" in text
+    eight = accuracy("mxint8", "mxint8", whole)
+    assert f"is {100 * (math.exp(eight['nll'] - eight['float_nll']) - 1):.2f} % above float" in text
+    floating = accuracy("mxfp4", "mxfp8_e4m3", "gptq + tune-vectors")
+    assert f"alone close {percent(floating['gap_closed'])}" in text
+    rotated = accuracy("mxfp4", "mxfp4", "awq-fold + rotate + gptq + tune-vectors")
+    assert f"closes {percent(rotated['gap_closed'])} (perplexity {rotated['perplexity']:.2f})" in text
+    options = {
+        row["recipe"]: row["gap_closed"]
+        for row in results("gptq-options.jsonl")
+        if (row["weight"], row["activation"], row["tokens"]) == ("mxfp4", "mxfp4", 8192)
+    }
+    (turned,) = (gap for recipe, gap in options.items() if recipe.startswith("awq-fold{") and "rotate" in recipe)
+    assert f"rotating closes {percent(turned)} in place of {percent(options['awq-fold + gptq'])}" in text
+    off_grid = accuracy("mxint4", "mxint8", whole, f"{SMOLLM2} off-grid")
+    assert f"costs {off_grid['rtn_nll'] - off_grid['float_nll']:.3f} nats" in text
+
+
+def test_planted_outliers():
+    """What planting costs, and the share of it that each fold wins back."""
+    text, lost, back = page("docs/accuracy.md"), [], {"smooth-quant": [], "awq-fold": []}
+    for weight in ("mxint4", "mxint8"):
+        plain, planted = (accuracy(weight, "mxint8", "rtn", name)["nll"] for name in (SMOLLM2, f"{SMOLLM2} planted"))
+        lost.append(planted - plain)
+        for recipe, shares in back.items():
+            nll = accuracy(weight, "mxint8", recipe, f"{SMOLLM2} planted")["nll"]
+            shares.append((planted - nll) / (planted - plain))
+    assert "another {:.3f} nats at mxint4, mxint8 and {:.3f} at mxint8, mxint8".format(*lost) in text
+    for recipe, shares in back.items():
+        words = f"`{recipe}` wins back" if recipe == "smooth-quant" else f"`{recipe}`"
+        assert f"{words} {percent(shares[0])} and {percent(shares[1])}" in text
+
+
+def test_the_study():
+    text = page("docs/accuracy.md")
+    for row in results("study.jsonl"):
+        values = row["perplexity"].values()
+        cells = [f"**{value:.2f}**" if value == min(values) else f"{value:.2f}" for value in values]
+        assert f"| {row['weight']} | {row['gptq']} | {' | '.join(cells)} |" in text
+
+
+def test_what_is_said_about_the_study():
+    text, rows = page("docs/accuracy.md"), results("study.jsonl")
+    four = [row for row in rows if row["weight"].startswith(("mxint4", "mxfp4"))]
+    best = {
+        kind: [min(row["perplexity"], key=row["perplexity"].get) == "AWQ+GPTQ" for row in four if row["gptq"] == kind]
+        for kind in ("paper", "ours")
+    }
+    assert "in {} of {} formats and blocks with the paper's GPTQ".format(*_counts(best["paper"])) in text
+    assert "in {} of {} with ours".format(*_counts(best["ours"])) in text
+    smooth, awq = (
+        [row["perplexity"][f"GPTQ, {fold}"] > row["perplexity"][f"{fold}+GPTQ"] for row in rows]
+        for fold in ("SmoothQuant", "AWQ")
+    )
+    assert "SmoothQuant after GPTQ is worse than before it in {} of {} rows".format(*_counts(smooth)) in text
+    assert "AWQ after GPTQ is worse than before it in {} of {}:".format(*_counts(awq)) in text
+    ratios = [row["perplexity"]["GPTQ, SmoothQuant"] / row["perplexity"]["SmoothQuant+GPTQ"] for row in four]
+    assert f"with {min(ratios):.1f} to {max(ratios):.0f} times the perplexity at 4 bits" in text
+    eight = [max(row["perplexity"].values()) / row["float"] - 1 for row in rows if row["weight"].startswith("mxint8")]
+    assert f"all are within {100 * max(eight):.1f} % of float" in text
+
+
+def _counts(flags):
+    return sum(flags), len(flags)
+
+
+def test_other_projects():
+    """Every row of the table, the best first."""
+    rows = {row["row"]: row for row in results("peers.jsonl")}
+    text = page("docs/accuracy.md")
+    names = {
+        "mxfp4, mxcompile: `awq-fold`, `gptq`, `tune-vectors`": "mxcompile-tuned-mxfp4",
+        "mxfp4, mxcompile: `awq-fold`, `gptq`": "mxcompile-gptq-mxfp4",
+        "mxfp4, auto-round {version}": "auto-round-signed-gradient-mxfp4",
+        "mxfp4, llm-compressor {version}, GPTQ": "llm-compressor-gptq-mxfp4",
+        "int4 in groups of 32, llm-compressor {version}, GPTQ": "llm-compressor-gptq-int4",
+        "mxfp4, torchao {version}, rounded": "torchao-rtn-rceil-mxfp4",
+        "int4 in groups of 32, torchao {version}, rounded": "torchao-rtn-int4",
+    }
+    for name, key in names.items():
+        row = rows[key]
+        cells = (name.format(**row), f"{row['bits']:g}", f"{row['perplexity']:.2f}", f"{100 * row['gap_closed']:.0f} %")
+        assert f"| {' | '.join(cells)} |" in text
+        assert row["text"] == "wikitext2-validation.txt, second half"
+
+
+def test_the_costs_of_quantizing():
+    text = page("docs/benchmarks.md")
+    rows = {row["pipeline"]: row for row in results("large-h100.jsonl")}
+    assert f"{rows['rtn']['seconds_32_layers']:.0f} s to round" in text
+    assert f"{rows['gptq']['seconds_32_layers']:.0f} s with `gptq`" in text
+    assert f"at most {rows['gptq']['peak_gib_32_layers']:.1f} GiB" in text
+    plain = results("costs.jsonl")[:2]
+    seconds = sorted(row["total seconds"] for row in plain)
+    assert "take {:.0f} to {:.0f} s".format(*seconds) in text
+    assert {f"{row['peak over model bytes']:.1f}" for row in plain} == {"2.4"}
+    assert "2.4 times the model's bytes of memory" in text
+    learned = results("costs.jsonl")[-1]["seconds of passes"]
+    assert f"`awq-fold` takes {learned['awq-fold']:.0f} s and `gptq` after it {learned['gptq']:.0f} s" in text
+
+
+def test_the_tokens_a_second_on_the_cpu():
+    """Ratios are to the compiled float model in the same dtype."""
+    rows = {(row["way"], row["dtype"]): row for row in results("decode-cpu.jsonl")}
+    ways = {
+        "float, eager": "float eager",
+        "float, compiled": "float compiled",
+        "`w4a8-mxint-quick`": "w4a8-mxint-quick",
+        "the same, output head in `mxint8`": "w4a8-mxint-quick, head mxint8",
+        "`w8a8-mxint` (an earlier version)": "w8a8-mxint",
+    }
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    shown = re.findall(r"^\| (.*) \| (b?float\d+) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(shown) == 7
+    for name, dtype, *cells in shown:
+        plain = rows["float compiled", dtype]
+        for kind, digits, cell in zip(("decode", "prefill"), (1, 0), cells, strict=True):
+            value = rows[ways[name], dtype][kind]
+            ratio = "" if name.startswith("float") else f" ({value / plain[kind]:.1f} x)"
+            assert cell == f"{value:.{digits}f}{ratio}"
+    llama = rows["llama.cpp", "q4_1"]
+    assert f"| llama.cpp, Q4_1, output head in 8 bits | | {llama['decode']:.1f} | {llama['prefill']:.0f} |" in text
+
+
+def test_the_speeds_on_a_gpu():
+    """All that were measured, ours and others'."""
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    shown = {}
+    for name, cells in re.findall(r"^\| (mx\w+(?:, [^|]+)?) \|((?: [\d.]* ?x? ?\|){6})$", text, re.MULTILINE):
+        for tokens, cell in zip((1, 16, 64, 256, 2048, 8192), cells.split("|"), strict=False):
+            if cell.strip():
+                shown[name, tokens] = cell.strip()
+    assert shown == {key: f"{ratio:.2f} x" for key, ratio in gpu_ratios().items()}
+
+
+def test_the_fp8_path():
+    text = page("docs/kernels.md")
+    for activation, words in (
+        ("mxfp4", "{:.2f} x as fast as cuBLAS in bfloat16 with weights in `mxint4` and {:.2f} x in `mxfp4`"),
+        ("mxfp8_e4m3", "{:.2f} x and {:.2f} x cuBLAS for weights in `mxint4` and `mxfp4`"),
+    ):
+        assert words.format(fp8_ratio("mxint4", activation), fp8_ratio("mxfp4", activation)) in text
+    lines = results("fp8-h100.jsonl")
+    lost = {(line["activation"], line["weight"], line["k"]): line["error"] / line["rounding"] for line in lines}
+    assert all(ratio <= 1.2 for key, ratio in lost.items() if key[0] == "mxfp4" or key[2] == 4096)
+    wide = [lost["mxfp8_e4m3", weight, 14336] for weight in ("mxint4", "mxfp4")]
+    assert "loses {:.2f} and {:.2f} times what rounding to bfloat16 does".format(*wide) in text
+
+
+def test_the_accuracy_of_aligned_activations():
+    text, values, errors = page("docs/kernels.md"), {}, []
+    for row in results("aligned.jsonl"):
+        if "recipe" in row:
+            values[row["recipe"].split("weight=")[1].split(",")[0], "align" in row["recipe"], row["nudged"]] = row
+        else:
+            errors.append(100 * row["output_error"])
+    (plain, other), (aligned, other_aligned), (nudged, other_nudged) = (
+        [f"{values[weight, *kind]['perplexity']:.2f}" for weight in ("mxfp4", "mxint4")]
+        for kind in ((False, False), (True, False), (False, True))
+    )
+    assert f"{plain} without and {aligned} with alignment in `mxfp4`, {other} and {other_aligned} in `mxint4`" in text
+    assert f"gives {nudged} and {other_nudged}" in text
+    assert f"an error of {min(errors):.0f} to {max(errors):.0f} %" in text
+
+
+def test_the_times_of_a_whole_model():
+    plain, ours = results("decode-h100.jsonl")
+    text = page("docs/benchmarks.md")
+    prefill = f"{ours['prefill_ms']:.1f} ({ours['prefill_ratio']} x)"
+    for row in (
+        f"| a token of `generate`, ms | {plain['token_ms']:.2f} | {ours['token_ms']:.2f} ({ours['ratio']} x) |",
+        f"| its kernels, ms | {plain['step_ms']:.2f} | {ours['step_ms']:.2f} ({ours['step_ratio']} x) |",
+        f"| a prompt of 2048 tokens, ms | {plain['prefill_ms']:.1f} | {prefill} |",
+        f"| weights, GiB | {plain['gib']:.2f} | {ours['gib']:.2f} |",
+    ):
+        assert row in text
+    words = f"takes {ours['token_ms']:.2f} ms, of which kernels take {ours['step_ms']:.2f}"
+    assert words in page("docs/kernels.md")
+
+
+def test_the_costs_of_checkpoints():
+    row = results("saving.jsonl")[-1]
+    text = page("docs/benchmarks.md")
+    extra = row["weight file bytes"] - row["stored bytes"] + row["index bytes"]
+    size = (
+        f"{row['stored bytes'] / 1e6:.1f} MB (the embedding is float32), and {extra / 1e3:.0f} kB of headers and index"
+    )
+    assert f"| weights | {size} |" in text
+    times, again = (
+        (f"{row[f'{kind} load seconds']:.2f} s", f"{row[f'{kind} peak over stored']:.2f} times")
+        for kind in ("verified", "unverified")
+    )
+    assert f"| load | {times[0]} and {times[1]} the weights' bytes of memory |" in text
+    assert re.search(rf"\| load, `verify=False` \| {again[0]} and {again[1][:4]}", text)
+    first, second = (row[f"{process} process forward seconds"] for process in ("first", "second"))
+    assert f"| first call with `compile=True` | {first:.0f} s |" in text
+    assert f"| first call in a second process, graphs from torch's cache | {second:.0f} s |" in text
