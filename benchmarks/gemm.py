@@ -2,7 +2,7 @@
 
     python benchmarks/gemm.py --rows 1,64,2048 --out gemm.jsonl       what a compiled model calls
     python benchmarks/gemm.py --beside humming,tinygemm               then other projects' kernels
-    python benchmarks/gemm.py --rows 2048 --fp8 mxfp4,mxfp8_e4m3      then the FP8 path, with these activations
+    python benchmarks/gemm.py --rows 2048 --fp8 mxfp4,mxfp8_e4m3+aligned    then the FP8 path, with these activations
 
 `us` is the time of one call within a CUDA graph of many, over as many copies of the weight as exceed the L2 cache
 several times; the median of five replays. Everything that the call launches is in it. `ratio` is cuBLAS's time over it;
@@ -11,8 +11,8 @@ the two are measured alternately. `floor_share` is the larger of bytes / 3.0 TB/
 accumulation and one rounding may lose, so that at most 1 is correct. A result that is not is recorded and not timed.
 
 With `--activations` a kernel that quantizes and dequantizes the activation is part of the call. With `--fp8` the kernel
-that quantizes and aligns it is (`align_us` of `us`), mxfp8_e4m3 as in a model with aligned activations; `error` and
-`rounding` are then |y - y64| / |y64| (Euclidean norms) of the result, and of y64 rounded to bfloat16.
+that quantizes and aligns it is (`align_us` of `us`); `error` and `rounding` are then |y - y64| / |y64| (Euclidean
+norms) of the result, and of y64 rounded to bfloat16.
 
 Other projects' kernels run in processes of their own after ours, and have at most half of the time; gemm_peers.py says
 how they are checked. `tuning/` measures which config is fastest, and writes the table that these calls look it up in.
@@ -51,7 +51,7 @@ from gemm_timing import (
 from torch import Tensor
 from tuning.compile_ahead import compile_all
 
-from mxcompile.formats import MXFP8_E4M3, MXFormat, activation_rule
+from mxcompile.formats import MXFormat, activation_rule
 from mxcompile.kernels import gpu_linears
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout.planes import PlanarScaling, to_bytes
@@ -120,13 +120,10 @@ def quantized(case: Case, path: str, fmt: MXFormat) -> tuple[Case, str, Call]:
 
 def fp8_line(case: Case, fmt: MXFormat) -> dict[str, Any]:
     """The FP8 path, with the activation quantized to `fmt` and aligned in the call."""
-    fmt = fmt.with_alignment(fmt.name == MXFP8_E4M3.name)
     w, x, rounding = case.w, case.x, (fmt, activation_rule(fmt))
     line = case.name("fp8") | {"activation": str(fmt)}
-    copies, scaling = (
-        [(*to_bytes(planes), None) for planes in w.of("planes")],
-        PlanarScaling(w.planes.lift, w.planes.top),
-    )
+    copies = [(*to_bytes(planes), None) for planes in w.of("planes")]
+    scaling = PlanarScaling(w.planes.lift, w.planes.top)
     if problem := gpu_linears.why_not_fp8(x, w.fmt, scaling, rounding):
         return line | {"failed": problem}
 

@@ -94,12 +94,12 @@ def gluon_report(fmt: MXFormat, config: gluon_planes.Config, has_bias: bool = Fa
     return _report(compiled, main_loop)
 
 
-def fp8_report(fmt: MXFormat, config: fp8_linear.Config, in_pieces: bool = False, has_bias: bool = False) -> Report:
+def fp8_report(fmt: MXFormat, config: fp8_linear.Config, k_chunked: bool = False, has_bias: bool = False) -> Report:
     """gluon/fp8_linear.py."""
     types = {"bias": "*bf16", "powers": "*fp32", "scratch": "*fp32", "power": "fp32"}
     for name, dtype in {"x": "fp8e4nv", "words": "i16", "scales": "i32", "y": "bf16"}.items():
         types[name] = _descriptor(dtype, *fp8_linear.block(name, config))
-    constants = fp8_linear.constants(fmt, config, in_pieces, has_bias)
+    constants = fp8_linear.constants(fmt, config, k_chunked, has_bias)
     compiled = _compiled(fp8_linear._fp8_kernel, constants, types, fp8_linear.options(), gluon=True)
     return _report(compiled, lambda loops: min(loops, key=len))
 
