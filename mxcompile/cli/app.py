@@ -28,8 +28,8 @@ app = typer.Typer(
 def demo(
     model: Model = None,
     out: Annotated[Path, typer.Option(help="folder for the dumps")] = Path("out/demo"),
-    length: Annotated[int, typer.Option(help="tokens per window of the evaluation text")] = 2048,
-    windows: Annotated[int, typer.Option(help="number of windows")] = 4,
+    length: Length = 2048,
+    windows: Annotated[int, typer.Option(min=1, help="number of windows")] = 4,
     new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
     compile: Annotated[bool, typer.Option(help="compile the quantized models")] = True,
 ) -> None:
@@ -52,13 +52,12 @@ def evaluate(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Print the perplexity of a language model; with --recipe, also that of the quantized model and its distance.
+    """Print the perplexity of a language model; with --recipe, also that of the quantized model and its KL.
 
     Every token of a window is predicted from those before it, without a special token in front.
 
     --json: {"model": {"name", "bytes", "nll", "perplexity"}, "recipe", "reference", "kl", "top1", "text", "length",
-    "windows", "tokens", "calibration"}; kl and top1 compare with the reference, which is null or
-    like the model.
+    "windows", "tokens", "calibration"}; kl and top1 compare with the reference, which is null or like the model.
     """
     options = EvalOptions(model, against, recipe, text, length, windows, calibration_text, calibration, device)
     comparison = compare(messages(), options)
@@ -73,7 +72,7 @@ def bisect(
     model: Model = None,
     recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
     kl: Annotated[
-        float | None, typer.Option(help="threshold: largest accepted KL divergence from the float model")
+        float | None, typer.Option(help="threshold: largest accepted KL divergence from float; 0.1 by default")
     ] = None,
     perplexity: Annotated[float | None, typer.Option(help="threshold: largest accepted perplexity")] = None,
     text: TextFile = None,

@@ -63,9 +63,11 @@ class Progress(Instrument):
     def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
         """Print the line of the finished pass."""
         self._stop()
-        misses = f", {len(record.misses)} misses" if record.misses else ""
+        misses = f", {_counted(len(record.misses), 'miss', 'es')}" if record.misses else ""
         preserved = "" if record.preserved_db is None else f", outputs preserved to {record.preserved_db:.0f} dB"
-        self.console.print(f"  {record.name}: {record.rewrites} rewrites{misses}, {record.seconds:.1f} s{preserved}")
+        self.console.print(
+            f"  {record.name}: {_counted(record.rewrites, 'rewrite')}{misses}, {record.seconds:.1f} s{preserved}"
+        )
 
     def failed(self, program: Program, step: PipelineStep, error: Exception) -> None:
         """Remove the bar."""
@@ -168,6 +170,10 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _counted(number: int, word: str, plural: str = "s") -> str:
+    return f"{number} {word}{'' if number == 1 else plural}"
 
 
 def _name(step: PipelineStep) -> str:
