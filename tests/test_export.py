@@ -138,7 +138,7 @@ def test_what_cannot_be_exported_says_so(tmp_path, monkeypatch):
         mxcompile.export(model, inputs("mlp"), tmp_path / "model.bin")
     with pytest.raises(InputError, match=r"do not fit MLP\.forward"):
         mxcompile.export(model, {"y": torch.zeros(1)}, tmp_path / "model.pt2")
-    monkeypatch.setattr("mxcompile.inductor.why_no_inductor", lambda _: "no compiler here")
+    monkeypatch.setattr("mxcompile.inductor.aot_package.why_no_compiler", lambda _: "no compiler here")
     with pytest.raises(CompileError, match="no compiler here"):
         mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2", compile=True)
     assert not list(tmp_path.iterdir())
