@@ -1,7 +1,7 @@
-"""What every peer's script does alike, in the peer's own environment: a plain checkpoint in, a plain state dict out.
+"""The part that all peers' scripts share, in the peer's environment: reads a checkpoint and writes a state dict.
 
-The state dict has the checkpoint's names, shapes and values, but for the weights that the peer has quantized: they are
-what the peer's elements and scales stand for.
+The state dict has the names, shapes and values of the checkpoint, except that weights that the peer has quantized are
+replaced by their dequantized values.
 """
 
 import argparse
@@ -21,7 +21,7 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Job:
-    """algorithm, format: as the rows of `peers.py` name them. windows: token ids `[windows, length]`."""
+    """One quantization. algorithm, format: as in the rows of `peers.py`. windows: token ids `[windows, length]`."""
 
     checkpoint: Path
     algorithm: str
@@ -30,20 +30,20 @@ class Job:
     seed: int
 
     def unknown(self, peer: str) -> SystemExit:
-        return SystemExit(f"{peer} is not asked for {self.algorithm} to {self.format}: see the rows of peers.py")
+        return SystemExit(f"{peer} has no row for {self.algorithm} to {self.format}: see peers.py")
 
 
 def run(quantize: Callable[[Job, Any], Mapping[str, Tensor]]) -> None:
-    """Give `quantize` the float32 model; it returns the dequantized weights by their names in the state dict."""
+    """Call `quantize` with the float32 model; it returns dequantized weights by their names in the state dict."""
     parser = argparse.ArgumentParser()
     for name in ("checkpoint", "calibration", "out"):
         parser.add_argument(name, type=Path)
     for name in ("algorithm", "format"):
         parser.add_argument(name)
     parser.add_argument("seed", type=int)
-    given = parser.parse_args()
-    windows = load_file(given.calibration)["input_ids"]
-    job = Job(given.checkpoint, given.algorithm, given.format, windows, given.seed)
+    arguments = parser.parse_args()
+    windows = load_file(arguments.calibration)["input_ids"]
+    job = Job(arguments.checkpoint, arguments.algorithm, arguments.format, windows, arguments.seed)
     torch.manual_seed(job.seed)
     model = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=torch.float32)
     began = time.perf_counter()
@@ -51,4 +51,4 @@ def run(quantize: Callable[[Job, Any], Mapping[str, Tensor]]) -> None:
     seconds = time.perf_counter() - began
     state = load_file(job.checkpoint / "model.safetensors")
     state |= {name: weight.detach().to("cpu", torch.float32).contiguous() for name, weight in weights.items()}
-    save_file(state, given.out, metadata={"seconds": f"{seconds:.1f}"})
+    save_file(state, arguments.out, metadata={"seconds": f"{seconds:.1f}"})

@@ -1,4 +1,4 @@
-"""auto-round, weight-only: signed-gradient rounding, 50 iterations a layer; the rest as it comes."""
+"""auto-round, weight-only: signed-gradient rounding, 50 iterations a layer, other options at their defaults."""
 
 from collections.abc import Mapping
 from typing import Any

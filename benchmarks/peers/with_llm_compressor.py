@@ -1,4 +1,4 @@
-"""llm-compressor, weight-only: to nearest (`QuantizationModifier`) or GPTQ, as they come but for the group."""
+"""llm-compressor, weight-only: round to nearest (`QuantizationModifier`) or GPTQ, defaults except for the group size."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ MODIFIERS = {"rtn": QuantizationModifier, "gptq": GPTQModifier}
 
 
 def scheme(job: plain.Job) -> QuantizationScheme:
-    """MXFP4 is a preset; int4 takes the preset's arguments with groups as small as MX blocks and 16-bit scales."""
+    """MXFP4 is a preset; int4 is the W4A16 preset with groups as small as MX blocks and 16-bit scales."""
     if job.format == "mxfp4":
         return preset_name_to_scheme("MXFP4A16", ["Linear"])
     if job.format == "int4":

@@ -12,7 +12,7 @@ from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
 
 def to_mxfp4(weight: Tensor, mode: ScaleCalculationMode) -> Tensor:
-    """Its module-level MX configurations quantize activations too, so the tensor is made directly."""
+    """torchao's module-level MX configs quantize activations, too, so the tensor is made directly."""
     return MXTensor.to_mx(weight, torch.float4_e2m1fn_x2, plain.GROUP, mode).dequantize(torch.float32)
 
 
