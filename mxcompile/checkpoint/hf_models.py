@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError, MXCompileError
+from mxcompile.tensor.dtypes import torch_name
 
 
 def build(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -41,7 +42,7 @@ def configuration(model: PreTrainedModel, names: TensorNames) -> dict[str, Any]:
         if hasattr(config, leftover):
             delattr(config, leftover)
     config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.dtype = torch_name(model.dtype)
     tied = cast(dict[str, str], getattr(model, "all_tied_weights_keys", {}))
     if any(len(set(names.sources(pair))) > 1 for pair in tied.items()):
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False

@@ -21,6 +21,7 @@ from mxcompile.checkpoint.save import mark_quantized
 from mxcompile.checkpoint.stored_tensors import check_fits
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import parse_format
+from mxcompile.tensor.dtypes import torch_name
 from mxcompile.tensor.modules import named_tensors, set_tensors
 from mxcompile.tensor.weight import MXWeight
 
@@ -93,7 +94,7 @@ class MXCompileQuantizer(HfQuantizer):
     def _moved(self, devices: dict[str, torch.device]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that transformers has not loaded as they were saved, on the devices it has chosen."""
         checkpoint = self.checkpoint
-        as_saved = str(self.dtype).removeprefix("torch.") == checkpoint.config.model_config.get("dtype")
+        as_saved = torch_name(self.dtype) == checkpoint.config.model_config.get("dtype")
         moved: dict[int, torch.Tensor] = {}
         for name, value in self.tensors.items():
             is_weight = isinstance(value, MXWeight)

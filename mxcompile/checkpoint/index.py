@@ -16,19 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from mxcompile.checkpoint.checked_json import file_name, read_json, sha256, take, take_map, take_optional
 from mxcompile.checkpoint.shards import ShardChecksums
 from mxcompile.checkpoint.stored_tensors import TensorNames, WeightPacking
 from mxcompile.errors import CheckpointError, MXCompileError
 from mxcompile.formats import parse_format, parse_scale_rule
+from mxcompile.tensor.dtypes import FLOAT_DTYPES, torch_name
 from mxcompile.tensor.weight import MXLayout
 
 SCHEMA: Final = 1
-_DTYPES: Final = {
-    str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-}
 _LARGEST: Final = 2**48
 
 
@@ -105,7 +101,7 @@ def _write_packing(packing: WeightPacking) -> dict[str, Any]:
     written = {key: value for key, value in asdict(packing.layout).items() if value}
     if packing.layout.activation is not None and (activation := parse_format(packing.layout.activation)).aligned:
         written |= {"activation": str(activation.with_alignment(False)), "aligned": True}
-    return written | {"dtype": str(packing.dtype).removeprefix("torch.")}
+    return written | {"dtype": torch_name(packing.dtype)}
 
 
 def _parse_packing(entry: dict[str, Any]) -> WeightPacking:
@@ -124,7 +120,7 @@ def _parse_packing(entry: dict[str, Any]) -> WeightPacking:
         rotation,
     )
     dtype = take(entry, "dtype", str)
-    if not 0 < layout.size < _LARGEST or (activation is None) != (rule is None) or dtype not in _DTYPES:
+    if not 0 < layout.size < _LARGEST or (activation is None) != (rule is None) or dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"{entry} is not a valid weight")
     if rotation is not None and (rotation < 1 or rotation & (rotation - 1) or layout.size % rotation):
         raise CheckpointError(
@@ -132,7 +128,7 @@ def _parse_packing(entry: dict[str, Any]) -> WeightPacking:
         )
     if rule is not None:
         parse_scale_rule(rule).threshold(parse_format(str(activation)))
-    packing = WeightPacking(layout, _DTYPES[dtype])
+    packing = WeightPacking(layout, FLOAT_DTYPES[dtype])
     if _write_packing(packing) != entry:
         raise CheckpointError(f"{entry} has entries that this version of mxcompile does not know")
     return packing

@@ -12,31 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.digest import tensor_bytes
+from mxcompile.tensor.dtypes import SAFETENSORS_NAMES
 
-_DTYPES: Final = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _ADVICE: Final = "copy the checkpoint again, or save it again"
 _LENGTH_BYTES: Final = 8
 _ALIGNMENT: Final = 8
@@ -104,7 +86,7 @@ def read(path: Path, shard: ShardChecksums, *, verify: bool = True) -> Iterator[
 def check_dtypes(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raise CheckpointError for a dtype that safetensors cannot store."""
     for name, tensor in tensors:
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in SAFETENSORS_NAMES:
             raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors cannot store: cast it")
 
 
@@ -113,7 +95,11 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text

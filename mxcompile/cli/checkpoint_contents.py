@@ -11,6 +11,7 @@ from torch import Tensor
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.stored_tensors import WeightPacking
 from mxcompile.diagnostics.tables import table
+from mxcompile.tensor.dtypes import torch_name
 from mxcompile.tensor.weight import MXWeight
 
 
@@ -86,6 +87,6 @@ class CheckpointContents:
 
 def _entry(name: str, tensor: Tensor, packing: WeightPacking | None, shared: bool) -> StoredTensor:
     size = tensor.packed_bytes if isinstance(tensor, MXWeight) else tensor.nbytes
-    fmt = str(tensor.dtype).removeprefix("torch.") if packing is None else packing.layout.format
+    fmt = torch_name(tensor.dtype) if packing is None else packing.layout.format
     rounded = None if packing is None else packing.layout.activation
     return StoredTensor(name, fmt, rounded, tuple(tensor.shape), 0 if shared else size)

@@ -18,12 +18,9 @@ from torch.fx import Node
 
 from mxcompile.graph.program import Program, module_path
 from mxcompile.tensor.digest import tensor_sha256
+from mxcompile.tensor.dtypes import short_name
 
 _NAME, _TYPE, _CALL = 40, 28, 84
-_DTYPES = {
-    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8",
-}  # fmt: skip
 _SUMMARIES: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
 
 
@@ -46,7 +43,7 @@ def print_type(value: Any, symbols: dict[str, str] | None = None) -> str:
     symbols = {} if symbols is None else symbols
     if isinstance(value, Tensor):
         sizes = ", ".join(_size(size, symbols) for size in value.shape)
-        return f"{_DTYPES.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{sizes}]"
+        return f"{short_name(value.dtype)}[{sizes}]"
     if isinstance(value, tuple | list):
         return f"({', '.join(print_type(item, symbols) for item in value)})"
     if isinstance(value, torch.SymInt | int):
@@ -113,7 +110,7 @@ def _argument(value: Any) -> str:
         inner = ", ".join(_argument(item) for item in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
     if isinstance(value, torch.dtype):
-        return _DTYPES.get(value, str(value))
+        return short_name(value)
     if value == 2**63 - 1:
         return "end"
     return repr(value)

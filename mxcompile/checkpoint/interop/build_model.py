@@ -6,22 +6,21 @@ is allocated for a size that a file claims without having tensors of that size.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.stored_tensors import TensorNames, check_fits
 from mxcompile.errors import CheckpointError
+from mxcompile.tensor.dtypes import FLOAT_DTYPES
 from mxcompile.tensor.modules import named_tensors, set_tensors
 from mxcompile.tensor.weight import MXWeight
-
-_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that a model's configuration states; float32 if it states none."""
-    return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.float32)
+    return FLOAT_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.float32)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
