@@ -1,4 +1,4 @@
-"""llm-compressor, weight-only: round to nearest (`QuantizationModifier`) or GPTQ, defaults except for the group size."""
+"""llm-compressor, weight-only: round to nearest (`QuantizationModifier`) or GPTQ, defaults but for the group size."""
 
 from collections.abc import Mapping
 from typing import Any
