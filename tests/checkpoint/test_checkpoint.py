@@ -270,6 +270,7 @@ def test_a_skeleton_must_be_the_saved_module(tmp_path):
 MEASURED = """
 import sys
 import torch
+import torch.distributed.tensor  # torch imports it for the first parameter that is a tensor subclass
 from torch import nn
 import mxcompile
 
@@ -286,6 +287,7 @@ for verify in (False, True):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux's /proc")
 def test_peak_memory_of_loading(tmp_path):
     """138 MB of weights: with checksums every page is touched once, without none is."""
