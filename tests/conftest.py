@@ -4,6 +4,7 @@ The models themselves are plain functions in `models.py`.
 """
 
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ LONG = (
     "test_guide.py",
     "test_bisect.py",
 )
+# pytest listens to every logger that does not propagate; with a listener, torch writes down each graph and each stack.
+logging.getLogger("torch.__trace").addHandler = lambda handler: None
 export = importlib.import_module("mxcompile.graph.trace")
 shared_exports = SharedExports(export._export)
 

@@ -79,12 +79,12 @@ def _settings(module: nn.Module) -> Hashable:
 
 def _plain(value: Any, inputs: bool = False) -> Hashable:
     """A value that can be compared, of one that consists of plain ones and, among inputs, of tensors."""
+    if isinstance(value, _PLAIN):
+        return type(value), value
     if isinstance(value, partial):
         value = (partial, value.func, value.args, value.keywords)
     elif callable(getattr(value, "to_diff_dict", None)):
         value = (type(value), vars(value))  # a configuration of transformers
-    if isinstance(value, _PLAIN):
-        return type(value), value
     if isinstance(value, tuple | list):
         return type(value), tuple(_plain(item, inputs) for item in value)
     if isinstance(value, Mapping):
