@@ -47,11 +47,12 @@ def test_python_blocks_and_the_commands_that_read_their_dump(local_model, tmp_pa
 def test_the_first_example_prints_what_is_said(tmp_path, monkeypatch, capsys):
     """On the real model, uncompiled; its diff is the one that is shown, sizes included."""
     monkeypatch.chdir(tmp_path)
-    for part in smollm2.load():
-        part.save_pretrained("smollm2")
-    text = block(README, "python", "quantize_and_compile(model").replace("dump=", "compile=False, dump=")
+    model, tokenizer = smollm2.load()
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda name: model)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: tokenizer)
+    text = block(README, "python", 'recipe="w8a8-mxint"').replace("dump=", "compile=False, dump=")
     capsys.readouterr()
-    run_python(text, "README.md", {}, tmp_path / "smollm2")
+    run_python(text, "README.md", {}, tmp_path)
     assert block(README, "text", "capital").strip() in capsys.readouterr().out
     printed = run_command(block(README, "bash", "mxcompile diff").splitlines()[-1]).splitlines()
     lines = {" ".join(line.split()) for line in printed}
