@@ -24,7 +24,7 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run(*arguments: str, terminal: int | None = None) -> str:
-    """What a command prints: into a pipe, or on a terminal of so many columns."""
+    """The output of a command in a pipe, or on a terminal with that many columns."""
     env = {"COLUMNS": None, "FORCE_COLOR": None, "NO_COLOR": None}
     env = env if terminal is None else env | {"COLUMNS": str(terminal), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
     result = CliRunner().invoke(app, arguments, env=env)
@@ -35,7 +35,7 @@ def run(*arguments: str, terminal: int | None = None) -> str:
 
 
 def run_json(*arguments: str) -> dict:
-    """The one line that a command prints for machines."""
+    """The JSON line of a command."""
     output = run(*arguments, "--json", terminal=80)
     assert output.count("\n") == 1
     return json.loads(output)
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def gpt2(monkeypatch) -> None:
-    """The model that `groups` looks at."""
+    """`groups` loads a tiny GPT-2."""
 
     def load(source):
         assert source is None

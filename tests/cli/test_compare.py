@@ -24,7 +24,7 @@ CALIBRATED = "smooth-quant | round-weights{format=mxint8} | lower-mx{weight=mxin
 
 @pytest.fixture
 def text(tmp_path) -> Path:
-    """2400 words in no particular order, one token each."""
+    """2400 random words, one token each."""
     path = tmp_path / "words.txt"
     path.write_text(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (2400,)).tolist()))
     return path
@@ -42,7 +42,7 @@ def ids_of(model: Path, text: Path) -> Tensor:
 
 
 def nll_by_hand(model: Any, windows: list[Tensor]) -> float:
-    """Of the true next token, in float64, token by token."""
+    """Mean negative log-likelihood of the next token, in float64, token by token."""
     losses = []
     for window in windows:
         with torch.no_grad():
@@ -89,7 +89,7 @@ def test_a_recipe_against_float(local_model, text):
 
 @pytest.fixture
 def calibrated_with(monkeypatch) -> list[Tensor]:
-    """The batches that recipes are given."""
+    """The calibration batches that a recipe gets."""
     batches: list[Tensor] = []
 
     def quantize(model: Any, example: Any, *, calibration: Any, **_: Any) -> Any:

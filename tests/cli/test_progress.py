@@ -76,7 +76,7 @@ def test_a_pass_that_fails_leaves_the_terminal_as_it_was(program):
     ],
 )
 def test_the_time_left_is_told_once_it_can_be(done, total, told, now, shown):
-    """done parts have taken until `told`, now it is later."""
+    """`done` steps were finished at second `told`; the bar is drawn at second `now`."""
     clock = SimpleNamespace(now=0.0)
     progress = Progress(screen(terminal=True))
     progress.report("work", 0, total)
@@ -132,7 +132,7 @@ def test_bars_of_other_libraries_are_left_out_and_their_messages_are_not(monkeyp
 
 
 def test_a_terminal_shows_the_bar_and_the_messages_but_not_the_bars_of_others(monkeypatch):
-    """The console writes to stderr itself, as that of every command does."""
+    """The console itself writes to stderr, as those of all commands do."""
     real = StringIO()
     monkeypatch.setattr(sys, "stderr", real)
     with waiting(Console(stderr=True, force_terminal=True, width=80), "loading"):

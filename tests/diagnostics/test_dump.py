@@ -185,7 +185,7 @@ def test_reader_refuses_what_is_no_dump(tmp_path):
 
 
 def test_the_call_that_compiles_says_which_kernels_serve(tmp_path):
-    """As `explain` tells it of the module."""
+    """`kernels.txt` has the conclusions of `explain`."""
     model = mxcompile.quantize_and_compile(
         build("mlp"), inputs("mlp"), recipe="w4a8-mxint-quick", dump=tmp_path / "out", compile=False
     )

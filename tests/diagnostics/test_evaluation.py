@@ -26,7 +26,7 @@ class Uniform(nn.Module):
 
 
 class Successor(nn.Module):
-    """Sure that the token after n is n + 1: log-probability about 0 for it, -`sureness` for any other."""
+    """Predicts n + 1 after n: log-probability about 0 for it, -`sureness` for all others."""
 
     def __init__(self, sureness: float = 100.0) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def test_a_model_in_training_is_evaluated_without_dropout_and_left_in_training()
 
 
 class Answering(nn.Module):
-    """Gives whatever it is made with."""
+    """Returns a fixed output."""
 
     def __init__(self, output: object) -> None:
         super().__init__()

@@ -59,8 +59,8 @@ def test_sizes_are_those_of_the_quantized_model_and_so_says_the_quantized_model(
     after = mxcompile.explain(quantized)
     assert before.bytes_after == after.bytes_after == stored_bytes(quantized)
     assert before.bytes_before == after.bytes_before == stored_bytes(model)
-    told = [(layer.pattern, layer.count, layer.weight, layer.activation, layer.decode) for layer in before.layers]
-    assert told == [
+    expected = [(layer.pattern, layer.count, layer.weight, layer.activation, layer.decode) for layer in before.layers]
+    assert expected == [
         (layer.pattern, layer.count, layer.weight, layer.activation, layer.decode) for layer in after.layers
     ]
 
@@ -108,7 +108,7 @@ def test_overrides_exclusions_and_convolutions():
 
 
 def test_a_gpu_and_a_machine_without_a_compiler(monkeypatch):
-    """What the dispatcher would answer there is what is told."""
+    """`explain` reports what the dispatcher would select there."""
     monkeypatch.setattr(EXPLAIN_QUANTIZED, "choices", lambda x, fmt, out: {"triton_linear": None, "reference": None})
     found = mxcompile.explain(build("llama"), inputs("llama"))
     assert {layer.decode for layer in found.quantized} == {"triton_linear"}
@@ -125,14 +125,14 @@ def test_a_gpu_and_a_machine_without_a_compiler(monkeypatch):
     assert f"no cpu: {missing}" in text
 
 
-def test_products_at_the_rate_of_8_bits_are_told(monkeypatch):
-    """The check of a weight's scales is made on the weight; of a float model it is taken to pass."""
+def test_fp8_matmuls_are_explained(monkeypatch):
+    """The range of scales is checked on MX weights; for a float model it is assumed to fit FP8."""
     monkeypatch.setattr(EXPLAIN_QUANTIZED, "choices", lambda x, fmt, out: {"planes": None, "reference": None})
 
-    def told(x, fmt, scaling, rounding):
+    def why_not(x, fmt, scaling, rounding):
         return None if scaling.top else "the weight's scales are too far apart"
 
-    monkeypatch.setattr(EXPLAIN_QUANTIZED, "why_not_fp8", told)
+    monkeypatch.setattr(EXPLAIN_QUANTIZED, "why_not_fp8", why_not)
     found = mxcompile.explain(build("llama"), inputs("llama"), recipe="w4a4-mxfp-quick")
     assert {(layer.decode, layer.prefill) for layer in found.quantized} == {("planes", "fp8")}
     assert "fp8: as planes, and for 512 tokens or more an FP8 (e4m3) matmul" in words(found)

@@ -44,7 +44,7 @@ class Shrink(Pass):
 
 
 def test_numbers_of_a_layer_by_hand(traced):
-    """down, in MXINT4 on inputs in MXINT8: on what it reads in the float model, and on what it reads now."""
+    """The layer `down`, MXINT4 on MXINT8: on its input in the float model and on its current input."""
     model, x = build("mlp"), inputs("mlp")["x"]
     rounded, lowered = measured(traced("mlp"), f"{ROUND} | {LOWER}")
 
@@ -96,7 +96,7 @@ def test_a_pass_that_does_nothing_has_no_error(traced):
 
 
 def test_a_sample_of_many_rows_says_the_same(traced):
-    """1024 tokens, 256 of which are looked at: within 0.3 dB of all of them."""
+    """256 of 1024 tokens are sampled: within 0.3 dB of all of them."""
     program, x = traced("mlp"), inputs("mlp", 4, 256)
     lowered = Pipeline.parse(LOWER).run(program)
     (found,) = measured(program, LOWER, x)
@@ -182,7 +182,7 @@ def test_a_fold_is_no_error(traced, name, fold):
 
 
 def test_what_is_lost_before_a_fold_stays_seen(traced):
-    """The float model is folded too: what the layers lose is what they lost before the fold."""
+    """The fold is applied to the float model too: the errors of the layers stay as before the fold."""
     lost, folded = measured(traced("llama"), "shrink | smooth-quant", passes=[Shrink])
     assert folded.kl == pytest.approx(lost.kl, rel=1e-3)
     for name, numbers in lost.layers.items():
