@@ -113,7 +113,7 @@ def test_a_multiplier_is_part_of_the_weight(rows, multiplier):
     assert (names, again.multiplier is multiplier) == (["elements", "scales", "multiplier"], True)
 
 
-def test_step_by_step_no_kernel_does_all_at_once(rows, x, monkeypatch):
+def test_unfused_matmuls_run_no_fused_kernel(rows, x, monkeypatch):
     """One token, which the CPU kernel would accumulate in its own order."""
     weight = pack(rows, "mxint8")
     wanted = F.linear(weight.prepare(x[:1]), weight.dequantize())

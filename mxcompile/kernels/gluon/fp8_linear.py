@@ -189,11 +189,11 @@ def _accumulate_in_memory(pointers, acc, first, COALESCED: tl.constexpr):
 
 
 @jit
-def _produce(descriptors, buffers, barriers, sizes, CONFIG: tl.constexpr):
+def _produce(descriptors, buffers, bars, sizes, CONFIG: tl.constexpr):
     """The producer warp: loads K-step after K-step, tile after tile, into every stage that the consumers release."""
     x, words, scales = descriptors
     xs, ws, ss, _results = buffers
-    full, empty = barriers
+    full, empty = bars
     m_size, n_size, k_steps, unrolled_steps = sizes
     TILE_M: tl.constexpr = CONFIG[0]
     STAGES: tl.constexpr = CONFIG[1]
@@ -221,20 +221,12 @@ def _produce(descriptors, buffers, barriers, sizes, CONFIG: tl.constexpr):
 
 @jit
 def _consume(  # noqa: PLR0915  (a software pipeline is one sequence of steps)
-    buffers,
-    barriers,
-    sizes,
-    tensors,
-    scalars,
-    consumer,
-    ASSEMBLY: tl.constexpr,
-    STEPS: tl.constexpr,
-    CONFIG: tl.constexpr,
+    buffers, bars, sizes, tensors, scalars, consumer, ASSEMBLY: tl.constexpr, STEPS: tl.constexpr, CONFIG: tl.constexpr
 ):
     """A consumer warpgroup: 64 of the tile's outputs. Each plane is decoded while the wgmma of the previous one runs,
     also across K-steps, except for every fourth: ptxas does not let a wgmma run across loop iterations."""
     xs, ws, ss, results = buffers
-    full, empty = barriers
+    full, empty = bars
     m_size, n_size, _, unrolled_steps = sizes
     y, bias, powers, scratch = tensors
     offsets, power, k_chunks = scalars
@@ -336,15 +328,15 @@ def _fp8_kernel(
     else:
         results = xs._reinterpret(gl.bfloat16, [STAGES, TILE_M, 64], y.layout)  # pyright: ignore[reportAttributeAccessIssue]
     buffers = (xs, ws, ss, results)
-    barriers = (full, empty)
+    bars = (full, empty)
     sizes = (m_size, n_size, k_steps, gl.cdiv(k_steps, _UNROLL))
     tensors = (y, bias, powers, scratch)
     scalars = ((first_offset, second_offset), power, k_chunks)
     gl.warp_specialize(
         [
-            (_consume, (buffers, barriers, sizes, tensors, scalars, 0, ASSEMBLY, STEPS, CONFIG)),
-            (_consume, (buffers, barriers, sizes, tensors, scalars, 1, ASSEMBLY, STEPS, CONFIG)),
-            (_produce, ((x, words, scales), buffers, barriers, sizes, CONFIG)),
+            (_consume, (buffers, bars, sizes, tensors, scalars, 0, ASSEMBLY, STEPS, CONFIG)),
+            (_consume, (buffers, bars, sizes, tensors, scalars, 1, ASSEMBLY, STEPS, CONFIG)),
+            (_produce, ((x, words, scales), buffers, bars, sizes, CONFIG)),
         ],
         [4, 1],
         [240, 24],

@@ -92,11 +92,11 @@ def _k_range(work_item, k_steps, SPLIT: tl.constexpr):
 
 
 @jit
-def _produce(descriptors, buffers, barriers, sizes, SHAPE: tl.constexpr, CONFIG: tl.constexpr):
+def _produce(descriptors, buffers, bars, sizes, SHAPE: tl.constexpr, CONFIG: tl.constexpr):
     """The producer warp: loads 128 columns at a time, tile after tile, into every stage that the consumers release."""
     x, words, scales = descriptors
     xs, ws, ss = buffers
-    full, empty = barriers
+    full, empty = bars
     m_size, n_size, k_steps = sizes
     TILE_M: tl.constexpr = CONFIG[0]
     TILE_N: tl.constexpr = CONFIG[1]
@@ -167,7 +167,7 @@ def _epilogue(
     acc,
     outputs,
     xs,
-    barriers,
+    bars,
     sizes,
     tensors,
     lift,
@@ -179,7 +179,7 @@ def _epilogue(
 ):
     """Scale, add the bias, store through stages that the producer left free. Returns the next stage and its phase."""
     stage, phase = pipeline_state
-    full, empty = barriers
+    full, empty = bars
     m_size, n_size, _ = sizes
     bias, partial, counters = tensors
     TILE_N: tl.constexpr = CONFIG[1]
@@ -222,7 +222,7 @@ def _store_share(outputs, m, n, result, buffer):
 def _consume(
     outputs,
     buffers,
-    barriers,
+    bars,
     sizes,
     tensors,
     lift,
@@ -233,7 +233,7 @@ def _consume(
 ):
     """A consumer warpgroup: multiplies its share of the tile's outputs."""
     xs, ws, ss = buffers
-    full, empty = barriers
+    full, empty = bars
     m_size, n_size, k_steps = sizes
     TILE_M: tl.constexpr = CONFIG[0]
     TILE_N: tl.constexpr = CONFIG[1]
@@ -278,7 +278,7 @@ def _consume(
                 mbarrier.arrive(release, count=1)
         pipeline_state = (stage, phase)
         stage, phase = _epilogue(
-            acc, outputs, xs, barriers, sizes, tensors, lift, work_item, consumer, pipeline_state, MMA, CONFIG
+            acc, outputs, xs, bars, sizes, tensors, lift, work_item, consumer, pipeline_state, MMA, CONFIG
         )
 
 
@@ -320,7 +320,7 @@ def _planes_kernel(
     thread_barrier()
     descriptors = (x, words, scales)
     buffers = (xs, ws, ss)
-    barriers = (full, empty)
+    bars = (full, empty)
     sizes = (m_size, n_size, k_steps)
     tensors = (bias, partial, counters)
     ys = (y0,)
@@ -332,9 +332,9 @@ def _planes_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (outputs, buffers, barriers, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
-                (_consume, (outputs, buffers, barriers, sizes, tensors, lift, 1, SHAPE, ASSEMBLY, CONFIG)),
-                (_produce, (descriptors, buffers, barriers, sizes, SHAPE, CONFIG)),
+                (_consume, (outputs, buffers, bars, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
+                (_consume, (outputs, buffers, bars, sizes, tensors, lift, 1, SHAPE, ASSEMBLY, CONFIG)),
+                (_produce, (descriptors, buffers, bars, sizes, SHAPE, CONFIG)),
             ],
             [4, 1],
             [240, 24],
@@ -342,8 +342,8 @@ def _planes_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (outputs, buffers, barriers, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
-                (_produce, (descriptors, buffers, barriers, sizes, SHAPE, CONFIG)),
+                (_consume, (outputs, buffers, bars, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
+                (_produce, (descriptors, buffers, bars, sizes, SHAPE, CONFIG)),
             ],
             [1],
             [24],

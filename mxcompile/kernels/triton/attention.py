@@ -216,7 +216,7 @@ def _masked(scores, mask, head, k, in_bounds, inside, strides, MASK: tl.constexp
 
 
 @triton.jit
-def _online_softmax_step(scores, values, running_max, denominator, acc, INTERPRETED: tl.constexpr):
+def _softmax_step(scores, values, running_max, denominator, acc, INTERPRETED: tl.constexpr):
     """Update the running maximum, denominator and weighted sum of values with another block of keys."""
     new_max = tl.maximum(running_max, tl.reduce(scores, 1, _maximum))
     exponentials = tl.exp(scores - new_max[:, None])
@@ -282,23 +282,17 @@ def _attend_kernel(
         value_block = _load_rows(value, k, value_strides[2], inside, VSIZE, VLANES)
         scores = _multiply(q, tl.trans(key_block), tl.full((16, BLOCK), 0.0, tl.float32), INTERPRETED) * scale
         scores = _masked(scores, mask, head, k, in_bounds, inside, mask_strides, MASK, MASK_OF_HEADS)
-        running_max, denominator, acc = _online_softmax_step(
-            scores, value_block, running_max, denominator, acc, INTERPRETED
-        )
+        running_max, denominator, acc = _softmax_step(scores, value_block, running_max, denominator, acc, INTERPRETED)
 
     if SPLIT:
         _store_partial(scratch, running_max, denominator, acc, VSIZE, VLANES, ROWS)
         if arrives_last(counters + head_group, tl.num_programs(1)):
-            combined_denominator, combined_acc = _combine(scratch, VSIZE, VLANES, ROWS, CHUNK)
+            full_denominator, full_acc = _combine(scratch, VSIZE, VLANES, ROWS, CHUNK)
             row_in_group = head_group % PARTS * 16 + tl.arange(0, ROWS)
             output_row = batch * (KV_HEADS * GROUP) + kv_head * GROUP + row_in_group
-            _store_output(
-                result, output_row, row_in_group < GROUP, combined_denominator, combined_acc, VSIZE, VLANES, INTERPRETED
-            )
+            _store(result, output_row, row_in_group < GROUP, full_denominator, full_acc, VSIZE, VLANES, INTERPRETED)
     else:
-        _store_output(
-            result, batch * (KV_HEADS * GROUP) + head, in_bounds, denominator, acc, VSIZE, VLANES, INTERPRETED
-        )
+        _store(result, batch * (KV_HEADS * GROUP) + head, in_bounds, denominator, acc, VSIZE, VLANES, INTERPRETED)
 
 
 @triton.jit
@@ -351,7 +345,7 @@ def _combine(scratch, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def _store_output(
+def _store(
     result, head, in_bounds, denominator, acc, VSIZE: tl.constexpr, VLANES: tl.constexpr, INTERPRETED: tl.constexpr
 ):
     """Divide by the denominator, round once, store; heads are numbered across the batch."""
