@@ -136,7 +136,7 @@ def test_transformers_is_told_when_a_model_of_another_class_is_asked_for(tmp_pat
     from transformers import AutoModel
 
     mxcompile.save(deployed("llama"), tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds a LlamaForCausalLM, not a LlamaModel: load it as a"):
+    with pytest.raises(CheckpointError, match=r"holds a LlamaForCausalLM, not a LlamaModel: load it with L"):
         AutoModel.from_pretrained(tmp_path)
 
 
