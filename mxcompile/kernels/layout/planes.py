@@ -1,4 +1,4 @@
-"""The planar layout of the GPU kernels: packed elements and scales -> bit planes, tile by tile.
+"""The planar layout of the GPU kernels: packed elements and scales -> planes of 32 columns, tile by tile.
 
     words  int16 [tiles, k_steps, WORDS, 64, 32]       scales  int32 [tiles, k_steps, PLANES / 4, 64]
 
