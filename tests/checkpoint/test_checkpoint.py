@@ -11,7 +11,6 @@ from checkpoints import assert_runs, assert_same, deployed, load, weight_files
 from models import MODELS, build, inputs, output
 from safetensors import safe_open
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import mxcompile
@@ -312,21 +311,16 @@ torch.set_num_threads(1)  # as in tests; graphs for other numbers differ
 model = mxcompile.load(sys.argv[1], model=torch.nn.Linear(64, int(sys.argv[2])), compile=True)
 with torch.no_grad():
     model(torch.ones(3, 64))
-assert counters["inductor"]["fxgraph_cache_hit"] == 1, counters
-assert counters["inductor"]["fxgraph_cache_miss"] == 0, counters
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """
 NO_COMPILER = why_no_inductor(torch.device("cpu"))
 
 
 @pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 def test_another_process_finds_what_was_compiled(tmp_path):
-    """A layer of a width that no earlier run has left in the cache."""
-    layer, x = nn.Linear(64, 1000 + time.time_ns() % 100_000), torch.randn(3, 64)
-    quantized = mxcompile.quantize_and_compile(layer, x, recipe="w4a8-mxint-quick", compile=False)
+    """Hits and misses of torch's cache, for a layer of a width that no earlier run has left there."""
+    layer = nn.Linear(64, 1000 + time.time_ns() % 100_000)
+    quantized = mxcompile.quantize_and_compile(layer, torch.randn(3, 64), recipe="w4a8-mxint-quick", compile=False)
     mxcompile.save(quantized, tmp_path)
-    model = mxcompile.load(tmp_path, model=copy.deepcopy(layer), compile=True)
-    misses = counters["inductor"]["fxgraph_cache_miss"]
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), quantized(x), rtol=0, atol=1e-5)
-    assert counters["inductor"]["fxgraph_cache_miss"] == misses + 1
-    assert_runs(COMPILED, tmp_path, layer.out_features)
+    first, second = (assert_runs(COMPILED, tmp_path, layer.out_features).split() for _ in range(2))
+    assert (first, second) == (["0", "1"], ["1", "0"])
