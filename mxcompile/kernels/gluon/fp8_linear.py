@@ -7,7 +7,7 @@ The powers are applied to the accumulator.
 
 **Accumulation.** Hopper accumulates FP8 products with about 14 bits below the largest. The error grows with the number
 of columns, so at most `fp8_eligibility.columns_per_accumulation` columns are accumulated at a time. These partial sums
-are added in float32 in memory, since registers cannot hold two sets. benchmarks/results/notes.md has measured errors.
+are added in float32 in memory, since registers cannot hold two sets. docs/kernels.md has measured errors.
 """
 
 # ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)

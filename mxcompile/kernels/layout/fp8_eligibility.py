@@ -33,7 +33,7 @@ def columns_per_accumulation(activation: MXFormat, size: int) -> int:
 
     All of them, up to 14336, for 4-bit activations, whose products have few bits, and for MXFP8, which the model aligns
     for speed; else 4096. On normally distributed values the error is at most 1.2 times that of rounding to bfloat16,
-    with aligned MXFP8 1.4 times (a fiftieth of the error of 4-bit quantization): results/notes.md, 13.
+    with aligned MXFP8 1.4 times (a fiftieth of the error of 4-bit quantization): docs/kernels.md.
     """
     return _LONG_ACCUMULATION if activation.bits != 6 and size <= _LONG_ACCUMULATION else _SHORT_ACCUMULATION
 
