@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch reads them. In graphs as small as those of tests, the cache of fake results costs a third of a trace, and
-# a pool of processes that compile costs more than it saves.
+# Before torch reads it: in graphs as small as those of tests, the cache of fake results costs a third of a trace.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 from models import build, inputs
