@@ -100,6 +100,7 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of a process")
+@pytest.mark.slow
 def test_killed_at_any_moment(folders, tmp_path, monkeypatch):
     old, new = folders
     wanted = [contents(old), contents(new)]

@@ -17,6 +17,7 @@ PAIRS = [(weight, activation) for weight in FORMATS for activation in FORMATS]
 PAIRS += [("mxint4:16", "mxint8:16"), ("mxint4:64", "mxint6:64"), ("mxint4:128", "mxint8:128"), ("mxint4:64", "mxint8")]
 PAIRS += [("mxint8:16", "mxint8:16"), ("mxint8:64", "mxint4:64"), ("mxint8:128", "mxint8:128")]
 PAIRS += [("mxfp4:16", "mxfp8_e4m3:16"), ("mxfp4:64", "mxfp8_e5m2:64"), ("mxfp4:128", "mxfp6_e2m3:128")]
+INTEGER_AND_FLOAT = (("mxint8", "mxint8"), ("mxfp4", "mxfp8_e4m3"))
 FLOOR = ScaleRule.FLOOR
 
 
@@ -60,7 +61,8 @@ def test_products_are_within_the_bound(pair, dtype, error_over_bound):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("weight", "activation"), [("mxint4", "mxint8"), ("mxint8", "mxint8"), ("mxfp4", "mxfp8_e4m3")]
+    ("weight", "activation"),
+    [("mxint4", "mxint8"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in INTEGER_AND_FLOAT)],
 )
 def test_on_processors_without_dot_products(weight, activation, error_over_bound, instructions):
     check(weight, activation, 1, torch.float32, error_over_bound)
