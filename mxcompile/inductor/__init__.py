@@ -47,7 +47,7 @@ def compile_module(module: M) -> M:
 
         compile_fused(module)
     else:
-        warnings.warn(f"{reason}: plain torch.compile runs the model, without fused MX kernels", stacklevel=2)
+        warnings.warn(f"{reason}: plain torch.compile runs the model, without fused MX kernels", stacklevel=3)
         module.compile()
     return module
 
