@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -9,6 +10,7 @@ LOADED = "import sys, {}; print(*sorted(name for name in sys.modules if name.sta
 HEAVY = ("torch._inductor", "torch._dynamo", "transformers", "triton")
 
 
+@cache
 def loaded(module: str) -> set[str]:
     """The heavy modules that another process has after importing that one."""
     code = LOADED.format(module, HEAVY)
