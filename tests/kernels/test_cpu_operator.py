@@ -115,7 +115,7 @@ def test_a_compiler_that_links_its_own_standard_library_keeps_it_to_itself(tmp_p
     """torch loads another libstdc++ into the process; a mixture of both crashes when an exception is thrown."""
     made = tmp_path / "operator.so"
     source = Path(build.__file__).parent / "mx_cpu_operator.cpp"
-    command = [build._compiler(), "-static-libstdc++", *build._OPTIONS, str(source), *build._for_torch()]
+    command = [build._compiler(), "-static-libstdc++", *build._OPTIONS, str(source), *build._torch_options()]
     build._build(command, made)
     listed = ["nm", "-C", "--defined-only", str(made)]
     assert " std::locale::id::" in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
