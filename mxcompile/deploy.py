@@ -2,7 +2,8 @@
 
 Everything is read from the graph: each lowered matmul states its parameter, the format, and how its input is prepared.
 The same goes into the MXWeight that replaces the parameter. Float parameters that passes changed (norms) are copied
-too. Nothing of the user's module is shared or changed.
+too. Nothing of the user's module is shared or changed. Buffers that forward writes to have
+the user's values: the returned module has never run.
 """
 
 import copy
@@ -23,6 +24,7 @@ from mxcompile.checkpoint import mark_quantized
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import DeployError
 from mxcompile.graph.agreement import agreement_db, output_tensors
+from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.edit import BLOCK_AXIS
 from mxcompile.graph.program import Program, Stage, where
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
@@ -162,10 +164,11 @@ def _check_names(weights: dict[str, _Placement], own: dict[str, Tensor]) -> None
 
 
 def _changed_tensors(program: Program, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that a pass changed in float, under all their names in the module."""
+    """Tensors that a pass changed in float, under all their names in the module; not those that forward writes to."""
     changed: dict[str, Tensor] = {}
+    state = set(mutated_tensors(program.graph))
     for name in program.parameter_names():
-        if name in own and program.tensor(name) is not own[name]:
+        if name in own and name not in state and program.tensor(name) is not own[name]:
             changed.update(dict.fromkeys(program.aliases.get(name, (name,)), program.tensor(name)))
     return changed
 
@@ -190,8 +193,14 @@ def _check_agreement(program: Program, deployed: nn.Module) -> None:
 
 
 def _agreement(program: Program, deployed: nn.Module) -> tuple[float, str]:
+    """Run both from the state that the module is in; a twin with buffers of its own runs in its place."""
     example = program.example
+    twin = copy.deepcopy(deployed, {id(parameter): parameter for parameter in deployed.parameters()})
+    buffers = dict(twin.named_buffers(remove_duplicate=False))
+    for name in mutated_tensors(program.graph):
+        if name in buffers:
+            program.set_tensor(name, buffers[name].detach().clone())
     expected = output_tensors(program(*example.args, **example.kwargs))
     with torch.no_grad(), unfused_matmuls():
-        actual = output_tensors(deployed(*example.args, **example.kwargs))
+        actual = output_tensors(twin(*example.args, **example.kwargs))
     return agreement_db(expected, actual)

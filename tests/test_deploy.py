@@ -15,6 +15,7 @@ from mxcompile.analysis.folds.groups import find_groups, fold
 from mxcompile.analysis.folds.multiplier import insert_multiplier
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.errors import DeployError
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
@@ -268,3 +269,34 @@ def test_other_kernels_of_attention_are_told_from_other_functions(monkeypatch, a
         with pytest.raises(DeployError, match=r"only to 25\.0 dB"):
             mxcompile.deploy(lowered, model)
     assert plain == [False, True]
+
+
+class Stateful(nn.Module):
+    """Counts its calls, and keeps its last activations: one buffer is written to, one through a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(2, 96))
+        self.steps = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.steps = self.steps + 1
+        h = self.up(x).relu()
+        self.last[0].copy_(h[0])
+        return self.down(h) + self.calls
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-mxint", "smooth-quant | lower-mx{weight=mxint8,activation=mxint8}"])
+def test_state_is_that_of_the_users_module(recipe):
+    """Tracing, calibrating and checking run the model; the result has not run, and neither has the user's module."""
+    model, batches = Stateful().eval(), [torch.randn(4, 64) for _ in range(3)]
+    model.calls += 7
+    deployed = mxcompile.quantize_and_compile(model, batches[0], recipe=recipe, calibration=batches, compile=False)
+    for module in (model, deployed):
+        assert (module.calls.item(), module.last.abs().max().item(), module.steps) == (7, 0, 0)
+    assert sqnr_db(model(batches[1]), deployed(batches[1])) > 30
+    assert deployed.calls.item() == 8
+    assert model.calls.item() == 8

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
@@ -46,6 +46,31 @@ def operand(node: Node, index: int, default: Any = None) -> Any:
         return default
     argument = schema.arguments[index]
     return node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else default)
+
+
+def mutated_tensors(graph: Graph) -> list[str]:
+    """Names of the tensors that a run of the graph writes to, directly or through a view, in order of appearance."""
+    names: dict[str, None] = {}
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        for index, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = _viewed(operand(node, index))
+                if isinstance(written, Node) and written.op == "get_attr":
+                    names[str(written.target)] = None
+    return list(names)
+
+
+def _viewed(value: Any) -> Any:
+    """The node that a view is of; an op whose result aliases its first argument is a view, or writes to it."""
+    while isinstance(value, Node) and value.op == "call_function":
+        schema = getattr(value.target, "_schema", None)
+        if schema is None or not schema.arguments or schema.arguments[0].alias_info is None:
+            break
+        value = operand(value, 0)
+    return value
 
 
 def is_cast_without_change(node: Node) -> bool:

@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFormat
+from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.records import PassRecord
@@ -105,10 +106,25 @@ class Program:
         return self.graph_module.graph
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph at its present stage, without gradients; same arguments and result as the model's forward."""
+        """Run the graph at its present stage, without gradients; same arguments and result as the model's forward.
+
+        Every run starts from the same state: what forward writes into buffers is undone.
+        """
         self.example.check_ranks(Inputs(args, kwargs))
-        with torch.no_grad(), guards_explained():
+        with torch.no_grad(), guards_explained(), self.state_kept():
             return self.graph_module(*args, **kwargs)
+
+    @contextmanager
+    def state_kept(self) -> Generator[None]:
+        """Undo what the block writes into buffers that the graph writes to: `trace` has made them the program's own."""
+        buffers = [self.tensor(name) for name in mutated_tensors(self.graph)]
+        state = [buffer.detach().clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, values in zip(buffers, state, strict=True):
+                    buffer.copy_(values)
 
     def copy(self) -> "Program":
         """A Program with its own graph and ledger; tensors are shared until a pass replaces them."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from mxcompile.errors import InputError, TraceError
-from mxcompile.graph.dataflow import operand
+from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.program import Program
@@ -186,14 +186,8 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _copy_mutated_buffers(program: Program) -> None:
     """Copy the buffers that forward mutates: a run of the graph must not change the user's."""
-    for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        for index, argument in enumerate(schema.arguments):
-            written = operand(node, index) if argument.alias_info is not None and argument.alias_info.is_write else None
-            if isinstance(written, Node) and written.op == "get_attr":
-                program.set_tensor(str(written.target), program.tensor(str(written.target)).detach().clone())
+    for name in mutated_tensors(program.graph):
+        program.set_tensor(name, program.tensor(name).detach().clone())
 
 
 def _drop_dead_nodes(program: Program) -> None:

@@ -125,11 +125,12 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
     program.report = partial(_report, instruments, program, step)
     started = time.perf_counter()
     try:
-        gather_statistics(program, current.requests(program))
-        if current.preserves_function:
-            result, preserved = _preserving(current, program)
-        else:
-            result, preserved = current.run(program), None
+        with program.state_kept():
+            gather_statistics(program, current.requests(program))
+            if current.preserves_function:
+                result, preserved = _preserving(current, program)
+            else:
+                result, preserved = current.run(program), None
         program.stage = current.gives if current.gives is not None else program.stage
         if result.rewrites:
             program.statistics.clear()
@@ -137,7 +138,8 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
         verify.check(program)
         program.graph_module.recompile()
         seconds = time.perf_counter() - started
-        measured = [m for i in instruments if (m := i.measure(program, step, result)) is not None]
+        with program.state_kept():
+            measured = [m for i in instruments if (m := i.measure(program, step, result)) is not None]
     except Exception as error:
         failure = error_location.add_location(error, current.name)
         for instrument in instruments:
