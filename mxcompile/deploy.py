@@ -194,7 +194,7 @@ def _check_agreement(program: Program, deployed: nn.Module) -> None:
 
 def _agreement(program: Program, deployed: nn.Module) -> tuple[float, str]:
     """Run both from the state that the module is in; a twin with buffers of its own runs in its place."""
-    example = program.example
+    example = program.example.cloned()
     twin = copy.deepcopy(deployed, {id(parameter): parameter for parameter in deployed.parameters()})
     buffers = dict(twin.named_buffers(remove_duplicate=False))
     for name in mutated_tensors(program.graph):

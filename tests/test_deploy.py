@@ -300,3 +300,29 @@ def test_state_is_that_of_the_users_module(recipe):
     assert sqnr_db(model(batches[1]), deployed(batches[1])) > 30
     assert deployed.calls.item() == 8
     assert model.calls.item() == 8
+
+
+class Clamped(nn.Module):
+    """Writes to its input, and to a part of it."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.shift, self.up, self.down = shift, nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        x.clamp_(-1, 1)
+        x[:, :8] += self.shift
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+@pytest.mark.parametrize("recipe", ["w8a8-mxint", "smooth-quant | lower-mx{weight=mxint8,activation=mxint8}"])
+def test_inputs_are_the_users(shift, recipe, tmp_path):
+    """What forward writes to its inputs it writes to copies, wherever mxcompile runs it."""
+    model, batches = Clamped(shift).eval(), [torch.randn(4, 64) * 3 for _ in range(2)]
+    kept = [batch.clone() for batch in batches]
+    deployed = mxcompile.quantize_and_compile(
+        model, batches[0], recipe=recipe, calibration=batches, compile=False, dump=tmp_path / "dump"
+    )
+    assert all(torch.equal(batch, before) for batch, before in zip(batches, kept, strict=True))
+    assert sqnr_db(model(kept[0].clone()), deployed(kept[0].clone())) > 30

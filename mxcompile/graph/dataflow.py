@@ -1,6 +1,6 @@
 """Walk a graph: which ops only transpose, cast or copy a value, and which nodes read a value through them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,7 +50,15 @@ def operand(node: Node, index: int, default: Any = None) -> Any:
 
 def mutated_tensors(graph: Graph) -> list[str]:
     """Names of the tensors that a run of the graph writes to, directly or through a view, in order of appearance."""
-    names: dict[str, None] = {}
+    return list(dict.fromkeys(str(node.target) for node in _mutated(graph) if node.op == "get_attr"))
+
+
+def mutates_inputs(graph: Graph) -> bool:
+    """True if a run of the graph writes to an input, directly or through a view."""
+    return any(node.op == "placeholder" for node in _mutated(graph))
+
+
+def _mutated(graph: Graph) -> Iterator[Node]:
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
@@ -58,9 +66,8 @@ def mutated_tensors(graph: Graph) -> list[str]:
         for index, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written = _viewed(operand(node, index))
-                if isinstance(written, Node) and written.op == "get_attr":
-                    names[str(written.target)] = None
-    return list(names)
+                if isinstance(written, Node):
+                    yield written
 
 
 def _viewed(value: Any) -> Any:

@@ -32,6 +32,13 @@ class Inputs:
                     f"dimensions, it was traced with {traced.dim()}); trace again with inputs of this kind"
                 )
 
+    def cloned(self) -> "Inputs":
+        """The same call with a copy of every tensor, for a forward that may write to its inputs."""
+        args, kwargs = map_leaves(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
+        return Inputs(args, kwargs)
+
     def with_doubled_batch(self) -> "Inputs | None":
         """The same call with a batch of one repeated, or None unless every tensor has a first dimension of one."""
         tensors = self.tensors()

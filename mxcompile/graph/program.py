@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFormat
-from mxcompile.graph.dataflow import mutated_tensors
+from mxcompile.graph.dataflow import mutated_tensors, mutates_inputs
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.records import PassRecord
@@ -108,11 +108,15 @@ class Program:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph at its present stage, without gradients; same arguments and result as the model's forward.
 
-        Every run starts from the same state: what forward writes into buffers is undone.
+        Every run starts from the same state: what forward writes into buffers is undone, and if it writes to inputs, it
+        gets copies.
         """
-        self.example.check_ranks(Inputs(args, kwargs))
+        inputs = Inputs(args, kwargs)
+        self.example.check_ranks(inputs)
+        if mutates_inputs(self.graph):
+            inputs = inputs.cloned()
         with torch.no_grad(), guards_explained(), self.state_kept():
-            return self.graph_module(*args, **kwargs)
+            return self.graph_module(*inputs.args, **inputs.kwargs)
 
     @contextmanager
     def state_kept(self) -> Generator[None]:

@@ -143,7 +143,9 @@ def _export_once(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProg
 
 
 def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:
-    """Raise InputError if the model fails on the inputs without tracing."""
+    """Raise InputError if the model fails on the inputs without tracing. It runs with copies of buffers and inputs."""
+    shadow = copy.deepcopy(shadow, {id(parameter): parameter for parameter in shadow.parameters()})
+    inputs = inputs.cloned()
     try:
         with torch.no_grad():
             shadow(*inputs.args, **inputs.kwargs)

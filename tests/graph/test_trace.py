@@ -335,3 +335,26 @@ def test_a_pattern_may_be_any_name_of_a_module_or_parameter(name):
 
 def test_a_lone_string_is_one_pattern():
     assert trace(build("mlp"), inputs("mlp"), include="up").selection.include == ("up",)
+
+
+class Untraceable(nn.Module):
+    """Counts its calls and clamps its input, then branches on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        self.calls += 1
+        x.clamp_(-1, 1)
+        return self.linear(x) if x.sum().item() > 0 else x
+
+
+def test_a_failed_trace_leaves_buffers_and_inputs():
+    model, x = Untraceable(), torch.randn(2, 64) * 3
+    kept = x.clone()
+    with pytest.raises(TraceError):
+        trace(model, x)
+    assert model.calls.item() == 0
+    assert torch.equal(x, kept)
