@@ -37,6 +37,10 @@ class PipelineError(MXCompileError, ValueError):
     """An invalid pipeline: a malformed text form, a bad option, or passes in an impossible order."""
 
 
+class NoDataError(MXCompileError):
+    """No calibration token has reached a value, such as the input of an expert that a router never selects."""
+
+
 class PassError(MXCompileError):
     """A pass failed; the message names the pass and, where known, the node and its module."""
 

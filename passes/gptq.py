@@ -20,6 +20,7 @@ from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.quantizers import round_input
+from mxcompile.calibration.run import NO_TOKENS
 from mxcompile.calibration.second_moments import SecondMoments
 from mxcompile.calibration.twin_run import TwinRun
 from mxcompile.errors import PipelineError
@@ -33,7 +34,7 @@ from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline.interfaces import FLOATING, Pass
 
 _SCALES = " scales"
-_UNCORRECTED = "rounded without correction: an expert's tokens may differ in the float model"
+_UNCORRECTED = "rounded without correction: the model selects its tokens, which may differ in the float model"
 _FEW_TOKENS = "calibration tokens for {} input channels: the second moments are rank-deficient"
 
 
@@ -46,8 +47,8 @@ class Gptq(Pass):
         them block by block. sweeps: how often each block is rounded again. microblock: columns rounded together, with
         scales by `rule` from the compensated weights; 0: column by column. See `ColumnRounding`.
     correction: share of the error of earlier layers that is compensated, 0 to 1. residual: with a correction, also
-        compensate the error of the residual stream that the output is added to. Experts get no correction: their tokens
-        may differ between the float and the quantized model.
+        compensate the error of the residual stream that the output is added to. There is no correction where the model
+        selects the tokens (experts): they may differ between the float and the quantized model.
     overrides: other formats by name pattern, None for a weight that stays float; `lower-mx` needs the same.
     """
 
@@ -117,10 +118,13 @@ class Gptq(Pass):
         rows = [finite_rows(program, matmul) for matmul in readers]
         stacked = [weight.reshape(-1, *weight.shape[-2:]) for weight in rows]  # [experts or 1, out, in]
         pairs: list[tuple[Tensor, Tensor]] = []
-        reasons = [_UNCORRECTED] if self.correction > 0 and rows[0].dim() == 3 else []
+        compared = any(m.compared for m in moments) or not any(m.tokens for m in moments)
+        reasons = [] if compared or not self.correction else [_UNCORRECTED]
         for index, of_expert in enumerate(moments):
             weights = {m.node.name: weight[index] for m, weight in zip(readers, stacked, strict=True)}
             try:
+                if not of_expert.tokens:
+                    raise IllConditionedError(NO_TOKENS)
                 pairs.append(self._round_together(weights, of_expert, fmt))
                 if of_expert.tokens < readers[0].in_features:
                     reasons.append(f"{of_expert.tokens} {_FEW_TOKENS.format(readers[0].in_features)}")

@@ -21,8 +21,9 @@ from mxcompile.calibration.factor_search import Operand, output_error
 from mxcompile.calibration.group_facts import subsample_tokens
 from mxcompile.calibration.observers import ChannelImportance, Observer, RotatedObserver, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.run import NO_TOKENS
 from mxcompile.calibration.sweep import Sweep
-from mxcompile.errors import PipelineError
+from mxcompile.errors import NoDataError, PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.dataflow import effective_readers
 from mxcompile.graph.program import Program, where
@@ -75,6 +76,9 @@ class Rotate(Pass):
             observed = {value: _ValueObservers(self.size) for value, reason in reasons.items() if reason is None}
             sweep.advance(segment, {value: observers.all for value, observers in observed.items()})
             for value, observers in observed.items():
+                if observers.seen_nothing:
+                    reasons[value] = NO_TOKENS
+                    continue
                 fold = self._fold(value, readers[value], observers)
                 ratio = self._error_over_plain(program, readers[value], observers)
                 numbers[fold.where] = {"error_over_plain": ratio}
@@ -120,3 +124,11 @@ class _ValueObservers:
     def __init__(self, block: int) -> None:
         self.sample, self.plain, self.rotated = TokenSample(), ChannelImportance(), ChannelImportance()
         self.all: list[Observer] = [self.sample, self.plain, RotatedObserver(self.rotated, block)]
+
+    @property
+    def seen_nothing(self) -> bool:
+        """True if no token has reached the value."""
+        try:
+            return not self.sample.value.numel()
+        except NoDataError:
+            return True

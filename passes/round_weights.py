@@ -12,11 +12,11 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.calibration.observers import ChannelImportance
-from mxcompile.calibration.run import Request
+from mxcompile.calibration.run import NO_TOKENS, Request
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides
-from mxcompile.graph.program import Program, Rounding, Stage
-from mxcompile.graph.records import PassResult
+from mxcompile.graph.program import Program, Rounding, Stage, where
+from mxcompile.graph.records import Miss, PassResult
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline.interfaces import FLOATING, Pass
@@ -65,6 +65,8 @@ class RoundWeights(Pass):
             if not choice.owns_weight(matmul):
                 misses.append(choice.shared_weight_miss(matmul))
                 continue
+            if self.weighted and self._importance(program, matmul) is None:
+                misses.append(Miss(where(matmul.node), f"rounded without weighting: {NO_TOKENS}"))
             before, after = self._round(program, matmul, formats[matmul.node])
             numbers[matmul.parameter] = {"weight_sqnr_db": sqnr_db(before, after)}
         return PassResult(len(numbers), tuple(misses), numbers)
@@ -77,5 +79,6 @@ class RoundWeights(Pass):
         return rows, rounded
 
     def _importance(self, program: Program, matmul: Matmul) -> Tensor | None:
-        measured = program.statistics.get(Request(matmul.activation.name, ChannelImportance).key)
-        return program.importance.get(matmul.parameter, measured if self.weighted else None)
+        request = Request(matmul.activation.name, ChannelImportance)
+        measured = request.result(program) if self.weighted and request.seen(program) else None
+        return program.importance.get(matmul.parameter, measured)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
@@ -18,7 +19,7 @@ from mxcompile.calibration.factor_search import Objective, power_candidates
 from mxcompile.calibration.fold_search import FoldSearch, FoldSearchResult
 from mxcompile.calibration.observers import ChannelAbsMax
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.run import Request
+from mxcompile.calibration.run import NO_TOKENS, Request
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
@@ -80,11 +81,15 @@ class SmoothQuant(Pass):
     def _fixed(self, program: Program, groups: list[ScaleGroup], alpha: float) -> FoldSearchResult:
         result = FoldSearchResult()
         for group in groups:
-            key = {m.node: Request(m.activation.name, ChannelAbsMax).key for m, _ in group.matmuls}
-            activation, weight = _largest(
-                group, lambda m, key=key: program.statistics[key[m.node]], lambda m: finite_rows(program, m)
-            )
-            smoothing = activation**alpha / weight ** (1 - alpha)
+            requests = {m.node: Request(m.activation.name, ChannelAbsMax) for m, _ in group.matmuls}
+            seen = group.restricted(lambda m, requests=requests: requests[m.node].seen(program))
+            if not seen.matmuls:
+                result.misses.append(Miss(str(group), NO_TOKENS))
+                continue
+            activation = seen.largest(lambda m, requests=requests: requests[m.node].result(program))
+            weight = group.largest(lambda m: _column_absmax(finite_rows(program, m)))
+            smoothing = activation.clamp(min=_SMALLEST) ** alpha / weight.clamp(min=_SMALLEST) ** (1 - alpha)
+            smoothing = torch.where((activation > 0) & (weight > 0), smoothing, 1.0)  # nothing to balance
             smoothing = representable_factors(group, smoothing, self.power_of_two)
             result.folds.append(Fold(str(group), partial(fold, group=group, factors=smoothing)))
             result.folds[-1].apply(program)
@@ -93,12 +98,10 @@ class SmoothQuant(Pass):
     def _candidates(
         self, group: ScaleGroup, activation: Callable[[Matmul], Tensor], weight: Callable[[Matmul], Tensor]
     ) -> Iterator[Tensor]:
-        return power_candidates(*_largest(group, activation, weight), self.grid, activation_alone=False)
+        largest = group.largest(activation), group.largest(lambda matmul: _column_absmax(weight(matmul)))
+        return power_candidates(*largest, self.grid, activation_alone=False)
 
 
-def _largest(
-    group: ScaleGroup, activation: Callable[[Matmul], Tensor], weight: Callable[[Matmul], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """For every factor `[count]`, the largest magnitude of its channels in activations and in weights."""
-    rows = group.largest(lambda matmul: weight(matmul).abs().flatten(0, -2).amax(0))
-    return group.largest(activation).clamp(min=_SMALLEST), rows.clamp(min=_SMALLEST)
+def _column_absmax(weight: Tensor) -> Tensor:
+    """The largest magnitude `[in]` of the columns of a weight `[..., out, in]`."""
+    return weight.abs().flatten(0, -2).amax(0)

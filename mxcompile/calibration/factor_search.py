@@ -91,16 +91,25 @@ def power_candidates(activation: Tensor, weight: Tensor, grid: int, activation_a
     x^a / w^(1-a) (SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4). activation_alone: also x^a (AWQ), which is the
     same at a = 1. grid: the number of values of a.
     """
+    live = (activation > 0) & (weight > 0)
     activation, weight = activation.clamp(min=_SMALLEST), weight.clamp(min=_SMALLEST)
     for step in range(1, grid + 1):
         a = step / grid
         if activation_alone and step < grid:
-            yield normalize_factors(activation**a)
-        yield normalize_factors(activation**a / weight ** (1 - a))
+            yield normalize_factors(activation**a, live)
+        yield normalize_factors(activation**a / weight ** (1 - a), live)
 
 
-def normalize_factors(factors: Tensor) -> Tensor:
-    """Factors divided by the geometric mean of their extremes, with a ratio of at most 2^10 between the extremes."""
+def normalize_factors(factors: Tensor, live: Tensor | None = None) -> Tensor:
+    """Factors divided by the geometric mean of their extremes, with a ratio of at most 2^10 between the extremes.
+
+    live: the channels that have a factor to choose, `[count]`, bool; None: all. The others, which are zero in the
+    calibration data or in all weights, get a factor of 1 and do not count.
+    """
     factors = factors.clamp(min=_SMALLEST)
-    factors = factors / (factors.max() * factors.min()).sqrt()
-    return factors.clamp(_LARGEST_RATIO**-0.5, _LARGEST_RATIO**0.5)
+    live = torch.ones_like(factors, dtype=torch.bool) if live is None else live
+    if not live.any():
+        return torch.ones_like(factors)
+    extremes = factors[live].max(), factors[live].min()
+    factors = factors / (extremes[0] * extremes[1]).sqrt()
+    return torch.where(live, factors.clamp(_LARGEST_RATIO**-0.5, _LARGEST_RATIO**0.5), 1.0)

@@ -4,7 +4,8 @@ A fold preserves the function, and the values that it divides are never carried 
 does not change the inputs of later segments, and one run over the data is enough.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +20,9 @@ from mxcompile.calibration.factor_search import FactorSearchResult, Objective, o
 from mxcompile.calibration.group_facts import GroupFacts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.run import NO_TOKENS
 from mxcompile.calibration.sweep import Sweep
+from mxcompile.errors import NoDataError
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold, Miss
 
@@ -27,6 +30,7 @@ _MULTIPLY_RATIO = 0.9  # an explicit multiply costs run time: the error with it 
 _NO_GAIN = "no candidate factors reduce the error"
 _MULTIPLY_NOT_WORTH = f"an explicit multiply would save less than {1 - _MULTIPLY_RATIO:.0%} of the error"
 _NOT_IN_ONE_SEGMENT = "error measured on the group's own outputs: its matmuls are in more than one segment"
+_NOT_COMPARABLE = "error measured on the group's own outputs: its segment has no float output with rows in order"
 MatmulStatistic = Callable[[Matmul], Tensor]
 
 
@@ -64,15 +68,18 @@ class FoldSearch:
         segments = find_segments(program, matmuls, [group.values for group in groups])
         sweep = Sweep(program, program.batches)
         statistics: dict[Node, dict[type[Observer], Tensor]] = {}
+        passed: set[Node] = set()
         waiting = [*groups, *unfoldable]
         for segment in program.track(segments):
             block_inputs = first_batches(sweep.states, segment) if self.objective is Objective.BLOCK else []
             observers = {value: self._observers() for value in segment.inputs}
             sweep.advance(segment, observers)
-            statistics |= {node: {type(o): o.value for o in kinds} for node, kinds in observers.items()}
+            passed.update(segment.inputs)
+            statistics |= _values(observers)
             for matmul in segment.matmuls:
-                program.importance[matmul.parameter] = statistics[matmul.activation][ChannelImportance]
-            ready = [group for group in waiting if all(m.activation in statistics for m, _ in group.matmuls)]
+                if matmul.activation in statistics:
+                    program.importance[matmul.parameter] = statistics[matmul.activation][ChannelImportance]
+            ready = [group for group in waiting if all(m.activation in passed for m, _ in group.matmuls)]
             for group in ready:
                 self._fold(program, group, GroupFacts(segment, block_inputs, statistics), result)
                 waiting.remove(group)
@@ -90,16 +97,30 @@ class FoldSearch:
 
     def _fold(self, program: Program, group: ScaleGroup, facts: GroupFacts, result: "FoldSearchResult") -> None:
         weights = {m.node: finite_rows(program, m).float() for m, _ in group.matmuls}
-        magnitudes = {m.node: facts.statistics[m.activation][self.magnitude] for m, _ in group.matmuls}
-        candidates = self.candidates(group, lambda m: magnitudes[m.node], lambda m: weights[m.node])
+        seen = group.restricted(lambda m: m.activation in facts.statistics)
+        if not seen.matmuls:
+            result.misses.append(Miss(str(group), NO_TOKENS))
+            return
+        magnitudes = {m.node: facts.statistics[m.activation][self.magnitude] for m, _ in seen.matmuls}
+        candidates = self.candidates(seen, lambda m: magnitudes[m.node], lambda m: weights[m.node])
         rounded = (representable_factors(group, factors, self.power_of_two) for factors in candidates)
-        if facts.block_inputs and facts.encloses(group):
-            error = facts.block_error(program, group, self.quantizers)
-        else:
-            error = output_error(facts.operands(group, weights), self.quantizers)
+        enclosed = bool(facts.block_inputs) and facts.encloses(group)
+        error = facts.block_error(program, seen, self.quantizers) if enclosed else None
+        if error is None:
+            error = output_error(facts.operands(seen, weights), self.quantizers)
             if self.objective is Objective.BLOCK:
-                result.misses.append(Miss(str(group), _NOT_IN_ONE_SEGMENT))
+                reason = _NOT_COMPARABLE if enclosed else _NOT_IN_ONE_SEGMENT
+                result.misses.append(Miss(str(group), reason))
         result.add(program, group, search_factors(rounded, error, group.count))
+
+
+def _values(observers: Mapping[Node, Sequence[Observer]]) -> dict[Node, dict[type[Observer], Tensor]]:
+    """What the observers of each node have seen; without the nodes that no token has reached."""
+    statistics: dict[Node, dict[type[Observer], Tensor]] = {}
+    for node, kinds in observers.items():
+        with suppress(NoDataError):
+            statistics[node] = {type(observer): observer.value for observer in kinds}
+    return statistics
 
 
 @dataclass(frozen=True)

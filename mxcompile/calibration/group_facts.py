@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.folds.groups import ScaleGroup
 from mxcompile.analysis.matmuls import Matmul, finite_rows
+from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.factor_search import Operand, per_channel
@@ -50,13 +51,27 @@ class GroupFacts:
             operands.append(Operand(sample, importance, weight, readers[0][1].to(weight.device)))
         return operands
 
-    def block_error(self, program: Program, group: ScaleGroup, quantizers: Quantizers) -> Callable[[Tensor], float]:
-        """A function from factors `[count]` to the squared error of the segment's outputs."""
+    def _compared(self, program: Program) -> tuple[Node, ...]:
+        """The float outputs of the segment whose rows stay the same tokens when a weight of the model is rounded."""
+        selected = values_with_selected_rows(program)
+        values = ((node, node.meta.get("val")) for node in self.segment.outputs if node not in selected)
+        return tuple(node for node, value in values if isinstance(value, Tensor) and value.is_floating_point())
+
+    def block_error(
+        self, program: Program, group: ScaleGroup, quantizers: Quantizers
+    ) -> Callable[[Tensor], float] | None:
+        """A function from factors `[count]` to the squared error of the segment's outputs.
+
+        None if the segment has no float output whose rows stay the same tokens when a weight is rounded.
+        """
+        compared = self._compared(program)
+        if not compared:
+            return None
         runner = AlteredRun(program, {})
 
         def outputs(state: NodeValues) -> NodeValues:
-            segment = self.segment
-            return runner.run_nodes(segment.nodes, copied_if_mutated(state, segment.nodes), None, segment.outputs)
+            nodes = self.segment.nodes
+            return runner.run_nodes(nodes, copied_if_mutated(state, nodes), None, compared)
 
         expected = [outputs(state) for state in self.block_inputs]
 
@@ -87,10 +102,9 @@ def _round_divided(scale: Tensor, quantizers: Quantizers, x: Tensor) -> Tensor:
 def _squared_error(expected: NodeValues, actual: NodeValues) -> float:
     total = 0.0
     for node, exact in expected.items():
-        if isinstance(exact, Tensor) and exact.is_floating_point():
-            rows = exact.reshape(-1, exact.shape[-1]).float()
-            difference = actual[node].reshape(rows.shape).float() - rows
-            total += (difference.square() * token_weights(rows)).sum().item()
+        rows = exact.reshape(-1, exact.shape[-1] if exact.dim() else 1).float()
+        difference = actual[node].reshape(rows.shape).float() - rows
+        total += (difference.square() * token_weights(rows)).sum().item()
     return total
 
 

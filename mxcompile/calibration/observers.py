@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mxcompile.errors import NoDataError
 from mxcompile.numerics.hadamard import rotate_input
 from mxcompile.numerics.importance import floored, token_weights
 from mxcompile.numerics.row_slices import row_slices
@@ -31,7 +32,7 @@ class Observer(Protocol):
 
     @property
     def value(self) -> Tensor:
-        """The statistic of all batches so far."""
+        """The statistic of all batches so far; raises NoDataError if there is none."""
         ...
 
 
@@ -53,9 +54,9 @@ class ChannelAbsMax:
 
     @property
     def value(self) -> Tensor:
-        """Float32 `[channels]`; raises if nothing has been seen."""
+        """Float32 `[channels]`; raises NoDataError if nothing has been seen."""
         if self._value is None:
-            raise RuntimeError("the observer has seen no data")
+            raise NoDataError("the observer has seen no data")
         return self._value
 
     def _take(self, value: Tensor) -> None:
@@ -82,9 +83,9 @@ class _ChannelMean:
 
     @property
     def value(self) -> Tensor:
-        """Float32 `[channels]`; raises if nothing has been seen."""
+        """Float32 `[channels]`; raises NoDataError if nothing has been seen."""
         if self._sum is None:
-            raise RuntimeError("the observer has seen no data")
+            raise NoDataError("the observer has seen no data")
         return (self._sum / self._count).float()
 
     def _total(self, rows: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class ChannelImportance(_ChannelMean):
 
     @property
     def value(self) -> Tensor:
-        """Float32 `[channels]`, with a floor above 0; raises if nothing has been seen."""
+        """Float32 `[channels]`, with a floor above 0; raises NoDataError if nothing has been seen."""
         return floored(super().value)
 
     def _total(self, rows: Tensor) -> Tensor:
@@ -168,9 +169,9 @@ class TokenSample:
 
     @property
     def value(self) -> Tensor:
-        """Float32 `[tokens, channels]`; raises if nothing has been seen."""
+        """Float32 `[tokens, channels]`; raises NoDataError if nothing has been seen."""
         if self._rows is None:
-            raise RuntimeError("the observer has seen no data")
+            raise NoDataError("the observer has seen no data")
         return self._rows
 
     def _take(self, rows: Tensor, keys: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from mxcompile.calibration.observers import Observer
-from mxcompile.errors import InputError
+from mxcompile.errors import InputError, NoDataError
 from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program, guards_explained
 
+NO_TOKENS = "no calibration token reaches it"
 NodeValues = dict[Node, Any]
 """Values of some nodes of a graph, for one batch."""
 Observers = Mapping[Node, Sequence[Observer]]
@@ -24,7 +26,8 @@ Observers = Mapping[Node, Sequence[Observer]]
 class Request:
     """A statistic that a pass needs: an observer class (called without arguments) and the name of a node.
 
-    The statistic is `request.result(program)` while the pass runs. Equal requests share one observer.
+    The statistic is `request.result(program)` while the pass runs, if `request.seen(program)`: no token may reach the
+    input of an expert that a router never selects. Equal requests share one observer.
     """
 
     value: str
@@ -36,8 +39,14 @@ class Request:
         return self.value, getattr(self.observer, "__name__", str(self.observer))
 
     def result(self, program: Program) -> Tensor:
-        """The observed statistic; raises KeyError if it was not requested."""
+        """The observed statistic; raises NoDataError if no token reached the value, or if it was not requested."""
+        if not self.seen(program):
+            raise NoDataError(f"there is no {self.key[1]} of %{self.value}: {NO_TOKENS}, or no pass requested it")
         return program.statistics[self.key]
+
+    def seen(self, program: Program) -> bool:
+        """Whether calibration data have reached the value."""
+        return self.key in program.statistics
 
 
 class Runner(Interpreter):
@@ -105,7 +114,10 @@ def copied_if_mutated(values: NodeValues, nodes: Iterable[Node]) -> NodeValues:
 
 
 def gather_statistics(program: Program, requests: Sequence[Request], batches: Iterable[Inputs] | None = None) -> None:
-    """Add requested statistics that are missing to `program.statistics`, over all batches (None: `program.batches`)."""
+    """Add requested statistics that are missing to `program.statistics`, over all batches (None: `program.batches`).
+
+    A value that no token reaches gets no statistic.
+    """
     pending = {request.key: request for request in requests if request.key not in program.statistics}
     if not pending:
         return
@@ -126,7 +138,9 @@ def gather_statistics(program: Program, requests: Sequence[Request], batches: It
         for node, value in bound.items():
             update(node, value)
         runner.run_nodes(computed, bound, update)
-    program.statistics.update({key: observer.value for key, observer in observers.items()})
+    for key, observer in observers.items():
+        with suppress(NoDataError):
+            program.statistics[key] = observer.value
 
 
 def run_outputs(runner: Runner, program: Program, batch: Inputs) -> Any:

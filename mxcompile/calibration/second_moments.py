@@ -39,6 +39,11 @@ class SecondMoments:
         self._panels = [(start, min(start + width, size)) for start in range(0, size, width)]
 
     @property
+    def compared(self) -> bool:
+        """Whether the exact model's rows were paired with them."""
+        return self.input_error is not None or bool(self.exact_outputs)
+
+    @property
     def inputs(self) -> Tensor:
         """H `[in, in]`; do not write to it."""
         for start, end in self._panels:

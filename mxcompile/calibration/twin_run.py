@@ -1,13 +1,14 @@
 """Run the same batches, in lockstep, through the model being quantized and through the float ("exact") model."""
 
-from collections.abc import Iterator, Sequence
-from itertools import repeat
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
+from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.analysis.segments import Segment, find_segments
 from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.run import NodeValues
@@ -26,6 +27,7 @@ class TwinRun:
 
     def __init__(self, program: Program, matmuls: Sequence[Matmul], prepare: Prepare, with_exact: bool) -> None:
         self.segments = find_segments(program, matmuls)
+        self._program, self._selected = program, values_with_selected_rows(program)
         self._prepare = prepare
         runner = AlteredRun(program, dict.fromkeys(matmuls, self._prepare))
         self._rounded = Sweep(program, program.batches, runner)
@@ -50,8 +52,9 @@ class TwinRun:
     def moments(self, segment: Segment, readers: Sequence[Matmul], residual: bool) -> list[SecondMoments]:
         """Second moments of the value that some matmuls of a segment read; for a 3-D weight, one for each expert.
 
-        With the exact model they include the error of the value, but not for experts, whose tokens may differ between
-        the two models. residual: also the error of what is added to the matmuls' outputs.
+        With the exact model they include the error of the value, but not where the model itself selects the rows
+        (experts, `row_order.py`), which may be other tokens in the two models. residual: also the error of what is
+        added to the matmuls' outputs.
         Advances the batches to the node that computes the value if its state is small enough to keep, so the weights of
         all matmuls before it must be final.
         """
@@ -60,25 +63,43 @@ class TwinRun:
         self._approach(segment, first.activation, exact_node)
         if len(shape) == 3:
             return self._expert_moments(segment, first, int(shape[0]))
+        if self._exact is None or first.activation in self._selected:
+            return [self._plain_moments(segment, first)]
         residuals = {matmul.node.name: residual_operand(matmul) for matmul in readers} if residual else {}
-        added = {name: node for name, node in residuals.items() if node is not None}
-        moments: SecondMoments | None = None
-        for values, exact in self._pairs(segment, [first.activation, *added.values()], [exact_node, *added.values()]):
-            x = self._prepare(values[first.activation])
-            rows = x.reshape(-1, x.shape[-1])
-            moments = moments or SecondMoments(x.shape[-1], x.device)
-            if exact is None:
-                moments.update(rows)
-                continue
-            errors = {name: exact[self._nodes[node.name]] - values[node] for name, node in added.items()}
-            errors = {name: error.reshape(len(rows), -1) for name, error in errors.items()}
-            exact_rows = exact[self._nodes[exact_node.name]].reshape(len(rows), -1)
-            if exact_node is first.node:
-                moments.update(rows, residual_errors=errors, exact_outputs={first.node.name: exact_rows})
+        added = {n: node for n, node in residuals.items() if node is not None and node not in self._selected}
+        try:
+            return [self._compared_moments(segment, first, exact_node, added)]
+        except _UnpairedRowsError:
+            return [self._plain_moments(segment, first)]
+
+    def _plain_moments(self, segment: Segment, matmul: Matmul) -> SecondMoments:
+        moments = SecondMoments(matmul.in_features, self._program.tensor(matmul.parameter).device)
+        for values in self._rounded.values(segment, [matmul.activation]):
+            moments.update(_rows(self._prepare(values[matmul.activation])))
+        return moments
+
+    def _compared_moments(
+        self, segment: Segment, matmul: Matmul, exact_node: Node, added: Mapping[str, Node]
+    ) -> SecondMoments:
+        """exact_node: the value, or the matmul if its outputs are compared. added: residuals by the matmul's name.
+
+        Raises _UnpairedRowsError if the two models have other numbers of rows.
+        """
+        moments = SecondMoments(matmul.in_features, self._program.tensor(matmul.parameter).device)
+        for values, exact in self._pairs(segment, [matmul.activation, *added.values()], [exact_node, *added.values()]):
+            rows = _rows(self._prepare(values[matmul.activation]))
+            exact_rows = _rows(exact[self._nodes[exact_node.name]])
+            pairs = {n: (_rows(exact[self._nodes[node.name]]), _rows(values[node])) for n, node in added.items()}
+            if any(
+                len(other) != len(rows) for other in (exact_rows, *(rows for pair in pairs.values() for rows in pair))
+            ):
+                raise _UnpairedRowsError
+            errors = {name: expected - actual for name, (expected, actual) in pairs.items()}
+            if exact_node is matmul.node:
+                moments.update(rows, residual_errors=errors, exact_outputs={matmul.node.name: exact_rows})
             else:
                 moments.update(rows, exact_rows, errors)
-        assert moments is not None
-        return [moments]
+        return moments
 
     def _expert_moments(self, segment: Segment, matmul: Matmul, experts: int) -> list[SecondMoments]:
         offsets = expert_offsets(matmul)
@@ -105,12 +126,20 @@ class TwinRun:
 
     def _pairs(
         self, segment: Segment, nodes: Sequence[Node], exact_nodes: Sequence[Node]
-    ) -> Iterator[tuple[NodeValues, NodeValues | None]]:
+    ) -> Iterator[tuple[NodeValues, NodeValues]]:
+        assert self._exact is not None
         rounded = self._rounded.values(segment, nodes)
-        if self._exact is None:
-            return zip(rounded, repeat(None), strict=False)
         twins = [self._nodes[node.name] for node in exact_nodes]
         return zip(rounded, self._exact.values(self._twins[segment], twins), strict=True)
+
+
+class _UnpairedRowsError(Exception):
+    """A value has other numbers of rows in the rounded and in the exact model."""
+
+
+def _rows(value: Tensor) -> Tensor:
+    """`[..., size]` as `[rows, size]`, also without rows."""
+    return value.flatten(0, -2) if value.dim() > 1 else value.unsqueeze(0)
 
 
 def _smaller_by_output(readers: Sequence[Matmul]) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.layers import InputRounding, Layer, find_layers
+from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.calibration.run import Runner, run_outputs
 from mxcompile.graph.agreement import agreement_db, output_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs
@@ -45,10 +46,14 @@ class _LayerSample:
 
 @dataclass(frozen=True)
 class _FloatRun:
-    """The float model with the folds so far, and its layers and outputs on the probe."""
+    """The float model with the folds so far, and its layers and outputs on the probe.
+
+    unpaired: layers whose input rows the model selects, so that they may be other tokens after a pass.
+    """
 
     program: Program
     layers: dict[str, Layer]
+    unpaired: frozenset[str]
     samples: dict[str, _LayerSample]
     outputs: Outputs
 
@@ -117,7 +122,9 @@ class Measure(Instrument):
             samples[layer.name] = _LayerSample(kept, _sample(output, layer))
 
         outputs = _run(program, self._probe(program), layers, keep)
-        return _FloatRun(program, layers, samples, outputs)
+        selected = values_with_selected_rows(program)
+        unpaired = frozenset(name for name, layer in layers.items() if layer.activation in selected)
+        return _FloatRun(program, layers, unpaired, samples, outputs)
 
     def _compare(self, program: Program, float_run: _FloatRun) -> tuple[ModelMeasurements, dict[str, LayerHistograms]]:
         layers = find_layers(program)
@@ -131,7 +138,8 @@ class Measure(Instrument):
                 return
             pairs = zip(layer.operands, reference.operands, strict=True)
             local = runner.recompute(layer, [prepared(layer, x) if n is layer.activation else x for n, x in pairs])
-            accumulated_output = _sample(output, layer) if layer.operands == (layer.activation,) else None
+            paired = layer.operands == (layer.activation,) and layer.name not in float_run.unpaired
+            accumulated_output = _sample(output, layer) if paired else None
             weight, float_weight = layer.rows(program), float_run.layers[layer.name].rows(float_run.program)
             numbers[layer.name] = _layer_numbers(
                 layer, _db(float_weight, weight), reference.output, local, accumulated_output
@@ -260,8 +268,8 @@ def _measured(expected: Outputs, actual: Outputs, layers: dict[str, LayerMeasure
 
 
 def _db(expected: Tensor, actual: Tensor) -> float | None:
-    """SQNR in dB; None if the shapes differ or a value is NaN."""
-    if expected.shape != actual.shape:
+    """SQNR in dB; None if there are no values, the shapes differ or a value is NaN."""
+    if expected.shape != actual.shape or not expected.numel():
         return None
     sqnr = sqnr_db(expected, actual)
     return None if math.isnan(sqnr) else sqnr

@@ -46,7 +46,8 @@ class LayerMeasurements:
 
     weight, activation: formats of its weight and its rounded input; None: float.
     weight_db: SQNR of its weight. local_db: SQNR of its output on the float model's input, that is, its own error.
-    accumulated_db: SQNR of its output within the quantized model. output_error: ||y' - y|| / ||y|| of the latter.
+    accumulated_db: SQNR of its output within the quantized model; None also where the model selects the layer's tokens
+    (experts), which may be others after the pass. output_error: ||y' - y|| / ||y|| of the latter.
     """
 
     weight: str | None

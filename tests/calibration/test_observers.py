@@ -15,6 +15,7 @@ from mxcompile.calibration.observers import (
     RotatedObserver,
     TokenSample,
 )
+from mxcompile.errors import NoDataError
 from mxcompile.numerics.hadamard import rotate_input
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
@@ -134,7 +135,7 @@ def test_not_a_number_is_not_hidden():
 def test_no_data():
     observer = ChannelAbsMax()
     observer.update(torch.empty(0, 3))
-    with pytest.raises(RuntimeError, match="the observer has seen no data"):
+    with pytest.raises(NoDataError, match="the observer has seen no data"):
         _ = observer.value
 
 
@@ -173,5 +174,5 @@ def test_a_channel_that_was_never_seen_still_counts():
     x = torch.ones(4, 3)
     x[:, 1] = 0.0
     assert observed(x).value[1] == pytest.approx(2 / 3 * 1e-6, rel=1e-5)
-    with pytest.raises(RuntimeError, match="the observer has seen no data"):
+    with pytest.raises(NoDataError, match="the observer has seen no data"):
         _ = observed(torch.empty(0, 3)).value

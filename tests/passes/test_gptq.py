@@ -132,7 +132,9 @@ def test_other_models(name):
 def test_experts_without_correction_say_so():
     program = mxcompile.trace(Experts().eval(), torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(1)))
     (miss,) = Pipeline.parse("gptq{format=mxint4,correction=0.25}").run(program).ledger[0].misses
-    assert miss.reason == "rounded without correction: an expert's tokens may differ in the float model"
+    assert (
+        miss.reason == "rounded without correction: the model selects its tokens, which may differ in the float model"
+    )
 
 
 def test_few_tokens_are_reported():

@@ -9,6 +9,7 @@ from models import build, inputs
 import mxcompile
 from mxcompile import Pass, PassResult, Pipeline, Request, observers
 from mxcompile.analysis.layers import find_layers
+from mxcompile.errors import NoDataError
 from mxcompile.formats import MXFP8_E4M3, MXINT4, MXINT8, ScaleRule
 from mxcompile.graph.edit import insert_call
 from mxcompile.graph.name_patterns import Selection
@@ -102,7 +103,8 @@ def test_results_of_requests(traced):
 
         def run(self, program):
             seen.extend(request.result(program) for request in self.requests(program))
-            with pytest.raises(KeyError):
+            assert all(request.seen(program) for request in self.requests(program))
+            with pytest.raises(NoDataError, match="ChannelAbsMax of %x"):
                 Request("x", observers.ChannelAbsMax).result(program)
             return PassResult(0)
 

@@ -9,7 +9,7 @@ consequences for all other values are propagated (`region.py`, `constraints.py`)
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,10 @@ class ScaleGroup:
     def made_by_norm(self, program: Program) -> bool:
         """True if only vectors divide the value: a norm's weight and bias."""
         return all(program.tensor(a.parameter).dim() == 1 for a in self.absorbers if a.power == -1)
+
+    def restricted(self, keep: Callable[[Matmul], bool]) -> "ScaleGroup":
+        """The group with some of its matmuls only, for statistics of those that calibration data reach."""
+        return replace(self, matmuls=tuple((matmul, numbers) for matmul, numbers in self.matmuls if keep(matmul)))
 
     def largest(self, channels: Callable[[Matmul], Tensor]) -> Tensor:
         """For every factor, the maximum over its channels of a statistic per input channel. Float32 `[count]`.
