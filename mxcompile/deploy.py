@@ -6,7 +6,6 @@ too. Nothing of the user's module is shared or changed. Buffers that forward wri
 the user's values: the returned module has never run.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -28,7 +27,9 @@ from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.edit import BLOCK_AXIS
 from mxcompile.graph.program import Program, Stage, where
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
+from mxcompile.tensor.copying import copy_module, shared_with
 from mxcompile.tensor.modules import named_tensors, set_tensors
+from mxcompile.tensor.reachable import reachable, storage_names
 from mxcompile.tensor.weight import MXLayout, MXWeight, unfused_matmuls
 
 M = TypeVar("M", bound=nn.Module)
@@ -68,20 +69,53 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
     weights = _placements(program)
     own = named_tensors(model)
     _check_names(weights, own)
-    changed = _changed_tensors(program, own)
-    replaced = {*weights, *changed}
-    still_used = {id(tensor) for name, tensor in own.items() if name not in replaced}  # tied to another name
-    memo: dict[int, Any] = {id(own[name]): own[name] for name in replaced if id(own[name]) not in still_used}
-    deployed = copy.deepcopy(model, memo)
-    copies = {id(tensor): tensor.detach().clone() for tensor in changed.values()}
-    set_tensors(deployed, [(name, copies[id(tensor)]) for name, tensor in changed.items()])
-    set_tensors(deployed, [(name, _weight(program, placement)) for name, placement in weights.items()])
+    replacements = _replacements(program, own, weights)
+    deployed = _with_replacements(model, own, replacements)
+    _check_nothing_shared(deployed, model)
     mark_quantized(
         deployed.requires_grad_(False).eval(), Provenance(" | ".join(record.spec for record in program.ledger))
     )
     if check:
         _check_agreement(program, deployed)
     return deployed
+
+
+def _replacements(program: Program, own: dict[str, Tensor], weights: dict[str, _Placement]) -> dict[str, Tensor]:
+    """What each name of the module gets instead of its tensor: an MX weight, or a copy of what passes made of it."""
+    copies: dict[int, Tensor] = {}
+    replacements: dict[str, Tensor] = {}
+    for name, tensor in _changed_tensors(program, own).items():
+        value = copies.setdefault(id(tensor), tensor.detach().clone())
+        if isinstance(own[name], nn.Parameter) and not isinstance(value, nn.Parameter):
+            value = copies[id(tensor)] = nn.Parameter(value, requires_grad=False)
+        replacements[name] = value
+    for name, placement in weights.items():
+        replacements[name] = nn.Parameter(_weight(program, placement), requires_grad=False)
+    return replacements
+
+
+def _with_replacements(model: M, own: dict[str, Tensor], replacements: dict[str, Tensor]) -> M:
+    """A copy of the module in which each tensor is replaced wherever the module holds it, also in lists and closures.
+
+    The names of a tied tensor may get different ones: then those names alone do.
+    """
+    values: dict[int, set[int]] = {}
+    for name, tensor in own.items():
+        values.setdefault(id(tensor), set()).add(id(replacements.get(name)))
+    one = {id(own[name]): value for name, value in replacements.items() if len(values[id(own[name])]) == 1}
+    still_used = {id(tensor) for name, tensor in own.items() if name not in replacements}
+    split = [own[name] for name in replacements if id(own[name]) not in {*one, *still_used}]
+    deployed = copy_module(model, split, one)
+    set_tensors(deployed, replacements.items())
+    return deployed
+
+
+def _check_nothing_shared(deployed: nn.Module, model: nn.Module) -> None:
+    if found := shared_with(deployed, storage_names(reachable(model))):
+        raise DeployError(
+            f"{found[0]!r} of the deployed {type(model).__name__} would be the memory of {found[1]!r} of the model "
+            "itself: register it as a parameter or buffer, or copy it where it is set"
+        )
 
 
 def _weight(program: Program, placement: _Placement) -> MXWeight:
@@ -195,7 +229,7 @@ def _check_agreement(program: Program, deployed: nn.Module) -> None:
 def _agreement(program: Program, deployed: nn.Module) -> tuple[float, str]:
     """Run both from the state that the module is in; a twin with buffers of its own runs in its place."""
     example = program.example.cloned()
-    twin = copy.deepcopy(deployed, {id(parameter): parameter for parameter in deployed.parameters()})
+    twin = copy_module(deployed, deployed.parameters())
     buffers = dict(twin.named_buffers(remove_duplicate=False))
     for name in mutated_tensors(program.graph):
         if name in buffers:

@@ -5,7 +5,6 @@ dynamic where the model allows it. The user's module is not modified: a copy of 
 traced, in eval mode and without a key/value cache among its outputs.
 """
 
-import copy
 import functools
 import inspect
 import traceback
@@ -17,10 +16,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mxcompile.errors import InputError, TraceError
+from mxcompile.graph.constants import resolve_constants
 from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.program import Program
+from mxcompile.tensor.copying import copy_module
 from mxcompile.tensor.weight import MXWeight
 
 _ADVICE = (
@@ -48,7 +49,7 @@ def trace(
         raise InputError(
             f"this {type(model).__name__} is quantized already: trace the float model that it was made from"
         )
-    inputs = as_inputs(example_inputs)
+    inputs = as_inputs(example_inputs).cloned()
     shadow = _traceable_copy(model, inputs)
     graph_module = _export(shadow, inputs).module()
     program = Program(
@@ -58,6 +59,7 @@ def trace(
         aliases=_aliases(shadow),
         selection=Selection(_patterns(include), _patterns(exclude), allow_partial),
     )
+    resolve_constants(program, shadow)
     _copy_mutated_buffers(program)
     _drop_dead_nodes(program)
     _check_selection(program, shadow)
@@ -84,7 +86,7 @@ def exported_program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedP
 def _traceable_copy(model: nn.Module, inputs: Inputs) -> nn.Module:
     """The module to trace: a copy of the structure on the same tensors, in eval mode, uncompiled, without a cache."""
     _check_signature(model, inputs)
-    shadow = structure_copy(model).eval()
+    shadow = copy_module(model, (*model.parameters(), *model.buffers())).eval()
     shadow._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - set by `model.compile()`
     config = getattr(shadow, "config", None)
     if hasattr(config, "use_cache"):
@@ -94,14 +96,6 @@ def _traceable_copy(model: nn.Module, inputs: Inputs) -> nn.Module:
 
 def _patterns(patterns: Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def structure_copy(model: nn.Module, clone: bool = False) -> nn.Module:
-    """A copy of the module tree (configs and hooks too) on the same tensors; `clone` copies the tensors too."""
-    memo: dict[int, Any] = {}
-    if not clone:
-        memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
 
 
 def _check_signature(model: nn.Module, inputs: Inputs) -> None:
@@ -144,7 +138,7 @@ def _export_once(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProg
 
 def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:
     """Raise InputError if the model fails on the inputs without tracing. It runs with copies of buffers and inputs."""
-    shadow = copy.deepcopy(shadow, {id(parameter): parameter for parameter in shadow.parameters()})
+    shadow = copy_module(shadow, shadow.parameters())
     inputs = inputs.cloned()
     try:
         with torch.no_grad():

@@ -39,7 +39,8 @@ def set_tensors(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Non
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         if isinstance(getattr(owner, leaf), nn.Parameter):
-            parameter = parameters.setdefault(id(value), nn.Parameter(value, requires_grad=False))
+            made = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+            parameter = parameters.setdefault(id(value), made)
             owner.register_parameter(leaf, parameter)
         else:
             setattr(owner, leaf, value)

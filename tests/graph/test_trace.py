@@ -14,7 +14,7 @@ from mxcompile.errors import InputError, TraceError, UnknownNameError
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program, Stage
-from mxcompile.graph.trace import structure_copy, trace
+from mxcompile.graph.trace import trace
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SAME_OPS = 1e-5  # the graph calls the same ops in the same order, but attention may take another kernel
@@ -57,7 +57,7 @@ def test_a_tokenizers_output_is_a_mapping():
     from transformers import BatchEncoding
 
     x = inputs("mlp")["x"]
-    assert trace(build("mlp"), BatchEncoding({"x": x})).example.kwargs == {"x": x}
+    assert torch.equal(trace(build("mlp"), BatchEncoding({"x": x})).example.kwargs["x"], x)
 
 
 def test_forms_with_the_same_keywords_give_the_same_graph():
@@ -199,15 +199,6 @@ def test_parameters_that_nothing_reads_are_let_go():
     program = trace(Spare(), inputs("mlp"))
     assert not program.has_tensor("spare.weight")
     assert sorted(program.parameter_names()) == sorted(name for name, _ in MLP().named_parameters())
-
-
-def test_structure_copy_shares_tensors_and_copies_them_on_request():
-    model = build("mlp")
-    shared, cloned = structure_copy(model), structure_copy(model, clone=True)
-    assert shared.up is not model.up
-    assert shared.up.weight is model.up.weight
-    assert cloned.up.weight.data_ptr() != model.up.weight.data_ptr()
-    assert_same_bits(cloned, snapshot(model))
 
 
 # Names
