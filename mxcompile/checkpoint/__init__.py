@@ -10,10 +10,10 @@ A save replaces a checkpoint atomically (save_transaction.py). A load checks eve
 (hf_registration.py). interop/ reads and writes other projects' formats.
 """
 
-from mxcompile.checkpoint.hf_registration import register
+from mxcompile.checkpoint.hf_registration import mark_quantized, register
 from mxcompile.checkpoint.interop.foreign import is_foreign, read_gguf
 from mxcompile.checkpoint.load import load
 from mxcompile.checkpoint.reader import Checkpoint
-from mxcompile.checkpoint.save import check_destination, mark_quantized, save
+from mxcompile.checkpoint.save import check_destination, save
 
 __all__ = ["Checkpoint", "check_destination", "is_foreign", "load", "mark_quantized", "read_gguf", "register", "save"]

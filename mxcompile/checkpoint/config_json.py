@@ -75,6 +75,11 @@ class CheckpointConfig:
         return text.replace(_BLANK, sha256(text.encode())).encode()
 
 
+def untie(config: Any) -> None:
+    """State in a model's config that its embeddings are not tied."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
 def _ours(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     """The `quantization_config`; raises CheckpointError if mxcompile did not write it or its schema is unknown."""
     ours = content.get(_QUANTIZATION)

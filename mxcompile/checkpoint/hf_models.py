@@ -8,6 +8,7 @@ from typing import Any, cast
 import transformers
 from transformers import PreTrainedModel
 
+from mxcompile.checkpoint.config_json import untie
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError, MXCompileError
@@ -45,7 +46,7 @@ def configuration(model: PreTrainedModel, names: TensorNames) -> dict[str, Any]:
     config.dtype = torch_name(model.dtype)
     tied = cast(dict[str, str], getattr(model, "all_tied_weights_keys", {}))
     if any(len(set(names.sources(pair))) > 1 for pair in tied.items()):
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        untie(config)
     return json.loads(config.to_json_string(use_diff=True))
 
 

@@ -7,7 +7,8 @@ it must not import anything that builds models.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -16,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxcompile.checkpoint.config_json import METHOD
+from mxcompile.checkpoint.hf_methods import dequantize, replace_methods
 from mxcompile.checkpoint.reader import Checkpoint
-from mxcompile.checkpoint.save import mark_quantized
 from mxcompile.checkpoint.stored_tensors import check_fits
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import parse_format
@@ -86,10 +87,19 @@ class MXCompileQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Put the MX weights and non-persistent buffers in place; what transformers has cast on request stays cast."""
-        set_tensors(model, self._moved({name: tensor.device for name, tensor in named_tensors(model).items()}))
+        with _without_offloading(model):
+            set_tensors(model, self._moved({name: tensor.device for name, tensor in named_tensors(model).items()}))
         del self.tensors
-        mark_quantized(model.requires_grad_(False), self.checkpoint.config.provenance)
+        provenance = self.checkpoint.config.provenance
+        if provenance is not None:
+            provenance.write_on(model)
+        replace_methods(model.requires_grad_(False))
         return model
+
+    def attach(self, model: Any) -> None:
+        """Make a model that transformers has not loaded through a quantizer what it makes of one that it has."""
+        model.hf_quantizer, model.is_quantized, model.quantization_method = self, True, METHOD
+        replace_methods(model)
 
     def _moved(self, devices: dict[str, torch.device]) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that transformers has not loaded as they were saved, on the devices it has chosen."""
@@ -102,16 +112,38 @@ class MXCompileQuantizer(HfQuantizer):
                 dtype = self.dtype if is_weight and not as_saved else value.dtype
                 yield name, moved.setdefault(id(value), value.to(devices[name], dtype))
 
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """What `HfQuantizer.dequantize` calls, for whoever asks the quantizer and not the model."""
+        return dequantize(model, dtype)
+
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - theirs is untyped
-        """True: `mark_quantized` replaces the model's `save_pretrained`."""
+        """True: `replace_methods` replaces the model's `save_pretrained`."""
         return True
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] - likewise
-        """False: packed weights have no gradients."""
-        return False
+        """True: adapters are trained, through MX weights that stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
         """True: `torch.compile` supports MX weights."""
         return True
+
+
+@contextmanager
+def _without_offloading(model: Any) -> Generator[None]:
+    """Take back what accelerate keeps in host memory for a GPU, and give it what is there afterwards."""
+    device_map: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    if "cpu" not in device_map.values() or set(device_map.values()) == {"cpu"}:
+        yield
+        return
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    with_buffers = any(getattr(hook, "offload_buffers", False) for hook in hooks)
+    remove_hook_from_submodules(model)
+    yield
+    skipped = model._skip_keys_device_placement
+    dispatch_model(model, device_map, offload_buffers=with_buffers, skip_keys=skipped)

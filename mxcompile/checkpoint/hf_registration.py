@@ -1,4 +1,4 @@
-"""Register the quantizer with transformers: at once if transformers is imported, else when it is.
+"""Register the quantizer with transformers: at once if it is imported, else when it is. Mark quantized models.
 
 Importing transformers takes longer than importing mxcompile, and most uses of mxcompile do not need it. So
 `import mxcompile` installs an import hook on the module that holds transformers' table of quantizers.
@@ -11,7 +11,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from mxcompile.checkpoint.config_json import METHOD
+from mxcompile.checkpoint.provenance import Provenance
+from mxcompile.tensor.modules import is_pretrained
 
 _TABLE = "transformers.quantizers.auto"
 
@@ -22,6 +26,19 @@ def register() -> None:
         _register_in(sys.modules[_TABLE])
     elif not any(isinstance(finder, _RegistrationHook) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegistrationHook())
+
+
+def mark_quantized(model: nn.Module, provenance: Provenance | None) -> None:
+    """Store the provenance on a quantized model; a transformers model is quantized for transformers too.
+
+    It gets the quantizer that a loaded one has, which training loops ask, and our methods (`hf_methods.py`).
+    """
+    if provenance is not None:
+        provenance.write_on(model)
+    if is_pretrained(model):
+        from mxcompile.checkpoint.hf_quantizer import MXCompileConfig, MXCompileQuantizer  # imports transformers
+
+        MXCompileQuantizer(MXCompileConfig()).attach(model)
 
 
 class _RegistrationHook(MetaPathFinder):

@@ -6,9 +6,9 @@ from typing import TypeVar, overload
 
 from torch import Tensor, nn
 
+from mxcompile.checkpoint.hf_registration import mark_quantized
 from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.reader import Checkpoint
-from mxcompile.checkpoint.save import mark_quantized
 from mxcompile.checkpoint.stored_tensors import check_fits
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.modules import named_tensors, set_tensors

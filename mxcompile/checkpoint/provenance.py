@@ -32,3 +32,8 @@ class Provenance:
         """The provenance stored on the module, None if there is none."""
         stored = getattr(module, _ATTRIBUTE, None)
         return stored if isinstance(stored, cls) else None
+
+    @classmethod
+    def remove_from(cls, module: nn.Module) -> None:
+        """Forget what is stored on the module."""
+        vars(module).pop(_ATTRIBUTE, None)

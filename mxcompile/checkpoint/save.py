@@ -1,7 +1,6 @@
-"""Save a quantized module: `mxcompile.save`, and the `save_pretrained` of quantized transformers models."""
+"""Save a quantized module: `mxcompile.save`."""
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,10 +20,9 @@ from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.tensor.modules import is_pretrained
 
 _OWN: Final = "mxcompile"
-_SHARD_SIZE: Final = "5GB"
+SHARD_SIZE: Final = "5GB"
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", re.IGNORECASE)
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_NO_EFFECT: Final = frozenset({"safe_serialization", "save_peft_format", "save_original_format", "token"})
 
 
 def save(
@@ -33,7 +31,7 @@ def save(
     *,
     tokenizer: Any = None,
     processor: Any = None,
-    max_shard_size: int | str = _SHARD_SIZE,
+    max_shard_size: int | str = SHARD_SIZE,
     format: str | None = None,
 ) -> None:
     """Write a quantized model to a folder, from which `load` (and transformers' `from_pretrained`) reads it.
@@ -103,31 +101,6 @@ def _foreign_format(format: str | None, path: Path) -> str | None:
     if format not in (_OWN, *foreign.WRITABLE_FORMATS):
         raise UnknownNameError("checkpoint format", format, (_OWN, *foreign.WRITABLE_FORMATS))
     return None if format == _OWN else format
-
-
-def mark_quantized(model: nn.Module, provenance: Provenance | None) -> None:
-    """Store the provenance on a quantized model, and replace the `save_pretrained` of a transformers model by ours."""
-    if provenance is not None:
-        provenance.write_on(model)
-    if is_pretrained(model):
-        setattr(model, "save_pretrained", partial(save_pretrained, model))  # noqa: B010 - typed as a tensor or module
-
-
-def save_pretrained(
-    model: nn.Module,
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    max_shard_size: int | str = _SHARD_SIZE,
-    **options: Any,
-) -> None:
-    """`save` with the signature of transformers' `save_pretrained`; options that it does not support are refused."""
-    refused = sorted(name for name, value in options.items() if value and name not in _NO_EFFECT)
-    if refused:
-        raise CheckpointError(
-            f"save_pretrained of a model with MX weights does not support {', '.join(refused)}: leave it out"
-        )
-    if is_main_process:
-        save(model, save_directory, max_shard_size=max_shard_size)
 
 
 def _write_auxiliary(module: nn.Module, stage: Path, names: TensorNames, processors: tuple[Any, ...]) -> dict[str, Any]:

@@ -46,6 +46,22 @@ def set_tensors(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Non
             setattr(owner, leaf, value)
 
 
+def float_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """A float tensor for each name of an MX weight; names that share a weight share it where they read it alike.
+
+    An embedding gets the rows that it looks up, any other module the weight of a matmul whose input is not prepared.
+    """
+    made: dict[tuple[int, bool], Tensor] = {}
+    tensors: list[tuple[str, Tensor]] = []
+    for name, value in module.named_parameters(remove_duplicate=False):
+        if isinstance(value, MXWeight):
+            rows = isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Embedding) or not value.is_prepared
+            if (id(value), rows) not in made:
+                made[id(value), rows] = value.dequantize() if rows else value.float_weight()
+            tensors.append((name, made[id(value), rows]))
+    return tensors
+
+
 def is_pretrained(module: nn.Module) -> bool:
     """Whether a module is a Hugging Face `PreTrainedModel`, without importing transformers."""
     models = sys.modules.get("transformers.modeling_utils")

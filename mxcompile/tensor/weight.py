@@ -10,10 +10,8 @@ Supports `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.exp
 to the planar layout; it goes back to row-major where nothing reads planes (another device or dtype, a file).
 """
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -24,34 +22,15 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
 from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
 from mxcompile.kernels.layout.rows_to_planes import convert_to_planes, convert_to_rows, weight_scale_range
+from mxcompile.numerics.hadamard import rotate_input
 from mxcompile.ops import DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
+from mxcompile.tensor.layout import MXLayout
+from mxcompile.tensor.refusals import no_storage, not_defined
+from mxcompile.tensor.unfused import is_traced, unfused_matmuls
+
+__all__ = ["MXLayout", "MXWeight", "unfused_matmuls"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class MXLayout:
-    """How the bytes of an MXWeight are encoded, and how the input of its matmul is prepared.
-
-    format: of the weight. size: number of values along the blocks (the inner dimension).
-    transposed: the contracted dimension is the weight's second to last one; in the packed form it is always the last.
-    activation, rule: format and scale rule of the input, or None if it stays float.
-    multiplier: digest of the values that the input is multiplied by (equal digests, equal values), or None.
-    rotation: block size of the input's rotation (`hadamard.py`), applied after the multiplier, or None.
-    planes: the scaling of the planar layout (`kernels/layout/planes.py`); None for row-major bytes (`packing.py`).
-    """
-
-    format: str
-    size: int
-    transposed: bool = False
-    activation: str | None = None
-    rule: str | None = None
-    multiplier: str | None = None
-    rotation: int | None = None
-    planes: PlanarScaling | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # Dynamo's guards hold a copy, and comparing an object with itself is free
 
 
 class MXWeight(Tensor):
@@ -67,18 +46,47 @@ class MXWeight(Tensor):
     _flat: tuple[list[str], tuple[MXLayout, torch.dtype]]
 
     def __new__(
-        cls, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype, multiplier: Tensor | None = None
+        cls,
+        elements: Tensor,
+        scales: Tensor | None = None,
+        layout: MXLayout | None = None,
+        dtype: torch.dtype | None = None,
+        multiplier: Tensor | None = None,
+        *,
+        requires_grad: bool = False,
     ) -> Self:
-        """Wrap the packed bytes in a tensor without storage of its own."""
+        """Wrap the packed bytes in a tensor without storage of its own.
+
+        `MXWeight(weight, requires_grad=False)` wraps those of another MXWeight: accelerate makes parameters that way.
+        """
+        del scales, multiplier
+        if isinstance(elements, MXWeight):
+            elements, layout, dtype = elements.elements, elements.layout_, elements.dtype
+        if layout is None or dtype is None:
+            raise TypeError("MXWeight(elements, scales, layout, dtype) needs all four")
         shape = [*elements.shape[:-1], layout.size]
         if layout.transposed:
             shape[-2:] = shape[-1], shape[-2]
-        del multiplier
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=elements.device)  # pyright: ignore
+        options: dict[str, Any] = {"dtype": dtype, "device": elements.device, "requires_grad": requires_grad}
+        return Tensor._make_wrapper_subclass(cls, shape, **options)  # pyright: ignore
 
     def __init__(
-        self, elements: Tensor, scales: Tensor, layout: MXLayout, dtype: torch.dtype, multiplier: Tensor | None = None
+        self,
+        elements: Tensor,
+        scales: Tensor | None = None,
+        layout: MXLayout | None = None,
+        dtype: torch.dtype | None = None,
+        multiplier: Tensor | None = None,
+        *,
+        requires_grad: bool = False,
     ) -> None:
+        del requires_grad
+        if isinstance(elements, MXWeight):
+            scales, layout, dtype, multiplier = elements.scales, elements.layout_, elements.dtype, elements.multiplier
+            elements = elements.elements
+        assert scales is not None
+        assert layout is not None
+        assert dtype is not None  # checked by __new__
         self.elements = elements
         self.scales = scales
         self.multiplier = multiplier
@@ -108,13 +116,31 @@ class MXWeight(Tensor):
         values = values.transpose(-1, -2) if spec.transposed else values
         return values if values.shape == self.shape else values.expand(self.shape)
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the input of a matmul is multiplied or rotated."""
+        return self.multiplier is not None or self.layout_.rotation is not None
+
+    def float_weight(self) -> Tensor:
+        """The weight with which an input that is not prepared gives the same matmul, but for the input's rounding.
+
+        In the weight's shape and dtype: `dequantize()`, rotated back and multiplied, in float32.
+        """
+        values = self.dequantize()
+        if not self.is_prepared:
+            return values
+        rows = (values.transpose(-1, -2) if self.layout_.transposed else values).float()
+        rows = rows if self.layout_.rotation is None else rotate_input(rows, self.layout_.rotation)
+        rows = rows if self.multiplier is None else rows * self.multiplier.float()
+        return (rows.transpose(-1, -2) if self.layout_.transposed else rows).to(self.dtype)
+
     def prepare(self, x: Tensor) -> Tensor:
         """The input of a matmul with this weight, transformed and quantized."""
         spec = self.layout_
         x = self.transform(x)
         if spec.activation is None:
             return x
-        if not _is_traced(x):
+        if not is_traced(x):
             rounded = QUANTIZE_DEQUANTIZE(x, spec.activation, spec.rule)
         else:
             elements, scales = QUANTIZE(x, spec.activation, spec.rule)
@@ -189,10 +215,7 @@ class MXWeight(Tensor):
         if func in _LOW_LEVEL:
             return _LOW_LEVEL[func](*args, **options)
         if func not in _COPIES or not isinstance(weight, MXWeight):
-            raise MXCompileError(
-                f"{func} is not defined on an MXWeight, which supports only matmuls (as right operand) and embeddings; "
-                "use weight.dequantize() for the float values"
-            )
+            raise MXCompileError(not_defined(str(func)))
         dtype = options.pop("dtype", None) or weight.dtype
         if func is aten._to_copy.default and not _stays_planar(dtype, options.get("device"), weight):
             weight = weight.to_row_major()
@@ -202,6 +225,14 @@ class MXWeight(Tensor):
             rest = [rest[0].to(dtype)]
             layout = replace(layout, multiplier=f"{layout.multiplier} as {dtype}")
         return MXWeight(elements, scales, layout, dtype, *rest)
+
+
+def _data_ptr(weight: MXWeight) -> int:
+    return weight.elements.data_ptr()  # tells weights apart: accelerate looks for tied ones by it
+
+
+def _without_storage(weight: MXWeight, *_: Any, **__: Any) -> Any:
+    raise MXCompileError(no_storage(weight.shape, weight.layout_.format))
 
 
 def _planes_argument(layout: MXLayout) -> tuple[PlanarScaling, ...]:
@@ -262,29 +293,7 @@ def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tens
 def _uses_fused_kernel(x: Tensor, weight: MXWeight) -> bool:
     """Outside tracing, whose graphs must contain every step, for an input of the weight's dtype without gradients."""
     plain = weight.dim() == 2 and not weight.layout_.transposed and x.dtype == weight.dtype
-    return plain and not _is_traced(x) and not (torch.is_grad_enabled() and x.requires_grad)
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether every step must be an operator of its own: in `torch.compile` and `torch.export` (in Dynamo or, in
-    torch 2.11, in later stages), or under `unfused_matmuls`.
-    """
-    return torch.compiler.is_compiling() or type(x) is not Tensor or _STEP_BY_STEP.get()
-
-
-@contextmanager
-def unfused_matmuls() -> Generator[None]:
-    """Run matmuls with MX weights as the separate operators of a lowered Program, without the fused kernels, which
-    accumulate in another order.
-    """
-    token = _STEP_BY_STEP.set(True)
-    try:
-        yield
-    finally:
-        _STEP_BY_STEP.reset(token)
-
-
-_STEP_BY_STEP: ContextVar[bool] = ContextVar("mxcompile.unfused_matmuls", default=False)
+    return plain and not is_traced(x) and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: MXWeight, *args: Any, **kwargs: Any) -> Tensor:
@@ -343,6 +352,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.mT.__get__: _transpose,  # pyright: ignore[reportAttributeAccessIssue]
     torch.transpose: _transpose,
     Tensor.transpose: _transpose,
+    Tensor.data_ptr: _data_ptr,
+    Tensor.storage: _without_storage,
+    Tensor.numpy: _without_storage,
     torch._grouped_mm: _grouped_mm,  # pyright: ignore[reportPrivateUsage] - what F.grouped_mm calls
 }
 # What F.linear and others become where __torch_function__ is disabled, as in nn.MultiheadAttention.

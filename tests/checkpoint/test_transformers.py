@@ -126,8 +126,11 @@ def test_options_of_save_pretrained(tmp_path):
     model = deployed("llama")
     model.save_pretrained(tmp_path / "no", is_main_process=False)
     assert not (tmp_path / "no").exists()
-    with pytest.raises(CheckpointError, match="does not support push_to_hub, variant: leave it out"):
-        model.save_pretrained(tmp_path, push_to_hub=True, variant="fp8", safe_serialization=True)
+    with pytest.raises(CheckpointError, match="does not support distributed_checkpoint, variant: leave it out"):
+        model.save_pretrained(tmp_path, distributed_checkpoint=True, variant="fp8", safe_serialization=True)
+    with pytest.raises(CheckpointError, match=r"does not push: call model.push_to_hub\(repo_id\)"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(weight_files(tmp_path)) > 3
 

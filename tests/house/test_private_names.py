@@ -41,6 +41,7 @@ OPTIONAL = {
     "_dynamo_source": "of the inputs of a Dynamo graph; without it nothing is lost but static addresses",
     "_param_name_to_source": "of a Dynamo graph module, read by AOTAutograd",
     "_keys_to_ignore_on_load_unexpected": "of a PreTrainedModel",
+    "_skip_keys_device_placement": "of a PreTrainedModel: arguments that accelerate does not move between devices",
     "_compiled_call": "where transformers' generate caches the compiled decode step",
     "_last_compile_config": "where transformers' generate keeps the config of that step",
 }

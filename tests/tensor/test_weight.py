@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -232,3 +233,38 @@ def test_exports(rows, x, multiplier, multiplied):
 def test_refuses_other_arithmetic_by_name(rows, x, operation, words):
     with pytest.raises(MXCompileError, match=words):
         operation(pack(rows), x)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_multiplier", [False, True])
+@pytest.mark.parametrize("rotation", [None, 8])
+def test_the_float_weight_gives_the_same_matmul_without_preparing_its_input(
+    rows, x, multiplier, rotation, with_multiplier, transposed
+):
+    """Both in float32: 40 products of about 1, summed in another order."""
+    packed = pack(rows, transposed=transposed)
+    layout = replace(packed.layout_, rotation=rotation, multiplier="m" if with_multiplier else None)
+    weight = MXWeight(packed.elements, packed.scales, layout, rows.dtype, multiplier if with_multiplier else None)
+    plain = weight.float_weight()
+    assert (type(plain), plain.shape, plain.dtype) == (torch.Tensor, weight.shape, weight.dtype)
+    columns = plain if transposed else plain.T
+    torch.testing.assert_close(x @ (weight if transposed else weight.T), x @ columns, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_made_of_another_as_accelerate_makes_parameters(rows, multiplier):
+    packed = pack(rows)
+    layout = replace(packed.layout_, multiplier="m")
+    weight = MXWeight(packed.elements, packed.scales, layout, rows.dtype, multiplier)
+    again = MXWeight(weight, requires_grad=False)
+    assert all(one is other for one, other in zip(again.parts, weight.parts, strict=True))
+    assert (again.layout_, again.dtype, again.requires_grad) == (weight.layout_, weight.dtype, False)
+    assert weight.data_ptr() == again.data_ptr() != pack(rows).data_ptr()
+
+
+def test_writers_of_float_files_are_told(rows, tmp_path):
+    from safetensors.torch import save_file
+
+    weight = pack(rows)
+    for write in (weight.numpy, lambda: save_file({"w": weight}, tmp_path / "w.safetensors")):
+        with pytest.raises(MXCompileError, match=r"MXWeight \(\[24, 40\], .*save the model with mxcompile.save"):
+            write()

@@ -1,0 +1,25 @@
+"""What an `MXWeight` says when it is taken for a float tensor."""
+
+from collections.abc import Sequence
+
+
+def not_defined(operator: str) -> str:
+    """For an operator of torch, by its name: `aten.add_.Tensor`."""
+    if operator.split(".")[1:2] and operator.split(".")[1].endswith("_"):
+        return (
+            f"{operator} is not defined on an MXWeight and would change it in place, as merging an adapter does: call "
+            "dequantize() of the transformers model first, merge then, and quantize the result again"
+        )
+    return (
+        f"{operator} is not defined on an MXWeight, which supports only matmuls (as right operand) and embeddings; use "
+        "weight.dequantize() for the float values, or dequantize() of a transformers model for a float model"
+    )
+
+
+def no_storage(shape: Sequence[int], fmt: str) -> str:
+    """For numpy, safetensors, and libraries that write weights with them or offload them to disk."""
+    return (
+        f"an MXWeight ({list(shape)}, {fmt}) has no float storage to write to a file or to offload to disk: save the "
+        "model with mxcompile.save or its save_pretrained, a state dict with torch.save; use weight.dequantize() for "
+        "the float values"
+    )

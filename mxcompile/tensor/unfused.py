@@ -1,0 +1,29 @@
+"""Where a matmul with an MX weight must be the separate operators of a lowered Program."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+_STEP_BY_STEP: ContextVar[bool] = ContextVar("mxcompile.unfused_matmuls", default=False)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether every step must be an operator of its own: in `torch.compile` and `torch.export` (in Dynamo or, in
+    torch 2.11, in later stages), or under `unfused_matmuls`.
+    """
+    return torch.compiler.is_compiling() or type(x) is not Tensor or _STEP_BY_STEP.get()
+
+
+@contextmanager
+def unfused_matmuls() -> Generator[None]:
+    """Run matmuls with MX weights as the separate operators of a lowered Program, without the fused kernels, which
+    accumulate in another order.
+    """
+    token = _STEP_BY_STEP.set(True)
+    try:
+        yield
+    finally:
+        _STEP_BY_STEP.reset(token)
