@@ -21,6 +21,7 @@ from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.program import Program
+from mxcompile.graph.traceable_copy import traceable_copy
 from mxcompile.tensor.copying import copy_module
 from mxcompile.tensor.weight import MXWeight
 
@@ -50,7 +51,7 @@ def trace(
             f"this {type(model).__name__} is quantized already: trace the float model that it was made from"
         )
     inputs = as_inputs(example_inputs).cloned()
-    shadow = _traceable_copy(model, inputs)
+    shadow = traceable_copy(model, inputs)
     graph_module = _export(shadow, inputs).module()
     program = Program(
         GraphModule(graph_module, graph_module.graph),
@@ -71,7 +72,7 @@ def exported_program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedP
 
     Raises InputError or TraceError, as `trace` does.
     """
-    shadow = _traceable_copy(model, inputs)
+    shadow = traceable_copy(model, inputs)
     forward = shadow.forward
 
     @functools.wraps(forward)
@@ -83,29 +84,8 @@ def exported_program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedP
     return _export(shadow, inputs)
 
 
-def _traceable_copy(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """The module to trace: a copy of the structure on the same tensors, in eval mode, uncompiled, without a cache."""
-    _check_signature(model, inputs)
-    shadow = copy_module(model, (*model.parameters(), *model.buffers())).eval()
-    shadow._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - set by `model.compile()`
-    config = getattr(shadow, "config", None)
-    if hasattr(config, "use_cache"):
-        config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
-    return shadow
-
-
 def _patterns(patterns: Iterable[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _check_signature(model: nn.Module, inputs: Inputs) -> None:
-    try:
-        inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
-    except TypeError as error:
-        parameters = ", ".join(inspect.signature(model.forward).parameters)
-        raise InputError(
-            f"the example inputs do not fit {type(model).__name__}.forward({parameters}): {error}"
-        ) from error
 
 
 def _export(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:

@@ -1,0 +1,145 @@
+"""What is traced in place of the model: arguments that no signature names are traced, and no configuration asks for a
+cache, while the user's is as it was.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import build, inputs, output
+from torch import Tensor, nn
+
+from mxcompile.errors import InputError, TraceError
+from mxcompile.graph.inputs import Inputs, as_inputs
+from mxcompile.graph.trace import exported_program, trace
+
+# Arguments
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+
+class Keywords(Mixed):
+    def forward(self, x: Tensor, **options: Tensor) -> Tensor:
+        return self.linear(x) + options["offset"]
+
+
+class Positions(Mixed):
+    def forward(self, *values: Tensor) -> Tensor:
+        return self.linear(values[0]) + values[1]
+
+
+class Both(Mixed):
+    def forward(self, x: Tensor, /, *more: dict[str, Tensor], **options: list[Tensor]) -> Tensor:
+        return self.linear(x) + more[0]["a"] + options["x"][0]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self.module(*args, **kwargs)
+
+
+def x(batch: int = 2, length: int = 4) -> Tensor:
+    return torch.randn(batch, length, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "call", "names"),
+    [
+        (Keywords(), lambda *s: {"x": x(*s), "offset": x(*s)}, ["x", "offset"]),
+        (Keywords(), lambda *s: {"offset": x(*s), "x": x(*s)}, ["offset", "x"]),
+        (Keywords(), lambda *s: Inputs((x(*s),), {"offset": x(*s)}), ["x", "offset"]),
+        (Positions(), lambda *s: (x(*s), x(*s)), ["values_0", "values_1"]),
+        (Both(), lambda *s: Inputs((x(*s), {"a": x(*s)}), {"x": [x(*s)]}), ["x_", "more_0_a", "x_0"]),
+        (Wrapper(Wrapper(Keywords())), lambda *s: {"x": x(*s), "offset": x(*s)}, ["x", "offset"]),
+        (nn.DataParallel(Keywords()), lambda *s: {"x": x(*s), "offset": x(*s)}, ["x", "offset"]),
+    ],
+    ids=["keyword", "order", "by position", "positions", "nested", "wrapped", "DataParallel"],
+)
+def test_arguments_that_the_signature_does_not_name(model, call, names):
+    program = trace(model, call())
+    assert [node.name for node in program.graph.find_nodes(op="placeholder")] == names
+    longer = as_inputs(call(3, 7))
+    assert torch.equal(program(*longer.args, **longer.kwargs), model(*longer.args, **longer.kwargs))
+
+
+def test_they_are_exported():
+    program = exported_program(Wrapper(Keywords()), as_inputs({"x": x(), "offset": x()}))
+    assert program.module()(x=x(3, 7), offset=x(3, 7)).shape == (3, 7, 8)
+
+
+def test_a_keyword_that_is_missing_behind_the_wrapper():
+    with pytest.raises(InputError, match=r"Wrapper itself fails on the example inputs .*KeyError: 'offset'"):
+        trace(Wrapper(Keywords()), {"x": x()})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about a name that peft reads
+def test_a_peft_model():
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel(build("llama"), peft.LoraConfig(target_modules=["q_proj"])).eval()
+    program = trace(model, inputs("llama"))
+    longer = inputs("llama", 3, 11)
+    torch.testing.assert_close(output(program(**longer)), output(model(**longer)), rtol=0, atol=1e-5)
+
+
+# Configurations
+
+
+class Cached(nn.Module):
+    """Returns what no graph can, if any of its configurations asks for a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        text = SimpleNamespace(use_cache=True)
+        self.config = SimpleNamespace(
+            use_cache=True, text_config=text, parts={"decoder": SimpleNamespace(use_cache=True)}
+        )
+        self.decoder = nn.Linear(8, 8)
+        self.decoder.config = text
+
+    def configs(self) -> list[SimpleNamespace]:
+        return [self.config, self.config.text_config, self.config.parts["decoder"]]
+
+    def forward(self, x: Tensor, branch: bool = False) -> object:
+        if branch and x.sum() > 0:
+            return x
+        asks = [config.use_cache for config in (*self.configs(), self.decoder.config)]
+        return (self.decoder(x), object()) if any(asks) else self.decoder(x)
+
+
+def test_no_part_of_a_configuration_asks_for_a_cache():
+    model = Cached()
+    assert torch.equal(trace(model, x())(x=(value := x())), model.decoder(value))
+    assert all(config.use_cache for config in model.configs())
+    with pytest.raises(TraceError):
+        trace(model, {"x": x(), "branch": True})
+    assert all(config.use_cache for config in model.configs())
+
+
+@pytest.mark.slow
+def test_a_vision_language_model():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, num_hidden_layers=2, **sizes),
+        text_config=LlamaConfig(vocab_size=128, num_key_value_heads=2, num_hidden_layers=1, **sizes),
+        image_token_index=127,
+        image_token_id=127,
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 126, (2, 12))
+    ids[:, 1:5] = 127
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 16, 16)}
+    program = trace(model, example)
+    torch.testing.assert_close(output(program(**example)), output(model(**example)), rtol=0, atol=1e-5)
+    assert model.config.text_config.use_cache
