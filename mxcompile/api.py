@@ -19,9 +19,18 @@ from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import DEFAULT, QUICK, as_pipeline
 from mxcompile.pipeline.interfaces import Instrument
 from mxcompile.pipeline.pipeline import Pipeline
+from mxcompile.pipeline.unfinished import Unfinished, work_kept
 from mxcompile.tensor.devices import find_device
 
 M = TypeVar("M", bound=nn.Module)
+_QUANTIZED = (
+    "The work of the recipe is not lost: error.unfinished.program is the quantized program. Once the cause is mended, "
+    "mxcompile.deploy(error.unfinished.program, model) makes the module."
+)
+_DEPLOYED = (
+    "The work of the recipe is not lost: error.unfinished.model is the quantized module, not compiled; it runs and can "
+    "be saved (mxcompile.save) as it is."
+)
 
 
 def quantize_and_compile(
@@ -61,7 +70,9 @@ def quantize_and_compile(
     resume: a folder in which slow passes save finished parts, so that an interrupted call can continue.
 
     Returns a module of the same class, in eval mode, with `MXWeight` parameters; nothing is shared with `model`.
-    Raises a subclass of `MXCompileError` that says what to do.
+    Raises a subclass of `MXCompileError` that says what to do. What had been done before it is not lost:
+    `error.unfinished` has the program after the last finished pass and the passes that are left, or, if deploying or
+    compiling failed, the quantized program or module. A KeyboardInterrupt has it too.
     """
     pipeline = as_pipeline(_default_recipe(calibration) if recipe is None else recipe)
     pipeline = pipeline.with_overrides(overrides) if overrides else pipeline
@@ -70,10 +81,12 @@ def quantize_and_compile(
         watchers.append(Measure(probe))
     program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
     program = pipeline.run(program, calibration, watchers, resume=resume)
-    deployed = deploy(program, model)
-    compiled = compile_module(deployed) if compile else deployed
-    if dump is not None:
-        write_kernels(dump, explain_quantized(compiled, next(deployed.parameters()).device))
+    with work_kept(lambda: Unfinished(lambda: program), lambda: _QUANTIZED):
+        deployed = deploy(program, model)
+    with work_kept(lambda: Unfinished(lambda: program, model=deployed), lambda: _DEPLOYED):
+        compiled = compile_module(deployed) if compile else deployed
+        if dump is not None:
+            write_kernels(dump, explain_quantized(compiled, next(deployed.parameters()).device))
     return compiled
 
 

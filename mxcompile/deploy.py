@@ -22,7 +22,7 @@ from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.checkpoint import mark_quantized
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import DeployError
-from mxcompile.graph.agreement import agreement_db, output_tensors
+from mxcompile.graph.agreement import agreement_db, compared_outputs
 from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.edit import BLOCK_AXIS
 from mxcompile.graph.program import Program, Stage, where
@@ -234,7 +234,7 @@ def _agreement(program: Program, deployed: nn.Module) -> tuple[float, str]:
     for name in mutated_tensors(program.graph):
         if name in buffers:
             program.set_tensor(name, buffers[name].detach().clone())
-    expected = output_tensors(program(*example.args, **example.kwargs))
+    expected = compared_outputs(program(*example.args, **example.kwargs))
     with torch.no_grad(), unfused_matmuls():
-        actual = output_tensors(twin(*example.args, **example.kwargs))
+        actual = compared_outputs(twin(*example.args, **example.kwargs))
     return agreement_db(expected, actual)

@@ -6,12 +6,24 @@ request cannot be handled" from a bug.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 _LISTED = 12
 
 
 class MXCompileError(Exception):
-    """A request that cannot be carried out; the message says why and what to do."""
+    """A request that cannot be carried out; the message says why and what to do.
+
+    unfinished: what had been done when a run failed (`pipeline.unfinished.Unfinished`), None if that was nothing. A
+    KeyboardInterrupt or any other exception that ends a run has it too.
+    """
+
+    unfinished: Any = None
+
+    @property
+    def program(self) -> Any:
+        """The Program after the last finished pass of a failed run; None if no pass had finished."""
+        return None if self.unfinished is None else self.unfinished.program
 
 
 class UnknownNameError(MXCompileError, ValueError):

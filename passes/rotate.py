@@ -19,11 +19,11 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.factor_search import Operand, output_error
 from mxcompile.calibration.group_facts import subsample_tokens
-from mxcompile.calibration.observers import ChannelImportance, Observer, RotatedObserver, TokenSample
+from mxcompile.calibration.observers import ChannelImportance, Observer, RotatedObserver, TokenSample, values_of
 from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.run import NO_TOKENS
 from mxcompile.calibration.sweep import Sweep
-from mxcompile.errors import NoDataError, PipelineError
+from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.dataflow import effective_readers
 from mxcompile.graph.program import Program, where
@@ -128,7 +128,4 @@ class _ValueObservers:
     @property
     def seen_nothing(self) -> bool:
         """True if no token has reached the value."""
-        try:
-            return not self.sample.value.numel()
-        except NoDataError:
-            return True
+        return not values_of(self.all)

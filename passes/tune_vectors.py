@@ -35,6 +35,8 @@ class TuneVectors(Pass):
     rate: Adam's learning rate in units of each vector's mean magnitude, decaying to zero along a cosine.
     An eighth of the batches, at least one, is held out: of four snapshots during training, the pass takes the one with
     the least loss on them, or none if that is no gain.
+    Outputs that say nothing about predictions are left out, and reported: losses, integers, tokens that the model
+    selects. Without any other output, the vectors stay unchanged.
     """
 
     activation: MXFormat | None = None
@@ -54,17 +56,21 @@ class TuneVectors(Pass):
         if not vectors or not matmuls or self.steps < 1:
             return PassResult(0)
         if len(program.batches) < 2:
-            return _unchanged(names, "training needs a held-out batch: give two or more calibration batches")
+            return _unchanged(names, "training needs a held-out batch: give two or more calibration batches", [])
         prepare = partial(straight_through, partial(round_input, self.activation))
         student = AlteredRun(program, dict.fromkeys(matmuls, prepare))
-        best, losses = self._trained(Distillation(program, student, program.origin), vectors, program.batches)
+        distillation = Distillation(program, student, program.origin)
+        best, losses = self._trained(distillation, vectors, program.batches)
+        left_out = [Miss(f"output {name}", f"not compared: {why}") for name, why in distillation.left_out.items()]
+        if math.isnan(losses["loss_before"]):
+            return _unchanged(names, "no output can be compared with the float model's", left_out)
         numbers = {"all vectors": losses}
         if best is None:
             change = f"({losses['loss_before']:.4g} to {losses['loss_after']:.4g})"
-            return _unchanged(names, f"training did not lower the loss {change}", numbers)
+            return _unchanged(names, f"training did not lower the loss {change}", left_out, numbers)
         for name, vector in best.items():
             program.set_tensor(name, vector)
-        return PassResult(len(names), numbers=numbers)
+        return PassResult(len(names), tuple(left_out), numbers)
 
     def _trained(
         self, distillation: Distillation, vectors: dict[str, Tensor], batches: Sequence[Inputs]
@@ -72,6 +78,8 @@ class TuneVectors(Pass):
         """The best snapshot on the held-out batches, None if the untrained vectors are better; and the losses there."""
         count = len(batches) - max(1, len(batches) // 8)
         before = distillation.mean_loss(vectors, batches[count:])
+        if math.isnan(before):
+            return None, {"loss_before": before, "loss_after": before}
         best, least = None, math.inf
         steps = min(self.steps, _LARGEST_EPOCHS * count)
         for trained in distillation.train(vectors, batches[:count], steps, self.rate, min(_SNAPSHOTS, steps)):
@@ -81,5 +89,7 @@ class TuneVectors(Pass):
         return best if least < before else None, {"loss_before": before, "loss_after": least}
 
 
-def _unchanged(names: list[str], reason: str, numbers: dict[str, dict[str, float]] | None = None) -> PassResult:
-    return PassResult(0, (Miss(f"{len(names)} vectors", f"{reason}: they stay unchanged"),), numbers or {})
+def _unchanged(
+    names: list[str], reason: str, left_out: list[Miss], numbers: dict[str, dict[str, float]] | None = None
+) -> PassResult:
+    return PassResult(0, (Miss(f"{len(names)} vectors", f"{reason}: they stay unchanged"), *left_out), numbers or {})

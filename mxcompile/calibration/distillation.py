@@ -1,40 +1,56 @@
 """Knowledge distillation: train some tensors of a Program towards the outputs of another Program."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import find_matmuls
+from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.run import Runner, bind_inputs
+from mxcompile.graph.agreement import output_leaves
 from mxcompile.graph.dataflow import compute_nodes
-from mxcompile.graph.inputs import Inputs, named_leaves
+from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 
 _ROWS, _SMALLEST_UNIT = 1024, 1e-3
 
 
 class Distillation:
-    """student: runs `program`, whose tensors are trained. exact: the teacher, run unchanged."""
+    """student: runs `program`, whose tensors are trained. exact: the teacher, run unchanged.
+
+    outputs: names of the outputs that are compared: logits of the output head, else all float tensors. left_out: why
+    others are not, by name; batches add to it.
+    """
 
     def __init__(self, program: Program, student: AlteredRun, exact: Program) -> None:
         self._program, self._student, self._exact = program, student, exact
         matmuls = [matmul for matmul in find_matmuls(exact)[0] if matmul.parameter in exact.output_heads]
-        self._heads = {int(matmul.node.meta["val"].shape[-1]) for matmul in matmuls}
+        self._heads = {matmul.node.meta["val"].shape[-1] for matmul in matmuls}
+        self.left_out: dict[str, str] = {}
+        self.outputs = self._comparable()
 
-    def loss(self, batch: Inputs) -> Tensor:
-        """Mean KL(exact || student) for logits; relative squared error for other outputs. Summed over the outputs."""
-        expected = self._outputs(self._exact, Runner(self._exact), batch)
-        actual = self._outputs(self._program, self._student, batch)
-        return torch.stack([self._distance(value, actual[name]) for name, value in expected.items()]).sum()
+    def loss(self, batch: Inputs) -> Tensor | None:
+        """Mean KL(exact || student) for logits; relative squared error for other outputs. Summed over the outputs.
+
+        None if no output of this batch can be compared (all zeros, NaN, or other tokens than the teacher's).
+        """
+        expected = self._values(self._exact, Runner(self._exact), batch)
+        actual = self._values(self._program, self._student, batch)
+        distances = [self._distance(name, value, actual[name]) for name, value in expected.items()]
+        known = [distance for distance in distances if distance is not None]
+        return torch.stack(known).sum() if known else None
 
     def mean_loss(self, tensors: Mapping[str, Tensor], batches: Sequence[Inputs]) -> float:
-        """Mean loss over batches with some tensors replaced by `tensors`."""
+        """Mean loss over batches with some tensors replaced by `tensors`; NaN if no batch can be compared."""
         self._student.tensors, self._student.gradients = dict(tensors), False
-        return sum(self.loss(batch).item() for batch in batches) / len(batches)
+        losses = [loss.item() for batch in batches if (loss := self.loss(batch)) is not None]
+        return sum(losses) / len(losses) if losses else math.nan
 
     def train(
         self, tensors: Mapping[str, Tensor], batches: Iterable[Inputs], steps: int, rate: float, snapshots: int
@@ -53,32 +69,84 @@ class Distillation:
 
         snapshot_steps = {steps * (index + 1) // snapshots for index in range(snapshots)}
         for step, batch in enumerate(self._program.track(list(islice(cycle(batches), steps))), 1):
-            self._student.tensors, self._student.gradients = moved(), True
-            optimizer.zero_grad()
-            self.loss(batch).backward()  # pyright: ignore[reportUnknownMemberType]
-            optimizer.step()
+            with torch.enable_grad():
+                self._student.tensors, self._student.gradients = moved(), True
+                loss = self.loss(batch)
+                optimizer.zero_grad()
+                if loss is not None and loss.requires_grad:
+                    if not torch.isfinite(loss):
+                        return  # diverged: what was yielded before is all that training gives
+                    loss.backward()  # pyright: ignore[reportUnknownMemberType]
+                optimizer.step()
             schedule.step()
             if step in snapshot_steps:
                 yield {name: tensor.detach() for name, tensor in moved().items()}
 
-    def _outputs(self, program: Program, runner: Runner, batch: Inputs) -> dict[str, Tensor]:
-        """Logits by output name; all float outputs if the program has no output head."""
-        output = program.graph.output_node()
-        leaves = {name: leaf for name, leaf in named_leaves(output.args) if isinstance(leaf, Node)}
-        floats = {
-            n: v for n, v in leaves.items() if isinstance(v.meta["val"], Tensor) and v.meta["val"].is_floating_point()
-        }
-        heads = {n: v for n, v in floats.items() if v.meta["val"].shape[-1] in self._heads}
-        outputs = heads or floats
-        nodes = compute_nodes(program.graph.nodes)
-        values = runner.run_nodes(nodes, bind_inputs(program, batch), None, outputs.values())
+    def _comparable(self) -> tuple[str, ...]:
+        """Names of the outputs that say what the model predicts; the reasons against the others go to `left_out`."""
+        selected = values_with_selected_rows(self._exact)
+        floats: dict[str, Node] = {}
+        for name, node in _outputs(self._exact).items():
+            reason = _why_not_compared(node, selected)
+            if reason is None:
+                floats[name] = node
+            else:
+                self.left_out[name] = reason
+        heads = tuple(name for name, node in floats.items() if self._is_logits(node.meta["val"].shape))
+        return heads or tuple(floats)
+
+    def _is_logits(self, shape: Sequence[int | SymInt]) -> bool:
+        return isinstance(shape[-1], int) and any(shape[-1] == size for size in self._heads)
+
+    def _values(self, program: Program, runner: Runner, batch: Inputs) -> dict[str, Tensor]:
+        """The compared outputs by name."""
+        every = _outputs(program)
+        outputs = {name: every[name] for name in self.outputs}
+        bound = {node: _for_autograd(value) for node, value in bind_inputs(program, batch).items()}
+        values = runner.run_nodes(compute_nodes(program.graph.nodes), bound, None, outputs.values())
         return {name: values[node] for name, node in outputs.items()}
 
-    def _distance(self, expected: Tensor, actual: Tensor) -> Tensor:
-        if expected.shape[-1] not in self._heads:
-            return (actual - expected).square().sum() / expected.square().sum()
-        rows = zip(expected.flatten(0, -2).split(_ROWS), actual.flatten(0, -2).split(_ROWS), strict=True)
-        return torch.stack([_kl_divergence(*pair) for pair in rows]).sum() / expected[..., 0].numel()
+    def _distance(self, name: str, expected: Tensor, actual: Tensor) -> Tensor | None:
+        if expected.shape != actual.shape:
+            return self._leave_out(name, f"{list(expected.shape)} in the float model, {list(actual.shape)} rounded")
+        if expected.isnan().any():
+            return self._leave_out(name, "NaN in the float model")
+        if self._is_logits(expected.shape):
+            rows = zip(expected.flatten(0, -2).split(_ROWS), actual.flatten(0, -2).split(_ROWS), strict=True)
+            return torch.stack([_kl_divergence(*pair) for pair in rows]).sum() / max(1, expected[..., 0].numel())
+        finite = expected.isfinite()
+        energy = torch.where(finite, expected, 0.0).float().square().sum()
+        if not energy:
+            return self._leave_out(name, "zeros only in the float model")
+        return torch.where(finite, actual - expected, 0.0).float().square().sum() / energy
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.left_out.setdefault(name, f"{reason}, for one batch or more")
+
+
+def _outputs(program: Program) -> dict[str, Node]:
+    """The nodes that a graph returns, by their paths in the model's output (`logits`, `hidden_states.1`)."""
+    leaves = cast(Sequence[Any], program.graph.output_node().args[0])
+    nodes = [leaf for leaf in leaves if isinstance(leaf, Node)]
+    values = tuple(leaf.meta.get("val") if isinstance(leaf, Node) else leaf for leaf in leaves)
+    paths = {id(leaf): path for path, leaf in output_leaves(program.graph.process_outputs(values))}
+    return {paths.get(id(node.meta["val"])) or str(index): node for index, node in enumerate(nodes)}
+
+
+def _why_not_compared(node: Node, selected: Container[Node]) -> str | None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return "not a float tensor"
+    if value.dim() == 0:
+        return "one number, such as a loss"
+    if node.op != "call_function":
+        return "not computed"
+    return "the model selects its rows, which may be others in the quantized model" if node in selected else None
+
+
+def _for_autograd(value: Any) -> Any:
+    """A copy of a tensor that was made in inference mode, which autograd cannot save."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def straight_through(prepare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -89,4 +157,4 @@ def straight_through(prepare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
     """KL(expected || actual) in nats, summed over rows of logits `[tokens, vocabulary]`."""
     log_p, log_q = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum()
+    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum()

@@ -4,8 +4,7 @@ A fold preserves the function, and the values that it divides are never carried 
 does not change the inputs of later segments, and one run over the data is enough.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,11 +17,10 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.factor_search import FactorSearchResult, Objective, output_error, search_factors
 from mxcompile.calibration.group_facts import GroupFacts, first_batches
-from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
+from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample, values_of
 from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.run import NO_TOKENS
 from mxcompile.calibration.sweep import Sweep
-from mxcompile.errors import NoDataError
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold, Miss
 
@@ -75,7 +73,9 @@ class FoldSearch:
             observers = {value: self._observers() for value in segment.inputs}
             sweep.advance(segment, observers)
             passed.update(segment.inputs)
-            statistics |= _values(observers)
+            for node, kinds in observers.items():
+                if values := values_of(kinds):
+                    statistics[node] = dict(zip(map(type, kinds), values, strict=True))
             for matmul in segment.matmuls:
                 if matmul.activation in statistics:
                     program.importance[matmul.parameter] = statistics[matmul.activation][ChannelImportance]
@@ -112,15 +112,6 @@ class FoldSearch:
                 reason = _NOT_COMPARABLE if enclosed else _NOT_IN_ONE_SEGMENT
                 result.misses.append(Miss(str(group), reason))
         result.add(program, group, search_factors(rounded, error, group.count))
-
-
-def _values(observers: Mapping[Node, Sequence[Observer]]) -> dict[Node, dict[type[Observer], Tensor]]:
-    """What the observers of each node have seen; without the nodes that no token has reached."""
-    statistics: dict[Node, dict[type[Observer], Tensor]] = {}
-    for node, kinds in observers.items():
-        with suppress(NoDataError):
-            statistics[node] = {type(observer): observer.value for observer in kinds}
-    return statistics
 
 
 @dataclass(frozen=True)

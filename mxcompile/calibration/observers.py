@@ -4,6 +4,8 @@ An observer holds plain tensors. `merge` adds the batches of another observer of
 be split over devices or processes and the statistics combined afterwards.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -182,3 +184,10 @@ class TokenSample:
         order[norms.argsort(descending=True)[: self.LARGEST]] = -1.0
         kept = order.argsort(stable=True)[: self.SIZE]
         self._rows, self._keys = rows[kept.to(rows.device)], keys[kept]
+
+
+def values_of(observers: Sequence[Observer]) -> list[Tensor]:
+    """The values of observers of one value of the graph; empty if no token has reached it."""
+    with suppress(NoDataError):
+        return [observer.value for observer in observers]
+    return []

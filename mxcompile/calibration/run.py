@@ -90,9 +90,11 @@ class Runner(Interpreter):
         return results
 
     def parameter(self, node: Node) -> Tensor:
-        """The tensor that a `get_attr` node reads."""
+        """The tensor that a `get_attr` node reads; a copy if autograd cannot save it (made in inference mode)."""
         value = self.fetch_attr(str(node.target))
-        return value.detach() if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return value.clone() if self.gradients and value.is_inference() else value.detach()
 
 
 def feed_observers(observers: Observers) -> Callable[[Node, Any], None]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.segments import Segment
+from mxcompile.calibration.not_finite import check_statistics
+from mxcompile.calibration.observers import values_of
 from mxcompile.calibration.run import NodeValues, Observers, Runner, bind_inputs, copied_if_mutated, feed_observers
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
@@ -23,15 +25,20 @@ class Sweep:
     """
 
     def __init__(self, program: Program, batches: Iterable[Inputs], runner: Runner | None = None) -> None:
-        self.runner = runner or Runner(program)
+        self.runner, batches = runner or Runner(program), tuple(batches)
         self.states: list[NodeValues] = [bind_inputs(program, batch) for batch in batches]
+        self._program, self._batches = program, batches
         self._passed: set[Node] = set()
 
     def observe(self, segment: Segment, observers: Observers) -> None:
-        """Feed values of a segment to observers without advancing; computes only the nodes that this needs."""
+        """Feed values of a segment to observers without advancing; computes only the nodes that this needs.
+
+        Raises InputError, as `advance` does, if a batch makes a statistic NaN or Inf.
+        """
         nodes = _up_to(self._ahead(segment), observers)
         for state in self.states:
             self._run(nodes, copied_if_mutated(state, nodes), observers, ())
+        self._check(observers)
 
     def values(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[NodeValues]:
         """Yield, for each batch, values of a segment or carried into it, without advancing."""
@@ -53,8 +60,16 @@ class Sweep:
                 self._move(nodes, {}, first)
 
     def advance(self, segment: Segment, observers: Observers | None = None) -> None:
-        """Run all batches through a segment, and feed its values and those carried into it to observers."""
+        """Run all batches through a segment, and feed its values and those carried into it to observers.
+
+        Raises InputError, which names the batch, if the value of an observer is not finite.
+        """
         self._move(self._ahead(segment), observers or {})
+        self._check(observers or {})
+
+    def _check(self, observers: Observers) -> None:
+        for node, kinds in observers.items():
+            check_statistics(self._program, self._batches, node, values_of(kinds))
 
     def _move(self, nodes: Sequence[Node], observers: Observers, first: NodeValues | None = None) -> None:
         """Run all batches through some nodes; first: the first batch's state after them, if already computed."""

@@ -11,6 +11,7 @@ from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.analysis.segments import Segment, find_segments
 from mxcompile.calibration.altered_run import AlteredRun, Prepare
+from mxcompile.calibration.not_finite import check_statistics
 from mxcompile.calibration.run import NodeValues
 from mxcompile.calibration.second_moments import SecondMoments, expert_offsets, expert_rows, residual_operand
 from mxcompile.calibration.sweep import Sweep
@@ -56,11 +57,19 @@ class TwinRun:
         (experts, `row_order.py`), which may be other tokens in the two models. residual: also the error of what is
         added to the matmuls' outputs.
         Advances the batches to the node that computes the value if its state is small enough to keep, so the weights of
-        all matmuls before it must be final.
+        all matmuls before it must be final. Raises InputError, which names the batch, if the value is not finite.
         """
-        first, shape = readers[0], readers[0].root.meta["val"].shape
+        first = readers[0]
         exact_node = first.node if _smaller_by_output(readers) else first.activation
         self._approach(segment, first.activation, exact_node)
+        moments = self._gathered(segment, readers, exact_node, residual)
+        check_statistics(self._program, self._program.batches, first.activation, [each.inputs for each in moments])
+        return moments
+
+    def _gathered(
+        self, segment: Segment, readers: Sequence[Matmul], exact_node: Node, residual: bool
+    ) -> list[SecondMoments]:
+        first, shape = readers[0], readers[0].root.meta["val"].shape
         if len(shape) == 3:
             return self._expert_moments(segment, first, int(shape[0]))
         if self._exact is None or first.activation in self._selected:

@@ -74,12 +74,12 @@ def evaluate(model: nn.Module, windows: Tensor | Iterable[Tensor], reference: nn
     with torch.no_grad(), ExitStack() as modes:
         for each in models:
             modes.enter_context(_eval_mode(each))
-        for window in windows.split(1) if isinstance(windows, Tensor) else windows:
+        for index, window in enumerate(windows.split(1) if isinstance(windows, Tensor) else windows):
             if window.dim() != 2:
                 raise InputError(f"a window is [batch, length], not {list(window.shape)}")
             if window.shape[1] < 2:
                 continue
-            scores = _scores(models, window)
+            scores = _scores(models, window, index)
             sums = [total + score for total, score in zip(sums, scores, strict=True)]
             tokens += window[:, 1:].numel()
     if tokens == 0:
@@ -112,7 +112,7 @@ def check_causal(model: nn.Module, window: Tensor) -> None:
         )
 
 
-def _scores(models: list[nn.Module], window: Tensor) -> list[float]:
+def _scores(models: list[nn.Module], window: Tensor, index: int) -> list[float]:
     """Sums over the predicted tokens of a window: nll, KL, top-1 agreement, nll of the reference."""
     targets = window[:, 1:].flatten()
     logits, *others = [_logits(model, window) for model in models]
@@ -122,19 +122,22 @@ def _scores(models: list[nn.Module], window: Tensor) -> list[float]:
             raise InputError(f"the models cannot be compared: their vocabularies have {sizes} tokens")
     sums = [0.0] * 4
     for rows in torch.arange(len(targets)).split(_ROWS):
-        sums[0] += _nll(models[0], logits[rows], targets[rows])
+        sums[0] += _nll(models[0], logits[rows], targets[rows], index)
         for other in others:
             reference = other[rows].to(logits.device)
             sums[1] += kl_divergence(reference, logits[rows]) * len(rows)
             sums[2] += top1_agreement(reference, logits[rows]) * len(rows)
-            sums[3] += _nll(models[1], reference, targets[rows])
+            sums[3] += _nll(models[1], reference, targets[rows], index)
     return sums
 
 
-def _nll(model: nn.Module, logits: Tensor, targets: Tensor) -> float:
+def _nll(model: nn.Module, logits: Tensor, targets: Tensor, window: int) -> float:
     nll = negative_log_likelihood(logits, targets)
     if math.isnan(nll):
-        raise InputError(f"{type(model).__name__} returns NaN or infinite logits, which cannot be scored")
+        raise InputError(
+            f"{type(model).__name__} returns NaN or infinite logits for windows[{window}], which cannot be scored: "
+            "leave it out, or evaluate the model that this one was made from"
+        )
     return nll
 
 

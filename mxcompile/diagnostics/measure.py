@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.layers import InputRounding, Layer, find_layers
 from mxcompile.analysis.row_order import values_with_selected_rows
+from mxcompile.calibration.not_finite import check_inputs
 from mxcompile.calibration.run import Runner, run_outputs
 from mxcompile.graph.agreement import agreement_db, output_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs
@@ -72,8 +73,9 @@ class Measure(Instrument):
         self._histograms: dict[str, LayerHistograms] = {}
 
     def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
-        """Run the probe through the float model."""
+        """Run the probe through the float model; raises InputError if NaN among its inputs reaches a layer."""
         self._lossless = True
+        check_inputs(program, [self._probe(program)], "the probe")
         self._float = self._capture(program.copy())
         self._histograms = _all_histograms(self._float)
 

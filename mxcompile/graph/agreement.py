@@ -1,22 +1,51 @@
 """Agreement of the outputs of two models, in dB of SQNR."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxcompile.graph.inputs import named_leaves
+from mxcompile.graph.inputs import map_leaves, named_leaves
 from mxcompile.numerics.metrics import sqnr_db
 
 
 def output_tensors(output: Any) -> dict[str, Tensor]:
     """Float tensors of a model's output by their path in it."""
-    return {path: leaf for path, leaf in named_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    return {path: leaf for path, leaf in _tensors(output).items() if leaf.is_floating_point()}
+
+
+def compared_outputs(output: Any) -> dict[str, Tensor]:
+    """The tensors that say whether two models agree: the float ones, or all where none is (token ids, masks).
+
+    Integers beside floats say nothing more: an index of the largest of two nearly equal floats may change.
+    """
+    return output_tensors(output) or _tensors(output)
+
+
+def output_leaves(output: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of a model's output by their path in it, those of dataclasses too."""
+    return named_leaves(map_leaves(_as_mapping, output))
+
+
+def _tensors(output: Any) -> dict[str, Tensor]:
+    return {path: leaf for path, leaf in output_leaves(output) if isinstance(leaf, Tensor)}
+
+
+def _as_mapping(leaf: Any) -> Any:
+    """The fields of a dataclass by name, nested ones too; anything else as it is."""
+    if not is_dataclass(leaf) or isinstance(leaf, type):
+        return leaf
+    return {field.name: map_leaves(_as_mapping, getattr(leaf, field.name)) for field in fields(leaf)}
 
 
 def agreement_db(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> tuple[float, str]:
-    """(lowest SQNR over the outputs, the name of that output); -inf if one is missing or differs in shape or NaNs."""
+    """(lowest SQNR over the outputs, the name of that output); -inf if one is missing or differs in shape or NaNs.
+
+    Integers agree if they are equal.
+    """
     each = ((_agreement(value, actual.get(name)), name) for name, value in expected.items())
     worst = min(each, default=(math.inf, ""))
     return worst[0], worst[1] or "0"
@@ -25,6 +54,8 @@ def agreement_db(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> tupl
 def _agreement(value: Tensor, other: Tensor | None) -> float:
     if other is None or value.shape != other.shape:
         return -math.inf
+    if not value.is_floating_point():
+        return math.inf if torch.equal(value, other.to(value.device)) else -math.inf
     if torch.isfinite(value).all() and torch.isfinite(other).all():
         return sqnr_db(value, other)
     finite = torch.isfinite(value)

@@ -4,8 +4,9 @@ It holds a graph module, the example inputs, gathered statistics and the ledger.
 user's tensors, shared and never written to: a pass replaces a tensor with `set_tensor`.
 """
 
+import copy
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -140,16 +141,19 @@ class Program:
             aliases=self.aliases,
             selection=self.selection,
         )
-        other.stage = self.stage
-        other.ledger = list(self.ledger)
-        other.rounded = dict(self.rounded)
         other.batches = self.batches
-        other.statistics = dict(self.statistics)
-        other.importance = dict(self.importance)
-        other.formats = dict(self.formats)
-        other.origin = self.origin
-        other.outputs = self.outputs
+        other.set_state(self.state())
         return other
+
+    def state(self) -> dict[str, Any]:
+        """Everything except the graph, its tensors, and what a running pipeline sets; later changes do not show."""
+        kept = ("stage", "ledger", "rounded", "statistics", "importance", "formats", "origin", "outputs")
+        return {name: copy.copy(getattr(self, name)) if name != "origin" else self.origin for name in kept}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` returned."""
+        for name, value in state.items():
+            setattr(self, name, value if name == "origin" else copy.copy(value))
 
     def track(self, items: Sequence[T]) -> Iterator[T]:
         """Iterate over the items of a pass's work (segments, batches, matmuls), and report the progress."""

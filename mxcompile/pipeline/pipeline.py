@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from mxcompile.calibration.not_finite import check_inputs, check_requests
 from mxcompile.calibration.run import gather_statistics
 from mxcompile.errors import PipelineError, PreservationError
 from mxcompile.formats import MXFormat
@@ -18,6 +20,7 @@ from mxcompile.pipeline import text_form
 from mxcompile.pipeline.interfaces import Instrument, Pass, PipelineStep
 from mxcompile.pipeline.preservation import check_preserved, record_outputs
 from mxcompile.pipeline.resume import ResumeFolder
+from mxcompile.pipeline.unfinished import History, Unfinished, how_to_go_on, work_kept
 
 _OVERRIDES = "overrides"
 
@@ -89,23 +92,44 @@ class Pipeline:
         calibration: a batch or an iterable of batches, in the forms that `trace` accepts; None: the example inputs.
         resume: a folder in which slow passes (gptq) save finished segments; the same run, started again, continues
             from there.
+
+        Raises InputError, which names the batch, if NaN in calibration data, or NaN or Inf computed from them, reaches
+        a statistic.
+        An error, or a KeyboardInterrupt, after the first finished pass has `unfinished`: the program after the last
+        finished pass and the passes that are left (`unfinished.py`).
         """
         if self.passes and program.stage not in self.passes[0].accepts:
             raise PipelineError(_wrong_stage(self.passes[0], program.stage, "the passes that ran before"))
         source, program = program, program.copy()
         program.origin = source.origin or source
         program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))
+        check_inputs(program, program.batches)
         program.resume = folder = None if resume is None else ResumeFolder(resume, str(self), program)
-        for instrument in instruments:
-            instrument.start(program, self.passes)
-        for index, current in enumerate(self.passes, start=1):
-            if folder is not None:
-                folder.current_pass = f"{index:02}-{current.name}"
-            _run_one(PipelineStep(index, current, self.passes), program, instruments)
-        program.batches, program.report, program.resume = (program.example,), None, None
-        for instrument in instruments:
-            instrument.finish(program)
+        history = History(program)
+        with self._work_kept(history, resume):
+            for instrument in instruments:
+                instrument.start(program, self.passes)
+            for index, current in enumerate(self.passes, start=1):
+                if folder is not None:
+                    folder.current_pass = f"{index:02}-{current.name}"
+                step = PipelineStep(index, current, self.passes)
+                record, result = _run_one(step, program, instruments)
+                history.add(current.name, program, result)
+                for instrument in instruments:
+                    instrument.after(program, step, record)
+            program.batches, program.report, program.resume = (program.example,), None, None
+            for instrument in instruments:
+                instrument.finish(program)
         return program
+
+    def _work_kept(self, history: History, resume: str | Path | None) -> AbstractContextManager[None]:
+        def unfinished() -> Unfinished | None:
+            return Unfinished(history.rebuild, self.passes[len(history.finished) :]) if history.finished else None
+
+        def note() -> str:
+            return how_to_go_on(history.finished, self.passes[len(history.finished) :], resume)
+
+        return work_kept(unfinished, note)
 
 
 def _wrong_stage(current: Pass, stage: Stage, origin: str) -> str:
@@ -118,7 +142,7 @@ def _wrong_stage(current: Pass, stage: Stage, origin: str) -> str:
     return f"{current.name} cannot run after {origin}: {reason}. Move {current.name} before {origin}."
 
 
-def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrument]) -> None:
+def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrument]) -> tuple[PassRecord, PassResult]:
     current = step.current
     for instrument in instruments:
         instrument.before(program, step)
@@ -126,7 +150,9 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
     started = time.perf_counter()
     try:
         with program.state_kept():
-            gather_statistics(program, current.requests(program))
+            requests = current.requests(program)
+            gather_statistics(program, requests)
+            check_requests(program, requests)
             if current.preserves_function:
                 result, preserved = _preserving(current, program)
             else:
@@ -159,8 +185,7 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
         measured[-1] if measured else None,
     )
     program.ledger.append(record)
-    for instrument in instruments:
-        instrument.after(program, step, record)
+    return record, result
 
 
 def _report(instruments: Sequence[Instrument], program: Program, step: PipelineStep, done: int, total: int) -> None:
@@ -178,6 +203,7 @@ def _preserving(current: Pass, program: Program) -> tuple[PassResult, float]:
         return result, check_preserved(program, before, result.folds, current.name, required_db)
     except PreservationError:
         program.graph_module = before.graph_module
+        program.set_state(before.state())
         raise
 
 

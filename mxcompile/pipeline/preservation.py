@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from mxcompile.errors import PreservationError
-from mxcompile.graph.agreement import agreement_db, output_tensors
+from mxcompile.graph.agreement import agreement_db, compared_outputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold
 
@@ -51,4 +51,4 @@ def _first_at_fault(before: Program, expected: dict[str, Tensor], folds: tuple[F
 
 
 def _run(program: Program) -> dict[str, Tensor]:
-    return output_tensors(program(*program.example.args, **program.example.kwargs))
+    return compared_outputs(program(*program.example.args, **program.example.kwargs))

@@ -1,8 +1,12 @@
 """tune-vectors: norm weights and biases trained so that a rounded model predicts what the float model does."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from models import build, inputs, llama, output
+from torch import Tensor, nn
 
 import mxcompile
 from mxcompile.calibration.distillation import Distillation
@@ -138,3 +142,73 @@ def test_needs_the_model_as_traced():
     program = mxcompile.trace(build("mlp"), inputs("mlp"))
     with pytest.raises(PassError, match="run it in a pipeline"):
         TuneVectors().run(program)
+
+
+# What is compared
+
+
+@dataclass
+class Result:
+    """An output as a dataclass, nested."""
+
+    logits: Tensor
+    more: dict
+
+
+torch.export.register_dataclass(Result)
+
+
+class Tagger(nn.Module):
+    """norm -> mix -> classes over embedded words; `answer` makes the output of the logits and of a loss."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.norm = nn.Embedding(32, 64), nn.LayerNorm(64)
+        self.mix, self.classes, self.answer = nn.Linear(64, 64), nn.Linear(64, 32), answer
+
+    def forward(self, ids: Tensor) -> Any:
+        logits = self.classes(self.mix(self.norm(self.words(ids))))
+        return self.answer(logits, nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+
+
+def ids(seed: int) -> Tensor:
+    return torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(seed))
+
+
+ANSWERS = {
+    "a loss too": (lambda y, loss: {"loss": loss, "logits": y}, {"loss": "one number, such as a loss"}, True),
+    "a loss alone": (lambda y, loss: loss, {"0": "one number, such as a loss"}, False),
+    "ids": (lambda y, loss: {"ids": y.argmax(-1), "none": None}, {"ids": "not a float tensor"}, False),
+    "zeros too": (lambda y, loss: (y, 0 * y), {"1": "zeros only in the float model, for one batch or more"}, True),
+    "zeros alone": (lambda y, loss: 0 * y, {"0": "zeros only in the float model, for one batch or more"}, False),
+    "minus infinity": (lambda y, loss: y.masked_fill(torch.arange(32) < 4, -torch.inf), {}, True),
+    "an open last size": (lambda y, loss: y @ y.mT, {}, True),
+    "one size": (lambda y, loss: y.square().mean((1, 2)), {}, True),
+    "nested": (
+        lambda y, loss: Result(y, {"states": (y * 2, [loss])}),
+        {"more.states.1.0": "one number, such as a loss"},
+        True,
+    ),
+    "chosen rows": (
+        lambda y, loss: y[y[..., 0] > 0],
+        {"0": "the model selects its rows, which may be others in the quantized model"},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_outputs_that_say_what_is_predicted_are_compared(kind):
+    """The others are left out and reported; without any other, the vectors stay as they are and rounding is kept."""
+    answer, left_out, trained = ANSWERS[kind]
+    program = mxcompile.trace(Tagger(answer).eval(), ids(0))
+    tuned = Pipeline.parse(f"{ROUND} | tune-vectors{{steps=8}}").run(program, [ids(seed) for seed in range(4)])
+    misses = {miss.where: miss.reason for miss in tuned.ledger[-1].misses}
+    assert {name: reason for name, reason in misses.items() if name.startswith("output")} == {
+        f"output {name}": f"not compared: {reason}" for name, reason in left_out.items()
+    }
+    assert ("4 vectors" in misses) != trained
+    assert trained or "no output can be compared" in misses["4 vectors"]
+    assert tuned.ledger[-1].rewrites == (4 if trained else 0)
+    assert "mix.weight" in tuned.rounded

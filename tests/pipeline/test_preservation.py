@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mxcompile.analysis.folds.groups import find_groups
 from mxcompile.errors import PreservationError
 from mxcompile.formats import MXINT8
-from mxcompile.graph.agreement import agreement_db, output_tensors
+from mxcompile.graph.agreement import agreement_db, compared_outputs, output_tensors
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold, PassResult
@@ -216,6 +216,40 @@ def test_casts_to_half_precision_in_between():
 def test_only_float_outputs_count_and_each_on_its_own():
     given = {"logits": torch.ones(3), "more": [torch.zeros(2), torch.arange(3)], "none": None}
     assert list(output_tensors(given)) == ["logits", "more.0"]
+
+
+class Largest(nn.Module):
+    """Only the index of the largest output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"ids": self.down(self.up(self.norm(x)).relu()).argmax(-1)}
+
+
+def test_integers_are_compared_if_there_is_nothing_else():
+    program = trace(Largest().eval(), inputs("mlp", batch=8))
+    done = Pipeline([SmoothQuant()]).run(program)
+    assert done.ledger[0].preserved_db == math.inf
+    with pytest.raises(PreservationError, match="output ids agrees only to -inf dB"):
+        Pipeline([Silent(down=-1.0)]).run(program)
+    assert list(compared_outputs({"ids": torch.ones(2, dtype=torch.int64), "x": torch.ones(2)})) == ["x"]
+
+
+@dataclass
+class Answer:
+    """A model's output as a dataclass."""
+
+    logits: Tensor
+    more: tuple[Tensor, ...]
+
+
+def test_tensors_in_dataclasses_count():
+    given = {"answer": Answer(torch.ones(2), (torch.zeros(3), torch.ones(1, dtype=torch.int64)))}
+    assert list(output_tensors(given)) == ["answer.logits", "answer.more.0"]
 
 
 def test_the_worst_output_is_named():
