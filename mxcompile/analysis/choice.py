@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-import torch
 from torch.fx import Node
 
+from mxcompile.analysis.float_tensors import find_float_tensors
 from mxcompile.analysis.matmuls import Matmul, UnquantizedNode, find_matmuls
+from mxcompile.analysis.tensor_reads import EMBEDDING
 from mxcompile.errors import CoverageError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.dataflow import effective_readers
@@ -17,7 +18,7 @@ from mxcompile.graph.records import Miss
 
 _MINIMUM_COVERAGE = 0.5
 _LISTED = 12
-_EMBEDDING = torch.ops.aten.embedding.default
+_EXCLUDED = "left in float: excluded"
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,21 @@ class MatmulChoice:
     """The result of applying a Program's `Selection` to its graph.
 
     matmuls, embeddings: to be quantized (embeddings only if `include` names them). unsupported: would be quantized, but
-    cannot be. skipped: stay in float on purpose (excluded, or the output head).
+    cannot be. skipped: stay in float on purpose (excluded, or the output head). others: read tensors that are no matmul
+    weights (embeddings, position tables, masks).
     """
 
     matmuls: tuple[Matmul, ...]
     embeddings: tuple[Node, ...]
     unsupported: tuple[UnquantizedNode, ...]
     skipped: tuple[UnquantizedNode, ...]
+    others: tuple[UnquantizedNode, ...]
 
     @property
     def misses(self) -> tuple[Miss, ...]:
         """Everything that stays in float, with reasons."""
-        return tuple(Miss(where(r.node), r.reason) for r in (*self.unsupported, *self.skipped))
+        staying_float = (*self.unsupported, *self.skipped, *self.others)
+        return tuple(Miss(where(each.node), each.reason, each.bytes) for each in staying_float)
 
     def shared_weight_miss(self, matmul: Matmul) -> Miss:
         """The miss of a pass that rounds weights in place, for a matmul that does not own its weight."""
@@ -49,16 +53,19 @@ class MatmulChoice:
 
 def choose(program: Program) -> MatmulChoice:
     """Apply the Program's `Selection` to its matmuls."""
-    matmuls, unsupported = find_matmuls(program)
+    matmuls, refused = find_matmuls(program)
+    unsupported = [each for each in refused if not program.selection.excluded(*each.weights, module_path(each.node))]
     chosen: list[Matmul] = []
-    skipped: list[UnquantizedNode] = []
+    skipped = [replace(each, reason=_EXCLUDED) for each in refused if each not in unsupported]
     for matmul in matmuls:
         reason = None if matmul.is_lowered else _why_float(program, matmul)
         if reason is None:
             chosen.append(matmul)
         else:
-            skipped.append(UnquantizedNode(matmul.node, reason, _bytes(program, matmul)))
-    return MatmulChoice(tuple(chosen), tuple(_embeddings(program)), tuple(unsupported), tuple(skipped))
+            skipped.append(UnquantizedNode.of(program, matmul.node, reason, [matmul.parameter]))
+    embeddings = tuple(_embeddings(program))
+    others = find_float_tensors(program, matmuls, refused, embeddings)
+    return MatmulChoice(tuple(chosen), embeddings, tuple(unsupported), tuple(skipped), tuple(others))
 
 
 def override_formats(
@@ -86,7 +93,7 @@ def override_formats(
         if formats[matmul.node] is None and not matmul.is_lowered:
             pattern = matched[matmul.node]
             reason = "left in float: " + ("chosen by a pass" if pattern is None else f"override {pattern}=none")
-            skipped.append(UnquantizedNode(matmul.node, reason, _bytes(program, matmul)))
+            skipped.append(UnquantizedNode.of(program, matmul.node, reason, [matmul.parameter]))
     by_weight: dict[str, set[MXFormat | None]] = {}
     for matmul in choice.matmuls:
         by_weight.setdefault(_names(program, matmul)[0], set()).add(formats[matmul.node])
@@ -108,7 +115,7 @@ def _check_patterns(choice: MatmulChoice, patterns: Iterable[str], names: Sequen
     for pattern in patterns:
         if last_match([pattern], names) is not None:
             continue
-        for unquantized in (*choice.skipped, *choice.unsupported):
+        for unquantized in (*choice.skipped, *choice.unsupported, *choice.others):
             if last_match([pattern], [module_path(unquantized.node)]):
                 raise PipelineError(
                     f"override {pattern!r}: {where(unquantized.node)} stays in float: {unquantized.reason}"
@@ -134,19 +141,21 @@ def exclude_shared_weights(program: Program, choice: MatmulChoice) -> MatmulChoi
             continue
         readers = ", ".join(sorted(f"{other.target} ({where(other)})" for other in others))
         reason = f"its weight {matmul.parameter!r} is also read, in float and by the same name, by {readers}"
-        unsupported.append(UnquantizedNode(matmul.node, reason, _bytes(program, matmul)))
+        unsupported.append(UnquantizedNode.of(program, matmul.node, reason, [matmul.parameter]))
     return replace(choice, matmuls=tuple(kept), unsupported=tuple(unsupported))
 
 
 def check_coverage(program: Program, choice: MatmulChoice) -> None:
     """Raise CoverageError if less than half of the matmul weight bytes that are not skipped will be quantized."""
-    covered = sum({m.parameter: _bytes(program, m) for m in choice.matmuls}.values())
-    missed = sum(r.bytes for r in choice.unsupported)
+    quantized = {matmul.parameter for matmul in choice.matmuls}
+    floats = {name for each in choice.unsupported for name in each.weights} - quantized
+    covered, missed = (sum(map(program.tensor_bytes, names)) for names in (quantized, floats))
     enough = covered > 0 and covered >= _MINIMUM_COVERAGE * (covered + missed)
     if enough or program.selection.allow_partial:
         return
     share = covered / (covered + missed) if covered + missed else 0.0
-    reasons = [f"  {miss}" for miss in choice.misses] or ["  the graph has no matmul by a weight"]
+    largest_first = replace(choice, unsupported=tuple(sorted(choice.unsupported, key=lambda each: -each.bytes)))
+    reasons = [f"  {miss}" for miss in largest_first.misses] or ["  the graph has no matmul by a weight"]
     listed = reasons[:_LISTED] + ([f"  ... and {len(reasons) - _LISTED} more"] if len(reasons) > _LISTED else [])
     raise CoverageError(
         f"only {share:.0%} of the matmul weight bytes would be quantized ({len(choice.matmuls)} matmuls). "
@@ -159,20 +168,20 @@ def _why_float(program: Program, matmul: Matmul) -> str | None:
     if program.selection.included(*names):
         return None
     if program.selection.excluded(*names):
-        return "left in float: excluded"
+        return _EXCLUDED
     if matmul.parameter in program.output_heads or _read_by_embedding(matmul.root):
         return f"the output head stays float; ask for it with include={[matmul.module_path]}"
     return None
 
 
 def _read_by_embedding(weight: Node) -> bool:
-    return any(user.target is _EMBEDDING for user in weight.users)
+    return any(user.target is EMBEDDING for user in weight.users)
 
 
 def _embeddings(program: Program) -> Iterator[Node]:
     """The embedding lookups that `include` names."""
     for node in program.graph.nodes:
-        weight = node.args[0] if node.target is _EMBEDDING else None
+        weight = node.args[0] if node.target is EMBEDDING else None
         if not isinstance(weight, Node) or weight.op != "get_attr" or not program.is_parameter(str(weight.target)):
             continue
         if program.selection.included(*_embedding_names(program, node)):
@@ -194,8 +203,3 @@ def name_in_module(program: Program, parameter: str, reader: Node) -> str | None
     """The name of a tied parameter in the reader's own module; None if it is not tied or has no name there."""
     owners = {name.rpartition(".")[0]: name for name in program.aliases.get(parameter, ())}
     return owners.get(module_path(reader))
-
-
-def _bytes(program: Program, matmul: Matmul) -> int:
-    tensor = program.tensor(matmul.parameter)
-    return tensor.numel() * tensor.element_size()

@@ -1,10 +1,12 @@
 """Find the nodes that multiply a value by a weight: linear, addmm, matmul, bmm, grouped matmul.
 
 A weight is recognised by data flow: a parameter that reaches the op's right operand through transposes alone. Matmuls
-of two computed values (attention scores) are not candidates. A candidate that cannot be quantized is returned as an
+of two computed values (attention scores) are not candidates. Every other node that may multiply by a tensor of the
+program (a computed weight, a buffer, a convolution, a recurrent layer, an unknown operator) is returned as an
 `UnquantizedNode` with the reason.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from mxcompile.analysis.tensor_reads import Sources, ancestors, contracts, read_tensors, tensor_sources
 from mxcompile.errors import WeightError
-from mxcompile.graph.dataflow import SAME_VALUE, TRANSPOSES, is_cast_without_change, is_constant, operand, swapped_axes
+from mxcompile.graph.dataflow import SAME_VALUE, TRANSPOSES, is_cast_without_change, operand, swapped_axes
 from mxcompile.graph.program import Program, module_path, where
 from mxcompile.ops import DEQUANTIZE
 
@@ -47,7 +50,8 @@ _CONVOLUTIONS: Final = frozenset(
         *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
     }
 )
-_OTHER_CONTRACTIONS: Final = frozenset({aten.einsum.default, aten.bilinear.default, aten.tensordot.default})
+_LEFT: Final = "the weight is the left operand: blocks run along the inner dimension of a right operand"
+_LISTED: Final = 3
 
 
 @dataclass(frozen=True)
@@ -96,32 +100,36 @@ class Matmul:
 
 @dataclass(frozen=True)
 class UnquantizedNode:
-    """A node whose weight stays in float, the reason, and how many matmul weight bytes that is."""
+    """A node that reads tensors in float, and the reason. weights: their names. bytes: theirs together."""
 
     node: Node
     reason: str
+    weights: tuple[str, ...]
     bytes: int
+
+    @staticmethod
+    def of(program: Program, node: Node, reason: str, weights: Iterable[str]) -> "UnquantizedNode":
+        """With the bytes of the named tensors."""
+        names = tuple(dict.fromkeys(weights))
+        return UnquantizedNode(node, reason, names, sum(map(program.tensor_bytes, names)))
 
 
 def find_matmuls(program: Program) -> tuple[list[Matmul], list[UnquantizedNode]]:
-    """All matmuls by a weight, in graph order, and those that cannot be quantized."""
-    matmuls: list[Matmul] = []
+    """All matmuls by a weight, and the nodes that multiply by a weight which cannot be quantized, in graph order."""
+    results = _candidates(program, tensor_sources(program.graph))
+    inner = _inside_computed_weights(program, results)
+    sources = tensor_sources(program.graph, results.keys() - inner)
+    results = {node: result for node, result in _candidates(program, sources).items() if node not in inner}
     unsupported: list[UnquantizedNode] = []
     for node in program.graph.nodes:
-        if node.target in _CONVOLUTIONS:
-            unsupported.append(
-                UnquantizedNode(node, "a convolution: MX quantization covers matmuls only, it stays float", 0)
-            )
-        if node.target in _OTHER_CONTRACTIONS and (size := _parameter_bytes(program, node)):
-            reason = f"{node.target} of a parameter is not supported: write it as F.linear or x @ w"
-            unsupported.append(UnquantizedNode(node, reason, size))
-        signature = _SIGNATURES.get(str(node.target))
-        result = None if signature is None else _as_matmul(program, node, signature)
-        if isinstance(result, Matmul):
-            matmuls.append(result)
-        elif isinstance(result, str):
-            unsupported.append(UnquantizedNode(node, result, _weight_bytes(node, signature)))
-    return matmuls, unsupported
+        result = results.get(node)
+        if isinstance(result, str):
+            weights = _operand_tensors(program, node, sources)
+            unsupported.append(UnquantizedNode.of(program, node, result, weights))
+        elif result is None and node not in sources and contracts(node):
+            weights = [str(tensor.target) for tensor in read_tensors(node, sources)]
+            unsupported += [UnquantizedNode.of(program, node, _why_unknown(node, weights), weights)] if weights else []
+    return [result for result in results.values() if isinstance(result, Matmul)], unsupported
 
 
 def finite_rows(program: Program, matmul: Matmul) -> Tensor:
@@ -145,19 +153,35 @@ def replace_activation(node: Node, value: Node) -> None:
         node.update_kwarg(node.target._schema.arguments[index].name, value)  # pyright: ignore
 
 
-def _as_matmul(program: Program, node: Node, signature: _Signature) -> Matmul | str | None:
+def _candidates(program: Program, sources: Sources) -> dict[Node, Matmul | str]:
+    """Each matmul by a weight: a Matmul, or the reason why it cannot be quantized."""
+    results = {node: _as_matmul(program, node, sources) for node in program.graph.nodes}
+    return {node: result for node, result in results.items() if result is not None}
+
+
+def _inside_computed_weights(program: Program, results: Mapping[Node, Matmul | str]) -> set[Node]:
+    """The candidates that only make a weight: `B @ A` of `linear(x, W + B @ A)`."""
+    sources = tensor_sources(program.graph)
+    inner: set[Node] = set()
+    for node, result in results.items():
+        weight = operand(node, _SIGNATURES[str(node.target)].weight)
+        if isinstance(result, str) and weight in sources:
+            inner |= {each for each in ancestors(weight, sources) if each in results}
+    return {node for node in inner if node.target is not aten.linear.default}
+
+
+def _as_matmul(program: Program, node: Node, sources: Sources) -> Matmul | str | None:
     """A Matmul, the reason why a candidate cannot be quantized, or None for a node that is not a candidate."""
-    activation, weight = operand(node, signature.activation), operand(node, signature.weight)
-    if not isinstance(activation, Node) or not isinstance(weight, Node):
+    signature = _SIGNATURES.get(str(node.target))
+    if signature is None:
         return None
-    if _reads_parameter(program, activation) and not _reads_parameter(program, weight):
-        return "the weight is the left operand: blocks run along the inner dimension of a right operand"
+    activation, weight = operand(node, signature.activation), operand(node, signature.weight)
+    if weight not in sources:
+        is_weight = any(_is_weight(program, source) for source in sources.get(activation, ()))
+        return _LEFT if is_weight else None
     root, reader, axis = _origin(node, weight, signature.axis)
-    if root.target is not DEQUANTIZE:
-        if root.op != "get_attr":
-            return _why_computed_weight(program, root)
-        if not program.is_parameter(str(root.target)):
-            return None
+    if root.target is not DEQUANTIZE and (root.op != "get_attr" or not program.is_parameter(str(root.target))):
+        return _why_no_parameter(program, root, sources)
     bias = None if signature.bias is None else operand(node, signature.bias)
     matmul = Matmul(node, activation, root, reader, axis, bias if isinstance(bias, Node) else None)
     return _why_unusable(matmul) or matmul
@@ -185,32 +209,44 @@ def _why_unusable(matmul: Matmul) -> str | None:
     return None
 
 
-def _reads_parameter(program: Program, node: Node) -> bool:
-    while node.target in TRANSPOSES or node.target in SAME_VALUE:
-        node = node.args[0]  # pyright: ignore[reportAssignmentType]
-    return node.op == "get_attr" and program.is_parameter(str(node.target))
+def _is_weight(program: Program, source: Node) -> bool:
+    """True for a parameter, and for a buffer or constant of two or more dimensions."""
+    return source.meta["val"].dim() >= 2 or program.is_parameter(str(source.target))
 
 
-def _why_computed_weight(program: Program, weight: Node) -> str | None:
+def _operand_tensors(program: Program, node: Node, sources: Sources) -> list[str]:
+    """Names of the weights of which a matmul's two operands are made."""
+    signature = _SIGNATURES[str(node.target)]
+    operands = (operand(node, signature.activation), operand(node, signature.weight))
+    tensors = [source for value in operands for source in sources.get(value, ())]
+    return [str(source.target) for source in tensors if _is_weight(program, source)]
+
+
+def _why_no_parameter(program: Program, root: Node, sources: Sources) -> str | None:
     """Why a right operand that is not a plain parameter cannot be quantized; None if it is not a weight."""
-    if not is_constant(weight):
+    names = [str(source.target) for source in sources[root] if _is_weight(program, source)]
+    if not names:
         return None
-    sources = [str(n.target) for n in weight.all_input_nodes if n.op == "get_attr"]
-    names = [name for name in sources if program.is_parameter(name)]
-    if not names and weight.op != "get_attr":
-        return None
+    if root.op == "get_attr":
+        return (
+            f"the weight {names[0]!r} is a buffer or a constant, which are not quantized: make it an nn.Parameter "
+            "(requires_grad=False will do)"
+        )
     return (
-        f"the weight is computed at run time by {weight.target} from {', '.join(names) or 'constants'}: store it as a "
+        f"the weight is computed at run time by {root.target} from {_listed(names)}: store it as a "
         "parameter (torch.nn.utils.parametrize.remove_parametrizations)"
     )
 
 
-def _parameter_bytes(program: Program, node: Node) -> int:
-    values = [source.meta["val"] for source in node.all_input_nodes if _reads_parameter(program, source)]
-    return sum(value.numel() * value.element_size() for value in values)
+def _why_unknown(node: Node, weights: list[str]) -> str:
+    if node.target in _CONVOLUTIONS:
+        return "a convolution: MX quantization covers matmuls only, it stays float"
+    return (
+        f"{node.target} reads {_listed(weights)} in float: only F.linear, x @ w, addmm, bmm and grouped_mm take MX "
+        "weights"
+    )
 
 
-def _weight_bytes(node: Node, signature: _Signature | None) -> int:
-    weight = None if signature is None else operand(node, signature.weight)
-    value = weight.meta.get("val") if isinstance(weight, Node) and is_constant(weight) else None
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -188,6 +188,11 @@ class Program:
             raise KeyError(f"the program has no tensor {name!r}")
         return value
 
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes of the tensor of that name."""
+        tensor = self.tensor(name)
+        return tensor.numel() * tensor.element_size()
+
     def is_parameter(self, name: str) -> bool:
         """True for an `nn.Parameter`, False for a buffer or constant."""
         owner, leaf = self._owner(name)

@@ -9,10 +9,11 @@ from mxcompile.numerics.histogram import HistogramChange
 
 @dataclass(frozen=True)
 class Miss:
-    """A node or layer that a pass skipped, and the reason."""
+    """A node or layer that a pass skipped, and the reason. bytes: of the tensors that stay float because of it."""
 
     where: str
     reason: str
+    bytes: int = 0
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"

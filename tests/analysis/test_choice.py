@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations
 from mxcompile.analysis.choice import MatmulChoice, check_coverage, choose, exclude_shared_weights, name_in_module
 from mxcompile.errors import CoverageError
 from mxcompile.graph.name_patterns import Selection
-from mxcompile.graph.program import Program
+from mxcompile.graph.program import Program, module_path, where
+from mxcompile.graph.records import Miss
 from mxcompile.graph.trace import trace
 
 SIZE = 64
@@ -29,8 +30,8 @@ def chosen(choice: MatmulChoice) -> list[str]:
 
 
 def reasons(choice: MatmulChoice) -> dict[str, str]:
-    """where -> reason of everything skipped."""
-    return {miss.where: miss.reason for miss in choice.misses}
+    """where -> reason of every matmul weight that stays float."""
+    return {where(each.node): each.reason for each in (*choice.unsupported, *choice.skipped)}
 
 
 def a_model(function, *shapes: tuple[int, ...]) -> Program:
@@ -55,6 +56,10 @@ def test_the_output_head_stays_float(name, traced):
     choice = choose(traced(name))
     assert "lm_head" not in chosen(choice)
     assert choice.embeddings == ()
+    path = "transformer.wte" if name == "gpt2" else "model.embed_tokens"
+    embedding = next(each for each in choice.others if module_path(each.node) == path)
+    assert embedding.reason == f"an embedding stays float; ask for it with include={[path]}"
+    assert embedding.bytes == 128 * 64 * 4
     (head,) = choice.skipped
     assert head.reason == "the output head stays float; ask for it with include=['lm_head']"
     assert head.bytes == 128 * 64 * 4
@@ -86,13 +91,17 @@ def test_everything_else_is_chosen(name, traced):
     assert all(choice.owns_weight(matmul) for matmul in choice.matmuls)
 
 
-def test_refusals_are_misses(traced):
-    choice = choose(traced("vit"))
-    assert reasons(choice) == {
-        "%conv2d in embeddings.patch_embeddings.projection": (
-            "a convolution: MX quantization covers matmuls only, it stays float"
-        )
-    }
+def test_what_stays_float_is_a_miss_with_its_bytes(traced):
+    convolution, positions, token = choose(traced("vit")).misses
+    assert convolution == Miss(
+        "%conv2d in embeddings.patch_embeddings.projection",
+        "a convolution: MX quantization covers matmuls only, it stays float",
+        64 * 3 * 8 * 8 * 4,
+    )
+    assert "embeddings.position_embeddings" in positions.reason
+    assert positions.bytes == 5 * 64 * 4
+    assert "embeddings.cls_token" in token.reason
+    assert token.bytes == 64 * 4
 
 
 # Patterns
@@ -103,7 +112,7 @@ def test_refusals_are_misses(traced):
 def test_include_asks_for_the_output_head(name, pattern, traced):
     choice = select(traced(name), include=[pattern])
     assert chosen(choice)[-1] == "lm_head"
-    assert (choice.embeddings, choice.misses) == ((), ())
+    assert (choice.embeddings, reasons(choice)) == ((), {})
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
@@ -253,9 +262,9 @@ def test_an_embedding_in_one_module_with_its_head():
 
 
 def refused(count: int) -> nn.Module:
-    """`count` linears whose weights are computed at run time, and one plain linear of the same size."""
+    """`count` linears whose weights are computed at run time, and one plain linear of as many bytes."""
     layers = [parametrizations.weight_norm(nn.Linear(SIZE, SIZE)) for _ in range(count)]
-    return nn.Sequential(*layers, nn.Linear(SIZE, SIZE))
+    return nn.Sequential(*layers, nn.Linear(SIZE, SIZE + 1))  # each of the others also has a norm per row
 
 
 def test_half_of_the_bytes_is_enough():
@@ -281,6 +290,27 @@ def test_a_long_list_of_reasons_is_cut():
     lines = str(caught.value).splitlines()
     assert len(lines) == 1 + 12 + 1 + 1
     assert lines[-2] == "  ... and 8 more"
+
+
+def test_weights_in_buffers_count():
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.randn(SIZE, SIZE))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    program = trace(nn.Sequential(nn.Linear(SIZE, SIZE), Frozen(), Frozen(), Frozen()), torch.randn(2, SIZE))
+    with pytest.raises(CoverageError, match=r"only 25%(?s:.)*'1.weight' is a buffer or a constant"):
+        check_coverage(program, choose(program))
+    check_coverage(program, select(program, exclude=["1", "2.*", "3.weight"]))
+
+
+def test_the_largest_come_first():
+    program = a_model(lambda x, w, v: F.linear(x, w.abs()).sum() + F.linear(x, v.abs()), (8, SIZE), (SIZE, SIZE))
+    with pytest.raises(CoverageError, match=r"only 0%.*\n.*from weights.1: .*\n.*from weights.0: "):
+        check_coverage(program, choose(program))
 
 
 def test_allow_partial():

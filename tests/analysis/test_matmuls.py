@@ -4,11 +4,13 @@ cannot be quantized is returned with the reason and what to do.
 
 import pytest
 import torch
-from models import build, inputs
+from models import MODELS, build, inputs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from mxcompile.analysis.choice import choose
+from mxcompile.analysis.float_tensors import find_float_tensors
 from mxcompile.analysis.matmuls import Matmul, UnquantizedNode, find_matmuls, finite_rows
 from mxcompile.errors import WeightError
 from mxcompile.graph.program import Program
@@ -166,16 +168,8 @@ def test_attention_scores_are_no_candidates():
     assert (found, refusals) == ([], [])
 
 
-def test_constants_and_buffers_are_no_candidates():
-    class Rotary(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("table", torch.randn(IN, OUT))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.table + x @ torch.arange(float(IN))[:, None]
-
-    _, found, refusals = find(Rotary())
+def test_what_forward_computes_without_a_tensor_of_its_own_is_no_candidate():
+    _, found, refusals = find(Weighted((OUT,), lambda m, x: x @ torch.arange(float(IN))[:, None] + m.bias))
     assert (found, refusals) == ([], [])
 
 
@@ -197,7 +191,7 @@ def test_a_parametrized_weight_names_the_remedy():
         "0.parametrizations.weight.original0: store it as a parameter "
         "(torch.nn.utils.parametrize.remove_parametrizations)"
     )
-    assert refusal.bytes == OUT * IN * 4
+    assert refusal.bytes == OUT * IN * 4 + OUT * 4
     nn.utils.parametrize.remove_parametrizations(model[0], "weight")
     assert [m.parameter for m in find(model)[1]] == ["0.weight", "1.weight"]
 
@@ -246,7 +240,7 @@ def test_a_weight_contracted_over_its_first_dimension_of_three():
 def test_convolutions_are_reported(convolution, dims):
     refusal = the_refusal(convolution, torch.randn(2, 3, *[8] * dims))
     assert refusal.reason == "a convolution: MX quantization covers matmuls only, it stays float"
-    assert refusal.bytes == 0
+    assert refusal.bytes == convolution.weight.numel() * 4
 
 
 def test_the_patch_embedding_of_vit_is_reported(traced):
@@ -254,9 +248,174 @@ def test_the_patch_embedding_of_vit_is_reported(traced):
     assert refusal.node.target is torch.ops.aten.conv2d.default
 
 
-def test_an_einsum_is_reported():
-    _, found, refusals = find(Weighted((OUT, IN), lambda m, x: torch.einsum("bti,oi->bto", x, m.weight)))
-    assert len(found) + len(refusals) == 1
+class Stored(nn.Module):
+    """A tensor that is no parameter, and a forward given as a function."""
+
+    def __init__(self, function, buffer: bool) -> None:
+        super().__init__()
+        self.function = function
+        if buffer:
+            self.register_buffer("table", torch.randn(IN, IN))
+        else:
+            self.table = torch.randn(IN, IN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize("buffer", [True, False])
+def test_a_weight_that_is_no_parameter(buffer):
+    refusal = the_refusal(Stored(lambda m, x: x @ m.table, buffer))
+    assert refusal.weights == ("table",)
+    assert refusal.bytes == IN * IN * 4
+    assert refusal.reason == (
+        "the weight 'table' is a buffer or a constant, which are not quantized: make it an nn.Parameter "
+        "(requires_grad=False will do)"
+    )
+    assert "computed at run time by aten.abs" in the_refusal(Stored(lambda m, x: x @ m.table.abs(), buffer)).reason
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.layer = kind(IN, IN, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+OTHER_PRODUCTS = {  # a model and the names of the weights that it multiplies by
+    "einsum": (Weighted((OUT, IN), lambda m, x: torch.einsum("bti,oi->bto", x, m.weight)), ["weight"]),
+    "tensordot": (Weighted((OUT, IN), lambda m, x: torch.tensordot(x, m.weight, ([2], [1]))), ["weight"]),
+    "bilinear": (Weighted((4, IN, IN), lambda m, x: F.bilinear(x, x, m.weight)), ["weight"]),
+    "lstm": (Recurrent(nn.LSTM), ["layer.weight_ih_l0", "layer.weight_hh_l0"]),
+    "gru": (Recurrent(nn.GRU), ["layer.weight_ih_l0", "layer.weight_hh_l0"]),
+    "mv": (Weighted((OUT, IN), lambda m, x: torch.mv(m.weight, x[0, 0])), ["weight"]),
+    "addmv": (Weighted((OUT, IN), lambda m, x: torch.addmv(m.bias, m.weight, x[0, 0])), ["weight"]),
+    "chain of matrices": (Weighted((IN, OUT), lambda m, x: torch.linalg.multi_dot([x[0], m.weight])), ["weight"]),
+    "distances": (Weighted((OUT, IN), lambda m, x: torch.cdist(x, m.weight.expand(2, -1, -1))), ["weight"]),
+    "solve": (Weighted((5, 5), lambda m, x: torch.linalg.solve(m.weight, x)), ["weight"]),
+    "selected matrices": (Weighted((3, IN, OUT), lambda m, x: x @ m.weight[x[:, 0, 0].long() * 0]), ["weight"]),
+    "low rank": (
+        Weighted((IN, 4), lambda m, x: x @ (m.weight @ m.weight.new_ones(4, IN) + m.weight @ m.weight.t())),
+        ["weight"],
+    ),
+    "joined": (Weighted((IN, OUT), lambda m, x: x @ torch.cat([m.weight, m.weight], 1)), ["weight"]),
+    "reshaped": (Weighted((2, OUT, IN), lambda m, x: F.linear(x, m.weight.reshape(-1, IN))), ["weight"]),
+    "a slice": (Weighted((OUT, IN), lambda m, x: F.linear(x, m.weight[:8])), ["weight"]),
+    "indexed": (Weighted((OUT, IN), lambda m, x: F.linear(x, m.weight[[0, 2]])), ["weight"]),
+    "cast to the input's": (Weighted((OUT, IN), lambda m, x: F.linear(x, m.weight.double().type_as(x))), ["weight"]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.layer._flat_weights")
+@pytest.mark.parametrize("name", OTHER_PRODUCTS)
+def test_every_other_product_by_a_weight_is_reported(name):
+    model, weights = OTHER_PRODUCTS[name]
+    program, found, (refusal,) = find(model)
+    assert found == []
+    assert set(weights) <= set(refusal.weights)
+    assert refusal.bytes == sum(model.get_parameter(weight).numel() * 4 for weight in refusal.weights)
+    assert weights[0] in refusal.reason
+    check_nothing_is_silent(program)
+
+
+def test_the_factors_of_a_low_rank_update_belong_to_the_weight():
+    class LowRank(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(IN, IN, bias=False)
+            self.down, self.up = nn.Parameter(torch.randn(4, IN)), nn.Parameter(torch.randn(IN, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight + self.up @ self.down)
+
+    assert set(the_refusal(LowRank()).weights) == {"weight", "up", "down"}
+
+
+def test_learned_inputs_of_a_linear_are_no_weights():
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(3, IN))
+            self.key = nn.Linear(IN, IN)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.key(x) @ self.key(self.queries).mT
+
+    _, found, refusals = find(Queries())
+    assert [matmul.parameter for matmul in found] == ["key.weight"] * 2
+    assert refusals == []
+
+
+@torch.library.custom_op("mxcompile_tests::project", mutates_args=())
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight
+
+
+@project.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight
+
+
+def test_an_unknown_operator_counts_as_a_product():
+    refusal = the_refusal(Weighted((IN, OUT), lambda m, x: project(x, m.weight)))
+    assert refusal.reason == (
+        "mxcompile_tests.project.default reads weight in float: only F.linear, x @ w, addmm, bmm and grouped_mm take "
+        "MX weights"
+    )
+    assert refusal.bytes == IN * OUT * 4
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x + m.weight[:5],
+        lambda m, x: torch.where(m.weight[:5] > 0, x, 0 * m.weight[:5]),
+        lambda m, x: torch.cat([m.weight[:1].expand(2, 1, IN), x], 1),
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, m.weight[:5, :5]),
+        lambda m, x: F.layer_norm(x, (5, IN), m.weight[:5]),
+        lambda m, x: m.weight[x[..., 0].long() * 0] * x,
+    ],
+    ids=["added", "selected", "joined", "mask", "norm", "looked up"],
+)
+def test_tables_and_masks_are_no_products(function):
+    program, found, refusals = find(Weighted((OUT, IN), function))
+    assert (found, refusals) == ([], [])
+    (listed,) = find_float_tensors(program, found, refusals, ())
+    assert listed.weights == ("weight",)
+    assert listed.bytes == OUT * IN * 4
+    check_nothing_is_silent(program)
+    assert "'weight' is no weight of a matmul: aten." in listed.reason
+
+
+def test_a_cache_that_forward_writes_is_no_weight():
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(2, 5, IN))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache.copy_(x)
+            return x @ self.cache.mT
+
+    program, found, refusals = find(Cached())
+    assert (found, refusals) == ([], [])
+    assert find_float_tensors(program, found, refusals, ()) == []
+
+
+def check_nothing_is_silent(program: Program) -> None:
+    """Every float tensor of two or more dimensions is quantized or a miss with its bytes."""
+    choice = choose(program)
+    listed = {weight for each in (*choice.unsupported, *choice.skipped, *choice.others) for weight in each.weights}
+    tensors = {name: program.tensor(name) for name in program.parameter_names()}
+    expected = {name for name, tensor in tensors.items() if tensor.dim() >= 2 and tensor.is_floating_point()}
+    assert {matmul.parameter for matmul in choice.matmuls} | listed == expected
+    assert all(miss.bytes for miss in choice.misses)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_of_two_or_more_dimensions_is_quantized_or_a_miss(name, traced):
+    check_nothing_is_silent(traced(name))
 
 
 # Weights that are not finite

@@ -64,6 +64,7 @@ def test_ledger_holds_what_the_passes_did(tmp_path):
         {
             "where": "%linear_1 in down",
             "reason": "its input is made by a linear, not by a norm: ask for it with through_linears=true",
+            "bytes": 0,
         }
     ]
 

@@ -58,7 +58,7 @@ FILE = {
             "name": "lower-mx",
             "spec": "lower-mx{weight=mxint4}",
             "rewrites": 1,
-            "misses": [{"where": "%conv", "reason": "a convolution"}],
+            "misses": [{"where": "%conv", "reason": "a convolution", "bytes": 0}],
             "seconds": 0.5,
             "numbers": {"up.weight": {"weight_sqnr_db": "inf"}},
             "preserved_db": None,

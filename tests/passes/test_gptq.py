@@ -44,7 +44,8 @@ def test_nothing_but_weights_changes(deep):
     record = rounded.ledger[0]
     assert record.rewrites == 3 * 7
     assert [miss.reason.partition(":")[0] for miss in record.misses] == [
-        "the output head stays float; ask for it with include=['lm_head']"
+        "the output head stays float; ask for it with include=['lm_head']",
+        "an embedding stays float; ask for it with include=['model.embed_tokens']",
     ]
 
 
