@@ -21,6 +21,10 @@ call (`kernels.dispatch`) and are defined as the composition of the first two wi
 contain `cpu_linears` in place of `linears`: it is C++, because calling a small matmul through Python takes longer than
 the matmul. It does not check sizes, which a compiled graph cannot get wrong.
 
+Gradients pass `quantize_dequantize` unchanged (the straight-through estimator); those of `linear`, `rotate` and
+`multiply` are exact. Packed weights have none. No gradient passes the bytes between `quantize` and `dequantize`, or the
+operators that are only in finished graphs (`linears`, `cpu_linears`, `attend`): a graph to be trained has the others.
+
 `digest` identifies the values of a multiplier. Weights that share an input each have their own multiplier tensor;
 inside `torch.compile` only the digest shows that they are equal and one multiplication suffices.
 """
@@ -231,7 +235,47 @@ def _rotate_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     return torch.ops.mx.rotate.default(gradient, ctx.block), None  # the matrix is symmetric
 
 
-torch.library.register_autograd("mx::rotate", _rotate_back, setup_context=_setup_rotate, lib=_LIBRARY)
+def _setup_multiply(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(inputs[1])
+    ctx.digest = inputs[2]
+
+
+def _multiply_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.mx.multiply.default(gradient, ctx.saved_tensors[0], ctx.digest), None, None
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    del ctx
+    return gradient, None, None
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    x, elements, scales, bias, format, *planes = inputs
+    ctx.save_for_backward(elements, scales)
+    ctx.decoding = (format, x.shape[-1], x.dtype, *planes)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weight = torch.ops.mx.dequantize.default(*ctx.saved_tensors, *ctx.decoding)
+    bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, bias, None, None
+
+
+def _register_gradients() -> None:
+    gradients: dict[str, tuple[Any, Any]] = {
+        "rotate": (_rotate_back, _setup_rotate),
+        "multiply": (_multiply_back, _setup_multiply),
+        "quantize_dequantize": (_straight_through, None),
+        "linear": (_linear_back, _setup_linear),
+    }
+    for name, (backward, setup) in gradients.items():
+        torch.library.register_autograd(f"mx::{name}", backward, setup_context=setup, lib=_LIBRARY)
+
+
+_register_gradients()
 
 QUANTIZE = torch.ops.mx.quantize.default
 DEQUANTIZE = torch.ops.mx.dequantize.default

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from mxcompile.errors import MXCompileError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, activation_rule
+from mxcompile.kernels.layout import planes as plane_layouts
+from mxcompile.kernels.layout import rows_to_planes
 from mxcompile.numerics import packing, reference
 from mxcompile.ops import ATTEND, DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
 
@@ -201,3 +203,35 @@ def test_unknown_formats_and_rules(fake):
 def test_a_graph_with_bytes_that_do_not_fit_cannot_be_built(op, args, message):
     with pytest.raises(RuntimeError, match=message):
         run(True, op, *args)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("activation", [None, "mxint8"])
+@pytest.mark.parametrize("planes", [False, True], ids=["rows", "planes"])
+def test_a_linear_has_the_gradients_of_the_dequantized_weight(activation, planes):
+    x, bias = torch.randn(2, 3, 256, requires_grad=True), torch.randn(64, requires_grad=True)
+    weight = packed(torch.randn(64, 256), MXINT4)
+    values = DEQUANTIZE(*weight, "mxint4", 256, x.dtype)
+    scaling = []
+    if planes:
+        scaling = [plane_layouts.scaling_for(*rows_to_planes.weight_scale_range(*weight, MXINT4, 256), MXINT4)]
+        weight = rows_to_planes.convert_to_planes(*weight, MXINT4, 256, scaling[0])
+    prepared = x if activation is None else QUANTIZE_DEQUANTIZE(x, activation, "floor")
+    upstream = torch.randn(2, 3, 64)
+    actual = torch.autograd.grad(LINEAR(prepared, *weight, bias, "mxint4", *scaling), [x, bias], upstream)
+    expected = torch.autograd.grad(nn.functional.linear(x, values, bias), [x, bias], upstream)
+    for gradient, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-4)  # sums of 64 products of size 3
+
+
+def test_torchs_own_check_of_gradients():
+    x, multiplier = torch.randn(3, 64, requires_grad=True), torch.rand(64)
+    bias, weight = torch.randn(7, requires_grad=True), packed(torch.randn(7, 64), MXINT4)
+    for op, args in [
+        (QUANTIZE_DEQUANTIZE, (x, "mxint8", "floor")),
+        (MULTIPLY, (x, multiplier, "digest")),
+        (LINEAR, (x, *weight, bias, "mxint4")),
+    ]:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

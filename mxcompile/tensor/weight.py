@@ -4,7 +4,8 @@ It has the shape and dtype of the weight it replaces. A matmul with it (`F.linea
 matmul) computes what a lowered Program does: the input is multiplied by a vector, rotated, quantized and dequantized as
 the layout specifies, the weight is dequantized, and torch's own op multiplies. `F.embedding` looks up packed rows. Any
 other arithmetic raises an error that names the operator: nothing is dequantized implicitly. In eager mode fused kernels
-run `F.linear`; inside `torch.compile` and `torch.export` every step is an op of the graph.
+run `F.linear`; inside `torch.compile` and `torch.export` every step is an op of the graph. The weight has no gradient;
+inputs and biases have theirs, rounding passes it unchanged.
 
 Supports `deepcopy`, `.to(device)`, `.to(dtype)`, `torch.compile` and `torch.export`. Compiling for a GPU may convert it
 to the planar layout; it goes back to row-major where nothing reads planes (another device or dtype, a file).
@@ -23,7 +24,7 @@ from mxcompile.formats import parse_format
 from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
 from mxcompile.kernels.layout.rows_to_planes import convert_to_planes, convert_to_rows, weight_scale_range
 from mxcompile.numerics.hadamard import rotate_input
-from mxcompile.ops import DEQUANTIZE, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
+from mxcompile.ops import DEQUANTIZE, LINEAR, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.tensor.layout import MXLayout
 from mxcompile.tensor.refusals import no_storage, not_defined
 from mxcompile.tensor.unfused import is_traced, unfused_matmuls
@@ -140,7 +141,7 @@ class MXWeight(Tensor):
         x = self.transform(x)
         if spec.activation is None:
             return x
-        if not is_traced(x):
+        if not is_traced(x) or _needs_gradient(x):
             rounded = QUANTIZE_DEQUANTIZE(x, spec.activation, spec.rule)
         else:
             elements, scales = QUANTIZE(x, spec.activation, spec.rule)
@@ -283,17 +284,20 @@ def _right_operand(op: Callable[..., Tensor], position: int) -> Callable[..., Te
 
 
 def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tensor:
-    if _uses_fused_kernel(input, weight):
-        spec = weight.layout_
-        args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule)
-        return LINEARS(weight.transform(input), *args, spec.planes)[0]
+    spec = weight.layout_
+    if weight.dim() == 2 and not spec.transposed and input.dtype == weight.dtype:
+        if _needs_gradient(input) or (bias is not None and _needs_gradient(bias)):
+            # Its backward pass keeps the packed weight; that of F.linear would keep the float one.
+            args = (weight.elements, weight.scales, bias, spec.format)
+            return LINEAR(weight.prepare(input), *args, *_planes_argument(spec))
+        if not is_traced(input):
+            args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule)
+            return LINEARS(weight.transform(input), *args, spec.planes)[0]
     return F.linear(weight.prepare(input), weight.dequantize(), bias)
 
 
-def _uses_fused_kernel(x: Tensor, weight: MXWeight) -> bool:
-    """Outside tracing, whose graphs must contain every step, for an input of the weight's dtype without gradients."""
-    plain = weight.dim() == 2 and not weight.layout_.transposed and x.dtype == weight.dtype
-    return plain and not is_traced(x) and not (torch.is_grad_enabled() and x.requires_grad)
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _grouped_mm(mat_a: Tensor, mat_b: MXWeight, *args: Any, **kwargs: Any) -> Tensor:
@@ -332,7 +336,18 @@ def _view(weight: MXWeight, sizes: Sequence[int]) -> MXWeight:
     return MXWeight(weight.elements, weight.scales, weight.layout_, weight.dtype, weight.multiplier)
 
 
+def _requires_grad(weight: MXWeight, requires_grad: bool = True) -> MXWeight:
+    if requires_grad:
+        raise MXCompileError(
+            "an MXWeight holds packed bytes and cannot be trained: train other parameters (an adapter such as LoRA, "
+            "norms, biases), through which gradients flow, or replace it with nn.Parameter(weight.dequantize())"
+        )
+    return weight
+
+
 _HANDLERS: dict[Any, Callable[..., Any]] = {
+    Tensor.requires_grad_: _requires_grad,
+    Tensor.requires_grad.__set__: _requires_grad,  # pyright: ignore[reportAttributeAccessIssue]
     F.linear: _linear,
     F.embedding: _embedding,
     torch.matmul: _right_operand(torch.matmul, 1),

@@ -322,3 +322,23 @@ def test_what_generate_compiles_on_a_gpu_is_the_module_s_own(copied):
     module.model.layers[0].mlp.down_proj.weight = nn.Parameter(torch.zeros(64, 128))
     expected = output(module(**example, use_cache=False))
     assert sqnr_db(expected, output(step(**example, use_cache=False))) > 40
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_model_passes_the_gradients_of_the_eager_one():
+    """The forward graph of training is fused as that of inference is; weights stay packed until the backward pass."""
+    module = deployed("mlp")
+    x = inputs("mlp")["x"]
+    eager, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = module(eager)
+    expected.square().sum().backward()
+    with watching() as results:
+        result = compile_module(copy.deepcopy(module))(compiled)
+        result.square().sum().backward()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(compiled.grad, eager.grad, rtol=0, atol=1e-3 * eager.grad.abs().max().item())
+    forward, backward = results
+    assert (forward.rewrites, forward.misses) == (0, ())  # nothing is left to fuse: it has mx::linear from the start
+    assert all("aten.mm.default: its weight is dequantized" in miss.reason for miss in backward.misses)
+    assert eager.grad.abs().min() > 0

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mxcompile.analysis.folds.multiplier import multiplier_digest
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
-from mxcompile.numerics import packing, reference
+from mxcompile.numerics import hadamard, packing, reference
 from mxcompile.tensor.weight import MXLayout, MXWeight, unfused_matmuls
 
 
@@ -76,14 +77,11 @@ def test_every_matmul_gives_what_linear_gives(rows, x, multiplier, activation, m
     assert torch.equal(F.linear(x, weight, bias=bias), F.linear(prepared, weight.dequantize(), bias))
 
 
-def test_few_rows_and_gradients(rows, x):
-    """One row runs a fused kernel, within float32 accumulation error; with gradients it does not, and gets them."""
+def test_few_rows(rows, x):
+    """One row runs a fused kernel, within float32 accumulation error."""
     weight = pack(rows, "mxint8")
     expected = torch.matmul(weight.prepare(x), weight.dequantize().T)
     torch.testing.assert_close(F.linear(x[:1], weight), expected[:1], rtol=0, atol=1e-5)
-    wanted = x.clone().requires_grad_()
-    F.linear(wanted, pack(rows)).sum().backward()
-    assert torch.equal(wanted.grad, weight.dequantize().sum(0).expand(6, -1))
 
 
 def test_batched_matmul_with_a_three_dimensional_weight(x):
@@ -268,3 +266,90 @@ def test_writers_of_float_files_are_told(rows, tmp_path):
     for write in (weight.numpy, lambda: save_file({"w": weight}, tmp_path / "w.safetensors")):
         with pytest.raises(MXCompileError, match=r"MXWeight \(\[24, 40\], .*save the model with mxcompile.save"):
             write()
+
+
+# Gradients
+
+MATMULS = {
+    "linear": (False, F.linear),
+    "linear in steps": (False, lambda x, w: torch.matmul(x, w.t())),
+    "matmul": (True, torch.matmul),
+    "addmm": (True, lambda x, w: torch.addmm(torch.zeros(24), x, w)),
+    "bmm": (True, lambda x, w: torch.bmm(x[None], w)[0]),
+}
+
+
+@pytest.mark.parametrize("form", MATMULS)
+@pytest.mark.parametrize("activation", [None, "mxint8"])
+def test_rounding_passes_gradients_unchanged(rows, x, multiplier, activation, form):
+    """The gradient is that of the dequantized weight on the multiplied and rotated, unrounded input."""
+    transposed, matmul = MATMULS[form]
+    weight = pack(rows, activation, transposed, multiplier)
+    elements, scales = [part[None] for part in weight.parts[:2]] if form == "bmm" else weight.parts[:2]
+    rotated = MXWeight(elements, scales, replace(weight.layout_, rotation=8), weight.dtype, multiplier)
+    wanted, plain, upstream = x.clone().requires_grad_(), x.clone().requires_grad_(), torch.randn(6, 24)
+    matmul(wanted, rotated).backward(upstream)
+    values = pack(rows).dequantize()
+    F.linear(hadamard.rotate_input(plain * multiplier, 8), values).backward(upstream)
+    torch.testing.assert_close(wanted.grad, plain.grad, rtol=0, atol=1e-5)  # sums of 24 products of size 1
+
+
+@pytest.mark.parametrize("activation", [None, "mxint8"])
+def test_a_bias_gets_its_gradient(rows, x, activation):
+    bias = torch.zeros(24, requires_grad=True)
+    F.linear(x, pack(rows, activation), bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((24,), 6.0))
+
+
+def test_results_with_and_without_gradients_are_equal(rows, x):
+    weight = pack(rows, "mxint8")
+    torch.testing.assert_close(F.linear(x.clone().requires_grad_(), weight), F.linear(x, weight), rtol=0, atol=1e-5)
+
+
+def test_the_backward_pass_keeps_no_float_weight(rows, x):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.dtype) or tensor, lambda t: t):
+        F.linear(x.clone().requires_grad_(), pack(rows, "mxint8"))
+    assert set(kept) == {torch.uint8}
+
+
+def test_checkpointing_and_autocast(rows, x):
+    weight, wanted = pack(rows, "mxint8"), x.clone().requires_grad_()
+    F.linear(wanted, weight).square().sum().backward()
+    again = x.clone().requires_grad_()
+    checkpoint(lambda value: F.linear(value, weight).square().sum(), again, use_reentrant=False).backward()
+    assert torch.equal(wanted.grad, again.grad)
+    low = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        F.linear(low.bfloat16(), weight).float().square().sum().backward()
+    torch.testing.assert_close(low.grad, wanted.grad, rtol=0, atol=0.02 * wanted.grad.abs().max().item())
+
+
+def test_an_adapter_in_front_and_beside_it_trains(rows, x):
+    """As LoRA does: the weight stays, two small matrices beside it learn, and a vector in front of it."""
+    weight, target = pack(rows, "mxint8"), torch.randn(6, 24)
+    down, up = torch.randn(4, 40).div(6).requires_grad_(), torch.zeros(24, 4).requires_grad_()
+    offset = torch.zeros(40, requires_grad=True)
+    optimizer = torch.optim.Adam([down, up, offset], lr=0.02)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        value = x + offset
+        loss = (F.linear(value, weight) + value @ down.T @ up.T - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert offset.abs().min() > 0
+
+
+def test_a_weight_cannot_be_trained(rows):
+    module = torch.nn.Linear(40, 24)
+    module.weight = torch.nn.Parameter(pack(rows), requires_grad=False)
+    with pytest.raises(MXCompileError, match="cannot be trained: train other parameters"):
+        module.requires_grad_(True)
+    with pytest.raises(MXCompileError, match="cannot be trained"):
+        module.weight.requires_grad = True
+    with pytest.raises(MXCompileError, match="cannot be trained"):
+        torch.nn.Parameter(pack(rows))
+    assert not module.requires_grad_(False).weight.requires_grad
