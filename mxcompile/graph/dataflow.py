@@ -1,9 +1,10 @@
 """Walk a graph: which ops only transpose, cast or copy a value, and which nodes read a value through them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
 
 aten = torch.ops.aten
@@ -46,6 +47,21 @@ def operand(node: Node, index: int, default: Any = None) -> Any:
         return default
     argument = schema.arguments[index]
     return node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else default)
+
+
+def vmapped(graph: Callable[..., Any], *operands: Any) -> Any:
+    """Run a nested graph that holds a torch.vmap."""
+    return graph(*operands)
+
+
+def is_nested(node: Node) -> bool:
+    """Whether a node calls a higher-order operator, or `vmapped`: with graphs among its arguments."""
+    return node.op == "call_function" and (isinstance(node.target, HigherOrderOperator) or node.target is vmapped)
+
+
+def reads_graph(node: Node) -> bool:
+    """Whether a `get_attr` reads a nested graph, for calls of higher-order operators alone."""
+    return node.op == "get_attr" and "val" not in node.meta and bool(node.users) and all(map(is_nested, node.users))
 
 
 def mutated_tensors(graph: Graph) -> list[str]:

@@ -3,19 +3,22 @@
 One node a line: name, type and shape, call, module path. No file paths, object ids or times; dynamic sizes are renamed
 s0, s1, ... in order of appearance; columns have fixed widths, and a name that is too long overflows only its own line.
 A tensor that the graph reads is printed with its largest magnitude and a hash of its bytes, since a rewritten weight
-does not show in the graph, and with the format to which it has been rounded, or that a pass has chosen for it.
+does not show in the graph, and with the format to which it has been rounded, or that a pass has chosen for it. The
+nodes of a nested graph (a branch of torch.cond) stand below its line, indented.
 """
 
 import difflib
 import re
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
+from mxcompile.graph.dataflow import reads_graph
 from mxcompile.graph.program import Program, module_path
 from mxcompile.tensor.digest import tensor_sha256
 from mxcompile.tensor.dtypes import short_name
@@ -27,7 +30,7 @@ _SUMMARIES: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
 def print_program(program: Program) -> str:
     """The whole program as text, ending in a newline."""
     symbols: dict[str, str] = {}
-    lines = [_line(program, node, symbols).rstrip() for node in program.graph.nodes]
+    lines = (line for node in program.graph.nodes for line in _lines(program, node, symbols))
     return "\n".join(lines) + "\n"
 
 
@@ -70,14 +73,25 @@ def print_target(target: Any) -> str:
     return text.removesuffix(".default")
 
 
-def _line(program: Program, node: Node, symbols: dict[str, str]) -> str:
+def _lines(program: Program, node: Node, symbols: dict[str, str], owner: str = "") -> Iterator[str]:
+    """The line of a node; a nested graph has those of its nodes below it, indented."""
+    yield _line(program, node, symbols, owner).rstrip()
+    path = owner + str(node.target)
+    nested = program.graph_module.get_submodule(path) if reads_graph(node) else None
+    for inner in nested.graph.nodes if isinstance(nested, GraphModule) else ():
+        yield from (f"    {line}" for line in _lines(program, inner, symbols, f"{path}."))
+
+
+def _line(program: Program, node: Node, symbols: dict[str, str], owner: str) -> str:
     kind = print_type(node.meta.get("val"), symbols)
     head = f"%{node.name:<{_NAME}} {kind:<{_TYPE}} = "
     match node.op:
         case "placeholder":
             return head + "input"
+        case "get_attr" if reads_graph(node):
+            return head + f'graph "{owner}{node.target}"'
         case "get_attr":
-            return head + _tensor(program, str(node.target))
+            return head + _tensor(program, owner + str(node.target))
         case "output":
             return f"return {_argument(node.args[0])}"
         case "call_module":

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFormat
-from mxcompile.graph.dataflow import mutated_tensors, mutates_inputs
+from mxcompile.graph.dataflow import mutated_tensors, mutates_inputs, reads_graph
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.records import PassRecord
@@ -166,7 +166,7 @@ class Program:
         """Names of the parameters, buffers and constants that the graph reads, in order of appearance."""
         seen: set[str] = set()
         for node in self.graph.nodes:
-            if node.op == "get_attr" and node.target not in seen:
+            if node.op == "get_attr" and node.target not in seen and not reads_graph(node):
                 seen.add(str(node.target))
                 yield str(node.target)
 
@@ -222,9 +222,16 @@ class Program:
             delattr(owner, leaf)
 
     def drop_unread(self) -> None:
-        """Delete every tensor that no node reads, and recompile the graph."""
+        """Delete every tensor and nested graph that no node reads, and recompile the graph."""
         read = set(self.parameter_names())
+        called = {str(node.target) for node in self.graph.nodes if node.op == "call_module" or reads_graph(node)}
+        for name, module in list(self.graph_module.named_children()):
+            if isinstance(module, GraphModule) and name not in called:
+                delattr(self.graph_module, name)
+        nested = tuple(f"{name}." for name in called)
         for path, module in self.graph_module.named_modules():
+            if f"{path}.".startswith(nested):
+                continue
             prefix = f"{path}." if path else ""
             own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             for leaf, _ in own:

@@ -21,7 +21,9 @@ from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.program import Program
+from mxcompile.graph.regions import inline_regions
 from mxcompile.graph.traceable_copy import traceable_copy
+from mxcompile.graph.vmap_regions import enclose_vmaps
 from mxcompile.tensor.copying import copy_module
 from mxcompile.tensor.weight import MXWeight
 
@@ -60,6 +62,8 @@ def trace(
         aliases=_aliases(shadow),
         selection=Selection(_patterns(include), _patterns(exclude), allow_partial),
     )
+    inline_regions(program.graph_module)
+    enclose_vmaps(program.graph_module)
     resolve_constants(program, shadow)
     _copy_mutated_buffers(program)
     _drop_dead_nodes(program)

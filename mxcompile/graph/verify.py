@@ -5,6 +5,7 @@ from torch.fx import Node
 
 from mxcompile.errors import VerifyError
 from mxcompile.formats import parse_format
+from mxcompile.graph.dataflow import reads_graph
 from mxcompile.graph.error_location import last_node
 from mxcompile.graph.program import Program, Stage, where
 from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
@@ -22,9 +23,7 @@ def check(program: Program) -> None:
         at = "" if node is None else f" at {where(node)}"
         raise VerifyError(f"the graph is malformed{at}: {str(error).splitlines()[0]}") from error
     for node in program.graph.nodes:
-        if node.op == "get_attr" and not program.has_tensor(str(node.target)):
-            raise VerifyError(f"{where(node)} reads {node.target!r}, which the program does not have")
-        if node.op == "get_attr":
+        if node.op == "get_attr" and not reads_graph(node):
             _check_tensor(program, node)
         if node.op == "call_function":
             _check_stage(program.stage, node)
@@ -37,12 +36,14 @@ def _check_stage(stage: Stage, node: Node) -> None:
         raise VerifyError(f"{where(node)} is {node.target}, but the program is not lowered: a pass sets its `gives`")
     if node.target in _FUSED and stage < Stage.FUSED:
         raise VerifyError(f"{where(node)} is {node.target}, but the program is not fused")
-    if "val" not in node.meta:
+    if "val" not in node.meta and node.users:
         raise VerifyError(f"{where(node)} has no fake value: insert nodes with mxcompile.graph.edit.insert_call")
 
 
 def _check_tensor(program: Program, node: Node) -> None:
-    """A tensor has the shape and dtype that its readers were traced with."""
+    """A tensor is there, with the shape and dtype that its readers were traced with."""
+    if not program.has_tensor(str(node.target)):
+        raise VerifyError(f"{where(node)} reads {node.target!r}, which the program does not have")
     tensor, traced = program.tensor(str(node.target)), node.meta.get("val")
     if isinstance(traced, Tensor) and (tensor.shape != traced.shape or tensor.dtype != traced.dtype):
         raise VerifyError(
