@@ -24,7 +24,7 @@ from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import DeployError
 from mxcompile.graph.agreement import agreement_db, compared_outputs
 from mxcompile.graph.dataflow import mutated_tensors
-from mxcompile.graph.edit import BLOCK_AXIS
+from mxcompile.graph.edit import BLOCK_AXIS, PACKS, parameter_name
 from mxcompile.graph.program import Program, Stage, where
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.tensor.copying import copy_module, shared_with
@@ -33,7 +33,6 @@ from mxcompile.tensor.reachable import reachable, storage_names
 from mxcompile.tensor.weight import MXLayout, MXWeight, unfused_matmuls
 
 M = TypeVar("M", bound=nn.Module)
-_SUFFIX = "_elements"
 _AGREEMENT_DB = 40.0
 _EMBEDDING = torch.ops.aten.embedding.default
 
@@ -68,7 +67,7 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
         )
     weights = _placements(program)
     own = named_tensors(model)
-    _check_names(weights, own)
+    _check_names(program, weights, own)
     replacements = _replacements(program, own, weights)
     deployed = _with_replacements(model, own, replacements)
     _check_nothing_shared(deployed, model)
@@ -162,7 +161,7 @@ def _placement(
     program: Program, root: Node, parts: Any, reader: Node, layout: MXLayout, multiplier: str | None
 ) -> _Placement:
     elements, scales = (str(part.target) for part in parts)
-    parameter = elements.removesuffix(_SUFFIX)
+    parameter = parameter_name(parts[0])
     name = name_in_module(program, parameter, reader) or parameter
     return _Placement(name, elements, scales, layout, cast(torch.dtype, root.args[4]), reader, multiplier)
 
@@ -187,22 +186,45 @@ def _digest(program: Program, multiplier: str | None) -> str | None:
     return None if multiplier is None else multiplier_digest(program.tensor(multiplier))
 
 
-def _check_names(weights: dict[str, _Placement], own: dict[str, Tensor]) -> None:
-    for name, placement in weights.items():
-        shape = tuple(placement.reader.graph.find_nodes(op="get_attr", target=placement.elements)[0].meta["val"].shape)
-        if name not in own or own[name].dim() != len(shape):
+def _check_names(program: Program, weights: dict[str, _Placement], own: dict[str, Tensor]) -> None:
+    """Raise DeployError unless the module has every quantized parameter, and its tensors have the traced shapes."""
+    shapes = {name: _float_shape(program, placement) for name, placement in weights.items()}
+    packed = _packed_tensors(program)
+    for name in program.parameter_names():
+        if name in own and name not in packed:
+            shapes.setdefault(name, program.tensor(name).shape)
+    for name, shape in shapes.items():
+        if name not in own:
             raise DeployError(
-                f"the program quantizes {name!r}, but none of the module's {len(own)} parameters has that name and "
-                "number of dimensions: deploy into the model that was traced"
+                f"the program quantizes {name!r}, but none of the module's {len(own)} tensors has that name: deploy "
+                "into the model that was traced"
             )
+        if own[name].shape != shape:
+            raise DeployError(
+                f"the module's {name!r} is {list(own[name].shape)}, the program's {list(shape)}: deploy into the model "
+                "that was traced"
+            )
+
+
+def _float_shape(program: Program, placement: _Placement) -> torch.Size:
+    """Shape of the parameter that an MX weight replaces."""
+    shape = [*program.tensor(placement.elements).shape[:-1], placement.layout.size]
+    if placement.layout.transposed:
+        shape[-2:] = shape[-1], shape[-2]
+    return torch.Size(shape)
+
+
+def _packed_tensors(program: Program) -> set[str]:
+    """Names of elements and scales."""
+    return {str(node.target) for node in program.graph.find_nodes(op="get_attr") if PACKS in node.meta}
 
 
 def _changed_tensors(program: Program, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that a pass changed in float, under all their names in the module; not those that forward writes to."""
     changed: dict[str, Tensor] = {}
-    state = set(mutated_tensors(program.graph))
+    others = {*mutated_tensors(program.graph), *_packed_tensors(program)}
     for name in program.parameter_names():
-        if name in own and name not in state and program.tensor(name) is not own[name]:
+        if name in own and name not in others and program.tensor(name) is not own[name]:
             changed.update(dict.fromkeys(program.aliases.get(name, (name,)), program.tensor(name)))
     return changed
 

@@ -159,6 +159,15 @@ def parse_format(text: str) -> MXFormat:
     return fmt.with_block(int(block))
 
 
+def as_format(fmt: "MXFormat | str") -> MXFormat:
+    """A format given as one or as text. Raises UnknownNameError or MXCompileError for anything else."""
+    if isinstance(fmt, MXFormat):
+        return fmt
+    if isinstance(fmt, str):
+        return parse_format(fmt)
+    raise MXCompileError(f"{fmt!r} is not a format: give mxcompile.formats.MXINT4, or its name 'mxint4'")
+
+
 def check_name(fmt: MXFormat) -> None:
     """Raise MXCompileError if a format differs from what its name stands for: graphs and files store only the name."""
     if fmt != parse_format(str(fmt)):
@@ -226,12 +235,22 @@ def parse_scale_rule(text: str) -> ScaleRule:
         raise UnknownNameError("scale rule", text, (r.value for r in ScaleRule)) from None
 
 
-def activation_rule(fmt: MXFormat) -> ScaleRule:
+def as_scale_rule(rule: ScaleRule | str) -> ScaleRule:
+    """A scale rule given as one or as text. Raises UnknownNameError or MXCompileError for anything else."""
+    if isinstance(rule, ScaleRule):
+        return rule
+    if isinstance(rule, str):
+        return parse_scale_rule(rule)
+    raise MXCompileError(f"{rule!r} is not a scale rule: give ScaleRule.FLOOR, or its name 'floor'")
+
+
+def activation_rule(fmt: MXFormat | str) -> ScaleRule:
     """The scale rule with the least error on activation-like data (normal to heavy-tailed) for a format.
 
     Measured at block 32 on Gaussian, Laplace and Student-t(5) samples. Best are FLOOR for integers, RCEIL for
     formats whose largest element is 1.75 * 2**emax, EVEN (by a little) for E2M3, threshold 7.25 for MXFP4.
     """
+    fmt = as_format(fmt)
     if fmt.is_integer:
         return ScaleRule.FLOOR
     if fmt.name == MXFP4.name:

@@ -18,7 +18,7 @@ from mxcompile.analysis.choice import MatmulChoice, check_coverage, choose, excl
 from mxcompile.analysis.matmuls import Matmul, finite_rows, replace_activation
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
-from mxcompile.graph.edit import BLOCK_AXIS, insert_call, insert_tensor
+from mxcompile.graph.edit import BLOCK_AXIS, PACKS, insert_call, insert_tensor
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage
 from mxcompile.graph.records import PassResult
@@ -124,12 +124,13 @@ class LowerMX(Pass):
 
     def _pack(self, program: Program, name: str, rows: Tensor, before: Node, fmt: MXFormat) -> tuple[Node, Node]:
         """Nodes that read the packed elements and scales of a weight `[..., out, in]`, which the first call packs."""
-        if not program.has_tensor(f"{name}_elements"):
-            elements, scales = self._quantize(program, name, rows, fmt)
-            program.set_tensor(f"{name}_elements", elements)
-            program.set_tensor(f"{name}_scales", scales)
-        elements = insert_tensor(program, before, f"{name}_elements")
-        return elements, insert_tensor(program, before, f"{name}_scales")
+        names = _packed_names(program, name)
+        if not program.has_tensor(names[0]):
+            for part, values in zip(names, self._quantize(program, name, rows, fmt), strict=True):
+                program.set_tensor(part, values)
+        elements, scales = (insert_tensor(program, before, part) for part in names)
+        elements.meta[PACKS] = scales.meta[PACKS] = name
+        return elements, scales
 
     def _quantize(self, program: Program, name: str, rows: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
         """Elements and scales; of a weight that an earlier pass rounded, those of that rounding."""
@@ -146,6 +147,19 @@ class LowerMX(Pass):
         if not torch.equal(again, rows):
             raise PassError(f"{name!r} no longer holds {fmt} values: a pass changed it after rounding")
         return elements, rounded.scales
+
+
+def _packed_names(program: Program, name: str) -> tuple[str, str]:
+    """Names of a weight's elements and scales: those that it has, else ones that no other tensor has."""
+    names = (f"{name}_elements", f"{name}_scales")
+    nodes = [node for node in program.graph.find_nodes(op="get_attr") if node.meta.get(PACKS) == name]
+    if nodes:
+        stem = str(nodes[0].target).removesuffix("_elements").removesuffix("_scales")
+        return f"{stem}_elements", f"{stem}_scales"
+    while any(map(program.has_tensor, names)):
+        name = f"{name}_"
+        names = (f"{name}_elements", f"{name}_scales")
+    return names
 
 
 def _encode_rows(fmt: MXFormat, rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,13 @@ import mxcompile
 from mxcompile import Pipeline
 from mxcompile.analysis.folds.groups import find_groups, fold
 from mxcompile.analysis.folds.multiplier import insert_multiplier
+from mxcompile.analysis.layers import find_layers
 from mxcompile.analysis.matmuls import find_matmuls
+from mxcompile.deploy import deploy
 from mxcompile.errors import DeployError
+from mxcompile.formats import MXINT8
 from mxcompile.numerics.metrics import sqnr_db
+from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
@@ -326,3 +330,57 @@ def test_inputs_are_the_users(shift, recipe, tmp_path):
     )
     assert all(torch.equal(batch, before) for batch, before in zip(batches, kept, strict=True))
     assert sqnr_db(model(kept[0].clone()), deployed(kept[0].clone())) > 30
+
+
+class OddNames(nn.Module):
+    """Parameters called as a lowered program calls packed bytes; one of them is not read by forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(64, 64) / 8)
+        self.w_elements = nn.Parameter(torch.randn(64, 64) / 8)
+        self.w_scales = nn.Parameter(torch.randn(64))
+        self.w__scales = nn.Parameter(torch.randn(64))
+        self.w_elements_elements = nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.linear(x, self.w, self.w_scales), self.w_elements, self.w__scales)
+
+
+def test_parameters_with_the_names_of_packed_bytes(tmp_path):
+    model, x = OddNames(), torch.randn(4, 64)
+    program = Pipeline([LowerMX(MXINT8)]).run(mxcompile.trace(model, x))
+    result = deploy(program, model)
+    assert [name for name, tensor in result.named_parameters() if isinstance(tensor, MXWeight)] == ["w", "w_elements"]
+    assert list(find_layers(program)) == ["w", "w_elements"]
+    for name in ("w_scales", "w__scales", "w_elements_elements"):
+        assert torch.equal(result.get_parameter(name), model.get_parameter(name))
+    assert sqnr_db(model(x), result(x)) > 35
+    mxcompile.save(result, tmp_path / "saved")
+    again = mxcompile.load(tmp_path / "saved", model=OddNames())
+    assert torch.equal(again(x), result(x))
+
+
+@pytest.mark.parametrize("part", ["linear", "norm"])
+def test_shapes_are_checked_without_a_comparison_of_outputs(part):
+    """A model of the same structure and another size."""
+
+    def net(size):
+        return nn.Sequential(nn.LayerNorm(64 if part == "linear" else size), nn.Linear(64, size))
+
+    program = Pipeline([LowerMX(MXINT8)]).run(mxcompile.trace(net(64), torch.randn(4, 64)))
+    name, shapes = ("1.weight", r"\[96, 64\].*\[64, 64\]") if part == "linear" else ("0.weight", r"\[96\].*\[64\]")
+    other = net(96)
+    if part == "norm":
+        other[1] = nn.Linear(64, 64)
+    with pytest.raises(DeployError, match=f"the module's '{name}' is {shapes}: deploy into the model that was traced"):
+        deploy(program, other, check=False)
+
+
+def test_bytes_of_a_module_without_storage():
+    """Tensors on the meta device have no address to tell them apart by."""
+    tied = nn.Sequential(nn.Linear(64, 64, device="meta"), nn.Linear(64, 64, device="meta"))
+    tied[1].weight = tied[0].weight
+    assert stored_bytes(tied) == (64 + 2) * 64 * 4
+    *_, deployed = quantized("mlp")
+    assert stored_bytes(copy.deepcopy(deployed).to("meta")) == stored_bytes(deployed)

@@ -15,6 +15,9 @@ from mxcompile.formats import (
     MXINT4,
     MXINT8,
     ScaleRule,
+    activation_rule,
+    as_format,
+    as_scale_rule,
     parse_format,
     parse_scale_rule,
 )
@@ -156,3 +159,14 @@ def test_errors_are_also_value_errors():
     """So that a caller who does not know mxcompile's errors still catches a bad name."""
     with pytest.raises(ValueError, match="unknown format"):
         parse_format("nope")
+
+
+@pytest.mark.parametrize("wrong", [None, 4, ["mxint4"], object])
+def test_formats_and_rules_are_values_or_their_text(wrong):
+    assert as_format("mxint4") == as_format(MXINT4) == MXINT4
+    assert as_scale_rule("floor") == as_scale_rule(ScaleRule.FLOOR) == ScaleRule.FLOOR
+    assert activation_rule("mxfp4") == ScaleRule.T725
+    with pytest.raises(MXCompileError, match=r"is not a format: give .*'mxint4'"):
+        as_format(wrong)
+    with pytest.raises(MXCompileError, match=r"is not a scale rule: give .*'floor'"):
+        as_scale_rule(wrong)

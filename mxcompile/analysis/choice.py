@@ -107,8 +107,7 @@ def override_formats(
 
 def _names(program: Program, matmul: Matmul) -> tuple[str, ...]:
     """The names that patterns are matched against: the weight's name and its module's path."""
-    own = name_in_module(program, matmul.parameter, matmul.node) or matmul.parameter
-    return own.removesuffix("_elements") if matmul.is_lowered else own, matmul.module_path
+    return name_in_module(program, matmul.name, matmul.node) or matmul.name, matmul.module_path
 
 
 def _check_patterns(choice: MatmulChoice, patterns: Iterable[str], names: Sequence[str]) -> None:
@@ -189,9 +188,9 @@ def _embeddings(program: Program) -> Iterator[Node]:
 
 
 def _embedding_names(program: Program, node: Node) -> list[str]:
-    weight = str(cast(Node, node.args[0]).target)
-    names = [module_path(node), *program.aliases.get(weight, (weight,))]
-    return [name for name in names if name.startswith(module_path(node))]
+    weight, path = str(cast(Node, node.args[0]).target), module_path(node)
+    names = program.aliases.get(weight, (weight,))
+    return [path, *(name for name in names if not path or name.startswith(f"{path}."))]
 
 
 def _shares_reader(matmul: Matmul, lowered: set[Node]) -> bool:

@@ -14,10 +14,9 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
+from mxcompile.graph.edit import parameter_name
 from mxcompile.graph.program import Program, Rounding, module_path
 from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
-
-_PACKED = "_elements"
 
 
 @dataclass(frozen=True)
@@ -124,9 +123,7 @@ def split_rounding(activation: Node) -> tuple[Node, InputRounding | None]:
 
 
 def _parameter(node: Node, matmul: Matmul | None) -> str:
-    if matmul is None:
-        return str(cast(Node, node.args[1]).target).removesuffix(_PACKED)
-    return matmul.parameter.removesuffix(_PACKED) if matmul.is_lowered else matmul.parameter
+    return parameter_name(cast(Node, node.args[1])) if matmul is None else matmul.name
 
 
 def _operands(node: Node) -> Iterator[Node]:

@@ -17,6 +17,7 @@ from torch.fx import Node
 from mxcompile.analysis.tensor_reads import Sources, ancestors, contracts, read_tensors, tensor_sources
 from mxcompile.errors import WeightError
 from mxcompile.graph.dataflow import SAME_VALUE, TRANSPOSES, is_cast_without_change, operand, swapped_axes
+from mxcompile.graph.edit import parameter_name
 from mxcompile.graph.program import Program, module_path, where
 from mxcompile.ops import DEQUANTIZE
 
@@ -74,9 +75,18 @@ class Matmul:
     @property
     def parameter(self) -> str:
         """Full name of the weight (of its packed elements, once lowered)."""
+        return str(self._source.target)
+
+    @property
+    def name(self) -> str:
+        """Full name of the weight, in float or packed."""
+        return parameter_name(self._source)
+
+    @property
+    def _source(self) -> Node:
         source = self.root if self.root.op == "get_attr" else self.root.args[0]
         assert isinstance(source, Node)
-        return str(source.target)
+        return source
 
     @property
     def is_lowered(self) -> bool:

@@ -12,6 +12,9 @@ from mxcompile.graph.program import Program
 BLOCK_AXIS = "mx_block_axis"
 """Key of `Node.meta` on a weight's `mx::dequantize`: the parameter's dimension along which the blocks run, -1 or -2."""
 
+PACKS = "mx_packs"
+"""Key of `Node.meta` on a `get_attr` of packed elements or scales: the name of the parameter that they pack."""
+
 
 def insert_call(program: Program, before: Node, target: Any, args: tuple[Any, ...], name: str) -> Node:
     """Insert `name = target(*args)` in front of `before`, with its module path."""
@@ -35,6 +38,11 @@ def insert_tensor(program: Program, before: Node, name: str) -> Node:
     node.meta["val"] = fake_like(before, program.tensor(name))
     _adopt(node, before)
     return node
+
+
+def parameter_name(node: Node) -> str:
+    """Name of the parameter that a `get_attr` reads, in float or packed."""
+    return str(node.meta.get(PACKS, node.target))
 
 
 def fake_like(node: Node, tensor: Tensor) -> Tensor:

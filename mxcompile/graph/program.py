@@ -172,8 +172,9 @@ class Program:
 
     def stored_bytes(self) -> int:
         """Bytes of all tensors that the graph reads, each once."""
-        tensors = {tensor.data_ptr(): tensor for tensor in map(self.tensor, self.parameter_names())}
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        tensors = map(self.tensor, self.parameter_names())
+        unique = {tensor.data_ptr() or id(tensor): tensor for tensor in tensors}  # meta tensors have no address
+        return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
     def has_tensor(self, name: str) -> bool:
         """True if the graph module holds a tensor of that name."""

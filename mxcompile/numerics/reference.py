@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mxcompile.formats import MXFP8_E4M3, SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule
+from mxcompile.formats import MXFP8_E4M3, SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule, as_format, as_scale_rule
 
 _MSE_OFFSETS = (0, -1, 1)
 _FLOAT16_MANTISSA = 10
@@ -102,38 +102,42 @@ def scale_exponents(amax: Tensor, fmt: MXFormat, rule: ScaleRule, largest: int =
     return (exponent - 1 - fmt.emax + beyond.to(torch.int32)).clamp(-SCALE_BIAS, largest - fmt.emax)
 
 
-def quantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, fmt: MXFormat | str, rule: ScaleRule | str) -> tuple[Tensor, Tensor]:
     """Quantize along the last dimension.
 
     x: `[..., size]`, float32 / bfloat16 / float16 (float64 is rounded to float32 first).
     Returns codes `[..., blocks * block_size]` (uint8, one element a byte) and E8M0 scales `[..., blocks]` (uint8).
     A block that holds Inf or NaN gets scale 255, so that all of it decodes to NaN.
     """
-    elements, exponent, finite = _quantize_blocks(x, fmt, rule)
+    fmt = as_format(fmt)
+    elements, exponent, finite = _quantize_blocks(x, fmt, as_scale_rule(rule))
     scales = torch.where(finite, exponent + SCALE_BIAS, SCALE_NAN).to(torch.uint8)
     return encode(elements, fmt).flatten(-2), scales.squeeze(-1)
 
 
-def quantize_on_scales(x: Tensor, scales: Tensor, fmt: MXFormat) -> Tensor:
+def quantize_on_scales(x: Tensor, scales: Tensor, fmt: MXFormat | str) -> Tensor:
     """Codes `[..., blocks * block_size]` of finite values `[..., size]` on scales `[..., blocks]` (none 255)."""
+    fmt = as_format(fmt)
     blocks = to_blocks(x.to(torch.float32), fmt)
     exponent = SCALE_BIAS - scales.to(torch.int32).unsqueeze(-1)
     return encode(round_elements(blocks * power_of_two(exponent), fmt), fmt).flatten(-2)
 
 
-def dequantize(codes: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype: torch.dtype) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, fmt: MXFormat | str, size: int, dtype: torch.dtype) -> Tensor:
     """Codes `[..., blocks * block_size]` and scales `[..., blocks]` to values `[..., size]` of `dtype`.
 
     Those of an aligned format are aligned (`align`).
     """
+    fmt = as_format(fmt)
     blocks = decode(codes, fmt).unflatten(-1, (-1, fmt.block_size))
     values = (blocks * scale_values(scales).unsqueeze(-1)).flatten(-2)[..., :size].to(dtype)
     return align(values) if fmt.aligned else values
 
 
-def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+def quantize_dequantize(x: Tensor, fmt: MXFormat | str, rule: ScaleRule | str) -> Tensor:
     """`dequantize(quantize(x))` without forming codes: same values, in the shape and dtype of x."""
-    elements, exponent, finite = _quantize_blocks(x, fmt, rule)
+    fmt = as_format(fmt)
+    elements, exponent, finite = _quantize_blocks(x, fmt, as_scale_rule(rule))
     values = torch.where(finite, elements * power_of_two(exponent), torch.nan)
     values = values.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
     return align(values) if fmt.aligned else values
@@ -154,7 +158,7 @@ def align(x: Tensor) -> Tensor:
     return torch.where(finite, numbers * power_of_two(exponent), torch.nan).to(x.dtype)
 
 
-def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat) -> Tensor:
+def linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, fmt: MXFormat | str) -> Tensor:
     """`x @ dequantize(codes, scales).T + bias`: x `[..., in]`, codes `[out, blocks * block_size]`, y `[..., out]`."""
     weight = dequantize(codes, scales, fmt, x.shape[-1], x.dtype)
     return torch.nn.functional.linear(x, weight, bias)

@@ -15,8 +15,9 @@ def stored_bytes(module: nn.Module) -> int:
     for tensor in (*module.parameters(), *module.buffers()):
         parts = tensor.parts if isinstance(tensor, MXWeight) else (tensor,)
         for part in parts:
-            if part.data_ptr() not in seen:
-                seen.add(part.data_ptr())
+            key = id(part) if part.device.type == "meta" else part.data_ptr()  # meta tensors have no address
+            if key not in seen:
+                seen.add(key)
                 total += part.numel() * part.element_size()
     return total
 

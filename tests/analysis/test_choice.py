@@ -123,6 +123,26 @@ def test_include_asks_for_an_embedding(name, pattern, traced):
     assert "lm_head" not in chosen(choice)
 
 
+class TwoTables(nn.Module):
+    """Two embeddings on one tensor, the name of one begins with that of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(16, SIZE)
+        self.emb_out = nn.Embedding(16, SIZE)
+        self.emb_out.weight = self.emb.weight
+        self.hidden = nn.Linear(SIZE, SIZE)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.hidden(self.emb(ids)) + self.emb_out(ids)
+
+
+@pytest.mark.parametrize("name", ["emb", "emb_out", "emb.weight", "emb_out.weight"])
+def test_a_name_does_not_stand_for_those_that_begin_with_it(name):
+    program = trace(TwoTables(), torch.zeros(2, 5, dtype=torch.long), include=[name])
+    assert [module_path(node) for node in choose(program).embeddings] == [name.removesuffix(".weight")]
+
+
 def test_exclude(traced):
     layer = "model.layers.0."
     choice = select(traced("llama"), exclude=["*.down_proj", "*.self_attn.*", f"{layer}mlp.up_proj.weight"])

@@ -392,3 +392,11 @@ def test_linear_is_a_product_with_the_decoded_weight(bias):
     codes, scales = quantize(weight, MXFP8_E4M3, RCEIL)
     expected = torch.nn.functional.linear(x, decoded(weight, MXFP8_E4M3, RCEIL), bias)
     assert torch.equal(reference.linear(x, codes, scales, bias, MXFP8_E4M3), expected)
+
+
+def test_formats_may_be_text():
+    x = torch.randn(3, 64)
+    codes, scales = reference.quantize(x, "mxint4", "floor")
+    expected = reference.quantize_dequantize(x, MXINT4, ScaleRule.FLOOR)
+    assert torch.equal(reference.dequantize(codes, scales, "mxint4", 64, x.dtype), expected)
+    assert torch.equal(reference.quantize_dequantize(x, "mxint4", "floor"), expected)
