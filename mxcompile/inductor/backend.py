@@ -32,6 +32,7 @@ from mxcompile.inductor.rewrites.join_linears import join_linears
 
 _PACKAGE: Final = Path(__file__).parents[1]
 _HASHED: Final = ("formats.py", "ops.py", "numerics", "kernels", "tensor", "graph", "inductor")
+_SOURCES: Final = (".py", ".cpp", ".h", ".jsonl")  # code, and the configs that kernels are launched with
 logger = logging.getLogger(__name__)
 
 
@@ -69,8 +70,8 @@ class FuseMX(CustomGraphPass):
 
 def _hashed_files() -> tuple[str, ...]:
     paths = [_PACKAGE / name for name in _HASHED]
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
-    return tuple(map(str, files))
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    return tuple(str(file) for file in files if file.suffix in _SOURCES)
 
 
 def compile_options(fuse: FuseMX | None = None) -> dict[str, Any]:

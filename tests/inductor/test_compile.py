@@ -201,7 +201,11 @@ def test_with_a_compiler_nothing_is_said():
 
 
 @pytest.mark.parametrize(
-    "name", ["formats.py", "ops.py", "numerics/reference.py", "kernels/dispatch.py", "graph/rules.py"]
+    "name",
+    [
+        *("formats.py", "ops.py", "numerics/reference.py", "kernels/dispatch.py", "graph/rules.py"),
+        *("kernels/configs/sm90.jsonl", "kernels/cpu/mx_cpu.cpp", "kernels/cpu/mx_cpu_dot.h"),
+    ],
 )
 def test_the_cache_key_follows_the_code(name, tmp_path, monkeypatch):
     """Any file that decides what a compiled graph computes; the copies have the same names, the key has no path."""
