@@ -125,9 +125,9 @@ def texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str,
         sys.exit("without --test-text, calibration takes the first half of the help topics and the test the second")
     calibration = halves[0] if own else token_ids(tokenizer, read_text(arguments.calibration_text))
     part = torch.cat(halves[HALVES[arguments.test_half]]).to(arguments.device)
-    windows = list(token_windows(calibration.to(arguments.device), 512, arguments.calibration))
+    windows = list(token_windows(calibration.to(arguments.device), 512, arguments.calibration, tokenizer=tokenizer))
     batches = [{"input_ids": torch.cat(windows[i : i + 4])} for i in range(0, len(windows), 4)]
-    return batches, list(islice(token_windows(part, arguments.length), arguments.windows))
+    return batches, list(islice(token_windows(part, arguments.length, tokenizer=tokenizer), arguments.windows))
 
 
 def described(arguments: argparse.Namespace, batches: list[dict[str, Tensor]], test: list[Tensor]) -> dict[str, Any]:

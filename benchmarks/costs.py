@@ -54,7 +54,8 @@ def calibration_data(source: str | None, windows: int) -> list[dict[str, Tensor]
     if not windows:
         return None
     tokenizer = smollm2.load_tokenizer() if source is None else AutoTokenizer.from_pretrained(source)
-    chosen = list(token_windows(tokenizer(help_text(), return_tensors="pt").input_ids[0], 512, windows))
+    ids = tokenizer(help_text(), return_tensors="pt").input_ids[0]
+    chosen = list(token_windows(ids, 512, windows, tokenizer=tokenizer))
     return [{"input_ids": torch.cat(chosen[start : start + 4])} for start in range(0, len(chosen), 4)]
 
 

@@ -57,7 +57,8 @@ def quantize_and_compile(
     recipe: a name (`mxcompile.recipes()`), a Pipeline, or its text form. None: "w4a8-mxint", which learns from
         calibration data, or, without calibration data, "w4a8-mxint-quick" and a warning.
     calibration: batches in the same form as the example inputs; for language models about 128 windows of 512 tokens in
-        a few batches. None: passes that learn use the example inputs only.
+        a few batches; tokens that an `attention_mask` hides count nothing. None: passes that learn use the example
+        inputs only.
     dump: a folder for the graph after every pass, diffs, what each pass did with measurements of each layer, a report
         page (`index.html`), and the selected kernel of each layer with the reason against a faster one (`kernels.txt`).
     probe: inputs for these measurements, in the form of the example inputs. None: the example inputs; False: measure

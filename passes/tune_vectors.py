@@ -17,6 +17,7 @@ from mxcompile.analysis.choice import choose
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.distillation import Distillation, straight_through
 from mxcompile.calibration.quantizers import round_input
+from mxcompile.calibration.run import visible_batches
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.inputs import Inputs
@@ -55,12 +56,13 @@ class TuneVectors(Pass):
         matmuls = choose(program).matmuls
         if not vectors or not matmuls or self.steps < 1:
             return PassResult(0)
-        if len(program.batches) < 2:
+        batches = visible_batches(program, program.batches)
+        if len(batches) < 2:
             return _unchanged(names, "training needs a held-out batch: give two or more calibration batches", [])
         prepare = partial(straight_through, partial(round_input, self.activation))
         student = AlteredRun(program, dict.fromkeys(matmuls, prepare))
         distillation = Distillation(program, student, program.origin)
-        best, losses = self._trained(distillation, vectors, program.batches)
+        best, losses = self._trained(distillation, vectors, batches)
         left_out = [Miss(f"output {name}", f"not compared: {why}") for name, why in distillation.left_out.items()]
         if math.isnan(losses["loss_before"]):
             return _unchanged(names, "no output can be compared with the float model's", left_out)

@@ -12,8 +12,9 @@ from torch.fx import Node
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.calibration.altered_run import AlteredRun
-from mxcompile.calibration.run import Runner, bind_inputs
+from mxcompile.calibration.run import BoundBatch, Runner
 from mxcompile.graph.agreement import output_leaves
+from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
@@ -99,12 +100,13 @@ class Distillation:
         return isinstance(shape[-1], int) and any(shape[-1] == size for size in self._heads)
 
     def _values(self, program: Program, runner: Runner, batch: Inputs) -> dict[str, Tensor]:
-        """The compared outputs by name."""
+        """The compared outputs by name, without the rows that a mask hides."""
         every = _outputs(program)
         outputs = {name: every[name] for name in self.outputs}
-        bound = {node: _for_autograd(value) for node, value in bind_inputs(program, batch).items()}
+        inputs = {node: _for_autograd(value) for node, value in bind_inputs(program, batch).items()}
+        bound = BoundBatch.of(program, inputs)
         values = runner.run_nodes(compute_nodes(program.graph.nodes), bound, None, outputs.values())
-        return {name: values[node] for name, node in outputs.items()}
+        return {name: bound.visibility.rows(node, values[node]) for name, node in outputs.items()}
 
     def _distance(self, name: str, expected: Tensor, actual: Tensor) -> Tensor | None:
         if expected.shape != actual.shape:

@@ -1,7 +1,7 @@
 """Calibration data of one scale group during a sweep, and the error of its factors on them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,8 @@ from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.factor_search import Operand, per_channel
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.run import NodeValues, copied_if_mutated
+from mxcompile.calibration.run import BoundBatch
+from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.program import Program
 from mxcompile.numerics.importance import token_weights
 
@@ -31,7 +32,7 @@ class GroupFacts:
     """
 
     segment: Segment
-    block_inputs: list[NodeValues]
+    block_inputs: list[BoundBatch]
     statistics: Mapping[Node, Mapping[type[Observer], Tensor]]
 
     def encloses(self, group: ScaleGroup) -> bool:
@@ -69,9 +70,10 @@ class GroupFacts:
             return None
         runner = AlteredRun(program, {})
 
-        def outputs(state: NodeValues) -> NodeValues:
+        def outputs(state: BoundBatch) -> NodeValues:
             nodes = self.segment.nodes
-            return runner.run_nodes(nodes, copied_if_mutated(state, nodes), None, compared)
+            values = runner.run_nodes(nodes, state.fork(nodes), None, compared)
+            return {node: state.visibility.rows(node, value) for node, value in values.items()}
 
         expected = [outputs(state) for state in self.block_inputs]
 
@@ -116,13 +118,15 @@ def subsample_tokens(rows: Tensor, weight: Tensor) -> Tensor:
     return rows[:: -(-len(rows) // max(16, _LARGEST_SAMPLE // len(weight)))]
 
 
-def first_batches(states: Iterable[NodeValues], segment: Segment) -> list[NodeValues]:
-    """Inputs of a segment for the first batches, about 2048 tokens (counted in their largest tensor)."""
-    chosen: list[NodeValues] = []
+def first_batches(states: Iterable[BoundBatch], segment: Segment) -> list[BoundBatch]:
+    """Inputs of a segment for the first batches, about 2048 visible tokens (counted in their largest tensor)."""
+    chosen: list[BoundBatch] = []
     tokens = 0
     for state in states:
-        chosen.append(dict(copied_if_mutated(state, segment.nodes)))
-        tokens += max((v.numel() // v.shape[-1] for v in state.values() if _is_activation(v)), default=0)
+        copied = state.fork(segment.nodes)
+        chosen.append(replace(copied, values=dict(copied.values)))
+        rows = (state.visibility.rows(node, v) for node, v in state.values.items() if _is_activation(v))
+        tokens += max((v.numel() // v.shape[-1] for v in rows), default=0)
         if tokens >= _BLOCK_TOKENS:
             break
     return chosen

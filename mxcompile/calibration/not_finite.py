@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.run import Request, Runner, bind_inputs
+from mxcompile.calibration.run import BoundBatch, Request, Runner
 from mxcompile.errors import InputError
+from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program, where
@@ -57,15 +58,16 @@ def _batch_label(program: Program, index: int) -> str:
 
 def _raise_at_first(program: Program, batch: Inputs, label: str, values: Iterable[Node]) -> None:
     """Raise InputError if one of the values holds NaN (or Inf) for a batch: it names the value in which that arises."""
-    bound = bind_inputs(program, batch)
+    bound = BoundBatch.of(program, bind_inputs(program, batch))
     nan, inf = set[Node](), set[Node]()
 
     def note(node: Node, value: object) -> None:
         if isinstance(value, Tensor) and value.is_floating_point():
+            value = bound.visibility.rows(node, value)
             nan.update([node] * bool(value.isnan().any()))
             inf.update([node] * bool(value.isinf().any()))
 
-    for node, value in bound.items():
+    for node, value in bound.values.items():
         note(node, value)
     Runner(program).run_nodes(compute_nodes(program.graph.nodes), bound, note)
     for kind, holders in (("NaN", nan), ("Inf", inf)):

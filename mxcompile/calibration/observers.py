@@ -18,7 +18,10 @@ from mxcompile.numerics.row_slices import row_slices
 
 
 class Observer(Protocol):
-    """Accumulates a statistic of a value `[..., channels]`."""
+    """Accumulates a statistic of a value `[..., channels]`.
+
+    Where a mask hides tokens of a batch, `update` gets the rows of the others, `[tokens, channels]`.
+    """
 
     def update(self, x: Tensor) -> None:
         """Add one batch."""

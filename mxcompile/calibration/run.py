@@ -1,7 +1,7 @@
 """Run calibration batches through a Program and feed chosen values to observers."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from mxcompile.analysis.visibility import Visibility, output_paths
 from mxcompile.calibration.observers import Observer
 from mxcompile.errors import InputError, NoDataError
-from mxcompile.graph.dataflow import compute_nodes
+from mxcompile.graph.binding import NodeValues, bind_inputs, writes_in_place
+from mxcompile.graph.dataflow import compute_nodes, mutated_tensors
 from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.masks import hides_everything
 from mxcompile.graph.program import Program, guards_explained
 
 NO_TOKENS = "no calibration token reaches it"
-NodeValues = dict[Node, Any]
-"""Values of some nodes of a graph, for one batch."""
 Observers = Mapping[Node, Sequence[Observer]]
 
 
@@ -49,9 +50,36 @@ class Request:
         return self.key in program.statistics
 
 
+@dataclass(frozen=True)
+class BoundBatch:
+    """One batch on its way through a program.
+
+    values: those computed so far that are still needed. visibility: which of their rows count. buffers: the batch's own
+    copies of the buffers that forward writes to; every batch starts from the traced ones.
+    """
+
+    values: NodeValues
+    visibility: Visibility
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, program: Program, values: NodeValues) -> "BoundBatch":
+        """A batch that is bound to the graph's placeholders (`bind_inputs`)."""
+        buffers = {name: program.tensor(name).detach().clone() for name in mutated_tensors(program.graph)}
+        return cls(values, Visibility(values), buffers)
+
+    def fork(self, nodes: Iterable[Node]) -> "BoundBatch":
+        """The batch, or a copy if one of the nodes writes in place, so that the nodes can be run on it repeatedly."""
+        if not writes_in_place(nodes):
+            return self
+        values, buffers = copy.deepcopy((list(self.values.values()), self.buffers))  # views still share their storage
+        return BoundBatch(dict(zip(self.values, values, strict=True)), self.visibility, buffers)
+
+
 class Runner(Interpreter):
     """Runs parts of a graph on values that the caller holds; tensors of the program are read again for each use.
 
+    visibility: the rows that count of the batch that runs.
     gradients: run with autograd, for inputs that need gradients (the program's own tensors are detached).
     """
 
@@ -59,27 +87,33 @@ class Runner(Interpreter):
         super().__init__(program.graph_module, garbage_collect_values=False)
         self.extra_traceback = False  # error_location adds the node and module path
         self.gradients = False
+        self.visibility = Visibility({})
+        self._program = program
+        self._buffers: dict[str, Tensor] = {}
 
     def run_nodes(
         self,
         nodes: Sequence[Node],
-        values: NodeValues,
+        values: NodeValues | BoundBatch,
         on_value: Callable[[Node, Any], None] | None = None,
         outputs: Iterable[Node] = (),
     ) -> NodeValues:
         """Compute nodes in order from `values`; return the values of `outputs`, in their order.
 
+        values: of one batch; without a BoundBatch, all rows count and buffers are as traced.
         on_value: called with each node and its value. A value is freed after its last use among the nodes.
         """
         outputs = dict.fromkeys(outputs)
         last = {source: index for index, node in enumerate(nodes) for source in node.all_input_nodes}
-        self.env = dict(values)
+        batch = values if isinstance(values, BoundBatch) else BoundBatch.of(self._program, values)
+        self.env, self.visibility, self._buffers = dict(batch.values), batch.visibility, batch.buffers
         with torch.set_grad_enabled(self.gradients), guards_explained():
             for index, node in enumerate(nodes):
                 for source in node.all_input_nodes:
                     if source.op == "get_attr":
                         self.env[source] = self.parameter(source)
                 self.env[node] = self.run_node(node)
+                batch.visibility.record(node, self.env)
                 if on_value is not None:
                     on_value(node, self.env[node])
                 for source in (*node.all_input_nodes, node):
@@ -91,28 +125,23 @@ class Runner(Interpreter):
 
     def parameter(self, node: Node) -> Tensor:
         """The tensor that a `get_attr` node reads; a copy if autograd cannot save it (made in inference mode)."""
-        value = self.fetch_attr(str(node.target))
+        value = self._buffers.get(str(node.target))
+        value = self.fetch_attr(str(node.target)) if value is None else value
         if not isinstance(value, Tensor):
             return value
         return value.clone() if self.gradients and value.is_inference() else value.detach()
 
 
-def feed_observers(observers: Observers) -> Callable[[Node, Any], None]:
-    """An `on_value` callback for `Runner.run_nodes` that updates the observers of each node."""
+def feed_observers(observers: Observers, visibility: Visibility) -> Callable[[Node, Any], None]:
+    """An `on_value` callback for `Runner.run_nodes` that updates the observers of each node with its visible rows."""
 
     def update(node: Node, value: Any) -> None:
-        for observer in observers.get(node, ()):
-            observer.update(value)
+        if kinds := observers.get(node):
+            rows = visibility.rows(node, value)
+            for observer in kinds:
+                observer.update(rows)
 
     return update
-
-
-def copied_if_mutated(values: NodeValues, nodes: Iterable[Node]) -> NodeValues:
-    """The values, or copies if one of the nodes writes in place, so that the nodes can be run on them repeatedly."""
-    if not any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes):
-        return values
-    copies = copy.deepcopy(list(values.values()))  # in one call, so that views of one tensor still share storage
-    return dict(zip(values, copies, strict=True))
 
 
 def gather_statistics(program: Program, requests: Sequence[Request], batches: Iterable[Inputs] | None = None) -> None:
@@ -130,14 +159,14 @@ def gather_statistics(program: Program, requests: Sequence[Request], batches: It
     by_value: dict[Node, list[Observer]] = {}
     for (value, _), observer in observers.items():
         by_value.setdefault(nodes[value], []).append(observer)
-    update = feed_observers(by_value)
     runner = Runner(program)
     needed = list(nodes.values())
     needed = needed[: max(map(needed.index, by_value)) + 1]
     computed = compute_nodes(needed)
     for batch in program.track(program.batches) if batches is None else batches:
-        bound = bind_inputs(program, batch)
-        for node, value in bound.items():
+        bound = _bound(program, batch)
+        update = feed_observers(by_value, bound.visibility)
+        for node, value in bound.values.items():
             update(node, value)
         runner.run_nodes(computed, bound, update)
     for key, observer in observers.items():
@@ -145,47 +174,49 @@ def gather_statistics(program: Program, requests: Sequence[Request], batches: It
             program.statistics[key] = observer.value
 
 
-def run_outputs(runner: Runner, program: Program, batch: Inputs) -> Any:
+def visible_batches(program: Program, batches: Iterable[Inputs], kind: str = "calibration") -> tuple[Inputs, ...]:
+    """The batches without those of which a mask hides every token; raises InputError if none is left."""
+    batches = tuple(batches)
+    visible = tuple(batch for batch in batches if not hides_everything(bind_inputs(program, batch)))
+    if not visible:
+        raise InputError(f"the masks of all {len(batches)} {kind} batches hide every token: there is no data")
+    return visible
+
+
+def run_outputs(runner: Runner, program: Program, batch: Inputs | BoundBatch) -> Any:
     """The model's outputs for a batch, computed by the runner."""
-    bound = bind_inputs(program, batch)
+    bound = batch if isinstance(batch, BoundBatch) else _bound(program, batch)
+    return program.graph.process_outputs(_output_leaves(runner, program, bound))
+
+
+def visible_outputs(runner: Runner, program: Program, batch: Inputs) -> dict[str, Tensor]:
+    """The float outputs for a batch by path, computed by the runner; `[tokens, size]` where a mask hides some rows."""
+    bound = _bound(program, batch)
+    leaves = zip(output_paths(program), _output_nodes(program), _output_leaves(runner, program, bound), strict=True)
+    floats = (
+        (path, node, leaf) for path, node, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    )
+    return {path: bound.visibility.rows(node, leaf) if isinstance(node, Node) else leaf for path, node, leaf in floats}
+
+
+def _bound(program: Program, batch: Inputs) -> BoundBatch:
+    return BoundBatch.of(program, bind_inputs(program, batch))
+
+
+def _output_nodes(program: Program) -> tuple[Any, ...]:
+    """What the graph returns: nodes, and constants."""
     (end,) = program.graph.find_nodes(op="output")
-    outputs = [node for node in end.all_input_nodes if node.op not in ("placeholder", "get_attr")]
-    values = bound | runner.run_nodes(compute_nodes(program.graph.nodes), bound, None, outputs)
+    return tuple(end.args[0])
+
+
+def _output_leaves(runner: Runner, program: Program, bound: BoundBatch) -> tuple[Any, ...]:
+    leaves = _output_nodes(program)
+    computed = [leaf for leaf in leaves if isinstance(leaf, Node) and leaf.op not in ("placeholder", "get_attr")]
+    values = bound.values | runner.run_nodes(compute_nodes(program.graph.nodes), bound, None, computed)
 
     def value(leaf: Any) -> Any:
         if isinstance(leaf, Node):
             return runner.parameter(leaf) if leaf.op == "get_attr" else values[leaf]
         return leaf
 
-    return program.graph.process_outputs(tuple(map(value, end.args[0])))
-
-
-def bind_inputs(program: Program, batch: Inputs) -> NodeValues:
-    """A batch as values of the graph's placeholders; raises InputError if its structure is not the traced one.
-
-    The user's tensors are never written to: a graph with in-place ops gets copies.
-    """
-    program.example.check_ranks(batch)
-    names = list(program.example.kwargs)
-    if len(batch.args) != len(program.example.args) or set(batch.kwargs) != set(names):
-        raise InputError(
-            f"a calibration batch has {len(batch.args)} positional arguments and keywords {sorted(batch.kwargs)}; the "
-            f"model was traced with {len(program.example.args)} and {sorted(names)}"
-        )
-    kwargs = {name: batch.kwargs[name] for name in names}
-    leaves = _leaves_like((program.example.args, program.example.kwargs), (batch.args, kwargs))
-    bound = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
-    return copied_if_mutated(bound, program.graph.nodes)
-
-
-def _leaves_like(example: Any, value: Any) -> Iterator[Any]:
-    """The leaves of a value, in the order of the traced example."""
-    if isinstance(example, Mapping):
-        pairs = [(item, value[key]) for key, item in example.items()]
-    elif isinstance(example, tuple | list):
-        pairs = list(zip(example, value, strict=True))
-    else:
-        yield value
-        return
-    for one, other in pairs:
-        yield from _leaves_like(one, other)
+    return tuple(map(value, leaves))

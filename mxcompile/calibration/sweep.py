@@ -5,6 +5,7 @@ two segments sees the effect in the inputs of later segments.
 """
 
 from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from torch.fx import Node
@@ -12,7 +13,8 @@ from torch.fx import Node
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.not_finite import check_statistics
 from mxcompile.calibration.observers import values_of
-from mxcompile.calibration.run import NodeValues, Observers, Runner, bind_inputs, copied_if_mutated, feed_observers
+from mxcompile.calibration.run import BoundBatch, Observers, Runner, feed_observers
+from mxcompile.graph.binding import NodeValues, bind_inputs
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 
@@ -20,33 +22,39 @@ from mxcompile.graph.program import Program
 class Sweep:
     """Calibration batches on their way through a Program.
 
-    states: for every batch, the computed values that nodes ahead still read. runner: computes the nodes; a subclass of
+    batches: for every batch, the computed values that nodes ahead still read, which of their rows count, and what it
+    has written to buffers. runner: computes the nodes; a subclass of
     `Runner` (such as `AlteredRun`) also determines the inputs of later segments.
     """
 
     def __init__(self, program: Program, batches: Iterable[Inputs], runner: Runner | None = None) -> None:
         self.runner, batches = runner or Runner(program), tuple(batches)
-        self.states: list[NodeValues] = [bind_inputs(program, batch) for batch in batches]
-        self._program, self._batches = program, batches
+        self.batches = [BoundBatch.of(program, bind_inputs(program, batch)) for batch in batches]
+        self._program, self._inputs = program, batches
         self._passed: set[Node] = set()
 
+    @property
+    def states(self) -> list[NodeValues]:
+        """For every batch, the computed values that nodes ahead still read."""
+        return [batch.values for batch in self.batches]
+
     def observe(self, segment: Segment, observers: Observers) -> None:
-        """Feed values of a segment to observers without advancing; computes only the nodes that this needs.
+        """Feed visible rows of a segment to observers without advancing; computes only the nodes that this needs.
 
         Raises InputError, as `advance` does, if a batch makes a statistic NaN or Inf.
         """
         nodes = _up_to(self._ahead(segment), observers)
-        for state in self.states:
-            self._run(nodes, copied_if_mutated(state, nodes), observers, ())
+        for state in self.batches:
+            self._run(nodes, state.fork(nodes), observers, ())
         self._check(observers)
 
     def values(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[NodeValues]:
-        """Yield, for each batch, values of a segment or carried into it, without advancing."""
+        """Yield, for each batch, values of a segment or carried into it, all of their rows, without advancing."""
         ahead = _up_to(self._ahead(segment), nodes)
         inside = [node for node in nodes if node in ahead]
-        for state in self.states:
-            computed = self.runner.run_nodes(ahead, copied_if_mutated(state, ahead), None, inside) if ahead else {}
-            yield {node: state[node] for node in nodes if node in state} | computed
+        for state in self.batches:
+            computed = self.runner.run_nodes(ahead, state.fork(ahead), None, inside) if ahead else {}
+            yield {node: state.values[node] for node in nodes if node in state.values} | computed
 
     def approach(self, segment: Segment, value: Node, limit: int) -> None:
         """Advance all batches to just after a node of the segment, if they then hold at most `limit` bytes.
@@ -54,9 +62,9 @@ class Sweep:
         This changes no result: later requests are computed from there. Otherwise the batches stay where they are.
         """
         nodes = _up_to(self._ahead(segment), [value])
-        if nodes and self.states:
-            first = self._behind(nodes, copied_if_mutated(self.states[0], nodes))
-            if _bytes(first) * len(self.states) <= limit:
+        if nodes and self.batches:
+            first = self._behind(nodes, self.batches[0].fork(nodes))
+            if _bytes(first.values) * len(self.batches) <= limit:
                 self._move(nodes, {}, first)
 
     def advance(self, segment: Segment, observers: Observers | None = None) -> None:
@@ -69,32 +77,32 @@ class Sweep:
 
     def _check(self, observers: Observers) -> None:
         for node, kinds in observers.items():
-            check_statistics(self._program, self._batches, node, values_of(kinds))
+            check_statistics(self._program, self._inputs, node, values_of(kinds))
 
-    def _move(self, nodes: Sequence[Node], observers: Observers, first: NodeValues | None = None) -> None:
+    def _move(self, nodes: Sequence[Node], observers: Observers, first: BoundBatch | None = None) -> None:
         """Run all batches through some nodes; first: the first batch's state after them, if already computed."""
-        for index, state in enumerate(self.states):
+        for index, state in enumerate(self.batches):
             computed = first if index == 0 else None
-            self.states[index] = self._behind(nodes, state, observers) if computed is None else computed
+            self.batches[index] = self._behind(nodes, state, observers) if computed is None else computed
         self._passed.update(nodes)
 
-    def _behind(self, nodes: Sequence[Node], state: NodeValues, observers: Observers | None = None) -> NodeValues:
+    def _behind(self, nodes: Sequence[Node], state: BoundBatch, observers: Observers | None = None) -> BoundBatch:
         """The state of a batch after some nodes: the values that nodes ahead of it read."""
         passed = self._passed.union(nodes)
         outputs = [node for node in nodes if node.users.keys() - passed]
-        values = state | self._run(nodes, state, observers or {}, outputs)
-        return {node: value for node, value in values.items() if node.users.keys() - passed}
+        values = state.values | self._run(nodes, state, observers or {}, outputs)
+        return replace(state, values={node: value for node, value in values.items() if node.users.keys() - passed})
 
     def _ahead(self, segment: Segment) -> tuple[Node, ...]:
         """The nodes of a segment that the batches have not passed yet."""
         return tuple(node for node in segment.nodes if node not in self._passed)
 
     def _run(
-        self, nodes: Sequence[Node], state: NodeValues, observers: Observers, outputs: Iterable[Node]
+        self, nodes: Sequence[Node], state: BoundBatch, observers: Observers, outputs: Iterable[Node]
     ) -> NodeValues:
-        update = feed_observers(observers)
-        for node in observers.keys() & state.keys():
-            update(node, state[node])
+        update = feed_observers(observers, state.visibility)
+        for node in observers.keys() & state.values.keys():
+            update(node, state.values[node])
         return self.runner.run_nodes(nodes, state, update, outputs)
 
 

@@ -1,6 +1,7 @@
 """Run the same batches, in lockstep, through the model being quantized and through the float ("exact") model."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -10,11 +11,12 @@ from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.analysis.segments import Segment, find_segments
+from mxcompile.analysis.visibility import Visibility
 from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.not_finite import check_statistics
-from mxcompile.calibration.run import NodeValues
 from mxcompile.calibration.second_moments import SecondMoments, expert_offsets, expert_rows, residual_operand
 from mxcompile.calibration.sweep import Sweep
+from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.program import Program
 
 _LARGEST_STATE = 4 << 30  # bytes of activations that may be kept inside a segment
@@ -83,8 +85,8 @@ class TwinRun:
 
     def _plain_moments(self, segment: Segment, matmul: Matmul) -> SecondMoments:
         moments = SecondMoments(matmul.in_features, self._program.tensor(matmul.parameter).device)
-        for values in self._rounded.values(segment, [matmul.activation]):
-            moments.update(_rows(self._prepare(values[matmul.activation])))
+        for values, visible in self._visible_values(segment, [matmul.activation]):
+            moments.update(_rows(self._prepare(visible.rows(matmul.activation, values[matmul.activation]))))
         return moments
 
     def _compared_moments(
@@ -95,14 +97,17 @@ class TwinRun:
         Raises _UnpairedRowsError if the two models have other numbers of rows.
         """
         moments = SecondMoments(matmul.in_features, self._program.tensor(matmul.parameter).device)
-        for values, exact in self._pairs(segment, [matmul.activation, *added.values()], [exact_node, *added.values()]):
-            rows = _rows(self._prepare(values[matmul.activation]))
+        value, nodes = matmul.activation, list(added.values())
+        for values, visible, exact in self._pairs(segment, [value, *nodes], [exact_node, *nodes]):
+            mask = visible.mask(value, values[value])
+            rows = _rows(self._prepare(values[value]))
             exact_rows = _rows(exact[self._nodes[exact_node.name]])
             pairs = {n: (_rows(exact[self._nodes[node.name]]), _rows(values[node])) for n, node in added.items()}
-            if any(
-                len(other) != len(rows) for other in (exact_rows, *(rows for pair in pairs.values() for rows in pair))
-            ):
+            if any(len(other) != len(rows) for other in (exact_rows, *chain.from_iterable(pairs.values()))):
                 raise _UnpairedRowsError
+            if mask is not None:
+                rows, exact_rows = rows[mask], exact_rows[mask]
+                pairs = {name: (expected[mask], actual[mask]) for name, (expected, actual) in pairs.items()}
             errors = {name: expected - actual for name, (expected, actual) in pairs.items()}
             if exact_node is matmul.node:
                 moments.update(rows, residual_errors=errors, exact_outputs={matmul.node.name: exact_rows})
@@ -113,10 +118,14 @@ class TwinRun:
     def _expert_moments(self, segment: Segment, matmul: Matmul, experts: int) -> list[SecondMoments]:
         offsets = expert_offsets(matmul)
         moments: list[SecondMoments] = []
-        for values in self._rounded.values(segment, [matmul.activation, *([offsets] if offsets else [])]):
+        for values, visible in self._visible_values(segment, [matmul.activation, *([offsets] if offsets else [])]):
             x = self._prepare(values[matmul.activation])
             moments = moments or [SecondMoments(x.shape[-1], x.device) for _ in range(experts)]
-            rows_by_expert = expert_rows(x, None if offsets is None else values[offsets], experts)
+            ends = None if offsets is None else values[offsets]
+            rows_by_expert = expert_rows(x, ends, experts)
+            if (mask := visible.mask(matmul.activation, x)) is not None:
+                masks = expert_rows(mask.reshape(*x.shape[:-1], 1), ends, experts)
+                rows_by_expert = [rows[kept.flatten()] for rows, kept in zip(rows_by_expert, masks, strict=True)]
             for of_expert, rows in zip(moments, rows_by_expert, strict=True):
                 of_expert.update(rows)
         return moments
@@ -135,11 +144,16 @@ class TwinRun:
 
     def _pairs(
         self, segment: Segment, nodes: Sequence[Node], exact_nodes: Sequence[Node]
-    ) -> Iterator[tuple[NodeValues, NodeValues]]:
+    ) -> Iterator[tuple[NodeValues, Visibility, NodeValues]]:
         assert self._exact is not None
-        rounded = self._rounded.values(segment, nodes)
         twins = [self._nodes[node.name] for node in exact_nodes]
-        return zip(rounded, self._exact.values(self._twins[segment], twins), strict=True)
+        exact = self._exact.values(self._twins[segment], twins)
+        for (values, visible), exact_values in zip(self._visible_values(segment, nodes), exact, strict=True):
+            yield values, visible, exact_values
+
+    def _visible_values(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[tuple[NodeValues, Visibility]]:
+        batches = [batch.visibility for batch in self._rounded.batches]
+        return zip(self._rounded.values(segment, nodes), batches, strict=True)
 
 
 class _UnpairedRowsError(Exception):

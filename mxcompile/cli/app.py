@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from mxcompile.cli import dump_commands, list_commands, model_commands
-from mxcompile.cli.arguments import Calibration, CalibrationText, Device, Json, Length, Model, TextFile
+from mxcompile.cli.arguments import Calibration, CalibrationText, Device, Json, Length, Model, SpecialTokens, TextFile
 from mxcompile.cli.compare import EvalOptions, compare, load_with_data, print_comparison
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.demo import run_demo
@@ -49,17 +49,21 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=0, help="number of windows; 0 for all of the text")] = 4,
     calibration_text: CalibrationText = None,
     calibration: Calibration = 32,
+    special_tokens: SpecialTokens = True,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Print the perplexity of a language model; with --recipe, also that of the quantized model and its KL.
 
-    Every token of a window is predicted from those before it, without a special token in front.
+    Every token of a window is predicted from those before it, the first of the text from BOS if the tokenizer puts one
+    before a text.
 
     --json: {"model": {"name", "bytes", "nll", "perplexity"}, "recipe", "reference", "kl", "top1", "text", "length",
     "windows", "tokens", "calibration"}; kl and top1 compare with the reference, which is null or like the model.
     """
-    options = EvalOptions(model, against, recipe, text, length, windows, calibration_text, calibration, device)
+    options = EvalOptions(
+        model, against, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
+    )
     comparison = compare(messages(), options)
     if as_json:
         print_json(comparison.record())
@@ -80,6 +84,7 @@ def bisect(
     windows: Annotated[int, typer.Option(min=1, help="number of windows")] = 1,
     calibration_text: CalibrationText = None,
     calibration: Calibration = 32,
+    special_tokens: SpecialTokens = True,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -90,7 +95,9 @@ def bisect(
     --json: {"metric", "threshold", "scores": [{"pass", "score"}], "culprit", "contributions": {layer: added error},
     "guilty", "restored", "fix": null or {"names", "format", "score", "mends"}, "forwards"}.
     """
-    options = EvalOptions(model, None, recipe, text, length, windows, calibration_text, calibration, device)
+    options = EvalOptions(
+        model, None, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
+    )
     screen = messages()
     loaded, _, data = load_with_data(screen, options)
     probe = [{"input_ids": window.to(device)} for window in data.windows]

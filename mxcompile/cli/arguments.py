@@ -14,6 +14,9 @@ Format = Annotated[
 ]
 TextFile = Annotated[Path | None, typer.Option(help='.txt, or .jsonl of {"text": ...}; default: Python\'s help topics')]
 Length = Annotated[int, typer.Option(min=2, help="tokens per window of the text")]
+SpecialTokens = Annotated[
+    bool, typer.Option(help="begin every window with what the tokenizer puts before a text, such as BOS")
+]
 CalibrationText = Annotated[
     Path | None, typer.Option(help="text for recipes that calibrate; the first half of the text by default")
 ]

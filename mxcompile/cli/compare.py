@@ -24,7 +24,7 @@ from mxcompile.cli.texts import (
     text_windows,
     token_ids,
 )
-from mxcompile.diagnostics.evaluation import Evaluation, check_causal, evaluate
+from mxcompile.diagnostics.evaluation import Evaluation, check_causal, evaluate, start_tokens
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
 from mxcompile.passes.recipes import RECIPES, as_pipeline
@@ -43,6 +43,7 @@ class EvalOptions:
     text, calibration_text: files as `read_text` takes them. None: Python's help topics; the same as `text`. If both are
         the same and the recipe calibrates, it calibrates on the first half and is evaluated on the second.
     length, windows: tokens per window, number of windows (0: all). calibration: number of windows of 512 tokens.
+    special_tokens: whether every window begins with what the tokenizer puts before a text, such as BOS.
     """
 
     model: str | None = None
@@ -54,6 +55,7 @@ class EvalOptions:
     calibration_text: Path | None = None
     calibration: int = 32
     device: str = "cpu"
+    special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.recipe is not None and self.against is not None:
@@ -136,7 +138,8 @@ def compare(console: Console, options: EvalOptions) -> Comparison:
     if options.against is None:
         return score(console, options, data, model)
     reference, other_tokenizer = _load(console, options.against, options.device)
-    if not torch.equal(token_ids(other_tokenizer, texts[0]), token_ids(tokenizer, texts[0])):
+    same_ids = torch.equal(token_ids(other_tokenizer, texts[0]), token_ids(tokenizer, texts[0]))
+    if not same_ids or (options.special_tokens and start_tokens(other_tokenizer) != start_tokens(tokenizer)):
         names = f"{options.model_name} and {options.against}"
         raise InputError(f"{names} cannot be compared: they split the text into different tokens")
     _check_model(options.against, reference, data)
@@ -225,25 +228,26 @@ def _read_texts(options: EvalOptions) -> tuple[str, ...]:
 
 def _load_with_data(console: Console, options: EvalOptions, texts: tuple[str, ...]) -> tuple[Any, Any, EvalData]:
     model, tokenizer = _load(console, options.model, options.device)
-    data = _make_data(options, *(token_ids(tokenizer, text) for text in texts))
+    data = _make_data(options, tokenizer, *(token_ids(tokenizer, text) for text in texts))
     _check_model(options.model_name, model, data)
     return model, tokenizer, data
 
 
-def _make_data(options: EvalOptions, ids: Tensor, other: Tensor | None = None) -> EvalData:
+def _make_data(options: EvalOptions, tokenizer: Any, ids: Tensor, other: Tensor | None = None) -> EvalData:
     """Windows and batches from the token ids `[tokens]` of the texts."""
+    start = tokenizer if options.special_tokens else None
     name = calibration_name = HELP_TOPICS if options.text is None else options.text.name
     if not options.calibrates:
-        return EvalData(name, text_windows(name, ids, options.length, options.windows))
+        return EvalData(name, text_windows(name, ids, options.length, options.windows, start))
     if other is None:
         other, ids = ids.tensor_split(2)
         name, calibration_name = f"the second half of {name}", f"the first half of {name}"
     elif options.calibration_text is not None:
         calibration_name = options.calibration_text.name
-    calibration = text_windows(calibration_name, other, CALIBRATION_LENGTH, options.calibration)
+    calibration = text_windows(calibration_name, other, CALIBRATION_LENGTH, options.calibration, start)
     return EvalData(
         name,
-        text_windows(name, ids, options.length, options.windows),
+        text_windows(name, ids, options.length, options.windows, start),
         f"{calibration_name}, {len(calibration)} windows of {CALIBRATION_LENGTH}",
         [{"input_ids": batch.to(options.device)} for batch in calibration_batches(calibration)],
     )

@@ -9,7 +9,17 @@ import typer
 from mxcompile.api import load
 from mxcompile.checkpoint import Checkpoint, check_destination, save
 from mxcompile.cli import smollm2
-from mxcompile.cli.arguments import Calibration, CalibrationText, Device, Format, Json, Length, Model, TextFile
+from mxcompile.cli.arguments import (
+    Calibration,
+    CalibrationText,
+    Device,
+    Format,
+    Json,
+    Length,
+    Model,
+    SpecialTokens,
+    TextFile,
+)
 from mxcompile.cli.checkpoint_contents import CheckpointContents
 from mxcompile.cli.compare import EvalOptions, print_comparison, quantize_and_compare
 from mxcompile.cli.console import messages, print_json, results
@@ -39,6 +49,7 @@ def quantize(
     windows: Annotated[int, typer.Option(min=0, help="number of windows to compare on; 0 for the whole text")] = 4,
     calibration_text: CalibrationText = None,
     calibration: Calibration = 32,
+    special_tokens: SpecialTokens = True,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -50,7 +61,9 @@ def quantize(
     --json: as for eval, and "recovery", "metric", "out" (null if nothing is written).
     """
     check_destination(out, format)
-    options = EvalOptions(model, None, recipe, text, length, windows, calibration_text, calibration, device)
+    options = EvalOptions(
+        model, None, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
+    )
     quantized, tokenizer, comparison = quantize_and_compare(messages(), options, recipe)
     recovery = comparison.scores.recovery(metric)
     enough = min_recovery is None or recovery >= min_recovery

@@ -36,12 +36,12 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
     return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
 
 
-def text_windows(name: str, ids: Tensor, length: int, count: int) -> list[Tensor]:
+def text_windows(name: str, ids: Tensor, length: int, count: int, tokenizer: Any = None) -> list[Tensor]:
     """The first `count` windows `[1, length]` of token ids `[tokens]`, all for 0; raises InputError if there is none.
 
-    name: of the text, for the error.
+    name: of the text, for the error. tokenizer: each window begins with what it puts before a text; None: with no more.
     """
-    windows = list(token_windows(ids, length, count or None))
+    windows = list(token_windows(ids, length, count or None, tokenizer=tokenizer))
     if not windows:
         raise InputError(f"{name} has {ids.numel()} tokens, fewer than a window of {length}: use more text")
     return windows

@@ -1,19 +1,23 @@
 """Evaluate a language model alone or against a reference: perplexity, KL divergence, top-1 agreement."""
 
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mxcompile.errors import InputError, UnknownNameError
+from mxcompile.graph.masks import shown_tokens
 from mxcompile.numerics.metrics import kl_divergence, negative_log_likelihood, perplexity, top1_agreement
 
 _ROWS = 512
+_IDS, _MASK = "input_ids", "attention_mask"
+_IGNORED = ("token_type_ids", "labels")  # a tokenizer's or a collator's: models score without them
+_TEXT = "a text"
 
 
 class Metric(StrEnum):
@@ -58,15 +62,22 @@ class Evaluation:
         return {Metric.TOP1: self.top1, Metric.PERPLEXITY: ratio, Metric.KL: math.exp(-self.kl)}[Metric(metric)]
 
 
-def evaluate(model: nn.Module, windows: Tensor | Iterable[Tensor], reference: nn.Module | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    windows: Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]],
+    reference: nn.Module | None = None,
+) -> Evaluation:
     """Score a causal language model on windows of token ids, each `[batch, length]` (see `token_windows`).
 
     model, reference: Hugging Face causal LMs, called as `model(input_ids=..., use_cache=False).logits` in eval mode on
         the device that they are on. Causality is assumed; `check_causal` tests it.
     windows: scored one after the other, so that memory holds the logits of one; a single tensor is scored row by row.
+        A window may also be a tokenizer's output with `input_ids` and an `attention_mask` `[batch, length]`, which the
+        models get, and whose hidden tokens (padding) are not scored.
 
-    Every token of a window except the first is predicted from those before it. Raises InputError if no window has two
-    tokens, if a model fails, returns no such logits or NaN, or if the vocabularies differ.
+    Every token of a window except the first is predicted from those before it; with a mask, every visible token behind
+    a visible one. A window of one token has none. Raises InputError if no window has two tokens, if a model fails,
+    returns no such logits or NaN, or if the vocabularies differ.
     """
     models = [model] if reference is None else [model, reference]
     sums = [0.0] * 4
@@ -74,25 +85,50 @@ def evaluate(model: nn.Module, windows: Tensor | Iterable[Tensor], reference: nn
     with torch.no_grad(), ExitStack() as modes:
         for each in models:
             modes.enter_context(_eval_mode(each))
-        for index, window in enumerate(windows.split(1) if isinstance(windows, Tensor) else windows):
-            if window.dim() != 2:
-                raise InputError(f"a window is [batch, length], not {list(window.shape)}")
-            if window.shape[1] < 2:
+        for index, window in enumerate(map(_Window.of, _one_by_one(windows))):
+            if not (count := int(window.predicted.sum())):
                 continue
             scores = _scores(models, window, index)
             sums = [total + score for total, score in zip(sums, scores, strict=True)]
-            tokens += window[:, 1:].numel()
+            tokens += count
     if tokens == 0:
         raise InputError("nothing to evaluate: every window has fewer than two tokens")
     nll, kl, top1, reference_nll = (total / tokens for total in sums)
     return Evaluation(tokens, nll) if reference is None else Evaluation(tokens, nll, kl, top1, reference_nll)
 
 
-def token_windows(tokens: Tensor, length: int, count: int | None = None) -> Iterator[Tensor]:
-    """Split `[tokens]` into consecutive windows `[1, length]`, at most `count`; a shorter rest is dropped."""
-    available = tokens.numel() // length
-    for index in range(available if count is None else min(count, available)):
-        yield tokens[index * length : (index + 1) * length].unsqueeze(0)
+def token_windows(tokens: Tensor, length: int, count: int | None = None, *, tokenizer: Any = None) -> Iterator[Tensor]:
+    """Split token ids `[tokens]` into consecutive windows `[1, length]`, at most `count`; a shorter rest is dropped.
+
+    tokenizer: every window begins with the tokens that it puts before a text (BOS of Gemma and Llama, nothing for GPT-2
+        and SmolLM2), and then takes so many fewer from `tokens`; if `tokens` begin with them, too, they are taken once.
+        Models that were trained with BOS predict badly without it. None: windows hold `tokens` alone.
+
+    Raises InputError if the ids are not whole numbers `[tokens]`, or no token of the text fits into a window.
+    """
+    start = () if tokenizer is None else start_tokens(tokenizer)
+    if tokens.dim() != 1 or tokens.is_floating_point() or tokens.is_complex():
+        dtype = str(tokens.dtype).removeprefix("torch.")
+        raise InputError(f"token ids are whole numbers [tokens], not {dtype} {list(tokens.shape)}: pass one text's ids")
+    if length <= len(start):
+        holds = f", of which {len(start)} are what the tokenizer puts before a text" if start else ""
+        raise InputError(f"windows have at least {len(start) + 1} tokens{holds}, not {length}")
+    if count is not None and count < 0:
+        raise InputError(f"count is the number of windows, not {count}")
+    first = tokens.new_tensor(start)
+    text = tokens[len(start) :] if start and torch.equal(tokens[: len(start)], first) else tokens
+    parts = text[: len(text) // (length - len(start)) * (length - len(start))].split(length - len(start))
+    whole = parts if len(text) >= length - len(start) else ()
+    return (torch.cat([first, part]).unsqueeze(0) if start else part.unsqueeze(0) for part in whole[:count])
+
+
+def start_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The token ids that a tokenizer puts before a text, `()` if none; those that it puts behind it do not count."""
+    plain: list[int] = list(tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
+    whole: list[int] = list(tokenizer(_TEXT)["input_ids"])
+    places = range(len(whole) - len(plain) + 1)
+    place = next((start for start in places if whole[start : start + len(plain)] == plain), 0)
+    return tuple(whole[:place])
 
 
 def check_causal(model: nn.Module, window: Tensor) -> None:
@@ -101,10 +137,10 @@ def check_causal(model: nn.Module, window: Tensor) -> None:
     The test changes the last token of the window `[1, length]`.
     """
     with torch.no_grad(), _eval_mode(model):
-        before = _logits(model, window).float()
+        before = _logits(model, {_IDS: window}).float()
         changed = window.clone()
         changed[:, -1] = (changed[:, -1] + 1) % before.shape[-1]
-        after = _logits(model, changed)
+        after = _logits(model, {_IDS: changed})
     rounding = torch.finfo(after.dtype).eps ** 0.5
     if (after.float() - before).abs().max() > rounding * before.abs().max():
         raise InputError(
@@ -112,22 +148,56 @@ def check_causal(model: nn.Module, window: Tensor) -> None:
         )
 
 
-def _scores(models: list[nn.Module], window: Tensor, index: int) -> list[float]:
-    """Sums over the predicted tokens of a window: nll, KL, top-1 agreement, nll of the reference."""
-    targets = window[:, 1:].flatten()
-    logits, *others = [_logits(model, window) for model in models]
+@dataclass(frozen=True)
+class _Window:
+    """Arguments of the models, `input_ids` among them. predicted: whether each token but the first is scored."""
+
+    arguments: dict[str, Tensor]
+    predicted: Tensor
+
+    @classmethod
+    def of(cls, window: Tensor | Mapping[str, Tensor]) -> "_Window":
+        arguments = dict(window) if isinstance(window, Mapping) else {_IDS: window}
+        ids, mask = arguments.get(_IDS), arguments.get(_MASK)
+        if ids is None or arguments.keys() - {_IDS, _MASK, *_IGNORED}:
+            names = ", ".join(sorted(arguments)) or "nothing"
+            raise InputError(f"a window has {_IDS} and maybe an {_MASK}, not {names}")
+        if ids.dim() != 2:
+            raise InputError(f"a window is [batch, length], not {list(ids.shape)}")
+        if mask is None:
+            return cls({_IDS: ids}, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+        if mask.shape != ids.shape:
+            raise InputError(f"the {_MASK} of a window is {list(mask.shape)}, its {_IDS} are {list(ids.shape)}")
+        visible = shown_tokens(mask)
+        return cls({_IDS: ids, _MASK: mask}, visible[:, 1:] & visible[:, :-1])
+
+
+def _one_by_one(
+    windows: Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]],
+) -> Iterable[Tensor | Mapping[str, Tensor]]:
+    if isinstance(windows, Mapping):
+        return [cast(Mapping[str, Tensor], windows)]
+    return windows.split(1) if isinstance(windows, Tensor) else windows
+
+
+def _scores(models: list[nn.Module], window: _Window, index: int) -> list[float]:
+    """Sums over the scored tokens of a window: nll, KL, top-1 agreement, nll of the reference."""
+    targets = window.arguments[_IDS][:, 1:][window.predicted]
+    logits, *others = [_logits(model, window.arguments) for model in models]
     for other in others:
         if other.shape != logits.shape:
             sizes = f"{logits.shape[-1]} and {other.shape[-1]}"
             raise InputError(f"the models cannot be compared: their vocabularies have {sizes} tokens")
+    scored = window.predicted.flatten().nonzero().flatten()
     sums = [0.0] * 4
-    for rows in torch.arange(len(targets)).split(_ROWS):
-        sums[0] += _nll(models[0], logits[rows], targets[rows], index)
+    for rows, each in zip(scored.split(_ROWS), targets.split(_ROWS), strict=True):
+        own = logits[rows.to(logits.device)]
+        sums[0] += _nll(models[0], own, each, index)
         for other in others:
-            reference = other[rows].to(logits.device)
-            sums[1] += kl_divergence(reference, logits[rows]) * len(rows)
-            sums[2] += top1_agreement(reference, logits[rows]) * len(rows)
-            sums[3] += _nll(models[1], reference, targets[rows], index)
+            expected = other[rows.to(other.device)].to(logits.device)
+            sums[1] += kl_divergence(expected, own) * len(rows)
+            sums[2] += top1_agreement(expected, own) * len(rows)
+            sums[3] += _nll(models[1], expected, each, index)
     return sums
 
 
@@ -141,12 +211,12 @@ def _nll(model: nn.Module, logits: Tensor, targets: Tensor, window: int) -> floa
     return nll
 
 
-def _logits(model: nn.Module, window: Tensor) -> Tensor:
+def _logits(model: nn.Module, arguments: Mapping[str, Tensor]) -> Tensor:
     """`[batch * (length - 1), vocabulary]`: the logits that predict every token except the first."""
-    name = type(model).__name__
+    name, window = type(model).__name__, arguments[_IDS]
     device = next((tensor.device for tensor in model.parameters()), window.device)
     try:
-        output: Any = model(input_ids=window.to(device), use_cache=False)
+        output: Any = model(**{name: value.to(device) for name, value in arguments.items()}, use_cache=False)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{name} fails on token ids {list(window.shape)}: {reason}") from error

@@ -22,8 +22,8 @@ from torch.fx import Node
 from mxcompile.analysis.layers import InputRounding, Layer, find_layers
 from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.calibration.not_finite import check_inputs
-from mxcompile.calibration.run import Runner, run_outputs
-from mxcompile.graph.agreement import agreement_db, output_tensors
+from mxcompile.calibration.run import Runner, visible_batches, visible_outputs
+from mxcompile.graph.agreement import agreement_db
 from mxcompile.graph.inputs import Inputs, as_inputs
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import LayerMeasurements, ModelMeasurements, PassResult
@@ -39,10 +39,16 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _LayerSample:
-    """Computed operands (the input before rounding) and output of a layer; sampled rows if rows are independent."""
+    """Computed operands (the input before rounding) and output of a layer; sampled rows if rows are independent.
+
+    visible_input, visible_output: the rows that no mask hides, bool `[rows]`, where rows are not sampled; others are
+    zero. None: all are visible.
+    """
 
     operands: tuple[Tensor, ...]
     output: Tensor
+    visible_input: Tensor | None = None
+    visible_output: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Measure(Instrument):
 
     def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
         """Run the probe through the float model; raises InputError if NaN among its inputs reaches a layer."""
+        visible_batches(program, [self._probe(program)], "probe")
         self._lossless = True
         check_inputs(program, [self._probe(program)], "the probe")
         self._float = self._capture(program.copy())
@@ -119,9 +126,15 @@ class Measure(Instrument):
         samples: dict[str, _LayerSample] = {}
 
         def keep(layer: Layer, runner: _LayerRunner, output: Tensor) -> None:
-            operands = (runner.env[layer.float_input if node is layer.activation else node] for node in layer.operands)
-            kept = tuple(_sample(operand, layer) for operand in operands)
-            samples[layer.name] = _LayerSample(kept, _sample(output, layer))
+            masks = runner.visible(layer.activation), runner.visible(layer.node)
+            operands = tuple(
+                _sample(runner.env[layer.float_input], layer, masks[0])
+                if node is layer.activation
+                else runner.env[node]
+                for node in layer.operands
+            )
+            kept = (None, None) if layer.is_rowwise else masks
+            samples[layer.name] = _LayerSample(operands, _sample(output, layer, masks[1]), *kept)
 
         outputs = _run(program, self._probe(program), layers, keep)
         selected = values_with_selected_rows(program)
@@ -140,13 +153,14 @@ class Measure(Instrument):
                 return
             pairs = zip(layer.operands, reference.operands, strict=True)
             local = runner.recompute(layer, [prepared(layer, x) if n is layer.activation else x for n, x in pairs])
+            local = _zeroed(local, reference.visible_output)
             paired = layer.operands == (layer.activation,) and layer.name not in float_run.unpaired
-            accumulated_output = _sample(output, layer) if paired else None
+            accumulated_output = _sample(output, layer, runner.visible(layer.node)) if paired else None
             weight, float_weight = layer.rows(program), float_run.layers[layer.name].rows(float_run.program)
             numbers[layer.name] = _layer_numbers(
                 layer, _db(float_weight, weight), reference.output, local, accumulated_output
             )
-            histograms[layer.name] = _layer_histograms(layer, weight, reference.operands, prepared)
+            histograms[layer.name] = _layer_histograms(layer, weight, reference, prepared)
 
         outputs = _run(program, self._probe(program), layers, compare)
         return _measured(float_run.outputs, outputs, numbers), histograms
@@ -166,8 +180,14 @@ class _LayerRunner(Runner):
         """Compute a node."""
         result = super().run_node(n)
         if n in self.layers:
+            self.env[n] = result
+            self.visibility.record(n, self.env)
             self.on_layer(self.layers[n], self, result)
         return result
+
+    def visible(self, node: Node) -> Tensor | None:
+        """The rows of a computed value that no mask hides, bool `[rows]`; None if it hides none."""
+        return self.visibility.mask(node, self.env[node])
 
     def recompute(self, layer: Layer, operands: list[Tensor]) -> Tensor:
         """The output of a layer for other computed operands."""
@@ -193,13 +213,23 @@ class _PreparedInputs:
 def _run(
     program: Program, probe: Inputs, layers: dict[str, Layer], on_layer: Callable[[Layer, _LayerRunner, Tensor], None]
 ) -> Outputs:
-    """The float outputs of a program, at most 512 rows of each; calls `on_layer` for every layer on the way."""
-    outputs = output_tensors(run_outputs(_LayerRunner(program, layers, on_layer), program, probe))
+    """The float outputs of a program, at most 512 visible rows of each; calls `on_layer` for every layer on the way."""
+    outputs = visible_outputs(_LayerRunner(program, layers, on_layer), program, probe)
     return {name: _spaced(value, _OUTPUT_ROWS) for name, value in outputs.items()}
 
 
-def _sample(value: Tensor, layer: Layer) -> Tensor:
-    return _spaced(value, _ROWS) if layer.is_rowwise else value
+def _sample(value: Tensor, layer: Layer, visible: Tensor | None) -> Tensor:
+    if not layer.is_rowwise:
+        return _zeroed(value, visible)
+    return _spaced(_kept(value, visible), _ROWS)
+
+
+def _kept(value: Tensor, visible: Tensor | None) -> Tensor:
+    return value if visible is None else value.reshape(len(visible), -1)[visible]
+
+
+def _zeroed(value: Tensor, visible: Tensor | None) -> Tensor:
+    return value if visible is None else value.masked_fill(~visible.reshape(*value.shape[:-1], 1), 0)
 
 
 def _spaced(value: Tensor, count: int) -> Tensor:
@@ -222,22 +252,21 @@ def _layer_numbers(
 
 def _all_histograms(float_run: _FloatRun) -> dict[str, LayerHistograms]:
     prepared = _PreparedInputs()
-    operands_of = ((layer, float_run.samples[name].operands) for name, layer in float_run.layers.items())
+    samples = ((layer, float_run.samples[name]) for name, layer in float_run.layers.items())
     return {
-        layer.name: _layer_histograms(layer, layer.rows(float_run.program), operands, prepared)
-        for layer, operands in operands_of
+        layer.name: _layer_histograms(layer, layer.rows(float_run.program), sample, prepared)
+        for layer, sample in samples
     }
 
 
-def _layer_histograms(
-    layer: Layer, weight: Tensor, operands: tuple[Tensor, ...], prepared: _PreparedInputs
-) -> LayerHistograms:
-    pairs = zip(layer.operands, operands, strict=True)
+def _layer_histograms(layer: Layer, weight: Tensor, sample: _LayerSample, prepared: _PreparedInputs) -> LayerHistograms:
+    pairs = zip(layer.operands, sample.operands, strict=True)
     x = next((operand for node, operand in pairs if node is layer.activation), None)
     if x is None:
         return LayerHistograms(Histogram.of(weight), None, None)
-    rounded = None if layer.input_rounding is None else Histogram.of(prepared(layer, x))
-    return LayerHistograms(Histogram.of(weight), Histogram.of(x), rounded)
+    visible = sample.visible_input
+    rounded = None if layer.input_rounding is None else Histogram.of(_kept(prepared(layer, x), visible))
+    return LayerHistograms(Histogram.of(weight), Histogram.of(_kept(x, visible)), rounded)
 
 
 def _measure_fold(before: _FloatRun, after: _FloatRun) -> ModelMeasurements:

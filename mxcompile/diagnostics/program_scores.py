@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from torch.fx import Node
 
-from mxcompile.calibration.run import Runner, run_outputs
+from mxcompile.calibration.run import BoundBatch, Runner, run_outputs, visible_batches, visible_outputs
 from mxcompile.errors import InputError
 from mxcompile.graph.agreement import output_tensors
+from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 from mxcompile.numerics.metrics import kl_divergence, negative_log_likelihood, perplexity
@@ -33,7 +35,7 @@ class Score(Protocol):
 
 @dataclass(frozen=True)
 class KLDivergence:
-    """Mean KL(float || program) in nats per position."""
+    """Mean KL(float || program) in nats per position that no mask hides."""
 
     batches: Sequence[Inputs]
     float_logits: Sequence[Tensor]
@@ -42,7 +44,7 @@ class KLDivergence:
     @classmethod
     def of(cls, program: Program, batches: Sequence[Inputs]) -> "KLDivergence":
         """Run a float program on the batches and keep its logits."""
-        runner = Runner(program)
+        runner, batches = Runner(program), visible_batches(program, batches, "probe")
         return cls(batches, [_logits(runner, program, batch) for batch in batches])
 
     def __call__(self, runner: Runner, program: Program) -> float:
@@ -54,7 +56,10 @@ class KLDivergence:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood of every token except the first of each row."""
+    """exp of the mean negative log-likelihood of every token except the first of each row.
+
+    Where a mask hides tokens: of every visible token behind a visible one.
+    """
 
     batches: Sequence[Inputs]
     name: str = "perplexity"
@@ -64,18 +69,34 @@ class Perplexity:
         total, count = 0.0, 0
         for batch in self.batches:
             tokens = _tokens(batch)
-            logits = _logits(runner, program, batch)[:, :-1].flatten(0, 1)
-            total += negative_log_likelihood(logits, tokens[:, 1:].flatten())
-            count += tokens[:, 1:].numel()
-        return perplexity(_inf_if_nan(total / max(count, 1)))
+            bound = BoundBatch.of(program, bind_inputs(program, batch))
+            logits = _named_logits(output_tensors(run_outputs(runner, program, bound)))[:, :-1]
+            visible = bound.visibility.elements(_tokens_node(program), tokens)
+            predicted = visible[:, 1:] & visible[:, :-1]
+            total += negative_log_likelihood(logits[predicted], tokens[:, 1:][predicted])
+            count += int(predicted.sum())
+        if count == 0:
+            raise InputError(
+                "perplexity needs a token that another one precedes: every row has one visible token at most"
+            )
+        return perplexity(_inf_if_nan(total / count))
 
 
 def _logits(runner: Runner, program: Program, batch: Inputs) -> Tensor:
-    """`[..., vocabulary]`: the output called logits, or the only output."""
-    outputs = output_tensors(run_outputs(runner, program, batch))
+    """Visible rows of the logits, `[..., vocabulary]`."""
+    return _named_logits(visible_outputs(runner, program, batch))
+
+
+def _named_logits(outputs: dict[str, Tensor]) -> Tensor:
+    """The output called logits, or the only output."""
     if _LOGITS not in outputs and len(outputs) != 1:
         raise InputError(f"the model has no output {_LOGITS!r} to compare (it has {', '.join(outputs) or 'none'})")
     return outputs[_LOGITS] if _LOGITS in outputs else next(iter(outputs.values()))
+
+
+def _tokens_node(program: Program) -> Node:
+    placeholders = program.graph.find_nodes(op="placeholder")
+    return next((node for node in placeholders if node.target == _TOKENS), placeholders[0])
 
 
 def _tokens(batch: Inputs) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from mxcompile.calibration.not_finite import check_inputs, check_requests
-from mxcompile.calibration.run import gather_statistics
+from mxcompile.calibration.run import gather_statistics, visible_batches
 from mxcompile.errors import PipelineError, PreservationError
 from mxcompile.formats import MXFormat
 from mxcompile.graph import error_location, verify
@@ -150,6 +150,8 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
     started = time.perf_counter()
     try:
         with program.state_kept():
+            if current.reads_calibration:
+                visible_batches(program, program.batches)
             requests = current.requests(program)
             gather_statistics(program, requests)
             check_requests(program, requests)

@@ -25,7 +25,7 @@ from mxcompile.calibration.fold_search import FoldSearchResult
 from mxcompile.calibration.group_facts import GroupFacts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.run import NodeValues, Runner
+from mxcompile.calibration.run import BoundBatch, Runner
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.formats import MXFP4, MXINT4, MXINT8, MXFormat, activation_rule
 from mxcompile.graph.program import Program
@@ -160,7 +160,7 @@ def scene() -> tuple[Program, GroupFacts, ScaleGroup]:
     attention, mlp = find_segments(program, matmuls, [group.values for group in groups])
     sweep = Sweep(program, [program.example])
     sweep.advance(attention)
-    before = first_batches(sweep.states, mlp)
+    before = first_batches(sweep.batches, mlp)
     observers = {value: [ChannelImportance(), TokenSample()] for value in mlp.inputs}
     sweep.advance(mlp, observers)
     known = {value: {type(o): o.value for o in kinds} for value, kinds in observers.items()}
@@ -213,7 +213,7 @@ def test_first_batches_hold_2048_tokens():
     """Whole batches until there are enough, all of them if there never are."""
     program = trace(llama(1), inputs("llama"))
     segment, *_ = find_segments(program, choose(program).matmuls)
-    states: list[NodeValues] = [{segment.inputs[0]: torch.zeros(8, 128, 64)} for _ in range(5)]
+    states = [BoundBatch.of(program, {segment.inputs[0]: torch.zeros(8, 128, 64)}) for _ in range(5)]
     assert len(first_batches(states, segment)) == 2
     assert len(first_batches(states[:1], segment)) == 1
-    assert len(first_batches([{segment.inputs[0]: torch.zeros(1, 2000, 64)}] * 5, segment)) == 2
+    assert len(first_batches([BoundBatch.of(program, {segment.inputs[0]: torch.zeros(1, 2000, 64)})] * 5, segment)) == 2

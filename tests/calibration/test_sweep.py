@@ -11,9 +11,10 @@ from mxcompile.analysis.choice import choose
 from mxcompile.analysis.segments import Segment, find_segments
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.observers import ChannelAbsMax, ChannelImportance
-from mxcompile.calibration.run import Request, Runner, bind_inputs, gather_statistics
+from mxcompile.calibration.run import Request, Runner, gather_statistics
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import InputError
+from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
@@ -283,3 +284,37 @@ def test_a_replaced_tensor(program):
     altered.tensors = {name: before}
     again = altered.run_nodes(first.nodes, given, None, first.outputs)
     assert torch.equal(again[first.outputs[-1]], plain[first.outputs[-1]])
+
+
+class Counter(nn.Module):
+    """Counts its calls in a buffer, and adds what it has counted between two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        h = self.first(x)
+        return self.second(h + self.calls)
+
+
+def test_every_batch_starts_from_the_traced_buffers():
+    """Whatever is looked at in between; a batch that moves on takes along what it has written."""
+    x = torch.randn(4, 32)
+    program, batches = trace(Counter().eval(), (x,)), [Inputs((x,))] * 3
+    *_, value = (matmul.activation for matmul in choose(program).matmuls)
+    gathered = program.copy()
+    gather_statistics(gathered, [Request(value.name, ChannelAbsMax)], batches)
+    sweep, looked, moved = Sweep(program, batches), Last(), Last()
+    for segment in cut(program):
+        wanted = [value] if value in segment.inputs else []
+        sweep.observe(segment, {node: [looked] for node in wanted})
+        list(sweep.values(segment, [value]))
+        sweep.advance(segment, {node: [moved] for node in wanted})
+    once = nn.functional.linear(x, program.tensor("first.weight"), program.tensor("first.bias")) + 1
+    torch.testing.assert_close(looked.value, once)
+    torch.testing.assert_close(moved.value, once)
+    torch.testing.assert_close(gathered.statistics[value.name, "ChannelAbsMax"], once.abs().amax(0))
+    assert program.tensor("calls") == 0

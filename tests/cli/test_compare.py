@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,31 @@ def test_models_of_other_tokens(local_model, text, tmp_path):
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")))
     with pytest.raises(InputError, match="cannot be compared: they split the text into different tokens"):
         evaluated(local_model, "--against", save("gpt2", tmp_path / "other", other), *options[2:])
+
+
+@pytest.fixture
+def begins_with_dot(local_model, tmp_path) -> Path:
+    """The model, with a tokenizer that puts a "." before a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    folder = tmp_path / "model"
+    shutil.copytree(local_model, folder)
+    tokenizer = load_model(str(folder))[1]
+    dot = tokenizer.convert_tokens_to_ids(".")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=". $A", special_tokens=[(".", dot)])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(begins_with_dot, text, calibrated_with):
+    """Those to evaluate on and to calibrate with; an option turns it off."""
+    options = [begins_with_dot, "--text", text, "--length", 32, "--windows", 3]
+    answers = evaluated(*options), evaluated(*options, "--no-special-tokens")
+    model, tokenizer = load_model(str(begins_with_dot))
+    ids = token_ids(tokenizer, text.read_text())
+    for answer, start in zip(answers, (tokenizer, None), strict=True):
+        windows = list(mxcompile.token_windows(ids, 32, 3, tokenizer=start))
+        assert answer["model"]["nll"] == pytest.approx(mxcompile.evaluate(model, windows).nll, rel=FLOAT32)
+    assert answers[0]["model"]["nll"] != answers[1]["model"]["nll"]
+    evaluated(*options, "--recipe", CALIBRATED)
+    assert {int(ids) for ids in torch.cat(calibrated_with)[:, 0]} == {tokenizer.convert_tokens_to_ids(".")}

@@ -1,0 +1,53 @@
+"""Bind the arguments of one call to the placeholders of a graph."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch.fx import Node
+
+from mxcompile.errors import InputError
+from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.program import Program
+
+NodeValues = dict[Node, Any]
+"""Values of some nodes of a graph, for one batch."""
+
+
+def bind_inputs(program: Program, batch: Inputs) -> NodeValues:
+    """A batch as values of the graph's placeholders; raises InputError if its structure is not the traced one.
+
+    The user's tensors are never written to: a graph with in-place ops gets copies.
+    """
+    program.example.check_ranks(batch)
+    names = list(program.example.kwargs)
+    if len(batch.args) != len(program.example.args) or set(batch.kwargs) != set(names):
+        raise InputError(
+            f"a calibration batch has {len(batch.args)} positional arguments and keywords {sorted(batch.kwargs)}; the "
+            f"model was traced with {len(program.example.args)} and {sorted(names)}"
+        )
+    kwargs = {name: batch.kwargs[name] for name in names}
+    leaves = _leaves_like((program.example.args, program.example.kwargs), (batch.args, kwargs))
+    bound = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
+    if not writes_in_place(program.graph.nodes):
+        return bound
+    copies = copy.deepcopy(list(bound.values()))  # in one call, so that views of one tensor still share storage
+    return dict(zip(bound, copies, strict=True))
+
+
+def writes_in_place(nodes: Iterable[Node]) -> bool:
+    """Whether one of the nodes writes to a tensor that it reads."""
+    return any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes)
+
+
+def _leaves_like(example: Any, value: Any) -> Iterator[Any]:
+    """The leaves of a value, in the order of the traced example."""
+    if isinstance(example, Mapping):
+        pairs = [(item, value[key]) for key, item in example.items()]
+    elif isinstance(example, tuple | list):
+        pairs = list(zip(example, value, strict=True))
+    else:
+        yield value
+        return
+    for one, other in pairs:
+        yield from _leaves_like(one, other)
