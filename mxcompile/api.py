@@ -19,6 +19,7 @@ from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import DEFAULT, QUICK, as_pipeline
 from mxcompile.pipeline.interfaces import Instrument
 from mxcompile.pipeline.pipeline import Pipeline
+from mxcompile.pipeline.resume import check_folder
 from mxcompile.pipeline.unfinished import Unfinished, work_kept
 from mxcompile.tensor.devices import find_device
 
@@ -75,6 +76,8 @@ def quantize_and_compile(
     `error.unfinished` has the program after the last finished pass and the passes that are left, or, if deploying or
     compiling failed, the quantized program or module. A KeyboardInterrupt has it too.
     """
+    if resume is not None:
+        check_folder(resume)
     pipeline = as_pipeline(_default_recipe(calibration) if recipe is None else recipe)
     pipeline = pipeline.with_overrides(overrides) if overrides else pipeline
     watchers = [*instruments, *([] if dump is None else [Dump(dump)])]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export.graph_signature import TensorArgument
 from torch.fx import Node
 
-from mxcompile.checkpoint.atomic_files import atomic_file
+from mxcompile.atomic_files import atomic_file
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import as_inputs
 from mxcompile.graph.trace import exported_program

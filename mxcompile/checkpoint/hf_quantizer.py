@@ -75,6 +75,8 @@ class MXCompileQuantizer(HfQuantizer):
         if not files:
             raise CheckpointError("from_pretrained needs a folder or a hub id here, not a state dict")
         self.checkpoint = Checkpoint(Path(files[0]).parent, verify=getattr(self.quantization_config, "verify", True))
+        if {Path(file).name for file in files} != set(self.checkpoint.index.shards):
+            raise CheckpointError(f"{self.checkpoint.folder} was replaced while it was being read: load it again")
         saved = self.checkpoint.config.class_name
         if type(model).__name__ != saved:
             raise CheckpointError(

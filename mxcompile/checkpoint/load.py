@@ -29,13 +29,22 @@ def load(path: str | Path, *, model: nn.Module | None = None, verify: bool = Tru
         loaded = foreign.load(Path(path), model)
         mark_quantized(loaded, None)
         return loaded
-    checkpoint = Checkpoint(path, verify=verify)
+    while True:
+        checkpoint = Checkpoint(path, verify=verify)
+        try:
+            return _load(checkpoint, model)
+        except CheckpointError:
+            if not checkpoint.was_replaced():
+                raise
+
+
+def _load(checkpoint: Checkpoint, model: nn.Module | None) -> nn.Module:
     if model is not None:
         return _fill(model, checkpoint)
     if "model_type" not in checkpoint.config.model_config:
         raise CheckpointError(
-            f"{path} holds a {checkpoint.config.class_name}, which is not a transformers model: build one yourself "
-            "(on the meta device, if you like) and pass it: load(path, model=...)"
+            f"{checkpoint.folder} holds a {checkpoint.config.class_name}, which is not a transformers model: build one "
+            "yourself (on the meta device, if you like) and pass it: load(path, model=...)"
         )
     from mxcompile.checkpoint.hf_models import build  # imports transformers
 

@@ -24,7 +24,15 @@ class Checkpoint:
         self.folder = Path(folder)
         self.verify = verify
         self.config = CheckpointConfig.read(self.folder, verify=verify)
-        self.index = CheckpointIndex.read(self.folder / self.config.index, self.config.index_sha256 if verify else None)
+        while True:
+            try:
+                digest = self.config.index_sha256 if verify else None
+                self.index = CheckpointIndex.read(self.folder / self.config.index, digest)
+                break
+            except CheckpointError:
+                if not self.was_replaced():
+                    raise
+                self.config = CheckpointConfig.read(self.folder, verify=verify)
         try:
             finish_interrupted(self.folder, self.config.files)
         except OSError as error:
@@ -45,6 +53,10 @@ class Checkpoint:
             return unflatten_tensors(self.names, stored)
         except CheckpointError as error:
             raise CheckpointError(f"{self.folder} is inconsistent: {error}") from error
+
+    def was_replaced(self) -> bool:
+        """Whether another save to the folder has been completed since the checkpoint was read."""
+        return CheckpointConfig.read(self.folder, verify=self.verify) != self.config
 
     def _warn_of_changes(self) -> None:
         """Only warn of changed auxiliary files: people edit a chat template or a generation config."""

@@ -6,15 +6,15 @@ from typing import Any, Final
 
 from torch import nn
 
+from mxcompile.atomic_files import check_writable, write_durably
 from mxcompile.checkpoint import shards
-from mxcompile.checkpoint.atomic_files import write_durably
 from mxcompile.checkpoint.checked_json import sha256
 from mxcompile.checkpoint.config_json import CheckpointConfig
 from mxcompile.checkpoint.index import CheckpointIndex
 from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.provenance import Provenance
-from mxcompile.checkpoint.save_transaction import SaveTransaction
 from mxcompile.checkpoint.save_transaction import check_destination as check_own
+from mxcompile.checkpoint.save_transaction import save_transaction
 from mxcompile.checkpoint.stored_tensors import TensorNames, flatten_module
 from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.tensor.modules import is_pretrained
@@ -45,8 +45,8 @@ def save(
         "gguf", written to a file (also chosen by a path that ends in .gguf). These cannot hold every quantized model;
         one that does not fit is refused.
 
-    Raises CheckpointError if nothing is quantized, the module holds something that a checkpoint cannot, or the folder
-    holds another model.
+    Several threads or processes may save to one path: they take turns. A symlink stays one.
+    Raises CheckpointError if nothing is quantized, the module holds something that a checkpoint cannot, the folder holds another model, or it cannot be written.
     """
     largest = _bytes(max_shard_size)
     module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile wraps the module in one of its own
@@ -65,33 +65,32 @@ def save(
 
         foreign.save(folder, foreign_format, module, names, largest, auxiliary)
         return
-    try:
-        with SaveTransaction(folder) as saving:
-            config = _write_auxiliary(module, saving.stage, names, processors)
-            groups = shards.split(tensors, largest)
-            files = [f"{saving.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-            written = {
-                file: shards.write(saving.new_file(file), group) for file, group in zip(files, groups, strict=True)
-            }
-            index = f"{saving.stem}.safetensors.index.json"
-            data = CheckpointIndex(names, written).to_json().encode()
-            write_durably(saving.new_file(index), data)
-            kind = type(module).__name__
-            saving.commit(
-                CheckpointConfig(kind, Provenance.of(module), index, sha256(data), saving.auxiliary_files(), config)
-            )
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written ({error}): the checkpoint before it is unchanged") from error
+    with save_transaction(folder) as saving:
+        config = _write_auxiliary(module, saving.stage, names, processors)
+        groups = shards.split(tensors, largest)
+        files = [f"{saving.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
+        written = {file: shards.write(saving.new_file(file), group) for file, group in zip(files, groups, strict=True)}
+        index = f"{saving.stem}.safetensors.index.json"
+        data = CheckpointIndex(names, written).to_json().encode()
+        write_durably(saving.new_file(index), data)
+        kind = type(module).__name__
+        saving.commit(
+            CheckpointConfig(kind, Provenance.of(module), index, sha256(data), saving.auxiliary_files(), config)
+        )
 
 
 def check_destination(path: str | Path, format: str | None = None) -> None:
-    """Raise CheckpointError if `save` to that path would refuse to replace what is there."""
+    """Raise CheckpointError if `save` to that path would refuse to replace what is there, or cannot write there."""
     folder = Path(path)
     foreign_format = _foreign_format(format, folder)
-    if foreign_format is None:
-        check_own(folder)
-    else:
-        foreign.check_destination(folder, foreign_format)
+    try:
+        if foreign_format is not None:
+            foreign.check_destination(folder, foreign_format)
+        else:
+            check_own(folder)
+            check_writable(folder, is_folder=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error}): name another place") from error
 
 
 def _foreign_format(format: str | None, path: Path) -> str | None:

@@ -83,6 +83,15 @@ def read(path: Path, shard: ShardChecksums, *, verify: bool = True) -> Iterator[
         raise CheckpointError(f"{path} cannot be read ({error}): {_ADVICE}") from error
 
 
+def is_unchanged(path: Path, shard: ShardChecksums) -> bool:
+    """Whether a file of that size and list of tensors is there; the tensors' values are not checked."""
+    try:
+        _check_file(path, shard)
+    except CheckpointError:
+        return False
+    return True
+
+
 def check_dtypes(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raise CheckpointError for a dtype that safetensors cannot store."""
     for name, tensor in tensors:

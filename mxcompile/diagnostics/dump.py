@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mxcompile.checkpoint.atomic_files import atomic_file
+from mxcompile.atomic_files import atomic_file
 from mxcompile.diagnostics.distributions import FILE as _DISTRIBUTIONS
 from mxcompile.diagnostics.distributions import Distributions
 from mxcompile.diagnostics.dump_reader import (

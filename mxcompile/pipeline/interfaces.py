@@ -83,3 +83,6 @@ class Instrument:
 
     def finish(self, program: Program) -> None:
         """Called after the last pass."""
+
+    def close(self) -> None:
+        """Called at the end of a run, also of one that failed or was interrupted."""

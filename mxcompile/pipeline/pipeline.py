@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -106,8 +106,9 @@ class Pipeline:
         check_inputs(program, program.batches)
         program.resume = folder = None if resume is None else ResumeFolder(resume, str(self), program)
         history = History(program)
-        with self._work_kept(history, resume):
+        with ExitStack() as ending, self._work_kept(history, resume):
             for instrument in instruments:
+                ending.callback(instrument.close)
                 instrument.start(program, self.passes)
             for index, current in enumerate(self.passes, start=1):
                 if folder is not None:

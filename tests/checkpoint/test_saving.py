@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from models import build, inputs
 
 import mxcompile
-from mxcompile.checkpoint import Checkpoint
+from mxcompile.checkpoint import Checkpoint, check_destination
+from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.weight import MXWeight
 
@@ -21,6 +23,7 @@ import os
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -167,6 +170,93 @@ def test_another_model_s_folder_is_refused(folders, tmp_path, file, text):
         mxcompile.save(mxcompile.load(folders[0]), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [file]
     assert (tmp_path / file).read_text() == text
+
+
+@pytest.mark.parametrize("leftover", [".mxcompile-save", ".mxcompile-save/config.json"])
+def test_another_model_is_safe_where_a_save_was_killed(folders, tmp_path, leftover):
+    """What a killed save has staged, even a config, does not make other files ours."""
+    stage = tmp_path / ".mxcompile-save"
+    stage.mkdir()
+    if leftover.endswith("json"):
+        (stage / "config.json").write_bytes((folders[0] / "config.json").read_bytes())
+    (tmp_path / "model-00001-of-00001.safetensors").write_text("months of training")
+    with pytest.raises(CheckpointError, match=r"another model \(model-00001-of-00001\.safetensors\)"):
+        mxcompile.save(mxcompile.load(folders[0]), tmp_path)
+    assert (tmp_path / "model-00001-of-00001.safetensors").read_text() == "months of training"
+
+
+def test_weights_that_no_checkpoint_of_ours_names_are_kept(folders, tmp_path):
+    mxcompile.save(mxcompile.load(folders[0]), tmp_path)
+    (tmp_path / "model.safetensors").write_text("theirs")
+    mxcompile.save(mxcompile.load(folders[1]), tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "theirs"
+
+
+def test_savers_and_readers_of_one_folder(folders, tmp_path):
+    """Every save succeeds, every load gets one of the two models, and the last save is whole."""
+    models = [mxcompile.load(folder) for folder in folders]
+    wanted = [contents(folder) for folder in folders]
+    mxcompile.save(models[0], tmp_path)
+
+    def work(n: int) -> bool:
+        if n % 3:
+            mxcompile.save(models[n % 2], tmp_path, max_shard_size="30KB")
+            return True
+        return recipe(mxcompile.load(tmp_path)) in map(recipe, models)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(16)))
+    weights = contents(tmp_path).items()
+    assert any({name: files[name] for name in dict(weights)}.items() == weights for files in wanted)
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+def recipe(model) -> str:
+    return Provenance.of(model).recipe
+
+
+def test_a_save_that_is_committed_does_not_claim_the_old_one(folders, tmp_path, monkeypatch):
+    old, new = folders
+    mxcompile.save(mxcompile.load(old), tmp_path)
+    model, unlink = mxcompile.load(new), Path.unlink
+
+    def refuse(path, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(CheckpointError, match="holds the new checkpoint, but not all that belongs to it"):
+            mxcompile.save(model, tmp_path)
+    assert contents(new).items() <= contents(tmp_path).items()
+    mxcompile.save(model, tmp_path)
+    assert len([name for name in names(tmp_path) if name.endswith(".safetensors")]) == 1
+
+
+@pytest.mark.parametrize("form", ["mxcompile", "compressed-tensors", "gguf"])
+def test_a_place_that_cannot_be_written_is_an_error_before(folders, tmp_path, form):
+    """For `save`, and for who asks before the work."""
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "a", Path("/proc/a")):
+        with pytest.raises(CheckpointError, match=f"{place} cannot be written"):
+            check_destination(place, form)
+        with pytest.raises(CheckpointError, match=f"{place} cannot be written"):
+            mxcompile.save(mxcompile.load(folders[0]), place, format=form)
+    assert names(tmp_path) == {"file"}
+
+
+def test_a_link_to_a_folder_is_a_folder(folders, tmp_path):
+    """Also one to a folder that is not there yet."""
+    model = mxcompile.load(folders[0])
+    (tmp_path / "there").mkdir()
+    for name in ("there", "missing"):
+        link = tmp_path / f"link to {name}"
+        link.symlink_to(tmp_path / name)
+        for _ in range(2):
+            mxcompile.save(model, link)
+        assert link.is_symlink()
+        assert contents(tmp_path / name).items() <= contents(folders[0]).items()
 
 
 def test_a_damaged_checkpoint_can_be_saved_over(folders, tmp_path):

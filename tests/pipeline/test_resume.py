@@ -1,10 +1,15 @@
 """A killed run resumes after the last finished segment, with bit-identical results; a folder belongs to one run."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from models import build, inputs, llama
+from safetensors.torch import save_file
 
 import mxcompile
+from mxcompile.checkpoint.provenance import installed_versions
 from mxcompile.errors import InputError
 from mxcompile.numerics.column_rounding import ColumnRounding
 from mxcompile.pipeline.interfaces import Instrument
@@ -79,16 +84,77 @@ def test_half_a_file_is_no_part(run, tmp_path):
     start(tmp_path / "run")
     (last,) = sorted((tmp_path / "run").glob("02-gptq-0003.safetensors"))
     last.rename(last.with_suffix(".incomplete"))
+    with pytest.warns(UserWarning, match=r"02-gptq-0003\.safetensors is damaged .*: it is computed again"):
+        start(tmp_path / "run")
+    assert len(rounded) == 8 + 2
+
+
+@pytest.mark.parametrize("file", ["02-gptq-0003.safetensors", "02-gptq-0003.json", "run.txt"])
+@pytest.mark.parametrize("damage", [b"", b"\xff{}[]"])
+def test_a_damaged_file_is_said_and_computed_again(run, tmp_path, file, damage):
+    start, rounded = run
+    wanted = start(tmp_path / "run")
+    path = tmp_path / "run" / file
+    path.write_bytes(damage + path.read_bytes()[len(damage) + 1 :] if damage else damage)
+    with pytest.warns(UserWarning, match=f"{path.stem}.* is damaged"):
+        given = start(tmp_path / "run")
+    assert len(rounded) == (8 if file == "run.txt" else 8 + 2)  # parts say themselves which run they are of
+    assert all(torch.equal(given.tensor(name), wanted.tensor(name)) for name in wanted.parameter_names())
+    start(tmp_path / "run")  # without a warning
+
+
+def test_killed_in_its_first_write_it_starts_again(run, tmp_path, monkeypatch):
+    start, _ = run
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: os._exit(9))
+        child = os.fork()
+        if child == 0:
+            start(tmp_path / "run")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert list((tmp_path / "run").iterdir())
+    start(tmp_path / "run")
+
+
+@pytest.mark.parametrize("package", ["mxcompile", "torch"])
+def test_another_version_is_another_run(run, tmp_path, monkeypatch, package):
+    start, _ = run
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "run", killed_at=0)
+    versions = installed_versions() | {package: "0.0"}
+    monkeypatch.setattr("mxcompile.pipeline.resume.installed_versions", lambda: versions)
+    with pytest.raises(InputError, match=rf"belongs to another run \({package} .*, not 0\.0\): choose another folder"):
+        start(tmp_path / "run")
+
+
+def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
+    start, rounded = run
+
+    def full_at_the_last(tensors, path):
+        if len(rounded) == 8:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mxcompile.pipeline.resume.save_file", full_at_the_last)
+        with pytest.raises(InputError, match=r"resume folder .* cannot be written .*No space left.* are kept"):
+            start(tmp_path / "run")
     start(tmp_path / "run")
     assert len(rounded) == 8 + 2
 
 
-@pytest.mark.parametrize("other", ["pipeline", "model", "calibration"])
+def test_a_place_that_cannot_be_written_is_known_before_the_model_is_traced(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file cannot be written .*it is a file, not a folder"):
+        mxcompile.quantize_and_compile("not even a model", None, resume=tmp_path / "file", recipe="w4a8-mxint-quick")
+
+
+@pytest.mark.parametrize("other", ["selection", "pipeline", "model", "calibration"])
 def test_a_folder_belongs_to_one_run(other, tmp_path):
-    x = {"pipeline": inputs("llama"), "model": inputs("llama"), "calibration": inputs("llama", seed=5)}[other]
+    x = inputs("llama", seed=5 if other == "calibration" else 0)
     text = "gptq{format=mxint4}"
     Pipeline.parse(text).run(mxcompile.trace(llama(1), inputs("llama")), inputs("llama"), resume=tmp_path / "run")
-    program = mxcompile.trace(llama(2 if other == "model" else 1), inputs("llama"))
+    exclude = ("*.down_proj",) if other == "selection" else ()
+    program = mxcompile.trace(llama(2 if other == "model" else 1), inputs("llama"), exclude=exclude)
     with pytest.raises(InputError, match="belongs to another run"):
         Pipeline.parse("gptq{format=mxint6}" if other == "pipeline" else text).run(program, x, resume=tmp_path / "run")
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mxcompile.atomic_files import atomic_file, atomic_folder, check_writable, real_path, write_durably
 from mxcompile.checkpoint import shards
-from mxcompile.checkpoint.atomic_files import atomic_file, atomic_folder, write_durably
 from mxcompile.checkpoint.checked_json import file_name, read_json, take_map
 from mxcompile.checkpoint.config_json import CONFIG
 from mxcompile.errors import CheckpointError
@@ -82,24 +82,29 @@ def check_new(path: Path) -> None:
     """Raise CheckpointError unless the path is free or an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists already: name a new folder, or delete that one")
+    if path.is_mount():
+        raise CheckpointError(f"{path} is a mount point, which cannot be replaced: name a new folder inside")
 
 
 @contextmanager
 def new_folder(path: Path) -> Generator[Path]:
     """`atomic_folder`, with errors as CheckpointErrors."""
-    check_new(path)
     try:
+        check_new(path)
+        check_writable(real_path(path).parent, is_folder=True)
         with atomic_folder(path) as staged:
+            check_new(path)  # now that no other writer can come first
             yield staged
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({error})") from error
+        raise CheckpointError(f"{path} cannot be written ({error}): nothing is saved") from error
 
 
 def replace_file(path: Path, fill: Callable[[Path], None]) -> None:
     """Write a file with `fill`, atomically and durably; errors are CheckpointErrors."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name a file")
     try:
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder: name a file, such as {path / 'model.gguf'}")
+        check_writable(path, is_folder=False)
         with atomic_file(path, durable=True) as staged:
             fill(staged)
     except OSError as error:

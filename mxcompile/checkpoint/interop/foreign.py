@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from mxcompile.atomic_files import check_writable, real_path
 from mxcompile.checkpoint.checked_json import read_json
 from mxcompile.checkpoint.config_json import CONFIG
 from mxcompile.checkpoint.interop import build_model, compressed_tensors, gguf_model, gpt_oss
@@ -39,11 +40,12 @@ def load(path: Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def check_destination(path: Path, format: str) -> None:
-    """Raise CheckpointError if `save` would refuse to replace what is there."""
+    """Raise CheckpointError if `save` would refuse to replace what is there, OSError if it cannot write there."""
     if format != GGUF:
         check_new(path)
     elif path.is_dir():
         raise CheckpointError(f"{path} is a folder: name a file, such as {path / 'model.gguf'}")
+    check_writable(real_path(path).parent, is_folder=True)
 
 
 def save(
@@ -59,7 +61,6 @@ def save(
     largest: bytes of a weight file. auxiliary: writes the auxiliary files to a folder and returns the model's config.
     Raises CheckpointError, naming the layer, if that format cannot hold the model; then nothing is written.
     """
-    check_destination(path, format)
     if format == GGUF:
         config = dict(getattr(getattr(module, "config", None), "to_dict", dict)())
         replace_file(path, lambda stage: gguf_model.write(stage, module, names, config))
