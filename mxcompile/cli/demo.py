@@ -13,6 +13,7 @@ from rich.text import Text
 from mxcompile.cli.compare import Comparison, EvalOptions, load_with_data, quantize, score
 from mxcompile.cli.generation import Generation, generate_text
 from mxcompile.cli.progress import waiting
+from mxcompile.diagnostics.dump import Dump
 from mxcompile.diagnostics.tables import table
 from mxcompile.inductor import compile_module
 
@@ -33,6 +34,8 @@ def run_demo(
     options: the model and the windows of text to evaluate on. folder: gets a dump for each recipe. new_tokens: to
     generate greedily from a fixed prompt.
     """
+    for recipe in RECIPES:
+        Dump(folder / recipe)  # refuses a folder that it cannot write to
     model, tokenizer, data = load_with_data(messages, options)
     comparisons = {"float": score(messages, options, data, model)}
     generations = {"float": _generate(messages, model, tokenizer, new_tokens, compile=False)}

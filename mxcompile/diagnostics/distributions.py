@@ -30,11 +30,13 @@ class Distributions:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             schema = content["schema"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DumpError(f"{file} holds no distributions ({type(error).__name__}: {error})") from error
-        if schema != SCHEMA:
-            raise DumpError(f"{file} has schema {schema}, this version of mxcompile reads {SCHEMA}: dump it again")
-        return cls(tuple({name: _change(layer) for name, layer in each.items()} for each in content["passes"]))
+            if schema == SCHEMA:
+                return cls(tuple({name: _change(layer) for name, layer in each.items()} for each in content["passes"]))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DumpError(
+                f"{file} holds no distributions ({type(error).__name__}: {error}): dump it again"
+            ) from error
+        raise DumpError(f"{file} has schema {schema}, this version of mxcompile reads {SCHEMA}: dump it again")
 
     def to_json(self) -> str:
         """The text of the file, one line for each pass."""

@@ -5,17 +5,19 @@
     kernels.txt   which kernel runs each layer of the deployed module, and why not a better one
 
 A pass that fails leaves `NN-<pass>.FAILED.txt`: the error, the rest of the pipeline and the graph before it. Files are
-written under a temporary name and then renamed. A folder that holds anything else is refused. Only the page and the
-`.FAILED.txt` files of an earlier run are deleted.
+written under a temporary name and then renamed. A folder that holds anything else is refused, and so is one that
+another run is writing to. Only the ledger, the page and the `.FAILED.txt` files of an earlier run are deleted.
 """
 
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
 
-from mxcompile.atomic_files import atomic_file
+from mxcompile.atomic_files import atomic_file, check_writable, folder_lock, real_path
 from mxcompile.diagnostics.distributions import FILE as _DISTRIBUTIONS
 from mxcompile.diagnostics.distributions import Distributions
 from mxcompile.diagnostics.dump_reader import (
@@ -26,7 +28,7 @@ from mxcompile.diagnostics.dump_reader import (
     SUMMARY,
     DumpReader,
     FailedPass,
-    is_dump_folder,
+    may_hold_dump,
     stage_name,
 )
 from mxcompile.diagnostics.explanation import Explanation
@@ -43,24 +45,31 @@ _WIDTH = 140
 
 
 class Dump(Instrument):
-    """Writes a dump folder while a pipeline runs."""
+    """Writes a dump folder while a pipeline runs.
+
+    Raises DumpError if the folder holds anything else, cannot be written, or another run is writing to it.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._running = ExitStack()
         self._text = ""
         self._ledger = Ledger("", 0, ())
         self._distributions = Distributions()
-        if self.folder.exists() and not is_dump_folder(self.folder):
-            raise DumpError(
-                f"{self.folder} exists and is not an mxcompile dump: choose a new folder, or one that a dump wrote"
-            )
+        with _explained(self.folder):
+            if self.folder.exists() and not may_hold_dump(self.folder):
+                raise DumpError(
+                    f"{self.folder} exists and is not an mxcompile dump: choose a new folder, or one that a dump wrote"
+                )
+            check_writable(self.folder, is_folder=True)
 
     def start(self, program: Program, passes: tuple[Pass, ...]) -> None:
         """Write the pipeline, the traced graph, and a ledger without passes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with _explained(self.folder):
+            self._running.enter_context(folder_lock(real_path(self.folder), wait=False))
+            for old in (self.folder / _LEDGER, self.folder / PAGE, *self.folder.glob("*.FAILED.txt")):
+                old.unlink(missing_ok=True)
         self._write(PIPELINE, f"{FIRST_LINE}\n" + "\n| ".join(map(str, passes)) + "\n")
-        for old in (self.folder / PAGE, *self.folder.glob("*.FAILED.txt")):
-            old.unlink(missing_ok=True)
         self._ledger = Ledger(" | ".join(map(str, passes)), program.stored_bytes(), ())
         self._distributions = Distributions()
         self._text = print_program(program)
@@ -89,6 +98,10 @@ class Dump(Instrument):
         """Write the report page."""
         write_page(self.folder)
 
+    def close(self) -> None:
+        """Let other runs write to the folder."""
+        self._running.close()
+
     def _write_ledger(self) -> None:
         self._write(_DISTRIBUTIONS, self._distributions.to_json())
         self._write(SUMMARY, _summary(self._ledger))
@@ -111,8 +124,19 @@ def write_kernels(folder: str | Path, explanation: Explanation) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as staged:
+    with _explained(path), atomic_file(path) as staged:
         staged.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _explained(path: Path) -> Generator[None]:
+    """OSErrors as DumpErrors."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise DumpError(f"another run is writing its dump to {path}: give each run a folder of its own") from error
+    except OSError as error:
+        raise DumpError(f"the dump {path} cannot be written ({error}): make room, or name another folder") from error
 
 
 def _summary(ledger: Ledger) -> str:

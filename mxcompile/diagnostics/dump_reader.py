@@ -9,7 +9,9 @@ The ledger says which passes finished. Files of later passes are left from an ea
 from dataclasses import dataclass
 from pathlib import Path
 
+from mxcompile.atomic_files import contents
 from mxcompile.diagnostics.distributions import Distributions
+from mxcompile.diagnostics.ledger import FILE as LEDGER
 from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.errors import DumpError, UnknownNameError
 from mxcompile.graph.printer import diff_text
@@ -40,12 +42,19 @@ class DumpReader:
     folder: Path
 
     def __post_init__(self) -> None:
-        if not self.folder.is_dir() or not is_dump_folder(self.folder):
-            raise DumpError(f"{self.folder} is not an mxcompile dump folder: it has no {PIPELINE} that a dump wrote")
+        if not self.folder.is_dir():
+            reason = "it is a file" if self.folder.exists() else "it does not exist"
+        elif not _starts_dump(self.folder / PIPELINE):
+            reason = f"it has no {PIPELINE} that a dump wrote"
+        elif not (self.folder / LEDGER).is_file():
+            reason = f"its run was stopped before it had written {LEDGER}; dump it again"
+        else:
+            return
+        raise DumpError(f"{self.folder} is not an mxcompile dump folder: {reason}")
 
     def pipeline(self) -> list[str]:
         """The passes of the pipeline, as text."""
-        lines = (self.folder / PIPELINE).read_text(encoding="utf-8").splitlines()[1:]
+        lines = self._read(PIPELINE).splitlines()[1:]
         return [line.removeprefix("| ") for line in lines]
 
     def stages(self) -> list[str]:
@@ -63,7 +72,7 @@ class DumpReader:
 
     def text(self, key: str) -> str:
         """The graph after a pass."""
-        return (self.folder / f"{self.stage(key)}.txt").read_text(encoding="utf-8")
+        return self._read(f"{self.stage(key)}.txt")
 
     def diff(self, first: str, second: str) -> str:
         """Unified diff between the graphs after two passes."""
@@ -75,15 +84,22 @@ class DumpReader:
 
     def distributions(self) -> Distributions:
         """The histograms of each layer."""
-        return Distributions.load(self.folder)
+        finished = len(self.ledger().passes)  # which is written last
+        return Distributions(Distributions.load(self.folder).passes[:finished])
 
     def failure(self) -> FailedPass | None:
         """The pass that failed, if one did."""
         index = len(self.stages())
         for path in self.folder.glob(f"{index:02}-*.FAILED.txt"):
-            message, _, rest = path.read_text(encoding="utf-8").partition(f"\n{_REST}")
+            message, _, rest = self._read(path.name).partition(f"\n{_REST}")
             return FailedPass(index, message.removeprefix("# "), rest.partition(f"\n{_GRAPH}\n")[0])
         return None
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DumpError(f"{self.folder / name} cannot be read ({error}): dump it again") from error
 
 
 def stage_name(index: int, name: str) -> str:
@@ -91,11 +107,12 @@ def stage_name(index: int, name: str) -> str:
     return f"{index:02}-{name}"
 
 
-def is_dump_folder(folder: Path) -> bool:
+def may_hold_dump(folder: Path) -> bool:
     """True for an empty folder and for one that a dump wrote."""
     if not folder.is_dir():
         return False
-    marker = folder / PIPELINE
-    if marker.is_file():
-        return marker.read_text(encoding="utf-8", errors="replace").startswith(FIRST_LINE)
-    return not any(folder.iterdir())
+    return _starts_dump(folder / PIPELINE) or not contents(folder)
+
+
+def _starts_dump(marker: Path) -> bool:
+    return marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(FIRST_LINE)

@@ -45,11 +45,11 @@ class Ledger:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             schema = content["schema"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DumpError(f"{file} is not a ledger ({type(error).__name__}: {error})") from error
-        if schema != SCHEMA:
-            raise DumpError(f"{file} has schema {schema}, this version of mxcompile reads {SCHEMA}: dump it again")
-        return cls(content["pipeline"], content["bytes"], tuple(map(_record, content["passes"])))
+            if schema == SCHEMA:
+                return cls(content["pipeline"], content["bytes"], tuple(map(_record, content["passes"])))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DumpError(f"{file} is not a ledger ({type(error).__name__}: {error}): dump it again") from error
+        raise DumpError(f"{file} has schema {schema}, this version of mxcompile reads {SCHEMA}: dump it again")
 
     def record(self) -> dict[str, Any]:
         """The content of the file, as plain values."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,3 +195,53 @@ def test_the_call_that_compiles_says_which_kernels_serve(tmp_path):
     for line in mxcompile.explain(model).conclusions():
         assert line in text.splitlines()
     assert re.search(r"^ *up +mxint4 +mxint8 ", text, re.MULTILINE)
+
+
+def test_reader_refuses_half_a_dump(tmp_path):
+    with pytest.raises(DumpError, match=r"has no pipeline\.txt that a dump wrote"):
+        DumpReader(tmp_path)
+    dump(tmp_path)
+    (tmp_path / "03-lower-mx.txt").unlink()
+    with pytest.raises(DumpError, match=r"03-lower-mx\.txt cannot be read .*: dump it again"):
+        DumpReader(tmp_path).text("lower-mx")
+    for content in ("", "[]", '{"schema": 2}', '{"schema": 2, "pipeline": "", "bytes": 0, "passes": [{}]}'):
+        (tmp_path / "ledger.json").write_text(content)
+        with pytest.raises(DumpError, match=r"ledger\.json is not a ledger .*: dump it again"):
+            DumpReader(tmp_path).ledger()
+    (tmp_path / "ledger.json").unlink()
+    with pytest.raises(DumpError, match=r"its run was stopped before it had written ledger\.json"):
+        DumpReader(tmp_path)
+
+
+def test_a_killed_run_leaves_no_ledger_of_the_run_before(tmp_path):
+    dump(tmp_path)
+    Dump(tmp_path).start(mxcompile.trace(build("mlp"), inputs("mlp")), ())
+    assert DumpReader(tmp_path).stages() == ["00-trace"]
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
+    program = mxcompile.trace(build("mlp"), inputs("mlp"))
+    pipeline = Pipeline.parse("round-weights{format=mxint4}")
+    with pytest.raises(DumpError, match=f"another run is writing its dump to {tmp_path}: give each run a folder"):
+        pipeline.run(program, instruments=[Dump(tmp_path), Dump(tmp_path)])
+    pipeline.run(program, instruments=[Dump(tmp_path)])  # also one that failed has let go of it
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("place", ["file/out", "/proc/out"])
+def test_a_place_that_cannot_be_written_is_known_before(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DumpError, match="cannot be written"):
+        Dump(tmp_path / place)
+
+
+def test_a_full_disk_is_explained(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    program = mxcompile.trace(build("mlp"), inputs("mlp"))
+    watcher = Dump(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(DumpError, match=r"pipeline\.txt cannot be written .*No space left"):
+            Pipeline.parse("round-weights{format=mxint4}").run(program, instruments=[watcher])
