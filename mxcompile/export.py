@@ -5,15 +5,19 @@ A `torch.export` archive holds the fused graph and the packed weights; `torch.ex
 needs torch alone, and no Python.
 """
 
+import io
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 from torch.export.graph_signature import TensorArgument
 from torch.fx import Node
 
-from mxcompile.atomic_files import atomic_file
-from mxcompile.errors import InputError
+from mxcompile.atomic_files import atomic_file, check_writable
+from mxcompile.errors import CheckpointError, InputError
 from mxcompile.graph.inputs import as_inputs
 from mxcompile.graph.trace import exported_program
 from mxcompile.inductor import compile_ahead
@@ -36,20 +40,67 @@ def export(model: nn.Module, example_inputs: object, path: str | Path, *, compil
     The loaded model is called with the example's arguments and returns what `forward` returns: a Hugging Face output as
     a dict, without the key/value cache.
     Raises InputError if the model has no MX weights or fails on the inputs, or if the path has another suffix;
-    TraceError if the model cannot be traced; CompileError if it cannot be compiled on this machine.
+    CheckpointError if the file cannot be written; TraceError if the model cannot be traced; CompileError if it cannot
+    be compiled on this machine.
     """
     path = Path(path)
     if path.suffix != _SUFFIX:
         raise InputError(f"{path}: the file of an exported model must end in {_SUFFIX}")
     if not any(isinstance(parameter, MXWeight) for parameter in model.parameters()):
         raise InputError(f"{type(model).__name__} has no MX weights: pass the result of quantize_and_compile or deploy")
+    with _explained(path):
+        check_writable(path, is_folder=False)
     exported = exported_program(model, as_inputs(example_inputs))
-    with atomic_file(path) as staged, torch.no_grad():
+    with _explained(path), atomic_file(path) as staged, _archive(staged) as archive, torch.no_grad():
         if compile:
-            compile_ahead(exported, staged)
+            compile_ahead(exported, archive)
         else:
-            torch.export.save(_fused(exported), staged)
+            torch.export.save(_fused(exported), archive)  # pyright: ignore[reportArgumentType] - torch accepts an IOBase
     return path
+
+
+class _Archive(io.RawIOBase):
+    """A file for torch's archive writer, which ends the process if a write fails: it is told that each succeeds."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True  # torch asks, and goes back to the start when all is written
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return offset
+
+    def write(self, data: Any, /) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+
+@contextmanager
+def _archive(path: Path) -> Generator[_Archive]:
+    """A file to which torch writes an archive; raises OSError at the end if a write failed."""
+    with path.open("wb") as file:
+        archive = _Archive(file)
+        yield archive
+        if archive.error is not None:
+            raise archive.error
+
+
+@contextmanager
+def _explained(path: Path) -> Generator[None]:
+    """OSErrors as CheckpointErrors."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error}): make room, or name another place") from error
 
 
 def _fused(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -9,7 +9,7 @@ import torch
 from models import build, inputs, output
 
 import mxcompile
-from mxcompile.errors import CompileError, InputError
+from mxcompile.errors import CheckpointError, CompileError, InputError
 from mxcompile.inductor import why_no_inductor
 from mxcompile.numerics.metrics import sqnr_db
 
@@ -148,10 +148,35 @@ def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
     path = tmp_path / "model.pt2"
     path.write_text("older")
     monkeypatch.setattr("torch.export.save", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
-    with pytest.raises(OSError, match="the disk is full"):
+    with pytest.raises(CheckpointError, match=r"model\.pt2 cannot be written \(the disk is full\)"):
         mxcompile.export(deployed("mlp"), inputs("mlp"), path)
     assert path.read_text() == "older"
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_full_disk_does_not_end_the_process(tmp_path):
+    """torch's own archive writer aborts it."""
+    import resource
+
+    model, limits = deployed("mlp"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"model\.pt2 cannot be written \(\[Errno 27\] File too large"):
+            mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_trace(tmp_path, monkeypatch):
+    monkeypatch.setitem(mxcompile.export.__globals__, "exported_program", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "model.pt2").mkdir()
+    model = deployed("mlp")
+    for name, reason in (("file/model.pt2", "a file, not a folder"), ("model.pt2", "a folder, not a file")):
+        with pytest.raises(CheckpointError, match=rf"{name} cannot be written .*it is {reason}"):
+            mxcompile.export(model, inputs("mlp"), tmp_path / name)
 
 
 def test_the_model_stays_as_it_was(llama):

@@ -4,9 +4,9 @@ The functions here are the room's door. Dynamo and Inductor are imported when th
 `import mxcompile` does not pay for them.
 """
 
+import io
 import warnings
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -52,7 +52,7 @@ def compile_module(module: M) -> M:
     return module
 
 
-def compile_ahead(exported: torch.export.ExportedProgram, path: Path) -> None:
+def compile_ahead(exported: torch.export.ExportedProgram, archive: io.IOBase) -> None:
     """Write an AOTInductor package in which `mx::` operators are decomposed into plain torch: it needs no mxcompile.
 
     Raises CompileError if Inductor cannot compile for the device of the program's tensors.
@@ -61,4 +61,4 @@ def compile_ahead(exported: torch.export.ExportedProgram, path: Path) -> None:
         raise CompileError(reason)
     from mxcompile.inductor.aot_package import write_package
 
-    write_package(exported, path)
+    write_package(exported, archive)

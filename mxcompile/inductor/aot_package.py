@@ -1,7 +1,7 @@
 """Exported program -> AOTInductor package that needs torch alone: `mx::` operators are decomposed into plain torch."""
 
+import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -19,7 +19,7 @@ _DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
 }
 
 
-def write_package(exported: torch.export.ExportedProgram, path: Path) -> None:
+def write_package(exported: torch.export.ExportedProgram, archive: io.IOBase) -> None:
     """Compile for the device of the program's tensors and write the package.
 
     Raises CompileError if Inductor cannot compile for that device.
@@ -30,4 +30,4 @@ def write_package(exported: torch.export.ExportedProgram, path: Path) -> None:
     decomposed = exported.run_decompositions(_DECOMPOSITIONS)
     # torch writes the package's metadata into this global setting, which is part of every cache key
     with inductor_config.patch({"aot_inductor.metadata": {}}):
-        aoti_compile_and_package(decomposed, package_path=str(path))
+        aoti_compile_and_package(decomposed, package_path=archive)  # pyright: ignore[reportArgumentType] - it accepts an IOBase
