@@ -213,6 +213,11 @@ class MXWeight(Tensor):
         weight, options = args[0], dict(kwargs or {})
         if func is aten.copy_.default and isinstance(weight, MXWeight) and isinstance(args[1], MXWeight):
             return _copy_into(weight, args[1])
+        if func is aten.copy_.default and not isinstance(weight, MXWeight):
+            raise MXCompileError(
+                "an MXWeight cannot be copied into a float tensor: replace the tensor (load_state_dict(..., "
+                "assign=True)), or copy weight.dequantize()"
+            )
         if func in _LOW_LEVEL:
             return _LOW_LEVEL[func](*args, **options)
         if func not in _COPIES or not isinstance(weight, MXWeight):
