@@ -16,6 +16,7 @@ from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.checkpoint.save_transaction import check_destination as check_own
 from mxcompile.checkpoint.save_transaction import save_transaction
 from mxcompile.checkpoint.stored_tensors import TensorNames, flatten_module
+from mxcompile.checkpoint.wrappers import unwrap
 from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.tensor.modules import is_pretrained
 
@@ -36,7 +37,7 @@ def save(
 ) -> None:
     """Write a quantized model to a folder, from which `load` (and transformers' `from_pretrained`) reads it.
 
-    model: what `deploy` or `quantize_and_compile` returned, compiled or not; it is not changed.
+    model: what `deploy` or `quantize_and_compile` returned, compiled or in a DataParallel or not; it is not changed.
     path: a new folder, one with a checkpoint to replace, or one without any model in it. Replacing is atomic: a save
         that is interrupted, even killed, leaves the old checkpoint or the new one.
     tokenizer, processor: written to the same folder by their own `save_pretrained`; not with "gguf".
@@ -46,10 +47,11 @@ def save(
         one that does not fit is refused.
 
     Several threads or processes may save to one path: they take turns. A symlink stays one.
-    Raises CheckpointError if nothing is quantized, the module holds something that a checkpoint cannot, the folder holds another model, or it cannot be written.
+    Raises CheckpointError if nothing is quantized, the module holds something that a checkpoint cannot (adapters of
+    peft, say), the folder holds another model, or it cannot be written.
     """
     largest = _bytes(max_shard_size)
-    module: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile wraps the module in one of its own
+    module = unwrap(model)
     names, tensors = flatten_module(module)
     if not names.weights:
         raise CheckpointError(
