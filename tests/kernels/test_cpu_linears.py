@@ -160,3 +160,14 @@ def test_built_once_and_found_again(elsewhere):
     build.library.cache_clear()
     build.library(MXINT4)
     assert [path.stat().st_mtime_ns for path in (elsewhere / "cpu").iterdir()] == [made]
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_again(elsewhere):
+    build.library(MXINT4)
+    (path,) = (elsewhere / "cpu").iterdir()
+    path.unlink()  # not written over: the process has mapped it
+    path.write_bytes(b"\x7fELF")
+    build.library.cache_clear()
+    build.library(MXINT4)
+    assert path.stat().st_size > 4

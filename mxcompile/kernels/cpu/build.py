@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import platformdirs
 import torch
 
+from mxcompile.atomic_files import atomic_file
 from mxcompile.formats import MXFormat, why_no_kernel
 
 _FOLDER = Path(__file__).parent
@@ -88,18 +89,18 @@ def _library(title: str, sources: Sequence[str], options: Sequence[str], built_f
     folder = Path(platformdirs.user_cache_dir("mxcompile", appauthor=False)) / "cpu"
     path = folder / f"{title}-{name}.so"
     try:
-        if not path.exists():
-            _build(command, path)
+        if path.exists():
+            with suppress(OSError):  # damaged, as by a power failure: built again
+                return ctypes.CDLL(str(path))
+        _build(command, path)
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"the CPU kernel {title} cannot be stored in {folder}: {error.strerror or error}") from error
 
 
 def _build(command: list[str], path: Path) -> None:
-    """Build under a temporary name, then rename: another process may build the same library."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as temporary:
-        built = Path(temporary) / path.name
+    """Build the library, whole or not at all: another process may build the same one, and this one may be killed."""
+    with atomic_file(path, durable=True) as built:
         try:
             completed = subprocess.run(
                 [*command, "-o", str(built)], capture_output=True, text=True, timeout=_SECONDS, check=False
@@ -109,7 +110,6 @@ def _build(command: list[str], path: Path) -> None:
         if completed.returncode:
             lines = [line for line in completed.stderr.splitlines() if "error" in line] or ["no message"]
             raise BuildError(f"{command[0]} cannot build the CPU kernels: {lines[0]}")
-        built.replace(path)
 
 
 def _compiler() -> str:
