@@ -15,7 +15,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Final
@@ -154,7 +154,8 @@ def _locked(lock_file: Path, destination: Path, *, wait: bool = True) -> Generat
     try:
         yield
     finally:
-        lock_file.unlink(missing_ok=True)  # before the release: the next holder then makes a new one
+        with suppress(OSError):  # left over it does no harm; Windows cannot delete an open file, filelock does it there
+            lock_file.unlink()  # before the release: the next holder then makes a new one
         lock.release()
 
 
