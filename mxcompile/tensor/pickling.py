@@ -1,7 +1,7 @@
 """Pickle an MXWeight as its component tensors: `torch.save` and `torch.load`, worker processes, `copy.copy`.
 
     torch.save(model.state_dict(), "weights.pt")
-    model.load_state_dict(torch.load("weights.pt"))
+    model.load_state_dict(torch.load("weights.pt"))  # a quantized one; a float one: assign=True, without gradients
 
 The file names `rebuild_weight` alone, which torch then calls with tensors, texts and numbers. It checks them, so that
 `torch.load` may call it with its default `weights_only=True`, which is for files that nobody vouches for. A planar
@@ -22,7 +22,7 @@ from mxcompile.tensor.weight import MXLayout, MXWeight
 
 
 def rebuild_weight(
-    parts: tuple[Tensor, ...], layout: tuple[Any, ...], dtype: torch.dtype, is_parameter: bool, requires_grad: bool
+    parts: tuple[Tensor, ...], layout: tuple[Any, ...], dtype: torch.dtype, is_parameter: bool
 ) -> MXWeight:
     """The weight with these component tensors. layout: the fields of an `MXLayout` up to `rotation`.
 
@@ -35,7 +35,6 @@ def rebuild_weight(
     weight = MXWeight(elements, scales, spec, dtype, *multiplier)
     if is_parameter:
         setattr(weight, "_is_param", True)  # noqa: B010 - how torch marks a parameter of another class
-    weight.requires_grad_(requires_grad)
     return weight
 
 
@@ -43,7 +42,7 @@ def _reduce(weight: MXWeight) -> tuple[Any, ...]:
     rows = weight.to_row_major()
     *layout, _ = astuple(rows.layout_)
     is_parameter = isinstance(weight, torch.nn.Parameter)
-    return rebuild_weight, (rows.parts, tuple(layout), rows.dtype, is_parameter, weight.requires_grad)
+    return rebuild_weight, (rows.parts, tuple(layout), rows.dtype, is_parameter)
 
 
 def _why_unfit(parts: tuple[Tensor, ...], layout: MXLayout, dtype: torch.dtype) -> str | None:

@@ -215,8 +215,8 @@ class MXWeight(Tensor):
             return _copy_into(weight, args[1])
         if func is aten.copy_.default and not isinstance(weight, MXWeight):
             raise MXCompileError(
-                "an MXWeight cannot be copied into a float tensor: replace the tensor (load_state_dict(..., "
-                "assign=True)), or copy weight.dequantize()"
+                "an MXWeight cannot be copied into a float tensor: replace it (model.requires_grad_(False), then "
+                "load_state_dict(..., assign=True)), or copy weight.dequantize()"
             )
         if func in _LOW_LEVEL:
             return _LOW_LEVEL[func](*args, **options)
@@ -345,7 +345,8 @@ def _requires_grad(weight: MXWeight, requires_grad: bool = True) -> MXWeight:
     if requires_grad:
         raise MXCompileError(
             "an MXWeight holds packed bytes and cannot be trained: train other parameters (an adapter such as LoRA, "
-            "norms, biases), through which gradients flow, or replace it with nn.Parameter(weight.dequantize())"
+            "norms, biases), through which gradients flow, or replace it with nn.Parameter(weight.dequantize()); "
+            "load_state_dict(..., assign=True) needs model.requires_grad_(False) before it"
         )
     return weight
 

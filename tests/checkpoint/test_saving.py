@@ -229,7 +229,7 @@ def test_a_save_that_is_committed_does_not_claim_the_old_one(folders, tmp_path, 
         patch.setattr(Path, "unlink", refuse)
         with pytest.raises(CheckpointError, match="holds the new checkpoint, but not all that belongs to it"):
             mxcompile.save(model, tmp_path)
-    assert contents(new).items() <= contents(tmp_path).items()
+    assert recipe(mxcompile.load(tmp_path)) == recipe(model)
     mxcompile.save(model, tmp_path)
     assert len([name for name in names(tmp_path) if name.endswith(".safetensors")]) == 1
 
