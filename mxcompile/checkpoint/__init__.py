@@ -11,9 +11,21 @@ A save replaces a checkpoint atomically (save_transaction.py). A load checks eve
 """
 
 from mxcompile.checkpoint.hf_registration import mark_quantized, register
-from mxcompile.checkpoint.interop.foreign import is_foreign, read_gguf
+from mxcompile.checkpoint.interop.foreign import is_foreign, is_gguf, read_gguf, read_gguf_tokenizer
 from mxcompile.checkpoint.load import load
 from mxcompile.checkpoint.reader import Checkpoint
-from mxcompile.checkpoint.save import check_destination, save
+from mxcompile.checkpoint.save import check_destination, check_model, save
 
-__all__ = ["Checkpoint", "check_destination", "is_foreign", "load", "mark_quantized", "read_gguf", "register", "save"]
+__all__ = [
+    "Checkpoint",
+    "check_destination",
+    "check_model",
+    "is_foreign",
+    "is_gguf",
+    "load",
+    "mark_quantized",
+    "read_gguf",
+    "read_gguf_tokenizer",
+    "register",
+    "save",
+]

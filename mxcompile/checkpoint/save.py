@@ -1,6 +1,7 @@
 """Save a quantized module: `mxcompile.save`."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from mxcompile.checkpoint.save_transaction import save_transaction
 from mxcompile.checkpoint.stored_tensors import TensorNames, flatten_module
 from mxcompile.checkpoint.wrappers import unwrap
 from mxcompile.errors import CheckpointError, UnknownNameError
+from mxcompile.formats import MXFormat
 from mxcompile.tensor.modules import is_pretrained
 
 _OWN: Final = "mxcompile"
@@ -40,11 +42,12 @@ def save(
     model: what `deploy` or `quantize_and_compile` returned, compiled or in a DataParallel or not; it is not changed.
     path: a new folder, one with a checkpoint to replace, or one without any model in it. Replacing is atomic: a save
         that is interrupted, even killed, leaves the old checkpoint or the new one.
-    tokenizer, processor: written to the same folder by their own `save_pretrained`; not with "gguf".
+    tokenizer, processor: written to the same folder by their own `save_pretrained`; "gguf": the tokenizer alone, in the
+        same file. Without one, llama.cpp runs the file on token ids alone, and a warning says so.
     max_shard_size: the largest size of a weight file, in bytes or as text ("5GB").
     format: "mxcompile" (the default), or a format of other programs: "compressed-tensors", written to a new folder, or
         "gguf", written to a file (also chosen by a path that ends in .gguf). These cannot hold every quantized model;
-        one that does not fit is refused.
+        one that does not fit is refused, with all reasons. What another program will do otherwise is a warning.
 
     Several threads or processes may save to one path: they take turns. A symlink stays one.
     Raises CheckpointError if nothing is quantized, the module holds something that a checkpoint cannot (adapters of
@@ -65,7 +68,8 @@ def save(
         def auxiliary(to: Path) -> dict[str, Any]:
             return _write_auxiliary(module, to, names, processors)
 
-        foreign.save(folder, foreign_format, module, names, largest, auxiliary)
+        vocabulary = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
+        foreign.save(folder, foreign_format, module, names, largest, auxiliary, vocabulary)
         return
     with save_transaction(folder) as saving:
         config = _write_auxiliary(module, saving.stage, names, processors)
@@ -93,6 +97,13 @@ def check_destination(path: str | Path, format: str | None = None) -> None:
             check_writable(folder, is_folder=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error}): name another place") from error
+
+
+def check_model(path: str | Path, model: nn.Module, weights: Iterable[MXFormat], format: str | None = None) -> None:
+    """Raise CheckpointError if `save` would refuse the model once it is quantized to these formats."""
+    foreign_format = _foreign_format(format, Path(path))
+    if foreign_format is not None:
+        foreign.check_model(foreign_format, model, weights)
 
 
 def _foreign_format(format: str | None, path: Path) -> str | None:

@@ -2,7 +2,8 @@
 
     compressed_tensors.py  what llm-compressor writes: MXFP4, MXFP6 (E2M3), MXFP8 (E4M3)
     gpt_oss.py             gpt-oss with its experts in MXFP4, read only
-    gguf_model.py          MXFP4 in llama.cpp's files (gguf_file.py: the container)
+    gguf_model.py          MXFP4 in llama.cpp's files: read; gguf_writer.py: written; gguf_file.py: the container;
+                           gguf_architectures.py, gguf_tokenizer.py, gguf_pretokenizers.py: its names for things
 
 Shared: memory layouts of elements (element_layouts.py), files (files.py), building a model (build_model.py).
 """

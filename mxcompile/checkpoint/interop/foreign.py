@@ -1,6 +1,7 @@
 """Recognize other projects' checkpoints by their format, and read and write them."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from mxcompile.atomic_files import check_writable, real_path
 from mxcompile.checkpoint.checked_json import read_json
 from mxcompile.checkpoint.config_json import CONFIG
-from mxcompile.checkpoint.interop import build_model, compressed_tensors, gguf_model, gpt_oss
+from mxcompile.checkpoint.interop import build_model, compressed_tensors, gguf_model, gguf_tokenizer_reader, gpt_oss
 from mxcompile.checkpoint.interop.files import check_new, new_folder, quantization_of, replace_file, write_tensors
+from mxcompile.checkpoint.interop.gguf_writer import GGUFWriting
 from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError
+from mxcompile.formats import MXFormat
 
 _READERS: Final = {compressed_tensors.METHOD: compressed_tensors.read, gpt_oss.METHOD: gpt_oss.read}
 GGUF: Final = "gguf"
@@ -22,7 +25,7 @@ WRITABLE_FORMATS: Final = (compressed_tensors.METHOD, GGUF)
 
 def is_foreign(path: Path) -> bool:
     """True if the path holds another project's checkpoint in a format that `load` can read."""
-    return _is_gguf(path) or str(quantization_of(path).get("quant_method")) in _READERS
+    return is_gguf(path) or str(quantization_of(path).get("quant_method")) in _READERS
 
 
 def load(path: Path, model: nn.Module | None = None) -> nn.Module:
@@ -30,7 +33,7 @@ def load(path: Path, model: nn.Module | None = None) -> nn.Module:
 
     Raises CheckpointError if it is damaged or has weights that an MXWeight cannot represent; `model` is then unchanged.
     """
-    if _is_gguf(path):
+    if is_gguf(path):
         if model is not None:
             raise CheckpointError(f"{path} is a GGUF file, which uses other tensor names: load it without model=...")
         return gguf_model.load(path)
@@ -48,6 +51,12 @@ def check_destination(path: Path, format: str) -> None:
     check_writable(real_path(path).parent, is_folder=True)
 
 
+def check_model(format: str, module: nn.Module, weights: Iterable[MXFormat]) -> None:
+    """Raise CheckpointError, before a model is quantized to these formats, if `save` could not write it then."""
+    if format == GGUF:
+        GGUFWriting(module, None, weights).check()
+
+
 def save(
     path: Path,
     format: str,
@@ -55,19 +64,33 @@ def save(
     names: TensorNames,
     largest: int,
     auxiliary: Callable[[Path], Mapping[str, Any]],
+    tokenizer: Any = None,
 ) -> None:
     """Write a model in one of `WRITABLE_FORMATS`.
 
     largest: bytes of a weight file. auxiliary: writes the auxiliary files to a folder and returns the model's config.
-    Raises CheckpointError, naming the layer, if that format cannot hold the model; then nothing is written.
+    tokenizer: of transformers, for a format that is a single file.
+    Raises CheckpointError with all reasons, naming layers, if that format cannot hold the model; then nothing is
+    written. Warns of what the other program will do otherwise than the model.
     """
     if format == GGUF:
-        config = dict(getattr(getattr(module, "config", None), "to_dict", dict)())
-        replace_file(path, lambda stage: gguf_model.write(stage, module, names, config))
+        notes: list[str] = []
+        writing = GGUFWriting(module, tokenizer)
+        replace_file(path, lambda stage: notes.extend(writing.write(stage, names)))
+        if notes:
+            warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=3)
         return
     with new_folder(path) as stage:
         tensors = compressed_tensors.write(stage, module, names, auxiliary(stage))
         write_tensors(stage, tensors, largest)
+
+
+def read_gguf_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a GGUF file, as one of transformers; None if the file holds none.
+
+    Raises CheckpointError if mxcompile does not know how llama.cpp tokenizes with it.
+    """
+    return gguf_tokenizer_reader.load(Path(path))
 
 
 def read_gguf(path: str | Path) -> dict[str, Tensor]:
@@ -78,5 +101,6 @@ def read_gguf(path: str | Path) -> dict[str, Tensor]:
     return gguf_model.read(Path(path))
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """True if the path names a GGUF file."""
     return path.suffix == ".gguf" and not path.is_dir()

@@ -22,6 +22,7 @@ from mxcompile.tensor.weight import MXLayout, MXWeight
 
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_FLOATS: Final = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MOST_DIMENSIONS: Final = 4
 _LONGEST_NAME: Final = 2**16
 
@@ -46,12 +47,21 @@ class GGUFTensor:
     bytes: int
 
 
+@dataclass(frozen=True)
+class GGUFArray:
+    """An array of the metadata. type: GGUF's number of its values' type. start: of the values in the file."""
+
+    type: int
+    count: int
+    start: int
+
+
 class _Cursor:
     """Reads the file from front to back, never past the end."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, position: int = 0) -> None:
         self.data = data
-        self.position = 0
+        self.position = position
 
     def take(self, code: str) -> Any:
         """The next value; code: its `struct` format character."""
@@ -72,7 +82,7 @@ class _Cursor:
         return self.data[self.position - length : self.position].decode()
 
     def value(self, kind: int) -> Any:
-        """The next value of a metadata type; for an array, its length."""
+        """The next value of a metadata type; an array is skipped."""
         if kind == _STRING:
             return self.text()
         if kind in _SCALARS:
@@ -80,6 +90,7 @@ class _Cursor:
         if kind != _ARRAY:
             raise CheckpointError(f"it has metadata of the unknown type {kind}")
         inner, count = self.take("I"), self.take("Q")
+        start = self.position
         if inner in _SCALARS:
             self.skip(count * struct.calcsize(_SCALARS[inner]))
         elif inner == _STRING and count <= len(self.data):
@@ -87,11 +98,11 @@ class _Cursor:
                 self.skip(self.take("Q"))
         else:
             raise CheckpointError(f"it has an array of {count} values of type {inner}")
-        return count
+        return GGUFArray(inner, count, start)
 
 
 class GGUFFile:
-    """metadata: values by key (for an array, its length). entries: the tensors by name.
+    """metadata: values by key, arrays as a `GGUFArray`. entries: the tensors by name.
 
     Raises CheckpointError if the file is not GGUF or damaged, InputError if the gguf package is missing.
     """
@@ -105,6 +116,27 @@ class GGUFFile:
             self.metadata, self.entries = self._parse(_Cursor(self._data))
         except (OSError, ValueError, CheckpointError) as error:
             raise CheckpointError(f"{path} cannot be read as GGUF ({error}): copy it again") from error
+
+    def array(self, key: str, kind: type) -> list[Any] | None:
+        """An array of the metadata as a list, None if there is none. Raises CheckpointError if its values differ."""
+        array = self.metadata.get(key)
+        if array is None:
+            return None
+        if not isinstance(array, GGUFArray):
+            raise CheckpointError(f"{self.path}: {key} is {array!r}, not an array")
+        cursor = _Cursor(self._data, array.start)
+        try:
+            values = [cursor.value(array.type) for _ in range(array.count)]
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path}: {key} holds text that is not UTF-8 ({error})") from error
+        if not all(isinstance(value, kind) for value in values):
+            raise CheckpointError(f"{self.path}: {key} does not hold values of the type {kind.__name__}")
+        return values
+
+    def type_name(self, entry: GGUFTensor) -> str:
+        """ggml's name of a tensor's type, torch's for plain floats."""
+        name = str(package().GGMLQuantizationType(entry.type).name)
+        return _FLOATS.get(name, name.lower())
 
     def tensor(self, entry: GGUFTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor's values: an MXWeight for MXFP4; else floats of that dtype, dequantized if ggml packed them."""

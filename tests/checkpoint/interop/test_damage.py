@@ -14,6 +14,7 @@ from mxcompile.checkpoint.interop.gguf_file import GGUFFile
 from mxcompile.errors import CheckpointError
 
 pytest.importorskip("gguf", reason="install the test extra")
+pytestmark = pytest.mark.filterwarnings("ignore:.*llama.cpp takes and returns token ids only:UserWarning")
 TRIED = 300
 FUZZ = settings(
     max_examples=TRIED,

@@ -1,5 +1,6 @@
 """GGUF files with MXFP4 weights: the gguf package, transformers and mxcompile decode the same values."""
 
+import copy
 import shutil
 import struct
 
@@ -15,6 +16,7 @@ from mxcompile.errors import CheckpointError, InputError
 from mxcompile.tensor.weight import MXWeight
 
 gguf = pytest.importorskip("gguf", reason="install the test extra")
+pytestmark = pytest.mark.filterwarnings("ignore:.*llama.cpp takes and returns token ids only:UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,57 @@ def file(tmp_path_factory):
 def test_written_and_read(name, tmp_path):
     model = decoder(name) if name in ("qwen2", "qwen3", "mistral") else quantized(name=name, dtype=torch.float32)
     mxcompile.save(model, tmp_path / "model.gguf")
-    loaded = mxcompile.load(tmp_path / "model.gguf")
-    assert_same_values(loaded, model)
+    loaded, expected = mxcompile.load(tmp_path / "model.gguf"), with_half_matrices(model)
+    assert_same_values(loaded, expected)
     with torch.no_grad():
-        assert torch.equal(loaded(**inputs("llama")).logits, model(**inputs("llama")).logits)
+        assert torch.equal(loaded(**inputs("llama")).logits, expected(**inputs("llama")).logits)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def with_half_matrices(model):
+    """What a file holds of a model: float matrices in float16, all else unchanged."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not isinstance(parameter, MXWeight):
+            parameter.data = parameter.half().to(parameter.dtype)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_types_are_those_that_llama_cpp_computes_with(dtype, tmp_path):
+    """Norms and biases in F32 whatever the model's dtype, other matrices in F16 unless they hold larger numbers."""
+    model = copy.deepcopy(quantized(dtype=dtype))
+    model.model.norm.weight.data.fill_(1.25)
+    if dtype != torch.float16:
+        model.model.embed_tokens.weight.data[3, 4] = 1e6
+    mxcompile.save(model, tmp_path / "model.gguf")
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    types = {name: tensor.tensor_type.name for name, tensor in found.items()}
+    assert {types[name] for name in types if "norm" in name} == {"F32"}
+    assert found["output_norm.weight"].data.tolist() == [1.25] * 64
+    assert types["token_embd.weight"] == ("F16" if dtype == torch.float16 else "F32")
+    assert types["output.weight"] in ("F16", "MXFP4")
+    assert types["blk.0.ffn_down.weight"] == "MXFP4"
+
+
+def test_token_ids_and_names_are_stated_and_what_is_absent_stays_absent(tmp_path):
+    model = copy.deepcopy(quantized(dtype=torch.float32))
+    model.config._name_or_path = "/home/somebody/Tiny-Llama"
+    model.config.update({"bos_token_id": None, "eos_token_id": 7, "pad_token_id": None})
+    model.generation_config.update(bos_token_id=None, eos_token_id=[7, 9, 11], pad_token_id=None)
+    mxcompile.save(model, tmp_path / "model.gguf")
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    assert fields["general.name"] == "Tiny-Llama"
+    assert (fields["general.file_type"], fields["general.quantization_version"]) == (38, 2)
+    assert {key: value for key, value in fields.items() if key.endswith("token_id")} == {
+        "tokenizer.ggml.eos_token_id": 7,
+        "tokenizer.ggml.eot_token_id": 9,
+        "tokenizer.ggml.eom_token_id": 11,
+    }
+    loaded = mxcompile.load(tmp_path / "model.gguf")
+    for source in (loaded.config, loaded.generation_config):
+        assert (source.bos_token_id, source.eos_token_id, source.pad_token_id) == (None, [7, 9, 11], None)
+    assert loaded.config.rms_norm_eps == model.config.rms_norm_eps
 
 
 def decoder(name):
@@ -68,7 +116,7 @@ def test_transformers_reads_the_file(file):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    wanted = dict(quantized(dtype=torch.float32).named_parameters())
+    wanted = dict(with_half_matrices(quantized(dtype=torch.float32)).named_parameters())
     for name, tensor in theirs.named_parameters():
         other = wanted[name]
         assert torch.equal(tensor, other.dequantize() if isinstance(other, MXWeight) else other), name
@@ -114,15 +162,27 @@ def test_what_gguf_quantizes_is_read_by_name(tmp_path):
         mxcompile.load(tmp_path / "x.gguf")
 
 
+def transposed():
+    """A weight whose inner dimension is its first, as in a Conv1D."""
+    model = copy.deepcopy(quantized(dtype=torch.float32))
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.swap_axes(), requires_grad=False)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: quantized("mxfp8_e4m3"), r"q_proj.weight: GGUF cannot hold mxfp8_e4m3 weights \(quantize to mxfp4"),
+        (
+            lambda: quantized("mxfp8_e4m3"),
+            r"q_proj.weight, \S+, \S+ and 4 more: GGUF cannot hold mxfp8_e4m3 weights \(quantize to mxfp4",
+        ),
         (
             lambda: quantized(name="gemma"),
-            r"GemmaForCausalLM cannot be written as GGUF: mxcompile supports mistral, llama",
+            r"GemmaForCausalLM cannot be written as GGUF: mxcompile writes LlamaForCausalLM, MistralForCausalLM",
         ),
         (lambda: quantized(name="mlp"), r"MLP cannot be written as GGUF"),
+        (transposed, r"layers.0.mlp.up_proj.weight: GGUF cannot hold a weight \[in, out\], the transpose of"),
     ],
 )
 def test_what_cannot_be_written(make, message, tmp_path):
@@ -131,13 +191,47 @@ def test_what_cannot_be_written(make, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_configurations_that_the_file_would_lose(tmp_path):
-    import copy
-
-    model = copy.deepcopy(quantized(dtype=torch.float32))
+def test_all_that_a_file_cannot_hold_is_said_at_once(tmp_path):
+    model = copy.deepcopy(quantized("mxfp8_e4m3", dtype=torch.float32))
     model.config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(CheckpointError, match=r"this llama has a scaled rotary embedding"):
+    model.config.hidden_act = "gelu"
+    model.extra = torch.nn.Linear(4, 4)
+    with pytest.raises(CheckpointError) as caught:
         mxcompile.save(model, tmp_path / "model.gguf")
+    for reason in (
+        "this llama has a scaled rotary embedding",
+        "this llama has gelu activations",
+        "GGUF cannot hold mxfp8_e4m3 weights",
+        "llama.cpp's llama has no name for extra.weight, extra.bias",
+    ):
+        assert f"\n- {reason}" in str(caught.value) or f": {reason}" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_llama_cpp_has_no_room_for(tmp_path):
+    """Its Qwen2 has heads that divide the hidden size, its Qwen3 no bias behind the attention."""
+    import transformers
+
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+    for kind, options, message in (
+        ("Qwen2", {"num_attention_heads": 4}, "this qwen2 has 4 heads of 32 channels for a hidden size of 64"),
+        ("Qwen3", {"num_attention_heads": 2, "attention_bias": True}, "this qwen3 has an attention output with a bias"),
+    ):
+        config = getattr(transformers, f"{kind}Config")(**sizes, **options, num_key_value_heads=2)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        recipe = "lower-mx{weight=mxfp4,activation=none}"
+        small = mxcompile.quantize_and_compile(model, inputs("llama"), recipe=recipe, compile=False)
+        with pytest.raises(CheckpointError, match=message):
+            mxcompile.save(small, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("activation", ["mxfp4", "mxfp8_e4m3+aligned"])
+def test_formats_of_inputs_are_not_lost_in_silence(activation, tmp_path):
+    with pytest.warns(UserWarning, match="token ids only") as caught:
+        mxcompile.save(quantized("mxfp4", activation), tmp_path / "model.gguf")
+    assert len(caught) == 1
+    assert f"it does not say that inputs of 7 layers are rounded to {activation}: llama.cpp" in str(caught[0].message)
+    assert caught[0].filename == __file__
 
 
 def test_a_file_is_replaced_or_left(file, tmp_path, monkeypatch):
