@@ -3,7 +3,8 @@
 from typing import Final
 
 from mxcompile.errors import UnknownNameError
-from mxcompile.passes import PASSES
+from mxcompile.formats import MXFormat
+from mxcompile.passes import PASSES, LowerMX
 from mxcompile.pipeline.pipeline import Pipeline
 
 DEFAULT: Final = "w4a8-mxint"
@@ -70,3 +71,9 @@ def as_pipeline(recipe: str | Pipeline) -> Pipeline:
     if any(mark in recipe for mark in "|{") or recipe.strip() in PASSES:
         return Pipeline.parse(recipe)
     raise UnknownNameError("recipe", recipe, RECIPES)
+
+
+def weight_formats(pipeline: Pipeline) -> set[MXFormat]:
+    """The formats in which a pipeline leaves weights; empty if it does not lower."""
+    lowerings = [current for current in pipeline.passes if isinstance(current, LowerMX)]
+    return {fmt for step in lowerings for fmt in (step.weight, *step.overrides.values()) if fmt is not None}

@@ -1,17 +1,22 @@
 """The contents of a checkpoint, as tables and as JSON: `mxcompile inspect`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
+from mxcompile.checkpoint.interop.gguf_architectures import CLASSES
+from mxcompile.checkpoint.interop.gguf_file import GGUFFile
 from mxcompile.checkpoint.reader import Checkpoint
-from mxcompile.checkpoint.stored_tensors import WeightPacking
+from mxcompile.checkpoint.stored_tensors import WeightPacking, flatten_module
 from mxcompile.diagnostics.tables import table
 from mxcompile.tensor.dtypes import torch_name
+from mxcompile.tensor.modules import named_tensors
 from mxcompile.tensor.weight import MXWeight
 
 
@@ -28,16 +33,57 @@ class StoredTensor:
     bytes: int
 
 
+@dataclass(frozen=True)
 class CheckpointContents:
-    """Reads the tensors of a checkpoint, and checks their checksums if the checkpoint verifies."""
+    """What a checkpoint holds. module: name of the class. bytes: of the files with weights."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        names = checkpoint.names
-        self.entries = [
+    path: Path
+    module: str
+    recipe: str | None
+    versions: Mapping[str, str]
+    bytes: int
+    files: tuple[str, ...]
+    entries: tuple[StoredTensor, ...]
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Reads the tensors of a checkpoint of mxcompile, and checks their checksums if the checkpoint verifies."""
+        config, shards, names = checkpoint.config, checkpoint.index.shards, checkpoint.names
+        made = config.provenance
+        return cls(
+            checkpoint.folder,
+            config.class_name,
+            made and made.recipe,
+            made.versions if made else {},
+            sum(shard.bytes for shard in shards.values()),
+            (config.index, *shards, *config.files),
+            tuple(
+                _entry(name, tensor, names.weights.get(name), name in names.aliases)
+                for name, tensor in checkpoint.tensors().items()
+            ),
+        )
+
+    @classmethod
+    def of_gguf(cls, path: Path) -> Self:
+        """The tensors that a GGUF file of any architecture describes, under llama.cpp's names, in ggml's types."""
+        file = GGUFFile(path)
+        entries = [StoredTensor(e.name, file.type_name(e), None, e.shape, e.bytes) for e in file.entries.values()]
+        architecture = str(file.metadata.get("general.architecture"))
+        size = path.stat().st_size
+        return cls(path, CLASSES.get(architecture, architecture), None, {}, size, (path.name,), tuple(entries))
+
+    @classmethod
+    def of_module(cls, folder: Path, module: nn.Module) -> Self:
+        """The tensors of a module that was loaded from another project's folder."""
+        names, stored = flatten_module(module)
+        entries = [
             _entry(name, tensor, names.weights.get(name), name in names.aliases)
-            for name, tensor in checkpoint.tensors().items()
+            for name, tensor in named_tensors(module).items()
+            if name not in names.non_persistent
         ]
+        files = tuple(sorted(file.name for file in folder.iterdir() if file.is_file()))
+        size = sum(tensor.nbytes for name, tensor in stored.items() if name not in names.non_persistent)
+        return cls(folder, type(module).__name__, None, {}, size, files, tuple(entries))
 
     def groups(self) -> dict[tuple[str, str | None], list[StoredTensor]]:
         """Tensors by format and input format, the largest group first."""
@@ -48,14 +94,13 @@ class CheckpointContents:
 
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        config, shards = self.checkpoint.config, self.checkpoint.index.shards
         return {
-            "folder": str(self.checkpoint.folder),
-            "module": config.class_name,
-            "recipe": config.provenance and config.provenance.recipe,
-            "versions": dict(config.provenance.versions) if config.provenance else {},
-            "bytes": sum(shard.bytes for shard in shards.values()),
-            "files": [config.index, *shards, *config.files],
+            "folder": str(self.path),
+            "module": self.module,
+            "recipe": self.recipe,
+            "versions": dict(self.versions),
+            "bytes": self.bytes,
+            "files": list(self.files),
             "tensors": [asdict(entry) for entry in self.entries],
         }
 
@@ -64,7 +109,9 @@ class CheckpointContents:
         record = self.record()
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         console.print(
-            f"{record['module']}, {record['bytes'] / 1e6:.1f} MB in {len(record['files'])} files", markup=False
+            f"{record['module']}, {record['bytes'] / 1e6:.1f} MB in {len(record['files'])} file"
+            f"{'s' if len(record['files']) != 1 else ''}",
+            markup=False,
         )
         console.print(f"recipe: {record['recipe'] or 'unknown'}", markup=False)
         console.print(f"made by: {versions or 'unknown'}", markup=False)

@@ -3,6 +3,7 @@
 A model is compared with the float model that a recipe quantized, or with any model that has the same tokenizer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,16 @@ def compare(console: Console, options: EvalOptions) -> Comparison:
     return score(console, options, data, model, options.against, reference)
 
 
-def quantize_and_compare(console: Console, options: EvalOptions, recipe: str) -> tuple[nn.Module, Any, Comparison]:
-    """The quantized model, its tokenizer, and its comparison with the float model."""
+def quantize_and_compare(
+    console: Console, options: EvalOptions, recipe: str, check: Callable[[nn.Module], None] | None = None
+) -> tuple[nn.Module, Any, Comparison]:
+    """The quantized model, its tokenizer, and its comparison with the float model.
+
+    check: called with the model before the work; may raise.
+    """
     model, tokenizer, data = load_with_data(console, options)
+    if check is not None:
+        check(model)
     quantized = quantize(console, model, data, recipe)
     return quantized, tokenizer, score(console, options, data, quantized, options.model_name, model)
 

@@ -1,13 +1,15 @@
 """The commands on models and checkpoints: `mxcompile quantize | convert | generate | inspect | lm-eval | explain`."""
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
 
 from mxcompile.api import load
-from mxcompile.checkpoint import Checkpoint, check_destination, save
+from mxcompile.checkpoint import Checkpoint, check_destination, check_model, is_foreign, is_gguf, save
 from mxcompile.cli import smollm2
 from mxcompile.cli.arguments import (
     Calibration,
@@ -30,13 +32,13 @@ from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.diagnostics.explain import explain as find_kernels
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.inductor import compile_module
-from mxcompile.passes.recipes import QUICK
+from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats
 from mxcompile.tensor.devices import find_device
 
 
 def quantize(
     model: Model = None,
-    out: Annotated[Path, typer.Option(help="folder for the checkpoint")] = Path("out/quantized"),
+    out: Annotated[Path, typer.Option(help="folder for the checkpoint, or a .gguf file")] = Path("out/quantized"),
     format: Format = None,
     recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
     min_recovery: Annotated[
@@ -53,7 +55,7 @@ def quantize(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Quantize a language model, compare it with the float model, and write it to a folder.
+    """Quantize a language model, compare it with the float model, and write it to a folder or a GGUF file.
 
     Recovery compares the quantized with the float model: the fraction of tokens predicted alike (top1), the float
     perplexity over the quantized one (perplexity), or exp(-KL) (kl).
@@ -64,12 +66,14 @@ def quantize(
     options = EvalOptions(
         model, None, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
     )
-    quantized, tokenizer, comparison = quantize_and_compare(messages(), options, recipe)
+    weights = weight_formats(as_pipeline(recipe))
+    quantized, tokenizer, comparison = quantize_and_compare(
+        messages(), options, recipe, lambda loaded: check_model(out, loaded, weights, format)
+    )
     recovery = comparison.scores.recovery(metric)
     enough = min_recovery is None or recovery >= min_recovery
     if enough or force:
-        with waiting(messages(), "writing"):
-            save(quantized, out, tokenizer=tokenizer, format=format)
+        _save(quantized, out, tokenizer, format)
     written = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
     if as_json:
         print_json(comparison.record() | written)
@@ -87,10 +91,14 @@ def convert(
     out: Annotated[Path, typer.Argument(help="where to write it")],
     format: Format = None,
 ) -> None:
-    """Write a quantized model in another format, with the same elements and scales; nothing is rounded again."""
+    """Write a quantized model in another format, with the same elements and scales; nothing is rounded again.
+
+    A GGUF file also loses the formats of inputs, and keeps in float16 what is not quantized.
+    """
     check_destination(out, format)
-    with waiting(messages(), "writing"):
-        save(load(source), out, tokenizer=load_tokenizer(source), format=format)
+    with waiting(messages(), "reading"):
+        loaded, tokenizer = load(source), load_tokenizer(source)
+    _save(loaded, out, tokenizer, format)
     results().print(f"{source} written to {out}", markup=False)
 
 
@@ -125,7 +133,7 @@ def generate(
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="a checkpoint")],
+    folder: Annotated[Path, typer.Argument(help="a checkpoint of any format, or a GGUF file")],
     tensors: Annotated[bool, typer.Option("--tensors", help="one line per tensor")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="read all tensors and check their checksums")] = False,
     as_json: Json = False,
@@ -135,14 +143,33 @@ def inspect(
     --json: {"folder", "module", "recipe", "versions", "bytes", "files", "tensors": [{"name", "format", "input",
     "shape", "bytes"}]}.
     """
+    if verify and is_foreign(folder):
+        raise InputError(f"{folder} has no checksums to verify: only checkpoints in mxcompile's own format have them")
     with waiting(messages(), "reading"):
-        contents = CheckpointContents(Checkpoint(folder, verify=verify))
+        contents = _contents(folder, verify)
     if as_json:
         print_json(contents.record())
         return
     contents.print_to(results(), every=tensors)
     if verify:
         results().print("all checksums match")
+
+
+def _save(model: nn.Module, out: Path, tokenizer: Any, format: str | None) -> None:
+    """Save a model; what another program will do otherwise is printed as a message."""
+    with waiting(messages(), "writing"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        save(model, out, tokenizer=tokenizer, format=format)
+    for warning in caught:
+        messages().print(f"warning: {warning.message}", markup=False)
+
+
+def _contents(path: Path, verify: bool) -> CheckpointContents:
+    if is_gguf(path):
+        return CheckpointContents.of_gguf(path)
+    if is_foreign(path):
+        return CheckpointContents.of_module(path, load(path))
+    return CheckpointContents.of_checkpoint(Checkpoint(path, verify=verify))
 
 
 def lm_eval(context: typer.Context) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from mxcompile.api import load
-from mxcompile.checkpoint import is_foreign
+from mxcompile.checkpoint import is_foreign, is_gguf, read_gguf_tokenizer
 from mxcompile.cli import smollm2
-from mxcompile.errors import InputError
+from mxcompile.cli.console import messages
+from mxcompile.errors import CheckpointError, InputError
 
 
 def load_model(source: str | None) -> tuple[Any, Any]:
@@ -15,6 +16,8 @@ def load_model(source: str | None) -> tuple[Any, Any]:
         return smollm2.load()
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
 
+    if is_gguf(Path(source)):
+        return _load_gguf(Path(source))
     try:
         if is_foreign(Path(source)):
             return load(source), AutoTokenizer.from_pretrained(source)
@@ -22,15 +25,28 @@ def load_model(source: str | None) -> tuple[Any, Any]:
     except (OSError, ValueError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"{source} cannot be loaded ({reason}); use a hub id, or a folder with a causal language model and its "
-            "tokenizer"
+            f"{source} cannot be loaded ({reason}); use a hub id, a GGUF file, or a folder with a causal language "
+            "model and its tokenizer"
         ) from error
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, or None."""
-    if not (folder / "tokenizer_config.json").is_file():
+def _load_gguf(path: Path) -> tuple[Any, Any]:
+    model, tokenizer = load(path), read_gguf_tokenizer(path)
+    if tokenizer is None:
+        raise InputError(f"{path} holds no tokenizer: save the model again with mxcompile.save(..., tokenizer=...)")
+    return model, tokenizer
+
+
+def load_tokenizer(source: Path) -> Any:
+    """The tokenizer in a folder or a GGUF file, or None; prints why one in a GGUF file cannot be read."""
+    if is_gguf(source):
+        try:
+            return read_gguf_tokenizer(source)
+        except CheckpointError as error:
+            messages().print(f"without its tokenizer: {error}", markup=False)
+            return None
+    if not (source / "tokenizer_config.json").is_file():
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(source)

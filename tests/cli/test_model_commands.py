@@ -17,6 +17,7 @@ from mxcompile.cli.model_source import load_model
 from mxcompile.errors import CheckpointError, InputError, RecoveryError, UnknownNameError
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.tensor.modules import stored_bytes
+from mxcompile.tensor.weight import MXWeight
 
 WORDS = ["The", "capital", "of", "France", "is", "Germany", "Italy", "Paris", "Berlin", "."]
 
@@ -169,6 +170,7 @@ def test_quantize_for_other_programs_and_convert(quantize, text, tmp_path):
     recipe = ("--recipe", "lower-mx{weight=mxfp8_e4m3,activation=none}")
     quantize(tmp_path / "theirs", *recipe, "--format", "compressed-tensors")
     assert "compressed-tensors" in (tmp_path / "theirs" / "config.json").read_text()
+    assert re.search(r"mxfp8_e4m3 +7 +36,864", run("inspect", tmp_path / "theirs").stdout)
     run("convert", tmp_path / "theirs", tmp_path / "own")
     assert "mxfp8_e4m3" in run("inspect", tmp_path / "own").stdout
     size = ("--text", text, "--length", 32, "--windows", 2, "--json")
@@ -176,6 +178,55 @@ def test_quantize_for_other_programs_and_convert(quantize, text, tmp_path):
     assert (answer["kl"], answer["top1"]) == (0, 1)
     with pytest.raises(CheckpointError, match="GGUF cannot hold mxfp8_e4m3 weights"):
         run("convert", tmp_path / "own", tmp_path / "model.gguf")
+
+
+def test_a_gguf_file_is_a_model_for_the_other_commands(quantize, local_model, text, tmp_path):
+    """What `quantize` recommends works, and the tokenizer survives a conversion there and back."""
+    out = tmp_path / "m.gguf"
+    result = quantize(out, "--recipe", "w4a16-mxfp-quick")
+    assert re.search(r"^warning: .*m.gguf: llama.cpp .* token ids only, .*is a WordLevel", result.stderr, re.MULTILINE)
+    (advice,) = re.findall(r"\(mxcompile (generate \S+ --prompt) \.\.\.\)", result.stdout)
+    assert run(*advice.split(), "The capital", "--max-new-tokens", 3).stdout.startswith("The capital")
+    size = ("--text", text, "--length", 32, "--windows", 2, "--json")
+    answer = json.loads(run("eval", out, "--against", local_model, *size).stdout)
+    assert answer["model"]["bytes"] < answer["reference"]["bytes"]
+    lines = run("inspect", out).stdout
+    assert re.search(r"^LlamaForCausalLM, 0.1 MB in 1 file\n", lines)
+    assert re.search(r"^ +mxfp4 +7 +36,864 +0.02", lines, re.MULTILINE)
+    found = json.loads(run("inspect", out, "--json").stdout)
+    types = {tensor["name"]: tensor["format"] for tensor in found["tensors"]}
+    assert (types["token_embd.weight"], types["output_norm.weight"]) == ("float16", "float32")
+    assert (found["folder"], found["files"], found["recipe"]) == (str(out), ["m.gguf"], None)
+    run("convert", out, tmp_path / "own")
+    run("convert", tmp_path / "own", tmp_path / "again.gguf")
+    assert load_model(str(tmp_path / "own"))[1]("Paris").input_ids == [9]
+    again = mxcompile.read_gguf(tmp_path / "again.gguf")
+    assert again.keys() == types.keys()
+    for name, tensor in mxcompile.read_gguf(out).items():
+        values = [t.dequantize() if isinstance(t, MXWeight) else t for t in (tensor, again[name])]
+        assert torch.equal(*values), name
+    with pytest.raises(InputError, match=r"m.gguf has no checksums to verify"):
+        run("inspect", out, "--verify")
+
+
+@pytest.mark.filterwarnings("ignore:.*llama.cpp takes and returns token ids only:UserWarning")
+def test_a_gguf_file_without_a_tokenizer(checkpoint, tmp_path):
+    quantized = mxcompile.load(checkpoint)
+    small = mxcompile.quantize_and_compile(
+        type(quantized)(quantized.config), torch.ones(1, 4, dtype=torch.int64), recipe="w4a16-mxfp-quick", compile=False
+    )
+    mxcompile.save(small, tmp_path / "m.gguf")
+    with pytest.raises(InputError, match=r"m.gguf holds no tokenizer: save the model again with mxcompile.save"):
+        run("generate", tmp_path / "m.gguf")
+    assert "mxfp4" in run("inspect", tmp_path / "m.gguf").stdout
+    run("convert", tmp_path / "m.gguf", tmp_path / "own")
+    assert not (tmp_path / "own" / "tokenizer.json").exists()
+
+
+def test_what_a_gguf_file_cannot_hold_is_said_before_the_work(quantize, tmp_path, monkeypatch):
+    monkeypatch.setattr("mxcompile.cli.compare.quantize", lambda *_, **__: pytest.fail("quantized"))
+    with pytest.raises(CheckpointError, match=r"GGUF cannot hold mxint4 weights \(quantize to mxfp4 in blocks"):
+        quantize(tmp_path / "m.gguf", "--recipe", "w4a8-mxint-quick")
 
 
 def test_places_that_are_taken_are_said_before_the_work(quantize, tmp_path, monkeypatch):

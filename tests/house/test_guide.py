@@ -20,6 +20,7 @@ DOCS = ROOT / "docs"
 PAGES = [path for path in sorted(DOCS.glob("*.md")) if blocks(path, "python") or blocks(path, "sh")]
 
 
+@pytest.mark.filterwarnings("ignore:.*llama.cpp takes and returns token ids only:UserWarning")  # of whole words here
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_block_runs(page, local_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
