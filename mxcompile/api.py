@@ -13,6 +13,7 @@ from mxcompile.deploy import deploy
 from mxcompile.diagnostics.dump import Dump, write_kernels
 from mxcompile.diagnostics.explain_quantized import explain_quantized
 from mxcompile.diagnostics.measure import Measure
+from mxcompile.errors import InputError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.trace import trace
 from mxcompile.inductor import compile_module
@@ -45,7 +46,7 @@ def quantize_and_compile(
     compile: bool = True,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
-    overrides: Mapping[str, MXFormat | None] | None = None,
+    overrides: Mapping[str, MXFormat | str | None] | None = None,
     allow_partial: bool = False,
     instruments: Sequence[Instrument] = (),
     resume: str | Path | None = None,
@@ -63,10 +64,10 @@ def quantize_and_compile(
     dump: a folder for the graph after every pass, diffs, what each pass did with measurements of each layer, a report
         page (`index.html`), and the selected kernel of each layer with the reason against a faster one (`kernels.txt`).
     probe: inputs for these measurements, in the form of the example inputs. None: the example inputs; False: measure
-        nothing.
+        nothing. Needs `dump`.
     compile: False returns the deployed module without `torch.compile`.
     include, exclude: name patterns; see `Selection`. The output head stays float unless included.
-    overrides: other formats for some weights, `{"*.down_proj": MXFP8_E4M3}`; None keeps a layer in float.
+    overrides: other formats for some weights, `{"*.down_proj": "mxfp8_e4m3"}`; None keeps a layer in float.
     allow_partial: accept that less than half of the matmul weight bytes is quantized.
     instruments: observers of the pipeline run; see `Instrument`.
     resume: a folder in which slow passes save finished parts, so that an interrupted call can continue.
@@ -76,6 +77,8 @@ def quantize_and_compile(
     `error.unfinished` has the program after the last finished pass and the passes that are left, or, if deploying or
     compiling failed, the quantized program or module. A KeyboardInterrupt has it too.
     """
+    if dump is None and probe is not None and probe is not False:
+        raise InputError("probe is what a dump measures each pass on: give dump=... too, or leave probe out")
     if resume is not None:
         check_folder(resume)
     pipeline = as_pipeline(_default_recipe(calibration) if recipe is None else recipe)

@@ -9,6 +9,7 @@ produces x. Where that is impossible, an explicit multiply is inserted if it sav
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.pipeline.interfaces import Pass
+from mxcompile.pipeline.options import Range
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class AwqFold(Pass):
     objective: Objective = Objective.OUTPUT
     through_linears: bool = False
     multiply: bool = True
-    grid: int = 5
+    grid: Annotated[int, Range(1)] = 5
     power_of_two: bool = False
 
     name = "awq-fold"

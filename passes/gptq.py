@@ -11,6 +11,7 @@ error of earlier layers (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -28,10 +29,11 @@ from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage, where
 from mxcompile.graph.records import Miss, PassResult
-from mxcompile.numerics.column_rounding import ColumnOrder, ColumnRounding, IllConditionedError
+from mxcompile.numerics.column_rounding import MOST_DAMPING, ColumnOrder, ColumnRounding, IllConditionedError
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline.interfaces import FLOATING, Pass
+from mxcompile.pipeline.options import Range
 
 _SCALES = " scales"
 _UNCORRECTED = "rounded without correction: the model selects its tokens, which may differ in the float model"
@@ -54,13 +56,13 @@ class Gptq(Pass):
 
     format: MXFormat
     activation: MXFormat | None = None
-    damping: float = 0.01
+    damping: Annotated[float, Range(0, MOST_DAMPING)] = 0.01
     order: ColumnOrder = ColumnOrder.BLOCKS
     rule: ScaleRule | None = None
-    sweeps: int = 0
-    correction: float = 0.0
+    sweeps: Annotated[int, Range(0)] = 0
+    correction: Annotated[float, Range(0, 1)] = 0.0
     residual: bool = False
-    microblock: int = 0
+    microblock: Annotated[int, Range(0)] = 0
     overrides: Mapping[str, MXFormat | None] = Overrides()
 
     name = "gptq"
@@ -68,7 +70,7 @@ class Gptq(Pass):
     gives = Stage.ROUNDED
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "overrides", Overrides(self.overrides))
+        super().__post_init__()
         if self.order is ColumnOrder.COLUMNS and self.rule is None:
             raise PipelineError("gptq{order=columns} needs scales fixed before rounding: set a rule, for example mse")
         if self.microblock % self.format.block_size or (self.microblock and self.rule is None):

@@ -54,9 +54,6 @@ class LowerMX(Pass):
     accepts = FLOATING | {Stage.LOWERED}
     gives = Stage.LOWERED
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "overrides", Overrides(self.overrides))
-
     @property
     def reads_calibration(self) -> bool:
         """False: weights are rounded without calibration data, activations at run time."""

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from mxcompile.errors import UnknownNameError
+from mxcompile.errors import PipelineError, UnknownNameError
 from mxcompile.formats import MXFormat
 from mxcompile.passes import PASSES, LowerMX
 from mxcompile.pipeline.pipeline import Pipeline
@@ -63,9 +63,12 @@ def recipes() -> dict[str, Pipeline]:
 
 
 def as_pipeline(recipe: str | Pipeline) -> Pipeline:
-    """A Pipeline from a recipe's name or a pipeline's text form. Raises UnknownNameError for any other name."""
+    """A Pipeline from a recipe's name or a pipeline's text form. Raises UnknownNameError for any other name,
+    PipelineError for anything else."""
     if isinstance(recipe, Pipeline):
         return recipe
+    if not isinstance(recipe, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PipelineError(f"a recipe is a name, a pipeline's text form or a Pipeline, not {recipe!r}")
     if recipe in RECIPES:
         return Pipeline.parse(RECIPES[recipe])
     if any(mark in recipe for mark in "|{") or recipe.strip() in PASSES:

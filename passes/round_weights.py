@@ -40,9 +40,6 @@ class RoundWeights(Pass):
     accepts = FLOATING
     gives = Stage.ROUNDED
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "overrides", Overrides(self.overrides))
-
     @property
     def reads_calibration(self) -> bool:
         """True if scales are chosen by calibrated channel importance."""

@@ -8,6 +8,7 @@ of the preceding linear. Producers and readers are found from data flow; what ca
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.pipeline.interfaces import Pass
+from mxcompile.pipeline.options import Range
 
 _SMALLEST = 1e-5
 
@@ -40,18 +42,19 @@ class SmoothQuant(Pass):
     is measured ("output" or "block", as in `awq-fold`); grid: number of alphas tried.
     """
 
-    alpha: float | None = 0.5
+    alpha: Annotated[float | None, Range(0, 1)] = 0.5
     through_linears: bool = False
     power_of_two: bool = False
     weight: MXFormat | None = None
     activation: MXFormat | None = None
     objective: Objective = Objective.OUTPUT
-    grid: int = 10
+    grid: Annotated[int, Range(1)] = 10
 
     name = "smooth-quant"
     preserves_function = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.alpha is None and self.weight is None:
             raise PipelineError(
                 "smooth-quant{alpha=none} searches alpha and needs the formats: set weight=... and activation=..."

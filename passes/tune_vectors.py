@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.pipeline.interfaces import FLOATING, Pass
+from mxcompile.pipeline.options import Range
 
 _SNAPSHOTS, _LARGEST_EPOCHS = 4, 5
 
@@ -41,8 +43,8 @@ class TuneVectors(Pass):
     """
 
     activation: MXFormat | None = None
-    steps: int = 128
-    rate: float = 4e-3
+    steps: Annotated[int, Range(0)] = 128
+    rate: Annotated[float, Range(0, above=True)] = 4e-3
 
     name = "tune-vectors"
     accepts = FLOATING
@@ -54,8 +56,10 @@ class TuneVectors(Pass):
         names = [n for n in program.parameter_names() if program.is_parameter(n) and program.tensor(n).dim() == 1]
         vectors = {name: program.tensor(name).detach() for name in names}
         matmuls = choose(program).matmuls
-        if not vectors or not matmuls or self.steps < 1:
+        if not vectors or not matmuls:
             return PassResult(0)
+        if not self.steps:
+            return _unchanged(names, "steps=0", [])
         batches = visible_batches(program, program.batches)
         if len(batches) < 2:
             return _unchanged(names, "training needs a held-out batch: give two or more calibration batches", [])

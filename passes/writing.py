@@ -3,7 +3,8 @@
     from mxcompile.passes.writing import Pass, PassResult, Request, choose, finite_rows, observers
 
 - Pass and result: `Pass`, `PassResult`, `Miss`, `Program`, `Stage` and `FLOATING` (the stages before lowering), `where`
-  (a node's name and module path, for a miss); `Instrument` and `PipelineStep` to observe a run.
+  (a node's name and module path, for a miss); `Range` for the limits of an option; `Instrument` and `PipelineStep` to
+  observe a run.
 - Matmuls: `choose`, `MatmulChoice`, `Matmul`, `finite_rows`; `override_formats` and `Overrides` for an option that maps
   name patterns to formats; `round_rows` and `Rounding` for a pass that rounds weights.
 - Statistics: `Request`, `observers`, `Observer`; `find_segments`, `Segment` and `Sweep` for sequential calibration.
@@ -30,6 +31,7 @@ from mxcompile.graph.rules import Call, Match, Rule, Wildcard, apply_rules
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import kl_divergence, rounding_db, sqnr_db, top1_agreement
 from mxcompile.pipeline.interfaces import FLOATING, Instrument, Pass, PipelineStep
+from mxcompile.pipeline.options import Range
 
 __all__ = [
     "FLOATING",
@@ -46,6 +48,7 @@ __all__ = [
     "PassResult",
     "PipelineStep",
     "Program",
+    "Range",
     "Request",
     "Rounding",
     "Rule",

@@ -159,3 +159,13 @@ def test_the_default_learns_from_calibration_data_or_is_quick():
     assert torch.equal(quick(**x), named["w4a8-mxint-quick"](**x))
     assert torch.equal(learned(**x), named["w4a8-mxint"](**x))
     assert not torch.equal(quick(**x), learned(**x))
+
+
+def test_a_probe_without_a_dump_is_refused():
+    with pytest.raises(InputError, match="give dump="):
+        quantize("mlp", recipe="w8a8-mxint", probe=inputs("mlp"))
+
+
+def test_overrides_by_format_name():
+    _, _, quantized = quantize("mlp", recipe="w4a8-mxint-quick", overrides={"down": "mxint8"})
+    assert [str(w.layout.format) for w in quantized.parameters() if isinstance(w, MXWeight)] == ["mxint4", "mxint8"]

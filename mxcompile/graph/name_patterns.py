@@ -7,9 +7,10 @@ a `Selection`, one that matches nothing is an error.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from mxcompile.errors import PipelineError, UnknownNameError
-from mxcompile.formats import MXFormat
+from mxcompile.formats import MXFormat, parse_format
 
 _RESERVED = ",={}|"
 
@@ -49,13 +50,13 @@ def _matches(patterns: tuple[str, ...], names: Iterable[str]) -> bool:
 class Overrides(Mapping[str, MXFormat | None]):
     """Formats that differ from a pass's default: `{"*.down_proj": MXFP8_E4M3, "model.layers.0.*": None}`, immutable.
 
-    None keeps a layer in float, its input too. If several patterns match, the last one counts. Text form, as an option
-    of a pass: `overrides=[*.down_proj=mxfp8_e4m3,model.layers.0.*=none]`. Raises PipelineError for a pattern
-    that has no text form.
+    A format may be given by its name, `"mxint8"`. None keeps a layer in float, its input too. If several patterns
+    match, the last one counts. Text form, as an option of a pass: `overrides=[*.down_proj=mxfp8_e4m3,lm_head=none]`.
+    Raises PipelineError for a pattern that has no text form, and for what is no format.
     """
 
-    def __init__(self, formats: Mapping[str, MXFormat | None] | None = None) -> None:
-        self._formats = dict(formats or {})
+    def __init__(self, formats: Mapping[str, MXFormat | str | None] | None = None) -> None:
+        self._formats = {pattern: _as_format(pattern, fmt) for pattern, fmt in dict(formats or {}).items()}
         for pattern in self._formats:
             if not pattern or any(mark in pattern for mark in _RESERVED) or pattern.count("[") != pattern.count("]"):
                 raise PipelineError(
@@ -79,6 +80,14 @@ class Overrides(Mapping[str, MXFormat | None]):
 
     def __repr__(self) -> str:
         return f"Overrides({self._formats!r})"
+
+
+def _as_format(pattern: str, fmt: Any) -> MXFormat | None:
+    if isinstance(fmt, str):
+        return parse_format(fmt)
+    if fmt is None or isinstance(fmt, MXFormat):
+        return fmt
+    raise PipelineError(f"the override of {pattern!r} is {fmt!r}: give a format, its name, or None for float")
 
 
 def last_match(patterns: Iterable[str], names: Iterable[str]) -> str | None:

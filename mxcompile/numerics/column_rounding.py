@@ -22,7 +22,7 @@ from mxcompile.numerics import reference
 from mxcompile.numerics.fast_rounding import round_steps_in_place, unit
 
 _OFFSETS = (0, -1, 1, -2)
-_MOST_DAMPING = 10.0
+MOST_DAMPING = 10.0
 
 
 class ColumnOrder(Enum):
@@ -203,7 +203,7 @@ def _factored(h: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     mean = diagonal.mean()
     if not torch.isfinite(mean) or mean <= 0:
         raise IllConditionedError("its calibration input was all zeros or not finite")
-    while damping <= _MOST_DAMPING:
+    while damping <= MOST_DAMPING:
         h.diagonal().copy_(diagonal + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(h)
         if not failed and torch.isfinite(lower).all():

@@ -9,6 +9,7 @@ from mxcompile.calibration.run import Request
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import ModelMeasurements, PassRecord, PassResult
 from mxcompile.pipeline import text_form
+from mxcompile.pipeline.options import check_options
 from mxcompile.pipeline.preservation import REQUIRED_DB
 
 FLOATING = frozenset({Stage.FLOAT, Stage.ROUNDED})
@@ -16,6 +17,8 @@ FLOATING = frozenset({Stage.FLOAT, Stage.ROUNDED})
 
 class Pass(ABC):
     """One rewrite of a Program. Subclasses are frozen dataclasses: their fields are the pass's options.
+
+    A field's type says what it takes: `alpha: Annotated[float, Range(0, 1)] = 0.5`. A format may be given by name.
 
     name: kebab-case, as written in a pipeline.
     accepts: the stages of a Program in which the pass may run; checked when a pipeline is built.
@@ -27,6 +30,13 @@ class Pass(ABC):
     accepts: ClassVar[frozenset[Stage]] = frozenset({Stage.FLOAT})
     gives: ClassVar[Stage | None] = None
     preserves_function: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the options (`options.py`); a pass with a `__post_init__` of its own calls this one first.
+
+        Raises PipelineError.
+        """
+        check_options(self.name, self)
 
     @property
     def reads_calibration(self) -> bool:

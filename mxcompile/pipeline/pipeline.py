@@ -18,6 +18,7 @@ from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import PassRecord, PassResult
 from mxcompile.pipeline import text_form
 from mxcompile.pipeline.interfaces import Instrument, Pass, PipelineStep
+from mxcompile.pipeline.options import check_options
 from mxcompile.pipeline.preservation import check_preserved, record_outputs
 from mxcompile.pipeline.resume import ResumeFolder
 from mxcompile.pipeline.unfinished import History, Unfinished, how_to_go_on, work_kept
@@ -28,14 +29,20 @@ _OVERRIDES = "overrides"
 class Pipeline:
     """An ordered tuple of passes, `Pipeline([SmoothQuant(), LowerMX(weight=MXINT4)])`.
 
-    Raises PipelineError for an order that cannot work; passes are never reordered. Raises MXCompileError for a format
-    that has a built-in name but other values.
+    Raises PipelineError for an option out of range and for an order that cannot work; passes are never reordered.
+    Raises MXCompileError for a format that has a built-in name but other values.
     """
 
     def __init__(self, passes: Iterable[Pass]) -> None:
         self.passes = tuple(passes)
         stage, origin = Stage.FLOAT, "trace"
         for current in self.passes:
+            if not isinstance(current, Pass):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise PipelineError(
+                    f"a pipeline is made of passes, Pipeline([SmoothQuant(), ...]), not of {current!r}: Pipeline.parse "
+                    "reads the text form"
+                )
+            check_options(current.name, current)
             text_form.check_formats(current)
             if stage not in current.accepts:
                 raise PipelineError(_wrong_stage(current, stage, origin))
@@ -67,7 +74,7 @@ class Pipeline:
         table: dict[str, type[Pass]] = {**PASSES, **{p.name: p for p in passes}}
         return cls(text_form.parse_call(part, "pass", table) for part in text.split("|"))
 
-    def with_overrides(self, overrides: Mapping[str, MXFormat | None]) -> "Pipeline":
+    def with_overrides(self, overrides: Mapping[str, MXFormat | str | None]) -> "Pipeline":
         """The same pipeline with `overrides` added after those of every pass that gives weights a format.
 
         Raises PipelineError if there is no such pass. Patterns: see `name_patterns.py`.

@@ -6,13 +6,14 @@ scale rule, or formats by name pattern, `[*.down_proj=mxfp8,model.layers.0.*=non
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass
 from enum import Enum
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from mxcompile.errors import MXCompileError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFormat, ScaleRule, check_name, parse_format, parse_scale_rule
 from mxcompile.graph.name_patterns import Overrides
+from mxcompile.pipeline.options import check_required, in_words, option_fields
 
 T = TypeVar("T")
 _CALL = re.compile(r"\s*(?P<name>[a-z0-9-]+)\s*(\{(?P<options>.*)\})?\s*", re.DOTALL)
@@ -29,13 +30,13 @@ class PassOption:
 
 def options(kind: type) -> list[PassOption]:
     """The options of a pass class, in order."""
-    hints = get_type_hints(kind)
-    return [PassOption(f.name, _values(hints[f.name]), _default(f)) for f in _fields(kind)]
+    hints = get_type_hints(kind, include_extras=True)
+    return [PassOption(f.name, in_words(hints[f.name]), _default(f)) for f in option_fields(kind)]
 
 
 def print_call(name: str, value: Any) -> str:
     """`name{option=value}` for a dataclass instance; the name alone if every option has its default."""
-    options = [f"{f.name}={_print(getattr(value, f.name))}" for f in _fields(value) if not _is_default(value, f)]
+    options = [f"{f.name}={_print(getattr(value, f.name))}" for f in option_fields(value) if not _is_default(value, f)]
     return f"{name}{{{','.join(options)}}}" if options else name
 
 
@@ -48,7 +49,7 @@ def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
     if name not in table:
         raise UnknownNameError(kind, name, table)
     hints = get_type_hints(table[name])
-    types = {f.name: hints[f.name] for f in _fields(table[name])}
+    types = {f.name: hints[f.name] for f in option_fields(table[name])}
     options: dict[str, Any] = {}
     for part in filter(str.strip, _split(match["options"] or "")):
         option, equals, value = (piece.strip() for piece in part.partition("="))
@@ -59,6 +60,7 @@ def parse_call(text: str, kind: str, table: Mapping[str, type[T]]) -> T:
         if option in options:
             raise PipelineError(f"{name}: the option {option!r} is given twice")
         options[option] = _parse(value, types[option], f"{name}{{{option}}}")
+    check_required(name, table[name], options)
     try:
         return table[name](**options)
     except TypeError as error:
@@ -69,7 +71,7 @@ def check_formats(value: Any) -> None:
     """Raise MXCompileError if a format option has the name of a built-in format but other values, or is aligned and not
     an activation's.
     """
-    for name, option in ((field.name, getattr(value, field.name)) for field in _fields(value)):
+    for name, option in ((field.name, getattr(value, field.name)) for field in option_fields(value)):
         for fmt in option.values() if isinstance(option, Overrides) else (option,):
             if isinstance(fmt, MXFormat):
                 check_name(fmt)
@@ -77,26 +79,8 @@ def check_formats(value: Any) -> None:
                     raise MXCompileError(f"{name}={fmt}: only activations can be aligned")
 
 
-def _fields(value: Any) -> "tuple[Field[Any], ...]":
-    """The options of a pass or a pass class; without options it need not be a dataclass."""
-    return fields(value) if is_dataclass(value) else ()
-
-
 def _default(field: "Field[Any]") -> str | None:
     return None if field.default is MISSING else _print(field.default)
-
-
-def _values(hint: Any) -> str:
-    """The values that `_parse` accepts for a type, in words."""
-    choices = [choice for choice in get_args(hint) if choice is not type(None)]
-    if type(None) in get_args(hint):
-        return f"{_values(choices[0])}, none"
-    if getattr(hint, "__origin__", None) is Mapping:
-        return "[pattern=format,...]"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return ", ".join(str(choice.value) for choice in hint)
-    words = {MXFormat: "a format", bool: "true, false", int: "an integer", float: "a number", str: "a word"}
-    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _is_default(value: Any, field: "Field[Any]") -> bool:

@@ -3,6 +3,7 @@ user's own pass needs no registration; instruments are called around each pass; 
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from models import build, inputs
 from mxcompile.calibration.factor_search import Objective
 from mxcompile.errors import PassError, PipelineError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, ScaleRule
+from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import Miss, PassResult
@@ -22,19 +24,21 @@ from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
-from mxcompile.passes.recipes import RECIPES, recipes
+from mxcompile.passes.recipes import RECIPES, as_pipeline, recipes
 from mxcompile.passes.rotate import Rotate
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.passes.tune_vectors import TuneVectors
+from mxcompile.pipeline import text_form
 from mxcompile.pipeline.interfaces import FLOATING, Instrument, Pass
+from mxcompile.pipeline.options import Range
 from mxcompile.pipeline.pipeline import Pipeline
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 
 formats = st.builds(MXFormat.with_block, st.sampled_from(list(FORMATS.values())), st.sampled_from(BLOCK_SIZES))
 rules = st.sampled_from(ScaleRule)
-alphas = st.floats(allow_nan=False)
+alphas, numbers = st.floats(0, 1), st.floats(allow_nan=False)
 flags, objectives, grids = st.booleans(), st.sampled_from(Objective), st.integers(1, 20)
 # in an order that is allowed
 BUILT_IN = {
@@ -47,7 +51,7 @@ BUILT_IN = {
     )
     | st.builds(Gptq, formats, rule=st.none(), order=st.just(ColumnOrder.NONE)),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
-    "tune-vectors": st.builds(TuneVectors, st.none() | formats, grids, alphas),
+    "tune-vectors": st.builds(TuneVectors, st.none() | formats, grids, st.floats(1e-9, 1e9)),
     "lower-mx": st.builds(LowerMX, formats, st.none() | formats, rules, st.none() | rules),
 }
 ORDERED = [st.lists(BUILT_IN[name], max_size=2) for name in BUILT_IN]
@@ -79,7 +83,7 @@ options = st.builds(
     Options,
     required=st.integers(),
     flag=st.booleans(),
-    factor=alphas,
+    factor=numbers,
     word=words,
     maybe=st.none() | st.integers(),
     format=formats,
@@ -191,7 +195,7 @@ def test_unknown_names(text, message):
         ("own-options{required=none}", "own-options{required}: 'none' is not a value of type int"),
         (
             "lower-mx{activation=mxint8}",
-            "lower-mx: LowerMX.__init__() missing 1 required positional argument: 'weight'",
+            "lower-mx needs the option weight (a format): write lower-mx{weight=...}",
         ),
     ],
 )
@@ -204,6 +208,85 @@ def test_unreadable_text(text, message):
 def test_an_option_given_twice():
     with pytest.raises(PipelineError, match="alpha"):
         Pipeline.parse("smooth-quant{alpha=0.1,alpha=0.9}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("smooth-quant{alpha=nan}", "smooth-quant{alpha=nan}: alpha must be a number from 0 to 1 or none, not nan"),
+        ("smooth-quant{alpha=1.5}", "smooth-quant{alpha=1.5}: alpha must be a number from 0 to 1 or none, not 1.5"),
+        ("smooth-quant{grid=0}", "smooth-quant{grid=0}: grid must be an integer, 1 or more, not 0"),
+        ("awq-fold{weight=mxint4,grid=-3}", "awq-fold{grid=-3}: grid must be an integer, 1 or more"),
+        ("rotate{weight=mxint4,block=1}", "rotate{block=1}: block must be an integer, 2 or more or none"),
+        ("rotate{weight=mxint4,block=24}", "rotate{block=24}: the block must be a power of two"),
+        ("gptq{format=mxint4,damping=-1}", "gptq{damping=-1.0}: damping must be a number from 0 to 10, not -1.0"),
+        ("gptq{format=mxint4,damping=inf}", "gptq{damping=inf}: damping must be a number from 0 to 10"),
+        ("gptq{format=mxint4,correction=2}", "gptq{correction=2.0}: correction must be a number from 0 to 1"),
+        ("gptq{format=mxint4,sweeps=-1}", "gptq{sweeps=-1}: sweeps must be an integer, 0 or more"),
+        ("gptq{format=mxint4,microblock=-32,rule=mse}", "gptq{microblock=-32}: microblock must be an integer, 0 or"),
+        ("tune-vectors{steps=-1}", "tune-vectors{steps=-1}: steps must be an integer, 0 or more"),
+        ("tune-vectors{rate=0}", "tune-vectors{rate=0.0}: rate must be a number above 0, not 0.0"),
+        ("awq-fold", "awq-fold needs the option weight (a format): write awq-fold{weight=...}"),
+        ("gptq{damping=0.1}", "gptq needs the option format (a format): write gptq{format=...}"),
+    ],
+)
+def test_options_out_of_range(text, message):
+    with pytest.raises(PipelineError) as caught:
+        Pipeline.parse(text)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SmoothQuant("much"), "alpha must be a number from 0 to 1 or none, not 'much'"),
+        (lambda: SmoothQuant(True), "alpha must be a number"),
+        (lambda: SmoothQuant(through_linears=1), "through_linears must be true, false, not 1"),
+        (lambda: SmoothQuant(grid=2.5), "grid must be an integer, 1 or more, not 2.5"),
+        (lambda: Gptq(4), "format must be a format, not 4"),
+        (lambda: Gptq(MXINT4, overrides={"*": 4}), r"the override of '\*' is 4: give a format, its name, or None"),
+        (lambda: Gptq(MXINT4, overrides=4), "overrides must be"),
+        (lambda: Options("one"), "own-options{required=one}: required must be an integer, not 'one'"),
+        (lambda: AwqFold(MXINT4, objective="all"), "objective must be output, block, not 'all'"),
+        (lambda: Pipeline("smooth-quant"), "made of passes.* not of 's': Pipeline.parse reads the text form"),
+        (lambda: Pipeline([SmoothQuant]), "made of passes"),
+        (lambda: as_pipeline(8), "a recipe is a name, a pipeline's text form or a Pipeline, not 8"),
+    ],
+)
+def test_values_of_another_kind(make, message):
+    with pytest.raises(PipelineError, match=message):
+        make()
+
+
+def test_formats_rules_and_enums_by_name():
+    assert LowerMX("mxint4", "mxint8", "floor") == LowerMX(MXINT4, MXINT8, ScaleRule.FLOOR)
+    assert AwqFold("mxint4:64", objective="block") == AwqFold(MXINT4.with_block(64), objective=Objective.BLOCK)
+    assert Gptq("mxint4", order="none").order is ColumnOrder.NONE
+    named = {"2": "mxint8", "*.0": None}
+    assert Gptq(MXINT4, overrides=named).overrides == Overrides({"2": MXINT8, "*.0": None})
+    pipeline = Pipeline([LowerMX(MXINT4)]).with_overrides(named)
+    assert str(pipeline) == "lower-mx{weight=mxint4,overrides=[2=mxint8,*.0=none]}"
+    with pytest.raises(UnknownNameError, match="did you mean mxint8"):
+        LowerMX("mxint")
+
+
+@dataclass(frozen=True)
+class Limited(Pass):
+    """A pass with limits of its own."""
+
+    share: Annotated[float, Range(0, 1, above=True)] = 0.5
+    name = "limited"
+
+    def run(self, program: Program) -> PassResult:
+        return PassResult(0)
+
+
+def test_limits_of_a_users_pass():
+    assert Limited(1.0).share == 1.0
+    with pytest.raises(PipelineError, match=r"limited{share=0}: share must be a number above 0 up to 1, not 0"):
+        Limited(0)
+    (option,) = text_form.options(Limited)
+    assert (option.values, option.default) == ("a number above 0 up to 1", "0.5")
 
 
 # Order
