@@ -15,6 +15,7 @@ from mxcompile.diagnostics.explain_quantized import explain_quantized
 from mxcompile.diagnostics.measure import Measure
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFormat
+from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.trace import trace
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import DEFAULT, QUICK, as_pipeline
@@ -35,6 +36,7 @@ _DEPLOYED = (
 )
 
 
+@without_callers_modes()
 def quantize_and_compile(
     model: M,
     example_inputs: object,

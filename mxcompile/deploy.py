@@ -24,6 +24,7 @@ from mxcompile.checkpoint import mark_quantized
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import DeployError
 from mxcompile.graph.agreement import agreement_db, compared_outputs
+from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.edit import BLOCK_AXIS, PACKS, parameter_name
 from mxcompile.graph.program import Program, Stage, where
@@ -54,6 +55,7 @@ class _Placement:
     multiplier: str | None
 
 
+@without_callers_modes()
 def deploy(program: Program, model: M, *, check: bool = True) -> M:
     """A copy of `model`, of the same class and in eval mode, that computes the same as the lowered program.
 

@@ -32,6 +32,7 @@ from mxcompile.graph.records import Miss, PassResult
 from mxcompile.numerics.column_rounding import MOST_DAMPING, ColumnOrder, ColumnRounding, IllConditionedError
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
+from mxcompile.numerics.reference import largest_exponent
 from mxcompile.pipeline.interfaces import FLOATING, Pass
 from mxcompile.pipeline.options import Range
 
@@ -145,7 +146,8 @@ class Gptq(Pass):
         self, weights: Mapping[str, Tensor], moments: SecondMoments, fmt: MXFormat
     ) -> tuple[Tensor, Tensor]:
         """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows."""
-        rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock)
+        largest = min(largest_exponent(weight.dtype) for weight in weights.values())
+        rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock, largest)
         return rounding.round(moments.target(weights, self.damping, self.correction), moments.inputs)
 
 

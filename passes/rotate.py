@@ -115,7 +115,7 @@ class Rotate(Pass):
         plain = Operand(sample, observers.plain.value, weight, no_factors)
         rotated = (rotate_input(sample, self.size), observers.rotated.value, rotate_weight(weight, self.size))
         errors = [
-            output_error([operand], Quantizers(self.weight, self.activation))(torch.ones(0))
+            output_error([operand], Quantizers(self.weight, self.activation))(torch.ones(0, dtype=torch.float32))
             for operand in (plain, Operand(*rotated, no_factors))
         ]
         return errors[1] / max(errors[0], 1e-30)

@@ -55,7 +55,7 @@ class FactorSearchResult:
 
 def search_factors(candidates: Iterable[Tensor], error: Callable[[Tensor], float], count: int) -> FactorSearchResult:
     """The candidate `[count]` with the least error; factors of 1 are always tried."""
-    best = torch.ones(count)
+    best = torch.ones(count, dtype=torch.float32)
     least = before = error(best)
     for factors in candidates:
         candidate_error = error(factors)
@@ -82,7 +82,9 @@ def output_error(operands: Iterable[Operand], quantizers: Quantizers) -> Callabl
 
 def per_channel(factors: Tensor, channels: Tensor) -> Tensor:
     """The factor of every channel `[in]`, 1 for a channel without one, on the device of `channels`."""
-    return torch.cat((factors.to(channels.device), torch.ones(1, device=channels.device)))[channels]
+    return torch.cat((factors.to(channels.device), torch.ones(1, dtype=torch.float32, device=channels.device)))[
+        channels
+    ]
 
 
 def power_candidates(activation: Tensor, weight: Tensor, grid: int, activation_alone: bool) -> Iterator[Tensor]:

@@ -158,14 +158,14 @@ class TokenSample:
 
     def __init__(self) -> None:
         self._rows: Tensor | None = None
-        self._keys = torch.empty(0)
+        self._keys = torch.empty(0, dtype=torch.float32)
         self._generator = torch.Generator().manual_seed(0)
 
     def update(self, x: Tensor) -> None:
         """x: `[..., channels]`; an empty batch changes nothing."""
         if x.numel():
             rows = x.detach().reshape(-1, x.shape[-1]).float()
-            self._take(rows, torch.rand(len(rows), generator=self._generator))
+            self._take(rows, torch.rand(len(rows), generator=self._generator, dtype=torch.float32))
 
     def merge(self, other: Observer) -> None:
         """Combine with the sample of another device's batches: a sample of all tokens of both."""

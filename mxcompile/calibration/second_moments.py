@@ -7,6 +7,7 @@ fewer outputs than inputs, Y replaces D, which is larger. R is the error of the 
 matmul's output: the weight can compensate it. High-energy tokens are capped (`importance.token_weights`).
 """
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -21,12 +22,16 @@ from mxcompile.numerics.importance import token_weights
 
 aten = torch.ops.aten
 _PANELS, _NARROWEST = 4, 128
+_LARGEST_EXPONENT = 40  # beyond 2^40, sums of squares over many tokens come near the limits of float32
 _PASSED = SAME_VALUE | {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
 class SecondMoments:
     """tokens: how many were seen. input_error: D `[in, in]`. exact_outputs: Y, residual_errors: R, both `[out, in]` by
     the name of the matmul's node.
+
+    All are in units of one power of two, which is 1 unless the values are so large or small that their squares leave
+    float32.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -34,7 +39,8 @@ class SecondMoments:
         self.input_error: Tensor | None = None
         self.exact_outputs: dict[str, Tensor] = {}
         self.residual_errors: dict[str, Tensor] = {}
-        self._inputs = torch.zeros(size, size, device=device)
+        self._scale: float | None = None
+        self._inputs = torch.zeros(size, size, dtype=torch.float32, device=device)
         width = max(_NARROWEST, -(-size // _PANELS))
         self._panels = [(start, min(start + width, size)) for start in range(0, size, width)]
 
@@ -63,16 +69,29 @@ class SecondMoments:
         if not len(x):
             return
         x = x.float()
-        weighted = x * token_weights(x)
+        counts, scale = token_weights(x), self._unit(x)
+        exact = None if exact is None else (exact.float() - x) * scale
+        x = x * scale if scale != 1 else x
+        weighted = x * counts
         for start, end in self._panels:  # H is symmetric: compute the lower half only
             self._inputs[start:, start:end].addmm_(weighted[:, start:].T, x[:, start:end])
         self.tokens += len(x)
         if exact is not None:
-            self.input_error = _accumulated(self.input_error, exact.float() - x, weighted)
+            self.input_error = _accumulated(self.input_error, exact, weighted)
         for name, error in (residual_errors or {}).items():
-            self.residual_errors[name] = _accumulated(self.residual_errors.get(name), error.float(), weighted)
+            self.residual_errors[name] = _accumulated(self.residual_errors.get(name), error.float() * scale, weighted)
         for name, outputs in (exact_outputs or {}).items():
-            self.exact_outputs[name] = _accumulated(self.exact_outputs.get(name), outputs.float(), weighted)
+            self.exact_outputs[name] = _accumulated(self.exact_outputs.get(name), outputs.float() * scale, weighted)
+
+    def _unit(self, x: Tensor) -> float:
+        """The power of two that all values are multiplied by, chosen by the first that are not zero."""
+        if self._scale is None:
+            largest = float(x.abs().amax())
+            if not 0 < largest < math.inf:
+                return 1.0
+            exponent = math.frexp(largest)[1]
+            self._scale = 2.0**-exponent if abs(exponent) > _LARGEST_EXPONENT else 1.0
+        return self._scale
 
     def target(self, weights: Mapping[str, Tensor], damping: float, strength: float) -> Tensor:
         """Weights moved by `strength` towards those whose outputs come nearest to the exact model's.

@@ -237,7 +237,7 @@ def _spaced(value: Tensor, count: int) -> Tensor:
     rows = value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
     if len(rows) <= count:
         return rows
-    return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]
+    return rows[torch.linspace(0, len(rows) - 1, count, dtype=torch.float32, device=rows.device).long()]
 
 
 def _layer_numbers(

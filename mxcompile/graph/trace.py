@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mxcompile.errors import InputError, TraceError
+from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.constants import resolve_constants
 from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves
@@ -33,6 +34,7 @@ _ADVICE = (
 )
 
 
+@without_callers_modes()
 def trace(
     model: nn.Module,
     example_inputs: object,

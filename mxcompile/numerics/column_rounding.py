@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mxcompile.formats import SCALE_BIAS, MXFormat, ScaleRule
 from mxcompile.numerics import reference
-from mxcompile.numerics.fast_rounding import round_steps_in_place, unit
+from mxcompile.numerics.fast_rounding import in_steps, round_steps_in_place, unit
 
 _OFFSETS = (0, -1, 1, -2)
 MOST_DAMPING = 10.0
@@ -48,6 +48,7 @@ class ColumnRounding:
 
     microblock: number of columns rounded at once, with scales by `rule` from the weights as updated so far (Sharify et
     al., arXiv 2405.07135, Algorithm 1, with its inner update kept inside the outer block); 0: column by column.
+    largest: exponent of the largest finite number of the weight's dtype, 15 for float16, which no value may exceed.
     """
 
     format: MXFormat
@@ -56,6 +57,7 @@ class ColumnRounding:
     rule: ScaleRule | None = None
     sweeps: int = 0
     microblock: int = 0
+    largest: int = SCALE_BIAS
 
     def round(self, weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
         """weight: `[out, in]`, moments H: `[in, in]`. Returns MX values `[out, in]` and scales `[out, blocks]` (E8M0).
@@ -69,7 +71,7 @@ class ColumnRounding:
         if self.microblock:
             assert self.rule is not None
             return self._microblocks(w, factor, self.rule, size)
-        exponents = None if self.rule is None else _exponents(w, self.format, self.rule)
+        exponents = None if self.rule is None else self._fixed_exponents(w, self.rule)
         q, block_exponents = self._columns(w.T.contiguous()[columns], factor, exponents, columns)
         q = q[columns.argsort()].T
         for _ in range(self.sweeps):
@@ -84,7 +86,7 @@ class ColumnRounding:
         backwards = columns.flip(0)
         lower, added = _factored(h[backwards][:, backwards].double(), self.damping)
         if self.sweeps:
-            h = h + added * torch.eye(len(h), device=h.device)
+            h = h + added * torch.eye(len(h), dtype=torch.float32, device=h.device)
         return columns, lower.float().flip(0, 1), h
 
     def _columns(self, w: Tensor, factor: Tensor, exponents: Tensor | None, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +102,7 @@ class ColumnRounding:
         for index, start in enumerate(range(0, len(w), width)):
             part = slice(start, start + width)
             target = torch.addmm(w[part], inverses[index].T, factor_rows[part, :start] @ errors[:start])
-            candidates = _candidate_exponents(target, self.format) if fixed is None else fixed[index : index + 1]
+            candidates = self._candidates(target) if fixed is None else fixed[index : index + 1]
             q[part], best = _round_block(target, inverses[index], candidates, self.format)
             torch.sub(w[part], q[part], out=errors[part])
             block_exponents.append(best)
@@ -117,9 +119,7 @@ class ColumnRounding:
             lower, _ = _factored(h_block.flip(0, 1).double(), 0.0)
             target = q[:, part]
             ideal = target - (gradient[:, part].double() @ h_block.double().inverse()).float()
-            candidates = (
-                _candidate_exponents(ideal.T, self.format) if search else block_exponents[:, index].unsqueeze(0)
-            )
+            candidates = self._candidates(ideal.T) if search else block_exponents[:, index].unsqueeze(0)
             rounded, best = _round_block(ideal.T, _inverses(lower.flip(0, 1), block)[0], candidates, self.format)
             better = _cost(rounded.T - ideal, h_block) < _cost(target - ideal, h_block)
             step = torch.where(better.unsqueeze(1), rounded.T - target, 0.0)
@@ -136,11 +136,23 @@ class ColumnRounding:
             part = slice(start, start + self.microblock)
             correction = errors[:, :start] @ factor[:start, part]
             target = w[:, part] + torch.linalg.solve_triangular(factor[part, part], correction, upper=True, left=False)
-            codes, block_scales = reference.quantize(target, self.format, rule)
+            block_scales = (self._fixed_exponents(target, rule) + SCALE_BIAS).to(torch.uint8)
+            codes = reference.quantize_on_scales(target, block_scales, self.format)
             q[:, part] = reference.dequantize(codes, block_scales, self.format, target.shape[1], torch.float32)
             errors[:, part] = w[:, part] - q[:, part]
             scales.append(block_scales)
         return q[:, :size], torch.cat(scales, 1)
+
+    def _candidates(self, w: Tensor) -> Tensor:
+        """Candidate exponents `[scales, out]` for a block `[block, out]`: the OCP exponent and its neighbours."""
+        floor = reference.scale_exponents(w.abs().amax(0), self.format, ScaleRule.FLOOR)
+        offsets = torch.tensor(_OFFSETS, device=w.device, dtype=torch.int32).unsqueeze(1)
+        return (floor + offsets).clamp(-SCALE_BIAS, self.largest - self.format.emax)
+
+    def _fixed_exponents(self, w: Tensor, rule: ScaleRule) -> Tensor:
+        """Scale exponents `[out, blocks]` of a weight as it is."""
+        exponents = reference.quantize(w, self.format, rule)[1].to(torch.int32) - SCALE_BIAS
+        return exponents.clamp(max=self.largest - self.format.emax)
 
 
 def _round_block(w: Tensor, upper: Tensor, candidates: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
@@ -150,7 +162,7 @@ def _round_block(w: Tensor, upper: Tensor, candidates: Tensor, fmt: MXFormat) ->
     `[block, out]` and the chosen exponents `[out]`.
     """
     ratios = (upper / upper.diagonal().unsqueeze(1)).unsqueeze(-1).unsqueeze(-1)
-    unrounded = w.unsqueeze(1) * (reference.power_of_two(-candidates) * (1 / unit(fmt)))  # in units of each scale
+    unrounded = in_steps(w.unsqueeze(1), candidates, fmt)
     rounded = torch.empty_like(unrounded)
     for j in range(len(w)):
         unrounded[j] -= round_steps_in_place(rounded[j].copy_(unrounded[j]), fmt)
@@ -161,18 +173,6 @@ def _round_block(w: Tensor, upper: Tensor, candidates: Tensor, fmt: MXFormat) ->
     exponents = candidates.gather(0, best)
     steps = rounded.gather(1, best.expand(len(rounded), 1, -1)).squeeze(1)
     return steps * (reference.power_of_two(exponents) * unit(fmt)), exponents.squeeze(0)
-
-
-def _candidate_exponents(w: Tensor, fmt: MXFormat) -> Tensor:
-    """Candidate exponents `[scales, out]` for a block `[block, out]`: the OCP exponent and its neighbours."""
-    floor = reference.scale_exponents(w.abs().amax(0), fmt, ScaleRule.FLOOR)
-    offsets = torch.tensor(_OFFSETS, device=w.device, dtype=torch.int32).unsqueeze(1)
-    return (floor + offsets).clamp(-SCALE_BIAS, SCALE_BIAS)
-
-
-def _exponents(w: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
-    """Scale exponents `[out, blocks]` of the unmodified weight."""
-    return reference.quantize(w, fmt, rule)[1].to(torch.int32) - SCALE_BIAS
 
 
 def _order(diagonal: Tensor, block: int, order: ColumnOrder) -> Tensor:

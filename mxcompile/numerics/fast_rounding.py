@@ -33,11 +33,22 @@ def unit(fmt: MXFormat) -> float:
     return 2.0**-fmt.mantissa_bits if fmt.is_integer else 1.0
 
 
+def in_steps(values: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
+    """Float32 values divided by a scale 2^exponent and the format's unit: what `round_steps_in_place` rounds.
+
+    Divided one after the other where the two together are beyond float32, for scales near 2^-127.
+    """
+    up = reference.power_of_two(-exponent)
+    if exponent.numel() and int(exponent.min()) < fmt.mantissa_bits - SCALE_BIAS + 1:
+        return values * up * (1 / unit(fmt))
+    return values * (up * (1 / unit(fmt)))
+
+
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     """`reference.quantize_dequantize`, bit for bit (the payload of a NaN excepted), a few rows at a time."""
     if rule is ScaleRule.MSE or not x.numel():
         return reference.quantize_dequantize(x, fmt, rule)
-    largest = SCALE_BIAS if x.dtype == torch.float64 else int(torch.finfo(x.dtype).max).bit_length() - 1
+    largest = reference.largest_exponent(x.dtype)
 
     def convert(rows: Tensor) -> tuple[Tensor]:
         blocks = reference.to_blocks(rows.float(), fmt)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mxcompile.formats import SCALE_BIAS, SCALE_NAN, MXFormat, ScaleRule
 from mxcompile.numerics import reference
-from mxcompile.numerics.fast_rounding import round_steps_in_place, unit
+from mxcompile.numerics.fast_rounding import in_steps, round_steps_in_place, unit
 from mxcompile.numerics.row_slices import row_wise
 
 ENERGY_CAP = 4.0
@@ -25,6 +25,11 @@ def token_weights(x: Tensor) -> Tensor:
     The median is taken over nonzero tokens, so that padding does not count.
     """
     (energy,) = row_wise(_energy, x)
+    if x.numel() and not (torch.isfinite(energy).all() and energy.any()):  # squares beyond float32
+        largest = x.abs().amax()
+        if torch.isfinite(largest) and largest > 0:
+            (energy,) = row_wise(_energy, x.double() / largest.double())
+            energy = energy.float()
     median = energy.masked_fill(energy == 0, torch.nan).nanmedian().nan_to_num()
     return (ENERGY_CAP * median / energy.clamp(min=1e-30)).clamp(max=1.0)
 
@@ -53,15 +58,16 @@ def round_weighted(
     if not finite.all():
         amax, blocks = torch.where(finite, amax, 0.0), torch.where(finite, blocks, 0.0)
     floor = reference.scale_exponents(amax, fmt, ScaleRule.FLOOR)
+    largest = reference.largest_exponent(rows.dtype) - fmt.emax
     best, least = floor, torch.full_like(amax, torch.inf)
     for offset in offsets:
-        candidate = (floor + offset).clamp(-SCALE_BIAS, SCALE_BIAS)
-        v = _in_steps(blocks, candidate, fmt)
+        candidate = (floor + offset).clamp(-SCALE_BIAS, largest)  # a larger scale could round up to infinity
+        v = in_steps(blocks, candidate, fmt)
         error = round_steps_in_place(v.clone(), fmt).sub_(v).square_().mul_(weights).sum(-1, keepdim=True)
         error *= reference.power_of_two((candidate - floor).clamp(max=30)).square()
         best = torch.where(error < least, candidate, best)
         least = torch.minimum(error, least)
-    values = round_steps_in_place(_in_steps(blocks, best, fmt), fmt).mul_(reference.power_of_two(best) * unit(fmt))
+    values = round_steps_in_place(in_steps(blocks, best, fmt), fmt).mul_(reference.power_of_two(best) * unit(fmt))
     if not finite.all():
         values.masked_fill_(~finite, torch.nan)
     scales = torch.where(finite, best + SCALE_BIAS, SCALE_NAN).to(torch.uint8).squeeze(-1)
@@ -88,8 +94,3 @@ def round_rows(
 
     values, scales = row_wise(convert, rows)
     return values, scales
-
-
-def _in_steps(blocks: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
-    """Values divided by their block's scale and the format's unit."""
-    return blocks * (reference.power_of_two(-exponent) * (1 / unit(fmt)))

@@ -34,7 +34,7 @@ def rounding_db(weight: Tensor, fmt: MXFormat, importance: Tensor | None = None)
     importance: the mean square of each input channel `[in]`; with it, the result approximates the SQNR of the matmul's
     output.
     """
-    counts = torch.ones(weight.shape[-1]) if importance is None else importance.sqrt()
+    counts = torch.ones(weight.shape[-1], dtype=torch.float32) if importance is None else importance.sqrt()
     counts = counts.to(weight.device)
     return sqnr_db(weight * counts, reference.quantize_dequantize(weight, fmt, ScaleRule.MSE) * counts)
 

@@ -35,6 +35,11 @@ def scale_values(scales: Tensor) -> Tensor:
     return torch.where(scales == SCALE_NAN, torch.nan, values)
 
 
+def largest_exponent(dtype: torch.dtype) -> int:
+    """Exponent of the largest finite number of a float dtype, at most float32's: 15 for float16, else 127."""
+    return min(SCALE_BIAS, int(torch.finfo(dtype).max).bit_length() - 1)
+
+
 def to_blocks(x: Tensor, fmt: MXFormat) -> Tensor:
     """`[..., size]` to `[..., blocks, block_size]`, padded with zeros."""
     padding = fmt.blocks(x.shape[-1]) * fmt.block_size - x.shape[-1]
@@ -187,7 +192,7 @@ def _exponent(v: Tensor) -> Tensor:
 
 def _quantize_blocks(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor, Tensor]:
     """Rounded elements `[..., blocks, block_size]`, scale exponents and finiteness `[..., blocks, 1]`."""
-    largest = SCALE_BIAS if x.dtype == torch.float64 else int(torch.finfo(x.dtype).max).bit_length() - 1
+    largest = largest_exponent(x.dtype)
     blocks = to_blocks(x.to(torch.float32), fmt)
     amax = blocks.abs().amax(-1, keepdim=True)
     finite = torch.isfinite(amax)

@@ -7,11 +7,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from mxcompile.calibration.not_finite import check_inputs, check_requests
 from mxcompile.calibration.run import gather_statistics, visible_batches
 from mxcompile.errors import PipelineError, PreservationError
 from mxcompile.formats import MXFormat
 from mxcompile.graph import error_location, verify
+from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.inputs import as_batches
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Stage
@@ -87,6 +90,7 @@ class Pipeline:
         changed = {id(p): replace(p, overrides={**getattr(p, _OVERRIDES), **overrides}) for p in accepting}  # pyright: ignore
         return Pipeline(changed.get(id(current), current) for current in self.passes)
 
+    @without_callers_modes()
     def run(
         self,
         program: Program,
@@ -107,6 +111,12 @@ class Pipeline:
         """
         if self.passes and program.stage not in self.passes[0].accepts:
             raise PipelineError(_wrong_stage(self.passes[0], program.stage, "the passes that ran before"))
+        with torch.device("cpu"):  # the caller's default device must not reach observers; a graph states its devices
+            return self._run(program, calibration, instruments, resume)
+
+    def _run(
+        self, program: Program, calibration: object, instruments: Sequence[Instrument], resume: str | Path | None
+    ) -> Program:
         source, program = program, program.copy()
         program.origin = source.origin or source
         program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))

@@ -221,6 +221,10 @@ class MXWeight(Tensor):
         if func in _LOW_LEVEL:
             return _LOW_LEVEL[func](*args, **options)
         if func not in _COPIES or not isinstance(weight, MXWeight):
+            if torch.is_inference_mode_enabled():  # composite ops such as aten.to arrive as they are
+                result = func.decompose(*args, **options)
+                if result is not NotImplemented:
+                    return result
             raise MXCompileError(not_defined(str(func)))
         dtype = options.pop("dtype", None) or weight.dtype
         if func is aten._to_copy.default and not _stays_planar(dtype, options.get("device"), weight):

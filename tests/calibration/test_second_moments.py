@@ -76,6 +76,18 @@ def test_a_target_that_cannot_be_solved_for_is_an_error():
         moments.target({"linear": torch.ones(2, 4)}, 0.01, 1.0)
 
 
+@pytest.mark.parametrize("size", [2.0**-80, 2.0**80])
+def test_the_target_is_the_same_for_values_of_any_size(size):
+    """Their squares are beyond float32; powers of two, so that nothing else differs."""
+    exact, weight, lost = values(200, 8), values(5, 8, seed=1), values(200, 5, seed=2)
+    x = exact + 0.3 * values(200, 8, seed=3)
+    plain, scaled = SecondMoments(8, x.device), SecondMoments(8, x.device)
+    plain.update(x, exact, {"linear": lost})
+    scaled.update(x * size, exact * size, {"linear": lost * size})
+    wanted, given = (moments.target({"linear": weight}, 0.01, 1.0) for moments in (plain, scaled))
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_what_outputs_are_added_to():
     program = mxcompile.trace(build("llama"), inputs("llama"))
     found = {matmul.parameter.split(".")[-2]: residual_operand(matmul) for matmul in choose(program).matmuls}

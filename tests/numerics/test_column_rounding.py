@@ -177,3 +177,28 @@ def test_zeros_and_huge_weights():
     assert q.isfinite().all()
     assert torch.equal(q[0], w[0])
     assert ((q - w).square().sum(1) <= 0.2 * w.square().sum(1)).all()
+
+
+@pytest.mark.parametrize("fmt", [MXINT4, MXINT8, MXFP4], ids=str)
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30])
+def test_weights_near_the_limits_of_float32(fmt, size):
+    """About as exact as weights of size 1: within a factor of 2 (powers of two lie differently)."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 64, generator=generator).clamp(-2, 2)
+    inputs = torch.randn(200, 64, generator=generator)
+    moments = inputs.T @ inputs
+    plain, values = (ColumnRounding(fmt).round(weight * scale, moments)[0].double() / scale for scale in (1.0, size))
+    assert values.isfinite().all()
+    assert (values - weight).norm() < 2 * (plain - weight).norm()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rule": ScaleRule.RCEIL}, {"rule": ScaleRule.RCEIL, "microblock": 32}], ids=str
+)
+@pytest.mark.parametrize("fmt", [MXINT4, MXFP4], ids=str)
+def test_float16_weights_near_the_largest(fmt, options):
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(8, 64, generator=generator) * 40000).clamp(-65504, 65504).half()
+    inputs = torch.randn(200, 64, generator=generator)
+    values, _ = ColumnRounding(fmt, largest=15, **options).round(weight, inputs.T @ inputs)
+    assert values.half().isfinite().all()

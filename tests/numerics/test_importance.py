@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from mxcompile.formats import FORMATS, MXINT4, ScaleRule
+from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule
 from mxcompile.numerics import reference
 from mxcompile.numerics.importance import floored, round_weighted, token_weights
+from mxcompile.numerics.metrics import sqnr_db
 
 
 def rounded(rows, importance, fmt):
@@ -56,3 +57,21 @@ def test_a_token_of_great_energy_counts_four_times_the_median():
     padded = torch.cat((x, torch.zeros(30, 4)))
     assert torch.equal(token_weights(padded)[:9], token_weights(x))
     assert floored(torch.zeros(4)).gt(0).all()
+
+
+@pytest.mark.parametrize("fmt", [MXINT4, MXINT8, MXFP4], ids=str)
+def test_weights_near_the_limits_of_their_dtype(fmt):
+    """Finite, and as exact as the plain rounding with scales of least squared error."""
+    rows = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+    for weight in (rows * 1e-38, rows * 1e38, (rows * 32752).half()):
+        values, _ = round_weighted(weight, torch.ones(64), fmt)
+        plain = reference.quantize_dequantize(weight, fmt, ScaleRule.MSE)
+        assert values.isfinite().all()
+        assert sqnr_db(weight.double(), values.double()) > sqnr_db(weight.double(), plain.double()) - 0.1
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_token_weights_of_values_whose_squares_are_beyond_float32(size):
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    x[0] *= 100
+    torch.testing.assert_close(token_weights(x * size), token_weights(x), rtol=1e-4, atol=0)

@@ -77,7 +77,7 @@ class ScaleGroup:
 
         channels: the statistic `[in]` of a matmul.
         """
-        result = torch.zeros(self.count + 1)
+        result = torch.zeros(self.count + 1, dtype=torch.float32)
         for matmul, numbers in self.matmuls:
             indices = torch.where(numbers < 0, self.count, numbers)
             result.scatter_reduce_(0, indices, channels(matmul).float().cpu(), "amax")
@@ -88,11 +88,11 @@ class ScaleGroup:
 
         channels: the statistic `[in]` of a matmul.
         """
-        total = torch.zeros(2, self.count + 1)
+        total = torch.zeros(2, self.count + 1, dtype=torch.float32)
         for matmul, numbers in self.matmuls:
             indices = torch.where(numbers < 0, self.count, numbers)
             total[0].scatter_add_(0, indices, channels(matmul).float().cpu())
-            total[1].scatter_add_(0, indices, torch.ones(len(indices)))
+            total[1].scatter_add_(0, indices, torch.ones(len(indices), dtype=torch.float32))
         return (total[0] / total[1].clamp(min=1))[:-1]
 
 
@@ -138,7 +138,7 @@ def find_groups(
 
 def fold(program: Program, group: ScaleGroup, factors: Tensor) -> None:
     """Divide the group's values by `factors` `[count]` (positive, float32): its parameters absorb them."""
-    padded = torch.cat((factors.float().cpu(), torch.ones(1)))
+    padded = torch.cat((factors.float().cpu(), torch.ones(1, dtype=torch.float32)))
     for absorber in group.absorbers:
         before = program.tensor(absorber.parameter).detach()
         scale = (padded[absorber.channels] ** absorber.power).to(before.device)

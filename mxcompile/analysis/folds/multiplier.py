@@ -73,7 +73,7 @@ def fold_into_multiplier(program: Program, names: Collection[str], factors: Tens
     matmuls = [m for m in choose(program).matmuls if m.node.name in names]
     groups, _ = find_groups(program, matmuls)
     channels = groups[0].matmuls[0][1]
-    numbered = torch.ones(groups[0].count)
+    numbered = torch.ones(groups[0].count, dtype=torch.float32)
     numbered[channels] = factors.cpu().float()
     fold(program, groups[0], numbered)
 
