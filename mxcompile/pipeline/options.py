@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from numbers import Integral, Real
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_origin, get_type_hints
 
 from mxcompile.errors import MXCompileError, PipelineError
 from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
@@ -94,8 +94,8 @@ def _accepted(value: Any, hint: Any) -> Any:
     if kind in (bool, str):
         _require(isinstance(value, kind))
     elif kind in (int, float):
-        _require(isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool))
-        number = float(value)
+        _require(not isinstance(value, bool) and isinstance(value, Integral if kind is int else Real))
+        number = float(cast(Any, value))
         _require(not math.isnan(number) and (limits is None or (math.isfinite(number) and number in limits)))
     return value
 
