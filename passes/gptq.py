@@ -96,7 +96,7 @@ class Gptq(Pass):
             if reasons is None:
                 reasons = self._round_segment(program, twin_run, segment, readings, formats)
                 _keep(program, index, before, reasons)
-            misses += [Miss(*reason.split(": ", 1)) for reason in reasons]
+            misses += [Miss(place, why) for place, _, why in (reason.partition(": ") for reason in reasons)]
             numbers |= {n: {"weight_sqnr_db": sqnr_db(old, program.tensor(n))} for n, old in before.items()}
             twin_run.advance(segment)
         return PassResult(len(numbers), tuple(misses), numbers)
