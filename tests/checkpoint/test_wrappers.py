@@ -15,15 +15,14 @@ def quantized() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "wrap",
-    [nn.DataParallel, torch.compile, lambda model: nn.DataParallel(torch.compile(model))],
-    ids=["DataParallel", "compile", "both"],
+    "wrap", [nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model))], ids=["alone", "compiled inside"]
 )
 def test_the_model_inside_is_saved(wrap, tmp_path):
     mxcompile.save(wrap(deployed("llama")), tmp_path)
     assert_same(load(tmp_path, "llama"), deployed("llama"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
 def test_adapters_are_saved_by_peft_and_the_rest_by_us(tmp_path):
     peft = pytest.importorskip("peft")
