@@ -122,6 +122,7 @@ def load(
 ) -> Any:
     """Load a quantized model that `save` wrote, an MX checkpoint of llm-compressor or gpt-oss, or a GGUF file.
 
+    path: a folder or file, or the id of a model on the Hugging Face hub (`owner/name`), which is downloaded or cached.
     model: a module of the saved model's class to load into, for example on the meta device, where it takes no memory.
         Not needed for models of transformers.
     device: where to put the model. None: the CPU, with memory-mapped weights that are read when used. While the model

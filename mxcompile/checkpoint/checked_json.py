@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from mxcompile.errors import CheckpointError
 
 T = TypeVar("T")
-_FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+_FILE_NAME = re.compile(r"\w[\w .+@=,()-]*", re.ASCII)
 
 
 def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:

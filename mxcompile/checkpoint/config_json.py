@@ -67,7 +67,7 @@ class CheckpointConfig:
             "recipe": self.provenance and self.provenance.recipe,
             "versions": dict(self.provenance.versions) if self.provenance else {},
             "index_sha256": self.index_sha256,
-            "files": dict(self.files),
+            "files": {relative_path(name): digest for name, digest in self.files.items()},
             "sha256": _BLANK,
         }
         content = dict(self.model_config) | {_WEIGHTS: self.index, _QUANTIZATION: ours}

@@ -96,13 +96,21 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def tie_weights(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """As transformers', but raises MXCompileError where a tie would replace an MX weight by another tensor."""
+    """As transformers', but never replaces an MX weight: one of the same bytes keeps its own preparation of inputs.
+
+    Raises MXCompileError where a tie would replace an MX weight by other values.
+    """
     for target, source in _untied_pairs(model):
         raise MXCompileError(
             f"tie_weights would replace {target} by {source}, and one of them is an MX weight of its own: set "
             "model.config.tie_word_embeddings = False, or call model.dequantize() first"
         )
+    before = dict(model.named_parameters(remove_duplicate=False))
     _transformers(model).tie_weights(model, *args, **kwargs)
+    for name, value in before.items():
+        path, _, leaf = name.rpartition(".")
+        if isinstance(value, MXWeight):
+            model.get_submodule(path).register_parameter(leaf, value)
 
 
 def resize_token_embeddings(
@@ -172,8 +180,18 @@ def _untied_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     own = dict(model.named_parameters(remove_duplicate=False))
     for target, source in tied.items():
         pair = own.get(target), own.get(source)
-        if any(isinstance(value, MXWeight) for value in pair) and not _are_equal(*pair):
+        if any(isinstance(value, MXWeight) for value in pair) and not _are_tied(*pair):
             yield target, source
+
+
+def _are_tied(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two weights have the same bytes; their inputs may be prepared differently."""
+    if one is other:
+        return True
+    if not isinstance(one, MXWeight) or not isinstance(other, MXWeight) or one.layout_.format != other.layout_.format:
+        return False
+    rows = one.to_row_major(), other.to_row_major()
+    return all(torch.equal(*parts) for parts in zip(rows[0].parts[:2], rows[1].parts[:2], strict=True))
 
 
 def _are_equal(one: Tensor | None, other: Tensor | None) -> bool:

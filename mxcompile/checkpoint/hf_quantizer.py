@@ -140,8 +140,8 @@ def _without_offloading(model: Any) -> Generator[None]:
     if "cpu" not in device_map.values() or set(device_map.values()) == {"cpu"}:
         yield
         return
-    from accelerate import dispatch_model
-    from accelerate.hooks import remove_hook_from_submodules
+    from accelerate import dispatch_model  # pyright: ignore[reportMissingTypeStubs]
+    from accelerate.hooks import remove_hook_from_submodules  # pyright: ignore[reportMissingTypeStubs]
 
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
     with_buffers = any(getattr(hook, "offload_buffers", False) for hook in hooks)

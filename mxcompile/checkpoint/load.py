@@ -7,6 +7,7 @@ from typing import TypeVar, overload
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.hf_registration import mark_quantized
+from mxcompile.checkpoint.hub import find_folder
 from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.stored_tensors import check_fits
@@ -23,10 +24,11 @@ def load(path: str | Path, *, model: None = None, verify: bool = True) -> nn.Mod
 def load(path: str | Path, *, model: nn.Module | None = None, verify: bool = True) -> nn.Module:
     """The module that `save` wrote, in eval mode. Its tensors are memory-mapped: pages are read when first touched.
 
-    Other projects' checkpoints are loaded too, in the formats of `interop`.
+    Other projects' checkpoints are loaded too, in the formats of `interop`. path: a folder or file, or a hub id.
     """
-    if foreign.is_foreign(Path(path)):
-        loaded = foreign.load(Path(path), model)
+    path = find_folder(path)
+    if foreign.is_foreign(path):
+        loaded = foreign.load(path, model)
         mark_quantized(loaded, None)
         return loaded
     while True:

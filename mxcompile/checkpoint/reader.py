@@ -8,6 +8,7 @@ from torch import Tensor
 from mxcompile.checkpoint import shards
 from mxcompile.checkpoint.checked_json import sha256
 from mxcompile.checkpoint.config_json import CheckpointConfig
+from mxcompile.checkpoint.hub import find_folder
 from mxcompile.checkpoint.index import CheckpointIndex
 from mxcompile.checkpoint.save_transaction import finish_interrupted
 from mxcompile.checkpoint.stored_tensors import TensorNames, unflatten_tensors
@@ -15,13 +16,15 @@ from mxcompile.errors import CheckpointError
 
 
 class Checkpoint:
-    """A saved model. verify: False checks structure and sizes only, not checksums.
+    """A saved model, in a folder or on the hub (`owner/name`).
+
+    verify: False checks structure and sizes only, not checksums.
 
     Raises CheckpointError if the folder does not hold an unchanged saved model.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
-        self.folder = Path(folder)
+        self.folder = find_folder(folder)
         self.verify = verify
         self.config = CheckpointConfig.read(self.folder, verify=verify)
         while True:

@@ -125,7 +125,7 @@ def _write_auxiliary(module: nn.Module, stage: Path, names: TensorNames, process
     from mxcompile.checkpoint import hf_models  # imports transformers
 
     hf_models.save_generation(module, stage)  # pyright: ignore[reportArgumentType]
-    return hf_models.configuration(module, names)  # pyright: ignore[reportArgumentType]
+    return hf_models.configuration(module, names, stage)  # pyright: ignore[reportArgumentType]
 
 
 def _bytes(size: int | str) -> int:

@@ -113,6 +113,16 @@ def test_a_quantized_head_is_never_tied_to_a_float_embedding(quantized):
     assert model.lm_head.weight is head
 
 
+def test_a_head_tied_to_its_embedding_keeps_its_activation_format(quantized):
+    model = quantized(recipe="w8a8-mxint", name="llama-tied", include=("*",))
+    head, expected = model.lm_head.weight, logits(model)
+    assert torch.equal(head.elements, model.model.embed_tokens.weight.elements)
+    assert model.config.tie_word_embeddings
+    model.tie_weights()
+    assert model.lm_head.weight is head
+    assert torch.equal(logits(model), expected)
+
+
 def test_the_user_s_config_still_says_that_weights_are_tied():
     model = build("llama-tied")
     mxcompile.quantize_and_compile(model, inputs("llama"), recipe="w4a16-mxint-quick", compile=False, include=["lm*"])

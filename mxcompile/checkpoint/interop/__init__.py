@@ -5,5 +5,6 @@
     gguf_model.py          MXFP4 in llama.cpp's files: read; gguf_writer.py: written; gguf_file.py: the container;
                            gguf_architectures.py, gguf_tokenizer.py, gguf_pretokenizers.py: its names for things
 
-Shared: memory layouts of elements (element_layouts.py), files (files.py), building a model (build_model.py).
+Shared: memory layouts of elements (element_layouts.py), files (files.py), building a model (build_model.py), the
+names under which transformers stores it (stored_names.py).
 """

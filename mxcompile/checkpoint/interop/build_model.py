@@ -11,20 +11,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mxcompile.checkpoint.interop.files import dtype_of
+from mxcompile.checkpoint.interop.stored_names import join_experts
 from mxcompile.checkpoint.stored_tensors import TensorNames, check_fits
 from mxcompile.errors import CheckpointError
-from mxcompile.tensor.dtypes import FLOAT_DTYPES
 from mxcompile.tensor.modules import named_tensors, set_tensors
 from mxcompile.tensor.weight import MXWeight
 
 
-def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that a model's configuration states; float32 if it states none."""
-    return FLOAT_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), torch.float32)
-
-
-def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def fill(source: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Put tensors into a module that has the same ones by name and shape; else raise, leaving it unchanged."""
+    tensors = join_experts(str(source), module, tensors)
     check_fits(module, TensorNames(tuple(tensors), {}, {}, frozenset()), tensors)
     left = [name for name, tensor in named_tensors(module).items() if name not in tensors and tensor.is_meta]
     if left:
@@ -48,17 +45,18 @@ def build(source: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -
         raise
     except Exception as error:
         raise CheckpointError(f"transformers cannot build the model that {source} describes: {error}") from error
+    tensors = join_experts(str(source), empty, tensors)
     _check_tensors(source, empty, tensors)
-    return _load(source, kind, parsed, tensors)
+    return _load(source, kind, parsed, tensors, dtype_of(config, tensors))
 
 
 def _kind(source: Path, config: Mapping[str, Any]) -> Any:
-    import transformers
+    from mxcompile.checkpoint.hf_models import find_class  # imports transformers
 
     names = config.get("architectures")
     name = cast(Any, names[0]) if isinstance(names, list) and names else None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel) or kind.config_class is None:
+    kind = find_class(name, config.get("model_type")) if isinstance(name, str) else None
+    if kind is None:
         raise CheckpointError(
             f"{source} holds a {name}, which is not a transformers model: build one yourself and pass it: "
             "load(path, model=...)"
@@ -92,14 +90,14 @@ def _check_tensors(source: Path, empty: Any, tensors: dict[str, Tensor]) -> None
         raise CheckpointError(f"{source} does not hold {missing[0]}, which a {kind} needs ({len(missing)} missing)")
 
 
-def _load(source: Path, kind: Any, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _load(source: Path, kind: Any, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """Load through transformers, which initializes what is not stored; then put the MX weights in place."""
     from transformers import GenerationConfig
 
     weights = {name: value for name, value in tensors.items() if isinstance(value, MXWeight)}
     placeholders = {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in weights.items()}
     try:
-        model = kind.from_pretrained(None, config=config, state_dict={**tensors, **placeholders}, dtype=config.dtype)
+        model = kind.from_pretrained(None, config=config, state_dict={**tensors, **placeholders}, dtype=dtype)
         if model.can_generate() and (source / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source)
     except Exception as error:

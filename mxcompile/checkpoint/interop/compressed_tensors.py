@@ -11,6 +11,8 @@ rules. Checked with compressed-tensors 0.20.
 """
 
 import json
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
@@ -20,11 +22,13 @@ from torch import Tensor, nn
 
 from mxcompile.checkpoint.checked_json import take, take_map
 from mxcompile.checkpoint.config_json import CONFIG
-from mxcompile.checkpoint.interop.element_layouts import STORED, check_scales, from_rows, to_rows
-from mxcompile.checkpoint.interop.files import read_tensors
+from mxcompile.checkpoint.interop.compressed_layers import GroupBits, bits_of, check_writable, float_linears
+from mxcompile.checkpoint.interop.element_layouts import STORED, from_rows, to_rows
+from mxcompile.checkpoint.interop.files import dtype_of, read_tensors
+from mxcompile.checkpoint.interop.stored_names import stored_rows, take_rows
 from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError
-from mxcompile.formats import FORMATS, ScaleRule, parse_format
+from mxcompile.formats import ScaleRule
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 METHOD: Final = "compressed-tensors"
@@ -37,40 +41,52 @@ _NAMES: Final = {bits: name for name, bits in _FORMATS.items()}
 _MIXED: Final = "mixed-precision"
 _RULES: Final = {4: ScaleRule.EVEN, 6: ScaleRule.EVEN, 8: ScaleRule.RCEIL}
 _SCALE, _PACKED, _PLAIN = ".weight_scale", ".weight_packed", ".weight"
-GroupBits = tuple[int, int | None]
-"""Bits of a group's weights, and of their inputs (None: float)."""
+_DTYPE: Final = "bfloat16"
 
 
 def write(folder: Path, module: nn.Module, names: TensorNames, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Write config.json, and return the tensors to store. config: the model's own configuration.
 
-    Raises CheckpointError, naming the layer, for a weight that compressed-tensors has no format for.
+    Raises CheckpointError, naming every layer, for weights that compressed-tensors has no format for.
     """
+    values = dict(_values(module, names))
+    stored = stored_rows(module, {name: value.shape for name, value in values.items()})
+    check_writable(module, values, stored)
     tensors: dict[str, Tensor] = {}
     groups: dict[GroupBits, list[str]] = {}
-    for name, value in _values(module, names):
-        if not isinstance(value, MXWeight):
-            tensors[name] = value.detach()
-            continue
-        path, _, leaf = name.rpartition(".")
-        bits = _bits(name, value, module.get_submodule(path) if leaf == "weight" else None)
-        groups.setdefault(bits, []).append(path)
-        rows = to_rows(value, STORED[bits[0]])
-        tensors |= {path + _PLAIN: rows.view(torch.float8_e4m3fn)} if bits[0] == 8 else {path + _PACKED: rows}
-        tensors[path + _SCALE] = value.scales
-    content = dict(config) | {"quantization_config": _describe(module, groups)}
+    for name, value in values.items():
+        for part, numbers in stored[name].items():
+            if not isinstance(value, MXWeight):
+                tensors[part] = take_rows(value.detach(), numbers)
+                continue
+            path, bits = part.rpartition(".")[0], bits_of(value)
+            groups.setdefault(bits, []).append(path)
+            rows = to_rows(_rows_of(value, numbers), STORED[bits[0]])
+            tensors |= {path + _PLAIN: rows.view(torch.float8_e4m3fn)} if bits[0] == 8 else {path + _PACKED: rows}
+            tensors[path + _SCALE] = take_rows(value.scales, numbers)
+    content = dict(config) | {"quantization_config": _describe(groups, float_linears(module, values, stored))}
+    if config and config.get("dtype") not in (None, _DTYPE):
+        warnings.warn(
+            f"this model is in {config['dtype']}, but compressed-tensors decodes MX weights to {_DTYPE}: config.json "
+            f"says {_DTYPE}, in which other programs then load all of it; its float tensors are stored as they are",
+            stacklevel=4,
+        )
+        content["dtype"] = _DTYPE
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     return tensors
 
 
-def read(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, elements and scales assembled to MXWeights. config: its config.json.
+def read(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under their stored names, elements and scales assembled to MXWeights.
+
+    config: its config.json.
 
     Raises CheckpointError if it is damaged or holds weights that an MXWeight cannot represent.
     """
     ours = take(dict(config), "quantization_config", dict)
     groups = _groups(folder, cast(dict[str, Any], ours))
     stored = read_tensors(folder)
+    dtype = dtype_of(config, stored)
     tensors: dict[str, Tensor] = {}
     for path in [name.removesuffix(_SCALE) for name in stored if name.endswith(_SCALE)]:
         scales = stored.pop(path + _SCALE)
@@ -112,37 +128,13 @@ def _values(module: nn.Module, names: TensorNames) -> Iterable[tuple[str, Tensor
             yield name, value
 
 
-def _bits(name: str, weight: MXWeight, owner: nn.Module | None) -> GroupBits:
-    """Bits of a weight and of its input. Raises CheckpointError if compressed-tensors cannot represent the weight."""
-    layout, fmt = weight.layout_, parse_format(weight.layout_.format)
-    activation = None if layout.activation is None else parse_format(layout.activation)
-    advice = "mxcompile.save without format=... saves it unchanged"
-    for needed in (fmt, activation):
-        if needed is not None and needed not in STORED.values():
-            what = "" if needed is fmt else " for inputs"
-            raise CheckpointError(
-                f"{name}: compressed-tensors has no {needed}{what}; of {', '.join(map(str, FORMATS))} it has only "
-                f"{', '.join(map(str, STORED.values()))}, in blocks of 32: quantize to these, or {advice}"
-            )
-    reasons = {
-        "an input that is multiplied by a vector (use awq-fold{multiply=false})": layout.multiplier,
-        "an input that is rotated (use a recipe without rotate)": layout.rotation,
-        "a weight that is not an nn.Linear's (skip it with exclude)": not isinstance(owner, nn.Linear)
-        or layout.transposed,
-        f"a row of {layout.size} values, not a multiple of 32 (skip it with exclude)": layout.size % 32,
-    }
-    for what, applies in reasons.items():
-        if applies:
-            raise CheckpointError(f"{name}: compressed-tensors cannot hold {what}; {advice}")
-    check_scales(name, weight.scales)
-    return fmt.bits, None if activation is None else activation.bits
+def _rows_of(weight: MXWeight, numbers: Tensor | None) -> MXWeight:
+    elements, scales = take_rows(weight.elements, numbers), take_rows(weight.scales, numbers)
+    return MXWeight(elements, scales, weight.layout_, weight.dtype)
 
 
-def _describe(module: nn.Module, groups: Mapping[GroupBits, list[str]]) -> dict[str, Any]:
+def _describe(groups: Mapping[GroupBits, list[str]], ignored: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    quantized = {path for paths in groups.values() for path in paths}
-    linears = [path for path, child in module.named_modules() if isinstance(child, nn.Linear)]
-    single_group = len(groups) == 1
     formats = {_NAMES[bits] for bits, _ in groups}
     return {
         "quant_method": METHOD,
@@ -150,7 +142,7 @@ def _describe(module: nn.Module, groups: Mapping[GroupBits, list[str]]) -> dict[
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{n}": {
-                "targets": ["Linear"] if single_group else sorted(paths),
+                "targets": ["Linear"] if len(groups) == 1 else sorted(paths),
                 "format": _NAMES[bits],
                 "weights": _arguments(bits, dynamic=False),
                 "input_activations": None if inputs is None else _arguments(inputs, dynamic=True),
@@ -158,7 +150,7 @@ def _describe(module: nn.Module, groups: Mapping[GroupBits, list[str]]) -> dict[
             }
             for n, ((bits, inputs), paths) in enumerate(sorted(groups.items(), key=str))
         },
-        "ignore": [path for path in linears if path not in quantized],
+        "ignore": ignored,
         "kv_cache_scheme": None,
     }
 
@@ -198,12 +190,23 @@ def _groups(folder: Path, ours: dict[str, Any]) -> dict[int, Any]:
 def _input_bits(folder: Path, groups: list[tuple[list[Any], int | None]]) -> Any:
     def input_bits(path: str) -> int | None:
         candidates = {bits for _, bits in groups}
-        candidates = {bits for targets, bits in groups if path in targets} if len(candidates) > 1 else candidates
+        if len(candidates) > 1:
+            candidates = {bits for targets, bits in groups if any(_is_target(target, path) for target in targets)}
         if len(candidates) != 1:
-            raise CheckpointError(f"{folder}: no single group contains {path}: targets must be names of modules")
+            raise CheckpointError(f"{folder}: no single group contains {path}: targets are names, or re:...")
         return next(iter(candidates))
 
     return input_bits
+
+
+def _is_target(target: Any, path: str) -> bool:
+    """As compressed-tensors matches them: a module's name, or a regular expression from its beginning on."""
+    if not isinstance(target, str):
+        return False
+    try:
+        return target == path or (target.startswith("re:") and re.match(target[3:], path) is not None)
+    except re.error:
+        return False
 
 
 def _read_arguments(arguments: Any, *, dynamic: bool) -> int:

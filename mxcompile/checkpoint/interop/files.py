@@ -1,11 +1,13 @@
 """Read and write the folders and files of other projects' checkpoints, whole or not at all."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from mxcompile.checkpoint import shards
 from mxcompile.checkpoint.checked_json import file_name, read_json, take_map
 from mxcompile.checkpoint.config_json import CONFIG
 from mxcompile.errors import CheckpointError
+from mxcompile.tensor.dtypes import FLOAT_DTYPES
 
 _SINGLE_FILE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
@@ -49,6 +52,23 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if missing:
         raise CheckpointError(f"{folder} does not hold {missing[0]}, which its index lists: copy the checkpoint again")
     return tensors
+
+
+def dtype_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of a model: that of all of its float tensors; if they differ, what its config.json states.
+
+    If that states none, the dtype of most float values.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in FLOAT_DTYPES.values():
+            counts[tensor.dtype] += tensor.numel()
+    text = config.get("text_config")
+    parts = (config, cast(Mapping[str, Any], text) if isinstance(text, dict) else {})
+    stated = [str(part.get("dtype") or part.get("torch_dtype")).removeprefix("torch.") for part in parts]
+    known = [FLOAT_DTYPES[name] for name in stated if name in FLOAT_DTYPES]
+    common = [dtype for dtype, _ in counts.most_common(1)]
+    return next(iter([*(common if len(counts) == 1 else []), *known, *common]), torch.float32)
 
 
 def _files(folder: Path) -> dict[str, str]:

@@ -38,8 +38,8 @@ def load(path: Path, model: nn.Module | None = None) -> nn.Module:
             raise CheckpointError(f"{path} is a GGUF file, which uses other tensor names: load it without model=...")
         return gguf_model.load(path)
     config = read_json(path / CONFIG)[1]
-    tensors = _READERS[quantization_of(path)["quant_method"]](path, config, build_model.dtype_of(config))
-    return build_model.build(path, config, tensors) if model is None else build_model.fill(model, tensors)
+    tensors = _READERS[quantization_of(path)["quant_method"]](path, config)
+    return build_model.build(path, config, tensors) if model is None else build_model.fill(path, model, tensors)
 
 
 def check_destination(path: Path, format: str) -> None:

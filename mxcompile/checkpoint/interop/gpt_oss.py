@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from mxcompile.checkpoint.interop.element_layouts import from_rows
-from mxcompile.checkpoint.interop.files import read_tensors
+from mxcompile.checkpoint.interop.files import dtype_of, read_tensors
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import MXFP4
 from mxcompile.tensor.weight import MXLayout
@@ -24,7 +23,7 @@ METHOD: Final = "mxfp4"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
-def read(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def read(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a checkpoint, elements and scales assembled to MXWeights.
 
     Raises CheckpointError if it is damaged, or not a gpt-oss model.
@@ -34,6 +33,7 @@ def read(folder: Path, config: Mapping[str, Any], dtype: torch.dtype) -> dict[st
             f"{folder} holds a {config.get('model_type')} quantized by {METHOD!r}: of these mxcompile reads gpt_oss"
         )
     stored = read_tensors(folder)
+    dtype = dtype_of(config, stored)
     tensors: dict[str, Tensor] = {}
     for name in [name.removesuffix(_BLOCKS) for name in stored if name.endswith(_BLOCKS)]:
         blocks, scales = stored.pop(name + _BLOCKS), stored.pop(name + _SCALES, None)

@@ -224,7 +224,7 @@ REFUSED = {
         lambda: lowered(LOWER, "gpt2"),
         r"c_attn.weight: .* a weight that is not an nn.Linear's \(skip it with excl",
     ),
-    "experts": (lambda: lowered(LOWER, "mixtral"), r"layers.0.mlp.*: .* a weight that is not an nn.Linear's"),
+    "router": (lambda: lowered(LOWER, "mixtral"), r"layers.0.mlp.gate.weight: .* a weight that is not an nn.Linear's"),
 }
 
 
@@ -391,3 +391,71 @@ def test_rules_that_a_loaded_model_gets(saved):
         ScaleRule.EVEN,
     )
     assert copy.deepcopy(weight).layout_ == weight.layout_
+
+
+def test_every_reason_is_given_at_once_with_its_layers(tmp_path):
+    overrides = "[*.q_proj=mxfp4,*.k_proj=mxfp8_e4m3,*.o_proj=mxint8,*.down_proj=mxfp6_e3m2]"
+    model = lowered(f"lower-mx{{weight=mxint4,activation=none,overrides={overrides}}}")
+    with pytest.raises(CheckpointError) as raised:
+        mxcompile.save(model, tmp_path / "out", format=FORMAT)
+    lines = str(raised.value).splitlines()
+    assert [line.partition(": ")[0].removeprefix("model.layers.0.") for line in lines[:3]] == [
+        "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight",
+        "mlp.down_proj.weight",
+    ]
+    assert "(also model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight)" in lines[0]
+    assert "self_attn: q_proj, k_proj, v_proj: vLLM runs these layers as one" in lines[3]
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layers", "formats"),
+    [
+        ("*.v_proj=mxfp8_e4m3", "q_proj, k_proj, v_proj", "v_proj mxfp8_e4m3 with float inputs"),
+        ("*.v_proj=none", "q_proj, k_proj, v_proj", "v_proj float"),
+        ("*.up_proj=mxfp6_e2m3", "gate_proj, up_proj", "up_proj mxfp6_e2m3 with float inputs"),
+    ],
+)
+def test_layers_that_vllm_joins_need_one_format(overrides, layers, formats, tmp_path):
+    model = lowered(f"lower-mx{{weight=mxfp4,activation=none,overrides=[{overrides}]}}")
+    with pytest.raises(CheckpointError, match=f"{layers}: vLLM runs these layers as one .*{formats}"):
+        mxcompile.save(model, tmp_path / "out", format=FORMAT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_of_another_dtype_runs_where_weights_are_decoded_to_bfloat16(dtype, tmp_path):
+    """Its values come back as they were saved."""
+    from transformers import AutoModelForCausalLM
+
+    model = quantized("mxfp4", "none", "llama-tied", dtype)
+    with pytest.warns(UserWarning, match=r"this model is in float\d+, but compressed-tensors decodes MX weights to bf"):
+        mxcompile.save(model, tmp_path / "out", format=FORMAT)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        given, wanted = theirs(**inputs("llama")).logits, model(**inputs("llama")).logits
+    assert given.dtype == torch.bfloat16
+    assert (given.float() - wanted.float()).norm() < 0.02 * wanted.float().norm()
+    assert_same_values(mxcompile.load(tmp_path / "out"), model)
+
+
+def test_a_dtype_that_config_json_does_not_state_is_that_of_the_tensors(saved):
+    folder = saved()
+    edit_config(folder, lambda content: content.pop("dtype"))
+    loaded = mxcompile.load(folder)
+    assert {tensor.dtype for tensor in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.config.dtype == torch.bfloat16
+
+
+def test_targets_may_be_regular_expressions(tmp_path):
+    recipe = "lower-mx{weight=mxfp4,activation=none,overrides=[*.down_proj=mxfp8_e4m3]}"
+    mxcompile.save(lowered(recipe), tmp_path / "out", format=FORMAT)
+    plain = mxcompile.load(tmp_path / "out")
+    targets = {4: "re:.*(attn|gate|up_).*", 8: "re:.*down_proj$"}
+
+    def match(content):
+        for entry in content["quantization_config"]["config_groups"].values():
+            entry["targets"] = [targets[entry["weights"]["num_bits"]]]
+
+    edit_config(tmp_path / "out", match)
+    assert_same_values(mxcompile.load(tmp_path / "out"), plain)
