@@ -24,6 +24,7 @@ from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.pipeline.resume import check_folder
 from mxcompile.pipeline.unfinished import Unfinished, work_kept
 from mxcompile.tensor.devices import find_device
+from mxcompile.tensor.modules import device_of
 
 M = TypeVar("M", bound=nn.Module)
 _QUANTIZED = (
@@ -95,7 +96,7 @@ def quantize_and_compile(
     with work_kept(lambda: Unfinished(lambda: program, model=deployed), lambda: _DEPLOYED):
         compiled = compile_module(deployed) if compile else deployed
         if dump is not None:
-            write_kernels(dump, explain_quantized(compiled, next(deployed.parameters()).device))
+            write_kernels(dump, explain_quantized(compiled, device_of(deployed)))
     return compiled
 
 

@@ -23,10 +23,11 @@ from mxcompile.analysis.visibility import output_masks, without_hidden
 from mxcompile.checkpoint import mark_quantized
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import DeployError
-from mxcompile.graph.agreement import agreement_db, compared_outputs
+from mxcompile.graph.agreement import agreement_db, check_repeatable, compared_outputs
 from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.edit import BLOCK_AXIS, PACKS, parameter_name
+from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program, Stage, where
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.tensor.copying import copy_module, shared_with
@@ -244,6 +245,9 @@ def _check_agreement(program: Program, deployed: nn.Module) -> None:
         with sdpa_kernel(SDPBackend.MATH):
             agreement, name = _agreement(program, deployed)
     if agreement < _AGREEMENT_DB:
+        example = program.example
+        check_repeatable(program, lambda: program(*example.args, **example.kwargs), _AGREEMENT_DB)
+        check_repeatable(program, lambda: _run(copy_module(deployed, deployed.parameters()), example), _AGREEMENT_DB)
         raise DeployError(
             f"output {name} of the deployed module agrees with the lowered program's only to {agreement:.1f} dB "
             f"(required: {_AGREEMENT_DB:.0f} dB): the module does something that the trace does not show (a branch, "
@@ -264,6 +268,11 @@ def _agreement(program: Program, deployed: nn.Module) -> tuple[float, str]:
             program.set_tensor(name, buffers[name].detach().clone())
     masks = output_masks(program, example)
     expected = without_hidden(compared_outputs(program(*example.args, **example.kwargs)), masks)
-    with torch.no_grad(), unfused_matmuls():
-        actual = without_hidden(compared_outputs(twin(*example.args, **example.kwargs)), masks)
+    actual = without_hidden(compared_outputs(_run(twin, example)), masks)
     return agreement_db(expected, actual)
+
+
+def _run(module: nn.Module, example: Inputs) -> Any:
+    example = example.cloned()
+    with torch.no_grad(), unfused_matmuls():
+        return module(*example.args, **example.kwargs)

@@ -30,7 +30,7 @@ from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
 from mxcompile.passes.recipes import RECIPES, as_pipeline
 from mxcompile.tensor.devices import find_device
-from mxcompile.tensor.modules import stored_bytes
+from mxcompile.tensor.modules import device_of, stored_bytes
 
 _EXAMPLE, _CAUSAL_PROBE = 64, 16  # tokens: to trace with, to test causality with
 
@@ -177,7 +177,7 @@ def quantize(
 ) -> nn.Module:
     """Quantize a model without compiling it, traced with the first tokens of the data, calibrated on its batches."""
     console.print(f"quantizing: {as_pipeline(recipe)}", markup=False)
-    example = {"input_ids": data.windows[0][:, :_EXAMPLE].to(next(model.parameters()).device)}
+    example = {"input_ids": data.windows[0][:, :_EXAMPLE].to(device_of(model))}
     with Progress(console) as progress:
         return quantize_and_compile(
             model,

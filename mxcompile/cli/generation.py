@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from mxcompile.tensor.modules import device_of
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -29,7 +31,7 @@ def generate_text(
 
     static_cache: required for a compiled decode step. streamer: a streamer of transformers.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(device_of(model))
     ids = inputs["input_ids"]
     began = time.perf_counter()
     output = model.generate(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mxcompile.errors import InputError, UnknownNameError
 from mxcompile.graph.masks import shown_tokens
 from mxcompile.numerics.metrics import kl_divergence, negative_log_likelihood, perplexity, top1_agreement
+from mxcompile.tensor.modules import device_of
 
 _ROWS = 512
 _IDS, _MASK = "input_ids", "attention_mask"
@@ -214,7 +215,7 @@ def _nll(model: nn.Module, logits: Tensor, targets: Tensor, window: int) -> floa
 def _logits(model: nn.Module, arguments: Mapping[str, Tensor]) -> Tensor:
     """`[batch * (length - 1), vocabulary]`: the logits that predict every token except the first."""
     name, window = type(model).__name__, arguments[_IDS]
-    device = next((tensor.device for tensor in model.parameters()), window.device)
+    device = device_of(model)
     try:
         output: Any = model(**{name: value.to(device) for name, value in arguments.items()}, use_cache=False)
     except Exception as error:

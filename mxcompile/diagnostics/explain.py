@@ -27,7 +27,7 @@ from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import QUICK, as_pipeline
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.devices import find_device
-from mxcompile.tensor.modules import stored_bytes
+from mxcompile.tensor.modules import device_of, stored_bytes
 from mxcompile.tensor.weight import MXWeight
 
 
@@ -131,5 +131,5 @@ def _name(program: Program, matmul: Matmul) -> str:
 
 def _target_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     if device is None:
-        return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        return device_of(model)
     return find_device(device)

@@ -1,14 +1,18 @@
 """Agreement of the outputs of two models, in dB of SQNR."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from mxcompile.errors import InputError
+from mxcompile.graph.dataflow import operand
 from mxcompile.graph.inputs import map_leaves, named_leaves
+from mxcompile.graph.program import Program, where
 from mxcompile.numerics.metrics import sqnr_db
 
 
@@ -63,3 +67,28 @@ def _agreement(value: Tensor, other: Tensor | None) -> float:
     if not torch.equal(*kinds) or not torch.isfinite(other[finite]).all():
         return -math.inf
     return sqnr_db(value[finite], other[finite])
+
+
+def check_repeatable(program: Program, run: Callable[[], Any], required_db: float) -> None:
+    """Raise InputError, which names the nodes that draw random numbers, if two runs differ by more than that in dB.
+
+    For where an output differs from the expected one: the model may do that by itself.
+    """
+    agreement, name = agreement_db(compared_outputs(run()), compared_outputs(run()))
+    if agreement >= required_db:
+        return
+    drawing = [where(node) for node in program.graph.nodes if _is_random(node)]
+    listed = f": it draws random numbers at {', '.join(drawing[:4])}" if drawing else ""
+    raise InputError(
+        f"the model is not deterministic: two runs of it on the example inputs differ (output {name} agrees only to "
+        f"{agreement:.1f} dB){listed}. Its quantized form cannot be compared with it: switch randomness off in eval "
+        "mode, or pass the noise as an input"
+    )
+
+
+def _is_random(node: Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # pyright: ignore
+    switches = {"train": False, "training": False, "dropout_p": 0.0, "dropout": 0.0}
+    return all(operand(node, names.index(name)) != off for name, off in switches.items() if name in names)

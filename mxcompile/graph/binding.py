@@ -6,7 +6,6 @@ from typing import Any
 
 from torch.fx import Node
 
-from mxcompile.errors import InputError
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 
@@ -19,14 +18,8 @@ def bind_inputs(program: Program, batch: Inputs) -> NodeValues:
 
     The user's tensors are never written to: a graph with in-place ops gets copies.
     """
-    program.example.check_ranks(batch)
-    names = list(program.example.kwargs)
-    if len(batch.args) != len(program.example.args) or set(batch.kwargs) != set(names):
-        raise InputError(
-            f"a calibration batch has {len(batch.args)} positional arguments and keywords {sorted(batch.kwargs)}; the "
-            f"model was traced with {len(program.example.args)} and {sorted(names)}"
-        )
-    kwargs = {name: batch.kwargs[name] for name in names}
+    program.example.check_call(batch)
+    kwargs = {name: batch.kwargs[name] for name in program.example.kwargs}
     leaves = _leaves_like((program.example.args, program.example.kwargs), (batch.args, kwargs))
     bound = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
     if not writes_in_place(program.graph.nodes):

@@ -2,12 +2,18 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 
 from mxcompile.errors import InputError
+
+_ADVICE: Final = {
+    "list": ': a tokenizer returns tensors with return_tensors="pt"; make others with torch.tensor',
+    "str": ': pass the tokenizer\'s output, with return_tensors="pt"',
+    "ndarray": ": convert it with torch.from_numpy",
+}
 
 
 @dataclass(frozen=True)
@@ -21,22 +27,32 @@ class Inputs:
         """All tensors among the arguments, nested ones included."""
         return [leaf for _, leaf in named_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
-    def check_ranks(self, other: "Inputs") -> None:
-        """Raise InputError if a tensor of the other call has another number of dimensions than the one it replaces."""
-        mine = dict(named_leaves((self.args, self.kwargs)))
-        for path, value in named_leaves((other.args, other.kwargs)):
-            traced = mine.get(path)
-            if isinstance(value, Tensor) and isinstance(traced, Tensor) and value.dim() != traced.dim():
-                raise InputError(
-                    f"these inputs do not fit the traced graph (input {path.partition('.')[2]} has {value.dim()} "
-                    f"dimensions, it was traced with {traced.dim()}); trace again with inputs of this kind"
-                )
+    def check_fits(self, other: "Inputs") -> None:
+        """Raise InputError, which names the input, if another call has something else where this one has a tensor.
+
+        Compared are the kind of each value, and of tensors the number of dimensions, the dtype (integers are alike) and
+        the device. Sizes may differ.
+        """
+        _check_fits("", dict(enumerate(self.args)) | self.kwargs, dict(enumerate(other.args)) | other.kwargs)
+
+    def check_call(self, other: "Inputs") -> None:
+        """`check_fits`, and the same arguments in the same structure."""
+        if len(other.args) != len(self.args) or set(other.kwargs) != set(self.kwargs):
+            raise InputError(
+                f"a calibration batch has {len(other.args)} positional arguments and keywords {sorted(other.kwargs)}; "
+                f"the model was traced with {len(self.args)} and {sorted(self.kwargs)}"
+            )
+        self.check_fits(other)
 
     def cloned(self) -> "Inputs":
-        """The same call with a copy of every tensor, for a forward that may write to its inputs."""
-        args, kwargs = map_leaves(
-            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
-        )
+        """The same call with a contiguous copy of every tensor: for a forward that may write to its inputs, and for
+        a trace, which would have guards on the strides.
+        """
+
+        def clone(leaf: object) -> object:
+            return leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = map_leaves(clone, (self.args, self.kwargs))
         return Inputs(args, kwargs)
 
     def with_doubled_batch(self) -> "Inputs | None":
@@ -52,7 +68,44 @@ class Inputs:
         return Inputs(args, kwargs)
 
 
-def as_inputs(example: object) -> Inputs:
+def _check_fits(name: str, traced: Any, value: Any) -> None:
+    if isinstance(traced, Tensor):
+        _check_tensor(name, traced, value)
+    elif isinstance(traced, Mapping) and isinstance(value, Mapping):
+        for key, item in cast(Mapping[Any, Any], traced).items():
+            if key in value:
+                _check_fits(f"{name}.{key}".lstrip("."), item, value[key])
+    elif isinstance(traced, tuple | list) and isinstance(value, tuple | list):
+        one, other = cast(list[Any], traced), cast(list[Any], value)
+        if len(one) != len(other):
+            raise InputError(_misfit(name, f"has {len(other)} items", f"{len(one)}"))
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            _check_fits(f"{name}.{index}", *pair)
+    elif isinstance(value, Tensor):
+        raise InputError(_misfit(name, "is a tensor", f"{traced!r}"))
+
+
+def _check_tensor(name: str, traced: Tensor, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        advice = _ADVICE.get(type(value).__name__, "")
+        raise InputError(f"input {name} is a {type(value).__name__}, and the model was traced with a tensor{advice}")
+    if value.dim() != traced.dim():
+        raise InputError(_misfit(name, f"has {value.dim()} dimensions", f"{traced.dim()}"))
+    is_float = value.is_floating_point() or traced.is_floating_point()
+    if is_float and value.dtype != traced.dtype:
+        raise InputError(_misfit(name, f"is {value.dtype}", f"{traced.dtype}"))
+    if value.device != traced.device:
+        raise InputError(_misfit(name, f"is on {value.device}", f"{traced.device}") + ", or move them there")
+
+
+def _misfit(name: str, is_now: str, was: str) -> str:
+    return (
+        f"these inputs do not fit the traced graph (input {name} {is_now}, it was traced with {was}); trace again with "
+        "inputs of this kind"
+    )
+
+
+def as_inputs(example: object, what: str = "example inputs are") -> Inputs:
     """Normalize a keyword mapping (also a tokenizer's output), a tuple or list of arguments, or a single tensor."""
     if isinstance(example, Inputs):
         return example
@@ -63,7 +116,7 @@ def as_inputs(example: object) -> Inputs:
     if isinstance(example, tuple | list):
         return Inputs(tuple(cast(Iterable[Any], example)))
     raise InputError(
-        f"example inputs are a {type(example).__name__}; pass a dict of keyword arguments, a tuple of positional "
+        f"{what} a {type(example).__name__}; pass a dict of keyword arguments, a tuple of positional "
         "arguments, or a single tensor"
     )
 
@@ -76,14 +129,23 @@ def as_batches(calibration: object) -> Iterator[Inputs]:
     if isinstance(calibration, Inputs | Tensor | Mapping | tuple):
         yield as_inputs(cast(object, calibration))
         return
-    if not isinstance(calibration, Iterable):
+    if not isinstance(calibration, Iterable) or isinstance(calibration, str) or hasattr(calibration, "__array__"):
         raise InputError(f"calibration is a {type(calibration).__name__}; pass a batch or an iterable of batches")
     count = 0
     for batch in cast(Iterable[object], calibration):
+        yield as_inputs(batch, f"calibration[{count}] is")
         count += 1
-        yield as_inputs(batch)
     if count == 0:
         raise InputError("calibration data is empty (an exhausted iterator?); pass a list of batches")
+
+
+def check_batches(example: Inputs, batches: Iterable[Inputs]) -> None:
+    """Raise InputError, which names the batch and the input, if a batch is not a call like the example."""
+    for index, batch in enumerate(batches):
+        try:
+            example.check_call(batch)
+        except InputError as error:
+            raise InputError(f"calibration[{index}]: {error}") from error
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:

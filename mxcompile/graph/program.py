@@ -113,7 +113,7 @@ class Program:
         gets copies.
         """
         inputs = Inputs(args, kwargs)
-        self.example.check_ranks(inputs)
+        self.example.check_fits(inputs)
         if mutates_inputs(self.graph):
             inputs = inputs.cloned()
         with torch.no_grad(), guards_explained(), self.state_kept():

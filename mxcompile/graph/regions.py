@@ -144,7 +144,7 @@ def _result_dtypes(node: Node, dtype: torch.dtype | None) -> list[torch.dtype] |
 
     def value(source: Node) -> Any:
         recorded = source.meta.get("val")
-        return recorded.to(dtype) if dtype is not None and _is_castable(source) else recorded
+        return cast(Tensor, recorded).to(dtype) if dtype is not None and _is_castable(source) else recorded
 
     try:
         with torch.no_grad():

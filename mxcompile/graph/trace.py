@@ -19,7 +19,7 @@ from mxcompile.errors import InputError, TraceError
 from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.constants import resolve_constants
 from mxcompile.graph.dataflow import mutated_tensors
-from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves
+from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves, named_leaves
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.program import Program
 from mxcompile.graph.regions import inline_regions
@@ -32,6 +32,9 @@ _ADVICE = (
     "Try: replace Python control flow on tensor values with torch.where or torch.cond, and .item() with tensor "
     "arithmetic; or trace a submodule that can be traced (mxcompile.trace(model.encoder, ...))."
 )
+
+
+_TENSORS = 'a tokenizer returns tensors with return_tensors="pt"; make others with torch.tensor'
 
 
 @without_callers_modes()
@@ -50,7 +53,7 @@ def trace(
     Raises InputError if the model is quantized already or fails on the inputs without tracing, TraceError if it runs
     but cannot be traced.
     """
-    if any(isinstance(parameter, MXWeight) for parameter in model.parameters()):
+    if isinstance(model, nn.Module) and any(isinstance(parameter, MXWeight) for parameter in model.parameters()):  # pyright: ignore
         raise InputError(
             f"this {type(model).__name__} is quantized already: trace the float model that it was made from"
         )
@@ -131,9 +134,18 @@ def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:
             shadow(*inputs.args, **inputs.kwargs)
     except Exception as error:
         shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}".replace("torch.", "") for t in inputs.tensors())
+        lists = {
+            path.split(".")[1] for path, leaf in named_leaves((inputs.args, inputs.kwargs)) if _in_list(path, leaf)
+        }
+        advice = f". Input {', '.join(sorted(lists))} is a list of numbers: {_TENSORS}" if lists else ""
         raise InputError(
             f"{type(shadow).__name__} itself fails on the example inputs ({shapes}): {type(error).__name__}: {error}"
+            + advice
         ) from error
+
+
+def _in_list(path: str, leaf: object) -> bool:
+    return isinstance(leaf, int | float) and path.count(".") > 1
 
 
 def _innermost_module(error: BaseException, root: nn.Module) -> str:

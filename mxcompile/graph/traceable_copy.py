@@ -1,20 +1,26 @@
 """The module to trace in place of the user's: a copy on the same tensors, in eval mode, uncompiled, without a cache."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mxcompile.errors import InputError
-from mxcompile.graph.inputs import Inputs
+from mxcompile.graph.inputs import Inputs, named_leaves
 from mxcompile.tensor.copying import copy_module
+from mxcompile.tensor.modules import named_tensors
 from mxcompile.tensor.reachable import reachable
 
+_COMPILED = "_orig_mod"
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def traceable_copy(model: nn.Module, inputs: Inputs) -> nn.Module:
     """The module to trace: a copy of the structure on the same tensors, in eval mode, uncompiled, without a cache."""
+    _check_module(model)
+    _check_inputs(inputs)
     _check_signature(model, inputs)
     shadow = copy_module(model, (*model.parameters(), *model.buffers())).eval()
     shadow._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - set by `model.compile()`
@@ -55,6 +61,43 @@ def _name_arguments(shadow: nn.Module, inputs: Inputs) -> None:
     parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs.kwargs]
     vars(call)["__signature__"] = inspect.Signature(parameters)
     shadow.forward = call
+
+
+def _check_module(model: nn.Module) -> None:
+    """Raise InputError for what is no plain module with values: scripted, compiled, or partly on the meta device."""
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"the model is a {type(model).__name__}: pass a torch.nn.Module")
+    if isinstance(getattr(model, _COMPILED, None), nn.Module):
+        raise InputError(
+            f"this {type(model).__name__} is the result of torch.compile: pass the module that it was made from, as "
+            f"quantize_and_compile compiles the quantized one (it is model.{_COMPILED})"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{path or 'the model'} is a ScriptModule, which has no Python code: pass the nn.Module itself"
+            )
+    tensors = named_tensors(model)
+    without = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if without and len(without) < len(tensors):
+        raise InputError(no_values(without))
+
+
+def no_values(names: Sequence[str]) -> str:
+    """The message for tensors on the meta device."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{', '.join(names[:3])}{more} of the model is on the meta device and has no values (offloaded by "
+        "accelerate, or not loaded): load the whole model into memory, without offloading (device_map=None)"
+    )
+
+
+def _check_inputs(inputs: Inputs) -> None:
+    """Raise InputError for an input that forward can hardly want, and that torch cannot trace."""
+    for path, leaf in named_leaves((inputs.args, inputs.kwargs)):
+        if hasattr(leaf, "__array__") and not isinstance(leaf, Tensor):
+            name = path.partition(".")[2]
+            raise InputError(f"example input {name} is a {type(leaf).__name__}: convert it with torch.from_numpy")
 
 
 def _check_signature(model: nn.Module, inputs: Inputs) -> None:

@@ -17,6 +17,7 @@ from mxcompile.inductor.private_api import aot_autograd, make_boxed_func, mark_s
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.kernels.dispatch import prepare
+from mxcompile.tensor.modules import device_of
 from mxcompile.tensor.planar_layout import use_planar_layout
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def compile_fused(module: nn.Module) -> None:
     """Compile a deployed module in place; without a compiler for its device, fuse only, with a warning."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     reason = why_no_compiler(device)
     if device.type == "cuda":
         prepare(device)

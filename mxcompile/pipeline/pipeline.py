@@ -11,14 +11,15 @@ import torch
 
 from mxcompile.calibration.not_finite import check_inputs, check_requests
 from mxcompile.calibration.run import gather_statistics, visible_batches
-from mxcompile.errors import PipelineError, PreservationError
+from mxcompile.errors import InputError, PipelineError, PreservationError
 from mxcompile.formats import MXFormat
 from mxcompile.graph import error_location, verify
 from mxcompile.graph.callers_modes import without_callers_modes
-from mxcompile.graph.inputs import as_batches
+from mxcompile.graph.inputs import as_batches, check_batches
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import PassRecord, PassResult
+from mxcompile.graph.traceable_copy import no_values
 from mxcompile.pipeline import text_form
 from mxcompile.pipeline.interfaces import Instrument, Pass, PipelineStep
 from mxcompile.pipeline.options import check_options
@@ -120,6 +121,9 @@ class Pipeline:
         source, program = program, program.copy()
         program.origin = source.origin or source
         program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))
+        if without := [name for name in program.parameter_names() if program.tensor(name).is_meta]:
+            raise InputError(no_values(without))
+        check_batches(program.example, program.batches)
         check_inputs(program, program.batches)
         program.resume = folder = None if resume is None else ResumeFolder(resume, str(self), program)
         history = History(program)

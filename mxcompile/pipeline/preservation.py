@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mxcompile.analysis.visibility import output_masks, without_hidden
 from mxcompile.errors import PreservationError
-from mxcompile.graph.agreement import agreement_db, compared_outputs
+from mxcompile.graph.agreement import agreement_db, check_repeatable, compared_outputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold
 
@@ -26,7 +26,7 @@ def check_preserved(
     """SQNR in dB of the outputs against the recorded ones.
 
     Raises PreservationError, which names the first fold at fault, if it is less than `required_db`. before: a copy of
-    the program before the pass; the caller restores it.
+    the program before the pass; the caller restores it. Raises InputError if two runs of the model itself differ.
     """
     assert program.outputs is not None
     outputs = _run(program)
@@ -34,6 +34,8 @@ def check_preserved(
     if agreement >= required_db:
         program.outputs = program.outputs if agreement >= REQUIRED_DB else outputs
         return agreement
+    origin = before.origin or before
+    check_repeatable(origin, lambda: origin(*before.example.args, **before.example.kwargs), required_db)
     culprit = _first_at_fault(before, program.outputs, folds, required_db)
     raise PreservationError(
         f"{pass_name} must preserve the function, but output {output} agrees only to {agreement:.1f} dB (required: "

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from mxcompile.tensor.weight import MXWeight
@@ -20,6 +21,11 @@ def stored_bytes(module: nn.Module) -> int:
                 seen.add(key)
                 total += part.numel() * part.element_size()
     return total
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter or buffer, the CPU if it has none."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

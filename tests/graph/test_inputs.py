@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxcompile.errors import InputError
-from mxcompile.graph.inputs import Inputs, as_batches, as_inputs, map_leaves, named_leaves
+from mxcompile.graph.inputs import Inputs, as_batches, as_inputs, check_batches, map_leaves, named_leaves
 
 X, Y = torch.arange(6.0).reshape(2, 3), torch.arange(4).reshape(2, 2)
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=100)
@@ -148,3 +148,64 @@ def test_a_model_output_is_a_mapping():
     (found,) = named_leaves(CausalLMOutput(logits=X))
     assert found[0] == "logits"
     assert isinstance(found[1], Tensor)
+
+
+# Calls that differ from the traced one
+
+
+TRACED = Inputs((X,), {"ids": Y, "scale": 2.0, "mask": None, "pair": [X, X]})
+
+
+def call(**changes: object) -> Inputs:
+    return Inputs((X,), TRACED.kwargs | changes)
+
+
+def test_sizes_and_integer_dtypes_may_differ():
+    TRACED.check_call(Inputs((X[:1],), {**TRACED.kwargs, "ids": Y.int().repeat(2, 3), "pair": (X, X)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": [[1, 2], [3, 4]]}, r'input ids is a list, .* with a tensor: a tokenizer .* return_tensors="pt"'),
+        ({"ids": []}, "input ids is a list"),
+        ({"ids": "text"}, "input ids is a str, and the model was traced with a tensor: pass the tokenizer's output"),
+        ({"ids": Y.numpy()}, r"input ids is a ndarray, .*: convert it with torch\.from_numpy"),
+        ({"ids": None}, "input ids is a NoneType"),
+        ({"ids": Y[0]}, "input ids has 1 dimensions, it was traced with 2"),
+        ({"ids": Y.float()}, r"input ids is torch\.float32, it was traced with torch\.int64"),
+        ({"pair": [X, X.half()]}, r"input pair\.1 is torch\.float16, it was traced with torch\.float32"),
+        ({"pair": [X]}, "input pair has 1 items, it was traced with 2"),
+        ({"ids": Y.to("meta")}, "input ids is on meta, it was traced with cpu.* or move them there"),
+        ({"mask": X}, "input mask is a tensor, it was traced with None"),
+        ({"scale": X}, r"input scale is a tensor, it was traced with 2\.0"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(change, message):
+    with pytest.raises(InputError, match=message):
+        TRACED.check_call(call(**change))
+
+
+def test_other_arguments():
+    with pytest.raises(
+        InputError, match=r"1 positional arguments and keywords \['ids'\]; the model was traced with 1 and"
+    ):
+        TRACED.check_call(Inputs((X,), {"ids": Y}))
+    with pytest.raises(InputError, match="input 0 has 1 dimensions"):
+        TRACED.check_call(Inputs((X[0],), TRACED.kwargs))
+
+
+def test_the_batch_is_named():
+    with pytest.raises(InputError, match=r"^calibration\[1\]: input ids is a list"):
+        check_batches(TRACED, [TRACED, call(ids=[1])])
+    with pytest.raises(InputError, match=r"^calibration\[1\] is a str; pass a dict"):
+        list(as_batches([X, "text"]))
+    for refused in ("text", Y.numpy()):
+        with pytest.raises(InputError, match=f"^calibration is a {type(refused).__name__}; pass a batch"):
+            list(as_batches(refused))
+
+
+def test_copies_are_contiguous():
+    copied = Inputs((X.t(),), {"a": X.expand(4, 2, 3)}).cloned()
+    assert all(tensor.is_contiguous() for tensor in copied.tensors())
+    assert torch.equal(copied.args[0], X.t())

@@ -9,6 +9,7 @@ import torch
 from models import build, inputs, output
 from torch import Tensor, nn
 
+import mxcompile
 from mxcompile.errors import InputError, TraceError
 from mxcompile.graph.inputs import Inputs, as_inputs
 from mxcompile.graph.trace import exported_program, trace
@@ -143,3 +144,45 @@ def test_a_vision_language_model():
     program = trace(model, example)
     torch.testing.assert_close(output(program(**example)), output(model(**example)), rtol=0, atol=1e-5)
     assert model.config.text_config.use_cache
+
+
+# What cannot be traced
+
+
+def refused(model: object, example: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trace(model, example)
+
+
+def test_what_is_no_plain_module():
+    refused(lambda x: x, x(), "the model is a function: pass a torch.nn.Module")
+    refused(
+        torch.compile(nn.Linear(8, 8), backend="eager"), x(), r"is the result of torch\.compile: .* model\._orig_mod"
+    )
+    scripted = torch.jit.trace(nn.Linear(8, 8), x())
+    refused(scripted, x(), "the model is a ScriptModule")
+    refused(nn.Sequential(nn.Linear(8, 8), scripted), x(), "1 is a ScriptModule, which has no Python code")
+
+
+def test_weights_without_values():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].to("meta")
+    refused(model, x(), r"1\.weight, 1\.bias of the model is on the meta device and has no values .* device_map=None")
+    program = trace(model.to("meta"), x())  # to explain a model, values are not needed
+    with pytest.raises(
+        InputError, match=r"0\.weight, 0\.bias, 1\.weight and 1 more of the model is on the meta device"
+    ):
+        mxcompile.recipes()["w8a8-mxint"].run(program)
+
+
+def test_inputs_that_are_no_tensors():
+    model = nn.Embedding(8, 8)
+    refused(model, {"input": [[1, 2]]}, r'Input input is a list of numbers: a tokenizer .* return_tensors="pt"')
+    refused(model, {"input": torch.tensor([[1]]).numpy()}, r"example input input is a ndarray: .* torch\.from_numpy")
+
+
+def test_strides_of_the_example_are_no_guards():
+    model = nn.Linear(8, 8)
+    program = trace(model, torch.randn(8, 4, 2).transpose(0, 2))
+    for other in (torch.randn(3, 5, 8), torch.randn(8, 5, 3).transpose(0, 2), torch.randn(8).expand(4, 2, 8)):
+        assert torch.equal(program(other), model(other))

@@ -1,6 +1,7 @@
 """Function preservation: a pass that claims to preserve the function is checked, with one forward per pass."""
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ import torch
 from models import build, inputs, output
 from torch import Tensor, nn
 
+import mxcompile
 from mxcompile.analysis.folds.groups import find_groups
-from mxcompile.errors import PreservationError
+from mxcompile.errors import InputError, PreservationError
 from mxcompile.formats import MXINT8
 from mxcompile.graph.agreement import agreement_db, compared_outputs, output_tensors
 from mxcompile.graph.printer import print_program
@@ -282,3 +284,48 @@ def test_other_infinities_do_not_agree(other):
 def test_the_same_infinities_agree():
     masked = torch.tensor([-math.inf, 1.0])
     assert agreement_db({"0": masked}, {"0": masked.clone()})[0] == math.inf
+
+
+# A model that differs from itself
+
+
+class Noisy(nn.Module):
+    """Draws noise, in the trace too; or a factor that the trace has once and for all."""
+
+    def __init__(self, source: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.source = source
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(self.norm(self.source(x)))))
+
+
+NOISES = {
+    "%randn_like": lambda x: x + torch.randn_like(x),
+    "%dropout": lambda x: nn.functional.dropout(nn.functional.dropout(x, 0.5, False), 0.5, True),
+    "%bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_randomness_is_blamed_on_the_model(name):
+    model, x = Noisy(NOISES[name]), torch.randn(4, 32)
+    program = trace(model, x)
+    for run in (
+        lambda: Pipeline([SmoothQuant(), Steps()]).run(program, [x]),
+        lambda: mxcompile.deploy(Pipeline([LowerMX(weight=MXINT8, activation=MXINT8)]).run(program), model),
+    ):
+        with pytest.raises(InputError) as caught:
+            run()
+        assert "the model is not deterministic: two runs of it on the example inputs differ" in str(caught.value)
+        assert f"it draws random numbers at {name}" in str(caught.value)
+        assert "report the model" not in str(caught.value)
+
+
+def test_randomness_that_the_trace_does_not_show():
+    model, x = Noisy(lambda x: x + random.random() * 5 * x.flip(-1)), torch.randn(4, 32)
+    lowered = Pipeline([LowerMX(weight=MXINT8, activation=MXINT8)]).run(trace(model, x))
+    with pytest.raises(InputError, match=r"the model is not deterministic: .* dB\)\. Its quantized form"):
+        mxcompile.deploy(lowered, model)
