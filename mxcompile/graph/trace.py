@@ -23,9 +23,10 @@ from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves, named_leaves
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.program import Program
 from mxcompile.graph.regions import inline_regions
-from mxcompile.graph.traceable_copy import traceable_copy
+from mxcompile.graph.traceable_copy import no_values, traceable_copy
 from mxcompile.graph.vmap_regions import enclose_vmaps
 from mxcompile.tensor.copying import copy_module
+from mxcompile.tensor.modules import named_tensors
 from mxcompile.tensor.weight import MXWeight
 
 _ADVICE = (
@@ -133,6 +134,8 @@ def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:
         with torch.no_grad():
             shadow(*inputs.args, **inputs.kwargs)
     except Exception as error:
+        if without := [name for name, tensor in named_tensors(shadow).items() if tensor.is_meta]:
+            raise InputError(no_values(without)) from error
         shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}".replace("torch.", "") for t in inputs.tensors())
         lists = {
             path.split(".")[1] for path, leaf in named_leaves((inputs.args, inputs.kwargs)) if _in_list(path, leaf)

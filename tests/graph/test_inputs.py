@@ -87,7 +87,7 @@ def test_no_batches(empty):
 def test_calibration_of_no_accepted_form():
     with pytest.raises(InputError, match="calibration is a int; pass a batch or an iterable of batches"):
         list(as_batches(3))
-    with pytest.raises(InputError, match="example inputs are a str"):
+    with pytest.raises(InputError, match=r"calibration\[0\] is a str"):
         list(as_batches(["a sentence"]))
 
 

@@ -154,6 +154,7 @@ def refused(model: object, example: object, message: str) -> None:
         trace(model, example)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_what_is_no_plain_module():
     refused(lambda x: x, x(), "the model is a function: pass a torch.nn.Module")
     refused(
@@ -167,8 +168,9 @@ def test_what_is_no_plain_module():
 def test_weights_without_values():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].to("meta")
-    refused(model, x(), r"1\.weight, 1\.bias of the model is on the meta device and has no values .* device_map=None")
-    program = trace(model.to("meta"), x())  # to explain a model, values are not needed
+    refused(model, x(), r"1\.weight, 1\.bias of the model is on the meta device and has no values .*device_map=None")
+    refused(model.to("meta"), x(), r"0\.weight, 0\.bias, 1\.weight and 1 more of the model is on the meta device")
+    program = trace(model, x().to("meta"))  # to explain a model, values are not needed
     with pytest.raises(
         InputError, match=r"0\.weight, 0\.bias, 1\.weight and 1 more of the model is on the meta device"
     ):
