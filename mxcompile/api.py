@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mxcompile import checkpoint
+from mxcompile.arguments import checked
 from mxcompile.deploy import deploy
 from mxcompile.diagnostics.dump import Dump, write_kernels
 from mxcompile.diagnostics.explain_quantized import explain_quantized
@@ -38,6 +39,7 @@ _DEPLOYED = (
 
 
 @without_callers_modes()
+@checked
 def quantize_and_compile(
     model: M,
     example_inputs: object,
@@ -113,6 +115,7 @@ def load(
     compile: bool = False,
     verify: bool = True,
 ) -> Any: ...
+@checked
 def load(
     path: str | Path,
     *,
@@ -146,6 +149,6 @@ def _default_recipe(calibration: object) -> str:
         return DEFAULT
     warnings.warn(
         f"no calibration data: using the recipe {QUICK}; {DEFAULT} with calibration data is much more accurate",
-        stacklevel=3,
+        stacklevel=4,  # through @checked,
     )
     return QUICK

@@ -20,6 +20,7 @@ from mxcompile.analysis.folds.multiplier import multiplier_digest, multiplier_of
 from mxcompile.analysis.folds.rotation import rotation_of
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.analysis.visibility import output_masks, without_hidden
+from mxcompile.arguments import checked
 from mxcompile.checkpoint import mark_quantized
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import DeployError
@@ -57,6 +58,7 @@ class _Placement:
 
 
 @without_callers_modes()
+@checked
 def deploy(program: Program, model: M, *, check: bool = True) -> M:
     """A copy of `model`, of the same class and in eval mode, that computes the same as the lowered program.
 

@@ -37,6 +37,10 @@ class UnknownNameError(MXCompileError, ValueError):
         super().__init__(f"unknown {kind} {name!r}: {hint}")
 
 
+class ArgumentError(MXCompileError, TypeError):
+    """An argument of a public call has the wrong type; the message names it and says what it may be."""
+
+
 class InputError(MXCompileError, ValueError):
     """The example inputs or calibration data do not fit the model."""
 

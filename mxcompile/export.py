@@ -16,6 +16,7 @@ from torch import nn
 from torch.export.graph_signature import TensorArgument
 from torch.fx import Node
 
+from mxcompile.arguments import checked
 from mxcompile.atomic_files import atomic_file, check_writable
 from mxcompile.errors import CheckpointError, InputError
 from mxcompile.graph.inputs import as_inputs
@@ -27,6 +28,7 @@ from mxcompile.tensor.weight import MXWeight
 _SUFFIX = ".pt2"
 
 
+@checked
 def export(model: nn.Module, example_inputs: object, path: str | Path, *, compile: bool = False) -> Path:
     """Write a deployed module to a file. Returns its path.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Self
 
+from mxcompile.arguments import checked
 from mxcompile.errors import MXCompileError, UnknownNameError
 
 BLOCK_SIZES: Final = (16, 32, 64, 128)
@@ -65,6 +66,7 @@ class MXFormat:
         """Bytes of the packed elements of one block, without its scale byte."""
         return self.block_size * self.bits // 8
 
+    @checked
     def with_block(self, block_size: int) -> Self:
         """The same element type with another block size (16, 32, 64 or 128)."""
         if block_size not in BLOCK_SIZES:
@@ -91,6 +93,7 @@ class MXFormat:
         return f"{self.name}{block}{_ALIGNED if self.aligned else ''}"
 
 
+@checked
 def integer(bits: int) -> MXFormat:
     """Two's complement elements of 2 to 8 bits, symmetric: MXINT8 is `integer(8)`, and `integer(2)` has -1, 0 and 1."""
     if not 2 <= bits <= 8:
@@ -98,6 +101,7 @@ def integer(bits: int) -> MXFormat:
     return MXFormat(f"mxint{bits}", bits, 0, bits - 2, 0, 0, 2 - 2.0 ** (2 - bits))
 
 
+@checked
 def floating(exponent_bits: int, mantissa_bits: int) -> MXFormat:
     """Elements of a sign, 1 to 5 exponent bits (biased as IEEE's) and a mantissa, 8 bits at most, with subnormals.
 
@@ -138,6 +142,7 @@ E4M3_COMPATIBLE: Final = frozenset({"mxfp4", "mxint4", "mxfp6_e2m3", "mxfp6_e3m2
 _FORMATS_BY_NAME: Final = FORMATS | {"mxfp8": MXFP8_E4M3, "mxfp6": MXFP6_E3M2, "mxfp4_e2m1": MXFP4}
 
 
+@checked
 def parse_format(text: str) -> MXFormat:
     """`"mxint4"`, `"mxint4:64"` with a block size, `"mxfp8_e4m3+aligned"` for aligned activations.
 
@@ -227,6 +232,7 @@ class ScaleRule(Enum):
                 return 7.25 / 4.0
 
 
+@checked
 def parse_scale_rule(text: str) -> ScaleRule:
     """A scale rule by its text: floor, even, rceil, ceil, 7.25 or mse."""
     try:

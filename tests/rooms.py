@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PRODUCT = [*sorted((ROOT / "mxcompile").rglob("*.py")), *sorted((ROOT / "passes").glob("*.py"))]
 FLOORS = (
     {"errors"},
+    {"arguments"},
     {"formats", "atomic_files"},
     {"numerics"},
     {"kernels"},

@@ -9,6 +9,7 @@ from torch.fx import Node
 from mxcompile.analysis.float_tensors import find_float_tensors
 from mxcompile.analysis.matmuls import Matmul, UnquantizedNode, find_matmuls
 from mxcompile.analysis.tensor_reads import EMBEDDING
+from mxcompile.arguments import checked
 from mxcompile.errors import CoverageError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.dataflow import effective_readers
@@ -51,6 +52,7 @@ class MatmulChoice:
         return effective_readers(matmul.root) <= {m.node for m in self.matmuls}
 
 
+@checked
 def choose(program: Program) -> MatmulChoice:
     """Apply the Program's `Selection` to its matmuls."""
     matmuls, refused = find_matmuls(program)

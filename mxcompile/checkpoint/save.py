@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from mxcompile.arguments import checked
 from mxcompile.atomic_files import check_writable, write_durably
 from mxcompile.checkpoint import shards
 from mxcompile.checkpoint.checked_json import sha256
@@ -28,6 +29,7 @@ _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", re.IGNORECASE)
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+@checked
 def save(
     model: nn.Module,
     path: str | Path,
@@ -62,6 +64,10 @@ def save(
         )
     shards.check_dtypes(tensors.items())
     folder, processors = Path(path), (tokenizer, processor)
+    for name, value in (("tokenizer", tokenizer), ("processor", processor)):
+        if value is not None and (isinstance(value, type) or not callable(getattr(value, "save_pretrained", None))):
+            kind = type(value).__name__
+            raise CheckpointError(f"{name} is of type {kind}, which has no save_pretrained: give transformers' object")
     foreign_format = _foreign_format(format, folder)
     if foreign_format is not None:
 

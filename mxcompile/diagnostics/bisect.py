@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import nn
 
 from mxcompile.analysis.layers import Layer, find_layers
+from mxcompile.arguments import checked
 from mxcompile.calibration.hybrid_run import HybridRun, ProgramChange, find_changes
 from mxcompile.calibration.run import Runner
 from mxcompile.diagnostics.program_scores import KLDivergence, Perplexity, Score
@@ -147,6 +148,7 @@ def _row(name: str, blame: str, number: str) -> tuple[Text, Text, Text]:
     return Text(name, style), Text(blame, style), Text(number, style)
 
 
+@checked
 def bisect(
     model: nn.Module,
     example_inputs: object,

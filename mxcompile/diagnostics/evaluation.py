@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mxcompile.arguments import checked
 from mxcompile.errors import InputError, UnknownNameError
 from mxcompile.graph.masks import shown_tokens
 from mxcompile.numerics.metrics import kl_divergence, negative_log_likelihood, perplexity, top1_agreement
@@ -63,6 +64,7 @@ class Evaluation:
         return {Metric.TOP1: self.top1, Metric.PERPLEXITY: ratio, Metric.KL: math.exp(-self.kl)}[Metric(metric)]
 
 
+@checked
 def evaluate(
     model: nn.Module,
     windows: Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]],
@@ -80,6 +82,8 @@ def evaluate(
     a visible one. A window of one token has none. Raises InputError if no window has two tokens, if a model fails,
     returns no such logits or NaN, or if the vocabularies differ.
     """
+    if isinstance(windows, Tensor) and windows.dim() != 2:
+        raise InputError(f"a window is [batch, length], not {list(windows.shape)}")
     models = [model] if reference is None else [model, reference]
     sums = [0.0] * 4
     tokens = 0
@@ -98,6 +102,7 @@ def evaluate(
     return Evaluation(tokens, nll) if reference is None else Evaluation(tokens, nll, kl, top1, reference_nll)
 
 
+@checked
 def token_windows(tokens: Tensor, length: int, count: int | None = None, *, tokenizer: Any = None) -> Iterator[Tensor]:
     """Split token ids `[tokens]` into consecutive windows `[1, length]`, at most `count`; a shorter rest is dropped.
 

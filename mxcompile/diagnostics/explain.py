@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose, exclude_shared_weights, name_in_module, override_formats
 from mxcompile.analysis.matmuls import Matmul, UnquantizedNode, find_matmuls
+from mxcompile.arguments import checked
 from mxcompile.diagnostics.explain_quantized import explain_quantized, layer_name, select_kernel, with_sizes
 from mxcompile.diagnostics.explanation import FLOAT, LOOKUP, Explanation, SelectedKernel, group_similar
 from mxcompile.errors import InputError, PipelineError
@@ -31,6 +32,7 @@ from mxcompile.tensor.modules import device_of, stored_bytes
 from mxcompile.tensor.weight import MXWeight
 
 
+@checked
 def explain(
     model: nn.Module,
     example_inputs: object = None,

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mxcompile.arguments import checked
 from mxcompile.diagnostics.tables import graded, table
 from mxcompile.errors import DumpError
 from mxcompile.graph.records import LayerMeasurements, Miss, ModelMeasurements, PassRecord
@@ -39,6 +40,7 @@ class Ledger:
     passes: tuple[PassRecord, ...]
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "Ledger":
         """Read a `ledger.json`, or the one in a dump folder; raises DumpError if it does not have this schema."""
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)

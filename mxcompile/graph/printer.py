@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from mxcompile.arguments import checked
 from mxcompile.graph.dataflow import reads_graph
 from mxcompile.graph.program import Program, module_path
 from mxcompile.tensor.digest import tensor_sha256
@@ -27,6 +28,7 @@ _NAME, _TYPE, _CALL = 40, 28, 84
 _SUMMARIES: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
 
 
+@checked
 def print_program(program: Program) -> str:
     """The whole program as text, ending in a newline."""
     symbols: dict[str, str] = {}
@@ -34,6 +36,7 @@ def print_program(program: Program) -> str:
     return "\n".join(lines) + "\n"
 
 
+@checked
 def print_changes(before: Program, after: Program) -> str:
     """The lines that differ, with `-` or `+` in front and without column padding: for tests of a pass."""
     lines = diff_text(print_program(before), print_program(after), "", "").splitlines()[2:]

@@ -256,9 +256,16 @@ class Program:
 
 @contextmanager
 def guards_explained() -> Generator[None]:
-    """Raise an InputError where a guard of the traced graph fails (a size that it is specialised to)."""
+    """Raise an InputError where a guard (a size that the graph is specialised to) or an operator of the graph fails."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of an operator: another dtype or device
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"the traced graph fails on these inputs: {reason}; trace again with inputs of this kind"
+        ) from (error)
     except AssertionError as error:
         if "Guard failed" not in str(error):
             raise

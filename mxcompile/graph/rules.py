@@ -15,6 +15,7 @@ from typing import Any
 from torch._ops import OpOverloadPacket
 from torch.fx import Graph, Node
 
+from mxcompile.arguments import checked
 from mxcompile.graph.dataflow import operand
 from mxcompile.graph.program import where
 from mxcompile.graph.records import Miss, PassResult
@@ -110,6 +111,7 @@ class Rule:
     rewrite: Callable[[Graph, Match], None]
 
 
+@checked
 def apply_rules(graph: Graph, rules: Iterable[Rule]) -> PassResult:
     """Try every rule at every node once, in graph order, then eliminate dead code."""
     rules = tuple(rules)

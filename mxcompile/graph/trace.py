@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from mxcompile.arguments import checked
 from mxcompile.errors import InputError, TraceError
 from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.constants import resolve_constants
@@ -39,6 +40,7 @@ _TENSORS = 'a tokenizer returns tensors with return_tensors="pt"; make others wi
 
 
 @without_callers_modes()
+@checked
 def trace(
     model: nn.Module,
     example_inputs: object,

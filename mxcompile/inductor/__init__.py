@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from mxcompile.arguments import checked
 from mxcompile.errors import CompileError
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,6 +37,7 @@ def why_no_inductor(device: torch.device) -> str | None:
     return why_no_compiler(device)
 
 
+@checked
 def compile_module(module: M) -> M:
     """Compile a deployed module in place, with MX fusion. Returns it.
 
@@ -47,7 +49,7 @@ def compile_module(module: M) -> M:
 
         compile_fused(module)
     else:
-        warnings.warn(f"{reason}: plain torch.compile runs the model, without fused MX kernels", stacklevel=3)
+        warnings.warn(f"{reason}: plain torch.compile runs the model, without fused MX kernels", stacklevel=4)
         module.compile()
     return module
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mxcompile.arguments import checked
 from mxcompile.calibration.not_finite import check_inputs, check_requests
 from mxcompile.calibration.run import gather_statistics, visible_batches
 from mxcompile.errors import InputError, PipelineError, PreservationError
@@ -37,6 +38,7 @@ class Pipeline:
     Raises MXCompileError for a format that has a built-in name but other values.
     """
 
+    @checked
     def __init__(self, passes: Iterable[Pass]) -> None:
         self.passes = tuple(passes)
         stage, origin = Stage.FLOAT, "trace"
@@ -71,6 +73,7 @@ class Pipeline:
         return hash(self.passes)
 
     @classmethod
+    @checked
     def parse(cls, text: str, passes: Iterable[type[Pass]] = ()) -> "Pipeline":
         """Parse `smooth-quant{alpha=0.5} | lower-mx{weight=mxint4}`. passes: your own, beside the built-in ones."""
         from mxcompile.passes import PASSES  # the one import upwards: pass names are looked up here
@@ -78,6 +81,7 @@ class Pipeline:
         table: dict[str, type[Pass]] = {**PASSES, **{p.name: p for p in passes}}
         return cls(text_form.parse_call(part, "pass", table) for part in text.split("|"))
 
+    @checked
     def with_overrides(self, overrides: Mapping[str, MXFormat | str | None]) -> "Pipeline":
         """The same pipeline with `overrides` added after those of every pass that gives weights a format.
 
@@ -92,6 +96,7 @@ class Pipeline:
         return Pipeline(changed.get(id(current), current) for current in self.passes)
 
     @without_callers_modes()
+    @checked
     def run(
         self,
         program: Program,

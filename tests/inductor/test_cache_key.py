@@ -7,7 +7,7 @@ import mxcompile
 from mxcompile.inductor import backend
 
 PACKAGE = Path(mxcompile.__file__).parent
-NO_NUMBERS = {PACKAGE / "errors.py"}
+NO_NUMBERS = {PACKAGE / "errors.py", PACKAGE / "arguments.py"}
 
 
 def imported(file: Path) -> set[Path]:

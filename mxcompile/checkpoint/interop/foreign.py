@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from mxcompile.arguments import checked
 from mxcompile.atomic_files import check_writable, real_path
 from mxcompile.checkpoint.checked_json import read_json
 from mxcompile.checkpoint.config_json import CONFIG
@@ -93,6 +94,7 @@ def read_gguf_tokenizer(path: str | Path) -> Any:
     return gguf_tokenizer_reader.load(Path(path))
 
 
+@checked
 def read_gguf(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a GGUF file of any architecture, under llama.cpp's names: MXFP4 as MXWeights, the rest as float32.
 
