@@ -123,7 +123,7 @@ def test_writes_over_its_own_dump_and_over_nothing_else(tmp_path):
 def test_a_bad_folder_is_refused_before_the_model_is_traced(tmp_path):
     (tmp_path / "theirs.txt").write_text("")
     with pytest.raises(DumpError):
-        mxcompile.quantize_and_compile("not even a model", None, dump=tmp_path, recipe="w4a8-mxint-quick")
+        mxcompile.quantize_and_compile(torch.nn.Linear(2, 2), None, dump=tmp_path, recipe="w4a8-mxint-quick")
 
 
 class Explode(mxcompile.Pass):
