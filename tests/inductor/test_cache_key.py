@@ -7,7 +7,7 @@ import mxcompile
 from mxcompile.inductor import backend
 
 PACKAGE = Path(mxcompile.__file__).parent
-NO_NUMBERS = {PACKAGE / "errors.py", PACKAGE / "arguments.py"}
+NO_NUMBERS = {PACKAGE / name for name in ("errors.py", "arguments.py", "atomic_files.py")}
 
 
 def imported(file: Path) -> set[Path]:
