@@ -149,6 +149,6 @@ def _default_recipe(calibration: object) -> str:
         return DEFAULT
     warnings.warn(
         f"no calibration data: using the recipe {QUICK}; {DEFAULT} with calibration data is much more accurate",
-        stacklevel=4,  # through @checked,
+        stacklevel=5,  # through two decorators
     )
     return QUICK
