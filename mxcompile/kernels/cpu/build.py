@@ -19,6 +19,7 @@ from pathlib import Path
 
 import platformdirs
 import torch
+from filelock import FileLock, Timeout
 
 from mxcompile.atomic_files import atomic_file
 from mxcompile.formats import MXFormat, why_no_kernel
@@ -89,17 +90,30 @@ def _library(title: str, sources: Sequence[str], options: Sequence[str], built_f
     folder = Path(platformdirs.user_cache_dir("mxcompile", appauthor=False)) / "cpu"
     path = folder / f"{title}-{name}.so"
     try:
-        if path.exists():
-            with suppress(OSError):  # damaged, as by a power failure: built again
-                return ctypes.CDLL(str(path))
-        _build(command, path)
-        return ctypes.CDLL(str(path))
+        if (loaded := _loaded(path)) is not None:
+            return loaded
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock"), timeout=2 * _SECONDS):  # processes that start together build it once
+            if (loaded := _loaded(path)) is not None:
+                return loaded
+            _build(command, path)
+            return ctypes.CDLL(str(path))
+    except Timeout as error:
+        raise BuildError(f"another process has not built the CPU kernel {title} in {2 * _SECONDS} s") from error
     except OSError as error:
         raise BuildError(f"the CPU kernel {title} cannot be stored in {folder}: {error.strerror or error}") from error
 
 
+def _loaded(path: Path) -> ctypes.CDLL | None:
+    """The library, if it is there and intact."""
+    if path.exists():
+        with suppress(OSError):  # damaged, as by a power failure: built again
+            return ctypes.CDLL(str(path))
+    return None
+
+
 def _build(command: list[str], path: Path) -> None:
-    """Build the library, whole or not at all: another process may build the same one, and this one may be killed."""
+    """Build the library, whole or not at all: this process may be killed."""
     with atomic_file(path, durable=True) as built:
         try:
             completed = subprocess.run(
