@@ -8,14 +8,13 @@ or `scatter` into a tensor that is in order, or an elementwise op with a value o
 residual addition).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.graph.dataflow import is_constant, operand
+from mxcompile.graph.dataflow import is_constant, operand, shapes_are_equal
 from mxcompile.graph.program import Program
 
 _INDEX: Final = "index"
@@ -74,7 +73,8 @@ def _is_in_order(node: Node, selected: set[Node]) -> bool:
     if name not in _ELEMENTWISE:
         return False
     shape = _shape(node)
-    return any(_shape(s) == shape and s not in selected and not is_constant(s) for s in node.all_input_nodes)
+    in_order = (s for s in node.all_input_nodes if s not in selected and not is_constant(s))
+    return any(shapes_are_equal(_shape(source), shape) for source in in_order)
 
 
 def _name(node: Node) -> str:
@@ -89,11 +89,10 @@ def _is_last(node: Node, position: int | None, rank: int) -> bool:
     return isinstance(dim, int) and rank > 1 and dim % rank == rank - 1
 
 
-def _shape(node: Node) -> torch.Size | None:
-    value = node.meta.get("val")
-    return value.shape if isinstance(value, Tensor) else None
-
-
 def _rank(node: Node) -> int:
+    return len(_shape(node))
+
+
+def _shape(node: Node) -> Sequence[Any]:
     value = node.meta.get("val")
-    return value.dim() if isinstance(value, Tensor) else 0
+    return value.shape if isinstance(value, Tensor) else ()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.graph.dataflow import SAME_VALUE, operand
+from mxcompile.graph.dataflow import SAME_VALUE, operand, shapes_are_equal
 from mxcompile.numerics.column_rounding import IllConditionedError
 from mxcompile.numerics.importance import token_weights
 
@@ -133,8 +133,9 @@ def residual_operand(matmul: Matmul) -> Node | None:
         (user,) = node.users
         if user.target is aten.add.Tensor and user.kwargs.get("alpha", 1) == 1:
             other = user.args[1] if user.args[0] is node else user.args[0]
-            same = isinstance(other, Node) and other.meta["val"].shape == user.meta["val"].shape
-            return other if same and isinstance(other, Node) else None
+            if not isinstance(other, Node) or not shapes_are_equal(other.meta["val"].shape, user.meta["val"].shape):
+                return None
+            return other
         if user.target not in _PASSED:
             return None
         node = user

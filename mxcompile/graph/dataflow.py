@@ -1,6 +1,6 @@
 """Walk a graph: which ops only transpose, cast or copy a value, and which nodes read a value through them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,13 @@ TRANSPOSES = frozenset(
 def compute_nodes(nodes: Iterable[Node]) -> list[Node]:
     """The nodes that compute something: neither inputs, tensors nor the output."""
     return [node for node in nodes if node.op not in ("placeholder", "get_attr", "output")]
+
+
+def shapes_are_equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes are known to be equal; a size that the data choose equals itself alone."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy, as tracing does
+
+    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
 
 
 def operand(node: Node, index: int, default: Any = None) -> Any:

@@ -41,6 +41,11 @@ def added_into_place(m, x):
     return m.b(x.scatter_add(1, index, m.a(x.gather(1, index))))
 
 
+def scaled_by_channel(m, x):
+    rows = x.flatten(0, 1)
+    return m.a(rows[m.score(rows)[:, 0] > 0] * m.b.weight[0])
+
+
 def sorted_back(m, x):
     rows = x.flatten(0, 1)
     order = m.score(rows)[:, 0].argsort()
@@ -66,6 +71,7 @@ def entries_of_a_table(m, x):
         (picked_by_a_score, ["a"]),
         (through_an_activation, ["a", "b"]),
         (added_into_place, ["a"]),
+        (scaled_by_channel, ["a"]),
         (sorted_back, ["a"]),
         (channels_in_order_of_size, []),
         (tokens_in_order_of_size, ["a"]),

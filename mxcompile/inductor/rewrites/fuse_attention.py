@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.operator_schemas import normalize_function
 
+from mxcompile.graph.dataflow import shapes_are_equal
 from mxcompile.graph.edit import create_call
 from mxcompile.inductor.rewrites.decompose_attention import replace_output, uses_only_output
 from mxcompile.kernels.dispatch import why_no_attention
@@ -46,7 +47,7 @@ def _rewrite(graph: Graph, node: Node) -> bool:
         return False
     query, *pair = tensors
     short = [_unrepeated(part) for part in pair]
-    key, value = short if _alike(*(_shape(part)[:3] for part in short)) else pair
+    key, value = short if shapes_are_equal(*(_shape(part)[:3] for part in short)) else pair
     values: list[Any] = [None if part is None else part.meta["val"] for part in (query, key, value, mask)]
     if not _fits(*values) or why_no_attention(*values) is not None:
         return False
@@ -74,7 +75,11 @@ def _fits(query: Any, key: Any, value: Any, mask: Any) -> bool:
     broadcasts = len(sizes) <= 4 and all(
         statically_known_true(a == 1) or statically_known_true(a == b) for a, b in pairs
     )
-    return broadcasts and _alike(key.shape[:3], value.shape[:3]) and _alike(query.shape[:1], key.shape[:1])
+    return (
+        broadcasts
+        and shapes_are_equal(key.shape[:3], value.shape[:3])
+        and shapes_are_equal(query.shape[:1], key.shape[:1])
+    )
 
 
 def _unrepeated(node: Node) -> Node:
@@ -94,16 +99,16 @@ def _unrepeated(node: Node) -> Node:
     batch, shared, keys, size = _shape(source)
     is_repeat = (
         isinstance(n, int)
-        and _alike(_shape(single), (batch, shared, 1, keys, size))
-        and _alike(_shape(repeated), (batch, shared, n, keys, size))
-        and _alike(_shape(node), (batch, shared * n, keys, size))
+        and shapes_are_equal(_shape(single), (batch, shared, 1, keys, size))
+        and shapes_are_equal(_shape(repeated), (batch, shared, n, keys, size))
+        and shapes_are_equal(_shape(node), (batch, shared * n, keys, size))
     )
     return source if is_repeat else node
 
 
 def _uncopied(node: Any) -> Node:
     """The node behind copies, aliases and slices that take everything."""
-    while node.target in _COPIES and _alike(_shape(node), _shape(node.args[0])):
+    while node.target in _COPIES and shapes_are_equal(_shape(node), _shape(node.args[0])):
         node = node.args[0]
     return node
 
@@ -116,11 +121,6 @@ def _unexpanded(mask: Any) -> Any:
 
 def _shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
-
-
-def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether two shapes are known to be equal."""
-    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
 
 
 def _erase_unused(graph: Graph, node: Any) -> None:
