@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from mxcompile.arguments import checked
@@ -25,6 +25,7 @@ from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.program import Program
 from mxcompile.graph.regions import inline_regions
 from mxcompile.graph.traceable_copy import no_values, traceable_copy
+from mxcompile.graph.varying_sizes import Attempt, attempts
 from mxcompile.graph.vmap_regions import enclose_vmaps
 from mxcompile.tensor.copying import copy_module
 from mxcompile.tensor.modules import named_tensors
@@ -101,10 +102,8 @@ def _patterns(patterns: Iterable[str]) -> tuple[str, ...]:
 
 
 def _export(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    doubled = inputs.with_doubled_batch()
-    attempts = [inputs] if doubled is None else [doubled, inputs]
     failure: Exception | None = None
-    for attempt in attempts:
+    for attempt in attempts(inputs):
         try:
             return _export_once(shadow, attempt)
         except Exception as error:
@@ -116,16 +115,13 @@ def _export(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     raise TraceError(f"{type(shadow).__name__} cannot be traced: {location}: {reason}. {_ADVICE}") from failure
 
 
-def _export_once(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+def _export_once(shadow: nn.Module, attempt: Attempt) -> torch.export.ExportedProgram:
     """Under no_grad, so that a `with torch.no_grad()` inside the model leaves no nested graph."""
-
-    def dynamic(leaf: object) -> object:
-        return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
-
-    arguments = inspect.signature(shadow.forward).bind(*inputs.args, **inputs.kwargs).arguments
-    shapes = map_leaves(dynamic, dict(arguments))
+    args, kwargs = attempt.inputs.args, attempt.inputs.kwargs
+    arguments = inspect.signature(shadow.forward).bind(*args, **kwargs).arguments
+    shapes = map_leaves(attempt.dynamic_dimensions, dict(arguments))
     with torch.no_grad():
-        return torch.export.export(shadow, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+        return attempt.run(lambda: torch.export.export(shadow, args, kwargs, dynamic_shapes=shapes, strict=False))
 
 
 def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:
