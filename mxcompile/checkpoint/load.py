@@ -2,7 +2,8 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TypeVar, overload
+from threading import RLock
+from typing import Final, TypeVar, overload
 
 from torch import Tensor, nn
 
@@ -15,6 +16,9 @@ from mxcompile.errors import CheckpointError
 from mxcompile.tensor.modules import named_tensors, set_tensors
 
 M = TypeVar("M", bound=nn.Module)
+_ONE_AT_A_TIME: Final = RLock()
+"""While transformers (5.17 to 5.24) builds a model it replaces methods of its classes: two threads that load at a time
+would leave `tie_weights` without effect for the rest of the process."""
 
 
 @overload
@@ -25,8 +29,13 @@ def load(path: str | Path, *, model: nn.Module | None = None, verify: bool = Tru
     """The module that `save` wrote, in eval mode. Its tensors are memory-mapped: pages are read when first touched.
 
     Other projects' checkpoints are loaded too, in the formats of `interop`. path: a folder or file, or a hub id.
+    Threads that load take turns.
     """
-    path = find_folder(path)
+    with _ONE_AT_A_TIME:
+        return _load_latest(find_folder(path), model, verify)
+
+
+def _load_latest(path: Path, model: nn.Module | None, verify: bool) -> nn.Module:
     if foreign.is_foreign(path):
         loaded = foreign.load(path, model)
         mark_quantized(loaded, None)

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -172,3 +173,15 @@ def test_transformers_may_have_been_imported_before(tmp_path, monkeypatch):
     for _ in range(2):
         register()
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path), deployed("llama", "w8a8-mxint"))
+
+
+def test_threads_that_load_leave_the_classes_of_transformers_as_they_are(tmp_path):
+    from transformers import PreTrainedModel
+
+    before = PreTrainedModel.tie_weights
+    mxcompile.save(deployed("llama-tied"), tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        loaded = list(threads.map(lambda _: mxcompile.load(tmp_path), range(8)))
+    assert PreTrainedModel.tie_weights is before
+    for model in loaded:
+        assert_same(model, deployed("llama-tied"))
