@@ -168,7 +168,7 @@ def as_format(fmt: "MXFormat | str") -> MXFormat:
     """A format given as one or as text. Raises UnknownNameError or MXCompileError for anything else."""
     if isinstance(fmt, MXFormat):
         return fmt
-    if isinstance(fmt, str):
+    if isinstance(fmt, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         return parse_format(fmt)
     raise MXCompileError(f"{fmt!r} is not a format: give mxcompile.formats.MXINT4, or its name 'mxint4'")
 
@@ -245,7 +245,7 @@ def as_scale_rule(rule: ScaleRule | str) -> ScaleRule:
     """A scale rule given as one or as text. Raises UnknownNameError or MXCompileError for anything else."""
     if isinstance(rule, ScaleRule):
         return rule
-    if isinstance(rule, str):
+    if isinstance(rule, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         return parse_scale_rule(rule)
     raise MXCompileError(f"{rule!r} is not a scale rule: give ScaleRule.FLOOR, or its name 'floor'")
 
