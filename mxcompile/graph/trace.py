@@ -31,9 +31,13 @@ from mxcompile.tensor.copying import copy_module
 from mxcompile.tensor.modules import named_tensors
 from mxcompile.tensor.weight import MXWeight
 
+_PART = (
+    "trace a submodule that can be traced (mxcompile.trace(model.encoder, ...)); or give example inputs without the "
+    "one that is read there, such as an image: what only that input reaches stays float."
+)
 _ADVICE = (
     "Try: replace Python control flow on tensor values with torch.where or torch.cond, and .item() with tensor "
-    "arithmetic; or trace a submodule that can be traced (mxcompile.trace(model.encoder, ...))."
+    f"arithmetic; or {_PART}"
 )
 
 
@@ -111,8 +115,15 @@ def _export(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     assert failure is not None
     _run_eagerly(shadow, inputs)
     location = _innermost_module(failure, shadow)
-    reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-    raise TraceError(f"{type(shadow).__name__} cannot be traced: {location}: {reason}. {_ADVICE}") from failure
+    raise TraceError(f"{type(shadow).__name__} cannot be traced: {location}: {_reason(failure)}") from failure
+
+
+def _reason(failure: Exception) -> str:
+    """The first line of an error of torch.export, and what to do."""
+    line = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+    if "Couldn't swap" in line:  # what torch says of the parameters that it traces with
+        return "a module is cast or moved (Module.to) while it runs: do that once, before. Or " + _PART
+    return f"{line}. {_ADVICE}"
 
 
 def _export_once(shadow: nn.Module, attempt: Attempt) -> torch.export.ExportedProgram:

@@ -247,6 +247,20 @@ def test_an_untraceable_model():
     assert caught.value.__cause__ is not None
 
 
+def test_a_model_that_casts_a_module_while_it_runs():
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scores = self.scores.to(torch.float32)
+            return self.scores(x)
+
+    with pytest.raises(TraceError, match=r"in 0 \(Router\), line \d+ of its forward: a module is cast or moved .*once"):
+        trace(nn.Sequential(Router()), torch.randn(2, 8))
+
+
 def test_an_untraceable_top_module():
     with pytest.raises(TraceError, match=r"in the top module \(Branching\), line \d+ of its forward"):
         trace(Branching(), torch.randn(2, 8))
