@@ -46,144 +46,146 @@ _SIZES: Final[dict[str, Any]] = {
 """A config takes the entries whose names it has."""
 
 
-def _sizes(model_type: str) -> dict[str, Any]:
+def sizes(model_type: str) -> dict[str, Any]:
+    """The small sizes that the config of this type has a name for."""
     config = AutoConfig.for_model(model_type)
     computed = {name for name in _SIZES if isinstance(getattr(type(config), name, None), property)}
     return {name: size for name, size in _SIZES.items() if name not in computed and hasattr(config, name)}
 
 
-def _auto(auto: str, model_type: str, **changes: Any) -> Callable[[], nn.Module]:
-    """A builder: the model that transformers' class `auto` makes from that type's config."""
+def auto(auto: str, model_type: str, **changes: Any) -> Callable[[], nn.Module]:
+    """A builder: the model that transformers' class `auto` (or a model's own class) makes from that type's config."""
 
     def make() -> nn.Module:
         import transformers
 
-        config = AutoConfig.for_model(model_type, **{**_sizes(model_type), **changes})
-        return getattr(transformers, auto).from_config(config)
+        config = AutoConfig.for_model(model_type, **{**sizes(model_type), **changes})
+        chosen = getattr(transformers, auto)
+        return chosen.from_config(config) if auto.startswith("Auto") else chosen(config)
 
     return make
 
 
-def _causal(model_type: str, **changes: Any) -> Callable[[], nn.Module]:
-    return _auto("AutoModelForCausalLM", model_type, **changes)
+def causal(model_type: str, **changes: Any) -> Callable[[], nn.Module]:
+    return auto("AutoModelForCausalLM", model_type, **changes)
 
 
-def _masked(model_type: str, **changes: Any) -> Callable[[], nn.Module]:
-    return _auto("AutoModelForMaskedLM", model_type, **changes)
+def masked(model_type: str, **changes: Any) -> Callable[[], nn.Module]:
+    return auto("AutoModelForMaskedLM", model_type, **changes)
 
 
-def _seq2seq(model_type: str, **changes: Any) -> Callable[[], nn.Module]:
-    return _auto("AutoModelForSeq2SeqLM", model_type, **changes)
+def seq2seq(model_type: str, **changes: Any) -> Callable[[], nn.Module]:
+    return auto("AutoModelForSeq2SeqLM", model_type, **changes)
 
 
-def _image(model_type: str, **changes: Any) -> Callable[[], nn.Module]:
-    return _auto("AutoModelForImageClassification", model_type, num_labels=10, **changes)
+def image(model_type: str, **changes: Any) -> Callable[[], nn.Module]:
+    return auto("AutoModelForImageClassification", model_type, num_labels=10, **changes)
 
 
 def _clip() -> nn.Module:
     """An image encoder and a text encoder; the result is how well they match."""
-    parts = {f"{part}_config": _sizes(f"clip_{part}_model") for part in ("text", "vision")}
-    return _auto("AutoModel", "clip", **parts, projection_dim=HIDDEN)()
+    parts = {f"{part}_config": sizes(f"clip_{part}_model") for part in ("text", "vision")}
+    return auto("AutoModel", "clip", **parts, projection_dim=HIDDEN)()
 
 
 _SLIDING_AND_FULL: Final = ["sliding_attention", "full_attention"]
 
 ARCHITECTURES: Final[dict[str, Callable[[], nn.Module]]] = {
     # decoders
-    "llama": _causal("llama"),
-    "mistral": _causal("mistral"),
-    "qwen2": _causal("qwen2"),
-    "qwen3": _causal("qwen3"),
-    "gemma": _causal("gemma"),
-    "gemma2": _causal("gemma2", query_pre_attn_scalar=16),
-    "gemma3": _causal("gemma3_text", query_pre_attn_scalar=16, layer_types=_SLIDING_AND_FULL),
-    "phi": _causal("phi"),
-    "phi3": _causal("phi3"),
-    "olmo": _causal("olmo"),
-    "olmo2": _causal("olmo2"),
-    "olmo3": _causal("olmo3", layer_types=_SLIDING_AND_FULL),
-    "gpt2": _causal("gpt2"),
-    "gpt_neo": _causal("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=4),
-    "gpt_neox": _causal("gpt_neox"),
-    "gpt_bigcode": _causal("gpt_bigcode"),
-    "gptj": _causal("gptj"),
-    "codegen": _causal("codegen"),
-    "opt": _causal("opt"),
-    "bloom": _causal("bloom"),
-    "falcon": _causal("falcon"),
-    "falcon_40b": _causal("falcon", new_decoder_architecture=True, num_kv_heads=2),
-    "mpt": _causal("mpt"),
-    "glm": _causal("glm"),
-    "glm4": _causal("glm4"),
-    "granite": _causal("granite", embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=2.0),
-    "cohere": _causal("cohere", logit_scale=1.0),
-    "cohere2": _causal("cohere2", logit_scale=1.0, layer_types=_SLIDING_AND_FULL),
-    "starcoder2": _causal("starcoder2"),
-    "stablelm": _causal("stablelm"),
-    "smollm3": _causal("smollm3", no_rope_layers=[1, 0]),
-    "nemotron": _causal("nemotron"),
-    "helium": _causal("helium"),
-    "exaone4": _causal("exaone4", layer_types=_SLIDING_AND_FULL),
-    "hunyuan": _causal("hunyuan_v1_dense"),
-    "seed_oss": _causal("seed_oss"),
-    "apertus": _causal("apertus"),
-    "arcee": _causal("arcee"),
-    "bitnet": _causal("bitnet"),
-    "diffllama": _causal("diffllama"),
-    "persimmon": _causal("persimmon"),
-    "biogpt": _causal("biogpt"),
-    "nanochat": _causal("nanochat"),
+    "llama": causal("llama"),
+    "mistral": causal("mistral"),
+    "qwen2": causal("qwen2"),
+    "qwen3": causal("qwen3"),
+    "gemma": causal("gemma"),
+    "gemma2": causal("gemma2", query_pre_attn_scalar=16),
+    "gemma3": causal("gemma3_text", query_pre_attn_scalar=16, layer_types=_SLIDING_AND_FULL),
+    "phi": causal("phi"),
+    "phi3": causal("phi3"),
+    "olmo": causal("olmo"),
+    "olmo2": causal("olmo2"),
+    "olmo3": causal("olmo3", layer_types=_SLIDING_AND_FULL),
+    "gpt2": causal("gpt2"),
+    "gpt_neo": causal("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=4),
+    "gpt_neox": causal("gpt_neox"),
+    "gpt_bigcode": causal("gpt_bigcode"),
+    "gptj": causal("gptj"),
+    "codegen": causal("codegen"),
+    "opt": causal("opt"),
+    "bloom": causal("bloom"),
+    "falcon": causal("falcon"),
+    "falcon_40b": causal("falcon", new_decoder_architecture=True, num_kv_heads=2),
+    "mpt": causal("mpt"),
+    "glm": causal("glm"),
+    "glm4": causal("glm4"),
+    "granite": causal("granite", embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=2.0),
+    "cohere": causal("cohere", logit_scale=1.0),
+    "cohere2": causal("cohere2", logit_scale=1.0, layer_types=_SLIDING_AND_FULL),
+    "starcoder2": causal("starcoder2"),
+    "stablelm": causal("stablelm"),
+    "smollm3": causal("smollm3", no_rope_layers=[1, 0]),
+    "nemotron": causal("nemotron"),
+    "helium": causal("helium"),
+    "exaone4": causal("exaone4", layer_types=_SLIDING_AND_FULL),
+    "hunyuan": causal("hunyuan_v1_dense"),
+    "seed_oss": causal("seed_oss"),
+    "apertus": causal("apertus"),
+    "arcee": causal("arcee"),
+    "bitnet": causal("bitnet"),
+    "diffllama": causal("diffllama"),
+    "persimmon": causal("persimmon"),
+    "biogpt": causal("biogpt"),
+    "nanochat": causal("nanochat"),
     # mixtures of experts
-    "mixtral": _causal("mixtral"),
-    "qwen2_moe": _causal("qwen2_moe"),
-    "qwen3_moe": _causal("qwen3_moe"),
-    "olmoe": _causal("olmoe"),
-    "phimoe": _causal("phimoe"),
-    "gpt_oss": _causal("gpt_oss"),
-    "deepseek_v2": _causal("deepseek_v2", num_key_value_heads=4),
-    "deepseek_v3": _causal("deepseek_v3", num_key_value_heads=4, head_dim=8),
-    "glm4_moe": _causal("glm4_moe"),
-    "ernie4_5_moe": _causal("ernie4_5_moe"),
-    "granitemoe": _causal("granitemoe"),
-    "granitemoeshared": _causal("granitemoeshared"),
-    "llama4": _causal("llama4_text", attention_chunk_size=4, no_rope_layers=[1, 0], interleave_moe_layer_step=2),
-    "hunyuan_moe": _causal("hunyuan_v1_moe"),
-    "minimax": _causal("minimax", block_size=64),
-    "minimax_m2": _causal("minimax_m2"),
-    "dots1": _causal("dots1", layer_types=_SLIDING_AND_FULL),
-    "jetmoe": _causal("jetmoe", kv_channels=16),
+    "mixtral": causal("mixtral"),
+    "qwen2_moe": causal("qwen2_moe"),
+    "qwen3_moe": causal("qwen3_moe"),
+    "olmoe": causal("olmoe"),
+    "phimoe": causal("phimoe"),
+    "gpt_oss": causal("gpt_oss"),
+    "deepseek_v2": causal("deepseek_v2", num_key_value_heads=4),
+    "deepseek_v3": causal("deepseek_v3", num_key_value_heads=4, head_dim=8),
+    "glm4_moe": causal("glm4_moe"),
+    "ernie4_5_moe": causal("ernie4_5_moe"),
+    "granitemoe": causal("granitemoe"),
+    "granitemoeshared": causal("granitemoeshared"),
+    "llama4": causal("llama4_text", attention_chunk_size=4, no_rope_layers=[1, 0], interleave_moe_layer_step=2),
+    "hunyuan_moe": causal("hunyuan_v1_moe"),
+    "minimax": causal("minimax", block_size=64),
+    "minimax_m2": causal("minimax_m2"),
+    "dots1": causal("dots1", layer_types=_SLIDING_AND_FULL),
+    "jetmoe": causal("jetmoe", kv_channels=16),
     # with state spaces, linear attention or convolutions
-    "mamba": _causal("mamba"),
-    "mamba2": _causal("mamba2", num_heads=8, head_dim=16, n_groups=2, state_size=16, chunk_size=4),
-    "jamba": _causal("jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2),
-    "lfm2": _causal("lfm2", layer_types=["conv", "full_attention"], block_multiple_of=32),
-    "qwen3_next": _causal(
+    "mamba": causal("mamba"),
+    "mamba2": causal("mamba2", num_heads=8, head_dim=16, n_groups=2, state_size=16, chunk_size=4),
+    "jamba": causal("jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2),
+    "lfm2": causal("lfm2", layer_types=["conv", "full_attention"], block_multiple_of=32),
+    "qwen3_next": causal(
         "qwen3_next",
         layer_types=["linear_attention", "full_attention"],
         **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16},
         linear_value_head_dim=16,
     ),
     # encoders
-    "bert": _masked("bert"),
-    "roberta": _masked("roberta"),
-    "distilbert": _masked("distilbert", dim=HIDDEN, hidden_dim=2 * HIDDEN),
-    "electra": _masked("electra"),
-    "albert": _masked("albert"),
-    "mpnet": _masked("mpnet"),
-    "deberta_v2": _masked("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8),
-    "modernbert": _masked("modernbert", local_attention=4),
+    "bert": masked("bert"),
+    "roberta": masked("roberta"),
+    "distilbert": masked("distilbert", dim=HIDDEN, hidden_dim=2 * HIDDEN),
+    "electra": masked("electra"),
+    "albert": masked("albert"),
+    "mpnet": masked("mpnet"),
+    "deberta_v2": masked("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8),
+    "modernbert": masked("modernbert", local_attention=4),
     # encoder-decoders
-    "t5": _seq2seq("t5", tie_word_embeddings=False),
-    "t5_v1_1": _seq2seq("t5", tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
-    "bart": _seq2seq("bart"),
-    "pegasus": _seq2seq("pegasus"),
-    "m2m_100": _seq2seq("m2m_100"),
-    "whisper": _auto("AutoModelForSpeechSeq2Seq", "whisper"),
+    "t5": seq2seq("t5", tie_word_embeddings=False),
+    "t5_v1_1": seq2seq("t5", tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
+    "bart": seq2seq("bart"),
+    "pegasus": seq2seq("pegasus"),
+    "m2m_100": seq2seq("m2m_100"),
+    "whisper": auto("AutoModelForSpeechSeq2Seq", "whisper"),
     # images
-    "vit": _image("vit"),
-    "dinov2": _image("dinov2"),
-    "beit": _image("beit"),
-    "siglip": _auto("AutoModel", "siglip_vision_model"),
+    "vit": image("vit"),
+    "dinov2": image("dinov2"),
+    "beit": image("beit"),
+    "siglip": auto("AutoModel", "siglip_vision_model"),
     "clip": _clip,
 }
 
@@ -193,16 +195,21 @@ _ENCODER_DECODERS: Final = ("t5", "t5_v1_1", "bart", "pegasus", "m2m_100")
 
 def build(name: str) -> nn.Module:
     """A new model of that name, always with the same weights, float32, in eval mode, without a key/value cache."""
+    return made(ARCHITECTURES[name])
+
+
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` returns, as `build` returns it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = ARCHITECTURES[name]().float().eval()
+        model = make().float().eval()
         with torch.no_grad():
             gains = [norm for norm in map(_gain, model.modules()) if norm is not None]
             _randomize(model)
             for gain, offset in gains:
                 channels = list(OUTLIERS)
                 gain[channels] = (gain[channels] + offset) * OUTLIER_GAIN - offset
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     return model
@@ -218,7 +225,7 @@ def _gain(module: nn.Module) -> tuple[nn.Parameter, float] | None:
 
 def _randomize(model: nn.Module) -> None:
     """Add noise to 1-D parameters, and draw those of more dimensions anew."""
-    convolutions = {m.weight for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d)}
+    convolutions = {m.weight for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
     for parameter in model.parameters():
         if parameter.dim() <= 1:
             parameter.add_(torch.randn_like(parameter), alpha=0.25)
@@ -246,6 +253,29 @@ def inputs(name: str, batch: int = 2, length: int = 8, seed: int = 0) -> dict[st
     if name in _ENCODER_DECODERS:
         arguments["decoder_input_ids"] = ids()
     return arguments
+
+
+class Draw:
+    """Random inputs of a batch size and, for texts, a length, from a seed."""
+
+    def __init__(self, batch: int, length: int, seed: int) -> None:
+        self.batch, self.length, self.seed = batch, length, seed
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def ids(self) -> Tensor:
+        return torch.randint(3, VOCABULARY - 8, (self.batch, self.length), generator=self.generator)
+
+    def mask(self) -> Tensor:
+        return torch.ones(self.batch, self.length, dtype=torch.int64)
+
+    def full(self, value: int, length: int) -> Tensor:
+        return torch.full((self.batch, length), value)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.batch, *shape, generator=self.generator)
+
+    def integers(self, below: int) -> Tensor:
+        return torch.randint(0, below, (self.batch,), generator=self.generator)
 
 
 def output(result: Any) -> Tensor:

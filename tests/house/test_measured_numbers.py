@@ -126,6 +126,17 @@ def test_the_table_of_architectures():
     assert f"{len(records)} architectures, " in text
 
 
+def test_the_tables_of_the_zoo():
+    """As `python docs/architectures_table.py` writes them."""
+    spec = importlib.util.spec_from_file_location("architectures_table", ROOT / "docs" / "architectures_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs" / "architectures.md").read_text()
+    assert text.endswith(f"\n{module.BEGIN}{module.tables()}\n")
+    rows = re.findall(r"^\| (\w+) \| \d* \|", text, re.MULTILINE)
+    assert sorted(rows) == sorted(record["architecture"] for record in results("zoo.jsonl"))
+
+
 ACCURACY = (
     "rtn",
     "smooth-quant",
