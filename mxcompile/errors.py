@@ -1,14 +1,17 @@
-"""Errors that say what is wrong, where, and what to do about it.
+"""Errors and warnings that say what is wrong, where, and what to do about it.
 
 Every error that mxcompile raises on purpose is an `MXCompileError`, so that a caller can tell "this model or this
 request cannot be handled" from a bug.
 """
 
+import inspect
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
 _LISTED = 12
+_NOT_THE_CALLER = ("mxcompile", "passes", "torch", "transformers", "contextlib")  # packages that a call may go through
 
 
 class MXCompileError(Exception):
@@ -95,3 +98,11 @@ class CheckpointError(MXCompileError):
 
 class RecoveryError(MXCompileError):
     """A quantized model is further from its float baseline than allowed."""
+
+
+def warn(message: str) -> None:
+    """Give a UserWarning at the line that called mxcompile, through however many of its functions that was."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _NOT_THE_CALLER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -43,10 +43,13 @@ def _load_latest(path: Path, model: nn.Module | None, verify: bool) -> nn.Module
     while True:
         checkpoint = Checkpoint(path, verify=verify)
         try:
-            return _load(checkpoint, model)
+            loaded = _load(checkpoint, model)
         except CheckpointError:
             if not checkpoint.was_replaced():
                 raise
+        else:
+            if not checkpoint.was_replaced():  # else its generation config may be the other's
+                return loaded
 
 
 def _load(checkpoint: Checkpoint, model: nn.Module | None) -> nn.Module:

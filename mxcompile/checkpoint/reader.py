@@ -1,18 +1,17 @@
 """Read a checkpoint folder: everything is checked before the first tensor is returned."""
 
-import warnings
 from pathlib import Path
 
 from torch import Tensor
 
 from mxcompile.checkpoint import shards
 from mxcompile.checkpoint.checked_json import sha256
-from mxcompile.checkpoint.config_json import CheckpointConfig
+from mxcompile.checkpoint.config_json import CONFIG, CheckpointConfig
 from mxcompile.checkpoint.hub import find_folder
 from mxcompile.checkpoint.index import CheckpointIndex
 from mxcompile.checkpoint.save_transaction import finish_interrupted
 from mxcompile.checkpoint.stored_tensors import TensorNames, unflatten_tensors
-from mxcompile.errors import CheckpointError
+from mxcompile.errors import CheckpointError, warn
 
 
 class Checkpoint:
@@ -26,8 +25,9 @@ class Checkpoint:
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder = find_folder(folder)
         self.verify = verify
-        self.config = CheckpointConfig.read(self.folder, verify=verify)
         while True:
+            self._version = self._version_now()
+            self.config = CheckpointConfig.read(self.folder, verify=verify)
             try:
                 digest = self.config.index_sha256 if verify else None
                 self.index = CheckpointIndex.read(self.folder / self.config.index, digest)
@@ -35,7 +35,6 @@ class Checkpoint:
             except CheckpointError:
                 if not self.was_replaced():
                     raise
-                self.config = CheckpointConfig.read(self.folder, verify=verify)
         try:
             finish_interrupted(self.folder, self.config.files)
         except OSError as error:
@@ -58,12 +57,22 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} is inconsistent: {error}") from error
 
     def was_replaced(self) -> bool:
-        """Whether another save to the folder has been completed since the checkpoint was read."""
-        return CheckpointConfig.read(self.folder, verify=self.verify) != self.config
+        """Whether a save to the folder has been completed since the checkpoint was read, even one of the same model."""
+        return self._version_now() != self._version
+
+    def _version_now(self) -> tuple[int, int] | None:
+        """What tells `config.json` from the one of any other save: each writes a new file, even of the same content."""
+        try:
+            status = (self.folder / CONFIG).stat()
+        except OSError:  # whoever reads it says why
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def _warn_of_changes(self) -> None:
         """Only warn of changed auxiliary files: people edit a chat template or a generation config."""
-        for name, digest in self.config.files.items():
-            path = self.folder / name
-            if self.verify and path.is_file() and sha256(path.read_bytes()) != digest:
-                warnings.warn(f"{path} has changed since it was saved", stacklevel=3)
+        files = {self.folder / name: digest for name, digest in self.config.files.items() if self.verify}
+        changed = [path for path, digest in files.items() if path.is_file() and sha256(path.read_bytes()) != digest]
+        if self.was_replaced():
+            raise CheckpointError(f"{self.folder} was replaced while it was being read: load it again")
+        for path in changed:
+            warn(f"{path} has changed since it was saved")

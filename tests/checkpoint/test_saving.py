@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build, inputs
+from transformers import GenerationConfig
 
 import mxcompile
 from mxcompile.checkpoint import Checkpoint, check_destination
@@ -209,6 +210,51 @@ def test_savers_and_readers_of_one_folder(folders, tmp_path):
     weights = contents(tmp_path).items()
     assert any({name: files[name] for name in dict(weights)}.items() == weights for files in wanted)
     assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+@pytest.fixture
+def two_models(folders, tmp_path):
+    """Of which the folder holds the first; their generation configs differ too."""
+    models = [mxcompile.load(folder) for folder in folders]
+    for model, length in zip(models, (7, 8), strict=True):
+        model.generation_config.max_length = length
+    mxcompile.save(models[0], tmp_path)
+    return models
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_saves_during_a_load_are_no_changes_of_files(two_models, tmp_path, monkeypatch, last):
+    """Neither an error nor a warning, also when the last save is of the model which was there before."""
+    check = Checkpoint._warn_of_changes
+
+    def saved_over(checkpoint):
+        monkeypatch.undo()
+        mxcompile.save(two_models[1], tmp_path)
+        try:
+            check(checkpoint)
+        finally:
+            mxcompile.save(two_models[last], tmp_path)
+
+    monkeypatch.setattr(Checkpoint, "_warn_of_changes", saved_over)
+    assert_same(mxcompile.load(tmp_path), two_models[last])
+
+
+def test_the_generation_config_is_that_of_the_weights(two_models, tmp_path, monkeypatch):
+    """A save that replaces it after the weights have been read: both are read again."""
+    read = GenerationConfig.from_pretrained
+
+    def saved_over(*args, **kwargs):
+        monkeypatch.undo()
+        mxcompile.save(two_models[1], tmp_path)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(GenerationConfig, "from_pretrained", saved_over)
+    assert_same(mxcompile.load(tmp_path), two_models[1])
+
+
+def assert_same(loaded, saved) -> None:
+    assert recipe(loaded) == recipe(saved)
+    assert loaded.generation_config.max_length == saved.generation_config.max_length
 
 
 def recipe(model) -> str:
