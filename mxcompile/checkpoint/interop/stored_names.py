@@ -4,7 +4,8 @@
 
 A model has its experts in one parameter; files of other programs have a tensor for each, under the published names.
 transformers knows how to split one into the other (`revert_weight_conversion`). It is asked with the numbers of the
-rows in place of the tensor: what it does to rows is then done to elements and scales alike.
+rows in place of the tensor, in two columns, since some versions drop a dimension of one: what it does to rows is then
+done to elements and scales alike.
 """
 
 import copy
@@ -20,6 +21,7 @@ from mxcompile.tensor.weight import MXWeight
 
 RowsOf = dict[str, Tensor | None]
 """Stored name -> the rows stored there, counted over all leading dimensions: int64 `[rows]`; None: the whole tensor."""
+_COLUMNS: Final = 2
 _CONVERSIONS: Final = "_weight_conversions"  # of the files a model was loaded from, which may have had other names
 
 
@@ -37,14 +39,19 @@ def stored_rows(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str
     stored: dict[str, RowsOf] = {}
     for name, shape in shapes.items():
         leading = shape[:-1] if len(shape) > 1 else (1,)
-        numbers = torch.arange(torch.Size(leading).numel()).view(*leading, 1)
+        numbers = torch.arange(torch.Size(leading).numel()).view(*leading, 1).repeat_interleave(_COLUMNS, -1)
         parts: dict[str, Tensor] = revert_weight_conversion(fresh, {name: numbers})
         stored[name] = {name: None}
         if all(part.shape == numbers.shape and torch.equal(part, numbers) for part in parts.values()):
             stored[name] = {next(iter(parts)): None}
-        elif all(part.dim() == 2 and part.shape[-1] == 1 for part in parts.values()):
-            stored[name] = {part: rows.flatten() for part, rows in parts.items()}
+        elif all(_keeps_rows(part) for part in parts.values()):
+            stored[name] = {part: rows.view(-1, _COLUMNS)[:, 0] for part, rows in parts.items()}
     return stored
+
+
+def _keeps_rows(part: Tensor) -> bool:
+    """Whether a part is `[rows, columns]`, or `[columns]` of one row, and each row is one of the tensor's."""
+    return part.dim() in (1, 2) and part.shape[-1] == _COLUMNS and bool((part == part[..., :1]).all())
 
 
 def take_rows(value: Tensor, rows: Tensor | None) -> Tensor:
