@@ -234,7 +234,7 @@ def test_saved_and_loaded(tmp_path):
     loaded = mxcompile.load(tmp_path / "aligned", model=Two())
     assert loaded.up.weight.layout_ == module.up.weight.layout_
     assert torch.equal(loaded(x), module(x))
-    assert {key[1] for key in CheckpointContents(Checkpoint(tmp_path / "aligned")).groups()} == {
+    assert {key[1] for key in CheckpointContents.of_checkpoint(Checkpoint(tmp_path / "aligned")).groups()} == {
         "mxfp8_e4m3+aligned",
         None,
     }

@@ -86,7 +86,7 @@ def test_compressed_tensors(name, tmp_path):
 
     def read():
         config = files.read_json(folder / "config.json")[1]
-        return compressed_tensors.read(folder, config, torch.bfloat16)
+        return compressed_tensors.read(folder, config)
 
     refused, accepted = outcomes(folder / name, whole, header, read)
     assert refused + accepted >= TRIED
