@@ -24,6 +24,7 @@ def load_model(source: str | None) -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = reason if Path(source).exists() else f"there is no such folder or file here; as a hub id: {reason}"
         raise InputError(
             f"{source} cannot be loaded ({reason}); use a hub id, a GGUF file, or a folder with a causal language "
             "model and its tokenizer"

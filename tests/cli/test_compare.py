@@ -166,7 +166,10 @@ def test_help_topics_if_no_text_is_named(local_model):
         ("MODEL --recipe w4a8-mxint --against MODEL", "use --recipe .* or --against .*, not both"),
         ("MODEL --calibration-text words.txt", "--calibration-text needs a --recipe"),
         ("MODEL --device tpu", "there is no device 'tpu' .*; this machine has: cpu"),
-        ("./nothing", "nothing cannot be loaded .*; use a hub id, or a folder with a causal language model"),
+        (
+            "./nothing",
+            "nothing cannot be loaded .there is no such folder or file here; .*; use a hub id, a GGUF file, or",
+        ),
     ],
 )
 def test_refused(local_model, text, monkeypatch, arguments, message):
