@@ -1,6 +1,5 @@
 """The entry points, and the place to start reading: quantize_and_compile (trace, run, deploy, compile) and load."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -14,7 +13,7 @@ from mxcompile.deploy import deploy
 from mxcompile.diagnostics.dump import Dump, write_kernels
 from mxcompile.diagnostics.explain_quantized import explain_quantized
 from mxcompile.diagnostics.measure import Measure
-from mxcompile.errors import InputError
+from mxcompile.errors import InputError, warn
 from mxcompile.formats import MXFormat
 from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.trace import trace
@@ -147,8 +146,5 @@ def load(
 def _default_recipe(calibration: object) -> str:
     if calibration is not None:
         return DEFAULT
-    warnings.warn(
-        f"no calibration data: using the recipe {QUICK}; {DEFAULT} with calibration data is much more accurate",
-        stacklevel=5,  # through two decorators
-    )
+    warn(f"no calibration data: using the recipe {QUICK}; {DEFAULT} with calibration data is much more accurate")
     return QUICK

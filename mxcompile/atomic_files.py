@@ -13,7 +13,6 @@ The destination may be a symlink: what it points to is replaced. Every failure i
 import errno
 import os
 import shutil
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,8 @@ from tempfile import TemporaryFile
 from typing import Final
 
 from filelock import FileLock, Timeout
+
+from mxcompile.errors import warn
 
 _STAGE: Final = ".mxcompile-save"
 _LOCK: Final = f"{_STAGE}.lock"
@@ -150,7 +151,7 @@ def _locked(lock_file: Path, destination: Path, *, wait: bool = True) -> Generat
             check_writable(lock_file.parent, is_folder=True)
             if not wait:
                 raise BlockingIOError(errno.EAGAIN, "another writer has locked it", str(destination)) from error
-            warnings.warn(f"waiting for another writer of {destination}", stacklevel=2)
+            warn(f"waiting for another writer of {destination}")
     try:
         yield
     finally:

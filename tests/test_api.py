@@ -148,8 +148,9 @@ def test_exclude_and_include_choose_by_name():
 
 def test_the_default_learns_from_calibration_data_or_is_quick():
     model, x = build("mlp"), inputs("mlp")
-    with pytest.warns(UserWarning, match="no calibration data: using the recipe w4a8-mxint-quick"):
+    with pytest.warns(UserWarning, match="no calibration data: using the recipe w4a8-mxint-quick") as caught:
         quick = mxcompile.quantize_and_compile(model, x, compile=False)
+    assert {warning.filename for warning in caught} == {__file__}
     batches = [inputs("mlp", 4, seed=seed) for seed in range(3)]
     learned = mxcompile.quantize_and_compile(model, x, calibration=batches, compile=False)
     named = {

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from mxcompile.checkpoint.config_json import untie
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.stored_tensors import TensorNames
-from mxcompile.errors import CheckpointError, MXCompileError
+from mxcompile.errors import CheckpointError, MXCompileError, warn
 from mxcompile.tensor.dtypes import torch_name
 
 
@@ -84,10 +83,9 @@ def save_code(model: PreTrainedModel, config: Any, folder: Path) -> None:
         else:
             custom_object_save(part, folder, config=config)
     if missing:
-        warnings.warn(
+        warn(
             f"the code of {' and '.join(missing)} is not saved: only a process that imports it can load this. To save "
-            "it too, define it in a module of its own and call register_for_auto_class of each class",
-            stacklevel=6,
+            "it too, define it in a module of its own and call register_for_auto_class of each class"
         )
 
 

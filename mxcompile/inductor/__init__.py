@@ -5,7 +5,6 @@ The functions here are the room's door. Dynamo and Inductor are imported when th
 """
 
 import io
-import warnings
 from functools import cache
 from typing import TypeVar
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from mxcompile.arguments import checked
-from mxcompile.errors import CompileError
+from mxcompile.errors import CompileError, warn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,7 +48,7 @@ def compile_module(module: M) -> M:
 
         compile_fused(module)
     else:
-        warnings.warn(f"{reason}: plain torch.compile runs the model, without fused MX kernels", stacklevel=4)
+        warn(f"{reason}: plain torch.compile runs the model, without fused MX kernels")
         module.compile()
     return module
 

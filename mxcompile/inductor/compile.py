@@ -1,7 +1,6 @@
 """Compile a deployed module in place: its call, and the decode step of `generate`."""
 
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from mxcompile.errors import warn
 from mxcompile.graph.inputs import Inputs
 from mxcompile.inductor.backend import MXBackend, compile_options, why_no_compiler
 from mxcompile.inductor.compiled_forward import CompiledForward
@@ -35,7 +35,7 @@ def compile_fused(module: nn.Module) -> None:
         _compile_call(module, MXBackend({**compile_options(), **_without_bad_checks(device)}))
         _compile_generate(module, device)
     else:
-        warnings.warn(f"{reason}: the model runs with fused MX operations, but uncompiled", stacklevel=4)
+        warn(f"{reason}: the model runs with fused MX operations, but uncompiled")
         _compile_call(module, _fused_eager())
 
 

@@ -10,7 +10,6 @@ calibration data, the kind of device, and the versions of mxcompile and torch.
 
 import hashlib
 import json
-import warnings
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from mxcompile.atomic_files import atomic_file, check_writable, contents, folder_lock, real_path
 from mxcompile.checkpoint.provenance import installed_versions
-from mxcompile.errors import InputError
+from mxcompile.errors import InputError, warn
 from mxcompile.graph.inputs import Inputs, named_leaves
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program
@@ -63,7 +62,7 @@ class ResumeFolder:
                 raise ValueError("it is not what was written")
             return load_file(path), notes
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            warnings.warn(f"{path} is damaged ({type(error).__name__}: {error}): it is computed again", stacklevel=2)
+            warn(f"{path} is damaged ({type(error).__name__}: {error}): it is computed again")
             return None
 
     def save(self, part: str, tensors: dict[str, Tensor], notes: list[str]) -> None:
@@ -85,7 +84,7 @@ class ResumeFolder:
         lines = (self.folder / _RUN).read_text(errors="replace").splitlines()
         stated = {key: value for key, _, value in (line.partition(": ") for line in lines)}
         if stated.keys() != run.keys():
-            warnings.warn(f"{self.folder / _RUN} is damaged: only what belongs to this run is used", stacklevel=3)
+            warn(f"{self.folder / _RUN} is damaged: only what belongs to this run is used")
             return False
         if different := [key for key in run if stated[key] != run[key]]:
             causes = [

@@ -129,8 +129,11 @@ def test_a_process_that_does_not_know_the_model_loads_it_with_its_code(tiny, tmp
 @pytest.mark.filterwarnings("ignore:this model is in float32")
 def test_a_class_that_is_imported_is_found_and_its_code_missed(tiny, format, tmp_path):
     model = quantized(tiny)
-    with pytest.warns(UserWarning, match=r"the code of TinyConfig .* and TinyModel \(.*modeling_tiny\) is not saved"):
+    with pytest.warns(
+        UserWarning, match=r"the code of TinyConfig .* and TinyModel \(.*modeling_tiny\) is not saved"
+    ) as caught:
         mxcompile.save(model, tmp_path / "out", format=format)
+    assert {warning.filename for warning in caught} == {__file__}
     loaded = mxcompile.load(tmp_path / "out")
     assert type(loaded) is tiny.TinyModel
     with torch.no_grad():

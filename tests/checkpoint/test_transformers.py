@@ -118,8 +118,9 @@ def test_a_file_that_came_along_may_be_changed_but_not_in_silence(tmp_path):
     mxcompile.save(deployed("llama"), tmp_path)
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": 3}))
-    with pytest.warns(UserWarning, match=r"generation_config.json has changed since it was saved"):
+    with pytest.warns(UserWarning, match=r"generation_config.json has changed since it was saved") as caught:
         loaded = mxcompile.load(tmp_path)
+    assert {warning.filename for warning in caught} == {__file__}
     assert loaded.generation_config.max_new_tokens == 3
 
 

@@ -184,8 +184,11 @@ def test_without_a_compiler_the_model_runs_fused_and_says_so(monkeypatch):
     seen = []
     monkeypatch.setattr("mxcompile.inductor.compile.fuse", lambda graph: (fuse(graph), seen.append(graph))[0])
     model, x = build("mlp"), inputs("mlp")
-    with pytest.warns(UserWarning, match=r"^torch.compile needs a C\+\+ compiler .* and there is none: .* uncompiled$"):
+    with pytest.warns(
+        UserWarning, match=r"^torch.compile needs a C\+\+ compiler .* and there is none: .* uncompiled$"
+    ) as caught:
         module = mxcompile.quantize_and_compile(model, x, recipe="w4a8-mxint-quick")
+    assert {warning.filename for warning in caught} == {__file__}
     reference = mxcompile.quantize_and_compile(model, x, compile=False, recipe="w4a8-mxint-quick")
     with torch.no_grad():
         assert torch.equal(module(**x), reference(**x))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import build, inputs, llama
 from safetensors.torch import save_file
+from torch import nn
 
 import mxcompile
 from mxcompile.checkpoint.provenance import installed_versions
@@ -84,8 +85,9 @@ def test_half_a_file_is_no_part(run, tmp_path):
     start(tmp_path / "run")
     (last,) = sorted((tmp_path / "run").glob("02-gptq-0003.safetensors"))
     last.rename(last.with_suffix(".incomplete"))
-    with pytest.warns(UserWarning, match=r"02-gptq-0003\.safetensors is damaged .*: it is computed again"):
+    with pytest.warns(UserWarning, match=r"02-gptq-0003\.safetensors is damaged .*: it is computed again") as caught:
         start(tmp_path / "run")
+    assert {warning.filename for warning in caught} == {__file__}
     assert len(rounded) == 8 + 2
 
 
@@ -145,7 +147,7 @@ def test_a_full_disk_keeps_what_is_finished(run, tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written_is_known_before_the_model_is_traced(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file cannot be written .*it is a file, not a folder"):
-        mxcompile.quantize_and_compile("not even a model", None, resume=tmp_path / "file", recipe="w4a8-mxint-quick")
+        mxcompile.quantize_and_compile(nn.Identity(), None, resume=tmp_path / "file", recipe="w4a8-mxint-quick")
 
 
 @pytest.mark.parametrize("other", ["selection", "pipeline", "model", "calibration"])

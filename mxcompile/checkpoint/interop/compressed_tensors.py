@@ -12,7 +12,6 @@ rules. Checked with compressed-tensors 0.20.
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
@@ -27,7 +26,7 @@ from mxcompile.checkpoint.interop.element_layouts import STORED, from_rows, to_r
 from mxcompile.checkpoint.interop.files import dtype_of, read_tensors
 from mxcompile.checkpoint.interop.stored_names import stored_rows, take_rows
 from mxcompile.checkpoint.stored_tensors import TensorNames
-from mxcompile.errors import CheckpointError
+from mxcompile.errors import CheckpointError, warn
 from mxcompile.formats import ScaleRule
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
@@ -66,10 +65,9 @@ def write(folder: Path, module: nn.Module, names: TensorNames, config: Mapping[s
             tensors[path + _SCALE] = take_rows(value.scales, numbers)
     content = dict(config) | {"quantization_config": _describe(groups, float_linears(module, values, stored))}
     if config and config.get("dtype") not in (None, _DTYPE):
-        warnings.warn(
+        warn(
             f"this model is in {config['dtype']}, but compressed-tensors decodes MX weights to {_DTYPE}: config.json "
-            f"says {_DTYPE}, in which other programs then load all of it; its float tensors are stored as they are",
-            stacklevel=4,
+            f"says {_DTYPE}, in which other programs then load all of it; its float tensors are stored as they are"
         )
         content["dtype"] = _DTYPE
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")

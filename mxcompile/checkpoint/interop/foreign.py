@@ -1,6 +1,5 @@
 """Recognize other projects' checkpoints by their format, and read and write them."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +14,7 @@ from mxcompile.checkpoint.interop import build_model, compressed_tensors, gguf_m
 from mxcompile.checkpoint.interop.files import check_new, new_folder, quantization_of, replace_file, write_tensors
 from mxcompile.checkpoint.interop.gguf_writer import GGUFWriting
 from mxcompile.checkpoint.stored_tensors import TensorNames
-from mxcompile.errors import CheckpointError
+from mxcompile.errors import CheckpointError, warn
 from mxcompile.formats import MXFormat
 
 _READERS: Final = {compressed_tensors.METHOD: compressed_tensors.read, gpt_oss.METHOD: gpt_oss.read}
@@ -79,7 +78,7 @@ def save(
         writing = GGUFWriting(module, tokenizer)
         replace_file(path, lambda stage: notes.extend(writing.write(stage, names)))
         if notes:
-            warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=3)
+            warn(f"{path}: {'; '.join(notes)}")
         return
     with new_folder(path) as stage:
         tensors = compressed_tensors.write(stage, module, names, auxiliary(stage))

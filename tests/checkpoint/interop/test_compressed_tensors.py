@@ -429,8 +429,11 @@ def test_a_model_of_another_dtype_runs_where_weights_are_decoded_to_bfloat16(dty
     from transformers import AutoModelForCausalLM
 
     model = quantized("mxfp4", "none", "llama-tied", dtype)
-    with pytest.warns(UserWarning, match=r"this model is in float\d+, but compressed-tensors decodes MX weights to bf"):
+    with pytest.warns(
+        UserWarning, match=r"this model is in float\d+, but compressed-tensors decodes MX weights to bf"
+    ) as caught:
         mxcompile.save(model, tmp_path / "out", format=FORMAT)
+    assert {warning.filename for warning in caught} == {__file__}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         given, wanted = theirs(**inputs("llama")).logits, model(**inputs("llama")).logits
