@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -83,7 +82,7 @@ def test_a_writer_that_waits_says_so(tmp_path, monkeypatch):
     with ThreadPoolExecutor(1) as pool, folder_lock(tmp_path):
         with pytest.raises(BlockingIOError, match="another writer has locked it"):
             pool.submit(lambda: ExitStack().enter_context(folder_lock(tmp_path, wait=False))).result()
-        monkeypatch.setattr(warnings, "warn", lambda message, **_: (_ for _ in ()).throw(InterruptedError(message)))
+        monkeypatch.setattr(atomic_files, "warn", lambda message: (_ for _ in ()).throw(InterruptedError(message)))
         with pytest.raises(InterruptedError, match=f"waiting for another writer of {tmp_path}"):
             pool.submit(lambda: ExitStack().enter_context(folder_lock(tmp_path))).result()
     assert not names(tmp_path)
