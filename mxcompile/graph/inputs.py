@@ -35,14 +35,20 @@ class Inputs:
         """
         _check_fits("", dict(enumerate(self.args)) | self.kwargs, dict(enumerate(other.args)) | other.kwargs)
 
-    def check_call(self, other: "Inputs") -> None:
-        """`check_fits`, and the same arguments in the same structure."""
+    def check_call(self, other: "Inputs", name: str | None = None) -> None:
+        """`check_fits`, and the same arguments in the same structure. name: the message calls the other call so."""
         if len(other.args) != len(self.args) or set(other.kwargs) != set(self.kwargs):
             raise InputError(
-                f"a calibration batch has {len(other.args)} positional arguments and keywords {sorted(other.kwargs)}; "
+                f"{name or 'a calibration batch'} has {len(other.args)} positional arguments and keywords "
+                f"{sorted(other.kwargs)}; "
                 f"the model was traced with {len(self.args)} and {sorted(self.kwargs)}"
             )
-        self.check_fits(other)
+        try:
+            self.check_fits(other)
+        except InputError as error:
+            if name is None:
+                raise
+            raise InputError(f"{name}: {error}") from error
 
     def cloned(self) -> "Inputs":
         """The same call with a contiguous copy of every tensor: for a forward that may write to its inputs, and for
@@ -142,10 +148,7 @@ def as_batches(calibration: object) -> Iterator[Inputs]:
 def check_batches(example: Inputs, batches: Iterable[Inputs]) -> None:
     """Raise InputError, which names the batch and the input, if a batch is not a call like the example."""
     for index, batch in enumerate(batches):
-        try:
-            example.check_call(batch)
-        except InputError as error:
-            raise InputError(f"calibration[{index}]: {error}") from error
+        example.check_call(batch, f"calibration[{index}]")
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:

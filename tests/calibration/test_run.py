@@ -236,9 +236,13 @@ def test_calibration_data_of_a_pipeline(program):
     assert not torch.equal(seen[0], seen[2])
 
 
-def test_a_batch_that_does_not_fit_names_the_pass(program):
-    with pytest.raises(InputError, match=r"^pass 'ask': a calibration batch has"):
-        Pipeline([Ask([])]).run(program, {"y": torch.ones(1)})
+def test_a_batch_that_does_not_fit_is_named_before_a_pass_runs(program):
+    seen, x = [], torch.randn(2, 8, 64)
+    with pytest.raises(
+        InputError, match=r"^calibration\[1\] has 0 positional arguments and keywords \['y'\]; the model"
+    ):
+        Pipeline([Ask(seen)]).run(program, [{"x": x}, {"y": x}])
+    assert not seen
 
 
 @pytest.mark.parametrize("calibration", [[], 3], ids=["empty", "number"])
