@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mxcompile.errors import ArgumentError
 
@@ -35,7 +35,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             hint = hints().get(name, object)
             if (reason := why_not(value, hint)) is not None:
-                raise ArgumentError(f"{function.__qualname__}: {name} {reason}; give {_described(hint)}")
+                title = function.__qualname__.removesuffix(".__init__")
+                raise ArgumentError(f"{title}: {name} {reason}; give {_described(hint)}")
         return function(*args, **kwargs)
 
     return call
@@ -54,7 +55,7 @@ def why_not(value: object, hint: Any) -> str | None:
         return None if None in reasons else min(cast(list[str], reasons), key=len)
     kind = get_origin(hint) or hint
     if not _is_a(value, kind):
-        return f"is {_article(type(value).__name__)}"
+        return _what(value, kind)
     return _why_not_inside(value, get_args(hint)[0]) if kind in _CONTAINERS and get_args(hint) else None
 
 
@@ -68,6 +69,14 @@ def _why_not_inside(value: object, item: Any) -> str | None:
         return None
     reasons = (why_not(each, item) for each in cast(Collection[object], value))
     return next((f"holds something that {reason}" for reason in reasons if reason is not None), None)
+
+
+def _what(value: object, kind: Any) -> str:
+    """What a value is that is not of a kind: an object of another class, or a class itself."""
+    if not isinstance(value, type):
+        return f"is {_article(type(value).__name__)}"
+    is_uncalled = isinstance(kind, type) and issubclass(value, kind)
+    return f"is the class {value.__name__}" + (f", not called: write {value.__name__}(...)" if is_uncalled else "")
 
 
 def _is_a(value: object, kind: Any) -> bool:
@@ -93,11 +102,18 @@ def _described(hint: Any) -> str:
 
 
 def _name(kind: Any) -> str:
+    return "None" if kind is NoneType else _article(_short(kind))
+
+
+def _short(kind: Any) -> str:
+    """A type as it is written: `Iterable[str | None]`, without the modules of our own types."""
     if kind is NoneType:
         return "None"
-    if get_args(kind):
-        return _article(str(kind).replace("collections.abc.", "").replace("typing.", ""))
-    return _article(getattr(kind, "__name__", str(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        return " | ".join(map(_short, get_args(kind)))
+    if items := get_args(kind):
+        return f"{getattr(get_origin(kind), '__name__', kind)}[{', '.join(map(_short, items))}]"
+    return "torch.nn.Module" if kind is nn.Module else getattr(kind, "__name__", str(kind))
 
 
 def _article(noun: str) -> str:

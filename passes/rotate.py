@@ -9,7 +9,6 @@ of the error of the matmuls that read it, with both quantizers in the loop; most
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 import torch
 from torch.fx import Node
@@ -31,7 +30,6 @@ from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 from mxcompile.pipeline.interfaces import Pass
-from mxcompile.pipeline.options import Range
 from mxcompile.pipeline.preservation import REQUIRED_DB, REQUIRED_DB_HALF
 
 _ROTATED_RATIO = 0.9  # a rotation costs run time: the error with it must be below this share of that without
@@ -47,7 +45,7 @@ class Rotate(Pass):
 
     weight: MXFormat
     activation: MXFormat | None = None
-    block: Annotated[int | None, Range(2)] = None
+    block: int | None = None
 
     name = "rotate"
     preserves_function = True

@@ -176,7 +176,23 @@ def test_several_wrong_arguments(name, calls, data):
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("trace", {"model": "gpt2"}, "trace: model is a str; give a Module"),
+        ("trace", {"model": "gpt2"}, "trace: model is a str; give a torch.nn.Module"),
+        (
+            "trace",
+            {"model": nn.Linear},
+            r"trace: model is the class Linear, not called: write Linear\(\.\.\.\); give a t",
+        ),
+        ("deploy", {"program": nn.Linear}, "deploy: program is the class Linear; give a Program"),
+        (
+            "Pipeline.run",
+            {"instruments": [mxcompile.Measure]},
+            r"instruments holds something that is the class Measure, not called: write Measure\(\.\.\.\); give a S",
+        ),
+        (
+            "Pipeline.with_overrides",
+            {"overrides": 3},
+            r"with_overrides: overrides is an int; give a Mapping\[str, MXFormat \| str \| None\]$",
+        ),
         ("trace", {"include": 3}, r"trace: include is an int; give an Iterable\[str\]"),
         ("trace", {"include": [3]}, r"trace: include holds something that is an int; give an Iterable\[str\]"),
         ("deploy", {"program": None}, "deploy: program is a NoneType; give a Program"),

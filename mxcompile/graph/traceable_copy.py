@@ -64,9 +64,7 @@ def _name_arguments(shadow: nn.Module, inputs: Inputs) -> None:
 
 
 def _check_module(model: nn.Module) -> None:
-    """Raise InputError for what is no plain module with values: scripted, compiled, or partly on the meta device."""
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"the model is a {type(model).__name__}: pass a torch.nn.Module")
+    """Raise InputError for a module that is scripted, compiled, or partly on the meta device."""
     if isinstance(getattr(model, _COMPILED, None), nn.Module):
         raise InputError(
             f"this {type(model).__name__} is the result of torch.compile: pass the module that it was made from, as "

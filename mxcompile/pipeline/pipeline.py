@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from mxcompile.arguments import checked
 from mxcompile.calibration.not_finite import check_inputs, check_requests
@@ -38,16 +40,10 @@ class Pipeline:
     Raises MXCompileError for a format that has a built-in name but other values.
     """
 
-    @checked
     def __init__(self, passes: Iterable[Pass]) -> None:
-        self.passes = tuple(passes)
+        self.passes = _as_passes(passes)
         stage, origin = Stage.FLOAT, "trace"
         for current in self.passes:
-            if not isinstance(current, Pass):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise PipelineError(
-                    f"a pipeline is made of passes, Pipeline([SmoothQuant(), ...]), not of {current!r}: Pipeline.parse "
-                    "reads the text form"
-                )
             check_options(current.name, current)
             text_form.check_formats(current)
             if stage not in current.accepts:
@@ -157,6 +153,23 @@ class Pipeline:
             return how_to_go_on(history.finished, self.passes[len(history.finished) :], resume)
 
         return work_kept(unfinished, note)
+
+
+def _as_passes(passes: object) -> tuple[Pass, ...]:
+    """The passes of an iterable; raises PipelineError for anything else, a text form and a class of passes included."""
+    iterable = isinstance(passes, Iterable) and not isinstance(passes, str | Tensor)
+    items = tuple(cast(Iterable[object], passes)) if iterable else (passes,)
+    for item in items:
+        if iterable and isinstance(item, Pass):
+            continue
+        if isinstance(item, str):
+            reason = f"the text {item!r}: Pipeline.parse reads the text form"
+        elif isinstance(item, type) and issubclass(item, Pass):
+            reason = f"the class {item.__name__}: write {item.__name__}(...)"
+        else:
+            reason = f"a single {type(item).__name__}: put it in a list" if isinstance(item, Pass) else f"{item!r}"
+        raise PipelineError(f"a pipeline is made of passes, Pipeline([SmoothQuant(), ...]), not of {reason}")
+    return cast(tuple[Pass, ...], items)
 
 
 def _wrong_stage(current: Pass, stage: Stage, origin: str) -> str:
