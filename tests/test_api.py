@@ -169,4 +169,4 @@ def test_a_probe_without_a_dump_is_refused():
 
 def test_overrides_by_format_name():
     _, _, quantized = quantize("mlp", recipe="w4a8-mxint-quick", overrides={"down": "mxint8"})
-    assert [str(w.layout.format) for w in quantized.parameters() if isinstance(w, MXWeight)] == ["mxint4", "mxint8"]
+    assert [str(w.layout_.format) for w in quantized.parameters() if isinstance(w, MXWeight)] == ["mxint4", "mxint8"]

@@ -151,7 +151,7 @@ def test_a_compiler_that_fails_is_named(elsewhere, monkeypatch):
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     assert build.why_not(MXINT4) == f"{broken} cannot build the CPU kernels: error: no such thing"
-    assert not list((elsewhere / "cpu").glob("*"))
+    assert {path.suffix for path in (elsewhere / "cpu").glob("*")} <= {".lock"}  # no library, and no part of one
 
 
 @needs_compiler
