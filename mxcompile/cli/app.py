@@ -126,9 +126,14 @@ list_commands.register(app)
 
 
 def main() -> None:
-    """Entry point: an `MXCompileError` is printed as one message, without a traceback."""
+    """Entry point: an `MXCompileError` is printed as one message and its notes, without a traceback."""
     try:
         app()
     except MXCompileError as error:
-        messages().print(Text(f"error: {error}", style="red"))
+        screen = messages()
+        screen.print(Text(f"error: {error}", style="red"))
+        for note in getattr(
+            error, "__notes__", ()
+        ):  # that of a failed run says what is left, which ends with a command
+            screen.print(Text(f"{'note' if error.unfinished is None else 'in Python'}: {note}"))
         raise SystemExit(1) from None

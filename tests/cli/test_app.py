@@ -227,3 +227,40 @@ def test_errors_are_one_message(folder, monkeypatch, capsys, arguments, message)
         main()
     assert exit_.value.code == 1
     assert capsys.readouterr().err.replace("\n", " ").startswith(message)
+
+
+class Failing(Pass):
+    name = "failing"
+
+    def run(self, program):
+        raise PassError("no more")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "notes"),
+    [
+        ([Failing()], []),
+        ([*Pipeline.parse("smooth-quant").passes, Failing()], ["in Python: The work of smooth-quant is not lost"]),
+    ],
+    ids=["at once", "after another pass"],
+)
+def test_the_note_of_a_failed_run_is_printed(pipeline, notes, monkeypatch, capsys):
+    program = mxcompile.trace(build("mlp"), inputs("mlp"))
+    monkeypatch.setattr("mxcompile.cli.app.app", lambda: Pipeline(pipeline).run(program))
+    with pytest.raises(SystemExit):
+        main()
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "error: pass 'failing': no more"
+    assert [line.partition(": error")[0] for line in rest] == notes
+
+
+def test_notes_of_other_errors_are_printed(monkeypatch, capsys):
+    def fail():
+        error = PassError("no more")
+        error.add_note("seen at noon")
+        raise error
+
+    monkeypatch.setattr("mxcompile.cli.app.app", fail)
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == "error: no more\nnote: seen at noon\n"
