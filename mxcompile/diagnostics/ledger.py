@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -97,9 +98,12 @@ class Ledger:
         return table(("layer", "weight", "input"), ("of\nweight", "local", *after), rows, title)
 
     def to_miss_table(self) -> Table:
-        """What was skipped, why, and by which passes."""
-        rows = [(miss.where, miss.reason, ", ".join(names)) for miss, names in self.misses().items()]
-        return table(("skipped", "reason", "passes"), (), rows, "misses")
+        """What was skipped, why, by which passes, and the size of the tensors that stay float because of it."""
+        rows = [
+            (miss.where, miss.reason, ", ".join(names), decimal(miss.bytes) if miss.bytes else "")
+            for miss, names in self.misses().items()
+        ]
+        return table(("skipped", "reason", "passes"), ("size",), rows, "misses")
 
     def print_to(self, console: Console, worst: int = 12) -> None:
         """Print the pipeline and the tables of passes, of the worst layers and of misses."""

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from models import build, inputs
+from rich import filesize
 
 import mxcompile
-from mxcompile import Pipeline
+from mxcompile import Ledger, Pipeline
 from mxcompile.diagnostics.distributions import Distributions
 from mxcompile.diagnostics.dump import Dump
 from mxcompile.diagnostics.dump_reader import DumpReader, FailedPass
@@ -105,7 +106,8 @@ def test_summary_lists_each_miss_once_with_the_passes_that_met_it(tmp_path):
     Pipeline.parse("round-weights{format=mxint4} | lower-mx{weight=mxint4}").run(program, instruments=[Dump(tmp_path)])
     misses = [line for line in (tmp_path / "summary.txt").read_text().splitlines() if "convolution" in line]
     assert len(misses) == 2
-    assert all(line.endswith("round-weights, lower-mx") for line in misses)
+    sizes = [re.search(r"round-weights, lower-mx +([\d.]+ (?:bytes|kB))$", line.rstrip())[1] for line in misses]
+    assert sizes == [filesize.decimal(miss.bytes) for miss in Ledger.load(tmp_path).misses() if "conv" in miss.reason]
 
 
 def test_writes_over_its_own_dump_and_over_nothing_else(tmp_path):

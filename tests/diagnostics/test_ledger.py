@@ -58,7 +58,7 @@ FILE = {
             "name": "lower-mx",
             "spec": "lower-mx{weight=mxint4}",
             "rewrites": 1,
-            "misses": [{"where": "%conv", "reason": "a convolution", "bytes": 0}],
+            "misses": [{"where": "%conv", "reason": "a convolution", "bytes": 4608}],
             "seconds": 0.5,
             "numbers": {"up.weight": {"weight_sqnr_db": "inf"}},
             "preserved_db": None,
@@ -76,7 +76,7 @@ READ = Ledger(
             "lower-mx",
             "lower-mx{weight=mxint4}",
             1,
-            (Miss("%conv", "a convolution"),),
+            (Miss("%conv", "a convolution", 4608),),
             0.5,
             {"up.weight": {"weight_sqnr_db": math.inf}},
             None,
@@ -135,7 +135,7 @@ def test_tables_of_what_was_measured():
     numbers = ["1", "1", "0.50", "0.0", "17.5", "0.2500", "50.0%"]
     assert cells(READ.to_table(), "lower-mx") == ["lower-mx", *numbers]
     assert cells(READ.to_layer_table(), "up.weight") == ["up.weight", "mxint4", "mxint8", "18.5", "17.2", "exact"]
-    assert cells(READ.to_miss_table(), "%conv") == ["%conv", "a", "convolution", "lower-mx"]
+    assert cells(READ.to_miss_table(), "%conv") == ["%conv", "a", "convolution", "lower-mx", "4.6", "kB"]
 
 
 def test_the_worst_layers_come_first(tmp_path):

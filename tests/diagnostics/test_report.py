@@ -272,11 +272,11 @@ def test_a_model_of_32_layers_stays_small(tmp_path):
 
 
 def test_names_and_misses_are_text(tmp_path):
-    miss = PassResult(0, (Miss(HOSTILE[0], HOSTILE[1]),))
+    miss = PassResult(0, (Miss(HOSTILE[0], HOSTILE[1], 4608),))
     dump(tmp_path, Hostile(), torch.randn(4, 64), lambda program: miss, TEXT)
     found = page(tmp_path)
     assert [layer["module"] for layer in found.content["layers"]] == list(HOSTILE)
     assert {node[-1] for node in found.content["stages"][-1]["nodes"]} == {"", *HOSTILE}
     assert len(found.scripts) == 3
-    assert f"{HOSTILE[0]} {HOSTILE[1]} own" in found.text
+    assert f"{HOSTILE[0]} {HOSTILE[1]} own 4.6 kB" in found.text
     assert "img" not in {tag for tag, _ in found.tags}
