@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul, UnquantizedNode
 from mxcompile.analysis.tensor_reads import EMBEDDING, read_tensors, tensor_sources
+from mxcompile.graph.dataflow import target_name
 from mxcompile.graph.program import Program, module_path
 
 
@@ -43,4 +44,4 @@ def _reason(program: Program, name: str, readers: Sequence[Node]) -> str:
     if first.target is EMBEDDING and program.is_parameter(name):
         return f"an embedding stays float; ask for it with include={[module_path(first) or name]}"
     others = f" and {len(readers) - 1} more" if len(readers) > 1 else ""
-    return f"{name!r} is no weight of a matmul: {first.target}{others} reads it, it stays float"
+    return f"{name!r} is no weight of a matmul: {target_name(first)}{others} reads it, it stays float"

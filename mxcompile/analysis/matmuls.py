@@ -16,7 +16,16 @@ from torch.fx import Node
 
 from mxcompile.analysis.tensor_reads import Sources, ancestors, contracts, read_tensors, tensor_sources
 from mxcompile.errors import WeightError
-from mxcompile.graph.dataflow import SAME_VALUE, TRANSPOSES, is_cast_without_change, operand, swapped_axes
+from mxcompile.graph.dataflow import (
+    CASTS,
+    SAME_VALUE,
+    TRANSPOSES,
+    is_cast_without_change,
+    is_nested,
+    operand,
+    swapped_axes,
+    target_name,
+)
 from mxcompile.graph.edit import parameter_name
 from mxcompile.graph.program import Program, module_path, where
 from mxcompile.ops import DEQUANTIZE
@@ -242,15 +251,39 @@ def _why_no_parameter(program: Program, root: Node, sources: Sources) -> str | N
             f"the weight {names[0]!r} is a buffer or a constant, which are not quantized: make it an nn.Parameter "
             "(requires_grad=False will do)"
         )
+    source = root
+    while source.target in CASTS or source.target in TRANSPOSES or source.target in SAME_VALUE:
+        source = operand(source, 0)
+    if source.op == "get_attr":
+        dtype = root.meta["val"].dtype
+        return (
+            f"the weight {names[0]!r} is cast to {dtype} at run time, as in an autocast region: convert its module to "
+            f"that dtype, with .to({dtype})"
+        )
     return (
-        f"the weight is computed at run time by {root.target} from {_listed(names)}: store it as a "
-        "parameter (torch.nn.utils.parametrize.remove_parametrizations)"
+        f"the weight is computed at run time by {source.target} from {_listed(names)}: store it as a "
+        f"parameter{_remover(source, names)}"
     )
+
+
+def _remover(source: Node, names: Iterable[str]) -> str:
+    """The function that stores a computed weight, in parentheses, where torch has one."""
+    if any("parametrizations." in name for name in names):
+        return " (torch.nn.utils.parametrize.remove_parametrizations)"
+    if source.target is aten._weight_norm.default:
+        return " (torch.nn.utils.remove_weight_norm)"
+    endings = {"_mask": "torch.nn.utils.prune.remove", "_orig": "torch.nn.utils.remove_spectral_norm"}
+    return next((f" ({call})" for end, call in endings.items() if any(name.endswith(end) for name in names)), "")
 
 
 def _why_unknown(node: Node, weights: list[str]) -> str:
     if node.target in _CONVOLUTIONS:
         return "a convolution: MX quantization covers matmuls only, it stays float"
+    if is_nested(node):
+        return (
+            f"{target_name(node)} reads {_listed(weights)} in a graph of its own, which no pass changes: call these "
+            "layers outside of it"
+        )
     return (
         f"{node.target} reads {_listed(weights)} in float: only F.linear, x @ w, addmm, bmm and grouped_mm take MX "
         "weights"

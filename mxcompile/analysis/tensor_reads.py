@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from mxcompile.graph.dataflow import mutated_tensors
+from mxcompile.graph.dataflow import mutated_tensors, nested_graphs
 
 aten = torch.ops.aten
 
@@ -166,8 +166,11 @@ def ancestors(node: Node, sources: Sources) -> Iterator[Node]:
 def contracts(node: Node) -> bool:
     """True if the node may multiply what it reads as a matrix: anything that is not known to do something else.
 
-    A lookup in three or more dimensions counts too if it selects the matrices that a matmul multiplies by.
+    A lookup in three or more dimensions counts too if it selects the matrices that a matmul multiplies by. A call of
+    nested graphs counts if a node of theirs does.
     """
+    if graphs := nested_graphs(node):
+        return any(contracts(inner) for graph in graphs for inner in graph.nodes if _value_inputs(inner))
     schema = getattr(node.target, "_schema", None)
     if schema is None or str(node.target).startswith("mx."):
         return isinstance(node.target, torch._ops.HigherOrderOperator)  # pyright: ignore[reportPrivateUsage]

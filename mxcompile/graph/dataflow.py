@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 aten = torch.ops.aten
 
@@ -64,6 +64,20 @@ def vmapped(graph: Callable[..., Any], *operands: Any) -> Any:
 def is_nested(node: Node) -> bool:
     """Whether a node calls a higher-order operator, or `vmapped`: with graphs among its arguments."""
     return node.op == "call_function" and (isinstance(node.target, HigherOrderOperator) or node.target is vmapped)
+
+
+def nested_graphs(node: Node) -> list[Graph]:
+    """The graphs that a call of a higher-order operator, or of `vmapped`, has among its arguments."""
+    if not is_nested(node) or node.graph.owning_module is None:
+        return []
+    sources = [source for source in node.all_input_nodes if reads_graph(source)]
+    modules = [node.graph.owning_module.get_submodule(str(source.target)) for source in sources]
+    return [module.graph for module in modules if isinstance(module, GraphModule)]
+
+
+def target_name(node: Node) -> str:
+    """What a call runs: `aten.linear.default`, `cond`, `vmapped`."""
+    return vmapped.__name__ if node.target is vmapped else str(node.target)
 
 
 def reads_graph(node: Node) -> bool:

@@ -6,13 +6,15 @@ import pytest
 import torch
 from models import MODELS, build, inputs
 from torch import Tensor, nn
+from torch._higher_order_ops.map import map as map_rows
+from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
-from mxcompile.analysis.choice import choose
+from mxcompile.analysis.choice import check_coverage, choose
 from mxcompile.analysis.float_tensors import find_float_tensors
 from mxcompile.analysis.matmuls import Matmul, UnquantizedNode, find_matmuls, finite_rows
-from mxcompile.errors import WeightError
+from mxcompile.errors import CoverageError, WeightError
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
 
@@ -204,7 +206,81 @@ def test_a_weight_computed_in_forward():
 def test_a_weight_cast_to_another_dtype():
     model = Weighted((OUT, IN), lambda m, x: F.linear(x, m.weight.to(x.dtype))).bfloat16()
     refusal = the_refusal(model, torch.randn(2, IN))
-    assert "computed at run time by aten.to" in refusal.reason
+    assert refusal.reason == (
+        "the weight 'weight' is cast to torch.float32 at run time, as in an autocast region: convert its module to "
+        "that dtype, with .to(torch.float32)"
+    )
+    transposed = Weighted((OUT, IN), lambda m, x: x @ m.weight.t().float().contiguous()).bfloat16()
+    assert the_refusal(transposed, torch.randn(2, IN)).reason == refusal.reason
+
+
+def test_a_region_of_autocast():
+    def region(model: Weighted, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(x, model.weight)
+
+    model, x = Weighted((OUT, IN), region), torch.randn(2, IN)
+    assert the_refusal(model, x).reason.endswith("convert its module to that dtype, with .to(torch.bfloat16)")
+    the_matmul(model.to(torch.bfloat16), x.bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("change", "restore"),
+    [
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+        (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), lambda layer: prune.remove(layer, "weight")),
+    ],
+    ids=["remove_weight_norm", "remove_spectral_norm", "prune.remove"],
+)
+def test_the_function_that_stores_a_computed_weight(change, restore, request):
+    layer = nn.Linear(IN, OUT).eval()
+    change(layer)
+    name = request.node.callspec.id
+    assert the_refusal(layer, *FLAT).reason.endswith(f": store it as a parameter (torch.nn.utils.{name})")
+    restore(layer)
+    the_matmul(layer, *FLAT)
+
+
+# Graphs within the graph
+
+NESTED = {
+    "cond": lambda m, x: torch.cond(x.sum() > 0, lambda v: v @ m.weight, lambda v: (v * 2) @ m.weight, (x,)),
+    "vmapped": lambda m, x: torch.vmap(lambda row: row @ m.weight)(x),
+    "map_impl": lambda m, x: map_rows(lambda row: row @ m.weight, x),
+    "scan": lambda m, x: scan(lambda carry, row: (carry + 1, row @ m.weight), torch.zeros(1), x)[1],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("map_impl", "scan") else n for n in NESTED]
+)
+def test_a_matmul_in_a_nested_graph_is_refused_with_its_bytes(name):
+    program, found, (refusal,) = find(Weighted((IN, OUT), NESTED[name]), *FLAT)
+    assert found == []
+    assert refusal.reason == (
+        f"{name} reads weight in a graph of its own, which no pass changes: call these layers outside of it"
+    )
+    assert (refusal.weights, refusal.bytes) == (("weight",), IN * OUT * 4)
+    with pytest.raises(CoverageError, match=f"(?s)only 0% .*%{name}: {name} reads weight"):
+        check_coverage(program, choose(program))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.cond(x.sum() > 0, lambda v: v + m.weight, lambda v: v * m.weight, (x,)),
+        lambda m, x: torch.vmap(lambda row: row + m.weight)(x),
+    ],
+    ids=["cond", "vmapped"],
+)
+def test_a_nested_graph_that_only_adds_a_tensor_is_no_matmul(function, request):
+    program, found, refusals = find(Weighted((10, IN), function), *FLAT)
+    assert found == refusals == []
+    (other,) = find_float_tensors(program, found, refusals, ())
+    name = request.node.callspec.id
+    assert other.reason == f"'weight' is no weight of a matmul: {name} reads it, it stays float"
 
 
 def test_addmm_with_factors():
