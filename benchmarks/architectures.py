@@ -175,8 +175,8 @@ ARCHITECTURES: Final[dict[str, Callable[[], nn.Module]]] = {
     "deberta_v2": masked("deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8),
     "modernbert": masked("modernbert", local_attention=4),
     # encoder-decoders
-    "t5": seq2seq("t5", tie_word_embeddings=False),
-    "t5_v1_1": seq2seq("t5", tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
+    "t5": seq2seq("t5", tie_word_embeddings=False, decoder_start_token_id=0),
+    "t5_v1_1": seq2seq("t5", tie_word_embeddings=False, decoder_start_token_id=0, feed_forward_proj="gated-gelu"),
     "bart": seq2seq("bart"),
     "pegasus": seq2seq("pegasus"),
     "m2m_100": seq2seq("m2m_100"),
