@@ -6,6 +6,7 @@ program (a computed weight, a buffer, a convolution, a recurrent layer, an unkno
 `UnquantizedNode` with the reason.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -62,6 +63,8 @@ _CONVOLUTIONS: Final = frozenset(
 )
 _LEFT: Final = "the weight is the left operand: blocks run along the inner dimension of a right operand"
 _LISTED: Final = 3
+_PASSED_ON: Final = CASTS | TRANSPOSES | SAME_VALUE | {operator.getitem}
+"""They only pass a weight on: the message names what comes before them."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ def _why_no_parameter(program: Program, root: Node, sources: Sources) -> str | N
             "(requires_grad=False will do)"
         )
     source = root
-    while source.target in CASTS or source.target in TRANSPOSES or source.target in SAME_VALUE:
+    while source.target in _PASSED_ON:
         source = operand(source, 0)
     if source.op == "get_attr":
         dtype = root.meta["val"].dtype
@@ -261,7 +264,7 @@ def _why_no_parameter(program: Program, root: Node, sources: Sources) -> str | N
             f"that dtype, with .to({dtype})"
         )
     return (
-        f"the weight is computed at run time by {source.target} from {_listed(names)}: store it as a "
+        f"the weight is computed at run time by {target_name(source)} from {_listed(names)}: store it as a "
         f"parameter{_remover(source, names)}"
     )
 

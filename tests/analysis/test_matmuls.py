@@ -201,6 +201,8 @@ def test_a_parametrized_weight_names_the_remedy():
 def test_a_weight_computed_in_forward():
     refusal = the_refusal(Weighted((OUT, IN), lambda m, x: F.linear(x, m.weight.abs())))
     assert "computed at run time by aten.abs.default from weight: store it as a parameter" in refusal.reason
+    part = Weighted((2 * OUT, IN), lambda m, x: F.linear(x, m.weight.chunk(2)[1]))
+    assert "computed at run time by aten.chunk.default from weight: store it as a parameter" in the_refusal(part).reason
 
 
 def test_a_weight_cast_to_another_dtype():
