@@ -95,7 +95,7 @@ def local_model(tmp_path_factory) -> Path:
     words = ["[UNK]", "[EOS]", "The", "capital", "of", "France", "is", "Germany", "Italy", "Paris", "Berlin", "."]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    model = build("llama").to(torch.bfloat16)  # as the models that people download
+    model = build("llama")
     model.generation_config.eos_token_id = 1
     model.generation_config.pad_token_id = 1
     model.save_pretrained(folder)

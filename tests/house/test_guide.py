@@ -21,6 +21,7 @@ PAGES = [path for path in sorted(DOCS.glob("*.md")) if blocks(path, "python") or
 
 
 @pytest.mark.filterwarnings("ignore:.*llama.cpp takes and returns token ids only:UserWarning")  # of whole words here
+@pytest.mark.filterwarnings("ignore:this model is in float32, but compressed-tensors")
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_block_runs(page, local_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -106,6 +106,7 @@ def test_the_commands_about_checkpoints(tmp_path, monkeypatch):
     assert f"`{quantize}`" in " ".join(SAVING.read_text().split())
 
 
+@pytest.mark.filterwarnings("ignore:this model is in float32, but compressed-tensors")
 def test_the_commands_that_convert(local_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, tokenizer = load_model(str(local_model))
