@@ -123,8 +123,8 @@ def token_windows(tokens: Tensor, length: int, count: int | None = None, *, toke
         raise InputError(f"count is the number of windows, not {count}")
     first = tokens.new_tensor(start)
     text = tokens[len(start) :] if start and torch.equal(tokens[: len(start)], first) else tokens
-    parts = text[: len(text) // (length - len(start)) * (length - len(start))].split(length - len(start))
-    whole = parts if len(text) >= length - len(start) else ()
+    taken = length - len(start)
+    whole = text[: len(text) // taken * taken].split(taken) if len(text) >= taken else ()
     return (torch.cat([first, part]).unsqueeze(0) if start else part.unsqueeze(0) for part in whole[:count])
 
 
@@ -170,6 +170,8 @@ class _Window:
             raise InputError(f"a window has {_IDS} and maybe an {_MASK}, not {names}")
         if ids.dim() != 2:
             raise InputError(f"a window is [batch, length], not {list(ids.shape)}")
+        if ids.is_meta:
+            raise InputError("a window is on the meta device and holds no token ids: make it on the model's device")
         if mask is None:
             return cls({_IDS: ids}, torch.ones_like(ids[:, 1:], dtype=torch.bool))
         if mask.shape != ids.shape:
