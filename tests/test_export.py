@@ -64,6 +64,7 @@ assert "transformers" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_archive_needs_torch_and_ops_alone(llama, tmp_path):
     """A Hugging Face model, in a process that never imports transformers, on another batch and length."""
     model, _, archive = llama

@@ -316,6 +316,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_c
 NO_COMPILER = why_no_inductor(torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 def test_another_process_finds_what_was_compiled(tmp_path):
     """Hits and misses of torch's cache, for a layer of a width that no earlier run has left there."""

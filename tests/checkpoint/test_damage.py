@@ -72,6 +72,7 @@ def damages(draw, files: dict[str, bytes]) -> tuple[str, bytes]:
     return name, bytes(data)
 
 
+@pytest.mark.slow
 def test_no_damaged_file_is_accepted(checkpoint, tmp_path):
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     folder, model = shutil.copytree(checkpoint, tmp_path / "copy"), build("mlp")

@@ -176,6 +176,7 @@ def test_transformers_may_have_been_imported_before(tmp_path, monkeypatch):
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path), deployed("llama", "w8a8-mxint"))
 
 
+@pytest.mark.slow
 def test_threads_that_load_leave_the_classes_of_transformers_as_they_are(tmp_path):
     from transformers import PreTrainedModel
 

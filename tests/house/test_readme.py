@@ -26,6 +26,7 @@ def smollm2_is_local(local_model, monkeypatch):
     monkeypatch.setattr("mxcompile.cli.smollm2.load", lambda: load_model(str(local_model)))
 
 
+@pytest.mark.slow
 def test_python_blocks_and_the_commands_that_read_their_dump(local_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}

@@ -165,6 +165,7 @@ def test_many_models_in_one_process_stay_compiled():
     assert counters["stats"]["unique_graphs"] == before + 10
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_torchs_own_attention_layers_compile():
     layer, x = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval(), torch.randn(2, 5, 64)
@@ -307,6 +308,7 @@ def test_a_graph_that_was_compiled_before_comes_from_torch_s_cache(name):
             assert counters["aot_autograd"][count] == 1
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("copied", [copy.deepcopy, pytest.param(pickled, marks=pytest.mark.slow)])
 @torch.no_grad()
