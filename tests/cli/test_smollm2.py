@@ -59,7 +59,7 @@ def test_w4a8_covers_every_decoder_linear_at_its_true_size(real, w4a8):
 
 
 def test_mxfp4_for_other_programs_comes_back_to_the_bit(real, tmp_path):
-    """As compressed-tensors decodes it, as we do, and 4.25 bits a value in the file; in GGUF the same, but float16 matrices."""
+    """As compressed-tensors decodes it, as we do, and 4.25 bits a value; in GGUF the same, but float16 matrices."""
     compressors = pytest.importorskip("compressed_tensors.compressors", reason="install the test extra")
     from compressed_tensors.quantization import preset_name_to_scheme
 
