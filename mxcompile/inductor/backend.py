@@ -31,7 +31,7 @@ from mxcompile.inductor.rewrites.fuse_attention import fuse_attention
 from mxcompile.inductor.rewrites.join_linears import join_linears
 
 _PACKAGE: Final = Path(__file__).parents[1]
-_HASHED: Final = ("formats.py", "ops.py", "numerics", "kernels", "tensor", "graph", "inductor")
+_HASHED: Final = ("formats.py", "ops", "numerics", "kernels", "tensor", "graph", "inductor")
 _SOURCES: Final = (".py", ".cpp", ".h", ".jsonl")  # code, and the configs that kernels are launched with
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ fewer passes, `fast_rounding.py`. `choices` returns every candidate's answer, fo
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +21,9 @@ from mxcompile.kernels.cpu import linears as cpu
 from mxcompile.kernels.layout import fp8_eligibility, rows_to_planes
 from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.kernels.triton import split_k_counters
+from mxcompile.numerics import experts as experts_reference
 from mxcompile.numerics import fast_rounding, packing, reference
+from mxcompile.numerics.gates import Gate
 
 TRITON_MISSING = "triton is not installed"
 
@@ -64,6 +67,47 @@ def linears(
         size = x.shape[-1]
         weights = [(*rows_to_planes.convert_to_rows(*weight[:2], fmt, size, planes), weight[2]) for weight in weights]
     return [linear(x, elements, scales, bias, fmt) for elements, scales, bias in weights]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Packed experts `[E, out, in]`: elements, scales and a bias `[E, out]` or None; planar if `planes`."""
+
+    weight: cpu.PackedWeight
+    fmt: MXFormat
+    planes: PlanarScaling | None
+
+
+def grouped_linear(
+    x: Tensor, experts: Tensor, weight: cpu.PackedWeight, fmt: MXFormat, planes: PlanarScaling | None = None
+) -> Tensor:
+    """Rows of x times the experts chosen for them; see `numerics/experts.py`. x `[rows, in]`, experts `[rows, k]`."""
+    elements, scales, bias = weight
+
+    def multiply(rows: Tensor, expert: int) -> Tensor:
+        return linear(rows, elements[expert], scales[expert], None if bias is None else bias[expert], fmt, planes)
+
+    return experts_reference.grouped_linear(x, experts, len(elements), elements.shape[1], multiply)
+
+
+def experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: Experts,
+    down: Experts,
+    gate: Gate,
+    rounding: tuple[MXFormat, ScaleRule] | None,
+) -> Tensor:
+    """The sum of a token's chosen experts, with weights `[tokens, k]`: x `[tokens, hidden]`, experts `[tokens, k]`.
+
+    rounding: of the value between the two matmuls.
+    """
+    hidden = gate(grouped_linear(x, experts, up.weight, up.fmt, up.planes))
+    if rounding is not None:
+        hidden = quantize_dequantize(hidden, *rounding)
+    y = grouped_linear(hidden, experts.reshape(-1, 1), down.weight, down.fmt, down.planes)
+    return experts_reference.weighted_sum(y, weights, x.dtype)
 
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:

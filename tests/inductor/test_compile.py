@@ -204,7 +204,15 @@ def test_with_a_compiler_nothing_is_said():
 @pytest.mark.parametrize(
     "name",
     [
-        *("formats.py", "ops.py", "numerics/reference.py", "kernels/dispatch.py", "graph/rules.py"),
+        *(
+            "formats.py",
+            "ops/linears.py",
+            "ops/experts.py",
+            "numerics/gates.py",
+            "numerics/reference.py",
+            "kernels/dispatch.py",
+            "graph/rules.py",
+        ),
         *("kernels/configs/sm90.jsonl", "kernels/cpu/mx_cpu.cpp", "kernels/cpu/mx_cpu_dot.h"),
     ],
 )

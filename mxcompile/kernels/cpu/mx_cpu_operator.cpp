@@ -1,6 +1,6 @@
 // mx::cpu_linears in C++: for one token of a small model, dispatch through Python takes longer than the matmuls.
 //
-// Calls without a registered kernel go to mx::linears, which is Python (ops.py); that registers a kernel for later calls
+// Calls without a registered kernel go to mx::linears, which is Python (ops/linears.py); that registers a kernel for later calls
 // with `mx_register_kernel`. Built by cpu/build.py against the stable C++ ABI of torch.
 
 #include <torch/csrc/stable/library.h>

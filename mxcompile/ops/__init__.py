@@ -1,0 +1,56 @@
+"""The `mx::` operators, of which lowered graphs consist.
+
+    mx::quantize(x, format, rule) -> (elements, scales)              explicit, one pair per value
+    mx::dequantize(elements, scales, format, size, dtype, planes) -> values
+    mx::quantize_dequantize(x, format, rule) -> values               the two above, fused
+    mx::linear(x, elements, scales, bias, format, planes) -> y       dequantize + linear, fused
+    mx::linears(x, elements, scales, biases, format, activation, rule, planes) -> ys
+                                                                     the three above, for several weights of one input
+    mx::cpu_linears(the same except planes)                          the same, in C++ for few tokens
+    mx::rotate(x, block) -> runs of block channels times Hadamard    input of a matmul; see `hadamard.py`
+    mx::multiply(x, multiplier, digest) -> x * multiplier            input of a matmul of a deployed module
+    mx::attend(query, key, value, mask, scale) -> y                  single-token attention; see `fuse_attention.py`
+    mx::grouped_linear(x, experts, elements, scales, bias, format, planes) -> y
+                                                                     rows of x times the experts chosen for them
+    mx::experts(x, experts, weights, up, up_bias, down, down_bias, up_format, down_format, gate, activation, rule,
+                up_planes, down_planes) -> y                         two of these and the gate between, fused
+
+`format` is the text of an `MXFormat` ("mxint8", "mxfp4:64"), `rule` that of a `ScaleRule`. Elements are packed
+(`packing.py`), uint8 `[..., blocks * block_bytes]`; scales are E8M0 bytes `[..., blocks]`; blocks run along the last
+dimension, whose true length is `size`. With `planes`, which is its `PlanarScaling`, a 2-D weight has the planar layout
+of the GPU kernels (`kernels/layout/planes.py`), in rows of bytes padded to whole K-steps.
+
+The first two are the reference itself on every device. The fused operators run the fastest kernel that supports the
+call (`kernels.dispatch`) and are defined as the composition of the first two with `aten.linear`. Compiled graphs
+contain `cpu_linears` in place of `linears`: it is C++, because calling a small matmul through Python takes longer than
+the matmul. It does not check sizes, which a compiled graph cannot get wrong.
+
+Gradients pass `quantize_dequantize` unchanged (the straight-through estimator); those of `linear`, `grouped_linear`,
+`rotate` and `multiply` are exact. Packed weights have none. No gradient passes the bytes between `quantize` and
+`dequantize`, or the operators that are only in finished graphs (`linears`, `cpu_linears`, `attend`, `experts`): a graph
+to be trained has the others.
+
+An expert is one of the weights `[out, in]` of a 3-D one (`numerics/experts.py`); none is decoded that no token chose.
+`gate` is the text of a `Gate` (`numerics/gates.py`).
+
+`digest` identifies the values of a multiplier. Weights that share an input each have their own multiplier tensor;
+inside `torch.compile` only the digest shows that they are equal and one multiplication suffices.
+"""
+
+import torch
+
+from mxcompile.ops import experts, gradients, linears
+
+__all__ = ["experts", "gradients", "linears"]
+
+QUANTIZE = torch.ops.mx.quantize.default
+DEQUANTIZE = torch.ops.mx.dequantize.default
+QUANTIZE_DEQUANTIZE = torch.ops.mx.quantize_dequantize.default
+LINEAR = torch.ops.mx.linear.default
+LINEARS = torch.ops.mx.linears.default
+CPU_LINEARS = torch.ops.mx.cpu_linears.default
+GROUPED_LINEAR = torch.ops.mx.grouped_linear.default
+EXPERTS = torch.ops.mx.experts.default
+MULTIPLY = torch.ops.mx.multiply.default
+ROTATE = torch.ops.mx.rotate.default
+ATTEND = torch.ops.mx.attend.default

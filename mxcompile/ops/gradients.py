@@ -1,0 +1,91 @@
+"""Gradients of the `mx::` operators; none passes the packed weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxcompile.numerics import experts as experts_reference
+from mxcompile.ops import experts, linears
+from mxcompile.ops.library import LIBRARY
+
+__all__ = ["experts", "linears"]  # which define the operators
+
+
+def _setup_rotate(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    del output
+    ctx.block = inputs[1]
+
+
+def _rotate_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.mx.rotate.default(gradient, ctx.block), None  # the matrix is symmetric
+
+
+def _setup_multiply(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(inputs[1])
+    ctx.digest = inputs[2]
+
+
+def _multiply_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.mx.multiply.default(gradient, ctx.saved_tensors[0], ctx.digest), None, None
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    del ctx
+    return gradient, None, None
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    x, elements, scales, bias, format, *planes = inputs
+    ctx.save_for_backward(elements, scales)
+    ctx.decoding = (format, x.shape[-1], x.dtype, *planes)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    weight = torch.ops.mx.dequantize.default(*ctx.saved_tensors, *ctx.decoding)
+    bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, bias, None, None
+
+
+def _setup_grouped_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    x, numbers, elements, scales, bias, *decoding = inputs
+    ctx.save_for_backward(numbers, elements, scales)
+    ctx.decoding, ctx.size, ctx.bias = decoding, x.shape[-1], None if bias is None else (bias.shape, bias.dtype)
+
+
+def _grouped_linear_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    numbers, elements, scales = ctx.saved_tensors
+    format, *planes = ctx.decoding
+
+    def multiply(rows: Tensor, expert: int) -> Tensor:
+        parts = (elements[expert], scales[expert], format, ctx.size, rows.dtype, *planes)
+        return rows @ torch.ops.mx.dequantize.default(*parts)
+
+    x = bias = None
+    if ctx.needs_input_grad[0]:
+        each = experts_reference.grouped_linear(gradient, numbers.reshape(-1, 1), len(elements), ctx.size, multiply)
+        x = each.unflatten(0, numbers.shape).sum(1)
+    if ctx.needs_input_grad[4]:
+        shape, dtype = ctx.bias
+        chosen = (numbers.flatten() >= 0) & (numbers.flatten() < shape[0])
+        bias = gradient.new_zeros(shape).index_add(0, numbers.flatten()[chosen].long(), gradient[chosen]).to(dtype)
+    return x, None, None, None, bias, None, None
+
+
+def _register_gradients() -> None:
+    gradients: dict[str, tuple[Any, Any]] = {
+        "rotate": (_rotate_back, _setup_rotate),
+        "multiply": (_multiply_back, _setup_multiply),
+        "quantize_dequantize": (_straight_through, None),
+        "linear": (_linear_back, _setup_linear),
+        "grouped_linear": (_grouped_linear_back, _setup_grouped_linear),
+    }
+    for name, (backward, setup) in gradients.items():
+        torch.library.register_autograd(f"mx::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+
+_register_gradients()
