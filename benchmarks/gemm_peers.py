@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from gemm_timing import Call, Case, Run, Weight, add_case_options, cases, in_a_line, reason, rotated, totals, warm_up
@@ -36,16 +36,29 @@ class UnsupportedFormatError(Exception):
     """A peer has no kernel for a format."""
 
 
-def stored(w: Weight) -> tuple[Tensor, Tensor]:
-    """Codes `[out, in]`, integers with an offset (the smallest is 0), and exponents of their steps as E8M0 bytes."""
-    codes = unpack(w.elements, w.fmt)[:, : w.k]
+class Packed(Protocol):
+    """A weight, or one of each expert, whose elements and scales are in rows."""
+
+    @property
+    def fmt(self) -> MXFormat: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def elements(self) -> Tensor: ...
+    @property
+    def scales(self) -> Tensor: ...
+
+
+def stored(w: Packed) -> tuple[Tensor, Tensor]:
+    """Codes `[..., out, in]`, integers with an offset (the smallest is 0), and the E8M0 bytes of their steps."""
+    codes = unpack(w.elements, w.fmt)[..., : w.k]
     if not w.fmt.is_integer:
         return codes, w.scales
     return codes ^ (1 << (w.fmt.bits - 1)), w.scales - w.fmt.mantissa_bits
 
 
 def in_a_row(codes: Tensor, bits: int) -> Tensor:
-    """Codes `[out, in]` packed bit by bit, the lowest first: bytes `[out, in * bits / 8]`."""
+    """Codes `[..., in]` packed bit by bit, the lowest first: bytes `[..., in * bits / 8]`."""
     each = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     places = torch.arange(8, dtype=torch.uint8, device=codes.device)
     return (each.flatten(-2).unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)

@@ -220,7 +220,8 @@ class Run:
     def keep(self, line: dict[str, Any]) -> None:
         if not self.lines:
             versions = {"torch": torch.__version__, "triton": triton.__version__}
-            self._write({"device": torch.cuda.get_device_name(), **versions, "command": self.command})
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+            self._write({"device": device, **versions, "command": self.command})
         self.lines.append(line)
         self._write(line)
 
