@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.config_json import untie
+from mxcompile.checkpoint.hf_experts import use_default_experts, use_mx_experts
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.checkpoint.save import SHARD_SIZE, save
 from mxcompile.errors import CheckpointError, MXCompileError
@@ -30,11 +31,15 @@ _NO_EFFECT: Final = frozenset(
 
 
 def replace_methods(model: nn.Module) -> None:
-    """Set the methods on a quantized PreTrainedModel; its config says from now on whether its embeddings are tied."""
+    """Set the methods on a quantized PreTrainedModel, and our experts.
+
+    Its config says from now on whether its embeddings are tied.
+    """
     for name, method in _METHODS.items():
         setattr(model, name, partial(method, model))
     if any(_untied_pairs(model)):
         untie(cast(Any, model).config)
+    use_mx_experts(model)
 
 
 def save_pretrained(
@@ -87,6 +92,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         vars(model).pop(name, None)
     Provenance.remove_from(model)
     _forget_compiled(model)
+    use_default_experts(model)
     owner = cast(Any, model)
     owner.hf_quantizer.remove_quantization_config(model)
     owner.is_quantized = False

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from mxcompile.checkpoint.config_json import METHOD
+from mxcompile.checkpoint.hf_experts import use_mx_experts
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.tensor.modules import is_pretrained
 
@@ -39,6 +40,8 @@ def mark_quantized(model: nn.Module, provenance: Provenance | None) -> None:
         from mxcompile.checkpoint.hf_quantizer import MXCompileConfig, MXCompileQuantizer  # imports transformers
 
         MXCompileQuantizer(MXCompileConfig()).attach(model)
+    else:
+        use_mx_experts(model)
 
 
 class _RegistrationHook(MetaPathFinder):

@@ -11,6 +11,7 @@ SwiGLU (Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202) is `Gate(
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import product
 from typing import Final, Literal, get_args
 
 import torch
@@ -20,10 +21,8 @@ from torch.nn import functional as F
 from mxcompile.errors import MXCompileError
 
 Function = Literal["swish", "gelu", "gelu_tanh", "relu"]
-_PROBES: Final = 257
+_PROBES: Final = 1024
 _LARGEST_PROBE: Final = 24.0
-_ALPHAS: Final = (1.0, 1.702)
-_LIMITS: Final = (None, 7.0, 10.0, 12.0)
 _RELATIVE_ERROR: Final = 1e-5
 
 
@@ -73,31 +72,29 @@ def parse_gate(text: str) -> Gate:
     return Gate(function, interleaved=interleaved, **numbers)  # pyright: ignore[reportArgumentType]
 
 
-def recognize_gate(function: Callable[[Tensor], Tensor], limits: tuple[float, ...] = ()) -> Gate | None:
-    """The gate that computes the same as a function of channels `[rows, 2 * inner]`, None if it is none of those known.
+def recognize_gate(
+    function: Callable[[Tensor], Tensor], width: int, device: torch.device, numbers: tuple[float, ...] = ()
+) -> Gate | None:
+    """The gate that computes the same as a function of channels `[rows, width]`, None if it is none of those known.
 
-    Found by what it computes, on values from -24 to 24 in float32, on the CPU. limits: numbers to be tried as limits.
+    Found by what it computes on values from -24 to 24, in float32. numbers: to be tried as alpha and limit too.
     """
-    generator = torch.Generator().manual_seed(0)
-    spread = torch.linspace(-_LARGEST_PROBE, _LARGEST_PROBE, _PROBES)
-    order = torch.randperm(_PROBES, generator=generator)
-    other = torch.randperm(_PROBES, generator=generator)
-    probe = torch.stack([spread[order], spread[other]], dim=-1)  # [probes, 2]: two channels for one inner one
-    wide = torch.cat([probe, probe.flip(0)], dim=-1)  # two inner channels tell halves from pairs
+    rows = -(-_PROBES // width) + 1
+    order = torch.randperm(rows * width, generator=torch.Generator().manual_seed(0))
+    probe = torch.linspace(-_LARGEST_PROBE, _LARGEST_PROBE, rows * width)[order].view(rows, width).to(device)
     with torch.no_grad():
-        expected = function(wide)
-        for gate in _candidates(limits):
-            actual = gate(wide)
+        expected = function(probe)
+        for gate in _candidates(numbers):
+            actual = gate(probe)
             if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=_RELATIVE_ERROR, atol=1e-6):
                 return gate
     return None
 
 
-def _candidates(limits: tuple[float, ...]) -> Iterator[Gate]:
-    for interleaved in (False, True):
-        for limit in dict.fromkeys((*_LIMITS, *limits)):
-            for shift in (0.0, 1.0):
-                for alpha in _ALPHAS:
-                    yield Gate("swish", alpha, limit, shift, interleaved)
-                for function in ("gelu", "gelu_tanh", "relu"):
-                    yield Gate(function, 1.0, limit, shift, interleaved)
+def _candidates(numbers: tuple[float, ...]) -> Iterator[Gate]:
+    limits = (None, *(number for number in numbers if number > 0))
+    for interleaved, limit, shift in product((False, True), dict.fromkeys(limits), (0.0, 1.0)):
+        for alpha in dict.fromkeys((1.0, *numbers)):
+            yield Gate("swish", alpha, limit, shift, interleaved)
+        for function in ("gelu", "gelu_tanh", "relu"):
+            yield Gate(function, 1.0, limit, shift, interleaved)

@@ -1,7 +1,7 @@
 """Convert the MX weights of a deployed module on a GPU to the planar layout, which the fast kernels read.
 
 Similar weights of one module (q, k and v; gate and up) become adjacent in memory, so that one launch runs them where
-they share an input. Embedding tables, and weights that the planar layout cannot hold, stay row-major.
+they share an input; experts are not joined. Embedding tables, and weights that the layout cannot hold, stay row-major.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def use_planar_layout(module: nn.Module) -> dict[str, str]:
         except MXCompileError as error:
             reasons[name] = str(error)
             continue
-        parent = name.removesuffix(".weight").rpartition(".")[0]
+        parent = name.removesuffix(".weight").rpartition(".")[0] if weight.dim() == 2 else name
         groups.setdefault((parent, replace(weight.layout_, transposed=False)), []).append((weight, scale_range))
     names: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
@@ -51,12 +51,11 @@ def use_planar_layout(module: nn.Module) -> dict[str, str]:
 def _scale_range(weight: MXWeight) -> ScaleRange:
     """The range of the weight's scales; raises MXCompileError with the reason if it must stay row-major."""
     spec, fmt = weight.layout_, parse_format(weight.layout_.format)
-    if weight.dim() == 2:
-        x = torch.empty((1, spec.size), dtype=weight.dtype, device=weight.device)
-        reason = choices(x, fmt, len(weight.elements))["planes"]
-        if reason is not None:
-            raise MXCompileError(reason)
-    scale_range = rows_to_planes.weight_scale_range(weight.elements, weight.scales, fmt, spec.size)
+    x = torch.empty((1, spec.size), dtype=weight.dtype, device=weight.device)
+    reason = choices(x, fmt, weight.elements.shape[-2])["planes"]
+    if reason is not None:
+        raise MXCompileError(reason)
+    scale_range = weight.planar_scale_range()
     scaling_for(*scale_range, fmt)
     return scale_range
 
@@ -80,7 +79,7 @@ def _groups_with_one_scaling(
 
 def _place_adjacently(weights: list[MXWeight], scaling: PlanarScaling) -> list[MXWeight]:
     """The weights in the planar layout, one after the other in two shared tensors."""
-    outs, layout = [len(weight.elements) for weight in weights], weights[0].layout_
+    outs, layout = [weight.elements.shape[:-1].numel() for weight in weights], weights[0].layout_
     parts = rows_to_planes.empty_planes(sum(outs), parse_format(layout.format), layout.size, weights[0].device)
     targets = zip(*(part.split(outs) for part in parts), strict=True)
     return [weight.to_planar(scaling, target) for weight, target in zip(weights, targets, strict=True)]

@@ -17,6 +17,16 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) is not Tensor or _STEP_BY_STEP.get()
 
 
+def is_step_by_step() -> bool:
+    """Whether `unfused_matmuls` is in force; never while a graph is traced, which Dynamo could not ask."""
+    return not torch.compiler.is_compiling() and _STEP_BY_STEP.get()
+
+
+def needs_gradient(x: Tensor) -> bool:
+    """Whether a backward pass will ask for the gradient of x."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 @contextmanager
 def unfused_matmuls() -> Generator[None]:
     """Run matmuls with MX weights as the separate operators of a lowered Program, without the fused kernels, which

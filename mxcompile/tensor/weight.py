@@ -13,25 +13,37 @@ to the planar layout; it goes back to row-major where nothing reads planes (anot
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
 from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
-from mxcompile.kernels.layout.rows_to_planes import convert_to_planes, convert_to_rows, weight_scale_range
+from mxcompile.kernels.layout.rows_to_planes import (
+    ScaleRange,
+    convert_to_planes,
+    convert_to_rows,
+    weight_scale_range,
+    why_shape_not_planar,
+)
 from mxcompile.numerics.hadamard import rotate_input
-from mxcompile.ops import DEQUANTIZE, LINEAR, LINEARS, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
+from mxcompile.ops import DEQUANTIZE, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.tensor.layout import MXLayout
-from mxcompile.tensor.refusals import no_storage, not_defined
-from mxcompile.tensor.unfused import is_traced, unfused_matmuls
+from mxcompile.tensor.refusals import not_defined
+from mxcompile.tensor.unfused import is_traced, needs_gradient, unfused_matmuls
 
 __all__ = ["MXLayout", "MXWeight", "unfused_matmuls"]
 
 aten = torch.ops.aten
+
+HANDLERS: Final[dict[Any, Callable[..., Any]]] = {}
+"""Function of torch -> what it does with an MXWeight; filled by `operators.py`."""
+CUSTOM_OPS: Final[dict[str, Callable[..., Any]]] = {}
+"""The same for operators of other libraries, by name."""
+LOW_LEVEL: Final[dict[Any, Callable[..., Any]]] = {}
+"""Aten operator -> the same, where `__torch_function__` is disabled, as in nn.MultiheadAttention."""
 
 
 class MXWeight(Tensor):
@@ -113,7 +125,7 @@ class MXWeight(Tensor):
         """The float values, in the weight's shape and dtype; an expanded weight is decoded once."""
         spec = self.layout_
         elements, scales = (_unexpanded(part) for part in (self.elements, self.scales))
-        values = DEQUANTIZE(elements, scales, spec.format, spec.size, self.dtype, *_planes_argument(spec))
+        values = DEQUANTIZE(elements, scales, spec.format, spec.size, self.dtype, *planes_argument(spec))
         values = values.transpose(-1, -2) if spec.transposed else values
         return values if values.shape == self.shape else values.expand(self.shape)
 
@@ -141,7 +153,7 @@ class MXWeight(Tensor):
         x = self.transform(x)
         if spec.activation is None:
             return x
-        if not is_traced(x) or _needs_gradient(x):
+        if not is_traced(x) or needs_gradient(x):
             rounded = QUANTIZE_DEQUANTIZE(x, spec.activation, spec.rule)
         else:
             elements, scales = QUANTIZE(x, spec.activation, spec.rule)
@@ -166,7 +178,8 @@ class MXWeight(Tensor):
         if spec.planes is None:
             return self
         fmt = parse_format(spec.format)
-        elements, scales = convert_to_rows(self.elements, self.scales, fmt, spec.size, spec.planes)
+        elements, scales = convert_to_rows(*self._as_matrix(), fmt, spec.size, spec.planes)
+        elements, scales = (part.view(*self.elements.shape[:-1], -1) for part in (elements, scales))
         return MXWeight(elements, scales, replace(spec, planes=None), self.dtype, self.multiplier)
 
     def to_planar(self, scaling: PlanarScaling | None = None, out: tuple[Tensor, Tensor] | None = None) -> "MXWeight":
@@ -180,9 +193,22 @@ class MXWeight(Tensor):
             return self
         fmt = parse_format(spec.format)
         if scaling is None:
-            scaling = scaling_for(*weight_scale_range(self.elements, self.scales, fmt, spec.size), fmt)
-        elements, scales = convert_to_planes(self.elements, self.scales, fmt, spec.size, scaling, out)
+            scaling = scaling_for(*self.planar_scale_range(), fmt)
+        elements, scales = convert_to_planes(*self._as_matrix(), fmt, spec.size, scaling, out)
+        elements, scales = (part.view(*self.elements.shape[:-1], -1) for part in (elements, scales))
         return MXWeight(elements, scales, replace(spec, planes=scaling), self.dtype, self.multiplier)
+
+    def planar_scale_range(self) -> ScaleRange:
+        """The range of its scales, for `scaling_for`. Raises MXCompileError if the weight must stay row-major."""
+        fmt = parse_format(self.layout_.format)
+        if (reason := why_shape_not_planar(self.elements.shape[-2], fmt)) is not None:
+            raise MXCompileError(reason)
+        return weight_scale_range(*self._as_matrix(), fmt, self.layout_.size)
+
+    def _as_matrix(self) -> tuple[Tensor, Tensor]:
+        """Elements and scales `[rows, bytes]`: the rows of all experts, one after the other."""
+        elements, scales = (_unexpanded(part) for part in (self.elements, self.scales))
+        return elements.flatten(0, -2), scales.flatten(0, -2)
 
     def _stable_hash_for_caching(self) -> str:
         """The properties that compiled graphs depend on, for AOTAutograd's cache (torch 2.13 and later)."""
@@ -200,7 +226,7 @@ class MXWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        handler = _HANDLERS.get(func) or _CUSTOM_OPS.get(str(func))
+        handler = HANDLERS.get(func) or CUSTOM_OPS.get(str(func))
         if handler is not None:
             return handler(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage] - keeps results plain
@@ -218,8 +244,8 @@ class MXWeight(Tensor):
                 "an MXWeight cannot be copied into a float tensor: replace it (model.requires_grad_(False), then "
                 "load_state_dict(..., assign=True)), or copy weight.dequantize()"
             )
-        if func in _LOW_LEVEL:
-            return _LOW_LEVEL[func](*args, **options)
+        if func in LOW_LEVEL:
+            return LOW_LEVEL[func](*args, **options)
         if func not in _COPIES or not isinstance(weight, MXWeight):
             if torch.is_inference_mode_enabled():  # composite ops such as aten.to arrive as they are
                 result = func.decompose(*args, **options)
@@ -237,15 +263,7 @@ class MXWeight(Tensor):
         return MXWeight(elements, scales, layout, dtype, *rest)
 
 
-def _data_ptr(weight: MXWeight) -> int:
-    return weight.elements.data_ptr()  # tells weights apart: accelerate looks for tied ones by it
-
-
-def _without_storage(weight: MXWeight, *_: Any, **__: Any) -> Any:
-    raise MXCompileError(no_storage(weight.shape, weight.layout_.format))
-
-
-def _planes_argument(layout: MXLayout) -> tuple[PlanarScaling, ...]:
+def planes_argument(layout: MXLayout) -> tuple[PlanarScaling, ...]:
     """The `planes` argument of the operators; omitted where it is the default."""
     return () if layout.planes is None else (layout.planes,)
 
@@ -277,124 +295,3 @@ def _copy_into(weight: MXWeight, other: MXWeight) -> MXWeight:
     for part, values in zip(weight.parts, other.parts, strict=True):
         part.copy_(values)
     return weight
-
-
-def _right_operand(op: Callable[..., Tensor], position: int) -> Callable[..., Tensor]:
-    """`op` with an MXWeight as operand `position`; the operand before it is the input, which is prepared first."""
-
-    def multiply(*args: Any, **kwargs: Any) -> Tensor:
-        weight = args[position] if len(args) > position else None
-        if not isinstance(weight, MXWeight):
-            raise MXCompileError(f"{op.__name__}: an MXWeight can only be the right operand of a matmul")
-        before, after = args[: position - 1], args[position + 1 :]
-        return op(*before, weight.prepare(args[position - 1]), weight.dequantize(), *after, **kwargs)
-
-    return multiply
-
-
-def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tensor:
-    spec = weight.layout_
-    if weight.dim() == 2 and not spec.transposed and input.dtype == weight.dtype:
-        if _needs_gradient(input) or (bias is not None and _needs_gradient(bias)):
-            # Its backward pass keeps the packed weight; that of F.linear would keep the float one.
-            args = (weight.elements, weight.scales, bias, spec.format)
-            return LINEAR(weight.prepare(input), *args, *_planes_argument(spec))
-        if not is_traced(input):
-            args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule)
-            return LINEARS(weight.transform(input), *args, spec.planes)[0]
-    return F.linear(weight.prepare(input), weight.dequantize(), bias)
-
-
-def _needs_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
-
-
-def _grouped_mm(mat_a: Tensor, mat_b: MXWeight, *args: Any, **kwargs: Any) -> Tensor:
-    return torch._grouped_mm(mat_b.prepare(mat_a), mat_b.dequantize(), *args, **kwargs)  # pyright: ignore
-
-
-def _grouped_mm_fallback(input: Tensor, weight: MXWeight, offs: Tensor) -> Tensor:
-    return torch.ops.transformers.grouped_mm_fallback(weight.prepare(input), weight.dequantize(), offs)
-
-
-def _embedding(input: Tensor, weight: MXWeight, *args: Any, **kwargs: Any) -> Tensor:
-    del args, kwargs  # padding_idx and others only affect gradients
-    spec = weight.layout_
-    weight = weight.to_row_major()
-    rows = [F.embedding(input, part) for part in (weight.elements, weight.scales)]
-    return DEQUANTIZE(*rows, spec.format, spec.size, weight.dtype)
-
-
-def _transpose(weight: MXWeight, dim0: int = -2, dim1: int = -1) -> MXWeight:
-    last = {weight.dim() - 1, weight.dim() - 2}
-    if {dim0 % weight.dim(), dim1 % weight.dim()} != last:
-        raise MXCompileError("only the last two dimensions of an MXWeight can be swapped")
-    return weight.swap_axes()
-
-
-def _expand(weight: MXWeight, sizes: Sequence[int]) -> MXWeight:
-    if tuple(sizes[-2:]) != tuple(weight.shape[-2:]):
-        raise MXCompileError("only leading dimensions of an MXWeight can be expanded")
-    elements, scales = (part.expand(*sizes[:-2], *part.shape[-2:]) for part in (weight.elements, weight.scales))
-    return MXWeight(elements, scales, weight.layout_, weight.dtype, weight.multiplier)
-
-
-def _view(weight: MXWeight, sizes: Sequence[int]) -> MXWeight:
-    if tuple(sizes) != tuple(weight.shape):
-        raise MXCompileError(f"an MXWeight of shape {tuple(weight.shape)} cannot be viewed as {tuple(sizes)}")
-    return MXWeight(weight.elements, weight.scales, weight.layout_, weight.dtype, weight.multiplier)
-
-
-def _requires_grad(weight: MXWeight, requires_grad: bool = True) -> MXWeight:
-    if requires_grad:
-        raise MXCompileError(
-            "an MXWeight holds packed bytes and cannot be trained: train other parameters (an adapter such as LoRA, "
-            "norms, biases), through which gradients flow, or replace it with nn.Parameter(weight.dequantize()); "
-            "load_state_dict(..., assign=True) needs model.requires_grad_(False) before it"
-        )
-    return weight
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    Tensor.requires_grad_: _requires_grad,
-    Tensor.requires_grad.__set__: _requires_grad,  # pyright: ignore[reportAttributeAccessIssue]
-    F.linear: _linear,
-    F.embedding: _embedding,
-    torch.matmul: _right_operand(torch.matmul, 1),
-    Tensor.matmul: _right_operand(torch.matmul, 1),
-    Tensor.__matmul__: _right_operand(torch.matmul, 1),
-    torch.mm: _right_operand(torch.mm, 1),
-    Tensor.mm: _right_operand(torch.mm, 1),
-    torch.bmm: _right_operand(torch.bmm, 1),
-    Tensor.bmm: _right_operand(torch.bmm, 1),
-    torch.addmm: _right_operand(torch.addmm, 2),
-    Tensor.addmm: _right_operand(torch.addmm, 2),
-    torch.baddbmm: _right_operand(torch.baddbmm, 2),
-    Tensor.baddbmm: _right_operand(torch.baddbmm, 2),
-    torch.t: _transpose,
-    Tensor.t: _transpose,
-    Tensor.T.__get__: _transpose,  # pyright: ignore[reportAttributeAccessIssue]
-    Tensor.mT.__get__: _transpose,  # pyright: ignore[reportAttributeAccessIssue]
-    torch.transpose: _transpose,
-    Tensor.transpose: _transpose,
-    Tensor.data_ptr: _data_ptr,
-    Tensor.storage: _without_storage,
-    Tensor.numpy: _without_storage,
-    torch._grouped_mm: _grouped_mm,  # pyright: ignore[reportPrivateUsage] - what F.grouped_mm calls
-}
-# What F.linear and others become where __torch_function__ is disabled, as in nn.MultiheadAttention.
-_LOW_LEVEL: dict[Any, Callable[..., Any]] = {
-    aten.t.default: _transpose,
-    aten.transpose.int: _transpose,
-    aten.expand.default: _expand,
-    aten.view.default: _view,
-    aten._unsafe_view.default: _view,
-    aten.linear.default: _linear,
-    aten.mm.default: _right_operand(torch.mm, 1),
-    aten.bmm.default: _right_operand(torch.bmm, 1),
-    aten.addmm.default: _right_operand(torch.addmm, 2),
-}
-_CUSTOM_OPS: dict[str, Callable[..., Any]] = {
-    "transformers.grouped_mm_fallback": _grouped_mm_fallback,
-    "transformers.grouped_mm_fallback.default": _grouped_mm_fallback,
-}
