@@ -118,13 +118,13 @@ def quantizing(layers: int, recipe: str, windows: int, length: int) -> tuple[flo
     generator = torch.Generator(device="cuda").manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (windows, length), generator=generator, device="cuda")
     batches = [{"input_ids": part} for part in ids.split(4)]
-    torch.cuda.synchronize()
+    wait()
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     program = mxcompile.trace(model, {"input_ids": ids[:1, :64]})
     lowered = as_pipeline(recipe).run(program, batches)
     mxcompile.deploy(lowered, model, check=False)
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30
 
 
@@ -176,6 +176,12 @@ def measured(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
     return {name: round(value * 1e3, 3) for name, value in times.items()}
 
 
+def wait() -> None:
+    """For what a GPU still computes."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Clock(StoppingCriteria):
     """Records the time of each token, and never stops."""
 
@@ -191,10 +197,10 @@ def generated(model: Any, prompt: torch.Tensor, count: int) -> dict[str, float]:
     """Seconds of one call of `generate`, of a token in it, and of its first decode step."""
     clock = Clock()
     options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
-    torch.cuda.synchronize()
+    wait()
     began = time.perf_counter()
     model.generate(prompt, cache_implementation="static", stopping_criteria=StoppingCriteriaList([clock]), **options)
-    torch.cuda.synchronize()
+    wait()
     whole, (first, second, *_, last) = time.perf_counter() - began, clock.times
     return {"token_ms": (last - second) / (count - 2), "first_step_ms": second - first, "call_ms": whole}
 
@@ -215,7 +221,7 @@ def kernels(call: Callable[[], Any]) -> list[Any]:
     """The kernels that a call launched, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
-        torch.cuda.synchronize()
+        wait()
     return sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
 
 
@@ -239,10 +245,10 @@ def seconds(call: Callable[[], Any]) -> float:
     """Of one call, the least of three."""
     best = float("inf")
     for _ in range(3):
-        torch.cuda.synchronize()
+        wait()
         began = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        wait()
         best = min(best, time.perf_counter() - began)
     return best
 
