@@ -68,7 +68,10 @@ class Wildcard(Pattern):
 
 
 class Call(Pattern):
-    """Matches a call of one of the targets; operands are matched by position in the schema, further ones ignored."""
+    """Matches a call of one of the targets; operands are matched by position in the schema, further ones ignored.
+
+    A target may be an operator's name, such as "aten.mm.default": of a library that may not be imported yet.
+    """
 
     def __init__(self, targets: Any, *operands: Any, name: str = "") -> None:
         self.targets = _overloads(targets)
@@ -77,7 +80,9 @@ class Call(Pattern):
 
     def match(self, value: Any, bindings: dict[str, Any]) -> bool:
         """Match the call and its operands."""
-        if not isinstance(value, Node) or value.op != "call_function" or value.target not in self.targets:
+        if not isinstance(value, Node) or value.op != "call_function":
+            return False
+        if value.target not in self.targets and str(value.target) not in self.targets:
             return False
         if self.name and not Wildcard(self.name).match(value, bindings):
             return False

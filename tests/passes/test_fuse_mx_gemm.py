@@ -44,6 +44,26 @@ class Experts(nn.Module):
         return torch.bmm(x, self.weight)
 
 
+class AddedExperts(Experts):
+    """The same with an added value."""
+
+    def forward(self, x):
+        return torch.baddbmm(x[..., :32], x, self.weight)
+
+
+class Grouped(nn.Module):
+    """A grouped matmul: rows sorted by expert, experts stored by output or by input channel."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        shape = (3, 64, 32) if transposed else (3, 32, 64)
+        self.weight = nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x, ends):
+        return torch._grouped_mm(x, self.weight if self.transposed else self.weight.transpose(1, 2), offs=ends)
+
+
 def run(model, x, pipeline):
     return Pipeline.parse(pipeline).run(mxcompile.trace(model.eval(), x))
 
@@ -70,12 +90,32 @@ def test_computes_what_the_lowered_program_computes():
     assert torch.equal(run(model, x, f"{W4A8} | fuse-mx-gemm")(x), run(model, x, W4A8)(x))
 
 
-def test_a_three_dimensional_weight_is_a_near_miss():
-    program = run(Experts(), torch.randn(2, 5, 64), f"{W4A8} | fuse-mx-gemm")
-    record = program.ledger[-1]
-    assert record.rewrites == 1  # the activation
-    assert [str(miss) for miss in record.misses] == [
-        "%bmm: no fused kernel for aten.bmm.default: its weight is dequantized first"
+def test_a_batched_matmul_becomes_one_by_all_experts():
+    model, x = Experts(), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    program = run(model, x, f"{W4A8} | fuse-mx-gemm")
+    assert (program.ledger[-1].rewrites, program.ledger[-1].misses) == (2, ())
+    assert calls(program).count("mx.grouped_linear") == 1
+    assert not program.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+    torch.testing.assert_close(program(x), run(model, x, W4A8)(x), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_grouped_matmul_decodes_the_experts_that_have_rows(transposed):
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    model = Grouped(transposed).bfloat16()
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)  # expert 1 has none
+    program = run(model, (x, ends), f"{W4A8} | fuse-mx-gemm")
+    assert (program.ledger[-1].rewrites, program.ledger[-1].misses) == (2, ())
+    assert calls(program).count("mx.grouped_linear") == 1
+    wanted = run(model, (x, ends), W4A8)(x, ends)
+    program.tensor("weight_scales")[1] = 255
+    torch.testing.assert_close(program(x, ends), wanted, rtol=2**-8, atol=1e-2)
+
+
+def test_experts_with_an_added_value_are_a_near_miss():
+    program = run(AddedExperts(), torch.randn(2, 5, 64), f"{W4A8} | fuse-mx-gemm")
+    assert [str(miss) for miss in program.ledger[-1].misses] == [
+        "%baddbmm: no fused kernel for aten.baddbmm.default: its weight is dequantized first"
     ]
 
 

@@ -1,5 +1,7 @@
 """dequantize(quantize(x)) -> mx::quantize_dequantize(x);  matmul(x, dequantize(w)) + bias -> mx::linear(x, w, bias).
 
+Matmuls by experts: `fuse_experts.py`.
+
 mx::multiply(x, m) becomes an ordinary multiplication, which Inductor fuses with the producer of x.
 
 The rules match both dialects of fx graphs: a lowered Program (`aten.linear`, `aten.addmm`, `aten.matmul`) and the
@@ -16,6 +18,7 @@ from mxcompile.graph.dataflow import TRANSPOSES, swapped_axes
 from mxcompile.graph.program import where
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.graph.rules import Call, Match, Pattern, Rule, Wildcard, apply_rules
+from mxcompile.inductor.rewrites.fuse_experts import EXPERT_RULES, GROUPED_MATMULS
 from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
@@ -42,9 +45,7 @@ _TRANSPOSED_WEIGHT = Call(TRANSPOSES, _WEIGHT, name="transpose")
 _MULTIPLIES = frozenset({aten.mm.default, aten.matmul.default})
 VIEWS = frozenset({aten.view.default, aten.reshape.default})
 _PURE = frozenset({QUANTIZE, DEQUANTIZE, MULTIPLY, ROTATE, operator.getitem, *VIEWS})
-_OTHER_MATMULS = frozenset(
-    {aten.bmm.default, aten.baddbmm.default, aten._grouped_mm.default, *_MULTIPLIES, aten.addmm.default}
-)
+_OTHER_MATMULS = frozenset({aten.bmm.default, aten.baddbmm.default, *_MULTIPLIES, aten.addmm.default})
 
 
 def fuse(graph: Graph) -> PassResult:
@@ -131,13 +132,14 @@ RULES = (
     _linear_rule("fuse-linear", Call(aten.linear.default, Wildcard("x"), _WEIGHT, Wildcard("bias"))),
     _linear_rule("fuse-matmul", Call(_MULTIPLIES, Wildcard("x"), _TRANSPOSED_WEIGHT)),
     _linear_rule("fuse-addmm", Call(aten.addmm.default, Wildcard("bias"), Wildcard("x"), _TRANSPOSED_WEIGHT)),
+    *EXPERT_RULES,
 )
 
 
 def _unfused(graph: Graph) -> list[Miss]:
     misses: list[Miss] = []
     for node in graph.nodes:
-        if node.target not in _OTHER_MATMULS and "grouped_mm" not in str(node.target):
+        if node.target not in _OTHER_MATMULS and str(node.target) not in GROUPED_MATMULS:
             continue
         for source in node.all_input_nodes:
             origin = source.all_input_nodes[0] if source.target in TRANSPOSES else source
