@@ -64,7 +64,7 @@ def parse_gate(text: str) -> Gate:
     Raises MXCompileError for a text that `str(gate)` does not make.
     """
     function, *options = text.split(":")
-    pairs = dict(option.partition("=")[::2] for option in options)
+    pairs = {name: value for name, _, value in (option.partition("=") for option in options)}
     if function not in get_args(Function) or not set(pairs) <= {"alpha", "limit", "shift", "interleaved"}:
         raise MXCompileError(f"{text!r} is no gate: write {Gate()}, or {Gate(alpha=1.702, limit=7.0, shift=1.0)}")
     interleaved = pairs.pop("interleaved", "False") == "True"

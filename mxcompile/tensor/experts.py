@@ -5,7 +5,7 @@
 Under `unfused_matmuls`, and where the operands do not fit the operator, every step is an operator of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -136,6 +136,11 @@ def unbind(weight: MXWeight, dim: int = 0) -> tuple[MXWeight, ...]:
     if weight.dim() != 3 or dim % weight.dim() != 0:
         raise MXCompileError(not_defined("aten.unbind.int"))
     return tuple(select(weight, index) for index in range(weight.shape[0]))
+
+
+def one_by_one(weight: MXWeight) -> Iterator[MXWeight]:
+    """`for expert in weight`."""
+    return iter(unbind(weight))
 
 
 def _multiplies_rows(x: Tensor, weight: MXWeight) -> bool:

@@ -93,7 +93,7 @@ def _without_storage(weight: MXWeight, *_: Any, **__: Any) -> Any:
 
 _SELECTIONS: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: experts.select,
-    Tensor.__iter__: lambda weight: iter(experts.unbind(weight)),
+    Tensor.__iter__: experts.one_by_one,
     torch.select: experts.select_along,
     Tensor.select: experts.select_along,
     torch.unbind: experts.unbind,

@@ -42,6 +42,7 @@ OPTIONAL = {
     "_param_name_to_source": "of a Dynamo graph module, read by AOTAutograd",
     "_keys_to_ignore_on_load_unexpected": "of a PreTrainedModel",
     "_skip_keys_device_placement": "of a PreTrainedModel: arguments that accelerate does not move between devices",
+    "_apply_gate": "of transformers' experts: the activation between the two matmuls; without it no `mx::experts`",
     "_compiled_call": "where transformers' generate caches the compiled decode step",
     "_last_compile_config": "where transformers' generate keeps the config of that step",
 }
