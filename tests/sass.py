@@ -20,12 +20,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mxcompile.formats import MXFormat
+from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.kernels.gluon import fp8_linear, planes_kernel
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
-from mxcompile.kernels.layout.planes import plane_layout
-from mxcompile.kernels.triton import attention
+from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout
+from mxcompile.kernels.triton import attention, expert_slices, expert_sums, grouped_planes
 from mxcompile.kernels.triton import planes_linear as triton_planes
+from mxcompile.kernels.triton.gates import gate_constants
+from mxcompile.numerics.gates import Gate
 
 SHARED_BYTES: Final = 232448
 """Shared memory that one program may have on an H100."""
@@ -115,6 +117,35 @@ def attention_report(dtype: str, size: int, group: int) -> tuple[Report, attenti
     types |= {"query_strides": ("i32",) * 2, "key_strides": ("i32",) * 3, "value_strides": ("i32",) * 3}
     compiled = _compiled(attention._attend_kernel, constants, types, attention.options(config))
     return _report(compiled, lambda _: []), config
+
+
+def grouped_report(
+    planes: PlanarWeight,
+    config: expert_slices.Config,
+    gate: Gate | None,
+    rounding: tuple[MXFormat, ScaleRule] | None = None,
+    has_bias: bool = False,
+) -> Report:
+    """triton/grouped_planes.py: choices of an expert, ranked if there are several; 32 lines of a prefetch."""
+    constants = expert_slices.constants(planes, config, config.slices) | grouped_planes.rounding_constants(rounding)
+    constants |= {**gate_constants(gate), "PREFETCH": int(config.prefetch), "INTERPRETED": False}
+    constants |= {"MODE": "leader" if config.choices > 1 else "single", "RANKED": 256, "HAS_BIAS": has_bias}
+    types = dict.fromkeys(("x", "bias", "y"), "*bf16") | dict.fromkeys(("words", "following"), "*i16")
+    types |= {"scales": "*i32", "experts": "*i64", "table_choices": "*i32", "table_experts": "*i32", "lift": "fp32"}
+    kernel, options = grouped_planes._grouped_kernel, expert_slices.options(config)
+    compiled = _compiled(kernel, constants, types, options, other_than_16={"choices", "slots", "k_steps"})
+    return _report(compiled, lambda loops: max(loops, key=len, default=[]))
+
+
+def sum_report(planes: PlanarWeight, config: expert_slices.Config, has_bias: bool = False) -> Report:
+    """triton/expert_sums.py: matmul and weighted sum of as many choices as a round takes."""
+    constants = expert_slices.constants(planes, config, config.parts) | {"PARTS": config.parts, "ROUNDS": 1}
+    constants |= {"HAS_BIAS": has_bias, "INTERPRETED": False}
+    types = dict.fromkeys(("x", "bias", "y", "weights"), "*bf16") | {"words": "*i16", "scales": "*i32"}
+    types |= {"experts": "*i64", "lift": "fp32"}
+    kernel, options = expert_sums._multiply_and_sum_kernel, expert_slices.options(config)
+    compiled = _compiled(kernel, constants, types, options, other_than_16={"slots", "k_steps"})
+    return _report(compiled, lambda loops: max(loops, key=len, default=[]))
 
 
 def _descriptor(dtype: str, shape: list[int], layout: Any) -> str:

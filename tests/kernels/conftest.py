@@ -31,6 +31,10 @@ _MODULES = (
     "rows_linear",
     "planes_linear",
     "quantize",
+    "gates",
+    "expert_slices",
+    "expert_sums",
+    "grouped_planes",
 )
 
 
@@ -49,10 +53,11 @@ def interpreted() -> Iterator[SimpleNamespace]:
         _round_to_e4m3(patch)
         # The interpreter recognizes Triton's own maximum and sum; it calls others once per element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
-        for name in ("quantize", "align", "attention"):
+        for name in ("quantize", "align", "attention", "grouped_planes"):
             patch.setattr(copies[name], "_maximum", standard._elementwise_max)
-        patch.setattr(copies["attention"], "_sum", standard._sum_combine)
-        others = {name: copies[name] for name in ("align", "attention", "dequantize")}
+        for name in ("attention", "expert_slices", "expert_sums", "grouped_planes"):
+            patch.setattr(copies[name], "_sum", standard._sum_combine)
+        others = {name: copies[name] for name in ("align", "attention", "dequantize", "grouped_planes", "expert_sums")}
         yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)
 
 

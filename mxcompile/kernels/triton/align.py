@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mxcompile.formats import MXFP8_E4M3, MXFormat, ScaleRule
 from mxcompile.kernels.triton.elements import launch, narrow, power_of_two, unsupported_device, unsupported_dtype, widen
-from mxcompile.kernels.triton.quantize import _fraction_limit, _maximum, _round_magnitude, _scale_exponent
+from mxcompile.kernels.triton.quantize import _maximum, _round_magnitude, _scale_exponent, fraction_limit
 from mxcompile.numerics.reference import ALIGNED_TOP_EXPONENT
 
 _MOST_COLUMNS: Final = 4096
@@ -92,7 +92,7 @@ def _constants(rounding: Rounding | None, largest: int) -> dict[str, Any]:
     if rounding is None:
         return {"ROUNDING": None, "ALIGN_ROUNDED": False}
     fmt, rule = rounding
-    limit = _fraction_limit(fmt, rule)
+    limit = fraction_limit(fmt, rule)
     scaled = (fmt.exponent_bits, fmt.mantissa_bits, fmt.emin, fmt.emax, fmt.max_value, limit, largest)
     return {"ROUNDING": scaled, "ALIGN_ROUNDED": fmt.name == MXFP8_E4M3.name}
 

@@ -179,14 +179,15 @@ def options(config: Config) -> dict[str, Any]:
 
 
 @triton.jit
-def _concatenate_planes(a, b, c, d):
+def concatenate_planes(a, b, c, d):
     """Four `[n, 32]` as one `[n, 128]`; as tensor-core operands no data moves between registers."""
     quad = tl.join(tl.join(a, b), tl.join(c, d))
     return tl.reshape(tl.permute(quad, (0, 3, 2, 1)), (a.shape[0], 128))
 
 
 @triton.jit
-def _multiply(values, tokens, acc, INTERPRETED: tl.constexpr):
+def multiply(values, tokens, acc, INTERPRETED: tl.constexpr):
+    """`acc + values @ tokens`; the interpreter has float32 values."""
     if INTERPRETED:
         result = tl.dot(values, widen(tokens), acc, input_precision="ieee")
     else:
@@ -215,21 +216,26 @@ def _weight_pointers(words, scales, n, n_size, k_steps, first, PLANES: tl.conste
 
 
 @triton.jit
+def prefetch_lines(pointers):
+    """Prefetch the lines of 128 bytes that hold what is pointed at into L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _prefetch(words, row, n_size, k_steps, first, TILE_N: tl.constexpr, WORDS: tl.constexpr, K_STEPS: tl.constexpr):
     """Prefetch the first K-steps of the tiles from `row` on into L2, in lines of 128 bytes."""
     for i in tl.static_range((TILE_N + 63) // 64 * WORDS):
         tile = tl.minimum(row // 64 + i // WORDS, (n_size - 1) // 64)
         line = first * (WORDS * 32) + i % WORDS * (K_STEPS * 32) + tl.arange(0, K_STEPS * 32)
         line = tl.minimum(line, k_steps * (WORDS * 32) - 1)
-        pointers = words + tile.to(tl.int64) * k_steps * (WORDS * 64 * 32) + line * 64
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [pointers.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        prefetch_lines(words + tile.to(tl.int64) * k_steps * (WORDS * 64 * 32) + line * 64)
 
 
 @triton.jit
@@ -269,7 +275,7 @@ def _accumulate_k_step(
     s1 = tl.load(s + 64) if PLANES > 4 else s0
     if JOINED:
         for quad in tl.static_range(PLANES // 4):
-            values = _concatenate_planes(
+            values = concatenate_planes(
                 plane_values(w0, w1, w2, s0, s1, 4 * quad, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
                 plane_values(w0, w1, w2, s0, s1, 4 * quad + 1, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
                 plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
@@ -278,14 +284,14 @@ def _accumulate_k_step(
             k = column + quad * 128 + tl.arange(0, 128)
             inside = m_inside & (k[:, None] < k_size) if PADDED else m_inside
             tokens = tl.load(rows + k[:, None], mask=inside, other=0.0)
-            acc = _multiply(values, tokens, acc, INTERPRETED)
+            acc = multiply(values, tokens, acc, INTERPRETED)
     else:
         for plane in tl.static_range(PLANES):
             values = plane_values(w0, w1, w2, s0, s1, plane, SHAPE, FIELDS, ASSEMBLY, INTERPRETED)
             k = column + plane * 32 + tl.arange(0, 32)
             inside = m_inside & (k[:, None] < k_size) if PADDED else m_inside
             tokens = tl.load(rows + k[:, None], mask=inside, other=0.0)
-            acc = _multiply(values, tokens, acc, INTERPRETED)
+            acc = multiply(values, tokens, acc, INTERPRETED)
     return acc
 
 

@@ -82,7 +82,7 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
         EMIN=fmt.emin,
         EMAX=fmt.emax,
         MAX_VALUE=fmt.max_value,
-        LIMIT=_fraction_limit(fmt, rule),
+        LIMIT=fraction_limit(fmt, rule),
         LARGEST=int(torch.finfo(x.dtype).max).bit_length() - 1,
         TILE=tile,
         num_warps=_WARPS,
@@ -120,7 +120,7 @@ def dequantize(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype
     return y
 
 
-def _fraction_limit(fmt: MXFormat, rule: ScaleRule) -> int:
+def fraction_limit(fmt: MXFormat, rule: ScaleRule) -> int:
     """The largest 23-bit fraction of a block's maximum that does not raise the exponent (see ScaleRule.threshold)."""
     limit = int((rule.threshold(fmt) - 1) * 2**23)
     return limit - 1 if rule is ScaleRule.EVEN else limit
@@ -157,6 +157,33 @@ def _round_magnitude(
     return tl.minimum(rounded, MAX_VALUE)
 
 
+@triton.jit
+def round_to_elements(
+    bits,
+    amax,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    EMIN: tl.constexpr,
+    EMAX: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """Values, as bit patterns of float32, to float32: elements times the scale of their block.
+
+    amax: the bit pattern of the block's largest magnitude, of a shape that broadcasts.
+    """
+    magnitude = bits & 0x7FFFFFFF
+    exponent = _scale_exponent(amax, EMAX, LIMIT, LARGEST)
+    v = magnitude.to(tl.float32, bitcast=True) * power_of_two(-exponent)
+    v = _round_magnitude(v, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE) * power_of_two(exponent)
+    sign = bits ^ magnitude
+    if EXPONENT_BITS == 0:
+        sign = tl.where(v == 0.0, 0, sign)  # two's complement has one zero
+    result = v.to(tl.int32, bitcast=True) | sign
+    return tl.where(amax >= 0x7F800000, 0x7FC00000, result).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["total"])
 def _quantize_dequantize_kernel(
     x,
@@ -186,14 +213,7 @@ def _quantize_dequantize_kernel(
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     amax = tl.expand_dims(tl.reduce(magnitude, 1, _maximum), 1)
-    exponent = _scale_exponent(amax, EMAX, LIMIT, LARGEST)
-    v = magnitude.to(tl.float32, bitcast=True) * power_of_two(-exponent)
-    v = _round_magnitude(v, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE) * power_of_two(exponent)
-    sign = bits ^ magnitude
-    if EXPONENT_BITS == 0:
-        sign = tl.where(v == 0.0, 0, sign)  # two's complement has one zero
-    result = v.to(tl.int32, bitcast=True) | sign
-    result = tl.where(amax >= 0x7F800000, 0x7FC00000, result).to(tl.float32, bitcast=True)
+    result = round_to_elements(bits, amax, EXPONENT_BITS, MANTISSA_BITS, EMIN, EMAX, MAX_VALUE, LIMIT, LARGEST)
     tl.store(y + row * size + column, narrow(result, y.dtype.element_ty), mask=inside)
 
 

@@ -1,0 +1,119 @@
+"""Experts with planar weights on a GPU: which kernels multiply, by the number of choices.
+
+A choice is a (token, slot) pair. Nothing here waits for the GPU: which experts were chosen is never read on the host.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.kernels.expert_configs import grouped_config, sum_config
+from mxcompile.kernels.gpu_linears import PackedWeight
+from mxcompile.kernels.layout.planes import PlanarScaling, from_bytes
+from mxcompile.kernels.triton import expert_sums, grouped_planes
+from mxcompile.kernels.triton import planes_linear as triton_planes
+from mxcompile.kernels.triton.expert_slices import Stack
+from mxcompile.numerics.gates import Gate
+
+PackedExperts: TypeAlias = tuple[PackedWeight, MXFormat, PlanarScaling]
+"""Planar experts as bytes: elements `[E, out, bytes]`, scales `[E, out, blocks]` and a bias `[E, out]` or None."""
+Rounding: TypeAlias = tuple[MXFormat, ScaleRule]
+_FEW_TOKENS: Final = 4
+_LARGEST_BLOCK: Final = 128
+
+
+class Path(Enum):
+    """How choices become work for programs."""
+
+    SINGLE = "every choice is multiplied on its own, and the weighted sum is part of the last matmul"
+    SHARED = "a program multiplies choices of the same expert, which it finds by ranking all choices"
+
+
+def path_for(tokens: int) -> Path:
+    """The path for so many tokens."""
+    return Path.SINGLE if tokens <= _FEW_TOKENS else Path.SHARED
+
+
+def supports(x: Tensor, rounding: Rounding | None = None) -> str | None:
+    """None if `grouped_linear`, or `experts` with that rounding, supports x, else the reason."""
+    reason = None if rounding is None else grouped_planes.why_not_rounded(rounding, 2 * _LARGEST_BLOCK)
+    return reason or triton_planes.supports(x)
+
+
+def grouped_linear(x: Tensor, experts: Tensor, weight: PackedWeight, fmt: MXFormat, scaling: PlanarScaling) -> Tensor:
+    """Rows of x `[rows, in]` times the experts chosen for them, `[rows, k]`: y `[rows * k, out]`."""
+    stack = _stack((weight, fmt, scaling), x.shape[1])
+    shared = path_for(len(x)) is Path.SHARED
+    config = grouped_config(fmt, x.shape[1], experts.numel(), x.device, shared=shared)
+
+    def multiply(rows: Tensor, chosen: Tensor) -> Tensor:
+        return grouped_planes.linear(rows, chosen, stack, config)
+
+    return _in_parts(multiply, x, experts)
+
+
+def experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    up: PackedExperts,
+    down: PackedExperts,
+    gate: Gate,
+    rounding: Rounding | None,
+) -> Tensor:
+    """The weighted sum of a token's chosen experts: x `[tokens, hidden]`, experts and weights `[tokens, k]`.
+
+    up: experts `[E, 2 * inner, hidden]`, then the gate and `rounding`. down: experts `[E, hidden, inner]`.
+    """
+    first, last = _stack(up, x.shape[1]), _stack(down, up[0][0].shape[1] // 2)
+    run = _single if path_for(len(x)) is Path.SINGLE else _shared
+
+    def multiply(rows: Tensor, chosen: Tensor, factors: Tensor) -> Tensor:
+        return run(rows, chosen, factors, first, last, gate, rounding)
+
+    return _in_parts(multiply, x, experts, weights)
+
+
+def _single(
+    x: Tensor, experts: Tensor, weights: Tensor, up: Stack, down: Stack, gate: Gate, rounding: Rounding | None
+) -> Tensor:
+    config = _gate_config(x, experts, up, rounding, shared=False)
+    h = grouped_planes.gated_linear(x, experts, up, gate, rounding, config, following=down.planes)
+    last = sum_config(down.planes.fmt, h.shape[1], experts.shape[1], x.device)
+    return expert_sums.multiply_and_sum(h, experts, weights, down, last)
+
+
+def _shared(
+    x: Tensor, experts: Tensor, weights: Tensor, up: Stack, down: Stack, gate: Gate, rounding: Rounding | None
+) -> Tensor:
+    config = _gate_config(x, experts, up, rounding, shared=True)
+    h = grouped_planes.gated_linear(x, experts, up, gate, rounding, config)
+    last = grouped_config(down.planes.fmt, h.shape[1], experts.numel(), x.device, shared=True)
+    rows = grouped_planes.linear(h, experts.reshape(-1, 1), down, last)
+    return expert_sums.weighted_sum(rows, weights)
+
+
+def _gate_config(
+    x: Tensor, experts: Tensor, up: Stack, rounding: Rounding | None, *, shared: bool
+) -> grouped_planes.Config:
+    block = 32 if rounding is None else rounding[0].block_size
+    return grouped_config(up.planes.fmt, x.shape[1], experts.numel(), x.device, shared=shared, block=block)
+
+
+def _in_parts(multiply: Callable[..., Tensor], x: Tensor, experts: Tensor, *others: Tensor) -> Tensor:
+    """`multiply` for as many rows at once as have no more choices than programs rank."""
+    step = max(1, grouped_planes.MOST_RANKED // max(1, experts.shape[1]))
+    if len(x) <= step:
+        return multiply(x, experts, *others)
+    parts = zip(*(rows.split(step) for rows in (x, experts, *others)), strict=True)
+    return torch.cat([multiply(*rows) for rows in parts])
+
+
+def _stack(packed: PackedExperts, size: int) -> Stack:
+    (elements, scales, bias), fmt, scaling = packed
+    planes = from_bytes(elements.flatten(0, 1), scales.flatten(0, 1), fmt, size, scaling)
+    return Stack(planes, len(elements), bias)

@@ -1,0 +1,171 @@
+"""The sum of a token's experts with weights: of rows, or together with the matmul that makes them, for few tokens.
+
+    weighted_sum:     y[token] = sum over its choices of weight * row[choice]
+    multiply_and_sum: y[token] = sum over its choices of weight * (W[expert] @ h[choice] + bias[expert])
+
+In `multiply_and_sum` a program has all choices of one token for a few outputs: each slice (expert_slices.py) has a part
+of K of one choice, so that neither a launch nor a semaphore is needed to add them. An expert that several tokens chose
+is read for each of them. All orders are fixed: results are bit-identical on repeat.
+"""
+
+# ruff: noqa: N803  (upper case marks constexpr arguments, as everywhere in Triton)
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false
+# As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mxcompile.errors import MXCompileError
+from mxcompile.kernels.triton.elements import launch, narrow, widen
+from mxcompile.kernels.triton.expert_slices import (
+    Config,
+    Stack,
+    _sum,
+    check_shapes,
+    chosen_expert,
+    constants,
+    multiply_slices,
+    options,
+)
+
+_COLUMNS: Final = 512
+
+
+def multiply_and_sum(h: Tensor, experts: Tensor, weights: Tensor, down: Stack, config: Config) -> Tensor:
+    """For each token the sum over its choices of weight * (W[expert] @ h[choice] + bias[expert]), rounded once.
+
+    h `[tokens * k, in]` bfloat16, experts and weights `[tokens, k]`; returns `[tokens, out]`. Choices whose number is
+    that of no expert count as zero, whatever h is.
+    """
+    check_shapes(h, down)
+    (tokens, slots), planes = experts.shape, down.planes
+    y = torch.empty((tokens, down.out), dtype=h.dtype, device=h.device)
+    if y.numel() == 0:
+        return y
+    if config.choices > 1 or config.slices % config.parts:
+        raise MXCompileError(f"multiply_and_sum takes no {config}")
+    launch(
+        _multiply_and_sum_kernel,
+        (-(-down.out // config.out), tokens),
+        h if h.stride(1) == 1 else h.contiguous(),
+        planes.words,
+        planes.scales,
+        h if down.bias is None else down.bias.contiguous(),
+        y,
+        experts.contiguous(),
+        weights.contiguous(),
+        2.0**planes.lift,
+        slots,
+        down.count,
+        down.out,
+        planes.size,
+        planes.words.shape[1],
+        h.stride(0),
+        PARTS=config.parts,
+        ROUNDS=-(-slots // (config.slices // config.parts)),
+        HAS_BIAS=down.bias is not None,
+        **constants(planes, config, config.parts),
+        INTERPRETED=not h.is_cuda,
+        **options(config),
+    )
+    return y
+
+
+def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """Rows `[tokens * k, out]` times weights `[tokens, k]`, added per token in float32: `[tokens, out]`."""
+    (tokens, slots), size = weights.shape, rows.shape[1]
+    y = torch.empty((tokens, size), dtype=rows.dtype, device=rows.device)
+    if y.numel():
+        launch(
+            _weighted_sum_kernel,
+            (-(-size // _COLUMNS), tokens),
+            rows.contiguous(),
+            weights.contiguous(),
+            y,
+            size,
+            slots,
+            COLUMNS=_COLUMNS,
+            num_warps=_COLUMNS // 256,
+        )
+    return y
+
+
+@triton.jit(do_not_specialize=["lift"])
+def _multiply_and_sum_kernel(
+    x,
+    words,
+    scales,
+    bias,
+    y,
+    experts,
+    weights,
+    lift,
+    slots,
+    expert_count,
+    out,
+    k_size,
+    k_steps,
+    x_stride,
+    PARTS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    UNEVEN: tl.constexpr,
+    PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """`TILE_N` outputs of one token; in a round, `PARTS` slices have the parts of one choice."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(1)
+    first = token * slots
+    slice_of_row = tl.arange(0, SLICES * TILE_N) // TILE_N
+    row = tl.minimum(tl.program_id(0) * TILE_N + tl.arange(0, SLICES * TILE_N) % TILE_N, out - 1)
+    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    total = tl.full((TILE_N,), 0.0, tl.float32)
+    for round in tl.static_range(ROUNDS):
+        slot_of_row = round * (SLICES // PARTS) + slice_of_row // PARTS
+        expert_of_row = chosen_expert(experts, first + slot_of_row, slot_of_row < slots, expert_count)
+        slice = tl.arange(0, SLICES)
+        slot = round * (SLICES // PARTS) + slice // PARTS
+        expert = chosen_expert(experts, first + slot, slot < slots, expert_count)
+        weight = widen(tl.load(weights + first + slot, mask=slot < slots, other=0.0))
+        rows = x + (first + slot).to(tl.int64) * x_stride
+        tile = tl.maximum(expert_of_row, 0) * (out // 64) + row // 64
+        acc = multiply_slices(
+            rows[:, None, None], (expert >= 0)[:, None, None], words, scales, tile, row % 64, expert_of_row >= 0,
+            (k_steps + PARTS - 1) // PARTS, k_size, k_steps, PARTS, True,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
+        )  # fmt: skip
+        products = tl.reshape(acc, (SLICES, TILE_N)) * lift
+        if HAS_BIAS:
+            once = ((expert >= 0) & (slice % PARTS == 0))[:, None] & (n < out)[None, :]
+            offsets = tl.maximum(expert, 0).to(tl.int64)[:, None] * out + n[None, :]
+            products += widen(tl.load(bias + offsets, mask=once, other=0.0))
+        total += tl.reduce(products * weight[:, None], 0, _sum)
+    result = narrow(total, y.dtype.element_ty) if INTERPRETED else total.to(y.dtype.element_ty)
+    tl.store(y + token.to(tl.int64) * out + n, result, mask=n < out)
+
+
+@triton.jit
+def _weighted_sum_kernel(rows, weights, y, size, slots, COLUMNS: tl.constexpr):
+    token = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.full((COLUMNS,), 0.0, tl.float32)
+    for slot in range(slots):
+        choice = (token * slots + slot).to(tl.int64)
+        weight = widen(tl.load(weights + choice))
+        total += weight * widen(tl.load(rows + choice * size + column, mask=column < size, other=0.0))
+    tl.store(y + token.to(tl.int64) * size + column, narrow(total, y.dtype.element_ty), mask=column < size)
