@@ -35,6 +35,7 @@ _MODULES = (
     "expert_slices",
     "expert_sums",
     "grouped_planes",
+    "routing",
 )
 
 
@@ -55,9 +56,10 @@ def interpreted() -> Iterator[SimpleNamespace]:
         standard = importlib.import_module("triton.language.standard")
         for name in ("quantize", "align", "attention", "grouped_planes"):
             patch.setattr(copies[name], "_maximum", standard._elementwise_max)
-        for name in ("attention", "expert_slices", "expert_sums", "grouped_planes"):
+        for name in ("attention", "expert_slices", "expert_sums", "grouped_planes", "routing"):
             patch.setattr(copies[name], "_sum", standard._sum_combine)
-        others = {name: copies[name] for name in ("align", "attention", "dequantize", "grouped_planes", "expert_sums")}
+        names = ("align", "attention", "dequantize", "grouped_planes", "expert_sums", "routing")
+        others = {name: copies[name] for name in names}
         yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)
 
 
