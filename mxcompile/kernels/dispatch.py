@@ -83,6 +83,9 @@ def grouped_linear(
 ) -> Tensor:
     """Rows of x times the experts chosen for them; see `numerics/experts.py`. x `[rows, in]`, experts `[rows, k]`."""
     elements, scales, bias = weight
+    gpu = None if planes is None else _triton("gpu_experts", x)
+    if gpu is not None and gpu.supports(x) is None:
+        return gpu.grouped_linear(x, experts, weight, fmt, planes)
 
     def multiply(rows: Tensor, expert: int) -> Tensor:
         return linear(rows, elements[expert], scales[expert], None if bias is None else bias[expert], fmt, planes)
@@ -103,6 +106,10 @@ def experts(
 
     rounding: of the value between the two matmuls.
     """
+    gpu = None if up.planes is None or down.planes is None else _triton("gpu_experts", x)
+    if gpu is not None and gpu.supports(x, rounding) is None:
+        packed = [(each.weight, each.fmt, each.planes) for each in (up, down)]
+        return gpu.experts(x, experts, weights, *packed, gate, rounding)
     hidden = gate(grouped_linear(x, experts, up.weight, up.fmt, up.planes))
     if rounding is not None:
         hidden = quantize_dequantize(hidden, *rounding)
