@@ -12,7 +12,8 @@ is off by more than 2 % of a token's norm is not timed; a case that a project do
 - humming (humming-kernels): its indexed GEMM as vLLM calls it, sorted by vLLM's `moe_align_block_size`.
 - triton_kernels (in vLLM's third_party): `matmul_ogs` with Hopper's MXFP4 layout; its top-k comes before the call.
 
-Gates and sums that none of their kernels has in one launch are compiled by torch.compile. marlin and humming need
+vLLM 0.26 has Marlin's kernels as PTX of sm_80, which the driver compiles at the first call, in about 15 s. Gates and
+sums that none of their kernels has in one launch are compiled by torch.compile. marlin and humming need
 only `_moe_C_stable_libtorch`, `scalar_type.py` and triton_kernels `third_party/triton_kernels` of vLLM's wheel.
 """
 
@@ -46,7 +47,7 @@ from experts_timing import (
     measure_rates,
     tokens_of,
 )
-from gemm_peers import UnsupportedFormatError, humming_dtype, in_a_row, stored
+from gemm_peers import UnsupportedFormatError, humming_configs, humming_dtype, in_a_row, stored
 from gemm_timing import Call, Run, reason, warm_up
 from torch import Tensor
 
@@ -185,22 +186,21 @@ def humming(layer: Layer, tokens: list[int]) -> Product:
     importlib.import_module("vllm._moe_C_stable_libtorch")  # sorts
     from humming.forward import humming_forward
     from humming.layer import HummingLayer
-    from humming.tune import get_heuristics_config
 
     shape, indexed = layer.shape, json.dumps({"gemm_type": "indexed"})
-    parts: list[tuple[Any, dict[str, Tensor], dict[int, Any]]] = []
+    parts: list[tuple[Any, dict[str, Tensor], list[list[Any]]]] = []
     for stack in (layer.up, layer.down):
         codes, steps = stored(stack)
         kinds = {"dtype": humming_dtype(stack.fmt), "scale_dtype": "float8e8m0", "group_size": stack.fmt.block_size}
         options: dict[str, Any] = {"num_experts": shape.experts, "has_bias": stack.bias is not None}
+        options |= {"pad_n_to_multiple": 256, "pad_k_to_multiple": 128}  # as vLLM does
         made = HummingLayer(*codes.shape[1:], kinds, torch_dtype=torch.bfloat16, **options).to(codes.device)
         words, scales = in_a_row(codes, stack.fmt.bits).view(torch.int32), steps.view(torch.float8_e8m0fnu)
         bias = {} if stack.bias is None else {"bias": stack.bias}
         made.load_from_tensors({"weight": words, "weight_scale": scales} | bias)
         made.transform()
-        sizes = sorted({count * shape.choices for count in tokens})
-        chosen = {m: get_heuristics_config(made.humming_config, m, gemm_type="indexed") for m in sizes}
-        parts.append((made.humming_config, dict(made.named_parameters()) | {"locks": made.locks}, chosen))
+        configs = humming_configs(made.humming_config, [m * shape.choices for m in tokens], gemm_type="indexed")
+        parts.append((made.humming_config, dict(made.named_parameters()) | {"locks": made.locks}, configs))
     gate, total = torch.compile(shape.gate, dynamic=True), torch.compile(_weighted_sum, dynamic=True)
 
     def product(x: Tensor, routes: Routes) -> Call:
@@ -208,12 +208,11 @@ def humming(layer: Layer, tokens: list[int]) -> Product:
         experts = [each.int() for each in routes.experts]
 
         def multiply(x: Tensor, part: int, blocks: dict[int, tuple[Tensor, ...]], numbers: Tensor, k: int) -> Tensor:
-            config, tensors, chosen = parts[part]
-            block = chosen[choices]["block_shape"][0]
+            config, tensors, configs = parts[part]
+            block = next(chosen["block_shape"][0] for _, end, chosen in configs if end == choices)
             if block not in blocks:
                 blocks[block] = aligned(numbers, block, shape.experts)
             order = dict(zip(("sorted_ids", "expert_ids", "num_tokens_padded"), blocks[block], strict=True))
-            configs = [[m - 1, m, each] for m, each in chosen.items()]
             options = {"top_k": k, "valid_shape_m": choices, "compute_config": indexed, "tuning_config": configs}
             return humming_forward(config, x, **tensors, **order, **options)
 
@@ -312,6 +311,7 @@ def time_peer(run: Run, peer: str, arguments: argparse.Namespace) -> None:
             except Exception as problem:  # whatever it is, the next weight is tried
                 print(f"{path}, {name}, {fmt}: {reason(problem)}", flush=True)
                 continue
+            print(f"{path}, {name}, {fmt}: repacked after {run.elapsed:.0f} s", flush=True)
             for tokens in arguments.tokens:
                 if run.out_of_time:
                     print(f"{path}: out of time before {name}, {fmt}, {tokens} tokens", flush=True)

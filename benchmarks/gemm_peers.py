@@ -96,10 +96,17 @@ def humming_dtype(fmt: MXFormat) -> str:
     return f"uint{fmt.bits}" if fmt.is_integer else f"float{fmt.bits}e{fmt.exponent_bits}m{fmt.mantissa_bits}"
 
 
+def humming_configs(config: Any, rows: list[int], **options: Any) -> list[list[Any]]:
+    """Its own choice for each number of rows, in ranges from 0 on; by default it compiles about 90 kernels."""
+    from humming.tune import get_heuristics_config
+
+    ends = sorted(set(rows))
+    return [[start, m, get_heuristics_config(config, m, **options)] for start, m in zip([0, *ends], ends, strict=False)]
+
+
 def humming(w: Weight, rows: list[int]) -> Product:
     from humming.forward import humming_forward
     from humming.layer import HummingLayer
-    from humming.tune import get_heuristics_config
 
     codes, steps = stored(w)
     kinds = {"dtype": humming_dtype(w.fmt), "scale_dtype": "float8e8m0", "group_size": w.fmt.block_size}
@@ -107,8 +114,7 @@ def humming(w: Weight, rows: list[int]) -> Product:
     words, scales = in_a_row(codes, w.fmt.bits).view(torch.int32), steps.view(torch.float8_e8m0fnu)
     layer.load_from_tensors({"weight": words, "weight_scale": scales})
     layer.transform()
-    # Its own choice for each number of tokens; by default it compiles those for all up to 8192, about 90 kernels.
-    configs = [[m - 1, m, get_heuristics_config(layer.humming_config, m)] for m in sorted(set(rows))]
+    configs = humming_configs(layer.humming_config, rows)
     parts = dict(layer.named_parameters()) | {"locks": layer.locks}
     copies = [dict(zip(parts, copy, strict=True)) for copy in rotated(list(parts.values()))]
 
