@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.kernels.cpu import experts as cpu_experts
 from mxcompile.kernels.cpu import linears as cpu
 from mxcompile.kernels.layout import fp8_eligibility, rows_to_planes
 from mxcompile.kernels.layout.planes import PlanarScaling
@@ -82,6 +83,8 @@ def grouped_linear(
     x: Tensor, experts: Tensor, weight: cpu.PackedWeight, fmt: MXFormat, planes: PlanarScaling | None = None
 ) -> Tensor:
     """Rows of x times the experts chosen for them; see `numerics/experts.py`. x `[rows, in]`, experts `[rows, k]`."""
+    if planes is None and cpu_experts.supports(x, fmt) is None:
+        return cpu_experts.grouped_linear(x, experts, weight, fmt)
     elements, scales, bias = weight
     gpu = None if planes is None else _triton("gpu_experts", x)
     if gpu is not None and gpu.supports(x) is None:
@@ -110,11 +113,23 @@ def experts(
     if gpu is not None and gpu.supports(x, rounding) is None:
         packed = [(each.weight, each.fmt, each.planes) for each in (up, down)]
         return gpu.experts(x, experts, weights, *packed, gate, rounding)
+    if why_not_cpu_experts(x, up, down, rounding) is None:
+        return cpu_experts.experts(x, experts, weights, (up.weight, up.fmt), (down.weight, down.fmt), gate, rounding)
     hidden = gate(grouped_linear(x, experts, up.weight, up.fmt, up.planes))
     if rounding is not None:
         hidden = quantize_dequantize(hidden, *rounding)
     y = grouped_linear(hidden, experts.reshape(-1, 1), down.weight, down.fmt, down.planes)
     return experts_reference.weighted_sum(y, weights, x.dtype)
+
+
+def why_not_cpu_experts(
+    x: Tensor, up: Experts, down: Experts, rounding: tuple[MXFormat, ScaleRule] | None
+) -> str | None:
+    """None if `experts` is one call of the CPU kernel, else the reason."""
+    if up.planes is not None or down.planes is not None:
+        return "the weight has the planar layout of the GPU kernels"
+    formats = (cpu_experts.supports(x, up.fmt), cpu_experts.supports(x, down.fmt))
+    return next(filter(None, formats), None) or cpu_experts.supports_rounding(x, rounding)
 
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:

@@ -53,7 +53,15 @@ def library(fmt: MXFormat) -> ctypes.CDLL:
     if reason := why_no_kernel(fmt):
         raise BuildError(reason)
     options = ["-O3", *_machine_options(), f"-DMX_ELEMENT={ELEMENTS[fmt.name]}", f"-DMX_BLOCK={fmt.block_size}"]
-    return _library(f"{fmt.name}-{fmt.block_size}", ("mx_cpu.cpp", "mx_cpu.h", "mx_cpu_dot.h"), options, _processor())
+    sources = ("mx_cpu.cpp", "mx_cpu.h", "mx_cpu_dot.h", "mx_cpu_values.h")
+    return _library(f"{fmt.name}-{fmt.block_size}", sources, options, _processor())
+
+
+@cache
+def experts_library() -> ctypes.CDLL:
+    """The library of mx_cpu_experts.cpp. Raises BuildError; a failure is not cached."""
+    sources = ("mx_cpu_experts.cpp", "mx_cpu.h", "mx_cpu_gate.h", "mx_cpu_values.h")
+    return _library("experts", sources, ["-O3", *_machine_options()], _processor())
 
 
 @cache

@@ -87,7 +87,7 @@ def decode(
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     """Equals reference.quantize_dequantize bit for bit (except for NaN payloads)."""
-    plain_x = _plain(x)
+    plain_x = plain(x)
     values = torch.empty_like(plain_x)
     size = x.shape[-1]
     library(fmt).mx_round(
@@ -96,7 +96,7 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
         plain_x.dtype == torch.float32,
         _long(math.prod(x.shape[:-1])),
         _long(size),
-        ctypes.byref(_rounding(fmt, rule, x.dtype)),
+        ctypes.byref(c_rounding(fmt, rule, x.dtype)),
         torch.get_num_threads(),
     )
     return values.to(x.dtype)
@@ -107,7 +107,7 @@ def _multiply(
 ) -> list[Tensor]:
     """x: `[1 to 4, in]`. Accumulates and adds the bias in float32, rounds once."""
     tokens, size = x.shape
-    plain_x = _plain(x)
+    plain_x = plain(x)
     wide = plain_x.dtype == torch.float32
     packed = [
         (e.contiguous(), s.contiguous(), None if b is None else b.to(plain_x.dtype).contiguous()) for e, s, b in weights
@@ -118,10 +118,10 @@ def _multiply(
         entry.elements, entry.scales, entry.y = elements.data_ptr(), scales.data_ptr(), y.data_ptr()
         entry.rows = elements.shape[0]
         entry.bias, entry.wide = None if bias is None else bias.data_ptr(), wide
-    c_rounding = None if rounding is None else ctypes.byref(_rounding(*rounding, x.dtype))
+    rounded_as = None if rounding is None else ctypes.byref(c_rounding(*rounding, x.dtype))
     threads = torch.get_num_threads()
     library(fmt).mx_multiply(
-        table, len(packed), _pointer(plain_x), wide, _long(tokens), _long(size), c_rounding, threads
+        table, len(packed), _pointer(plain_x), wide, _long(tokens), _long(size), rounded_as, threads
     )
     return outputs if plain_x.dtype == x.dtype else [y.to(x.dtype) for y in outputs]
 
@@ -135,8 +135,8 @@ def _register_native_call(fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | 
         logger.info("linear layers with few tokens are dispatched through Python: %s", error)
         return
     names = (None, None) if rounding is None else (str(rounding[0]).encode(), rounding[1].value.encode())
-    c_rounding = None if rounding is None else ctypes.byref(_rounding(*rounding, dtype))
-    register(str(fmt).encode(), *names, dtype == torch.float32, library(fmt).mx_multiply, c_rounding)
+    rounded_as = None if rounding is None else ctypes.byref(c_rounding(*rounding, dtype))
+    register(str(fmt).encode(), *names, dtype == torch.float32, library(fmt).mx_multiply, rounded_as)
 
 
 def _rounds_with(activation: MXFormat, weight: MXFormat, dtype: torch.dtype) -> bool:
@@ -145,24 +145,25 @@ def _rounds_with(activation: MXFormat, weight: MXFormat, dtype: torch.dtype) -> 
 
 
 @cache
-def _rounding(fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> "_Rounding":
+def c_rounding(fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> "Rounding":
+    """How values of a dtype are rounded to a format, for the C++ kernels."""
     largest = int(torch.finfo(dtype).max).bit_length() - 1
-    return _Rounding(list(ELEMENTS).index(fmt.name), rule.threshold(fmt) / 2, rule is ScaleRule.EVEN, largest)
+    return Rounding(list(ELEMENTS).index(fmt.name), rule.threshold(fmt) / 2, rule is ScaleRule.EVEN, largest)
 
 
-def _plain(x: Tensor) -> Tensor:
+def plain(x: Tensor) -> Tensor:
     """x contiguous, in bfloat16 or else float32."""
     return (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
 
 
 def _decode_and_multiply(x: Tensor, packed: PackedWeight, fmt: MXFormat) -> Tensor:
     elements, scales, bias = packed
-    buffer = _buffer(elements.shape[0] * x.shape[-1], x.dtype)
+    buffer = decoding_buffer(elements.shape[0] * x.shape[-1], x.dtype)
     return F.linear(x, decode(elements.contiguous(), scales.contiguous(), fmt, x.shape[-1], x.dtype, buffer), bias)
 
 
 class _Weight(ctypes.Structure):
-    """`Weight` of mx_cpu.cpp."""
+    """`Weight` of mx_cpu.h."""
 
     _fields_ = (
         ("elements", ctypes.c_void_p),
@@ -174,8 +175,8 @@ class _Weight(ctypes.Structure):
     )
 
 
-class _Rounding(ctypes.Structure):
-    """`Rounding` of mx_cpu.cpp."""
+class Rounding(ctypes.Structure):
+    """`Rounding` of mx_cpu.h."""
 
     _fields_ = (
         ("element", ctypes.c_int),
@@ -185,7 +186,7 @@ class _Rounding(ctypes.Structure):
     )
 
 
-def _buffer(values: int, dtype: torch.dtype) -> Tensor:
+def decoding_buffer(values: int, dtype: torch.dtype) -> Tensor:
     """A buffer for a decoded weight, one per thread and dtype, as large as the largest requested so far."""
     storage_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     name = str(storage_dtype)

@@ -14,10 +14,11 @@
 #include <type_traits>
 #include <vector>
 
+#include "mx_cpu_values.h"
+
 namespace {
 
 constexpr int EXPONENT_BIAS = 127;
-constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer, ties to even
 
 // Bit layouts of elements, with the parameters of formats.py.
 template <int BITS_, int EXPONENT_BITS_, int MANTISSA_BITS_, int EMIN_, int EMAX_, int MAX_CODE_>
@@ -37,18 +38,6 @@ using E2M1 = Element<4, 2, 1, 0, 2, 7>;
 
 constexpr float exact_power(int exponent) {
   return exponent < 0 ? 1.0f / float(1 << -exponent) : float(1 << exponent);
-}
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
 }
 
 // 2^exponent, for exponents of -149 and above.
@@ -167,47 +156,36 @@ inline float total(Lanes<16>::Floats values) {
   return parts[0];
 }
 
-inline uint16_t to_bfloat16(float value) {
-  const uint32_t bits = to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-inline float load(const float* from, int64_t at) { return from[at]; }
-inline float load(const uint16_t* from, int64_t at) { return from_bits(uint32_t(from[at]) << 16); }
-inline void store(float* to, int64_t at, float value) { to[at] = value; }
-inline void store(uint16_t* to, int64_t at, float value) { to[at] = to_bfloat16(value); }
-
 // Add the bias, round once, store.
-inline void finish(const Weight& weight, int64_t m, int64_t n, float value) {
-  const int64_t at = m * weight.rows + n;
-  if (weight.wide) {
-    const float* bias = static_cast<const float*>(weight.bias);
-    store(static_cast<float*>(weight.y), at, bias == nullptr ? value : value + bias[n]);
-  } else {
-    const uint16_t* bias = static_cast<const uint16_t*>(weight.bias);
-    store(static_cast<uint16_t*>(weight.y), at, bias == nullptr ? value : value + load(bias, n));
-  }
+inline void finish(const Product& product, int64_t m, int64_t n, float value) {
+  if (product.bias != nullptr)
+    value += product.wide_bias ? load(static_cast<const float*>(product.bias), n)
+                               : load(static_cast<const uint16_t*>(product.bias), n);
+  if (product.wide)
+    store(static_cast<float*>(product.y[m]), n, value);
+  else
+    store(static_cast<uint16_t*>(product.y[m]), n, value);
 }
 
-// y[m, n] = x[m, :] . weight[n, :] for M rows of x and the weight rows [begin, end).
+// y[m][n] = x[m] . weight[n, :] for M inputs laid out as values and the weight rows [begin, end).
 template <class E, int B, int M>
-void multiply_rows(const Weight& weight, const float* x, int64_t stride, int64_t blocks, int64_t begin, int64_t end) {
+void multiply_rows(const Product& product, int64_t begin, int64_t end) {
   constexpr int64_t BYTES = B * E::BITS / 8;
+  const int64_t blocks = product.blocks;
+  const float* x[M];
+  for (int m = 0; m < M; ++m) x[m] = static_cast<const float*>(product.x[m]);
   for (int64_t n = begin; n < end; ++n) {
-    const uint8_t* row = weight.elements + n * blocks * BYTES;
-    const uint8_t* exponents = weight.scales + n * blocks;
+    const uint8_t* row = product.elements + n * blocks * BYTES;
+    const uint8_t* exponents = product.scales + n * blocks;
     Lanes<16>::Floats sums[M][2] = {};
     for (int64_t block = 0; block < blocks; ++block) {
       float values[B];
       decode_block<E, B>(row + block * BYTES, SCALES<E>.values[exponents[block]], values);
       for (int m = 0; m < M; ++m)
         for (int i = 0; i < B; i += 16)
-          sums[m][i / 16 % 2] += load_floats<16>(x + m * stride + block * B + i) * load_floats<16>(values + i);
+          sums[m][i / 16 % 2] += load_floats<16>(x[m] + block * B + i) * load_floats<16>(values + i);
     }
-    for (int m = 0; m < M; ++m) {
-      finish(weight, m, n, total(sums[m][0] + sums[m][1]));
-    }
+    for (int m = 0; m < M; ++m) finish(product, m, n, total(sums[m][0] + sums[m][1]));
   }
 }
 
@@ -328,94 +306,112 @@ void with_element(int index, const F& function) {
   }
 }
 
-// Split the rows of every weight evenly among threads.
-template <class F>
-void parallel_over_rows(const Weight* weights, int count, int threads, const F& multiply) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int part = 0; part < threads; ++part)
-    for (int i = 0; i < count; ++i)
-      multiply(weights[i], weights[i].rows * part / threads, weights[i].rows * (part + 1) / threads);
-}
-
-// Matmul of M rows of x, rounded to values of A (unrounded if A is nullptr_t).
-template <class E, int B, int M, class A, class From>
-void multiply_values(const Weight* weights, int count, const From* x, int64_t size, const Rounding* rounding, int threads) {
-  static thread_local std::vector<float> buffer;
-  const int64_t blocks = (size + B - 1) / B, stride = blocks * B;
-  buffer.assign(M * stride, 0.0f);
-  float* values = buffer.data();
-  for (int m = 0; m < M; ++m)
-    if constexpr (std::is_same_v<A, std::nullptr_t>) {
-      for (int64_t i = 0; i < size; ++i) values[m * stride + i] = load(x + m * size, i);
-    } else {
-      round_row<A, B>(x + m * size, values + m * stride, size, *rounding);
-    }
-  parallel_over_rows(weights, count, threads, [&](const Weight& weight, int64_t begin, int64_t end) {
-    multiply_rows<E, B, M>(weight, values, stride, blocks, begin, end);
-  });
-}
-
-#ifdef MX_DOT
-// The same with dot products of elements instead of values. False if x does not allow it.
-template <class E, int B, int M, class A, class From>
-bool multiply_elements(const Weight* weights, int count, const From* x, int64_t size, const Rounding& rounding, int threads) {
-  static thread_local std::vector<Chunk<E>> buffer;
-  const int64_t blocks = (size + B - 1) / B, row = blocks * (B / Dot<E>::PARTS);
-  const int64_t chunks = (row + Dot<E>::CHUNK - 1) / Dot<E>::CHUNK;
-  buffer.assign(M * chunks, Chunk<E>{});
-  Chunk<E>* x_chunks = buffer.data();
-  for (int m = 0; m < M; ++m)
-    if (!lay_out<E, B, A>(x + m * size, size, rounding, x_chunks + m * chunks, chunks)) return false;
-  parallel_over_rows(weights, count, threads, [&](const Weight& weight, int64_t begin, int64_t end) {
-    dot_range<E, B, M>(weight, x_chunks, chunks, blocks, begin, end);
-  });
-  return true;
-}
-#endif
-
-template <class E, int B, int M, class From>
-void multiply(const Weight* weights, int count, const From* x, int64_t size, const Rounding* rounding, int threads) {
+// Lay out one input as values in whole blocks, rounded first if `rounding` is not null.
+template <class E, int B, class From>
+void lay_out_values(const From* x, int64_t size, const Rounding* rounding, float* values) {
+  for (int64_t i = size; i % B != 0; ++i) values[i] = 0.0f;
   with_element(rounding == nullptr ? -1 : rounding->element, [&](auto element) {
     using A = decltype(element);
+    if constexpr (std::is_same_v<A, std::nullptr_t>) {
+      for (int64_t i = 0; i < size; ++i) values[i] = load(x, i);
+    } else {
+      round_row<A, B>(x, values, size, *rounding);
+    }
+  });
+}
+
+// Lay out one input as elements. False if the dot products do not take it.
+template <class E, int B, class From>
+bool lay_out_elements(const From* x, int64_t size, const Rounding& rounding, int is_rounded, void* to) {
+  bool done = false;
 #ifdef MX_DOT
+  with_element(rounding.element, [&](auto element) {
+    using A = decltype(element);
     if constexpr (!std::is_same_v<A, std::nullptr_t>)
       if constexpr (Dot<E>::template TAKES<A>)
-        if (multiply_elements<E, B, M, A>(weights, count, x, size, *rounding, threads)) return;
-#endif
-    multiply_values<E, B, M, A>(weights, count, x, size, rounding, threads);
+        done = lay_out<E, B, A>(x, size, rounding, is_rounded, static_cast<Chunk<E>*>(to), chunks_of<E, B>(size));
   });
+#endif
+  return done;
+}
+
+template <class E, int B, int M>
+void multiply(const Product& product, int layout, int64_t begin, int64_t end) {
+#ifdef MX_DOT
+  if constexpr (Dot<E>::EXISTS)
+    if (layout == ELEMENTS) return dot_range<E, B, M>(product, begin, end);
+#endif
+  multiply_rows<E, B, M>(product, begin, end);
 }
 
 }  // namespace
 
 using Format = MX_ELEMENT;  // defined on the compiler's command line: one library per format
 constexpr int BLOCK = MX_BLOCK;
-constexpr int64_t VALUES_PER_THREAD = 1 << 17;
-
-static int worthwhile_threads(int64_t values, int max_threads) {
-  return int(std::clamp<int64_t>(values / VALUES_PER_THREAD, 1, max_threads));
-}
 
 extern "C" {
 
-void mx_multiply(const Weight* weights, int count, const void* x, int wide, int64_t m, int64_t size,
+int64_t mx_prepared_bytes(int64_t size) {
+  const int64_t values = (size + BLOCK - 1) / BLOCK * BLOCK * int64_t(sizeof(float));
+  int64_t elements = 0;
+#ifdef MX_DOT
+  if constexpr (Dot<Format>::EXISTS) elements = chunks_of<Format, BLOCK>(size) * int64_t(sizeof(Chunk<Format>));
+#endif
+  return (std::max(values, elements) + 63) / 64 * 64;
+}
+
+int mx_prepare(const void* x, int wide, int64_t size, const Rounding* rounding, int is_rounded, int layout, void* to) {
+  const auto prepare = [&](auto from) {
+    if (layout == ELEMENTS)
+      return rounding != nullptr && lay_out_elements<Format, BLOCK>(from, size, *rounding, is_rounded, to);
+    lay_out_values<Format, BLOCK>(from, size, is_rounded ? nullptr : rounding, static_cast<float*>(to));
+    return true;
+  };
+  return wide ? prepare(static_cast<const float*>(x)) : prepare(static_cast<const uint16_t*>(x));
+}
+
+void mx_multiply_part(const Product* product, int layout, int64_t begin, int64_t end) {
+  switch (product->tokens) {
+    case 1: return multiply<Format, BLOCK, 1>(*product, layout, begin, end);
+    case 2: return multiply<Format, BLOCK, 2>(*product, layout, begin, end);
+    case 3: return multiply<Format, BLOCK, 3>(*product, layout, begin, end);
+    case 4: return multiply<Format, BLOCK, 4>(*product, layout, begin, end);
+  }
+}
+
+const Kernels* mx_kernels() {
+  static const Kernels kernels{mx_prepared_bytes, mx_prepare, mx_multiply_part, BLOCK, Format::BITS};
+  return &kernels;
+}
+
+// Splits the rows of every weight evenly among threads.
+void mx_multiply(const Weight* weights, int count, const void* x, int wide, int64_t tokens, int64_t size,
                  const Rounding* rounding, int max_threads) {
+  static thread_local std::vector<CacheLine> buffer;
+  const int64_t lines = mx_prepared_bytes(size) / 64, row_bytes = size * (wide ? 4 : 2);
+  buffer.resize(tokens * lines);
+  CacheLine* prepared = buffer.data();
+  int layout = ELEMENTS;
+  for (int64_t m = 0; m < tokens; ++m) {
+    const void* row = static_cast<const char*>(x) + m * row_bytes;
+    if (mx_prepare(row, wide, size, rounding, 0, layout, prepared + m * lines)) continue;
+    layout = VALUES;
+    m = -1;  // all of them again
+  }
   int64_t rows = 0;
   for (int i = 0; i < count; ++i) rows += weights[i].rows;
   const int threads = worthwhile_threads(rows * size, max_threads);
-  const auto call = [&](auto tokens) {
-    constexpr int M = decltype(tokens)::value;
-    if (wide)
-      multiply<Format, BLOCK, M>(weights, count, static_cast<const float*>(x), size, rounding, threads);
-    else
-      multiply<Format, BLOCK, M>(weights, count, static_cast<const uint16_t*>(x), size, rounding, threads);
-  };
-  switch (m) {
-    case 1: return call(std::integral_constant<int, 1>{});
-    case 2: return call(std::integral_constant<int, 2>{});
-    case 3: return call(std::integral_constant<int, 3>{});
-    case 4: return call(std::integral_constant<int, 4>{});
-  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int part = 0; part < threads; ++part)
+    for (int i = 0; i < count; ++i) {
+      const Weight& weight = weights[i];
+      Product product{weight.elements, weight.scales, weight.bias, (size + BLOCK - 1) / BLOCK, tokens, weight.wide, weight.wide};
+      for (int64_t m = 0; m < tokens; ++m) {
+        product.x[m] = prepared + m * lines;
+        product.y[m] = static_cast<char*>(weight.y) + m * weight.rows * (weight.wide ? 4 : 2);
+      }
+      mx_multiply_part(&product, layout, weight.rows * part / threads, weight.rows * (part + 1) / threads);
+    }
 }
 
 // values [rows, size], float32 or (wide == 0) bfloat16.

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 // A packed weight [rows, ...], a bias [rows] or null, and the output y [tokens, rows]; bias and y are float32 if `wide`,
@@ -29,3 +30,41 @@ struct Rounding {
 using Multiply = void(const Weight* weights, int count, const void* x, int wide, int64_t tokens, int64_t size,
                       const Rounding* rounding, int max_threads);
 constexpr int64_t MAX_TOKENS = 4;
+
+// A packed weight times up to MAX_TOKENS prepared inputs x, each to a row y of its own. blocks: of a weight row. y and
+// the bias (or null) are float32 if `wide` or `wide_bias`, otherwise bfloat16.
+struct Product {
+  const uint8_t* elements;
+  const uint8_t* scales;
+  const void* bias;
+  int64_t blocks;
+  int64_t tokens;
+  int wide_bias;
+  int wide;
+  const void* x[MAX_TOKENS];
+  void* y[MAX_TOKENS];
+};
+
+// How inputs are prepared: as float32 values, or as elements for the dot products of mx_cpu_dot.h.
+enum Layout { VALUES = 0, ELEMENTS = 1 };
+
+struct alignas(64) CacheLine {
+  char bytes[64];
+};
+
+// The kernels of one weight format. `prepare` lays out one input of `size` values in `prepared_bytes(size)` bytes
+// aligned to 64; it rounds the values first, unless `rounding` is null or `is_rounded`. It returns 0 if the layout does
+// not take the input: ELEMENTS takes rounded values alone, VALUES all. `multiply` computes rows [begin, end).
+struct Kernels {
+  int64_t (*prepared_bytes)(int64_t size);
+  int (*prepare)(const void* x, int wide, int64_t size, const Rounding* rounding, int is_rounded, int layout, void* to);
+  void (*multiply)(const Product* product, int layout, int64_t begin, int64_t end);
+  int64_t block;
+  int64_t bits;
+};
+
+// Threads for a matmul with so many values of weights.
+inline int worthwhile_threads(int64_t values, int max_threads) {
+  constexpr int64_t VALUES_PER_THREAD = 1 << 17;
+  return int(std::clamp<int64_t>(values / VALUES_PER_THREAD, 1, max_threads));
+}

@@ -82,15 +82,25 @@ inline __m128 four_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-// y[M][4] = x[M, ...] times R <= 4 rows of a weight, starting at row n. Scales are decoded for 16 blocks at once, which
+// The number of chunks of an input of `size` values.
+template <class E, int B>
+inline int64_t chunks_of(int64_t size) {
+  const int64_t row = (size + B - 1) / B * (B / Dot<E>::PARTS);
+  return (row + Dot<E>::CHUNK - 1) / Dot<E>::CHUNK;
+}
+
+// y[M][4] = M inputs times R <= 4 rows of a weight, starting at row n. Scales are decoded for 16 blocks at once, which
 // span as many chunks as a block has lanes.
 template <class E, int B, int R, int M>
-inline void dot_rows(const Weight& weight, const Chunk<E>* x, int64_t chunks, int64_t blocks, int64_t n, float* y) {
+inline void dot_rows(const Product& product, int64_t n, float* y) {
   constexpr int BYTES = B * E::BITS / 8, STEP = Dot<E>::CHUNK, LANES = B / (Dot<E>::GROUP * Dot<E>::PARTS);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   constexpr int AHEAD = 4096;  // bytes; hardware prefetching stops at the end of a page
-  const uint8_t* codes = weight.elements + n * blocks * BYTES;
-  const uint8_t* scales = weight.scales + n * blocks;
+  const int64_t blocks = product.blocks, chunks = chunks_of<E, B>(blocks * B);
+  const uint8_t* codes = product.elements + n * blocks * BYTES;
+  const uint8_t* scales = product.scales + n * blocks;
+  const Chunk<E>* x[M];
+  for (int m = 0; m < M; ++m) x[m] = static_cast<const Chunk<E>*>(product.x[m]);
   __m512 sums[4][M], decoded[R];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -105,7 +115,7 @@ inline void dot_rows(const Weight& weight, const Chunk<E>* x, int64_t chunks, in
         _mm_prefetch(codes + r * blocks * BYTES + chunk * STEP + AHEAD, _MM_HINT_T0);
         const __m512 scale = _mm512_permutexvar_ps(scale_index, decoded[r]);
         for (int m = 0; m < M; ++m) {
-          const Chunk<E>& with = x[m * chunks + chunk];
+          const Chunk<E>& with = x[m][chunk];
           const __m512 sum = dot<E>(mask, codes + r * blocks * BYTES + chunk * STEP, with);
           sums[r][m] = _mm512_fmadd_ps(_mm512_mul_ps(sum, _mm512_load_ps(with.scale)), scale, sums[r][m]);
         }
@@ -116,30 +126,42 @@ inline void dot_rows(const Weight& weight, const Chunk<E>* x, int64_t chunks, in
 }
 
 template <class E, int B, int M>
-void dot_range(const Weight& weight, const Chunk<E>* x, int64_t chunks, int64_t blocks, int64_t begin, int64_t end) {
+void dot_range(const Product& product, int64_t begin, int64_t end) {
   constexpr int R = M == 1 ? 4 : M == 2 ? 2 : 1;
   float y[M][4];
   const auto rows = [&](auto count, int64_t n) {
-    dot_rows<E, B, count, M>(weight, x, chunks, blocks, n, y[0]);
+    dot_rows<E, B, count, M>(product, n, y[0]);
     for (int m = 0; m < M; ++m)
-      for (int r = 0; r < count; ++r) finish(weight, m, n + r, y[m][r]);
+      for (int r = 0; r < count; ++r) finish(product, m, n + r, y[m][r]);
   };
   int64_t n = begin;
   for (; n + R <= end; n += R) rows(std::integral_constant<int, R>{}, n);
   for (; n < end; ++n) rows(std::integral_constant<int, 1>{}, n);
 }
 
-// Round one row of x to elements of A and lay it out in `count` zeroed chunks. False if a scale is so close to the limits
-// of float32 that a scaled partial sum could exceed them.
+// Whether the first `count` values of a block are its elements times its scale.
+template <int B, class From>
+inline bool equal_values(const From* from, int64_t count, const float* elements, float scale) {
+  float values[B];
+  load_block<B>(from, count, values);
+  int different = 0;
+  for (int i = 0; i < B; ++i) different |= !(values[i] == elements[i] * scale);
+  return !different;
+}
+
+// Round one input to elements of A and lay it out in `count` chunks. False if a scale is so close to the limits of float32
+// that a scaled partial sum could exceed them, or if rounding changes an input that `is_rounded`.
 template <class E, int B, class A, class From>
-bool lay_out(const From* from, int64_t size, const Rounding& rounding, Chunk<E>* chunks, int64_t count) {
+bool lay_out(const From* from, int64_t size, const Rounding& rounding, int is_rounded, Chunk<E>* chunks, int64_t count) {
   using Element = std::conditional_t<Dot<E>::INTEGER, int8_t, uint16_t>;
   constexpr int RUN = B / Dot<E>::PARTS, LANES = RUN / Dot<E>::GROUP, PIECE = RUN < Dot<E>::CHUNK ? RUN : Dot<E>::CHUNK;
+  std::memset(static_cast<void*>(chunks), 0, size_t(count) * sizeof(Chunk<E>));
   for (int64_t start = 0, block = 0; start < size; start += B, ++block) {
     float values[B];
     load_block<B>(from + start, size - start, values);
     const float scale = to_elements<A, B>(values, rounding);
     if (scale < 0x1p-100f || scale > 0x1p100f) return false;
+    if (is_rounded && !equal_values<B>(from + start, size - start, values, scale)) return false;
     Element elements[B];
     for (int i = 0; i < B; ++i) {
       if constexpr (Dot<E>::INTEGER)
