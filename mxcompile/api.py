@@ -70,7 +70,7 @@ def quantize_and_compile(
     probe: inputs for these measurements, in the form of the example inputs. None: the example inputs; False: measure
         nothing. Needs `dump`.
     compile: False returns the deployed module without `torch.compile`.
-    include, exclude: name patterns; see `Selection`. The output head stays float unless included.
+    include, exclude: name patterns; see `Selection`. The output head and routers stay float unless included.
     overrides: other formats for some weights, `{"*.down_proj": "mxfp8_e4m3"}`; None keeps a layer in float.
     allow_partial: accept that less than half of the matmul weight bytes is quantized.
     instruments: observers of the pipeline run; see `Instrument`.

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 
 import pytest
 import torch
@@ -51,10 +52,11 @@ def test_every_kind_of_model_agrees_with_its_lowered_program(name):
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_only_the_output_head_and_embeddings_stay_float(name):
+def test_only_the_output_head_embeddings_and_routers_stay_float(name):
     _, _, _, deployed = quantized(name)
     float_matrices = [n for n, p in deployed.named_parameters() if p.dim() > 1 and not isinstance(p, MXWeight)]
-    assert all("embed" in n or "wte" in n or "wpe" in n or "lm_head" in n for n in float_matrices)
+    routers = ["model.layers.0.mlp.gate.weight"] if name == "mixtral" else []
+    assert [n for n in float_matrices if not re.search("embed|wte|wpe|lm_head", n)] == routers
 
 
 def test_folds_reach_the_norms_of_the_module():

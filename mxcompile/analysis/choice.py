@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.float_tensors import find_float_tensors
 from mxcompile.analysis.matmuls import Matmul, UnquantizedNode, find_matmuls
+from mxcompile.analysis.routers import find_routers
 from mxcompile.analysis.tensor_reads import EMBEDDING
 from mxcompile.arguments import checked
 from mxcompile.errors import CoverageError, PipelineError, UnknownNameError
@@ -27,8 +28,8 @@ class MatmulChoice:
     """The result of applying a Program's `Selection` to its graph.
 
     matmuls, embeddings: to be quantized (embeddings only if `include` names them). unsupported: would be quantized, but
-    cannot be. skipped: stay in float on purpose (excluded, or the output head). others: read tensors that are no matmul
-    weights (embeddings, position tables, masks).
+    cannot be. skipped: stay in float on purpose (excluded, the output head, routers). others: read tensors that are no
+    matmul weights (embeddings, position tables, masks).
     """
 
     matmuls: tuple[Matmul, ...]
@@ -56,11 +57,20 @@ class MatmulChoice:
 def choose(program: Program) -> MatmulChoice:
     """Apply the Program's `Selection` to its matmuls."""
     matmuls, refused = find_matmuls(program)
-    unsupported = [each for each in refused if not program.selection.excluded(*each.weights, module_path(each.node))]
+    routers = find_routers(program, matmuls, refused)
+    unsupported: list[UnquantizedNode] = []
+    skipped: list[UnquantizedNode] = []
+    for each in refused:
+        names = (*each.weights, module_path(each.node))
+        if program.selection.excluded(*names):
+            skipped.append(replace(each, reason=_EXCLUDED))
+        elif each.node in routers and not program.selection.included(*names):
+            skipped.append(replace(each, reason=_why_router(routers[each.node])))
+        else:
+            unsupported.append(each)
     chosen: list[Matmul] = []
-    skipped = [replace(each, reason=_EXCLUDED) for each in refused if each not in unsupported]
     for matmul in matmuls:
-        reason = None if matmul.is_lowered else _why_float(program, matmul)
+        reason = None if matmul.is_lowered else _why_float(program, matmul, routers.get(matmul.node))
         if reason is None:
             chosen.append(matmul)
         else:
@@ -164,7 +174,8 @@ def check_coverage(program: Program, choice: MatmulChoice) -> None:
     )
 
 
-def _why_float(program: Program, matmul: Matmul) -> str | None:
+def _why_float(program: Program, matmul: Matmul, chosen_for: Node | None) -> str | None:
+    """The reason, None for a matmul to quantize. chosen_for: of a router, the first node that its choice reaches."""
     names = (name_in_module(program, matmul.parameter, matmul.node) or matmul.parameter, matmul.module_path)
     if program.selection.included(*names):
         return None
@@ -172,7 +183,13 @@ def _why_float(program: Program, matmul: Matmul) -> str | None:
         return _EXCLUDED
     if matmul.parameter in program.output_heads or _read_by_embedding(matmul.root):
         return f"the output head stays float; ask for it with include={[matmul.module_path]}"
+    if chosen_for is not None:
+        return f"{_why_router(chosen_for)}; ask for it with include={[matmul.module_path]}"
     return None
+
+
+def _why_router(chosen_for: Node) -> str:
+    return f"a router stays float: it chooses what {where(chosen_for)} multiplies"
 
 
 def _read_by_embedding(weight: Node) -> bool:

@@ -175,6 +175,12 @@ def replace_activation(node: Node, value: Node) -> None:
         node.update_kwarg(node.target._schema.arguments[index].name, value)  # pyright: ignore
 
 
+def activation_of(node: Node) -> Node | None:
+    """The left operand of a node that multiplies, None for another node."""
+    signature = _SIGNATURES.get(str(node.target))
+    return None if signature is None else operand(node, signature.activation)
+
+
 def _candidates(program: Program, sources: Sources) -> dict[Node, Matmul | str]:
     """Each matmul by a weight: a Matmul, or the reason why it cannot be quantized."""
     results = {node: _as_matmul(program, node, sources) for node in program.graph.nodes}

@@ -21,7 +21,7 @@ Sources = Mapping[Node, tuple[Node, ...]]
 """Value that depends on no data -> the `get_attr` nodes that it is computed from."""
 
 EMBEDDING: Final = aten.embedding.default
-_LOOKUPS: Final = frozenset(
+LOOKUPS: Final = frozenset(
     {"embedding", "embedding_bag", "gather", "index", "index_select", "take", "take_along_dim", "_embedding_bag"}
 )
 _SHAPE_OF_OTHERS: Final = frozenset({"expand_as", "reshape_as", "type_as", "view_as"})
@@ -52,7 +52,7 @@ _ELEMENTWISE: Final = frozenset(
     ]
 )  # fmt: skip
 """Elementwise operators without torch's tag."""
-_MOVES: Final = _LOOKUPS | frozenset(
+_MOVES: Final = LOOKUPS | frozenset(
     [
         "_to_copy",
         "batch_norm",
@@ -135,7 +135,7 @@ def tensor_sources(graph: Graph, data: Collection[Node] = ()) -> Sources:
         if node.op == "get_attr" and node.target not in written:
             sources[node] = (node,)
         elif node.op == "call_function" and node.target is not EMBEDDING:
-            inputs = _value_inputs(node)
+            inputs = value_inputs(node)
             if all(value in sources for value in inputs):
                 sources[node] = tuple(dict.fromkeys(source for value in inputs for source in sources[value]))
     return sources
@@ -143,7 +143,7 @@ def tensor_sources(graph: Graph, data: Collection[Node] = ()) -> Sources:
 
 def read_tensors(node: Node, sources: Sources) -> list[Node]:
     """The tensors of two or more dimensions that a node reads, directly or computed from others."""
-    read = dict.fromkeys(tensor for value in _value_inputs(node) for tensor in sources.get(value, ()))
+    read = dict.fromkeys(tensor for value in value_inputs(node) for tensor in sources.get(value, ()))
     return [tensor for tensor in read if tensor.meta["val"].dim() >= 2]
 
 
@@ -170,12 +170,12 @@ def contracts(node: Node) -> bool:
     nested graphs counts if a node of theirs does.
     """
     if graphs := nested_graphs(node):
-        return any(contracts(inner) for graph in graphs for inner in graph.nodes if _value_inputs(inner))
+        return any(contracts(inner) for graph in graphs for inner in graph.nodes if value_inputs(inner))
     schema = getattr(node.target, "_schema", None)
     if schema is None or str(node.target).startswith("mx."):
         return isinstance(node.target, torch._ops.HigherOrderOperator)  # pyright: ignore[reportPrivateUsage]
     name = _name(node)
-    if name in _LOOKUPS:
+    if name in LOOKUPS:
         return _selects_matrices(node)
     is_elementwise = torch.Tag.pointwise in node.target.tags or name in _ELEMENTWISE  # pyright: ignore
     is_view = bool(schema.arguments) and schema.arguments[0].alias_info is not None
@@ -200,7 +200,7 @@ def _readers(node: Node) -> Iterator[Node]:
             yield user
 
 
-def _value_inputs(node: Node) -> list[Node]:
+def value_inputs(node: Node) -> list[Node]:
     """The inputs whose values count, not only their shapes."""
     name = _name(node)
     if name.endswith("_like") or name.startswith("new_"):

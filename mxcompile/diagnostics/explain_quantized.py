@@ -40,12 +40,13 @@ def explain_quantized(model: nn.Module, device: torch.device) -> Explanation:
 
 
 def _select_kernels(model: nn.Module, device: torch.device) -> Iterator[SelectedKernel]:
-    """One entry for each MX weight of a module and for each float weight of an `nn.Linear`."""
+    """One entry for each MX weight of a module and for each float weight of a linear or router."""
     seen: set[int] = set()
     for name, weight in model.named_parameters(remove_duplicate=False):
         owner = model.get_submodule(name.rpartition(".")[0])
         if id(weight) in seen or not isinstance(weight, MXWeight):
-            if isinstance(owner, nn.Linear) and weight.dim() == 2 and id(weight) not in seen:
+            is_linear = name.endswith("weight") and weight.dim() == 2 and not isinstance(owner, nn.Embedding)
+            if is_linear and id(weight) not in seen:
                 seen.add(id(weight))
                 reasons = ("it stayed in float when the model was quantized",)
                 size = weight.numel() * weight.element_size()

@@ -97,14 +97,19 @@ def mutates_inputs(graph: Graph) -> bool:
 
 def _mutated(graph: Graph) -> Iterator[Node]:
     for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        for index, argument in enumerate(schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written = _viewed(operand(node, index))
-                if isinstance(written, Node):
-                    yield written
+        yield from written_values(node)
+
+
+def written_values(node: Node) -> Iterator[Node]:
+    """The values that a node writes to, or those that it writes to a view of."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written = _viewed(operand(node, index))
+            if isinstance(written, Node):
+                yield written
 
 
 def _viewed(value: Any) -> Any:

@@ -17,7 +17,8 @@ _RESERVED = ",={}|"
 
 @dataclass(frozen=True)
 class Selection:
-    """Which matmuls are quantized: all but the output head (`lm_head`, a tied embedding) and embeddings.
+    """Which matmuls are quantized: all but the output head (`lm_head`, a tied embedding), embeddings, and
+    routers (matmuls that choose what others multiply).
 
     exclude: keeps more in float. include: wins over both. allow_partial: accept that less than half of the matmul
     weight bytes is quantized.

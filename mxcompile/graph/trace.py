@@ -35,6 +35,10 @@ _PART = (
     "trace a submodule that can be traced (mxcompile.trace(model.encoder, ...)); or give example inputs without the "
     "one that is read there, such as an image: what only that input reaches stays float."
 )
+_LOOP = (
+    "In a loop over experts, run each on the tokens that chose it, also if there are none: without an `if` on their "
+    "number, and not over the chosen experts alone; or multiply by all in one torch.nn.functional.grouped_mm. Or "
+)
 _ADVICE = (
     "Try: replace Python control flow on tensor values with torch.where or torch.cond, and .item() with tensor "
     f"arithmetic; or {_PART}"
@@ -114,16 +118,24 @@ def _export(shadow: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
             failure = error
     assert failure is not None
     _run_eagerly(shadow, inputs)
-    location = _innermost_module(failure, shadow)
-    raise TraceError(f"{type(shadow).__name__} cannot be traced: {location}: {_reason(failure)}") from failure
+    module, location = _innermost_module(failure, shadow)
+    raise TraceError(f"{type(shadow).__name__} cannot be traced: {location}: {_reason(failure, module)}") from failure
 
 
-def _reason(failure: Exception) -> str:
-    """The first line of an error of torch.export, and what to do."""
+def _reason(failure: Exception, module: nn.Module) -> str:
+    """The first line of an error of torch.export, and what to do. module: whose forward was running."""
     line = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
     if "Couldn't swap" in line:  # what torch says of the parameters that it traces with
         return "a module is cast or moved (Module.to) while it runs: do that once, before. Or " + _PART
+    if "data-dependent" in line and _has_experts(module):
+        return f"{line}. {_LOOP}{_PART}"
     return f"{line}. {_ADVICE}"
+
+
+def _has_experts(module: nn.Module) -> bool:
+    """Whether a module has a list of modules, or weights for several in one parameter."""
+    lists = any(isinstance(child, nn.ModuleList) for child in module.children())
+    return lists or any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
 
 
 def _export_once(shadow: nn.Module, attempt: Attempt) -> torch.export.ExportedProgram:
@@ -160,16 +172,16 @@ def _in_list(path: str, leaf: object) -> bool:
     return isinstance(leaf, int | float) and path.count(".") > 1
 
 
-def _innermost_module(error: BaseException, root: nn.Module) -> str:
-    """The deepest module of `root` whose forward was running when the error was raised, as `path (Class), line N`."""
+def _innermost_module(error: BaseException, root: nn.Module) -> tuple[nn.Module, str]:
+    """The deepest module of `root` whose forward was running when the error was raised, and `path (Class), line N`."""
     paths = {id(module): name for name, module in root.named_modules()}
-    location = f"in {type(root).__name__}"
+    innermost, location = root, f"in {type(root).__name__}"
     for frame, line in traceback.walk_tb(error.__traceback__):
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and id(module) in paths and frame.f_code.co_name == "forward":
             path = paths[id(module)] or "the top module"
-            location = f"in {path} ({type(module).__name__}), line {line} of its forward"
-    return location
+            innermost, location = module, f"in {path} ({type(module).__name__}), line {line} of its forward"
+    return innermost, location
 
 
 def _output_heads(model: nn.Module) -> set[str]:

@@ -1,8 +1,11 @@
-"""The module to trace in place of the user's: a copy on the same tensors, in eval mode, uncompiled, without a cache."""
+"""The module to trace in place of the user's: a copy on the same tensors, in eval mode, uncompiled, without a cache.
+
+Experts of transformers models are traced as grouped matmuls, however the model computes them.
+"""
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +13,13 @@ from torch import Tensor, nn
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import Inputs, named_leaves
 from mxcompile.tensor.copying import copy_module
-from mxcompile.tensor.modules import named_tensors
+from mxcompile.tensor.modules import is_pretrained, named_tensors
 from mxcompile.tensor.reachable import reachable
 
 _COMPILED = "_orig_mod"
+_GROUPED: Final = "grouped_mm"
+_OTHER_EXPERTS: Final = frozenset({"eager", "batched_mm", "deepgemm", "sonicmoe"})
+"""transformers' other ways to compute experts: a loop that reads values, copies of weights for each token, kernels."""
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -25,6 +31,7 @@ def traceable_copy(model: nn.Module, inputs: Inputs) -> nn.Module:
     shadow = copy_module(model, (*model.parameters(), *model.buffers())).eval()
     shadow._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - set by `model.compile()`
     _switch_off_caches(shadow)
+    _group_experts(shadow)
     _name_arguments(shadow, inputs)
     return shadow
 
@@ -34,6 +41,18 @@ def _switch_off_caches(shadow: nn.Module) -> None:
     for _, value in list(reachable(shadow)):
         if not isinstance(value, nn.Module) and getattr(value, "__dict__", {}).get("use_cache"):
             value.use_cache = False
+
+
+def _group_experts(shadow: nn.Module) -> None:
+    """Make transformers compute experts as grouped matmuls, which can be traced and quantized."""
+    for module in shadow.modules():
+        implementations = getattr(module, "get_experts_implementation", None)
+        if not is_pretrained(module) or implementations is None or not _OTHER_EXPERTS & set(implementations().values()):
+            continue
+        try:
+            cast(Any, module).set_experts_implementation(_GROUPED)
+        except ValueError:  # a model without experts, or with experts of its own
+            continue
 
 
 def _name_arguments(shadow: nn.Module, inputs: Inputs) -> None:

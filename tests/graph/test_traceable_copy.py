@@ -1,5 +1,5 @@
-"""What is traced in place of the model: arguments that no signature names are traced, and no configuration asks for a
-cache, while the user's is as it was.
+"""What is traced in place of the model: arguments that no signature names are traced, no configuration asks for a
+cache, and experts are grouped matmuls, while the user's configuration is as it was.
 """
 
 from types import SimpleNamespace
@@ -10,9 +10,13 @@ from models import build, inputs, output
 from torch import Tensor, nn
 
 import mxcompile
+from mxcompile.analysis.choice import choose
 from mxcompile.errors import ArgumentError, InputError, TraceError
 from mxcompile.graph.inputs import Inputs, as_inputs
+from mxcompile.graph.program import module_path
 from mxcompile.graph.trace import exported_program, trace
+from mxcompile.graph.traceable_copy import traceable_copy
+from mxcompile.tensor.weight import MXWeight
 
 # Arguments
 
@@ -146,7 +150,101 @@ def test_a_vision_language_model():
     assert model.config.text_config.use_cache
 
 
+# Experts
+
+
+def as_traced(model: nn.Module) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Where, what and what else each matmul of the traced graph reads, and what stays float."""
+    choice = choose(trace(model, inputs("mixtral")))
+    matmuls = [(m.module_path, m.parameter, (str(m.node.target),)) for m in choice.matmuls]
+    return matmuls + [(module_path(each.node), each.reason, each.weights) for each in choice.skipped]
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.model(**inputs).logits
+
+
+def test_experts_are_traced_as_grouped_matmuls():
+    """Also by a loop that reads values, which no graph can hold; the model goes on as it was."""
+    expected = as_traced(build("mixtral"))
+    assert sum("grouped_mm" in what for _, _, (what, *_) in expected) == 2
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model = build("mixtral")
+        model.set_experts_implementation(implementation)
+        assert as_traced(model) == expected
+        assert model.get_experts_implementation() == {"": implementation}
+        assert model.model.layers[0].mlp.experts.config is model.config
+        within = [path.removeprefix("model.") for path, *_ in as_traced(Wrapped(model))]
+        assert set(within) == {path for path, *_ in expected}
+        assert model.get_experts_implementation() == {"": implementation}
+
+
+def test_a_quantized_model_is_the_same_whatever_its_experts_are_computed_with():
+    packed: list[dict[str, MXWeight]] = []
+    for implementation in ("eager", "grouped_mm"):
+        model = build("mixtral")
+        model.set_experts_implementation(implementation)
+        quantized = mxcompile.quantize_and_compile(model, inputs("mixtral"), recipe="w8a8-mxfp", compile=False)
+        packed.append({name: p for name, p in quantized.named_parameters() if isinstance(p, MXWeight)})
+    assert packed[0].keys() == packed[1].keys()
+    assert "model.layers.0.mlp.experts.down_proj" in packed[0]
+    for one, other in zip(packed[0].values(), packed[1].values(), strict=True):
+        assert torch.equal(one.elements, other.elements)
+        assert torch.equal(one.scales, other.scales)
+
+
+def test_a_model_without_experts_keeps_its_own_way():
+    model = build("llama")
+    assert model.get_experts_implementation() == {"": "eager"}
+    copied = traceable_copy(model, as_inputs(inputs("llama")))
+    assert copied.get_experts_implementation() == {"": "eager"}
+
+
 # What cannot be traced
+
+
+class Experts(nn.Module):
+    """A loop over experts; `hit` says how it skips those that no token chose."""
+
+    def __init__(self, hit) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(8, 3), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.hit = hit
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        chosen, y = self.router(rows).argmax(-1), torch.zeros_like(rows)
+        for index in self.hit(chosen):
+            (row,) = torch.where(chosen == index)
+            y = y.index_add(0, row, self.experts[index](rows[row]))
+        return y
+
+
+@pytest.mark.parametrize(
+    "hit",
+    [
+        lambda chosen: chosen.unique(),
+        lambda chosen: [index for index in range(3) if (chosen == index).any()],
+        lambda chosen: [index for index in range(3) if len(torch.where(chosen == index)[0])],
+        lambda chosen: [index for index, count in enumerate(chosen.bincount(minlength=3).tolist()) if count],
+    ],
+    ids=["those chosen", "if any", "if rows", "if counted"],
+)
+def test_a_loop_that_asks_whether_an_expert_has_tokens(hit):
+    message = (
+        r"in the top module \(Experts\), line \d+ of its forward: .*data-dependent.*In a loop over experts, run each "
+        r"on the tokens that chose it, also if there are none: .*torch\.nn\.functional\.grouped_mm"
+    )
+    with pytest.raises(TraceError, match=message) as raised:
+        trace(Experts(hit), x())
+    assert "torch.cond" not in str(raised.value)
+    model = Experts(lambda chosen: range(3))
+    assert torch.equal(trace(model, x())(value := x(3, 7)), model(value))
 
 
 def refused(model: object, example: object, message: str) -> None:
