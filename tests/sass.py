@@ -81,10 +81,14 @@ def planes_report(fmt: MXFormat, config: triton_planes.Config) -> Report:
     return _report(compiled, lambda loops: max(loops, key=len, default=[]))
 
 
-def gluon_report(fmt: MXFormat, config: gluon_planes.Config, has_bias: bool = False) -> Report:
-    """gluon/planes_linear.py."""
+def gluon_report(fmt: MXFormat, config: gluon_planes.Config, has_bias: bool = False, grouped: bool = False) -> Report:
+    """gluon/planes_linear.py, or gluon/grouped_planes.py."""
     constants = {**gluon_planes.constants(fmt, config, has_bias), "y1": None, "y2": None}
     types = {"bias": "*bf16", "partial": "*fp32", "counters": "*i32", "lift": "fp32"}
+    if grouped:
+        types |= {"block_experts": "*i32", "used": "*i32"}
+    else:
+        constants |= {"block_experts": None, "used": None}
     for name, dtype in {"x": "bf16", "words": "i16", "scales": "i32", "y0": "bf16"}.items():
         types[name] = _descriptor(dtype, *gluon_planes.block(name[0] if name == "y0" else name, config))
     compiled = _compiled(planes_kernel._planes_kernel, constants, types, gluon_planes.options(config), gluon=True)

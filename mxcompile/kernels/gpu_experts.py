@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.kernels.expert_configs import grouped_config, sum_config
+from mxcompile.kernels.gluon import grouped_planes as gluon_grouped
 from mxcompile.kernels.gpu_linears import PackedWeight
 from mxcompile.kernels.layout.planes import PlanarScaling, from_bytes
 from mxcompile.kernels.triton import expert_sums, grouped_planes
@@ -31,11 +32,14 @@ class Path(Enum):
 
     SINGLE = "every choice is multiplied on its own, and the weighted sum is part of the last matmul"
     SHARED = "a program multiplies choices of the same expert, which it finds by ranking all choices"
+    SORTED = "choices are sorted by expert first, and tiles of tokens multiplied with the weight of their expert"
 
 
-def path_for(tokens: int) -> Path:
-    """The path for so many tokens."""
-    return Path.SINGLE if tokens <= _FEW_TOKENS else Path.SHARED
+def path_for(x: Tensor, experts: Tensor) -> Path:
+    """The path for x `[tokens, in]` and experts `[tokens, k]`."""
+    if experts.numel() > grouped_planes.MOST_RANKED and gluon_grouped.supports(x) is None:
+        return Path.SORTED
+    return Path.SINGLE if len(x) <= _FEW_TOKENS else Path.SHARED
 
 
 def supports(x: Tensor, rounding: Rounding | None = None) -> str | None:
@@ -46,9 +50,10 @@ def supports(x: Tensor, rounding: Rounding | None = None) -> str | None:
 
 def grouped_linear(x: Tensor, experts: Tensor, weight: PackedWeight, fmt: MXFormat, scaling: PlanarScaling) -> Tensor:
     """Rows of x `[rows, in]` times the experts chosen for them, `[rows, k]`: y `[rows * k, out]`."""
-    stack = _stack((weight, fmt, scaling), x.shape[1])
-    shared = path_for(len(x)) is Path.SHARED
-    config = grouped_config(fmt, x.shape[1], experts.numel(), x.device, shared=shared)
+    stack, path = _stack((weight, fmt, scaling), x.shape[1]), path_for(x, experts)
+    if path is Path.SORTED:
+        return gluon_grouped.grouped_linear(x, experts, stack)
+    config = grouped_config(fmt, x.shape[1], experts.numel(), x.device, shared=path is Path.SHARED)
 
     def multiply(rows: Tensor, chosen: Tensor) -> Tensor:
         return grouped_planes.linear(rows, chosen, stack, config)
@@ -70,7 +75,10 @@ def experts(
     up: experts `[E, 2 * inner, hidden]`, then the gate and `rounding`. down: experts `[E, hidden, inner]`.
     """
     first, last = _stack(up, x.shape[1]), _stack(down, up[0][0].shape[1] // 2)
-    run = _single if path_for(len(x)) is Path.SINGLE else _shared
+    path = path_for(x, experts)
+    if path is Path.SORTED:
+        return gluon_grouped.experts(x, experts, weights, first, last, gate, rounding)
+    run = _single if path is Path.SINGLE else _shared
 
     def multiply(rows: Tensor, chosen: Tensor, factors: Tensor) -> Tensor:
         return run(rows, chosen, factors, first, last, gate, rounding)

@@ -36,6 +36,7 @@ _MODULES = (
     "expert_sums",
     "grouped_planes",
     "routing",
+    "gate_rows",
 )
 
 
@@ -54,11 +55,11 @@ def interpreted() -> Iterator[SimpleNamespace]:
         _round_to_e4m3(patch)
         # The interpreter recognizes Triton's own maximum and sum; it calls others once per element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
-        for name in ("quantize", "align", "attention", "grouped_planes"):
+        for name in ("quantize", "align", "attention", "grouped_planes", "gate_rows"):
             patch.setattr(copies[name], "_maximum", standard._elementwise_max)
         for name in ("attention", "expert_slices", "expert_sums", "grouped_planes", "routing"):
             patch.setattr(copies[name], "_sum", standard._sum_combine)
-        names = ("align", "attention", "dequantize", "grouped_planes", "expert_sums", "routing")
+        names = ("align", "attention", "dequantize", "grouped_planes", "expert_sums", "routing", "gate_rows")
         others = {name: copies[name] for name in names}
         yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)
 

@@ -16,6 +16,10 @@ consumers finish the current one.
 **Split-K** as in triton/planes_linear.py: partial sums are stored in float32, coalesced, and the last warpgroup to
 arrive at its share of a tile adds them in the order of the splits.
 
+**Grouped mode** (gluon/grouped_planes.py): every tile of tokens belongs to one expert, `block_experts[m_tile]`, whose
+weight and bias it is multiplied with; `used` tiles, a number in memory, hold tokens. `words` and `scales` then have the
+experts one after the other, and `n_size` is the number of outputs of one.
+
 CONFIG is the tuple of `planes_linear.constants`: tokens and outputs of a tile, consumers, stages, group, whether there
 is a bias, split.
 """
@@ -92,7 +96,16 @@ def _k_range(work_item, k_steps, SPLIT: tl.constexpr):
 
 
 @jit
-def _produce(descriptors, buffers, bars, sizes, SHAPE: tl.constexpr, CONFIG: tl.constexpr):
+def _expert(block_experts, m_tile):
+    """The expert that a tile of tokens belongs to; 0 where there is one weight."""
+    expert = 0
+    if block_experts is not None:
+        expert = gl.load(block_experts + m_tile)
+    return expert
+
+
+@jit
+def _produce(descriptors, buffers, bars, sizes, block_experts, SHAPE: tl.constexpr, CONFIG: tl.constexpr):
     """The producer warp: loads 128 columns at a time, tile after tile, into every stage that the consumers release."""
     x, words, scales = descriptors
     xs, ws, ss = buffers
@@ -112,6 +125,7 @@ def _produce(descriptors, buffers, bars, sizes, SHAPE: tl.constexpr, CONFIG: tl.
     phase = 1
     for work_item in range(gl.program_id(0), work_items, gl.num_programs(0)):
         m_tile, n_tile = _tile_position(work_item // SPLIT, m_size, n_size, TILE_M, TILE_N, CONFIG[4])
+        first_tile = n_tile * (TILE_N // 64) + _expert(block_experts, m_tile) * (n_size // 64)
         start, end = _k_range(work_item, k_steps, SPLIT)
         for k_step in range(start, end):
             for half in gl.static_range(HALVES):
@@ -120,7 +134,7 @@ def _produce(descriptors, buffers, bars, sizes, SHAPE: tl.constexpr, CONFIG: tl.
                 fence_async_shared()
                 mbarrier.expect(bar, BYTES)
                 for consumer in gl.static_range(CONSUMERS):
-                    first = n_tile * (TILE_N // 64) + consumer * TILES
+                    first = first_tile + consumer * TILES
                     for w in gl.static_range(WORDS):  # 6 bits: the word of this half, then the shared one
                         word = k_step * SHAPE[1] + (w if HALVES == 1 else half * (1 - w) + 2 * w)
                         fetch(words, [first, word, 0, 0], bar, ws.index((stage * WORDS + w) * CONSUMERS + consumer))
@@ -181,7 +195,7 @@ def _epilogue(
     stage, phase = pipeline_state
     full, empty = bars
     m_size, n_size, _ = sizes
-    bias, partial, counters = tensors
+    bias, partial, counters, block_experts = tensors
     TILE_N: tl.constexpr = CONFIG[1]
     ROWS: tl.constexpr = TILE_N // CONFIG[2]
     tile = work_item // CONFIG[6]
@@ -195,6 +209,7 @@ def _epilogue(
     acc = acc * lift
     if CONFIG[5]:
         n = first + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
+        bias += _expert(block_experts, m_tile) * n_size
         acc += gl.load(bias + n, mask=n < n_size, other=0.0).to(gl.float32).expand_dims(1)
     result = acc.to(gl.bfloat16)
     for i in gl.static_range((TILE_N + 127) // 128):
@@ -293,6 +308,8 @@ def _planes_kernel(
     bias,
     partial,
     counters,
+    block_experts,
+    used,
     lift,
     m_size,
     n_size,
@@ -321,8 +338,10 @@ def _planes_kernel(
     descriptors = (x, words, scales)
     buffers = (xs, ws, ss)
     bars = (full, empty)
+    if block_experts is not None:
+        m_size = gl.load(used) * TILE_M
     sizes = (m_size, n_size, k_steps)
-    tensors = (bias, partial, counters)
+    tensors = (bias, partial, counters, block_experts)
     ys = (y0,)
     if y2 is not None:
         ys = (y0, y1, y2)
@@ -334,7 +353,7 @@ def _planes_kernel(
             [
                 (_consume, (outputs, buffers, bars, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
                 (_consume, (outputs, buffers, bars, sizes, tensors, lift, 1, SHAPE, ASSEMBLY, CONFIG)),
-                (_produce, (descriptors, buffers, bars, sizes, SHAPE, CONFIG)),
+                (_produce, (descriptors, buffers, bars, sizes, block_experts, SHAPE, CONFIG)),
             ],
             [4, 1],
             [240, 24],
@@ -343,7 +362,7 @@ def _planes_kernel(
         gl.warp_specialize(
             [
                 (_consume, (outputs, buffers, bars, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
-                (_produce, (descriptors, buffers, bars, sizes, SHAPE, CONFIG)),
+                (_produce, (descriptors, buffers, bars, sizes, block_experts, SHAPE, CONFIG)),
             ],
             [1],
             [24],

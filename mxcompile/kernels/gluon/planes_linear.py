@@ -112,6 +112,8 @@ def linears(
                 padded[0] if bias is None else bias.contiguous(),
                 partial,
                 padded[0] if counters is None else counters,
+                None,
+                None,
                 2.0**planes.lift,
                 rows,
                 planes.out,
