@@ -10,8 +10,8 @@ compiled and replayed as a CUDA graph, for the bfloat16 model by transformers it
 For each batch size, `token_ms` is the mean time between two tokens of one call, after a prompt of `--prompt` tokens,
 without the first step, which captures the CUDA graph; `step_ms` are the kernels of one decode step alone.
 `prefill_ms` is one compiled forward of `--prefill` tokens; of the bfloat16 model also an eager one, and the faster one
-counts. transformers decodes by `batched_mm`, which copies the weights of all choices; "bfloat16, grouped_mm" decodes by
-`grouped_mm`. A ratio is over the fastest bfloat16. `seconds` says how long building, tracing, quantizing, deploying and
+counts. transformers decodes by `batched_mm`, which copies the weights of all choices; "bfloat16, grouped_mm" decodes
+batches of several by `grouped_mm`. A ratio is over the fastest bfloat16. `seconds` says how long building, tracing, quantizing, deploying and
 the first call of `generate` took, with compilation in the last; `peak_gib` is the GPU memory of quantizing.
 """
 
@@ -151,7 +151,7 @@ def measured(model: Any, way: str, arguments: argparse.Namespace, took: dict[str
     generator = torch.Generator(device=model.device).manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (32, arguments.prefill), generator=generator, device=model.device)
     row: dict[str, Any] = {}
-    for batch in arguments.batches:
+    for batch in (batch for batch in arguments.batches if way != GROUPED or batch > 1):
         prompt = ids.repeat(-(-batch // 32), 1)[:batch, : arguments.prompt]
         began = time.perf_counter()
         generated(model, prompt, arguments.tokens)

@@ -34,7 +34,8 @@ def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
     assert experts_end_to_end.main([*WORDS, *ways]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["way"] for row in rows] == [FLOAT, GROUPED, "w4a16-mxfp-quick"]
-    assert all(row[f"batch_{batch}"]["token_ms"] > 0 for row in rows for batch in (1, 2))
+    assert all(row["batch_2"]["token_ms"] > 0 for row in rows)
+    assert [row["way"] for row in rows if "batch_1" in row] == [FLOAT, "w4a16-mxfp-quick"]
     assert set(rows[2]["ratios"]) == {"batch_1", "batch_2", "prefill"}
     assert set(rows[2]["seconds"]) >= {"trace", "quantize", "deploy", "first generate, batch 1"}
 
