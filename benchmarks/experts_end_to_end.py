@@ -11,8 +11,9 @@ For each batch size, `token_ms` is the mean time between two tokens of one call,
 without the first step, which captures the CUDA graph; `step_ms` are the kernels of one decode step alone.
 `prefill_ms` is one compiled forward of `--prefill` tokens; of the bfloat16 model also an eager one, and the faster one
 counts. transformers decodes by `batched_mm`, which copies the weights of all choices; "bfloat16, grouped_mm" decodes
-batches of several by `grouped_mm`. A ratio is over the fastest bfloat16. `seconds` says how long building, tracing, quantizing, deploying and
-the first call of `generate` took, with compilation in the last; `peak_gib` is the GPU memory of quantizing.
+batches of several by `grouped_mm`. A ratio is over the fastest bfloat16. `seconds` says how long building, tracing,
+quantizing, deploying and the first call of `generate` took, with compilation in the last; `peak_gib` is the GPU memory
+of quantizing.
 """
 
 import argparse
