@@ -104,9 +104,10 @@ def _select_kernels(program: Program, lowering: LowerMX, device: torch.device) -
             matmul = matmuls[node]
             seen.add(matmul.parameter)
             x = torch.empty((1, matmul.in_features), dtype=matmul.activation.meta["val"].dtype, device=device)
-            out = program.tensor(matmul.parameter).numel() // matmul.in_features
+            shape = program.tensor(matmul.parameter).shape
+            of_shape = (shape[-2:].numel() // matmul.in_features, len(shape) == 3)
             reason = unfused.get(where(node))
-            selected = select_kernel(_name(program, matmul), x, out, formats[node], rounding, reason)
+            selected = select_kernel(_name(program, matmul), x, of_shape, formats[node], rounding, reason)
             yield with_sizes(
                 selected,
                 program.tensor(matmul.parameter),

@@ -21,13 +21,12 @@ from mxcompile.diagnostics.explanation import (
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, parse_format, parse_scale_rule
 from mxcompile.inductor import why_no_inductor
-from mxcompile.kernels.dispatch import choices, rounding_choices, why_not_fp8
+from mxcompile.kernels.dispatch import choices, expert_choices, rounding_choices, why_not_fp8
 from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
-from mxcompile.kernels.layout.rows_to_planes import weight_scale_range
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
 
-_NO_2D = "no fused kernel: the weight is {}-D, mx::linear takes 2-D weights; it is dequantized first"
+_NO_KERNEL = "no fused kernel: the weight is {}-D, mx::linear takes 2-D weights and mx::grouped_linear 3-D ones"
 _ASSUMED_SCALING = PlanarScaling(0, 1)
 """For a weight that does not exist yet: assume that its range of scales fits FP8 (e4m3)."""
 
@@ -61,17 +60,17 @@ def _select_kernels(model: nn.Module, device: torch.device) -> Iterator[Selected
         else:
             x = torch.empty((1, spec.size), dtype=weight.dtype, device=device)
             rounding = None if spec.activation is None else (spec.activation, str(spec.rule))
-            unfused = None if weight.dim() == 2 else _NO_2D.format(weight.dim())
-            out = weight.numel() // spec.size
+            unfused = None if weight.dim() in (2, 3) else _NO_KERNEL.format(weight.dim())
             fmt = parse_format(spec.format)
-            selected = select_kernel(layer_name(name), x, out, fmt, rounding, unfused, _scaling(weight))
+            of_shape = (weight.elements.shape[-2], weight.dim() == 3)
+            selected = select_kernel(layer_name(name), x, of_shape, fmt, rounding, unfused, _scaling(weight))
         yield with_sizes(selected, weight, spec.size)
 
 
 def select_kernel(
     name: str,
     x: Tensor,
-    out: int,
+    of_shape: tuple[int, bool],
     fmt: MXFormat,
     rounding: tuple[str, str] | None,
     unfused: str | None,
@@ -79,6 +78,7 @@ def select_kernel(
 ) -> SelectedKernel:
     """The kernels that multiply x `[1, in]` and longer inputs by a weight `[out, in]` of a format, with the reasons.
 
+    of_shape: out, and whether there are many such weights, of which each token chooses some.
     rounding: format and scale rule of the input, None if it stays float.
     unfused: why the matmul is not fused, None if it is. Shape and bytes are filled in by `with_sizes`.
     """
@@ -90,7 +90,8 @@ def select_kernel(
         decode = prefill = UNFUSED
         reasons.append(unfused)
     else:
-        candidates = choices(x, fmt, out)
+        out, experts = of_shape
+        candidates = (expert_choices if experts else choices)(x, fmt, out)
         decode = prefill = next(name for name, reason in candidates.items() if reason is None)
         reasons += _refusals(candidates)
     if decode == CPU:
@@ -137,6 +138,6 @@ def _scaling(weight: MXWeight) -> PlanarScaling:
         return spec.planes
     fmt = parse_format(spec.format)
     try:
-        return scaling_for(*weight_scale_range(weight.elements, weight.scales, fmt, spec.size), fmt)
+        return scaling_for(*weight.planar_scale_range(), fmt)
     except MXCompileError:
         return PlanarScaling(0, 0)

@@ -13,6 +13,7 @@ from mxcompile.diagnostics.tables import table
 FLOAT, LOOKUP, UNFUSED = "torch", "lookup", "unfused"
 CPU, CPU_DECODED, PLANES, TRITON, REFERENCE = "cpu", "decoded", "planes", "triton_linear", "reference"
 FP8: Final = "fp8"
+EXPERTS, CPU_EXPERTS, EACH_EXPERT = "experts", "cpu_experts", "each_expert"
 MEANINGS: Final = {
     FLOAT: "float weight, multiplied by torch",
     LOOKUP: "embedding lookup, decodes only the rows that it reads",
@@ -20,6 +21,9 @@ MEANINGS: Final = {
     CPU_DECODED: "C++ kernel decodes the weight into a buffer, torch multiplies",
     PLANES: "fused GPU kernel; compiling converts the weight to the planar layout",
     FP8: "as planes, and for 512 tokens or more an FP8 (e4m3) matmul",
+    EXPERTS: "fused GPU kernels of the chosen experts; compiling converts the weight to the planar layout",
+    CPU_EXPERTS: "C++ kernel of the chosen experts, packed where an expert has few tokens",
+    EACH_EXPERT: "each chosen expert on its own, as a matrix",
     TRITON: "Triton kernel, decodes packed weights inside the matmul",
     REFERENCE: "no kernel; every call decodes the whole weight in plain PyTorch, then multiplies",
     UNFUSED: "no fused kernel; every call decodes the whole weight, then torch multiplies",

@@ -192,6 +192,14 @@ def choices(x: Tensor, fmt: MXFormat, out: int) -> dict[str, str | None]:
     return {"planes": planes, "triton_linear": reason, "cpu": cpu.supports(x, fmt), "reference": None}
 
 
+def expert_choices(x: Tensor, fmt: MXFormat, out: int) -> dict[str, str | None]:
+    """The same as `choices`, for `grouped_linear` and experts with `out` outputs each."""
+    gpu = _triton("gpu_experts", x)
+    unavailable = "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
+    planes = unavailable if gpu is None else gpu.supports(x) or rows_to_planes.why_shape_not_planar(out, fmt)
+    return {"experts": planes, "cpu_experts": cpu_experts.supports(x, fmt), "each_expert": None}
+
+
 def rounding_choices(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> dict[str, str | None]:
     """The same as `choices`, for `quantize_dequantize`."""
     kernel = _triton("triton.quantize", x)

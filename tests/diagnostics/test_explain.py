@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import build, inputs, llama
 from rich.console import Console
+from torch import nn
 from typer.testing import CliRunner
 
 import mxcompile
@@ -24,6 +25,17 @@ EXPLAIN_QUANTIZED = sys.modules["mxcompile.diagnostics.explain_quantized"]
 needs_compiler = pytest.mark.skipif(
     cpu_build.why_not(MXFP8_E4M3) is not None, reason="there is no C++ compiler for the CPU kernels"
 )
+
+
+class AddedExperts(nn.Module):
+    """A batched matmul to whose result a value is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return torch.baddbmm(x[..., :32], x, self.weight)
 
 
 def words(found: mxcompile.Explanation) -> str:
@@ -76,12 +88,25 @@ def test_a_tied_table_that_stays_float_is_not_saved():
     assert found.bytes_after == stored_bytes(quantized)
 
 
-def test_experts_have_no_fused_kernel_and_the_rules_say_why():
-    found = mxcompile.explain(build("mixtral"), inputs("mixtral"))
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "quantized"])
+def test_experts_have_a_kernel_of_their_own(quantized):
+    model = build("mixtral")
+    if quantized:
+        model = mxcompile.quantize_and_compile(model, inputs("mixtral"), recipe="w4a8-mxint-quick", compile=False)
+    found = mxcompile.explain(model, inputs("mixtral"))
     experts = [layer for layer in found.layers if "experts" in layer.pattern]
-    assert [layer.decode for layer in experts] == ["unfused", "unfused"]
-    assert all("its weight is dequantized first" in layer.reasons[-1] for layer in experts)
-    assert re.search(r"^2 of \d+ MX weights are decoded on every call$", words(found), re.MULTILINE)
+    expected = "each_expert" if cpu_build.why_not(MXFP8_E4M3) else "cpu_experts"  # without a C++ compiler
+    assert {(layer.decode, layer.prefill) for layer in experts} == {(expected, expected)}
+    assert len(experts) == 2
+    assert "decoded on every call" not in words(found)
+
+
+def test_added_experts_have_no_fused_kernel_and_the_rules_say_why():
+    found = mxcompile.explain(AddedExperts(), torch.randn(2, 5, 64))
+    (layer,) = found.layers
+    assert (layer.decode, layer.prefill) == ("unfused", "unfused")
+    assert "its weight is dequantized first" in layer.reasons[-1]
+    assert re.search(r"^1 of 1 MX weights are decoded on every call$", words(found), re.MULTILINE)
 
 
 def test_formats_and_rules_without_a_kernel_are_explained():
