@@ -1,17 +1,18 @@
 """Safetensors files: written tensor by tensor with a checksum of each, memory-mapped and checked when read.
 
-Saving from a GPU needs host memory for one tensor at a time. Reading is lazy: a page is read when it is first touched.
-Checking a tensor touches all of its pages once, at several GB/s.
+Saving from a GPU, or in another layout, needs host memory for one tensor at a time. Reading is lazy: a page is read
+when it is first touched. Checking a tensor touches all of its pages once, at several GB/s.
 """
 
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -33,9 +34,30 @@ class ShardChecksums:
     tensors: Mapping[str, int]
 
 
-def split(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tensor]]:
+@dataclass(frozen=True)
+class PendingTensor:
+    """A tensor that is made when it is written. make: returns one of that dtype and shape."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    make: Callable[[], Tensor]
+
+    def element_size(self) -> int:
+        """Bytes of a value."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return self.dtype.itemsize * self.shape.numel()
+
+
+Stored = TypeVar("Stored", bound=Tensor | PendingTensor)
+
+
+def split(tensors: Mapping[str, Stored], largest: int) -> list[dict[str, Stored]]:
     """Consecutive groups of at most `largest` bytes; a larger tensor is a group of its own."""
-    groups: list[dict[str, Tensor]] = [{}]
+    groups: list[dict[str, Stored]] = [{}]
     room = largest
     for name, tensor in tensors.items():
         if tensor.nbytes > room and groups[-1]:
@@ -46,7 +68,7 @@ def split(tensors: Mapping[str, Tensor], largest: int) -> list[dict[str, Tensor]
     return groups
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> ShardChecksums:
+def write(path: Path, tensors: Mapping[str, Tensor | PendingTensor]) -> ShardChecksums:
     """Write a file and wait until it is on the disk."""
     ordered = dict(
         sorted(tensors.items(), key=lambda item: -item[1].element_size())
@@ -56,7 +78,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> ShardChecksums:
     with path.open("wb") as file:
         file.write(header)
         for name, tensor in ordered.items():
-            data = tensor_bytes(tensor)
+            data = tensor_bytes(tensor.make() if isinstance(tensor, PendingTensor) else tensor)
             checksums[name] = zlib.crc32(data)
             file.write(data)
         file.flush()
@@ -99,7 +121,7 @@ def check_dtypes(tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors cannot store: cast it")
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
+def _header(tensors: Mapping[str, Tensor | PendingTensor]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():

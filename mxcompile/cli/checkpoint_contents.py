@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mxcompile.checkpoint.interop.gguf_architectures import CLASSES
+from mxcompile.checkpoint.interop.gguf_architectures import class_name
 from mxcompile.checkpoint.interop.gguf_file import GGUFFile
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.stored_tensors import WeightPacking, flatten_module
@@ -68,9 +68,9 @@ class CheckpointContents:
         """The tensors that a GGUF file of any architecture describes, under llama.cpp's names, in ggml's types."""
         file = GGUFFile(path)
         entries = [StoredTensor(e.name, file.type_name(e), None, e.shape, e.bytes) for e in file.entries.values()]
-        architecture = str(file.metadata.get("general.architecture"))
+        kind = class_name(file.metadata) or str(file.metadata.get("general.architecture"))
         size = path.stat().st_size
-        return cls(path, CLASSES.get(architecture, architecture), None, {}, size, (path.name,), tuple(entries))
+        return cls(path, kind, None, {}, size, (path.name,), tuple(entries))
 
     @classmethod
     def of_module(cls, folder: Path, module: nn.Module) -> Self:

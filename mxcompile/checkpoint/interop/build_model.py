@@ -19,9 +19,9 @@ from mxcompile.tensor.modules import named_tensors, set_tensors
 from mxcompile.tensor.weight import MXWeight
 
 
-def fill(source: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def fill(source: Path, module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """Put tensors into a module that has the same ones by name and shape; else raise, leaving it unchanged."""
-    tensors = join_experts(str(source), module, tensors)
+    join_experts(str(source), module, tensors)
     check_fits(module, TensorNames(tuple(tensors), {}, {}, frozenset()), tensors)
     left = [name for name, tensor in named_tensors(module).items() if name not in tensors and tensor.is_meta]
     if left:
@@ -45,7 +45,7 @@ def build(source: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -
         raise
     except Exception as error:
         raise CheckpointError(f"transformers cannot build the model that {source} describes: {error}") from error
-    tensors = join_experts(str(source), empty, tensors)
+    join_experts(str(source), empty, tensors)
     _check_tensors(source, empty, tensors)
     return _load(source, kind, parsed, tensors, dtype_of(config, tensors))
 

@@ -6,7 +6,7 @@ from typing import Final
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.interop.element_layouts import STORED, check_scales
-from mxcompile.checkpoint.interop.stored_names import RowsOf
+from mxcompile.checkpoint.interop.stored_names import StoredParts
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import FORMATS, parse_format
 from mxcompile.tensor.weight import MXWeight
@@ -32,12 +32,12 @@ def bits_of(weight: MXWeight) -> GroupBits:
     return parse_format(weight.layout_.format).bits, None if activation is None else parse_format(activation).bits
 
 
-def check_writable(module: nn.Module, values: Mapping[str, Tensor], stored: Mapping[str, RowsOf]) -> None:
+def check_writable(module: nn.Module, values: Mapping[str, Tensor], stored: Mapping[str, StoredParts]) -> None:
     """Raise CheckpointError with every reason for which the module cannot be written, and the layers of each."""
     layers: dict[str, list[str]] = {}
     for name, value in values.items():
         if isinstance(value, MXWeight):
-            for reason in _reasons(name, value, _is_linear(module, name, stored[name])):
+            for reason in _reasons(name, value, _is_linear(module, name, value, stored[name])):
                 layers.setdefault(reason, []).append(name)
     for reason, names in _joined_differently(values, stored):
         layers.setdefault(reason, []).append(names)
@@ -45,7 +45,7 @@ def check_writable(module: nn.Module, values: Mapping[str, Tensor], stored: Mapp
         raise CheckpointError("\n".join(f"{names[0]}: {reason}{_also(names[1:])}" for reason, names in layers.items()))
 
 
-def float_linears(module: nn.Module, values: Mapping[str, Tensor], stored: Mapping[str, RowsOf]) -> list[str]:
+def float_linears(module: nn.Module, values: Mapping[str, Tensor], stored: Mapping[str, StoredParts]) -> list[str]:
     """Stored names of the layers that stay float: each Linear, and what other programs have as one, such as routers."""
     names: list[str] = []
     for name, value in module.state_dict(keep_vars=True).items():
@@ -53,15 +53,17 @@ def float_linears(module: nn.Module, values: Mapping[str, Tensor], stored: Mappi
         if isinstance(value, MXWeight) or value.dim() not in (2, 3) or isinstance(owner, nn.Embedding):
             continue
         if name in values or isinstance(owner, nn.Linear):  # a tied head has no value of its own
-            parts = stored.get(name, {name: None})
+            parts = stored[name].names if name in stored else [name]
             names += [part.removesuffix(".weight") for part in parts if part.endswith(".weight")]
     return names
 
 
-def _is_linear(module: nn.Module, name: str, rows_of: RowsOf) -> bool:
-    """True for a Linear's weight, and for experts that are stored one by one."""
+def _is_linear(module: nn.Module, name: str, weight: MXWeight, stored: StoredParts) -> bool:
+    """True for a Linear's weight, and for experts that are stored one by one, if their blocks run along the inputs."""
     path, _, leaf = name.rpartition(".")
-    return None not in rows_of.values() or (leaf == "weight" and isinstance(module.get_submodule(path), nn.Linear))
+    transposed = stored.fused is not None and stored.fused.transposed
+    is_linear = leaf == "weight" and isinstance(module.get_submodule(path), nn.Linear)
+    return weight.layout_.transposed == transposed and (stored.are_experts or is_linear)
 
 
 def _reasons(name: str, weight: MXWeight, linear: bool) -> Iterator[str]:
@@ -77,7 +79,7 @@ def _reasons(name: str, weight: MXWeight, linear: bool) -> Iterator[str]:
     reasons = {
         "an input that is multiplied by a vector (use awq-fold{multiply=false})": layout.multiplier,
         "an input that is rotated (use a recipe without rotate)": layout.rotation,
-        "a weight that is not an nn.Linear's (skip it with exclude)": not linear or layout.transposed,
+        "a weight that is not an nn.Linear's (skip it with exclude)": not linear,
         f"a row of {layout.size} values, not a multiple of 32 (skip it with exclude)": layout.size % 32,
     }
     for what, applies in reasons.items():
@@ -89,13 +91,15 @@ def _reasons(name: str, weight: MXWeight, linear: bool) -> Iterator[str]:
         yield str(error).removeprefix(f"{name} ")
 
 
-def _joined_differently(values: Mapping[str, Tensor], stored: Mapping[str, RowsOf]) -> Iterator[tuple[str, str]]:
+def _joined_differently(values: Mapping[str, Tensor], stored: Mapping[str, StoredParts]) -> Iterator[tuple[str, str]]:
     """(reason, layers) for layers of different formats that vLLM runs as one."""
     formats: dict[str, dict[str, str]] = {}
     for name, value in values.items():
         layout = value.layout_ if isinstance(value, MXWeight) else None
         fmt = "float" if layout is None else f"{layout.format} with {layout.activation or 'float'} inputs"
-        for part in stored[name] if value.dim() > 1 else ():
+        for part in stored[name].names if value.dim() > 1 else ():
+            if part.endswith(".bias"):
+                continue
             path = part.removesuffix(".weight")
             parent, _, leaf = path.rpartition(".")
             for joined in _JOINED:

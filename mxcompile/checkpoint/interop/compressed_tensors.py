@@ -12,7 +12,8 @@ rules. Checked with compressed-tensors 0.20.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -24,7 +25,8 @@ from mxcompile.checkpoint.config_json import CONFIG
 from mxcompile.checkpoint.interop.compressed_layers import GroupBits, bits_of, check_writable, float_linears
 from mxcompile.checkpoint.interop.element_layouts import STORED, from_rows, to_rows
 from mxcompile.checkpoint.interop.files import dtype_of, read_tensors
-from mxcompile.checkpoint.interop.stored_names import stored_rows, take_rows
+from mxcompile.checkpoint.interop.stored_names import StoredParts, stored_parts
+from mxcompile.checkpoint.shards import PendingTensor
 from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError, warn
 from mxcompile.formats import ScaleRule
@@ -43,26 +45,26 @@ _SCALE, _PACKED, _PLAIN = ".weight_scale", ".weight_packed", ".weight"
 _DTYPE: Final = "bfloat16"
 
 
-def write(folder: Path, module: nn.Module, names: TensorNames, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Write config.json, and return the tensors to store. config: the model's own configuration.
+def write(folder: Path, module: nn.Module, names: TensorNames, config: Mapping[str, Any]) -> dict[str, PendingTensor]:
+    """Write config.json, and return the tensors to store, which are made when they are written.
 
+    config: the model's own configuration.
     Raises CheckpointError, naming every layer, for weights that compressed-tensors has no format for.
     """
     values = dict(_values(module, names))
-    stored = stored_rows(module, {name: value.shape for name, value in values.items()})
+    stored = stored_parts(module, {name: value.shape for name, value in values.items()})
     check_writable(module, values, stored)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, PendingTensor] = {}
     groups: dict[GroupBits, list[str]] = {}
     for name, value in values.items():
-        for part, numbers in stored[name].items():
-            if not isinstance(value, MXWeight):
-                tensors[part] = take_rows(value.detach(), numbers)
-                continue
-            path, bits = part.rpartition(".")[0], bits_of(value)
-            groups.setdefault(bits, []).append(path)
-            rows = to_rows(_rows_of(value, numbers), STORED[bits[0]])
-            tensors |= {path + _PLAIN: rows.view(torch.float8_e4m3fn)} if bits[0] == 8 else {path + _PACKED: rows}
-            tensors[path + _SCALE] = take_rows(value.scales, numbers)
+        for part in stored[name].names:
+            if isinstance(value, MXWeight):
+                path = part.rpartition(".")[0]
+                groups.setdefault(bits_of(value), []).append(path)
+                tensors |= {path + leaf: tensor for leaf, tensor in _packed(value, stored[name], part)}
+            else:
+                make = partial(stored[name].take, value.detach(), part)
+                tensors[part] = PendingTensor(value.dtype, stored[name].shape_of(value, part), make)
     content = dict(config) | {"quantization_config": _describe(groups, float_linears(module, values, stored))}
     if config and config.get("dtype") not in (None, _DTYPE):
         warn(
@@ -100,6 +102,24 @@ def read(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return stored | tensors
 
 
+def _packed(value: MXWeight, stored: StoredParts, part: str) -> Iterator[tuple[str, PendingTensor]]:
+    """(end of the name, tensor) for what is stored of a weight under a name."""
+    bits = bits_of(value)[0]
+    *leading, size = stored.shape_of(value, part)
+    shape, dtype = torch.Size((*leading, size * bits // 8)), torch.float8_e4m3fn if bits == 8 else torch.uint8
+
+    def taken() -> MXWeight:
+        own = stored.take(value, part)
+        assert isinstance(own, MXWeight)
+        return own
+
+    yield (
+        _PLAIN if bits == 8 else _PACKED,
+        PendingTensor(dtype, shape, lambda: to_rows(taken(), STORED[bits]).view(dtype)),
+    )
+    yield _SCALE, PendingTensor(torch.uint8, torch.Size((*leading, size // 32)), lambda: taken().scales)
+
+
 def _weight(
     folder: Path, path: str, rows: Tensor, scales: Tensor, groups: Mapping[int, Any], dtype: torch.dtype
 ) -> MXWeight:
@@ -120,15 +140,12 @@ def _weight(
 
 
 def _values(module: nn.Module, names: TensorNames) -> Iterable[tuple[str, Tensor]]:
-    """The state dict: plain tensors once each, an MX weight under all its names."""
+    """The state dict: plain tensors once each, an MX weight, row-major, under all its names."""
     for name, value in module.state_dict(keep_vars=True).items():
-        if isinstance(value, MXWeight) or name not in names.aliases:
+        if isinstance(value, MXWeight):
+            yield name, value.to_row_major()
+        elif name not in names.aliases:
             yield name, value
-
-
-def _rows_of(weight: MXWeight, numbers: Tensor | None) -> MXWeight:
-    elements, scales = take_rows(weight.elements, numbers), take_rows(weight.scales, numbers)
-    return MXWeight(elements, scales, weight.layout_, weight.dtype)
 
 
 def _describe(groups: Mapping[GroupBits, list[str]], ignored: list[str]) -> dict[str, Any]:

@@ -41,13 +41,23 @@ def from_rows(name: str, rows: Tensor, scales: Tensor, fmt: MXFormat, layout: MX
             f"which do not form a weight in {fmt}"
         )
     check_scales(name, scales)
-    return MXWeight(pack(_codes(rows, fmt), fmt), scales, layout, dtype)
+    return MXWeight(_packed(rows, fmt), scales, layout, dtype)
 
 
 def check_scales(name: str, scales: Tensor) -> None:
     """Raise CheckpointError if a scale is NaN: other projects decode that byte as a number."""
     if bool((scales == SCALE_NAN).any()):
         raise CheckpointError(f"{name} has a scale that is NaN: quantize weights that are finite")
+
+
+def _packed(rows: Tensor, fmt: MXFormat) -> Tensor:
+    """Rows in the layout of `packing.py`; of stacked experts one at a time, since codes take a byte each."""
+    if rows.dim() < 3:
+        return pack(_codes(rows, fmt), fmt)
+    packed = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for own, expert in zip(packed, rows, strict=True):
+        own.copy_(_packed(expert, fmt))
+    return packed
 
 
 def _codes(rows: Tensor, fmt: MXFormat) -> Tensor:

@@ -82,7 +82,7 @@ def _files(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder / _INDEX} is damaged: {error}") from error
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], largest: int) -> None:
+def write_tensors(folder: Path, tensors: Mapping[str, shards.PendingTensor], largest: int) -> None:
     """Write safetensors files of at most `largest` bytes; if there are several, also Hugging Face's index of them."""
     groups = shards.split(tensors, largest)
     if len(groups) == 1:

@@ -7,6 +7,7 @@ The rows of Llama's q and k are permuted: RoPE rotates neighbouring channels in 
 transformers. Of an absent entry nothing is made up: what ggml's docs/gguf.md does not define to have a default is None.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -15,14 +16,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mxcompile.checkpoint.interop.gguf_experts import (
+    GPT_OSS,
+    MIXTURES,
+    Mixture,
+    is_published_yarn,
+    mixture_in,
+    mixture_of,
+    unsupported,
+    yarn_settings,
+)
 from mxcompile.checkpoint.interop.gguf_file import GGUFFile, package
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.weight import MXWeight
 
 CLASSES: Final = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""The transformers class of an architecture of llama.cpp."""
-_WRITTEN: Final = {"MistralForCausalLM": "llama"} | {name: architecture for architecture, name in CLASSES.items()}
+"""The transformers class of an architecture of llama.cpp without experts."""
+_WRITTEN: Final = (
+    {"MistralForCausalLM": "llama"}
+    | {name: architecture for architecture, name in CLASSES.items()}
+    | {mixture.class_name: mixture.architecture for mixture in MIXTURES}
+)
 _HEADS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+_DIVIDED: Final = ("qwen2", "qwen2moe", "olmoe")
+"""Architectures whose heads divide the hidden size."""
 _IDS: Final = {"bos": "bos", "pad": "padding", "unk": "unknown"}
 _DEFAULTED: Final = ("bos", "pad")
 _ENDS: Final = ("eos", "eot", "eom")
@@ -39,28 +56,42 @@ def written_classes() -> str:
     return ", ".join(sorted(_WRITTEN))
 
 
+def class_name(metadata: Mapping[str, Any]) -> str | None:
+    """The transformers class that a file's metadata describe; None if it is not one that can be built."""
+    architecture = str(metadata.get("general.architecture"))
+    mixture = mixture_in(metadata)
+    if mixture is not None:
+        return mixture.class_name
+    return None if metadata.get(f"{architecture}.expert_count") else CLASSES.get(architecture)
+
+
 def unsupported_settings(config: Any, architecture: str) -> list[str]:
     """What a model's configuration asks for and neither `settings` nor llama.cpp's architecture has room for."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    heads = config.num_attention_heads
+    heads, mixture = config.num_attention_heads, mixture_of(config)
+    is_gpt_oss = architecture == GPT_OSS
+    windows = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    scaled = not is_published_yarn(rope) if is_gpt_oss else rope.get("rope_type", "default") != "default"
     settings = {
-        "a scaled rotary embedding": rope.get("rope_type", "default") != "default",
+        "a scaled rotary embedding": scaled,
         "a rotary embedding of a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "sliding windows": getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None),
+        "sliding windows": windows and not is_gpt_oss,
         f"{config.hidden_act} activations": config.hidden_act != "silu",
         f"{heads} heads of {_head_size(config)} channels for a hidden size of {config.hidden_size}": (
-            architecture == "qwen2" and heads * _head_size(config) != config.hidden_size
+            architecture in _DIVIDED and heads * _head_size(config) != config.hidden_size
         ),
         "an attention output with a bias": architecture == "qwen3" and config.attention_bias,
+        **({} if mixture is None else unsupported(config, mixture)),
     }
     return [what for what, applies in settings.items() if applies]
 
 
-def settings(config: Any, architecture: str) -> dict[str, int | float]:
+def settings(config: Any, architecture: str) -> dict[str, int | float | str]:
     """Metadata entries that describe a model of a transformers configuration."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     head = _head_size(config)
-    own: dict[str, int | float] = {
+    mixture = mixture_of(config)
+    own: dict[str, int | float | str] = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
@@ -74,6 +105,10 @@ def settings(config: Any, architecture: str) -> dict[str, int | float]:
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
         "vocab_size": config.vocab_size,
     }
+    if mixture is not None:
+        own |= {key: getattr(config, name) for key, name in mixture.settings.items()}
+    if architecture == GPT_OSS:
+        own |= yarn_settings(rope)
     return {f"{architecture}.{key}": value for key, value in own.items()}
 
 
@@ -83,37 +118,71 @@ def _head_size(config: Any) -> int:
 
 def read_config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     """The transformers configuration that a file's metadata describe."""
-
-    def number(key: str, kind: type, default: Any = None) -> Any:
-        value = file.metadata.get(f"{architecture}.{key}", default)
-        if type(value) is not kind or value <= 0:
-            raise CheckpointError(f"{file.path}: {architecture}.{key} is {value!r}, not a positive {kind.__name__}")
-        # GGUF holds float32: 1e-5, not its float32 value in double precision, is what was written
-        return value if kind is int else float(str(np.float32(value)))
-
-    heads, width = number("attention.head_count", int), number("embedding_length", int)
+    heads, width = _number(file, "attention.head_count", int), _number(file, "embedding_length", int)
     table = file.entries.get("token_embd.weight")
-    if table is None or len(table.shape) != 2 or number("block_count", int) > len(file.entries):
+    if table is None or len(table.shape) != 2 or _number(file, "block_count", int) > len(file.entries):
         raise CheckpointError(f"{file.path} does not hold the layers or the embedding that it describes")
-    if any(key.startswith(f"{architecture}.rope.scaling.") for key in file.metadata):
+    is_scaled = any(key.startswith(f"{architecture}.rope.scaling.") for key in file.metadata)
+    if is_scaled and architecture != GPT_OSS:
         raise CheckpointError(f"{file.path} has a scaled rotary embedding, which mxcompile does not support")
+    mixture, theta = mixture_in(file.metadata), _number(file, "rope.freq_base", float, 10000.0)
     return {
         "model_type": architecture,
-        "architectures": [CLASSES[architecture]],
+        "architectures": [class_name(file.metadata)],
         "hidden_size": width,
-        "intermediate_size": number("feed_forward_length", int),
-        "num_hidden_layers": number("block_count", int),
+        "intermediate_size": _number(file, "feed_forward_length", int),
+        "num_hidden_layers": _number(file, "block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": number("attention.head_count_kv", int, heads),
-        "head_dim": number("attention.key_length", int, width // heads),
-        "max_position_embeddings": number("context_length", int),
-        "rms_norm_eps": number("attention.layer_norm_rms_epsilon", float),
-        "rope_theta": number("rope.freq_base", float, 10000.0),
+        "num_key_value_heads": _number(file, "attention.head_count_kv", int, heads),
+        "head_dim": _number(file, "attention.key_length", int, width // heads),
+        "max_position_embeddings": _number(file, "context_length", int),
+        "rms_norm_eps": _number(file, "attention.layer_norm_rms_epsilon", float),
+        **({"rope_parameters": _yarn(file, theta)} if is_scaled else {"rope_theta": theta}),
         "vocab_size": table.shape[0],
         "tie_word_embeddings": "output.weight" not in file.entries,
         "attention_bias": "blk.0.attn_output.bias" in file.entries,
         "mlp_bias": "blk.0.ffn_up.bias" in file.entries,
+        **({} if mixture is None else _mixture_config(file, mixture)),
         **token_ids(file),
+    }
+
+
+def _number(file: GGUFFile, key: str, kind: type, default: Any = None) -> Any:
+    """A positive number of the metadata of a file's architecture."""
+    architecture = file.metadata.get("general.architecture")
+    value = file.metadata.get(f"{architecture}.{key}", default)
+    if type(value) is not kind or value <= 0:
+        raise CheckpointError(f"{file.path}: {architecture}.{key} is {value!r}, not a positive {kind.__name__}")
+    # GGUF holds float32: 1e-5, not its float32 value in double precision, is what was written
+    return value if kind is int else float(str(np.float32(value)))
+
+
+def _mixture_config(file: GGUFFile, mixture: Mixture) -> dict[str, Any]:
+    prefix = f"{mixture.architecture}."
+    known = {prefix + key for key in mixture.settings}
+    others = [
+        key
+        for key in file.metadata
+        if key.startswith((f"{prefix}expert_", f"{prefix}attention.sliding_window")) and key not in known
+    ]
+    if others:
+        raise CheckpointError(f"{file.path} has {others[0]}, which mxcompile does not support")
+    numbers = {name: _number(file, key, int) for key, name in mixture.settings.items()}
+    flags = {name: tensor in file.entries for name, tensor in mixture.flags.items()}
+    return {"model_type": mixture.model_type, **copy.deepcopy(dict(mixture.built_in)), **numbers, **flags}
+
+
+def _yarn(file: GGUFFile, theta: float) -> dict[str, Any]:
+    if file.metadata.get(f"{GPT_OSS}.rope.scaling.type") != "yarn":
+        raise CheckpointError(f"{file.path} has a scaled rotary embedding that is not gpt-oss' own")
+    return {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": _number(file, "rope.scaling.factor", float),
+        "original_max_position_embeddings": _number(file, "rope.scaling.original_context_length", int),
+        "beta_fast": _number(file, "rope.scaling.yarn_beta_fast", float, 32.0),
+        "beta_slow": _number(file, "rope.scaling.yarn_beta_slow", float, 1.0),
+        "truncate": False,
     }
 
 

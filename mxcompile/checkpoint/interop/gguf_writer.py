@@ -1,12 +1,15 @@
 """Write a model with MXFP4 weights as a GGUF file that llama.cpp opens and runs.
 
     model.layers.0.mlp.up_proj.weight (MXWeight, mxfp4) -> blk.0.ffn_up.weight (MXFP4), the same bytes
-    other matrices, such as the embedding -> F16;  vectors, such as norms and biases -> F32
+    model.layers.0.mlp.experts.gate_up_proj (MXWeight) -> blk.0.ffn_gate_exps.weight, blk.0.ffn_up_exps.weight
+    other matrices, such as the embedding -> F16;  vectors, such as norms, biases and routers -> F32
 
 These are the types that llama.cpp's own converter writes. A matrix with values that F16 cannot hold becomes F32.
+Tensors are encoded one at a time, while they are written.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.interop.element_layouts import check_scales
+from mxcompile.checkpoint.interop.fused_experts import FusedTensor, fused_tensors
 from mxcompile.checkpoint.interop.gguf_architectures import (
     architecture_of,
     gguf_names,
@@ -23,6 +27,7 @@ from mxcompile.checkpoint.interop.gguf_architectures import (
     unsupported_settings,
     written_classes,
 )
+from mxcompile.checkpoint.interop.gguf_experts import ROUTERS, lookups
 from mxcompile.checkpoint.interop.gguf_file import package
 from mxcompile.checkpoint.interop.gguf_tokenizer import TokenizerEntries
 from mxcompile.checkpoint.stored_tensors import TensorNames
@@ -34,6 +39,17 @@ _FILE_TYPE: Final = 38  # LLAMA_FTYPE_MOSTLY_MXFP4_MOE of llama.h
 _QUANTIZATION_VERSION: Final = 2  # GGML_QNT_VERSION of ggml.h
 _LARGEST_F16: Final = 65504.0
 _LISTED: Final = 3
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the file. name, value: the model's tensor that it is, or of whose experts it is a projection."""
+
+    stored_name: str
+    name: str
+    value: Tensor
+    projection: str | None
+    fused: FusedTensor | None
 
 
 class GGUFWriting:
@@ -75,32 +91,51 @@ class GGUFWriting:
         Raises CheckpointError if GGUF cannot represent the model.
         """
         state = {
-            name: value
+            name: value.to_row_major() if isinstance(value, MXWeight) else value
             for name, value in self.module.state_dict(keep_vars=True).items()
             if isinstance(value, MXWeight) or name not in names.aliases
         }
-        self.reasons += _weight_reasons(state)
-        stored_names: Mapping[str, str | None] = {}
-        if self.architecture is not None:
-            stored_names = gguf_names(self.architecture, self.config.num_hidden_layers, state)
-            unnamed = [name for name, stored_name in stored_names.items() if stored_name is None]
-            if unnamed:
-                self.reasons.append(f"llama.cpp's {self.architecture} has no name for {_listed(unnamed)}")
+        self.reasons += _weight_reasons(state, fused_tensors(self.module))
+        parts = self._parts(state)
         self.check()
-        self._write(path, {str(stored_names[name]): self._encoded(name, value) for name, value in state.items()})
+        self._write(path, parts)
         return self._notes(state)
 
-    def _write(self, path: Path, arrays: Mapping[str, Any]) -> None:
+    def _parts(self, state: Mapping[str, Tensor]) -> list[_Part]:
+        """What is to be stored of each tensor; adds to the reasons if something has no name."""
+        if self.architecture is None:
+            return []
+        fused = fused_tensors(self.module)
+        parts = {
+            lookup: (value, name, projection)
+            for name, value in state.items()
+            for lookup, projection in lookups(name, fused).items()
+        }
+        stored_names = gguf_names(self.architecture, self.config.num_hidden_layers, parts)
+        unnamed = [name for name, stored_name in stored_names.items() if stored_name is None]
+        if unnamed:
+            self.reasons.append(f"llama.cpp's {self.architecture} has no name for {_listed(unnamed)}")
+        return [
+            _Part(str(stored_names[lookup]), name, value, projection, fused.get(name))
+            for lookup, (value, name, projection) in parts.items()
+        ]
+
+    def _write(self, path: Path, parts: list[_Part]) -> None:
         gguf = package()
         writer: Any = gguf.GGUFWriter(path, self.architecture)
         try:
             self._add_metadata(writer)
-            for name, data in arrays.items():
-                packed = data.dtype == np.uint8
-                writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.MXFP4 if packed else None)
+            for part in parts:
+                value = self._value(part)
+                shape, dtype = _encoding(part.stored_name, value)
+                size = int(np.prod(shape)) * dtype.itemsize
+                raw = gguf.GGMLQuantizationType.MXFP4 if dtype == np.uint8 else None
+                writer.add_tensor_info(part.stored_name, shape, dtype, size, raw_dtype=raw)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            writer.write_ti_data_to_file()
+            for part in parts:
+                writer.write_tensor_data(_encoded(part.stored_name, self._value(part)))
         finally:
             writer.close()
 
@@ -111,7 +146,8 @@ class GGUFWriting:
         writer.add_file_type(_FILE_TYPE)
         writer.add_quantization_version(_QUANTIZATION_VERSION)
         for key, value in settings(self.config, str(self.architecture)).items():
-            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+            add = {float: writer.add_float32, str: writer.add_string}.get(type(value), writer.add_uint32)
+            add(key, value)
         self.tokenizer.add_to(writer, self._model_ids())
 
     def _model_ids(self) -> dict[str, Any]:
@@ -123,17 +159,12 @@ class GGUFWriting:
             ids |= {key: value for key, value in stated.items() if value is not None}
         return ids
 
-    def _encoded(self, name: str, value: Tensor) -> Any:
-        """A tensor as the GGUF writer takes it: MXFP4 as bytes `[out, in/32 * 17]`, others as float16 or float32."""
+    def _value(self, part: _Part) -> Tensor:
+        """What is stored, in the order of rows that llama.cpp has."""
+        if part.fused is not None:
+            return part.fused.split(part.value)[str(part.projection)]
         heads = {key: getattr(self.config, key) for key in ("num_attention_heads", "num_key_value_heads")}
-        own = permuted(name, value, heads, str(self.architecture), from_gguf=False)
-        if not isinstance(own, MXWeight):
-            values = own.detach().to("cpu", torch.float32)
-            fits = own.dim() > 1 and bool((values.abs() <= _LARGEST_F16).all())
-            return values.to(torch.float16 if fits else torch.float32).contiguous().numpy()
-        check_scales(name, own.scales)
-        blocks = own.elements.unflatten(-1, (-1, MXFP4.block_bytes))
-        return torch.cat([own.scales[..., None], blocks], dim=-1).flatten(-2).cpu().contiguous().numpy()
+        return permuted(part.name, part.value, heads, str(self.architecture), from_gguf=False)
 
     def _notes(self, state: Mapping[str, Tensor]) -> list[str]:
         rounded = [v.layout_.activation for v in state.values() if isinstance(v, MXWeight) and v.layout_.activation]
@@ -147,19 +178,39 @@ class GGUFWriting:
         return notes
 
 
-def _weight_reasons(state: Mapping[str, Tensor]) -> list[str]:
+def _encoding(stored_name: str, value: Tensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of what `_encoded` returns."""
+    if isinstance(value, MXWeight):
+        return (*value.scales.shape[:-1], value.scales.shape[-1] * (MXFP4.block_bytes + 1)), np.dtype(np.uint8)
+    is_vector = value.dim() < 2 or stored_name.endswith((".bias", *ROUTERS))
+    fits = not is_vector and bool((value.detach().abs() <= _LARGEST_F16).all())
+    return tuple(value.shape), np.dtype(np.float16 if fits else np.float32)
+
+
+def _encoded(stored_name: str, value: Tensor) -> Any:
+    """A tensor as the GGUF writer takes it: MXFP4 as bytes `[..., out, in/32 * 17]`, others as float16 or float32."""
+    if not isinstance(value, MXWeight):
+        dtype = torch.float16 if _encoding(stored_name, value)[1] == np.float16 else torch.float32
+        return value.detach().to("cpu", dtype).contiguous().numpy()
+    check_scales(stored_name, value.scales)
+    blocks = value.elements.unflatten(-1, (-1, MXFP4.block_bytes))
+    return torch.cat([value.scales[..., None], blocks], dim=-1).flatten(-2).cpu().contiguous().numpy()
+
+
+def _weight_reasons(state: Mapping[str, Tensor], fused: Mapping[str, FusedTensor]) -> list[str]:
     """What GGUF cannot hold of the MX weights, each with the names of those that it applies to."""
     names: dict[str, list[str]] = {}
     for name, value in state.items():
         if not isinstance(value, MXWeight):
             continue
-        layout = value.layout_
+        layout, is_turned = value.layout_, name in fused and fused[name].transposed
         reasons = {
             _unsupported_format(layout.format): layout.format != str(MXFP4),
             "an input that is multiplied by a vector (use awq-fold{multiply=false})": layout.multiplier,
             "an input that is rotated (use a recipe without rotate)": layout.rotation,
             "rows that are not a multiple of 32 values (skip them with exclude)": layout.size % 32,
-            "a weight [in, out], the transpose of an nn.Linear's (skip it with exclude)": layout.transposed,
+            "a weight [in, out], the transpose of an nn.Linear's (skip it with exclude)": layout.transposed
+            != is_turned,
         }
         for what, applies in reasons.items():
             if applies:
