@@ -228,3 +228,19 @@ def test_a_turned_weight_whose_blocks_run_the_other_way(tmp_path):
     experts.down_proj = torch.nn.Parameter(turned, requires_grad=False)
     with pytest.raises(CheckpointError, match=rf"{name}: GGUF cannot hold a weight \[in, out\]"):
         mxcompile.save(model, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("format", [None, "compressed-tensors"])
+def test_planar_weights_are_written_as_any_others(format, tmp_path):
+    """A model that was compiled for a GPU has them."""
+    model = quantized_mixture("gpt-oss")
+    planar = copy.deepcopy(model)
+    for name, weight in list(planar.named_parameters()):
+        if isinstance(weight, MXWeight) and name.endswith(("q_proj.weight", "gate_up_proj", "down_proj")):
+            path, _, leaf = name.rpartition(".")
+            setattr(planar.get_submodule(path), leaf, torch.nn.Parameter(weight.to_planar(), requires_grad=False))
+    assert planar.model.layers[0].mlp.experts.down_proj.layout_.planes is not None
+    for own, folder in ((model, "rows"), (planar, "planes")):
+        mxcompile.save(own, tmp_path / (folder if format else f"{folder}.gguf"), format=format)
+    files = [tmp_path / f"{n}/model.safetensors" if format else tmp_path / f"{n}.gguf" for n in ("rows", "planes")]
+    assert files[0].read_bytes() == files[1].read_bytes()

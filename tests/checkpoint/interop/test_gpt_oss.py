@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from interop import edit_config
+from interop import assert_same_values, edit_config
 from models import inputs
 from safetensors.torch import load_file, save_file
 
@@ -53,14 +54,48 @@ def test_experts_are_decoded_as_by_transformers(folder):
     assert torch.equal(given, wanted)
 
 
-def test_saved_in_our_format(folder, tmp_path):
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generates_as_the_dequantized_model_of_transformers(folder, cache):
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "eos_token_id": None}
+    expected = theirs.generate(**inputs("llama"), **options)
     loaded = mxcompile.load(folder)
-    mxcompile.save(loaded, tmp_path / "own")
-    again = mxcompile.load(tmp_path / "own")
+    assert torch.equal(loaded.generate(**inputs("llama"), **options), expected)
+    assert isinstance(loaded.model.layers[0].mlp.experts.down_proj, MXWeight)
+
+
+@pytest.mark.parametrize("format", [None, "compressed-tensors"])
+def test_converted_by_the_command(folder, format, tmp_path):
+    from typer.testing import CliRunner
+
+    from mxcompile.cli.app import app
+
+    arguments = ["convert", str(folder), str(tmp_path / "out"), *(["--format", format] if format else [])]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    loaded, again = mxcompile.load(folder), mxcompile.load(tmp_path / "out")
+    assert_same_values(again, loaded)
     with torch.no_grad():
         assert torch.equal(again(**inputs("llama")).logits, loaded(**inputs("llama")).logits)
-    with pytest.raises(CheckpointError, match=r"mlp.experts.gate_up_proj: .* not an nn.Linear's .*skip it"):
-        mxcompile.save(loaded, tmp_path / "theirs", format="compressed-tensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == ("mxcompile" if format is None else format)
+
+
+def test_a_gguf_file_has_the_bytes_of_the_checkpoint(folder, tmp_path):
+    """Their blocks hold neighbours in a byte, GGUF's the halves of a block; scales and codes are the same."""
+    gguf = pytest.importorskip("gguf", reason="install the test extra")
+    loaded = mxcompile.load(folder)
+    with pytest.warns(UserWarning, match="token ids only"):
+        mxcompile.save(loaded, tmp_path / "model.gguf")
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    stored = load_file(folder / "model.safetensors")
+    blocks, scales = stored[f"{EXPERTS}down_proj_blocks"], stored[f"{EXPERTS}down_proj_scales"]
+    theirs = torch.from_numpy(np.array(found["blk.0.ffn_down_exps.weight"])).view(4, 64, 3, 17)
+    assert torch.equal(theirs[..., 0], scales)
+    codes = torch.stack([blocks & 0xF, blocks >> 4], -1).flatten(-2)
+    assert torch.equal(torch.cat([theirs[..., 1:] & 0xF, theirs[..., 1:] >> 4], -1), codes)
 
 
 @pytest.mark.parametrize(
