@@ -21,6 +21,7 @@ def folder(tmp_path):
     """A random model whose experts are bytes."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
+    torch.manual_seed(0)
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4}
     model = GptOssForCausalLM(GptOssConfig(**sizes, **heads, num_experts_per_tok=2, pad_token_id=0)).bfloat16()
@@ -49,6 +50,8 @@ def test_experts_are_decoded_as_by_transformers(folder):
         wanted = convert_moe_packed_tensors(stored[f"{EXPERTS}{name}_blocks"], stored[f"{EXPERTS}{name}_scales"])
         assert torch.equal(weight.dequantize(), wanted)
     theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
+    for model in (loaded, theirs):
+        model.set_experts_implementation("eager")  # ours rounds less often
     with torch.no_grad():
         given, wanted = loaded(**inputs("llama")).logits, theirs(**inputs("llama")).logits
     assert torch.equal(given, wanted)
@@ -58,10 +61,10 @@ def test_experts_are_decoded_as_by_transformers(folder):
 def test_generates_as_the_dequantized_model_of_transformers(folder, cache):
     from transformers import AutoModelForCausalLM, Mxfp4Config
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True)).float()
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "eos_token_id": None}
     expected = theirs.generate(**inputs("llama"), **options)
-    loaded = mxcompile.load(folder)
+    loaded = mxcompile.load(folder).float()  # in bfloat16 the two best tokens may be equally likely
     assert torch.equal(loaded.generate(**inputs("llama"), **options), expected)
     assert isinstance(loaded.model.layers[0].mlp.experts.down_proj, MXWeight)
 
