@@ -130,11 +130,11 @@ def grouped_report(
     rounding: tuple[MXFormat, ScaleRule] | None = None,
     has_bias: bool = False,
 ) -> Report:
-    """triton/grouped_planes.py: choices of an expert, ranked if there are several; 32 lines of a prefetch."""
+    """triton/grouped_planes.py: choices of an expert, ranked if there are several."""
     constants = expert_slices.constants(planes, config, config.slices) | grouped_planes.rounding_constants(rounding)
-    constants |= {**gate_constants(gate), "PREFETCH": int(config.prefetch), "INTERPRETED": False}
+    constants |= {**gate_constants(gate), "INTERPRETED": False}
     constants |= {"MODE": "leader" if config.choices > 1 else "single", "RANKED": 256, "HAS_BIAS": has_bias}
-    types = dict.fromkeys(("x", "bias", "y"), "*bf16") | dict.fromkeys(("words", "following"), "*i16")
+    types = dict.fromkeys(("x", "bias", "y"), "*bf16") | {"words": "*i16"}
     types |= {"scales": "*i32", "experts": "*i64", "table_choices": "*i32", "table_experts": "*i32", "lift": "fp32"}
     kernel, options = grouped_planes._grouped_kernel, expert_slices.options(config)
     compiled = _compiled(kernel, constants, types, options, other_than_16={"choices", "slots", "k_steps"})

@@ -10,40 +10,51 @@ from mxcompile.kernels.layout.planes import plane_layout
 from mxcompile.kernels.triton.elements import capability
 from mxcompile.kernels.triton.expert_slices import Config
 
-_SINGLE: Final = Config(choices=1, out=64, slices=8, stages=3)
+_SINGLE: Final = Config(choices=1, out=32, slices=4, warps=4, stages=3)
 _SHARED: Final = (
-    (64, Config(choices=8, out=64, slices=4, stages=3)),
-    (256, Config(choices=16, out=64, slices=4, stages=3)),
+    (64, Config(choices=8, out=64, slices=4, warps=4, stages=3)),
+    (256, Config(choices=16, out=64, slices=4, warps=4, stages=3)),
 )
 """(most choices, config) where programs have the choices of the same expert; the last is for any more."""
-_SUM: Final = Config(choices=1, out=16, slices=8, stages=4)
+_SUM: Final = (
+    (8, Config(choices=1, out=16, slices=8, warps=8, stages=4)),
+    (32, Config(choices=1, out=16, slices=4, warps=4, stages=5)),
+)
+"""(most K-steps, config) of the matmul that is summed over the choices of a token; the last is for any more."""
 
 
 def grouped_config(
-    fmt: MXFormat, size: int, choices: int, device: torch.device, *, shared: bool, block: int = 32
+    fmt: MXFormat, size: int, choices: int, device: torch.device, *, shared: bool, block: int = 1
 ) -> Config:
     """The config for `choices` choices and `size` inputs.
 
     shared: whether a program has several choices of the same expert. block: block size of the rounding after the gate.
     """
-    config = _SINGLE
-    if shared:
-        config = next((config for most, config in _SHARED if choices <= most), _SHARED[-1][1])
-    slices = min(config.slices, _power_of_two(-(-size // plane_layout(fmt).columns)))
-    return _launched(replace(config, out=max(config.out, 2 * block), slices=slices), device, prefetch=not shared)
+    config = _for_at_most(_SHARED, choices) if shared else _SINGLE
+    slices = min(config.slices, _power_of_two(_k_steps(fmt, size)))
+    config = replace(config, out=max(config.out, 2 * block), slices=slices, warps=min(config.warps, slices))
+    return _launched(config, device)
 
 
 def sum_config(fmt: MXFormat, size: int, slots: int, device: torch.device) -> Config:
     """The config for the matmul that is summed over `slots` choices of a token, with `size` inputs."""
-    spare = _SUM.slices // max(1, 2 ** (slots - 1).bit_length()) if slots else 1
-    parts = min(max(1, spare), _power_of_two(-(-size // plane_layout(fmt).columns)))
-    return _launched(replace(_SUM, parts=parts), device)
+    k_steps = _k_steps(fmt, size)
+    config = _for_at_most(_SUM, k_steps)
+    spare = config.slices // 2 ** max(0, slots - 1).bit_length()
+    return _launched(replace(config, parts=min(max(1, spare), _power_of_two(k_steps))), device)
 
 
-def _launched(config: Config, device: torch.device, prefetch: bool = False) -> Config:
-    """With what helps kernels that follow each other, on GPUs that have it."""
-    hopper = device.type == "cuda" and capability(device)[0] >= 9
-    return replace(config, dependent=hopper, prefetch=prefetch and hopper)
+def _for_at_most(configs: tuple[tuple[int, Config], ...], number: int) -> Config:
+    return next((config for most, config in configs if number <= most), configs[-1][1])
+
+
+def _launched(config: Config, device: torch.device) -> Config:
+    """With launches that overlap, on GPUs that have them."""
+    return replace(config, dependent=device.type == "cuda" and capability(device)[0] >= 9)
+
+
+def _k_steps(fmt: MXFormat, size: int) -> int:
+    return -(-size // plane_layout(fmt).columns)
 
 
 def _power_of_two(limit: int) -> int:

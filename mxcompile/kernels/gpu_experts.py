@@ -90,7 +90,7 @@ def _single(
     x: Tensor, experts: Tensor, weights: Tensor, up: Stack, down: Stack, gate: Gate, rounding: Rounding | None
 ) -> Tensor:
     config = _gate_config(x, experts, up, rounding, shared=False)
-    h = grouped_planes.gated_linear(x, experts, up, gate, rounding, config, following=down.planes)
+    h = grouped_planes.gated_linear(x, experts, up, gate, rounding, config)
     last = sum_config(down.planes.fmt, h.shape[1], experts.shape[1], x.device)
     return expert_sums.multiply_and_sum(h, experts, weights, down, last)
 
@@ -102,13 +102,13 @@ def _shared(
     h = grouped_planes.gated_linear(x, experts, up, gate, rounding, config)
     last = grouped_config(down.planes.fmt, h.shape[1], experts.numel(), x.device, shared=True)
     rows = grouped_planes.linear(h, experts.reshape(-1, 1), down, last)
-    return expert_sums.weighted_sum(rows, weights)
+    return expert_sums.weighted_sum(rows, weights, dependent=last.dependent)
 
 
 def _gate_config(
     x: Tensor, experts: Tensor, up: Stack, rounding: Rounding | None, *, shared: bool
 ) -> grouped_planes.Config:
-    block = 32 if rounding is None else rounding[0].block_size
+    block = 1 if rounding is None else rounding[0].block_size
     return grouped_config(up.planes.fmt, x.shape[1], experts.numel(), x.device, shared=shared, block=block)
 
 

@@ -1,13 +1,14 @@
-"""The product of the kernels of experts (grouped_planes.py, expert_sums.py): a part of K for each warp of a program.
+"""The product of the kernels of experts (grouped_planes.py, expert_sums.py): parts of K for the warps of a program.
 
     acc[slice, out, choice] += plane[slice, out, 128] @ x[slice, 128, choice]
 
 In planes_linear.py parts of K of one output are programs of their own and meet in memory (split-K). Here each warp has
-its own part, a *slice*: one batched product with the warps along the batch, and its sum over the slices in shared
-memory. The experts layer of few tokens is bound by latencies, and a semaphore costs several accesses to memory.
+parts of its own, *slices*: one batched product with the warps along the batch, and its sum over the slices in shared
+memory. The experts layer of few tokens is bound by latencies: a semaphore costs several accesses to memory, and several
+slices in a warp are products that do not wait for each other.
 """
 
-# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
+# ruff: noqa: N803  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false
 # As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
@@ -26,20 +27,20 @@ from mxcompile.kernels.triton.planes_linear import concatenate_planes, multiply
 
 @dataclass(frozen=True)
 class Config:
-    """A program computes `out` rows of a weight for up to `choices` choices; `slices` warps have a part of K each.
+    """A program computes `out` rows of a weight for up to `choices` choices, in `slices`, some for each of its warps.
 
-    parts: how many of them have parts of the same choice in `multiply_and_sum`; in a grouped matmul all do. registers:
-    limit per thread, 0 for the compiler's choice. dependent, prefetch: see grouped_planes.py.
+    parts: how many slices have parts of the same choice in `multiply_and_sum`; in a grouped matmul all do. stages: of
+    the pipeline of loads. registers: limit per thread, 0 for the compiler's choice. dependent: see grouped_planes.py.
     """
 
     choices: int = 1
     out: int = 64
     slices: int = 8
+    warps: int = 4
     parts: int = 1
     stages: int = 3
     registers: int = 0
     dependent: bool = False
-    prefetch: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def check_shapes(x: Tensor, stack: Stack) -> None:
 
 def constants(planes: PlanarWeight, config: Config, parts: int) -> dict[str, Any]:
     """The constexpr arguments of both kernels that follow from weight and config."""
-    uneven = planes.words.shape[1] % parts != 0
+    k_steps = planes.words.shape[1]
+    uneven = k_steps % parts != 0
     return {
         **layout_constants(planes.fmt),
         "TILE_M": config.choices,
@@ -84,7 +86,7 @@ def constants(planes: PlanarWeight, config: Config, parts: int) -> dict[str, Any
 def options(config: Config) -> dict[str, Any]:
     """Compiler options."""
     return {
-        "num_warps": config.slices,
+        "num_warps": config.warps,
         "num_stages": config.stages,
         "enable_fp_fusion": True,
         **({"launch_pdl": True} if config.dependent else {}),
@@ -111,6 +113,17 @@ def _load(pointers, mask, POLICY: tl.constexpr, MASKED: tl.constexpr):
     else:
         values = tl.load(pointers, eviction_policy=POLICY)
     return values
+
+
+@triton.jit
+def _load_k_step(w, s, mask, SHAPE: tl.constexpr, MASKED: tl.constexpr):
+    """Words and scales of a K-step; those that the format lacks repeat others."""
+    w0 = _load(w, mask[:, None], "evict_first", MASKED)
+    w1 = _load(w + 2048, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 1 else w0
+    w2 = _load(w + 4096, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 2 else w0
+    s0 = _load(s, mask, "", MASKED)
+    s1 = _load(s + 64, mask, "", MASKED) if SHAPE[0] > 4 else s0
+    return w0, w1, w2, s0, s1
 
 
 @triton.jit
@@ -142,34 +155,27 @@ def multiply_slices(
     rows, inside: rows of x, `[SLICES or 1, 1, TILE_M]`. tile, row: position of each row of the weight,
     `[SLICES * TILE_N]`; stored: whether it is to be read, if only SOME are.
     """
-    PLANES: tl.constexpr = SHAPE[0]
-    WORDS: tl.constexpr = SHAPE[1]
     part_of_row = tl.arange(0, SLICES * TILE_N) // TILE_N % PARTS
     part = (tl.arange(0, SLICES) % PARTS)[:, None, None]
-    k_step = tile.to(tl.int64) * k_steps + part_of_row
-    w = words + (k_step * (WORDS * 64 * 32) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
-    s = scales + k_step * (PLANES // 4 * 64) + row
+    first = tile.to(tl.int64) * k_steps + part_of_row
+    w = words + (first * (SHAPE[1] * 64 * 32) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
+    s = scales + first * (SHAPE[0] // 4 * 64) + row
     acc = tl.full((SLICES, TILE_N, TILE_M), 0.0, tl.float32)
     for i in range(count):
         mask = stored & (i * PARTS + part_of_row < k_steps) if UNEVEN else stored
-        wide = mask[:, None]
-        w0 = _load(w, wide, "evict_first", SOME or UNEVEN)
-        w1 = _load(w + 2048, wide, "evict_first", SOME or UNEVEN) if WORDS > 1 else w0
-        w2 = _load(w + 4096, wide, "evict_first", SOME or UNEVEN) if WORDS > 2 else w0
-        s0 = _load(s, mask, "", SOME or UNEVEN)
-        s1 = _load(s + 64, mask, "", SOME or UNEVEN) if PLANES > 4 else s0
-        for quad in tl.static_range(PLANES // 4):
+        w0, w1, w2, s0, s1 = _load_k_step(w, s, mask, SHAPE, SOME or UNEVEN)
+        for quad in tl.static_range(SHAPE[0] // 4):
             values = concatenate_planes(
                 plane_values(w0, w1, w2, s0, s1, 4 * quad, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
                 plane_values(w0, w1, w2, s0, s1, 4 * quad + 1, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
                 plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
                 plane_values(w0, w1, w2, s0, s1, 4 * quad + 3, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
             )
-            k = (i * PARTS + part) * (PLANES * 32) + quad * 128 + tl.arange(0, 128)[None, :, None]
-            present = inside & (k < k_size) if PADDED else inside
+            k = (i * PARTS + part) * (SHAPE[0] * 32) + quad * 128 + tl.arange(0, 128)[None, :, None]
             pointers = rows + k
+            present = inside & (k < k_size) if PADDED else inside
             x = tl.load(pointers, mask=tl.broadcast_to(present, pointers.shape), other=0.0)
             acc = multiply(tl.reshape(values, (SLICES, TILE_N, 128)), x, acc, INTERPRETED)
-        w += PARTS * WORDS * 64 * 32
-        s += PARTS * (PLANES // 4 * 64)
+        w += PARTS * SHAPE[1] * 64 * 32
+        s += PARTS * (SHAPE[0] // 4 * 64)
     return acc

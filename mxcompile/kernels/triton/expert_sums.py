@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.kernels.triton.elements import launch, narrow, widen
@@ -40,7 +40,8 @@ def multiply_and_sum(h: Tensor, experts: Tensor, weights: Tensor, down: Stack, c
     """For each token the sum over its choices of weight * (W[expert] @ h[choice] + bias[expert]), rounded once.
 
     h `[tokens * k, in]` bfloat16, experts and weights `[tokens, k]`; returns `[tokens, out]`. Choices whose number is
-    that of no expert count as zero, whatever h is.
+    that of no expert count as zero, whatever h is. With `config.dependent`, experts and weights must not come from the
+    previous kernel: they are read before it ends.
     """
     check_shapes(h, down)
     (tokens, slots), planes = experts.shape, down.planes
@@ -76,8 +77,11 @@ def multiply_and_sum(h: Tensor, experts: Tensor, weights: Tensor, down: Stack, c
     return y
 
 
-def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
-    """Rows `[tokens * k, out]` times weights `[tokens, k]`, added per token in float32: `[tokens, out]`."""
+def weighted_sum(rows: Tensor, weights: Tensor, *, dependent: bool = False) -> Tensor:
+    """Rows `[tokens * k, out]` times weights `[tokens, k]`, added per token in float32: `[tokens, out]`.
+
+    dependent: as for `multiply_and_sum`.
+    """
     (tokens, slots), size = weights.shape, rows.shape[1]
     y = torch.empty((tokens, size), dtype=rows.dtype, device=rows.device)
     if y.numel():
@@ -90,7 +94,9 @@ def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
             size,
             slots,
             COLUMNS=_COLUMNS,
+            DEPENDENT=dependent,
             num_warps=_COLUMNS // 256,
+            **({"launch_pdl": True} if dependent else {}),
         )
     return y
 
@@ -126,9 +132,6 @@ def _multiply_and_sum_kernel(
     INTERPRETED: tl.constexpr,
 ):
     """`TILE_N` outputs of one token; in a round, `PARTS` slices have the parts of one choice."""
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
     token = tl.program_id(1)
     first = token * slots
     slice_of_row = tl.arange(0, SLICES * TILE_N) // TILE_N
@@ -143,6 +146,8 @@ def _multiply_and_sum_kernel(
         expert = chosen_expert(experts, first + slot, slot < slots, expert_count)
         weight = widen(tl.load(weights + first + slot, mask=slot < slots, other=0.0))
         rows = x + (first + slot).to(tl.int64) * x_stride
+        if DEPENDENT and round == 0:
+            gdc_wait()
         tile = tl.maximum(expert_of_row, 0) * (out // 64) + row // 64
         acc = multiply_slices(
             rows[:, None, None], (expert >= 0)[:, None, None], words, scales, tile, row % 64, expert_of_row >= 0,
@@ -160,7 +165,9 @@ def _multiply_and_sum_kernel(
 
 
 @triton.jit
-def _weighted_sum_kernel(rows, weights, y, size, slots, COLUMNS: tl.constexpr):
+def _weighted_sum_kernel(rows, weights, y, size, slots, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr):
+    if DEPENDENT:
+        gdc_wait()
     token = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.full((COLUMNS,), 0.0, tl.float32)

@@ -15,8 +15,8 @@ Which choices a program has, columns of its product:
 - *table*: the same, listed for every block by an earlier launch.
 
 **Programmatic dependent launch** (`Config.dependent`): a kernel waits for the previous one before it reads anything,
-and only then lets the next one start. With `Config.prefetch`, `gated_linear` prefetches the next weight of its experts
-into L2 after its last loads, so that the memory is busy until the next kernel reads it.
+and lets the next one start when it has its products. Earlier, programs of the next kernel would crowd on those
+multiprocessors that become free first: measured, that takes up to twice as long.
 """
 
 # ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
@@ -34,7 +34,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels.layout.planes import PlanarWeight
 from mxcompile.kernels.triton.elements import launch, narrow, widen
 from mxcompile.kernels.triton.expert_slices import (
     Config,
@@ -47,13 +46,11 @@ from mxcompile.kernels.triton.expert_slices import (
     options,
 )
 from mxcompile.kernels.triton.gates import gate_constants, gated
-from mxcompile.kernels.triton.planes_linear import prefetch_lines
 from mxcompile.kernels.triton.quantize import _maximum, fraction_limit, round_to_elements
 from mxcompile.numerics.gates import Gate
 
 MOST_RANKED: Final = 256
 """Choices up to which programs rank them without a table."""
-_LINE: Final = 128
 
 
 @dataclass(frozen=True)
@@ -85,17 +82,15 @@ def gated_linear(
     rounding: tuple[MXFormat, ScaleRule] | None,
     config: Config,
     table: Table | None = None,
-    following: PlanarWeight | None = None,
 ) -> Tensor:
     """The gate of each choice: x `[tokens, in]` bfloat16, experts `[tokens, k]`, h `[tokens * k, up.out / 2]`.
 
-    Rows of choices whose number is that of no expert are not written. following: the weight of the same experts that
-    is read next, for `config.prefetch`.
+    Rows of choices whose number is that of no expert are not written.
     """
     if rounding is not None and (reason := why_not_rounded(rounding, config.out)):
         raise MXCompileError(reason)
     h = torch.empty((experts.numel(), up.out // 2), dtype=x.dtype, device=x.device)
-    return _grouped(x, experts, up, h, config, table, gate, rounding, following)
+    return _grouped(x, experts, up, h, config, table, gate, rounding)
 
 
 def linear(x: Tensor, experts: Tensor, stack: Stack, config: Config, table: Table | None = None) -> Tensor:
@@ -105,7 +100,7 @@ def linear(x: Tensor, experts: Tensor, stack: Stack, config: Config, table: Tabl
     """
     allocate = torch.empty if table is None else torch.zeros
     y = allocate((experts.numel(), stack.out), dtype=x.dtype, device=x.device)
-    return _grouped(x, experts, stack, y, config, table, None, None, None)
+    return _grouped(x, experts, stack, y, config, table, None, None)
 
 
 def _grouped(
@@ -117,7 +112,6 @@ def _grouped(
     table: Table | None,
     gate: Gate | None,
     rounding: tuple[MXFormat, ScaleRule] | None,
-    following: PlanarWeight | None,
 ) -> Tensor:
     check_shapes(x, stack)
     if y.numel() == 0:
@@ -128,7 +122,6 @@ def _grouped(
     experts, planes = experts.contiguous(), stack.planes
     tiles = -(-stack.out // config.out)
     blocks = experts.numel() if table is None else len(table.experts)
-    lines = 0 if following is None else following.words.numel() * 2 // _LINE // stack.count
     launch(
         _grouped_kernel,
         (tiles, blocks),
@@ -140,7 +133,6 @@ def _grouped(
         experts,
         experts if table is None else table.choices,
         experts if table is None else table.experts,
-        planes.words if following is None else following.words,
         2.0**planes.lift,
         experts.numel(),
         experts.shape[1],
@@ -149,13 +141,11 @@ def _grouped(
         planes.size,
         planes.words.shape[1],
         x.stride(0),
-        lines,
         MODE="table" if table is not None else "leader" if config.choices > 1 else "single",
         RANKED=triton.next_power_of_2(experts.numel()) if table is None else 1,
         HAS_BIAS=stack.bias is not None,
         **gate_constants(gate),
         **rounding_constants(rounding),
-        PREFETCH=-(-lines // tiles // (32 * config.slices)) if config.prefetch else 0,
         **constants(planes, config, config.slices),
         INTERPRETED=not x.is_cuda,
         **options(config),
@@ -224,7 +214,6 @@ def _grouped_kernel(
     experts,
     table_choices,
     table_experts,
-    following,
     lift,
     choices,
     slots,
@@ -233,14 +222,12 @@ def _grouped_kernel(
     k_size,
     k_steps,
     x_stride,
-    lines,
     MODE: tl.constexpr,
     RANKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ROUNDING: tl.constexpr,
-    PREFETCH: tl.constexpr,
     SHAPE: tl.constexpr,
     FIELDS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -255,7 +242,6 @@ def _grouped_kernel(
     """A block of choices times `TILE_N` rows: all of them, or with a gate in halves those of the same channels."""
     if DEPENDENT:
         gdc_wait()
-        gdc_launch_dependents()
     expert, choice, runs = _choices_of_block(
         experts, table_choices, table_experts, choices, expert_count, MODE, TILE_M, RANKED
     )
@@ -272,8 +258,8 @@ def _grouped_kernel(
             x, words, scales, expert, choice, weight_row, slots, out, k_size, k_steps, x_stride,
             SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
-        if PREFETCH > 0:
-            _prefetch_following(following, expert, lines, SLICES * 32, PREFETCH)
+        if DEPENDENT:
+            gdc_launch_dependents()
         acc = acc * lift
         if HAS_BIAS:
             biases = bias + expert.to(tl.int64) * out + weight_row
@@ -318,16 +304,6 @@ def _product_of_block(
         SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
     )  # fmt: skip
     return tl.reduce(acc, 0, _sum)
-
-
-@triton.jit
-def _prefetch_following(words, expert, lines, LANES: tl.constexpr, PREFETCH: tl.constexpr):
-    """Prefetch this program's share of an expert's next weight, which has `lines` lines, into L2."""
-    programs = tl.num_programs(0)
-    for i in tl.static_range(PREFETCH):
-        line = (i * programs + tl.program_id(0)) * LANES + tl.arange(0, LANES)
-        line = tl.minimum(line, lines - 1)
-        prefetch_lines(words + (expert.to(tl.int64) * lines + line) * 64)
 
 
 @triton.jit

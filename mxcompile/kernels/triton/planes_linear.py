@@ -216,26 +216,21 @@ def _weight_pointers(words, scales, n, n_size, k_steps, first, PLANES: tl.conste
 
 
 @triton.jit
-def prefetch_lines(pointers):
-    """Prefetch the lines of 128 bytes that hold what is pointed at into L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _prefetch(words, row, n_size, k_steps, first, TILE_N: tl.constexpr, WORDS: tl.constexpr, K_STEPS: tl.constexpr):
     """Prefetch the first K-steps of the tiles from `row` on into L2, in lines of 128 bytes."""
     for i in tl.static_range((TILE_N + 63) // 64 * WORDS):
         tile = tl.minimum(row // 64 + i // WORDS, (n_size - 1) // 64)
         line = first * (WORDS * 32) + i % WORDS * (K_STEPS * 32) + tl.arange(0, K_STEPS * 32)
         line = tl.minimum(line, k_steps * (WORDS * 32) - 1)
-        prefetch_lines(words + tile.to(tl.int64) * k_steps * (WORDS * 64 * 32) + line * 64)
+        pointers = words + tile.to(tl.int64) * k_steps * (WORDS * 64 * 32) + line * 64
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
