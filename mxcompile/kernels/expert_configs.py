@@ -10,29 +10,38 @@ from mxcompile.kernels.layout.planes import plane_layout
 from mxcompile.kernels.triton.elements import capability
 from mxcompile.kernels.triton.expert_slices import Config
 
-_SINGLE: Final = Config(choices=1, out=32, slices=4, warps=4, stages=3)
+_SINGLE: Final = (
+    (16, Config(choices=1, out=32, slices=4, warps=4, stages=3)),
+    (32, Config(choices=1, out=64, slices=4, warps=4, stages=3)),
+)
+"""(most K-steps, config) where every choice has programs of its own; the last is for any more, here and below."""
 _SHARED: Final = (
-    (64, Config(choices=8, out=64, slices=4, warps=4, stages=3)),
-    (256, Config(choices=16, out=64, slices=4, warps=4, stages=3)),
+    (16, Config(choices=8, out=64, slices=2, warps=2, stages=4)),
+    (32, Config(choices=8, out=64, slices=4, warps=4, stages=3)),
 )
-"""(most choices, config) where programs have the choices of the same expert; the last is for any more."""
+"""(most K-steps, config) where programs have the choices of the same expert."""
 _SUM: Final = (
-    (8, Config(choices=1, out=16, slices=8, warps=8, stages=4)),
-    (32, Config(choices=1, out=16, slices=4, warps=4, stages=5)),
+    (8, Config(choices=1, out=16, slices=16, warps=8, stages=3)),
+    (32, Config(choices=1, out=16, slices=8, warps=4, stages=3)),
 )
-"""(most K-steps, config) of the matmul that is summed over the choices of a token; the last is for any more."""
+"""(most K-steps, config) of the matmul that is summed over the choices of a token."""
+_FEW_OF_AN_EXPERT: Final = 8
 
 
 def grouped_config(
-    fmt: MXFormat, size: int, choices: int, device: torch.device, *, shared: bool, block: int = 1
+    fmt: MXFormat, size: int, of_an_expert: float, device: torch.device, *, shared: bool, block: int = 1
 ) -> Config:
-    """The config for `choices` choices and `size` inputs.
+    """The config for `size` inputs.
 
-    shared: whether a program has several choices of the same expert. block: block size of the rounding after the gate.
+    shared: whether a program has several choices of the same expert. of_an_expert: how many there are of each on
+    average. block: block size of the rounding after the gate.
     """
-    config = _for_at_most(_SHARED, choices) if shared else _SINGLE
-    slices = min(config.slices, _power_of_two(_k_steps(fmt, size)))
+    k_steps = _k_steps(fmt, size)
+    config = _for_at_most(_SHARED if shared else _SINGLE, k_steps)
+    slices = min(config.slices, _power_of_two(k_steps))
     config = replace(config, out=max(config.out, 2 * block), slices=slices, warps=min(config.warps, slices))
+    if shared and of_an_expert > _FEW_OF_AN_EXPERT:
+        config = replace(config, choices=16, stages=3)
     return _launched(config, device)
 
 

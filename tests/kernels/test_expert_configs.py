@@ -1,0 +1,85 @@
+"""expert_configs.py: configs that the kernels take, and what they compile to for Hopper, without a GPU."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from mxcompile.formats import FORMATS, MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT4, MXFormat, activation_rule
+from mxcompile.kernels.layout.planes import PlanarWeight, padded_bytes
+from mxcompile.numerics.gates import Gate
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+GPT_OSS = Gate(alpha=1.702, limit=7.0, shift=1.0, interleaved=True)
+SIZES = (1, 128, 130, 768, 2048, 2880, 14336)
+
+
+def powers_of_two(*numbers: int) -> bool:
+    return all(number > 0 and number & (number - 1) == 0 for number in numbers)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_any_shape_has_a_config(fmt: MXFormat) -> None:
+    from mxcompile.kernels.expert_configs import grouped_config, sum_config
+
+    for size, each, shared, block in product(SIZES, (0.1, 2, 32), (False, True), (1, 16, 32, 64, 128)):
+        config = grouped_config(fmt, size, each, CPU, shared=shared, block=block)
+        assert powers_of_two(config.choices, config.out, config.slices, config.warps)
+        assert (config.choices > 1) == shared
+        assert config.out % (2 * block) == 0
+        assert config.warps <= config.slices
+        assert not config.dependent
+    for size, slots in product(SIZES, (0, 1, 2, 3, 6, 8, 10, 64)):
+        config = sum_config(fmt, size, slots, CPU)
+        assert powers_of_two(config.out, config.slices, config.warps, config.parts)
+        assert config.slices % config.parts == 0
+        assert config.warps <= config.slices
+
+
+def empty(fmt: MXFormat, out: int, size: int) -> PlanarWeight:
+    """A planar weight without memory."""
+    from mxcompile.kernels.layout.planes import PlanarScaling, from_bytes
+
+    elements, scales = (torch.empty(out, n, dtype=torch.uint8, device="meta") for n in padded_bytes(fmt, size))
+    return from_bytes(elements, scales, fmt, size, PlanarScaling(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "sizes", "gate", "each"),
+    [
+        (MXFP4, (2048, 768), Gate(), None),
+        (MXINT4, (2880, 2880), GPT_OSS, None),
+        (MXFP4, (2048, 768), Gate(), 2.0),
+        pytest.param(MXFP4, (2880, 2880), GPT_OSS, 12.0, marks=pytest.mark.slow),
+        pytest.param(MXFP6_E2M3, (2048, 768), Gate("gelu"), None, marks=pytest.mark.slow),
+        pytest.param(MXFP8_E4M3, (2048, 768), Gate("relu"), 2.0, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_loads_overlap_and_nothing_spills(
+    fmt: MXFormat, sizes: tuple[int, int], gate: Gate, each: float | None
+) -> None:
+    """In the loop, weight and x go to shared memory asynchronously, and values from there to the tensor core without
+    another conversion; one for the scales is in order."""
+    from sass import SHARED_BYTES, grouped_report, sum_report
+
+    from mxcompile.kernels.expert_configs import grouped_config, sum_config
+
+    (hidden, inner), shared = sizes, each is not None
+    up, down = empty(fmt, 2 * inner, hidden), empty(fmt, hidden, inner)
+    rounding = (MXFP8_E4M3, activation_rule(MXFP8_E4M3))
+    config, last = (grouped_config(fmt, size, each or 0.1, CPU, shared=shared, block=32) for size in sizes)
+    reports = [grouped_report(up, config, gate, rounding, has_bias=gate.interleaved)]
+    if shared:
+        reports.append(grouped_report(down, last, None))
+    else:
+        reports.append(sum_report(down, sum_config(fmt, inner, 4 if gate.interleaved else 8, CPU)))
+    for report in reports:
+        assert report.count("HMMA") > 0
+        assert report.count("LDGSTS") > 0
+        assert report.count(" STS") <= 1
+        assert report.count("SHFL") == 0
+        assert report.spilled_bytes == 0
+        assert report.shared_bytes <= SHARED_BYTES // 2
