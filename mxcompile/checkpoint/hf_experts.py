@@ -30,8 +30,11 @@ def register_experts() -> None:
     ExpertsInterface.register(IMPLEMENTATION, experts_forward)
 
 
-def use_mx_experts(model: nn.Module) -> None:
-    """Let every transformers model in a quantized module run its experts with our implementation."""
+def use_mx_experts(model: nn.Module, *, keep_chosen: bool = False) -> None:
+    """Let every transformers model in a quantized module run its experts with our implementation.
+
+    keep_chosen: but not where another one than transformers' default is in force, as `from_pretrained` was told.
+    """
     modules = [module for module in _experts_modules(model) if any(isinstance(w, MXWeight) for w in _weights(module))]
     if not modules:
         return
@@ -39,7 +42,9 @@ def use_mx_experts(model: nn.Module) -> None:
     for module in modules:
         setattr(module, _GATE, _gate_of(module))
     for owner in _outermost_models(model):
-        owner.set_experts_implementation(IMPLEMENTATION)
+        default = owner.get_correct_experts_implementation(None)
+        if not keep_chosen or owner.get_experts_implementation()[""] == default:
+            owner.set_experts_implementation(IMPLEMENTATION)
 
 
 def use_default_experts(model: nn.Module) -> None:
@@ -53,7 +58,7 @@ def use_default_experts(model: nn.Module) -> None:
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What an experts module of transformers calls: hidden_states `[tokens, hidden]`, the others `[tokens, k]`."""
-    if not _has_operator(module, hidden_states):
+    if not _has_operator(module, hidden_states, top_k_weights):
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
@@ -62,14 +67,14 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     return gated_experts(hidden_states, top_k_index, top_k_weights, weights, getattr(module, _GATE))
 
 
-def _has_operator(module: Any, x: Tensor) -> bool:
-    """Whether `mx::experts` computes what the module does on x."""
+def _has_operator(module: Any, x: Tensor, weights: Tensor) -> bool:
+    """Whether `mx::experts`, which has no gradient, computes what the module does on x with these weights."""
     if getattr(module, _GATE, None) is None or is_step_by_step() or getattr(module, "has_post_expert_norm", False):
         return False
     up, down = module.gate_up_proj, module.down_proj
     packed = isinstance(up, MXWeight) and isinstance(down, MXWeight) and not down.is_prepared
-    trained = (x, module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else (x,)
-    return packed and x.dtype == up.dtype == down.dtype and not any(map(needs_gradient, trained))
+    biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else ()
+    return packed and x.dtype == up.dtype == down.dtype and not any(map(needs_gradient, (x, weights, *biases)))
 
 
 def _experts_modules(model: nn.Module) -> Iterator[Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.config_json import untie
-from mxcompile.checkpoint.hf_experts import use_default_experts, use_mx_experts
+from mxcompile.checkpoint.hf_experts import use_default_experts
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.checkpoint.save import SHARD_SIZE, save
 from mxcompile.errors import CheckpointError, MXCompileError
@@ -31,15 +31,11 @@ _NO_EFFECT: Final = frozenset(
 
 
 def replace_methods(model: nn.Module) -> None:
-    """Set the methods on a quantized PreTrainedModel, and our experts.
-
-    Its config says from now on whether its embeddings are tied.
-    """
+    """Set the methods on a quantized PreTrainedModel. Its config says from now on whether its embeddings are tied."""
     for name, method in _METHODS.items():
         setattr(model, name, partial(method, model))
     if any(_untied_pairs(model)):
         untie(cast(Any, model).config)
-    use_mx_experts(model)
 
 
 def save_pretrained(

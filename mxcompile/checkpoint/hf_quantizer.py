@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxcompile.checkpoint.config_json import METHOD
+from mxcompile.checkpoint.hf_experts import use_mx_experts
 from mxcompile.checkpoint.hf_methods import dequantize, replace_methods
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.stored_tensors import check_fits
@@ -96,6 +97,7 @@ class MXCompileQuantizer(HfQuantizer):
         if provenance is not None:
             provenance.write_on(model)
         replace_methods(model.requires_grad_(False))
+        use_mx_experts(model, keep_chosen=True)
         return model
 
     def attach(self, model: Any) -> None:

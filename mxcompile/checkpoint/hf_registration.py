@@ -1,4 +1,4 @@
-"""Register the quantizer with transformers: at once if it is imported, else when it is. Mark quantized models.
+"""Register the quantizer and our experts with transformers: at once if it is imported, else when it is. Mark models.
 
 Importing transformers takes longer than importing mxcompile, and most uses of mxcompile do not need it. So
 `import mxcompile` installs an import hook on the module that holds transformers' table of quantizers.
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from mxcompile.checkpoint.config_json import METHOD
-from mxcompile.checkpoint.hf_experts import use_mx_experts
+from mxcompile.checkpoint.hf_experts import register_experts, use_mx_experts
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.tensor.modules import is_pretrained
 
@@ -22,7 +22,7 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Register the quantizer; calling it again has no effect."""
+    """Register the quantizer and the experts; calling it again has no effect."""
     if _TABLE in sys.modules:
         _register_in(sys.modules[_TABLE])
     elif not any(isinstance(finder, _RegistrationHook) for finder in sys.meta_path):
@@ -40,8 +40,7 @@ def mark_quantized(model: nn.Module, provenance: Provenance | None) -> None:
         from mxcompile.checkpoint.hf_quantizer import MXCompileConfig, MXCompileQuantizer  # imports transformers
 
         MXCompileQuantizer(MXCompileConfig()).attach(model)
-    else:
-        use_mx_experts(model)
+    use_mx_experts(model)
 
 
 class _RegistrationHook(MetaPathFinder):
@@ -81,3 +80,4 @@ def _register_in(table: ModuleType) -> None:
     if METHOD not in table.AUTO_QUANTIZER_MAPPING:
         table.register_quantization_config(METHOD)(MXCompileConfig)
         table.register_quantizer(METHOD)(MXCompileQuantizer)
+        register_experts()  # a pickled model names them, and calls nothing of ours before it runs
