@@ -11,21 +11,22 @@ from mxcompile.kernels.triton.elements import capability
 from mxcompile.kernels.triton.expert_slices import Config
 
 _SINGLE: Final = (
-    (16, Config(choices=1, out=32, slices=4, warps=4, stages=3)),
-    (32, Config(choices=1, out=64, slices=4, warps=4, stages=3)),
+    (16, Config(choices=1, out=32, slices=4, stages=3)),
+    (32, Config(choices=1, out=64, slices=4, stages=3)),
 )
 """(most K-steps, config) where every choice has programs of its own; the last is for any more, here and below."""
 _SHARED: Final = (
-    (16, Config(choices=8, out=64, slices=2, warps=2, stages=4)),
-    (32, Config(choices=8, out=64, slices=4, warps=4, stages=3)),
+    (8, Config(choices=8, out=64, slices=1, stages=4)),
+    (16, Config(choices=8, out=64, slices=2, stages=3)),
+    (32, Config(choices=8, out=64, slices=4, stages=3)),
 )
 """(most K-steps, config) where programs have the choices of the same expert."""
+_MANY_OF_AN_EXPERT: Final = Config(choices=16, out=64, slices=4, stages=3)
 _SUM: Final = (
-    (8, Config(choices=1, out=16, slices=16, warps=8, stages=3)),
-    (32, Config(choices=1, out=16, slices=8, warps=4, stages=3)),
+    (8, Config(choices=1, out=16, slices=8, stages=4)),
+    (32, Config(choices=1, out=16, slices=4, stages=5)),
 )
 """(most K-steps, config) of the matmul that is summed over the choices of a token."""
-_FEW_OF_AN_EXPERT: Final = 8
 
 
 def grouped_config(
@@ -38,11 +39,10 @@ def grouped_config(
     """
     k_steps = _k_steps(fmt, size)
     config = _for_at_most(_SHARED if shared else _SINGLE, k_steps)
+    if shared and of_an_expert > config.choices:
+        config = _MANY_OF_AN_EXPERT
     slices = min(config.slices, _power_of_two(k_steps))
-    config = replace(config, out=max(config.out, 2 * block), slices=slices, warps=min(config.warps, slices))
-    if shared and of_an_expert > _FEW_OF_AN_EXPERT:
-        config = replace(config, choices=16, stages=3)
-    return _launched(config, device)
+    return _launched(replace(config, out=max(config.out, 2 * block), slices=slices), device)
 
 
 def sum_config(fmt: MXFormat, size: int, slots: int, device: torch.device) -> Config:

@@ -26,16 +26,14 @@ def test_any_shape_has_a_config(fmt: MXFormat) -> None:
 
     for size, each, shared, block in product(SIZES, (0.1, 2, 32), (False, True), (1, 16, 32, 64, 128)):
         config = grouped_config(fmt, size, each, CPU, shared=shared, block=block)
-        assert powers_of_two(config.choices, config.out, config.slices, config.warps)
+        assert powers_of_two(config.choices, config.out, config.slices)
         assert (config.choices > 1) == shared
         assert config.out % (2 * block) == 0
-        assert config.warps <= config.slices
         assert not config.dependent
     for size, slots in product(SIZES, (0, 1, 2, 3, 6, 8, 10, 64)):
         config = sum_config(fmt, size, slots, CPU)
-        assert powers_of_two(config.out, config.slices, config.warps, config.parts)
+        assert powers_of_two(config.out, config.slices, config.parts)
         assert config.slices % config.parts == 0
-        assert config.warps <= config.slices
 
 
 def empty(fmt: MXFormat, out: int, size: int) -> PlanarWeight:

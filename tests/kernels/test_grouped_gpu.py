@@ -69,8 +69,8 @@ def test_gates(gate: Gate, choices: int) -> None:
         0.2 * tokens(5, 500, "cuda"),
         choose(5, 4, 8, "cuda"),
     )
-    for out, slices, warps in ((64, 4, 4), (128, 4, 2), (32, 1, 1)):
-        config = kernels.Config(choices, out, slices, warps)
+    for out, slices in ((64, 4), (128, 2), (32, 1)):
+        config = kernels.Config(choices, out, slices)
         h = kernels.gated_linear(x, experts, up.stack(kernels), gate, None, config)
         assert gated_over_bound(h, x, experts, up, gate) <= 1
 
@@ -101,8 +101,8 @@ def test_multiply_and_sum(fmt: MXFormat, slots: int) -> None:
     experts = with_numbers_of_none(choose(3, slots, 12, "cuda"), 12)
     h, weights = tokens(3 * slots, 1000, "cuda"), torch.rand(3, slots, device="cuda").to(torch.bfloat16)
     h[~down.chosen(experts)[0]] = torch.nan
-    for out, slices, warps, parts in ((16, 8, 8, 1), (64, 4, 4, 4), (32, 8, 4, 2)):
-        config = kernels.Config(1, out, slices, warps, parts)
+    for out, slices, parts in ((16, 8, 1), (64, 4, 4), (32, 8, 2)):
+        config = kernels.Config(1, out, slices, parts)
         y = kernels.multiply_and_sum(h, experts, weights, down.stack(kernels), config)
         assert sum_over_bound(y, h, experts, weights, down) <= 1
 

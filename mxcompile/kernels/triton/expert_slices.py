@@ -1,11 +1,12 @@
-"""The product of the kernels of experts (grouped_planes.py, expert_sums.py): parts of K for the warps of a program.
+"""The product of the kernels of experts (grouped_planes.py, expert_sums.py): a part of K for each warp of a program.
 
     acc[slice, out, choice] += plane[slice, out, 128] @ x[slice, 128, choice]
 
 In planes_linear.py parts of K of one output are programs of their own and meet in memory (split-K). Here each warp has
-parts of its own, *slices*: one batched product with the warps along the batch, and its sum over the slices in shared
-memory. The experts layer of few tokens is bound by latencies: a semaphore costs several accesses to memory, and several
-slices in a warp are products that do not wait for each other.
+its own part, a *slice*: one batched product with the warps along the batch, and its sum over the slices in shared
+memory. The experts layer of few tokens is bound by latencies, and a semaphore costs several accesses to memory.
+
+There are always as many warps as slices: products of two slices a warp were wrong (Triton 3.6, H200).
 """
 
 # ruff: noqa: N803  (upper case marks constexpr arguments, as everywhere in Triton)
@@ -27,7 +28,7 @@ from mxcompile.kernels.triton.planes_linear import concatenate_planes, multiply
 
 @dataclass(frozen=True)
 class Config:
-    """A program computes `out` rows of a weight for up to `choices` choices, in `slices`, some for each of its warps.
+    """A program computes `out` rows of a weight for up to `choices` choices; `slices` warps have a part of K each.
 
     parts: how many slices have parts of the same choice in `multiply_and_sum`; in a grouped matmul all do. stages: of
     the pipeline of loads. registers: limit per thread, 0 for the compiler's choice. dependent: see grouped_planes.py.
@@ -36,7 +37,6 @@ class Config:
     choices: int = 1
     out: int = 64
     slices: int = 8
-    warps: int = 4
     parts: int = 1
     stages: int = 3
     registers: int = 0
@@ -86,7 +86,7 @@ def constants(planes: PlanarWeight, config: Config, parts: int) -> dict[str, Any
 def options(config: Config) -> dict[str, Any]:
     """Compiler options."""
     return {
-        "num_warps": config.warps,
+        "num_warps": config.slices,
         "num_stages": config.stages,
         "enable_fp_fusion": True,
         **({"launch_pdl": True} if config.dependent else {}),
