@@ -1,8 +1,10 @@
 """Tokens a second of greedy decoding and prefill on the CPU: a quantized model beside the float baseline.
 
     python benchmarks/decode.py --out benchmarks/results/decode-cpu.jsonl
+    python benchmarks/decode.py --model qwen3-moe --prefill 256 --out benchmarks/results/experts-cpu.jsonl
 
-SmolLM2-135M-Instruct, batch 1, static cache, through `generate`. `decode` is `--tokens` tokens after a prompt of
+SmolLM2-135M-Instruct or a small mixture of experts (8 layers, 8 of 32 experts a token, random bfloat16 weights), batch
+1, static cache, through `generate`. `decode` is `--tokens` tokens after a prompt of
 `--prompt`, `prefill` one forward of `--prefill` tokens that fills the cache. The output head stays in float unless the
 row says "head mxint8". Each measurement has a process of its own. Every row is measured `--rounds` times, one round
 after the other, and the best counts, as other work on the machine can only slow one down. `--llama` adds llama.cpp on
@@ -44,6 +46,20 @@ WAYS: Final = (
     ("w4a8-mxfp-quick", "bfloat16"),
 )
 LLAMA: Final = ("llama.cpp", "q4_1")
+SMOLLM2, MOE = "SmolLM2-135M-Instruct", "qwen3-moe"
+UNCOMPILED: Final = " eager"
+GROUPED: Final = ", grouped_mm"
+"""transformers decodes by batched_mm, which copies the weights of all choices, unless the model says otherwise."""
+MOE_WAYS: Final = (
+    *((way + grouped, "bfloat16") for way in (EAGER, COMPILED) for grouped in ("", GROUPED)),
+    *((f"w4{name}-quick{way}", "bfloat16") for name in ("a16-mxfp", "a8-mxint") for way in (UNCOMPILED, "")),
+)
+_KEPT: Final = "grouped_mm_for_decoding"
+MOE_SIZES: Final[dict[str, Any]] = {
+    **{"vocab_size": 8192, "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "head_dim": 64},
+    **{"num_key_value_heads": 4, "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 8},
+    **{"max_position_embeddings": 4096, "norm_topk_prob": True},
+}
 
 
 def main() -> None:
@@ -51,7 +67,7 @@ def main() -> None:
     if arguments.way:
         print(json.dumps(measured(arguments, *arguments.way.split(":"))))
         return
-    ways = [way for way in WAYS if way[1] in arguments.dtypes.split(",")]
+    ways = [way for way in (WAYS if arguments.model == SMOLLM2 else MOE_WAYS) if way[1] in arguments.dtypes.split(",")]
     ways += [LLAMA] if arguments.llama else []
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for _ in range(arguments.rounds):
@@ -69,6 +85,7 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=SMOLLM2, choices=(SMOLLM2, MOE))
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
     parser.add_argument("--prompt", type=int, default=32, help="tokens before the generated ones")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the timed prefill")
@@ -83,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 
 def in_process(arguments: argparse.Namespace, way: tuple[str, str]) -> dict[str, Any]:
     """One measurement in a process of its own, without the compiled code and the memory of the others."""
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("tokens", "prompt", "prefill", "threads")]
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("model", "tokens", "prompt", "prefill", "threads")]
     command = [sys.executable, __file__, *options, f"--way={':'.join(way)}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -95,7 +112,7 @@ def in_process(arguments: argparse.Namespace, way: tuple[str, str]) -> dict[str,
 
 def measured(arguments: argparse.Namespace, what: str, dtype: str) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
-    about = {"model": "SmolLM2-135M-Instruct", "way": what, "dtype": dtype, "threads": arguments.threads}
+    about = {"model": arguments.model, "way": what, "dtype": dtype, "threads": arguments.threads}
     about |= {"prompt": arguments.prompt, "tokens": arguments.tokens, "prefill_tokens": arguments.prefill}
     if what == LLAMA[0]:
         return about | llama(arguments)
@@ -107,18 +124,42 @@ def measured(arguments: argparse.Namespace, what: str, dtype: str) -> dict[str, 
 
 def prepared(what: str, dtype: torch.dtype, arguments: argparse.Namespace) -> tuple[Any, Tensor]:
     """(the model ready to run, token ids `[1, prefill]`)"""
-    model, tokenizer = smollm2.load()
-    text = help_text()[: 20 * arguments.prefill]
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.prefill]
+    model, ids = (loaded if arguments.model == SMOLLM2 else random_experts)(arguments.prefill)
     model = model.to(dtype).eval()
-    if what == EAGER:
+    if what.endswith(GROUPED):
+        keep_grouped_mm(model)
+    kind = what.removesuffix(GROUPED)
+    if kind == EAGER:
         return model, ids
-    if what == COMPILED:
+    if kind == COMPILED:
         model.compile()
         return model, ids
     head: Any = {"include": ["lm_head"], "overrides": {"lm_head": MXINT8}} if what == HEAD else {}
-    recipe = what.partition(",")[0]
-    return mxcompile.quantize_and_compile(model, {"input_ids": ids[:, :16]}, recipe=recipe, **head), ids
+    recipe, compiled = what.partition(",")[0].removesuffix(UNCOMPILED), not what.endswith(UNCOMPILED)
+    example = {"input_ids": ids[:, :16]}
+    return mxcompile.quantize_and_compile(model, example, recipe=recipe, compile=compiled, **head), ids
+
+
+def loaded(tokens: int) -> tuple[Any, Tensor]:
+    """(SmolLM2, ids of a text `[1, tokens]`)"""
+    model, tokenizer = smollm2.load()
+    return model, tokenizer(help_text()[: 20 * tokens], return_tensors="pt").input_ids[:, :tokens]
+
+
+def random_experts(tokens: int) -> tuple[Any, Tensor]:
+    """(a mixture of experts, ids `[1, tokens]`), both random"""
+    transformers = importlib.import_module("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(dtype="bfloat16", **MOE_SIZES)
+    model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    return model, torch.randint(config.vocab_size, (1, tokens))
+
+
+def keep_grouped_mm(model: Any) -> None:
+    """Decode by grouped_mm: transformers replaces this name, and only this one, by batched_mm."""
+    moe = importlib.import_module("transformers.integrations.moe")
+    moe.ExpertsInterface.register(_KEPT, moe.grouped_mm_experts_forward)
+    model.set_experts_implementation(_KEPT)
 
 
 def rates(model: Any, ids: Tensor, arguments: argparse.Namespace) -> dict[str, float]:
@@ -180,7 +221,7 @@ def llama(arguments: argparse.Namespace) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Tokens a second, and their ratio to those of the fastest float row."""
     table = Table("", "dtype", "decode, tokens/s", "", "prefill, tokens/s", "", box=None)
-    floats = [row for row in rows if row["way"] in (EAGER, COMPILED)]
+    floats = [row for row in rows if row["way"].startswith((EAGER, COMPILED))]
     fastest = {name: max((row[name] for row in floats), default=None) for name in ("decode", "prefill")}
     for row in rows:
         cells = [f"{row[name]:.1f}" for name in fastest]
