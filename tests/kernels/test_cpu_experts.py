@@ -177,6 +177,31 @@ def test_equal_bits_with_any_number_of_threads_and_on_repeat(dtype, tokens):
     assert all(torch.equal(product, products[0]) for product in products)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_torch_multiplies_where_pairs_cannot(bias, error_over_bound, monkeypatch):
+    """As on a processor without bfloat16 products."""
+    monkeypatch.setattr(experts, "_takes_many", lambda *_: False)
+    weight, values = experts_of(MXINT4, 5, 96, 160, torch.bfloat16, bias)
+    x, chosen = random(60, 160).bfloat16(), choices(60, 3)
+    chosen[:50], chosen[0, 0] = 1, -1
+    y = experts.grouped_linear(x, chosen, weight, MXINT4).unflatten(0, chosen.shape)
+    assert (y[0, 0] == 0).all()
+    for expert in range(5):
+        tokens, slots = (chosen == expert).nonzero(as_tuple=True)
+        b = None if weight[2] is None else weight[2][expert]
+        assert error_over_bound(y[tokens, slots], x[tokens], values[expert], b) <= 1
+
+
+@pytest.mark.parametrize("count", range(7, 13))
+def test_few_and_many_choices_of_one_expert(count, error_over_bound):
+    """Around the number from which an expert is decoded, with another that has one choice."""
+    weight, values = experts_of(MXFP4, 2, 44, 96, torch.bfloat16, bias=True)
+    x, chosen = random(count + 1, 96).bfloat16(), torch.tensor([[0]] * count + [[1]])
+    y = experts.grouped_linear(x, chosen, weight, MXFP4)
+    assert error_over_bound(y[:count], x[:count], values[0], weight[2][0]) <= 1
+    assert error_over_bound(y[count:], x[count:], values[1], weight[2][1]) <= 1
+
+
 @pytest.mark.parametrize("tokens", [2, 30])
 def test_strides(tokens):
     x, chosen, weights, up, down, *rest = arguments(tokens=tokens)

@@ -53,7 +53,7 @@ def library(fmt: MXFormat) -> ctypes.CDLL:
     if reason := why_no_kernel(fmt):
         raise BuildError(reason)
     options = ["-O3", *_machine_options(), f"-DMX_ELEMENT={ELEMENTS[fmt.name]}", f"-DMX_BLOCK={fmt.block_size}"]
-    sources = ("mx_cpu.cpp", "mx_cpu.h", "mx_cpu_dot.h", "mx_cpu_values.h")
+    sources = ("mx_cpu.cpp", "mx_cpu.h", "mx_cpu_dot.h", "mx_cpu_panels.h", "mx_cpu_values.h")
     return _library(f"{fmt.name}-{fmt.block_size}", sources, options, _processor())
 
 

@@ -3,8 +3,9 @@
     grouped_linear: y[r * k + j] = x[r] @ W[experts[r, j]].T + bias[experts[r, j]]
     experts:        the sum over j of weights[r, j] * down(rounded(gate(up(x[r]))))
 
-Only chosen experts are read. An expert with few choices is multiplied as it is packed; all such experts share one
-parallel region of one C++ call. An expert with more is decoded alone, into the buffer of `linears.py`, and torch
+Only chosen experts are read, in one parallel region of one C++ call for all of them. An expert with few choices is
+multiplied as it is packed. One with more is decoded eight rows at a time and multiplied as bfloat16 pairs; where the
+processor or the dtype of x does not allow that, it is decoded alone, into the buffer of `linears.py`, and torch
 multiplies.
 
 The value between the two matmuls is rounded to the dtype of x as torch does, then to the MX format, bit for bit as
@@ -25,7 +26,7 @@ from mxcompile.kernels.cpu.linears import PackedWeight
 from mxcompile.numerics.gates import Gate
 
 MAX_CHOICES = 8
-"""Choices of one expert that are multiplied without decoding it."""
+"""Choices of one expert that are multiplied as it is packed, where torch multiplies the others."""
 _FUNCTIONS = ("swish", "gelu", "gelu_tanh", "relu")
 
 
@@ -47,7 +48,7 @@ def grouped_linear(x: Tensor, experts: Tensor, weight: PackedWeight, fmt: MXForm
     Returns `[rows * k, out]` in the dtype of x, zeros where the number is not in `[0, E)`.
     """
     plain_x, chosen, weight = linears.plain(x), _numbers(experts), _plain_weight(weight)
-    choices = _sorted_choices(chosen, len(weight[0]))
+    choices = None if _takes_many(plain_x, fmt) else _sorted_choices(chosen, len(weight[0]))
     if choices is None:
         y = _multiply(plain_x, chosen, weight, fmt)
     else:
@@ -70,11 +71,12 @@ def experts(
     """
     plain_x, chosen, factors = linears.plain(x), _numbers(experts), weights.to(torch.float32).contiguous()
     up, down = (_plain_weight(up[0]), up[1]), (_plain_weight(down[0]), down[1])
-    choices = _sorted_choices(chosen, len(up[0][0]))
+    takes_many = _takes_many(plain_x, up[1]) and _takes_many(plain_x, down[1])
+    choices = None if takes_many else _sorted_choices(chosen, len(up[0][0]))
     if chosen.numel() == 0:
         return x.new_zeros(len(x), down[0][0].shape[1])
     if choices is None:
-        return _few_tokens(plain_x, chosen, factors, up, down, gate, rounding, x.dtype).to(x.dtype)
+        return _in_one_call(plain_x, chosen, factors, up, down, gate, rounding, x.dtype).to(x.dtype)
     channels = _multiply_sorted(plain_x[choices.rows], choices, *up)
     h = _apply_gate(channels, gate)
     if rounding is not None:
@@ -83,7 +85,7 @@ def experts(
     return (y.unflatten(0, chosen.shape) * factors[..., None]).sum(1).to(x.dtype)
 
 
-def _few_tokens(
+def _in_one_call(
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
@@ -194,6 +196,11 @@ def _apply_gate(channels: Tensor, gate: Gate) -> Tensor:
         torch.get_num_threads(),
     )
     return h
+
+
+def _takes_many(x: Tensor, fmt: MXFormat) -> bool:
+    """Whether the C++ kernels multiply many choices of an expert, too: bfloat16 and a processor with its products."""
+    return x.dtype == torch.bfloat16 and bool(library(fmt).mx_takes_pairs())
 
 
 def _numbers(experts: Tensor) -> Tensor:

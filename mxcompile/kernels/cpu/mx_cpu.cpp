@@ -284,12 +284,6 @@ void round_rows(const void* from, void* to, int64_t rows, int64_t size, const Ro
     round_row<E, B>(static_cast<const T*>(from) + row * size, static_cast<T*>(to) + row * size, size, rounding);
 }
 
-}  // namespace
-
-#include "mx_cpu_dot.h"
-
-namespace {
-
 // Call `function` with a value of the element type of this index; with nullptr for -1.
 template <class F>
 void with_element(int index, const F& function) {
@@ -305,6 +299,13 @@ void with_element(int index, const F& function) {
     default: return function(nullptr);
   }
 }
+
+}  // namespace
+
+#include "mx_cpu_dot.h"
+#include "mx_cpu_panels.h"
+
+namespace {
 
 // Lay out one input as values in whole blocks, rounded first if `rounding` is not null.
 template <class E, int B, class From>
@@ -335,6 +336,18 @@ bool lay_out_elements(const From* x, int64_t size, const Rounding& rounding, int
   return done;
 }
 
+// Lay out one input as pairs. False if it is not bfloat16 or the processor does not multiply pairs.
+template <int B, class From>
+bool lay_out_as_pairs(const From* x, int64_t size, const Rounding* rounding, void* to) {
+#ifdef MX_DOT
+  if constexpr (std::is_same_v<From, uint16_t>) {
+    lay_out_pairs<B>(x, size, rounding, static_cast<uint16_t*>(to));
+    return true;
+  }
+#endif
+  return false;
+}
+
 template <class E, int B, int M>
 void multiply(const Product& product, int layout, int64_t begin, int64_t end) {
 #ifdef MX_DOT
@@ -357,13 +370,14 @@ int64_t mx_prepared_bytes(int64_t size) {
 #ifdef MX_DOT
   if constexpr (Dot<Format>::EXISTS) elements = chunks_of<Format, BLOCK>(size) * int64_t(sizeof(Chunk<Format>));
 #endif
-  return (std::max(values, elements) + 63) / 64 * 64;
+  return (std::max(values, elements) + 63) / 64 * 64;  // pairs take half the bytes of values, in whole vectors
 }
 
 int mx_prepare(const void* x, int wide, int64_t size, const Rounding* rounding, int is_rounded, int layout, void* to) {
   const auto prepare = [&](auto from) {
     if (layout == ELEMENTS)
       return rounding != nullptr && lay_out_elements<Format, BLOCK>(from, size, *rounding, is_rounded, to);
+    if (layout == PAIRS) return lay_out_as_pairs<BLOCK>(from, size, is_rounded ? nullptr : rounding, to);
     lay_out_values<Format, BLOCK>(from, size, is_rounded ? nullptr : rounding, static_cast<float*>(to));
     return true;
   };
@@ -371,6 +385,9 @@ int mx_prepare(const void* x, int wide, int64_t size, const Rounding* rounding, 
 }
 
 void mx_multiply_part(const Product* product, int layout, int64_t begin, int64_t end) {
+#ifdef MX_DOT
+  if (layout == PAIRS) return multiply_panels<Format, BLOCK>(*product, begin, end);
+#endif
   switch (product->tokens) {
     case 1: return multiply<Format, BLOCK, 1>(*product, layout, begin, end);
     case 2: return multiply<Format, BLOCK, 2>(*product, layout, begin, end);
@@ -379,8 +396,16 @@ void mx_multiply_part(const Product* product, int layout, int64_t begin, int64_t
   }
 }
 
+int mx_takes_pairs() {
+#ifdef MX_DOT
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 const Kernels* mx_kernels() {
-  static const Kernels kernels{mx_prepared_bytes, mx_prepare, mx_multiply_part, BLOCK, Format::BITS};
+  static const Kernels kernels{mx_prepared_bytes, mx_prepare, mx_multiply_part, BLOCK, Format::BITS, mx_takes_pairs()};
   return &kernels;
 }
 
@@ -405,11 +430,14 @@ void mx_multiply(const Weight* weights, int count, const void* x, int wide, int6
   for (int part = 0; part < threads; ++part)
     for (int i = 0; i < count; ++i) {
       const Weight& weight = weights[i];
-      Product product{weight.elements, weight.scales, weight.bias, (size + BLOCK - 1) / BLOCK, tokens, weight.wide, weight.wide};
+      const void* inputs[MAX_TOKENS];
+      void* outputs[MAX_TOKENS];
       for (int64_t m = 0; m < tokens; ++m) {
-        product.x[m] = prepared + m * lines;
-        product.y[m] = static_cast<char*>(weight.y) + m * weight.rows * (weight.wide ? 4 : 2);
+        inputs[m] = prepared + m * lines;
+        outputs[m] = static_cast<char*>(weight.y) + m * weight.rows * (weight.wide ? 4 : 2);
       }
+      const Product product{weight.elements, weight.scales, weight.bias, (size + BLOCK - 1) / BLOCK,
+                            tokens,          weight.wide,   weight.wide, inputs, outputs};
       mx_multiply_part(&product, layout, weight.rows * part / threads, weight.rows * (part + 1) / threads);
     }
 }

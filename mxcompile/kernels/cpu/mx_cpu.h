@@ -31,8 +31,8 @@ using Multiply = void(const Weight* weights, int count, const void* x, int wide,
                       const Rounding* rounding, int max_threads);
 constexpr int64_t MAX_TOKENS = 4;
 
-// A packed weight times up to MAX_TOKENS prepared inputs x, each to a row y of its own. blocks: of a weight row. y and
-// the bias (or null) are float32 if `wide` or `wide_bias`, otherwise bfloat16.
+// A packed weight times prepared inputs x, each to a row y of its own: up to MAX_TOKENS, or any number of PAIRS. blocks: of
+// a weight row. y and the bias (or null) are float32 if `wide` or `wide_bias`, otherwise bfloat16.
 struct Product {
   const uint8_t* elements;
   const uint8_t* scales;
@@ -41,12 +41,13 @@ struct Product {
   int64_t tokens;
   int wide_bias;
   int wide;
-  const void* x[MAX_TOKENS];
-  void* y[MAX_TOKENS];
+  const void* const* x;
+  void* const* y;
 };
 
-// How inputs are prepared: as float32 values, or as elements for the dot products of mx_cpu_dot.h.
-enum Layout { VALUES = 0, ELEMENTS = 1 };
+// How inputs are prepared: as float32 values, as elements for the dot products of mx_cpu_dot.h, or as bfloat16 for
+// mx_cpu_panels.h.
+enum Layout { VALUES = 0, ELEMENTS = 1, PAIRS = 2 };
 
 struct alignas(64) CacheLine {
   char bytes[64];
@@ -54,13 +55,15 @@ struct alignas(64) CacheLine {
 
 // The kernels of one weight format. `prepare` lays out one input of `size` values in `prepared_bytes(size)` bytes
 // aligned to 64; it rounds the values first, unless `rounding` is null or `is_rounded`. It returns 0 if the layout does
-// not take the input: ELEMENTS takes rounded values alone, VALUES all. `multiply` computes rows [begin, end).
+// not take the input: ELEMENTS takes rounded values alone, PAIRS bfloat16 alone, and only if `takes_pairs`; VALUES takes
+// all. `multiply` computes rows [begin, end).
 struct Kernels {
   int64_t (*prepared_bytes)(int64_t size);
   int (*prepare)(const void* x, int wide, int64_t size, const Rounding* rounding, int is_rounded, int layout, void* to);
   void (*multiply)(const Product* product, int layout, int64_t begin, int64_t end);
   int64_t block;
   int64_t bits;
+  int takes_pairs;
 };
 
 // Threads for a matmul with so many values of weights.

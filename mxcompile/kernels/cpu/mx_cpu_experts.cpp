@@ -48,6 +48,7 @@ struct ExpertsCall {
 namespace {
 
 constexpr int64_t ROWS_PER_TASK = 128, COLUMNS_PER_TASK = 512;
+constexpr size_t MAX_CHOICES = 8;  // of an expert, multiplied as it is packed, if pairs can be used for more
 
 // Bytes of a value.
 inline int64_t bytes_of(int wide) { return wide ? 4 : 2; }
@@ -62,12 +63,11 @@ T* offset(T* pointer, int64_t bytes) {
 // the other functions by all threads of a parallel region.
 class GroupedMatmul {
  public:
-  void plan(const Experts& experts, const int64_t* chosen, int64_t choices, int64_t slots, void* y, int wide) {
+  void plan(const Experts& experts, const int64_t* chosen, int64_t choices, int64_t slots, int wide_x, void* y, int wide) {
     weight = &experts;
     failed = false;
     inputs = choices / slots;
     lines = experts.kernels->prepared_bytes(experts.size) / 64;
-    prepared.resize(inputs * lines);
     order.clear();
     for (int64_t choice = 0; choice < choices; ++choice)
       if (chosen[choice] >= 0 && chosen[choice] < experts.count)
@@ -75,12 +75,16 @@ class GroupedMatmul {
       else
         std::memset(offset(y, choice * experts.rows * bytes_of(wide)), 0, experts.rows * bytes_of(wide));
     std::sort(order.begin(), order.end());
-    products.clear();
-    for (size_t i = 0; i < order.size(); ++i) {
-      if (i == 0 || order[i].first != order[i - 1].first || products.back().tokens == MAX_TOKENS) add(order[i].first, wide);
-      Product& product = products.back();
-      product.x[product.tokens] = prepared.data() + order[i].second / slots * lines;
-      product.y[product.tokens++] = offset(y, order[i].second * experts.rows * bytes_of(wide));
+    make_products(experts.kernels->takes_pairs && !wide_x, wide);
+    prepared.resize(few ? inputs * lines : 0);
+    pairs.resize(many ? inputs * lines : 0);
+    for (const Product& product : products) {
+      const CacheLine* rows = is_many(product) ? pairs.data() : prepared.data();
+      for (int64_t m = 0; m < product.tokens; ++m) {
+        const int64_t i = product.x - x.data() + m;
+        x[i] = rows + order[i].second / slots * lines;
+        outputs[i] = offset(y, order[i].second * experts.rows * bytes_of(wide));
+      }
     }
   }
 
@@ -89,15 +93,17 @@ class GroupedMatmul {
   // Prepare the input at `row(index)` for each index; returns their layout. Ends with a barrier.
   template <class F>
   int prepare(int wide, const Rounding* rounding, int is_rounded, const F& row) {
-    const auto all = [&](int layout) {
+    const auto all = [&](int layout, CacheLine* to) {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < inputs; ++i)
-        if (!weight->kernels->prepare(row(i), wide, weight->size, rounding, is_rounded, layout, prepared.data() + i * lines))
+        if (!weight->kernels->prepare(row(i), wide, weight->size, rounding, is_rounded, layout, to + i * lines))
           failed = true;
     };
-    if (rounding != nullptr) all(ELEMENTS);
+    if (many) all(PAIRS, pairs.data());
+    if (!few) return VALUES;
+    if (rounding != nullptr) all(ELEMENTS, prepared.data());
     if (rounding != nullptr && !failed) return ELEMENTS;
-    all(VALUES);
+    all(VALUES, prepared.data());
     return VALUES;
   }
 
@@ -107,24 +113,46 @@ class GroupedMatmul {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < int64_t(products.size()) * tasks; ++i) {
       const int64_t begin = i % tasks * ROWS_PER_TASK;
-      weight->kernels->multiply(&products[i / tasks], layout, begin, std::min(begin + ROWS_PER_TASK, weight->rows));
+      const Product& product = products[i / tasks];
+      weight->kernels->multiply(&product, is_many(product) ? PAIRS : layout, begin,
+                                std::min(begin + ROWS_PER_TASK, weight->rows));
     }
   }
 
  private:
-  void add(int64_t expert, int wide) {
+  static bool is_many(const Product& product) { return product.tokens > MAX_TOKENS; }
+
+  // A product for each expert of `order`: of all its choices if they are many, else of MAX_TOKENS at a time.
+  void make_products(bool takes_pairs, int wide) {
+    products.clear();
+    few = many = false;
+    x.resize(order.size());
+    outputs.resize(order.size());
+    for (size_t begin = 0, end = 0; begin < order.size(); begin = end) {
+      while (end < order.size() && order[end].first == order[begin].first) ++end;
+      const bool all = takes_pairs && end - begin > MAX_CHOICES;
+      (all ? many : few) = true;
+      for (size_t i = begin; i < end; i += products.back().tokens)
+        add(order[begin].first, i, all ? end - begin : std::min<size_t>(end - i, MAX_TOKENS), wide);
+    }
+  }
+
+  void add(int64_t expert, size_t first_choice, size_t tokens, int wide) {
     const int64_t blocks = (weight->size + weight->kernels->block - 1) / weight->kernels->block;
     const int64_t row_bytes = blocks * weight->kernels->block * weight->kernels->bits / 8, first = expert * weight->rows;
     const void* bias = weight->bias == nullptr ? nullptr : offset(weight->bias, first * bytes_of(weight->wide_bias));
-    products.push_back({weight->elements + first * row_bytes, weight->scales + first * blocks, bias, blocks, 0,
-                        weight->wide_bias, wide, {}, {}});
+    products.push_back({weight->elements + first * row_bytes, weight->scales + first * blocks, bias, blocks,
+                        int64_t(tokens), weight->wide_bias, wide, x.data() + first_choice, outputs.data() + first_choice});
   }
 
   const Experts* weight = nullptr;
   std::vector<std::pair<int64_t, int64_t>> order;  // (expert, choice)
   std::vector<Product> products;
-  std::vector<CacheLine> prepared;
+  std::vector<const void*> x;  // of each of `order`
+  std::vector<void*> outputs;
+  std::vector<CacheLine> prepared, pairs;
   std::atomic<bool> failed{false};
+  bool few = false, many = false;
   int64_t inputs = 0, lines = 0;
 };
 
@@ -181,7 +209,7 @@ extern "C" {
 void mx_grouped_linear(const Experts* experts, const void* x, const int64_t* chosen, void* y, int64_t rows, int64_t slots,
                        int wide, int max_threads) {
   GroupedMatmul& matmul = Scratch::local().up;
-  matmul.plan(*experts, chosen, rows * slots, slots, y, wide);
+  matmul.plan(*experts, chosen, rows * slots, slots, wide, y, wide);
 #pragma omp parallel num_threads(worthwhile_threads(matmul.values(), max_threads))
   {
     const int layout = matmul.prepare(wide, nullptr, 0, [&](int64_t row) {
@@ -207,8 +235,8 @@ void mx_experts(const ExpertsCall* call, int max_threads) {
   void* channels = reserve(scratch.channels, choices * call->up.rows * bytes_of(call->wide));
   void* h = reserve(scratch.h, choices * inner * bytes_of(call->wide));
   float* outputs = static_cast<float*>(reserve(scratch.outputs, choices * hidden * 4));
-  scratch.up.plan(call->up, call->chosen, choices, call->slots, channels, call->wide);
-  scratch.down.plan(call->down, call->chosen, choices, 1, outputs, 1);
+  scratch.up.plan(call->up, call->chosen, choices, call->slots, call->wide, channels, call->wide);
+  scratch.down.plan(call->down, call->chosen, choices, 1, call->wide, outputs, 1);
   const Rounding* rounding = call->round == nullptr ? call->rounding : nullptr;
 #pragma omp parallel num_threads(worthwhile_threads(scratch.up.values() + scratch.down.values(), max_threads))
   {
@@ -216,10 +244,12 @@ void mx_experts(const ExpertsCall* call, int max_threads) {
       return offset(call->x, token * call->up.size * bytes_of(call->wide));
     });
     scratch.up.multiply(of_x);
-    const int of_h = scratch.down.prepare(call->wide, rounding, 0, [&](int64_t choice) -> const void* {
-      void* row = offset(h, choice * inner * bytes_of(call->wide));
-      make_hidden(*call, offset(channels, choice * call->up.rows * bytes_of(call->wide)), row);
-      return row;
+#pragma omp for schedule(static)
+    for (int64_t choice = 0; choice < choices; ++choice)
+      make_hidden(*call, offset(channels, choice * call->up.rows * bytes_of(call->wide)),
+                  offset(h, choice * inner * bytes_of(call->wide)));
+    const int of_h = scratch.down.prepare(call->wide, rounding, 0, [&](int64_t choice) {
+      return offset(h, choice * inner * bytes_of(call->wide));
     });
     scratch.down.multiply(of_h);
     if (call->wide)
