@@ -41,8 +41,9 @@ def grouped_config(
     config = _for_at_most(_SHARED if shared else _SINGLE, k_steps)
     if shared and of_an_expert > config.choices:
         config = _MANY_OF_AN_EXPERT
+    out = config.out // 2 if config.choices > 8 and plane_layout(fmt).planes > 4 else config.out  # else it spills
     slices = min(config.slices, _power_of_two(k_steps))
-    return _launched(replace(config, out=max(config.out, 2 * block), slices=slices), device)
+    return _launched(replace(config, out=max(out, 2 * block), slices=slices), device)
 
 
 def sum_config(fmt: MXFormat, size: int, slots: int, device: torch.device) -> Config:

@@ -52,6 +52,7 @@ def empty(fmt: MXFormat, out: int, size: int) -> PlanarWeight:
         (MXFP4, (2048, 768), Gate(), 2.0),
         pytest.param(MXFP4, (2880, 2880), GPT_OSS, 12.0, marks=pytest.mark.slow),
         pytest.param(MXFP6_E2M3, (2048, 768), Gate("gelu"), None, marks=pytest.mark.slow),
+        pytest.param(MXFP6_E2M3, (2048, 768), Gate("gelu"), 2.0, marks=pytest.mark.slow),
         pytest.param(MXFP8_E4M3, (2048, 768), Gate("relu"), 2.0, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -45,13 +45,13 @@ def packed(layer: Experts) -> tuple[Any, MXFormat, PlanarScaling]:
     return (elements, scales, layer.bias), planes.fmt, PlanarScaling(planes.lift, planes.top)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 40, 300])
+@pytest.mark.parametrize("rows", [1, 40, 80])
 @pytest.mark.parametrize(("fmt", "size"), crossed(FORMATS.values(), SIZES), ids=str)
 def test_grouped_linear(fmt: MXFormat, size: tuple[int, int, int], rows: int) -> None:
     """Also bit-identical on repeat."""
     from mxcompile.kernels import gpu_experts
 
-    layer = make_experts(fmt, *size, with_bias=rows % 2 == 1, device="cuda")
+    layer = make_experts(fmt, *size, with_bias=rows != 40, device="cuda")
     x, experts = tokens(rows, size[2], "cuda"), with_numbers_of_none(choose(rows, 3, size[0], "cuda"), size[0])
     assert gpu_experts.supports(x) is None
     y = gpu_experts.grouped_linear(x, experts, *packed(layer))
@@ -59,8 +59,7 @@ def test_grouped_linear(fmt: MXFormat, size: tuple[int, int, int], rows: int) ->
     assert all(torch.equal(gpu_experts.grouped_linear(x, experts, *packed(layer)), y) for _ in range(3))
 
 
-@pytest.mark.parametrize("choices", [1, 2, 8, 16])
-@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize(("gate", "choices"), crossed(GATES, [1, 8, 16]), ids=str)
 def test_gates(gate: Gate, choices: int) -> None:
     from mxcompile.kernels.triton import grouped_planes as kernels
 
@@ -69,16 +68,17 @@ def test_gates(gate: Gate, choices: int) -> None:
         0.2 * tokens(5, 500, "cuda"),
         choose(5, 4, 8, "cuda"),
     )
-    for out, slices in ((64, 4), (128, 2), (32, 1)):
+    for out, slices in ((64, 4), (32, 1)):
         config = kernels.Config(choices, out, slices)
         h = kernels.gated_linear(x, experts, up.stack(kernels), gate, None, config)
         assert gated_over_bound(h, x, experts, up, gate) <= 1
 
 
-@pytest.mark.parametrize("choices", [1, 8])
-@pytest.mark.parametrize("gate", [Gate(), GPT_OSS], ids=str)
-@pytest.mark.parametrize("block", [32, 64, 128])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "block", "gate", "choices"),
+    crossed(FORMATS.values(), [32, 64, 128], [Gate(), GPT_OSS], [1, 8]),
+    ids=str,
+)
 def test_rounds_as_the_reference(
     assert_same_bits: SameBits, fmt: MXFormat, block: int, gate: Gate, choices: int
 ) -> None:
@@ -92,8 +92,7 @@ def test_rounds_as_the_reference(
     assert_same_bits(rounded.cpu(), reference.quantize_dequantize(h.cpu(), fmt, activation_rule(fmt)))
 
 
-@pytest.mark.parametrize("slots", [1, 3, 4, 8, 10])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(("fmt", "slots"), crossed(FORMATS.values(), [8, 1, 3, 10]), ids=str)
 def test_multiply_and_sum(fmt: MXFormat, slots: int) -> None:
     from mxcompile.kernels.triton import expert_sums as kernels
 
@@ -101,7 +100,7 @@ def test_multiply_and_sum(fmt: MXFormat, slots: int) -> None:
     experts = with_numbers_of_none(choose(3, slots, 12, "cuda"), 12)
     h, weights = tokens(3 * slots, 1000, "cuda"), torch.rand(3, slots, device="cuda").to(torch.bfloat16)
     h[~down.chosen(experts)[0]] = torch.nan
-    for out, slices, parts in ((16, 8, 1), (64, 4, 4), (32, 8, 2)):
+    for out, slices, parts in ((16, 8, 1), (64, 4, 4)):
         config = kernels.Config(1, out, slices, parts)
         y = kernels.multiply_and_sum(h, experts, weights, down.stack(kernels), config)
         assert sum_over_bound(y, h, experts, weights, down) <= 1
@@ -118,7 +117,7 @@ def composed(x: Tensor, experts: Tensor, weights: Tensor, up: Experts, down: Exp
     return exact.sum(1), exact.abs().sum(1)
 
 
-@pytest.mark.parametrize("count", [1, 4, 5, 32, 70])
+@pytest.mark.parametrize("count", [1, 5, 100])
 @pytest.mark.parametrize(
     ("fmt", "activation", "gate"),
     [
@@ -130,10 +129,14 @@ def composed(x: Tensor, experts: Tensor, weights: Tensor, up: Experts, down: Exp
     ],
     ids=str,
 )
-def test_experts(fmt: MXFormat, activation: MXFormat | None, gate: Gate, count: int) -> None:
+def test_experts(
+    monkeypatch: pytest.MonkeyPatch, fmt: MXFormat, activation: MXFormat | None, gate: Gate, count: int
+) -> None:
     """Against its parts, since a rounding of the middle may differ in an element for a last bit before; in a CUDA
-    graph, which overlaps launches, and bit-identical on repeat."""
+    graph, which overlaps launches, and bit-identical on repeat. As on GPUs that have no kernel for sorted choices."""
     from mxcompile.kernels import gpu_experts
+
+    monkeypatch.setattr(gpu_experts.gluon_grouped, "supports", lambda x: "not here")
 
     up, down = (make_experts(fmt, 16, *size, gate.interleaved, "cuda") for size in ((768, 640), (640, 384)))
     x, experts = 0.1 * tokens(count, 640, "cuda"), with_numbers_of_none(choose(count, 4, 16, "cuda"), 16)
