@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from crossed import crossed
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, MXFormat, ScaleRule
+from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.kernels.layout.planes import to_planes
 from mxcompile.numerics import reference
 from mxcompile.numerics.experts import grouped_linear as reference_grouped_linear
@@ -20,8 +21,10 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon", reason="this version of Triton has no Gluon")
 
 ErrorOverBound = Callable[..., float]
-TILES = ((16, 128), (32, 256), (64, 256), (128, 256), (256, 128))
-"""Tokens and outputs."""
+TILES = ((64, 256), (32, 256), (128, 256), (256, 128))
+"""Tokens and outputs; the first three are those of `config_for`."""
+PRODUCTS = (MXFP4, MXINT4, MXFP6_E2M3, MXFP8_E4M3)
+"""One format of each kind of layout, those that compile fastest first."""
 GATES = (Gate(), Gate(alpha=1.702, limit=7.0, shift=1.0, interleaved=True))
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -91,22 +94,19 @@ def test_tiles_follow_the_tokens_of_an_expert() -> None:
     from mxcompile.kernels.gluon.grouped_planes import config_for
 
     weight, _ = stack(MXINT4, 8, 64, 64, "cpu")
-    rows = [config_for(weight, choices).rows for choices in (1, 100, 160, 1000, 100_000)]
-    assert rows == sorted(rows)
-    assert len(set(rows)) > 2
+    assert [config_for(weight, choices).rows for choices in (1, 8, 300, 1000, 100_000)] == [32, 32, 64, 128, 128]
 
 
 @on_hopper
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+@pytest.mark.parametrize(("fmt", "tile"), crossed(PRODUCTS, TILES), ids=str)
 def test_products(error_over_bound: ErrorOverBound, fmt: MXFormat, tile: tuple[int, int]) -> None:
-    """Every format and tile against float64, with and without bias; bit-identical on repeat."""
+    """Against float64, with and without bias; bit-identical on repeat."""
     from mxcompile.kernels.gluon.grouped_planes import Config, grouped_linear, stages_that_fit
 
     config = Config(*tile, stages_that_fit(fmt, *tile))
     for count, out, size in ((7, 320, 576), (3, 64, 1000)):
         weight, dense = stack(fmt, count, out, size, "cuda")
-        for tokens, k in ((1, 3), (130, 5), (700, 4)):
+        for tokens, k in ((1, 3), (21, 2), (130, 5), (700, 4)):
             x = torch.randn(tokens, size, device="cuda").to(torch.bfloat16)
             numbers = chosen(tokens, k, count, "cuda")
             for each in (weight, replace(weight, bias=None)):
@@ -143,9 +143,8 @@ ROUNDINGS = (None, (MXFP4, ScaleRule.EVEN), (MXINT8, ScaleRule.FLOOR), (MXFP8_E4
 
 
 @on_hopper
-@pytest.mark.parametrize("gate", GATES, ids=str)
-@pytest.mark.parametrize("rounding", ROUNDINGS, ids=str)
-def test_experts(gate: Gate, rounding: tuple[MXFormat, ScaleRule] | None) -> None:
+@pytest.mark.parametrize(("rounding", "gate"), crossed(ROUNDINGS, GATES), ids=str)
+def test_experts(rounding: tuple[MXFormat, ScaleRule] | None, gate: Gate) -> None:
     """Against the reference, which rounds to bfloat16 after each step; capturable, bit-identical on repeat."""
     from mxcompile.kernels.gluon.grouped_planes import experts
 
