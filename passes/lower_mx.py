@@ -71,9 +71,10 @@ class LowerMX(Pass):
         for matmul in program.track(todo):
             if matmul.parameter not in weights:
                 weights[matmul.parameter] = self._lower_weight(program, matmul, formats[matmul.node])
-            matmul.reader.replace_input_with(matmul.root, weights[matmul.parameter])
-            if not matmul.root.users:
-                program.erase_tensor_node(matmul.root)
+            if matmul.root.users:  # else lowered with another of several weights that one node takes from a parameter
+                matmul.reader.replace_input_with(matmul.root, weights[matmul.parameter])
+                if not matmul.root.users:
+                    program.erase_tensor_node(matmul.root)
             if self.activation is not None:
                 if matmul.activation not in inputs:
                     inputs[matmul.activation] = self._lower_input(program, matmul, self.activation)

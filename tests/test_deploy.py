@@ -59,6 +59,32 @@ def test_only_the_output_head_embeddings_and_routers_stay_float(name):
     assert [n for n in float_matrices if not re.search("embed|wte|wpe|lm_head", n)] == routers
 
 
+class OneOfSeveral(nn.Module):
+    """A loop over the experts of one parameter, in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(3, 64, 64) / 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = (F.linear(x, self.up[index]).relu() for index in range(3))
+        return sum(h @ weight for h, weight in zip(hidden, self.down, strict=True))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_of_several_weights_in_a_parameter(recipe):
+    """Packed as one, whatever a recipe learns; a rotation or a multiplier would have to be that of all of them."""
+    model, x = OneOfSeveral().eval(), torch.randn(2, 5, 64)
+    lowered = mxcompile.recipes()[recipe].run(mxcompile.trace(model, x), [x])
+    assert lowered.ledger[-1].misses == ()
+    deployed = mxcompile.deploy(lowered, model)
+    assert sqnr_db(model(x).detach(), deployed(x)) > (20 if "8a" in recipe.partition("-")[0] else 8)
+    assert all(isinstance(weight, MXWeight) and weight.dim() == 3 for weight in (deployed.up, deployed.down))
+    longer = torch.randn(3, 7, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(longer), lowered(longer), rtol=1e-5, atol=1e-5)
+
+
 def test_folds_reach_the_norms_of_the_module():
     model, example = build("llama"), inputs("llama")
     program = Pipeline.parse(f"smooth-quant | {RECIPES['w8a8-mxint']}").run(mxcompile.trace(model, example))

@@ -46,11 +46,16 @@ class MatmulChoice:
 
     def shared_weight_miss(self, matmul: Matmul) -> Miss:
         """The miss of a pass that rounds weights in place, for a matmul that does not own its weight."""
-        return Miss(where(matmul.node), "its weight is read elsewhere too: lower-mx rounds a copy")
+        reason = "is one of several in a parameter" if matmul.is_one_of_several else "is read elsewhere too"
+        return Miss(where(matmul.node), f"its weight {reason}: lower-mx rounds a copy")
+
+    def replaces_weight(self, matmul: Matmul) -> bool:
+        """True if only chosen matmuls compute with the parameter, so that its float values are not needed."""
+        return effective_readers(matmul.root) <= {m.node for m in self.matmuls}
 
     def owns_weight(self, matmul: Matmul) -> bool:
-        """True if only chosen matmuls compute with the weight, so that it may be rounded in place."""
-        return effective_readers(matmul.root) <= {m.node for m in self.matmuls}
+        """True if moreover each reads all of it, so that it may be rounded in place."""
+        return not matmul.is_one_of_several and self.replaces_weight(matmul)
 
 
 @checked

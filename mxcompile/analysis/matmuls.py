@@ -22,6 +22,7 @@ from mxcompile.graph.dataflow import (
     SAME_VALUE,
     TRANSPOSES,
     is_cast_without_change,
+    is_matrix_of_several,
     is_nested,
     operand,
     swapped_axes,
@@ -75,6 +76,7 @@ class Matmul:
     root: the node that the weight comes from: the parameter's `get_attr`, or its `mx::dequantize` once lowered.
     reader: the first node on the way from root to `node` (a transpose, or `node` itself).
     axis: the dimension of root that is contracted, -1 or -2.
+    is_one_of_several: root holds several weights, of which this matmul reads one: `linear(x, experts[2])`.
     """
 
     node: Node
@@ -83,6 +85,7 @@ class Matmul:
     reader: Node
     axis: int
     bias: Node | None
+    is_one_of_several: bool = False
 
     @property
     def parameter(self) -> str:
@@ -207,25 +210,34 @@ def _as_matmul(program: Program, node: Node, sources: Sources) -> Matmul | str |
     if weight not in sources:
         is_weight = any(_is_weight(program, source) for source in sources.get(activation, ()))
         return _LEFT if is_weight else None
-    root, reader, axis = _origin(node, weight, signature.axis)
+    root, reader, axis, is_one_of_several = _origin(node, weight, signature.axis)
     if root.target is not DEQUANTIZE and (root.op != "get_attr" or not program.is_parameter(str(root.target))):
         return _why_no_parameter(program, root, sources)
     bias = None if signature.bias is None else operand(node, signature.bias)
-    matmul = Matmul(node, activation, root, reader, axis, bias if isinstance(bias, Node) else None)
+    bias = bias if isinstance(bias, Node) else None
+    matmul = Matmul(node, activation, root, reader, axis, bias, is_one_of_several)
     return _why_unusable(matmul) or matmul
 
 
-def _origin(node: Node, weight: Node, axis: int) -> tuple[Node, Node, int]:
-    """Follow a right operand back through transposes: (root, the root's first reader, its contracted dimension)."""
-    reader = node
-    while weight.target in TRANSPOSES or weight.target in SAME_VALUE or is_cast_without_change(weight):
+def _origin(node: Node, weight: Node, axis: int) -> tuple[Node, Node, int, bool]:
+    """Follow a right operand back through transposes, and from one of several weights in a parameter to all of them.
+
+    Returns (root, the root's first reader, its contracted dimension, whether the operand is one of several).
+    """
+    reader, is_one_of_several = node, False
+    while True:
+        is_one = is_matrix_of_several(weight)
+        if not (is_one or weight.target in TRANSPOSES or weight.target in SAME_VALUE or is_cast_without_change(weight)):
+            return weight, reader, axis, is_one_of_several
+        is_one_of_several |= is_one
+        if weight.target is operator.getitem:  # of unbind
+            weight = operand(weight, 0)
         source = weight.args[0]
         assert isinstance(source, Node)
         axes = swapped_axes(weight, source.meta["val"].dim())
         if axes is not None:
             axis = axes[axis % len(axes)] - len(axes)
         reader, weight = weight, source
-    return weight, reader, axis
 
 
 def _why_unusable(matmul: Matmul) -> str | None:

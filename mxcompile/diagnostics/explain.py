@@ -112,7 +112,7 @@ def _select_kernels(program: Program, lowering: LowerMX, device: torch.device) -
                 selected,
                 program.tensor(matmul.parameter),
                 matmul.in_features,
-                replaces_float=choice.owns_weight(matmul),
+                replaces_float=choice.replaces_weight(matmul),
             )
     for node in choice.embeddings:
         name = str(cast(Node, node.args[0]).target)

@@ -1,5 +1,6 @@
 """Walk a graph: which ops only transpose, cast or copy a value, and which nodes read a value through them."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -145,6 +146,16 @@ def swapped_axes(node: Node, ndim: int) -> tuple[int, ...] | None:
     return None
 
 
+def is_matrix_of_several(node: Node) -> bool:
+    """Whether a node takes one matrix of a tensor of three dimensions, the same in every run: `weight[2]`."""
+    if node.target is operator.getitem:
+        node = operand(node, 0)
+        fixed = node.target is aten.unbind.int
+    else:
+        fixed = node.target is aten.select.int and isinstance(operand(node, 2), int)
+    return fixed and operand(node, 1) == 0 and operand(node, 0).meta["val"].dim() == 3
+
+
 def is_constant(node: Node) -> bool:
     """True if the value depends on no input, only on the program's own tensors."""
     stack, seen = [node], {node}
@@ -160,9 +171,10 @@ def is_constant(node: Node) -> bool:
 
 
 def effective_readers(node: Node) -> set[Node]:
-    """Every node that computes with the value, looking through transposes, casts and copies."""
+    """Every node that computes with the value, looking through transposes, casts, copies and `value[2]`."""
     readers: set[Node] = set()
     for user in node.users:
         is_transparent = user.target in TRANSPOSES or user.target in SAME_VALUE or user.target in CASTS
+        is_transparent |= user.target is aten.unbind.int or is_matrix_of_several(user)
         readers |= effective_readers(user) if is_transparent else {user}
     return readers

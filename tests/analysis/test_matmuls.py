@@ -158,6 +158,32 @@ def test_grouped_experts_of_mixtral(traced):
     assert finite_rows(program, experts[0]).shape == (4, 256, 64)
 
 
+def test_one_of_several_weights_in_a_parameter():
+    """Each is a matmul; the weight is packed as a whole."""
+
+    def by_number(m: Weighted, x: Tensor) -> Tensor:
+        return F.linear(x, m.weight[0]) + x @ m.weight[-1].T
+
+    def in_turn(m: Weighted, x: Tensor) -> Tensor:
+        return torch.stack([F.linear(x, weight) for weight in m.weight]).sum(0)
+
+    for function, readers in ((by_number, ["select", "select"]), (in_turn, ["unbind"] * 3)):
+        program, found, refusals = find(Weighted((3, OUT, IN), function))
+        assert refusals == []
+        assert [(m.parameter, m.axis, m.in_features, m.is_one_of_several) for m in found] == [
+            ("weight", -1, IN, True) for _ in readers
+        ]
+        assert [m.reader.target.overloadpacket.__name__ for m in found] == readers
+        assert finite_rows(program, found[0]).shape == (3, OUT, IN)
+
+
+def test_one_of_several_that_the_data_choose_or_along_another_dimension():
+    chosen = Weighted((3, IN, OUT), lambda m, x: x @ m.weight[x[:, 0, 0].long() * 0])
+    across = Weighted((IN, 3, OUT), lambda m, x: x @ m.weight[:, 1])
+    for model, name in ((chosen, "index"), (across, "select")):
+        assert f"aten.{name}." in the_refusal(model).reason
+
+
 # What is not a candidate
 
 
