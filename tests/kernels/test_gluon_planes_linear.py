@@ -78,7 +78,7 @@ def _weight(fmt: MXFormat, out: int, size: int, device: str) -> tuple[PlanarWeig
 
 def test_without_gluon_the_kernels_can_be_imported_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     package = importlib.import_module("mxcompile.kernels.gluon")
-    names = ("hopper", "planes_kernel", "planes_linear", "fp8_linear")
+    names = ("hopper", "planes_kernel", "planes_linear", "fp8_linear", "grouped_planes")
     for name, module in [(name, importlib.import_module(f"mxcompile.kernels.gluon.{name}")) for name in names]:
         monkeypatch.setattr(package, name, module)
         monkeypatch.delitem(sys.modules, f"mxcompile.kernels.gluon.{name}")
