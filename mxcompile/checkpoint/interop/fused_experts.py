@@ -19,6 +19,8 @@ from mxcompile.errors import CheckpointError
 from mxcompile.tensor.weight import MXWeight
 
 _PROJECTIONS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+MIXTRAL_NAMES: Final = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""How Mixtral was published, and how other programs call the projections of GraniteMoE too."""
 _UNMARKED: Final = {"Llama4TextExperts": (True, False)}
 """(transposed, interleaved) of classes of transformers that do not state it."""
 

@@ -23,6 +23,7 @@ from mxcompile.checkpoint.interop.gguf_experts import (
     is_published_yarn,
     mixture_in,
     mixture_of,
+    number_type,
     unsupported,
     yarn_settings,
 )
@@ -38,6 +39,7 @@ _WRITTEN: Final = (
     | {mixture.class_name: mixture.architecture for mixture in MIXTURES}
 )
 _HEADS: Final = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+_PERMUTED: Final = ("llama", "granitemoe")
 _DIVIDED: Final = ("qwen2", "qwen2moe", "olmoe")
 """Architectures whose heads divide the hidden size."""
 _IDS: Final = {"bos": "bos", "pad": "padding", "unk": "unknown"}
@@ -106,7 +108,7 @@ def settings(config: Any, architecture: str) -> dict[str, int | float | str]:
         "vocab_size": config.vocab_size,
     }
     if mixture is not None:
-        own |= {key: getattr(config, name) for key, name in mixture.settings.items()}
+        own |= {key: number_type(key)(getattr(config, name)) for key, name in mixture.settings.items()}
     if architecture == GPT_OSS:
         own |= yarn_settings(rope)
     return {f"{architecture}.{key}": value for key, value in own.items()}
@@ -167,7 +169,7 @@ def _mixture_config(file: GGUFFile, mixture: Mixture) -> dict[str, Any]:
     ]
     if others:
         raise CheckpointError(f"{file.path} has {others[0]}, which mxcompile does not support")
-    numbers = {name: _number(file, key, int) for key, name in mixture.settings.items()}
+    numbers = {name: _number(file, key, number_type(key)) for key, name in mixture.settings.items()}
     flags = {name: tensor in file.entries for name, tensor in mixture.flags.items()}
     return {"model_type": mixture.model_type, **copy.deepcopy(dict(mixture.built_in)), **numbers, **flags}
 
@@ -215,9 +217,9 @@ def gguf_names(architecture: str, layers: int, names: Iterable[str]) -> dict[str
 
 
 def permuted(name: str, value: Tensor, config: Mapping[str, Any], architecture: str, *, from_gguf: bool) -> Tensor:
-    """Llama's q and k with the rows of each head in the other program's order; any other tensor unchanged."""
+    """Llama's and GraniteMoE's q and k with the rows of each head in the other program's order; others unchanged."""
     key = _HEADS.get(name.split(".")[-2]) if "." in name else None
-    if architecture != "llama" or key is None:
+    if architecture not in _PERMUTED or key is None:
         return value
     heads = config[key]
     if value.shape[0] % (2 * heads):

@@ -11,12 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from mxcompile.checkpoint.interop.fused_experts import FusedTensor
+from mxcompile.checkpoint.interop.fused_experts import MIXTRAL_NAMES, FusedTensor
 
 _COUNTS: Final = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 _LOCAL: Final = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 _EVERY_LAYER: Final[Mapping[str, Any]] = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+_GRANITE_EXPERTS: Final = ".block_sparse_moe.experts"
+_ENDINGS: Final = {
+    ".sinks": ".sinks.weight",
+    ".block_sparse_moe.router.weight": ".block_sparse_moe.router.layer.weight",
+}
+"""Ends of names that the gguf package knows otherwise."""
 ROUTERS: Final = (".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
 """Ends of the names of routers, which llama.cpp's converter keeps in F32."""
 
@@ -39,6 +45,18 @@ class Mixture:
 
 MIXTURES: Final = (
     Mixture("mixtral", "MixtralForCausalLM", "llama", _LOCAL),
+    Mixture(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        "granitemoe",
+        _LOCAL
+        | {
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+    ),
     Mixture(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
@@ -90,6 +108,11 @@ def mixture_in(metadata: Mapping[str, Any]) -> Mixture | None:
     return next((mixture for mixture in MIXTURES if mixture.architecture == architecture), None)
 
 
+def number_type(key: str) -> type:
+    """Of the value of a metadata key."""
+    return float if key.endswith("scale") else int
+
+
 def unsupported(config: Any, mixture: Mixture) -> dict[str, bool]:
     """What a configuration asks for that llama.cpp has otherwise, and whether it does."""
     differing = {
@@ -115,8 +138,10 @@ def lookups(name: str, fused: Mapping[str, FusedTensor]) -> dict[str, str | None
     """The names by which the gguf package knows the parts of a tensor -> the projection of each; None: all of it."""
     if name in fused:
         own = fused[name]
-        return {f"{own.path}.{projection}.{own.leaf}": projection for projection in own.projections}
-    return {f"{name}.weight" if name.endswith(".sinks") else name: None}
+        names = MIXTRAL_NAMES if own.path.endswith(_GRANITE_EXPERTS) else {}
+        return {f"{own.path}.{names.get(p, p)}.{own.leaf}": p for p in own.projections}
+    ending = next((ending for ending in _ENDINGS if name.endswith(ending)), "")
+    return {name.removesuffix(ending) + _ENDINGS.get(ending, ""): None}
 
 
 def yarn_settings(rope: Mapping[str, Any]) -> dict[str, int | float | str]:

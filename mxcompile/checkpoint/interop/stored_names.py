@@ -21,14 +21,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from mxcompile.checkpoint.interop.fused_experts import FusedTensor, expert_of, fused_tensors
+from mxcompile.checkpoint.interop.fused_experts import MIXTRAL_NAMES, FusedTensor, expert_of, fused_tensors
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.modules import is_pretrained, named_tensors
 from mxcompile.tensor.weight import MXWeight
 
 _COLUMNS: Final = 2
 _CONVERSIONS: Final = "_weight_conversions"  # of the files a model was loaded from, which may have had other names
-_MIXTRAL_NAMES: Final = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _MIXTRAL_NAMED: Final = "GraniteMoe"
 """Beginning of the names of classes whose experts vLLM reads under Mixtral's names."""
 
@@ -101,7 +100,7 @@ def stored_parts(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[st
         if name in fused and not parts.are_experts:
             owner = module.get_submodule(fused[name].path)
             mixtral = any(kind.__name__.startswith(_MIXTRAL_NAMED) for kind in type(owner).__mro__)
-            names = _MIXTRAL_NAMES if mixtral else {}
+            names = MIXTRAL_NAMES if mixtral else {}
             stored[name] = _one_by_one(fused[name], fused[name].path, shapes[name][0], names)
     return stored
 

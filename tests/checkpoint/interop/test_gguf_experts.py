@@ -23,6 +23,7 @@ NAMES = {
     "qwen3": "qwen3moe",
     "qwen2": "qwen2moe",
     "olmoe": "olmoe",
+    "granite": "granitemoe",
     "gpt-oss": "gpt-oss",
 }
 INPUTS = {"input_ids": torch.arange(24)[None] * 7 % 128}
@@ -64,7 +65,8 @@ def test_the_gguf_package_decodes_our_values_in_llama_cpp_s_layout(name, tmp_pat
     assert reader.fields["general.architecture"].contents() == NAMES[name]
     assert reader.fields[f"{NAMES[name]}.expert_count"].contents() == EXPERTS
     assert reader.fields[f"{NAMES[name]}.expert_used_count"].contents() == 2
-    experts = model.model.layers[0].mlp.experts
+    layer = model.model.layers[0]
+    experts = layer.block_sparse_moe.experts if name == "granite" else layer.mlp.experts
     joined, down = experts.gate_up_proj.dequantize(), experts.down_proj.dequantize()
     if name == "gpt-oss":
         joined, down = joined.transpose(1, 2), down.transpose(1, 2)

@@ -50,7 +50,19 @@ MODELS = {
     "qwen3": ("Qwen3", {"head_dim": 32}),
 }
 
-MIXTURES = {"mixtral": {}, "qwen3": {"head_dim": 32}, "qwen2": {}, "olmoe": {}, "gpt-oss": {"intermediate_size": 96}}
+MIXTURES = {
+    "mixtral": {},
+    "qwen3": {"head_dim": 32},
+    "qwen2": {},
+    "olmoe": {},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    },
+    "gpt-oss": {"intermediate_size": 96},
+}
 """Changes of the models that `interop_mixtures.py` makes."""
 
 
