@@ -260,3 +260,21 @@ def test_dispatch_takes_them_or_says_why_not():
     composed = dispatch.experts(x, chosen, weights, first, second, gate, aligned)
     assert composed.isfinite().all()
     assert not torch.equal(composed, y)
+
+
+@pytest.mark.parametrize("name", ["mxint4", "mxfp4", "mxfp4:128", "mxint4:16", "mxint8", "mxfp8_e4m3"])
+def test_every_code_in_a_panel(name, error_over_bound):
+    """All codes at all positions of a block, with scales from 2^-60 to 2^60 and NaN, times the identity."""
+    fmt = parse_format(name)
+    size, count = fmt.block_size, 60
+    codes = (torch.arange(256)[:, None] + torch.arange(size)) % 2**fmt.bits
+    scales = torch.arange(256, dtype=torch.uint8).clamp(67, 187)[:, None]
+    scales[-1] = 255
+    elements = packing.pack(codes.to(torch.uint8), fmt)
+    x = torch.eye(size).repeat(-(-count // size), 1)[:count].bfloat16()
+    y = experts.grouped_linear(x, torch.zeros(count, 1).int(), (elements[None], scales[None], None), fmt)
+    values = linears.decode(elements, scales, fmt, size, torch.bfloat16)
+    numbers = values.isfinite().all(1)
+    assert not numbers[-1]
+    assert torch.equal(y[:, numbers], (x.float() @ values[numbers].float().T).bfloat16())
+    assert y[:, ~numbers].isnan().all()

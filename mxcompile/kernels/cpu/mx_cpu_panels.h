@@ -13,6 +13,30 @@ inline int64_t padded(int64_t blocks) {
   return (blocks * B + PAIRED - 1) / PAIRED * PAIRED;
 }
 
+// Decode one row of a weight to bfloat16 values. The 16 values of four bits are multiplied by a block's scale, and looked
+// up; products that bfloat16 does not have are subnormal, and the pairs' products take those for zero.
+template <class E, int B>
+void decode_panel_row(const uint8_t* packed, const uint8_t* scales, uint16_t* values, int64_t blocks) {
+  if constexpr (E::BITS != 4 || B < 32) {
+    decode_row<E, B>(packed, scales, values, blocks * B);
+  } else {
+    const Lanes<16>::Ints codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512 elements = __m512(decode<E, 16>(codes));
+    const __m256i nibble = _mm256_set1_epi16(15);
+    for (int64_t block = 0; block < blocks; ++block, packed += B / 2, values += B) {
+      const __m512 scaled = _mm512_mul_ps(elements, _mm512_set1_ps(SCALES<E>.values[scales[block]]));
+      const __m256i table = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(scaled), 16));
+      for (int i = 0; i < B / 2; i += 16) {
+        const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i)));
+        const __m256i low = _mm256_permutexvar_epi16(_mm256_and_si256(bytes, nibble), table);
+        const __m256i high = _mm256_permutexvar_epi16(_mm256_srli_epi16(bytes, 4), table);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + i), low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + B / 2 + i), high);
+      }
+    }
+  }
+}
+
 // `finish` for a whole panel, in vectors.
 inline void finish_panel(const Product& product, int64_t m, int64_t n, float* y) {
   if (product.bias != nullptr && product.wide_bias)
@@ -60,8 +84,8 @@ void multiply_panels(const Product& product, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += PANEL) {
     const int64_t count = std::min<int64_t>(PANEL, end - n);
     for (int64_t r = 0; r < count; ++r)
-      decode_row<E, B>(product.elements + (n + r) * product.blocks * (B * E::BITS / 8),
-                       product.scales + (n + r) * product.blocks, buffer.data() + r * stride, product.blocks * B);
+      decode_panel_row<E, B>(product.elements + (n + r) * product.blocks * (B * E::BITS / 8),
+                             product.scales + (n + r) * product.blocks, buffer.data() + r * stride, product.blocks);
     int64_t m = 0;
     for (; m + STRIPE <= product.tokens; m += STRIPE)
       multiply_panel<STRIPE>(product, buffer.data(), stride, m, n, count);
