@@ -11,9 +11,9 @@ For each batch size, `token_ms` is the mean time between two tokens of one call,
 without the first step, which captures the CUDA graph; `step_ms` are the kernels of one decode step alone.
 `prefill_ms` is one compiled forward of `--prefill` tokens; of the bfloat16 model also an eager one, and the faster one
 counts. transformers decodes by `batched_mm`, which copies the weights of all choices; "bfloat16, grouped_mm" decodes
-batches of several by `grouped_mm`. A ratio is over the fastest bfloat16. `seconds` says how long building, tracing,
-quantizing, deploying and the first call of `generate` took, with compilation in the last; `peak_gib` is the GPU memory
-of quantizing.
+batches of several by `grouped_mm`. A ratio is over the fastest bfloat16 before it. `seconds` says how long building,
+tracing, quantizing, deploying and the first call of `generate` took, with compilation in the last; `peak_gib` is the
+GPU memory of quantizing.
 """
 
 import argparse
@@ -72,7 +72,8 @@ def main(words: list[str] | None = None) -> int:
             # transformers replaces "grouped_mm", and only this name, by "batched_mm" in decoding
             model.set_experts_implementation(_KEPT if way == GROUPED else "grouped_mm")
             ready = model if way in (FLOAT, GROUPED) else quantized(model, way, took)
-            row |= measured(ready, way, arguments, took) | memory(ready)
+            row |= memory(ready, way)
+            row |= measured(ready, way, arguments, took)
         except Exception as problem:  # the others run
             row["failed"] = f"{type(problem).__name__}: {str(problem)[:500]}"
         row["seconds"] = {name: round(value, 2) for name, value in took.items()}
@@ -140,10 +141,12 @@ def quantized(model: Any, recipe: str, took: dict[str, float]) -> Any:
     return step("compile", lambda: compile_module(deployed))
 
 
-def memory(model: Any) -> dict[str, float]:
-    peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}
-    sizes = {"gib": stored_bytes(model) / 2**30, "decoder_gib": stored_bytes(model.model.layers) / 2**30}
-    return {name: round(value, 3) for name, value in (sizes | peak).items()}
+def memory(model: Any, way: str) -> dict[str, float]:
+    """GiB of the model and of its decoder, and the peak so far if it has just been quantized."""
+    sizes = {"gib": stored_bytes(model), "decoder_gib": stored_bytes(model.model.layers)}
+    if model.device.type == "cuda" and way not in (FLOAT, GROUPED):
+        sizes["peak_gib"] = torch.cuda.max_memory_allocated()
+    return {name: round(value / 2**30, 3) for name, value in sizes.items()}
 
 
 @torch.no_grad()
