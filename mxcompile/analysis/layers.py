@@ -1,14 +1,15 @@
 """Layers: the matmuls to quantize, identified across passes, whatever op computes them at each stage.
 
 A layer has the name of its weight, which no pass changes: `up.weight` is packed into `up.weight_elements` and read by
-`mx::dequantize` or `mx::linear`, and its layer is still called `up.weight`. A second matmul by the same weight is
-another layer, `up.weight (2)`.
+`mx::dequantize`, `mx::linear` or `mx::grouped_linear`, and its layer is still called `up.weight`. A second matmul by
+the same weight is another layer, `up.weight (2)`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -16,7 +17,12 @@ from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.graph.edit import parameter_name
 from mxcompile.graph.program import Program, Rounding, module_path
-from mxcompile.ops import DEQUANTIZE, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.ops import DEQUANTIZE, GROUPED_LINEAR, LINEAR, QUANTIZE, QUANTIZE_DEQUANTIZE
+
+aten = torch.ops.aten
+
+_FUSED: Final[dict[Any, tuple[int, int]]] = {LINEAR: (1, 4), GROUPED_LINEAR: (2, 5)}
+"""Fused matmul -> positions of its elements, which the scales follow, and of their format."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,11 @@ class InputRounding:
 class Layer:
     """A matmul by a weight.
 
-    node: the node that multiplies. matmul: None for `mx::linear`. format: of its weight's elements, None for float.
+    node: the node that multiplies. matmul: None for a fused one. format: of its weight's elements, None for float.
     operands: its computed operands, in order of position (its input; the offsets of experts). constants: the others
-    (weight, bias). activation: the operand that is its input, as it is multiplied. float_input: its input before
-    rounding. input_rounding: how it is rounded, None if it is not.
+    (weight, bias). steps: the nodes from the operands to the result, `node` last.
+    activation: the operand that is its input, as it is multiplied. float_input: its input before rounding.
+    input_rounding: how it is rounded, None if it is not.
     """
 
     name: str
@@ -46,6 +53,7 @@ class Layer:
     format: str | None
     operands: tuple[Node, ...]
     constants: tuple[Node, ...]
+    steps: tuple[Node, ...]
     activation: Node
     float_input: Node
     input_rounding: InputRounding | None
@@ -70,7 +78,8 @@ class Layer:
         """Its weight `[..., out, in]`, dequantized."""
         if self.matmul is not None and not self.matmul.is_lowered:
             return self.matmul.rows(program.tensor(self.matmul.parameter).detach())
-        packed = self.node.args[1:3] if self.matmul is None else self.matmul.root.args[:2]
+        first = 0 if self.matmul is not None else _FUSED[self.node.target][0]
+        packed = (self.node if self.matmul is None else self.matmul.root).args[first : first + 2]
         elements, scales = (program.tensor(str(cast(Node, part).target)) for part in packed)
         if self.matmul is None:
             x: Tensor = self.activation.meta["val"]
@@ -85,7 +94,7 @@ def find_layers(program: Program) -> dict[str, Layer]:
     layers: dict[str, Layer] = {}
     count: dict[str, int] = {}
     for node in program.graph.nodes:
-        if node not in matmuls and node.target is not LINEAR:
+        if node not in matmuls and node.target not in _FUSED:
             continue
         parameter = _parameter(node, matmuls.get(node))
         count[parameter] = count.get(parameter, 0) + 1
@@ -97,15 +106,27 @@ def find_layers(program: Program) -> dict[str, Layer]:
 def _layer(
     program: Program, name: str, parameter: str, node: Node, matmul: Matmul | None, computed: set[Node]
 ) -> Layer:
-    operands = tuple(operand for operand in _operands(node) if operand in computed)
-    constants = tuple(operand for operand in _operands(node) if operand not in computed)
+    steps = _steps(node)
+    inputs = dict.fromkeys(operand for step in steps for operand in _operands(step) if operand not in steps)
+    operands = tuple(operand for operand in inputs if operand in computed)
+    constants = tuple(operand for operand in inputs if operand not in computed)
     activation = cast(Node, node.args[0]) if matmul is None else matmul.activation
     if matmul is None or matmul.is_lowered:
-        fmt = str(node.args[4] if matmul is None else matmul.root.args[2])
+        fmt = str(node.args[_FUSED[node.target][1]] if matmul is None else matmul.root.args[2])
     else:
         rounding: Rounding | None = program.rounded.get(parameter)
         fmt = None if rounding is None else str(rounding.format)
-    return Layer(name, node, matmul, fmt, operands, constants, activation, *split_rounding(activation))
+    return Layer(name, node, matmul, fmt, operands, constants, steps, activation, *split_rounding(activation))
+
+
+def _steps(node: Node) -> tuple[Node, ...]:
+    """The node, and what finds the experts of its rows from their offsets where a grouped matmul was fused."""
+    experts = node.args[1] if node.target is GROUPED_LINEAR else None
+    found = experts.args[0] if isinstance(experts, Node) and experts.target is aten.unsqueeze.default else None
+    if not isinstance(experts, Node) or not isinstance(found, Node) or found.target is not aten.searchsorted.Tensor:
+        return (node,)
+    numbers = cast(Node, found.args[1])  # 0, 1, 2 ... as many as the input has rows
+    return *numbers.all_input_nodes, numbers, found, experts, node
 
 
 def split_rounding(activation: Node) -> tuple[Node, InputRounding | None]:
@@ -123,7 +144,7 @@ def split_rounding(activation: Node) -> tuple[Node, InputRounding | None]:
 
 
 def _parameter(node: Node, matmul: Matmul | None) -> str:
-    return parameter_name(cast(Node, node.args[1])) if matmul is None else matmul.name
+    return matmul.name if matmul is not None else parameter_name(cast(Node, node.args[_FUSED[node.target][0]]))
 
 
 def _operands(node: Node) -> Iterator[Node]:

@@ -191,9 +191,12 @@ class _LayerRunner(Runner):
 
     def recompute(self, layer: Layer, operands: list[Tensor]) -> Tensor:
         """The output of a layer for other computed operands."""
-        original = {node: self.env[node] for node in layer.operands}
+        original = dict(self.env)
         self.env.update(zip(layer.operands, operands, strict=True))
-        result = super().run_node(layer.node)
+        for step in layer.steps:
+            self.env[step] = super().run_node(step)
+        result = self.env[layer.node]
+        self.env.clear()
         self.env.update(original)
         return result
 
