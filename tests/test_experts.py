@@ -176,6 +176,7 @@ def test_no_expert_is_decoded_that_no_token_chose(name, implementation):
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # of grouped_mm
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", MANY_EXPERTS)
 @torch.no_grad()
@@ -195,6 +196,7 @@ def test_a_compiled_model_decodes_no_expert_that_no_token_chose(name, implementa
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")  # Llama-4
 @pytest.mark.parametrize(
     ("name", "recipe"), [("qwen3_moe", ACTIVATIONS), ("gpt_oss", WEIGHTS), ("qwen2_moe", WEIGHTS), ("llama4", WEIGHTS)]
 )
