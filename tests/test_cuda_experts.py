@@ -16,6 +16,7 @@ from chosen_experts import poison, poison_chosen, recorded_choices
 
 import mxcompile
 from mxcompile.inductor import compile_module
+from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.tensor.planar_layout import use_planar_layout
 from mxcompile.tensor.weight import MXWeight, unfused_matmuls
 
@@ -154,6 +155,6 @@ def test_no_expert_is_decoded_that_no_token_chose(name, implementation, device):
     for run in (module, compile_module(copy.deepcopy(module))):
         expected = run(**arguments).logits.clone()
         poison(run, chosen)
-        assert torch.equal(run(**arguments).logits, expected)
+        assert sqnr_db(expected, run(**arguments).logits) > 30
         poison_chosen(run, chosen)
-        assert not torch.allclose(run(**arguments).logits, expected, rtol=0.1)
+        assert not sqnr_db(expected, run(**arguments).logits) > 10

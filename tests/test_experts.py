@@ -189,7 +189,7 @@ def test_a_compiled_model_decodes_no_expert_that_no_token_chose(name, implementa
     expected = output(compiled(**example))
     assert sqnr_db(plain, expected) > 80
     poison(compiled, chosen)
-    assert torch.equal(output(compiled(**example)), expected)
+    assert sqnr_db(expected, output(compiled(**example))) > 80  # of a second graph, where the first one breaks
     poison_chosen(compiled, chosen)
     assert not output(compiled(**example)).isfinite().all()
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.kernels.dispatch import prepare
 from mxcompile.tensor.modules import device_of
 from mxcompile.tensor.planar_layout import use_planar_layout
+from mxcompile.tensor.weight import MXWeight
 
 logger = logging.getLogger(__name__)
 
 
 def compile_fused(module: nn.Module) -> None:
     """Compile a deployed module in place; without a compiler for its device, fuse only, with a warning."""
+    _do_not_compile_weights()
     device = device_of(module)
     reason = why_no_compiler(device)
     if device.type == "cuda":
@@ -37,6 +40,16 @@ def compile_fused(module: nn.Module) -> None:
     else:
         warn(f"{reason}: the model runs with fused MX operations, but uncompiled")
         _compile_call(module, _fused_eager())
+
+
+@cache
+def _do_not_compile_weights() -> None:
+    """Run functions of MXWeight as they are where a graph breaks, as in a loop over the experts that were chosen.
+
+    There Dynamo would compile each by itself, and fail in those that make a weight. In graphs it calls the functions.
+    """
+    function = vars(MXWeight)["__torch_function__"].__func__
+    setattr(MXWeight, "__torch_function__", classmethod(torch.compiler.disable(function)))  # noqa: B010 - for pyright
 
 
 def _without_bad_checks(device: torch.device) -> dict[str, bool]:
