@@ -4,11 +4,11 @@
 
 Tiny models with random weights (`zoo_models.py`). Each runs in a process of its own with a time limit, and gets a line
 in `results/zoo.jsonl` (`--again`: also those that have one). `quantized`: share of matmul weight bytes in an MX format,
-without the output head and routers. `w8a8_db`: SQNR of the output of the module that `w8a8-mxint` deploys, on inputs of another
-batch size and length than traced, where the graph allows it; `w4a8_db` is that of the default recipe with four tiny
-calibration batches, `w4a8_quick_db` that of rounding alone. `saved`: the outputs of the saved and loaded module are
-equal bit for bit. `generated`: `w8a16-mxint` generates the tokens of the same weights in float; `as_float`: share of
-generated tokens in which w8a8 agrees with the float model. Null: not tried. `reasons`: why a stage failed, or left a
+without the output head and routers. `w8a8_db`: SQNR of the output of the module that `w8a8-mxint` deploys, on inputs of
+another batch size and length than traced, where the graph allows it; `w4a8_db` is that of the default recipe with four
+tiny calibration batches, `w4a8_quick_db` that of rounding alone. `saved`: the outputs of the saved and loaded module
+are equal bit for bit. `generated`: `w8a16-mxint` generates the tokens of the same weights in float; `as_float`: share
+of generated tokens in which w8a8 agrees with the float model. Null: not tried. `reasons`: why a stage failed, or left a
 matmul in float. `seconds`: CPU seconds of the trace, on one thread.
 """
 
