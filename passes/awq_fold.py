@@ -23,6 +23,7 @@ from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Miss, PassResult
+from mxcompile.numerics.row_slices import column_wise
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.options import Range
 
@@ -63,5 +64,9 @@ class AwqFold(Pass):
         return PassResult(len(result.folds), tuple(misses), result.numbers, tuple(result.folds))
 
     def _candidates(self, group: ScaleGroup, activation: MatmulStatistic, weight: MatmulStatistic) -> Iterator[Tensor]:
-        weights = group.mean(lambda matmul: weight(matmul).abs().flatten(0, -2).mean(0))
+        weights = group.mean(lambda matmul: column_wise(_mean_magnitude, weight(matmul)))
         return power_candidates(group.mean(activation), weights, self.grid, activation_alone=True)
+
+
+def _mean_magnitude(rows: Tensor) -> Tensor:
+    return rows.float().abs().mean(0)

@@ -30,11 +30,13 @@ from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage, where
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.numerics.column_rounding import MOST_DAMPING, ColumnOrder, ColumnRounding, IllConditionedError
+from mxcompile.numerics.exact_packing import pack_exactly
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.numerics.reference import largest_exponent
 from mxcompile.pipeline.interfaces import FLOATING, Pass
 from mxcompile.pipeline.options import Range
+from mxcompile.tensor.weight import MXWeight
 
 _SCALES = " scales"
 _UNCORRECTED = "rounded without correction: the model selects its tokens, which may differ in the float model"
@@ -91,8 +93,9 @@ class Gptq(Pass):
         twin_run = TwinRun(program, choice.matmuls, prepare, self.correction > 0)
         for index, segment in enumerate(program.track(twin_run.segments)):
             readings = _by_input(program, segment, todo, formats)
-            before = {m.parameter: program.tensor(m.parameter) for readers in readings for m in readers}
-            reasons = _restored(program, index, {m.parameter: formats[m.node] for readers in readings for m in readers})
+            weights = [matmul for readers in readings for matmul in readers]
+            before = {m.parameter: program.tensor(m.parameter) for m in weights}
+            reasons = _restored(program, index, weights, formats)
             if reasons is None:
                 reasons = self._round_segment(program, twin_run, segment, readings, formats)
                 _keep(program, index, before, reasons)
@@ -116,30 +119,35 @@ class Gptq(Pass):
             reasons += self._round(program, readers, moments, formats[readers[0].node])
         return reasons
 
-    def _round(self, program: Program, readers: list[Matmul], moments: list[SecondMoments], fmt: MXFormat) -> list[str]:
-        """Round all weights that read one value together: their rows are independent. Returns remarks."""
-        rows = [finite_rows(program, matmul) for matmul in readers]
-        stacked = [weight.reshape(-1, *weight.shape[-2:]) for weight in rows]  # [experts or 1, out, in]
-        pairs: list[tuple[Tensor, Tensor]] = []
-        compared = any(m.compared for m in moments) or not any(m.tokens for m in moments)
-        reasons = [] if compared or not self.correction else [_UNCORRECTED]
+    def _round(
+        self, program: Program, readers: list[Matmul], moments: Iterable[SecondMoments], fmt: MXFormat
+    ) -> list[str]:
+        """Round all weights that read one value together: their rows are independent. Returns remarks.
+
+        Experts are rounded and packed one after the other.
+        """
+        weights = [_RoundedWeight(matmul, finite_rows(program, matmul)) for matmul in readers]
+        reasons: list[str] = []
+        compared = seen = False
         for index, of_expert in enumerate(moments):
-            weights = {m.node.name: weight[index] for m, weight in zip(readers, stacked, strict=True)}
+            rows = {weight.matmul.node.name: weight.expert(index) for weight in weights}
+            compared, seen = compared or of_expert.compared, seen or of_expert.tokens > 0
             try:
                 if not of_expert.tokens:
                     raise IllConditionedError(NO_TOKENS)
-                pairs.append(self._round_together(weights, of_expert, fmt))
+                pair = self._round_together(rows, of_expert, fmt)
                 if of_expert.tokens < readers[0].in_features:
                     reasons.append(f"{of_expert.tokens} {_FEW_TOKENS.format(readers[0].in_features)}")
             except IllConditionedError as error:
                 reasons.append(f"rounded to nearest: {error}")
-                pairs.append(round_rows(torch.cat([*weights.values()]), fmt, self.rule or ScaleRule.MSE))
-        sizes = [weight.shape[-2] for weight in rows]
-        all_values, all_scales = (torch.stack(tensors).split(sizes, 1) for tensors in zip(*pairs, strict=True))
-        for matmul, old, *rounded in zip(readers, rows, all_values, all_scales, strict=True):
-            values, scales = (t.clone().reshape(*old.shape[:-1], -1) for t in rounded)  # own storage for each weight
-            program.set_tensor(matmul.parameter, matmul.rows(values.to(old.dtype)).contiguous())
-            program.rounded[matmul.parameter] = Rounding(fmt, scales)
+                pair = round_rows(torch.cat([*rows.values()]), fmt, self.rule or ScaleRule.MSE)
+            parts = (part.split([len(each) for each in rows.values()]) for part in pair)
+            for weight, values, scales in zip(weights, *parts, strict=True):
+                weight.add(values, scales, fmt)
+        for weight in weights:
+            weight.store(program, fmt)
+        if self.correction and seen and not compared:
+            reasons.insert(0, _UNCORRECTED)
         return [f"{where(matmul.node)}: {reason}" for matmul in readers for reason in reasons]
 
     def _round_together(
@@ -151,22 +159,67 @@ class Gptq(Pass):
         return rounding.round(moments.target(weights, self.damping, self.correction), moments.inputs)
 
 
-def _restored(program: Program, index: int, formats: Mapping[str, MXFormat]) -> list[str] | None:
+class _RoundedWeight:
+    """A weight `[..., out, in]` whose experts are rounded one after the other, and packed at once.
+
+    A 2-D weight is a single expert, which stays float.
+    """
+
+    def __init__(self, matmul: Matmul, rows: Tensor) -> None:
+        self.matmul, self._rows = matmul, rows
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def expert(self, index: int) -> Tensor:
+        """The weight `[out, in]` of an expert, before it is rounded."""
+        return self._rows if self._rows.dim() == 2 else self._rows[index]
+
+    def add(self, values: Tensor, scales: Tensor, fmt: MXFormat) -> None:
+        """The next expert's rounded values `[out, in]` and their scales."""
+        values = values.to(self._rows.dtype)
+        self._parts.append((values if self._rows.dim() == 2 else pack_exactly(values, scales, fmt), scales))
+
+    def store(self, program: Program, fmt: MXFormat) -> None:
+        """Put all experts into the program."""
+        values, scales = (torch.stack(parts) for parts in zip(*self._parts, strict=True))
+        if self._rows.dim() == 2:
+            values, scales = values[0], scales[0]
+        _store(program, self.matmul, values, Rounding(fmt, scales))
+
+
+def _store(program: Program, matmul: Matmul, values: Tensor, rounding: Rounding) -> None:
+    """Put a rounded weight into the program; values: those of a 2-D weight `[out, in]`, the elements of a 3-D one."""
+    dtype = program.stored(matmul.parameter).dtype
+    if values.dim() == 2:
+        program.set_rounded(matmul.parameter, values, rounding, matmul.axis)
+    else:
+        program.set_packed(matmul.parameter, values, rounding, matmul.axis, dtype)
+
+
+def _restored(
+    program: Program, index: int, weights: Iterable[Matmul], formats: Mapping[Node, MXFormat]
+) -> list[str] | None:
     """Load a segment's weights from an interrupted run and return its remarks; None if it had not finished it."""
     saved = None if program.resume is None else program.resume.load(f"{index:04}")
     if saved is None:
         return None
     tensors, reasons = saved
-    for name, fmt in formats.items():
-        device = program.tensor(name).device
-        program.set_tensor(name, tensors[name].to(device))
-        program.rounded[name] = Rounding(fmt, tensors[f"{name}{_SCALES}"].to(device))
+    for matmul in weights:
+        name = matmul.parameter
+        device = program.stored(name).device
+        values, scales = (tensors[part].to(device) for part in (name, f"{name}{_SCALES}"))
+        _store(
+            program,
+            matmul,
+            matmul.rows(values) if values.dim() == 2 else values,
+            Rounding(formats[matmul.node], scales),
+        )
     return reasons
 
 
 def _keep(program: Program, index: int, names: Iterable[str], reasons: list[str]) -> None:
     if program.resume is not None:
-        tensors = {name: program.tensor(name) for name in names}
+        stored = {name: program.stored(name) for name in names}
+        tensors = {name: each.elements if isinstance(each, MXWeight) else each for name, each in stored.items()}
         tensors |= {f"{name}{_SCALES}": program.rounded[name].scales for name in names}
         program.resume.save(f"{index:04}", tensors, reasons)
 

@@ -6,7 +6,7 @@ by name looks up packed rows. In eager mode, the lowered graph runs the referenc
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,11 +22,11 @@ from mxcompile.graph.edit import BLOCK_AXIS, PACKS, insert_call, insert_tensor
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage
 from mxcompile.graph.records import PassResult
-from mxcompile.numerics import packing, reference
+from mxcompile.numerics.exact_packing import InexactError, pack_exactly
 from mxcompile.numerics.importance import round_rows
-from mxcompile.numerics.row_slices import row_wise
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.pipeline.interfaces import FLOATING, Pass
+from mxcompile.tensor.weight import MXWeight
 
 aten = torch.ops.aten
 
@@ -86,12 +86,13 @@ class LowerMX(Pass):
 
     def _lower_weight(self, program: Program, matmul: Matmul, fmt: MXFormat) -> Node:
         """Insert the weight's `mx::dequantize`, in the parameter's own orientation, before its first reader."""
-        rows = finite_rows(program, matmul)
+        float_weight = program.stored(matmul.parameter)
         order = {node: index for index, node in enumerate(program.graph.nodes)}
         before = min(matmul.root.users, key=order.__getitem__)
-        elements, scales = self._pack(program, matmul.parameter, rows, before, fmt)
+        read = partial(finite_rows, program, matmul)
+        elements, scales = self._pack(program, matmul.parameter, read, before, fmt)
         name = f"{matmul.root.name}_dequantized"
-        args = (elements, scales, str(fmt), rows.shape[-1], rows.dtype)
+        args = (elements, scales, str(fmt), matmul.in_features, float_weight.dtype)
         weight = insert_call(program, before, DEQUANTIZE, args, name)
         weight.meta[BLOCK_AXIS] = matmul.axis
         if matmul.axis == -1:
@@ -114,37 +115,51 @@ class LowerMX(Pass):
             weight = node.args[0]
             assert isinstance(weight, Node)
             rows = program.tensor(str(weight.target)).detach()
-            packed = self._pack(program, str(weight.target), rows, node, formats[node])
+            packed = self._pack(program, str(weight.target), lambda rows=rows: rows, node, formats[node])
             looked_up = [insert_call(program, node, aten.embedding.default, (p, node.args[1]), p.name) for p in packed]
             args = (*looked_up, str(formats[node]), rows.shape[-1], rows.dtype)
             node.replace_all_uses_with(insert_call(program, node, DEQUANTIZE, args, f"{node.name}_dequantized"))
         return len(choice.embeddings)
 
-    def _pack(self, program: Program, name: str, rows: Tensor, before: Node, fmt: MXFormat) -> tuple[Node, Node]:
-        """Nodes that read the packed elements and scales of a weight `[..., out, in]`, which the first call packs."""
+    def _pack(
+        self, program: Program, name: str, read: Callable[[], Tensor], before: Node, fmt: MXFormat
+    ) -> tuple[Node, Node]:
+        """Nodes that read the packed elements and scales of a weight, which the first call packs.
+
+        read: returns the weight `[..., out, in]`.
+        """
         names = _packed_names(program, name)
         if not program.has_tensor(names[0]):
-            for part, values in zip(names, self._quantize(program, name, rows, fmt), strict=True):
+            for part, values in zip(names, self._quantize(program, name, read, fmt), strict=True):
                 program.set_tensor(part, values)
         elements, scales = (insert_tensor(program, before, part) for part in names)
         elements.meta[PACKS] = scales.meta[PACKS] = name
         return elements, scales
 
-    def _quantize(self, program: Program, name: str, rows: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+    def _quantize(
+        self, program: Program, name: str, read: Callable[[], Tensor], fmt: MXFormat
+    ) -> tuple[Tensor, Tensor]:
         """Elements and scales; of a weight that an earlier pass rounded, those of that rounding."""
-        rounded = program.rounded.pop(name, None)
+        rounded, stored = program.rounded.pop(name, None), program.stored(name)
         if rounded is None:
-            rows, scales = round_rows(rows, fmt, self.weight_rule, program.importance.get(name))
-            rounded = Rounding(fmt, scales)
+            rows, scales = round_rows(read(), fmt, self.weight_rule, program.importance.get(name))
+            return _packed_exactly(name, rows, Rounding(fmt, scales)), scales
         if rounded.format != fmt:
             raise PassError(
                 f"{name!r} was rounded to {rounded.format}, but lower-mx has weight={fmt} for it: use one format, and "
                 "the same overrides in both passes"
             )
-        elements, again = row_wise(partial(_encode_rows, fmt), rows, rounded.scales)
-        if not torch.equal(again, rows):
-            raise PassError(f"{name!r} no longer holds {fmt} values: a pass changed it after rounding")
-        return elements, rounded.scales
+        if isinstance(stored, MXWeight):
+            return stored.elements, stored.scales
+        return _packed_exactly(name, read(), rounded), rounded.scales
+
+
+def _packed_exactly(name: str, rows: Tensor, rounding: Rounding) -> Tensor:
+    try:
+        return pack_exactly(rows, rounding.scales, rounding.format)
+    except InexactError as error:
+        reason = f"{name!r} no longer holds {rounding.format} values: a pass changed it after rounding"
+        raise PassError(reason) from error
 
 
 def _packed_names(program: Program, name: str) -> tuple[str, str]:
@@ -158,11 +173,6 @@ def _packed_names(program: Program, name: str) -> tuple[str, str]:
         name = f"{name}_"
         names = (f"{name}_elements", f"{name}_scales")
     return names
-
-
-def _encode_rows(fmt: MXFormat, rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    codes = reference.quantize_on_scales(rows, scales, fmt)
-    return packing.pack(codes, fmt), reference.dequantize(codes, scales, fmt, rows.shape[-1], rows.dtype)
 
 
 def _check_rounded_weights_are_lowered(program: Program, choice: MatmulChoice) -> None:

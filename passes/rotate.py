@@ -18,7 +18,7 @@ from mxcompile.analysis.folds.rotation import rotate, rotation_of
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.factor_search import Operand, output_error
-from mxcompile.calibration.group_facts import subsample_tokens
+from mxcompile.calibration.group_facts import list_matrices, subsample_tokens
 from mxcompile.calibration.observers import ChannelImportance, Observer, RotatedObserver, TokenSample, values_of
 from mxcompile.calibration.quantizers import Quantizers
 from mxcompile.calibration.run import NO_TOKENS
@@ -107,14 +107,20 @@ class Rotate(Pass):
 
     def _error_over_plain(self, program: Program, readers: Sequence[Matmul], observers: "_ValueObservers") -> float:
         """Squared error of the matmuls' outputs on a sample of tokens, with the rotation over without."""
-        weight = torch.cat([finite_rows(program, matmul).float().flatten(0, -2) for matmul in readers])
-        sample = subsample_tokens(observers.sample.value, weight)
-        no_factors = torch.full((sample.shape[-1],), -1, device=weight.device)
-        plain = Operand(sample, observers.plain.value, weight, no_factors)
-        rotated = (rotate_input(sample, self.size), observers.rotated.value, rotate_weight(weight, self.size))
+        weights = list_matrices(finite_rows(program, matmul) for matmul in readers)
+        sample = subsample_tokens(observers.sample.value, weights)
+        no_factors = torch.full((sample.shape[-1],), -1, device=weights[0].device)
+        plain = Operand(sample, observers.plain.value, weights, no_factors)
+        rotated = Operand(
+            rotate_input(sample, self.size),
+            observers.rotated.value,
+            weights,
+            no_factors,
+            lambda weight: rotate_weight(weight.float(), self.size),
+        )
         errors = [
             output_error([operand], Quantizers(self.weight, self.activation))(torch.ones(0, dtype=torch.float32))
-            for operand in (plain, Operand(*rotated, no_factors))
+            for operand in (plain, rotated)
         ]
         return errors[1] / max(errors[0], 1e-30)
 

@@ -64,16 +64,15 @@ class RoundWeights(Pass):
                 continue
             if self.weighted and self._importance(program, matmul) is None:
                 misses.append(Miss(where(matmul.node), f"rounded without weighting: {NO_TOKENS}"))
-            before, after = self._round(program, matmul, formats[matmul.node])
-            numbers[matmul.parameter] = {"weight_sqnr_db": sqnr_db(before, after)}
+            numbers[matmul.parameter] = {"weight_sqnr_db": self._round(program, matmul, formats[matmul.node])}
         return PassResult(len(numbers), tuple(misses), numbers)
 
-    def _round(self, program: Program, matmul: Matmul, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+    def _round(self, program: Program, matmul: Matmul, fmt: MXFormat) -> float:
+        """Round a weight; returns its SQNR in dB."""
         rows = finite_rows(program, matmul)
         rounded, scales = round_rows(rows, fmt, self.rule, self._importance(program, matmul))
-        program.set_tensor(matmul.parameter, matmul.rows(rounded).contiguous())
-        program.rounded[matmul.parameter] = Rounding(fmt, scales)
-        return rows, rounded
+        program.set_rounded(matmul.parameter, rounded, Rounding(fmt, scales), matmul.axis)
+        return sqnr_db(rows, rounded)
 
     def _importance(self, program: Program, matmul: Matmul) -> Tensor | None:
         request = Request(matmul.activation.name, ChannelImportance)

@@ -25,6 +25,7 @@ from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
+from mxcompile.numerics.row_slices import column_wise
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.options import Range
 
@@ -101,10 +102,10 @@ class SmoothQuant(Pass):
     def _candidates(
         self, group: ScaleGroup, activation: Callable[[Matmul], Tensor], weight: Callable[[Matmul], Tensor]
     ) -> Iterator[Tensor]:
-        largest = group.largest(activation), group.largest(lambda matmul: _column_absmax(weight(matmul)))
+        largest = group.largest(activation), group.largest(lambda matmul: _column_absmax(weight(matmul)).float())
         return power_candidates(*largest, self.grid, activation_alone=False)
 
 
 def _column_absmax(weight: Tensor) -> Tensor:
     """The largest magnitude `[in]` of the columns of a weight `[..., out, in]`."""
-    return weight.abs().flatten(0, -2).amax(0)
+    return column_wise(lambda rows: rows.abs().amax(0), weight)

@@ -53,7 +53,7 @@ class TuneVectors(Pass):
         """Train all vectors that the graph reads towards the traced float model."""
         if program.origin is None:
             raise PassError("tune-vectors needs the traced float model: run it in a pipeline")
-        names = [n for n in program.parameter_names() if program.is_parameter(n) and program.tensor(n).dim() == 1]
+        names = [n for n in program.parameter_names() if program.is_parameter(n) and program.stored(n).dim() == 1]
         vectors = {name: program.tensor(name).detach() for name in names}
         matmuls = choose(program).matmuls
         if not vectors or not matmuls:

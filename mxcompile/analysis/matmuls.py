@@ -30,6 +30,7 @@ from mxcompile.graph.dataflow import (
 )
 from mxcompile.graph.edit import parameter_name
 from mxcompile.graph.program import Program, module_path, where
+from mxcompile.numerics.row_slices import all_finite, row_slices
 from mxcompile.ops import DEQUANTIZE
 
 aten = torch.ops.aten
@@ -160,8 +161,8 @@ def find_matmuls(program: Program) -> tuple[list[Matmul], list[UnquantizedNode]]
 def finite_rows(program: Program, matmul: Matmul) -> Tensor:
     """The weight `[..., out, in]`; raises WeightError if it holds NaN or Inf."""
     weight = program.tensor(matmul.parameter).detach()
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
+    if not all_finite(weight):
+        bad = sum(int((~torch.isfinite(part)).sum()) for (part,) in row_slices(weight))
         raise WeightError(
             f"parameter {matmul.parameter!r} ({where(matmul.node)}) holds {bad} NaN or Inf values and cannot be "
             "quantized: repair the checkpoint, or keep the layer in float with exclude"

@@ -9,9 +9,10 @@ activations are quantized too (AQAS, Lee et al., arXiv 2311.05161). Q_w chooses 
 importance of the input channels.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,14 +35,25 @@ class Objective(Enum):
 class Operand:
     """An input value of the group, and the weights of all matmuls that read it.
 
-    inputs: sampled tokens `[tokens, in]`. importance: mean square of each channel `[in]`. weight: the weights of its
-    matmuls, concatenated, `[out, in]`. channels: index of each channel's factor `[in]`, -1 for none.
+    inputs: sampled tokens `[tokens, in]`. importance: mean square of each channel `[in]`. weights: those of its
+    matmuls, each `[out, in]`; converted to float32 by `convert` one at a time, each time they are used. channels: index
+    of each channel's factor `[in]`, -1 for none.
     """
 
     inputs: Tensor
     importance: Tensor
-    weight: Tensor
+    weights: Sequence[Tensor]
     channels: Tensor
+    convert: Callable[[Tensor], Tensor] = Tensor.float
+
+    def outputs(self, inputs: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        """Inputs `[tokens, in]` times all weights, after `rounded`: `[tokens, out]`."""
+        result = inputs.new_empty(len(inputs), sum(map(len, self.weights)))
+        start = 0
+        for weight in self.weights:
+            torch.mm(inputs, rounded(self.convert(weight)).T, out=result[:, start : start + len(weight)])
+            start += len(weight)
+        return result
 
 
 @dataclass(frozen=True)
@@ -66,18 +78,23 @@ def search_factors(candidates: Iterable[Tensor], error: Callable[[Tensor], float
 
 def output_error(operands: Iterable[Operand], quantizers: Quantizers) -> Callable[[Tensor], float]:
     """A function from factors `[count]` to the squared error of the outputs of all matmuls."""
-    prepared = [(o, token_weights(o.inputs).sqrt(), o.inputs @ o.weight.T) for o in operands]
+    prepared = [(o, token_weights(o.inputs).sqrt(), o.outputs(o.inputs, lambda weight: weight)) for o in operands]
 
     def error(factors: Tensor) -> float:
         total = 0.0
         for operand, token_scale, expected in prepared:
             scale = per_channel(factors, operand.channels)
-            weight = quantizers.round_weight(operand.weight * scale, operand.importance / scale.square())
-            output = quantizers.round_input(operand.inputs / scale) @ weight.T
+            importance = operand.importance / scale.square()
+            rounded = partial(_round_scaled, quantizers, scale, importance)
+            output = operand.outputs(quantizers.round_input(operand.inputs / scale), rounded)
             total += output.sub_(expected).mul_(token_scale).square_().sum().item()
         return total
 
     return error
+
+
+def _round_scaled(quantizers: Quantizers, scale: Tensor, importance: Tensor, weight: Tensor) -> Tensor:
+    return quantizers.round_weight(weight * scale, importance)
 
 
 def per_channel(factors: Tensor, channels: Tensor) -> Tensor:

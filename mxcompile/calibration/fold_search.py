@@ -38,7 +38,7 @@ class FoldSearch:
 
     magnitude: the observer of input channels that `candidates` needs. candidates(group, activation, weight): factors to
         try; `activation` returns the observed magnitudes `[in]` of a matmul's input, `weight` its weight
-        `[..., out, in]`.
+        `[..., out, in]`, in its own dtype.
     objective: OUTPUT measures the error of the outputs of the group's matmuls on a sample of tokens, BLOCK that of the
         outputs of the enclosing segment on the first batches.
     power_of_two: round factors to powers of two.
@@ -96,7 +96,7 @@ class FoldSearch:
         return [self.magnitude(), TokenSample(), ChannelImportance()]
 
     def _fold(self, program: Program, group: ScaleGroup, facts: GroupFacts, result: "FoldSearchResult") -> None:
-        weights = {m.node: finite_rows(program, m).float() for m, _ in group.matmuls}
+        weights = {m.node: finite_rows(program, m) for m, _ in group.matmuls}
         seen = group.restricted(lambda m: m.activation in facts.statistics)
         if not seen.matmuls:
             result.misses.append(Miss(str(group), NO_TOKENS))

@@ -1,6 +1,6 @@
 """Calibration data of one scale group during a sweep, and the error of its factors on them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from mxcompile.calibration.run import BoundBatch
 from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.program import Program
 from mxcompile.numerics.importance import token_weights
+from mxcompile.numerics.row_slices import matrices, row_wise
 
 _LARGEST_SAMPLE = 1 << 22
 _BLOCK_TOKENS = 2048
@@ -46,10 +47,10 @@ class GroupFacts:
             shared.setdefault(matmul.activation, []).append((matmul, channels))
         operands: list[Operand] = []
         for value, readers in shared.items():
-            weight = torch.cat([weights[matmul.node].flatten(0, -2) for matmul, _ in readers])
-            sample = subsample_tokens(self.statistics[value][TokenSample], weight)
+            own = list_matrices(weights[matmul.node] for matmul, _ in readers)
+            sample = subsample_tokens(self.statistics[value][TokenSample], own)
             importance = self.statistics[value][ChannelImportance]
-            operands.append(Operand(sample, importance, weight, readers[0][1].to(weight.device)))
+            operands.append(Operand(sample, importance, own, readers[0][1].to(own[0].device)))
         return operands
 
     def _compared(self, program: Program) -> tuple[Node, ...]:
@@ -85,8 +86,8 @@ class GroupFacts:
                 rows = finite_rows(program, matmul)
                 scale = per_channel(factors, channels.to(rows.device))
                 importance = self.statistics[matmul.activation][ChannelImportance] / scale.square()
-                rounded = quantizers.round_weight(rows * scale, importance) / scale
-                runner.tensors[matmul.parameter] = matmul.rows(rounded).to(rows.dtype)
+                rounded = partial(_round_in_scale, scale, importance, quantizers)
+                runner.tensors[matmul.parameter] = matmul.rows(row_wise(rounded, rows)[0])
                 shared = divided.setdefault(matmul.activation, partial(_round_divided, scale, quantizers))
                 prepare[matmul.node] = matmul.activation, shared
             runner.prepare = prepare
@@ -95,6 +96,10 @@ class GroupFacts:
             )
 
         return error
+
+
+def _round_in_scale(scale: Tensor, importance: Tensor, quantizers: Quantizers, rows: Tensor) -> tuple[Tensor]:
+    return ((quantizers.round_weight(rows * scale, importance) / scale).to(rows.dtype),)
 
 
 def _round_divided(scale: Tensor, quantizers: Quantizers, x: Tensor) -> Tensor:
@@ -110,12 +115,20 @@ def _squared_error(expected: NodeValues, actual: NodeValues) -> float:
     return total
 
 
-def subsample_tokens(rows: Tensor, weight: Tensor) -> Tensor:
+def list_matrices(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Weights `[..., out, in]` as one matrix, or, if there are experts among them, as one for each, which are views."""
+    weights = list(weights)
+    if all(weight.dim() == 2 for weight in weights):
+        return [torch.cat(weights)]
+    return [matrix for weight in weights for matrix in matrices(weight)]
+
+
+def subsample_tokens(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Rows `[tokens, in]`, reduced so that outputs `[tokens, out]` stay below 4M elements: many experts have many rows.
 
     Takes every n-th row, because a `TokenSample` begins with its largest tokens.
     """
-    return rows[:: -(-len(rows) // max(16, _LARGEST_SAMPLE // len(weight)))]
+    return rows[:: -(-len(rows) // max(16, _LARGEST_SAMPLE // sum(map(len, weights))))]
 
 
 def first_batches(states: Iterable[BoundBatch], segment: Segment) -> list[BoundBatch]:

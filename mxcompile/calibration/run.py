@@ -12,12 +12,14 @@ from torch.fx import Interpreter, Node
 
 from mxcompile.analysis.visibility import Visibility, output_paths
 from mxcompile.calibration.observers import Observer
+from mxcompile.calibration.saved_weights import SavedWeights
 from mxcompile.errors import InputError, NoDataError
 from mxcompile.graph.binding import NodeValues, bind_inputs, writes_in_place
 from mxcompile.graph.dataflow import compute_nodes, mutated_tensors
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.masks import hides_everything
 from mxcompile.graph.program import Program, guards_explained
+from mxcompile.tensor.weight import MXWeight
 
 NO_TOKENS = "no calibration token reaches it"
 Observers = Mapping[Node, Sequence[Observer]]
@@ -90,6 +92,7 @@ class Runner(Interpreter):
         self.visibility = Visibility({})
         self._program = program
         self._buffers: dict[str, Tensor] = {}
+        self._saved = SavedWeights()
 
     def run_nodes(
         self,
@@ -107,7 +110,8 @@ class Runner(Interpreter):
         last = {source: index for index, node in enumerate(nodes) for source in node.all_input_nodes}
         batch = values if isinstance(values, BoundBatch) else BoundBatch.of(self._program, values)
         self.env, self.visibility, self._buffers = dict(batch.values), batch.visibility, batch.buffers
-        with torch.set_grad_enabled(self.gradients), guards_explained():
+        self._saved = SavedWeights()
+        with torch.set_grad_enabled(self.gradients), guards_explained(), self._saved.hooks():
             for index, node in enumerate(nodes):
                 for source in node.all_input_nodes:
                     if source.op == "get_attr":
@@ -129,6 +133,8 @@ class Runner(Interpreter):
         value = self.fetch_attr(str(node.target)) if value is None else value
         if not isinstance(value, Tensor):
             return value
+        if isinstance(value, MXWeight):
+            return self._saved.decode(value)
         return value.clone() if self.gradients and value.is_inference() else value.detach()
 
 

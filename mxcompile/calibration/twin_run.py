@@ -52,8 +52,10 @@ class TwinRun:
             self._exact.advance(self._twins[segment])
             self._free_weights(self._twins[segment])
 
-    def moments(self, segment: Segment, readers: Sequence[Matmul], residual: bool) -> list[SecondMoments]:
+    def moments(self, segment: Segment, readers: Sequence[Matmul], residual: bool) -> Iterator[SecondMoments]:
         """Second moments of the value that some matmuls of a segment read; for a 3-D weight, one for each expert.
+
+        Those of some experts at a time: the batches run again for each group of them.
 
         With the exact model they include the error of the value, but not where the model itself selects the rows
         (experts, `row_order.py`), which may be other tokens in the two models. residual: also the error of what is
@@ -64,16 +66,26 @@ class TwinRun:
         first = readers[0]
         exact_node = first.node if _smaller_by_output(readers) else first.activation
         self._approach(segment, first.activation, exact_node)
-        moments = self._gathered(segment, readers, exact_node, residual)
-        check_statistics(self._program, self._program.batches, first.activation, [each.inputs for each in moments])
-        return moments
+        for moments in self._gathered(segment, readers, exact_node, residual):
+            check_statistics(self._program, self._program.batches, first.activation, [each.inputs for each in moments])
+            yield from moments
+            del moments  # frees them before the next are gathered
 
     def _gathered(
         self, segment: Segment, readers: Sequence[Matmul], exact_node: Node, residual: bool
-    ) -> list[SecondMoments]:
+    ) -> Iterator[list[SecondMoments]]:
         first, shape = readers[0], readers[0].root.meta["val"].shape
         if len(shape) == 3:
-            return self._expert_moments(segment, first, int(shape[0]))
+            count, step = int(shape[0]), _experts_at_once(first)
+            for start in range(0, count, step):
+                yield self._expert_moments(segment, first, count, range(start, min(start + step, count)))
+        else:
+            yield self._matmul_moments(segment, readers, exact_node, residual)
+
+    def _matmul_moments(
+        self, segment: Segment, readers: Sequence[Matmul], exact_node: Node, residual: bool
+    ) -> list[SecondMoments]:
+        first = readers[0]
         if self._exact is None or first.activation in self._selected:
             return [self._plain_moments(segment, first)]
         residuals = {matmul.node.name: residual_operand(matmul) for matmul in readers} if residual else {}
@@ -115,19 +127,20 @@ class TwinRun:
                 moments.update(rows, exact_rows, errors)
         return moments
 
-    def _expert_moments(self, segment: Segment, matmul: Matmul, experts: int) -> list[SecondMoments]:
+    def _expert_moments(self, segment: Segment, matmul: Matmul, experts: int, wanted: range) -> list[SecondMoments]:
+        """Those of the wanted ones among all experts."""
         offsets = expert_offsets(matmul)
         moments: list[SecondMoments] = []
         for values, visible in self._visible_values(segment, [matmul.activation, *([offsets] if offsets else [])]):
             x = self._prepare(values[matmul.activation])
-            moments = moments or [SecondMoments(x.shape[-1], x.device) for _ in range(experts)]
+            moments = moments or [SecondMoments(x.shape[-1], x.device) for _ in wanted]
             ends = None if offsets is None else values[offsets]
             rows_by_expert = expert_rows(x, ends, experts)
             if (mask := visible.mask(matmul.activation, x)) is not None:
                 masks = expert_rows(mask.reshape(*x.shape[:-1], 1), ends, experts)
                 rows_by_expert = [rows[kept.flatten()] for rows, kept in zip(rows_by_expert, masks, strict=True)]
-            for of_expert, rows in zip(moments, rows_by_expert, strict=True):
-                of_expert.update(rows)
+            for of_expert, index in zip(moments, wanted, strict=True):
+                of_expert.update(rows_by_expert[index])
         return moments
 
     def _free_weights(self, segment: Segment) -> None:
@@ -163,6 +176,12 @@ class _UnpairedRowsError(Exception):
 def _rows(value: Tensor) -> Tensor:
     """`[..., size]` as `[rows, size]`, also without rows."""
     return value.flatten(0, -2) if value.dim() > 1 else value.unsqueeze(0)
+
+
+def _experts_at_once(matmul: Matmul) -> int:
+    """How many experts' second moments, float32 `[in, in]` each, need at most half the memory of all their weights."""
+    weight: Tensor = matmul.root.meta["val"]
+    return max(1, int(weight.numel() * weight.element_size()) // (8 * matmul.in_features**2))
 
 
 def _smaller_by_output(readers: Sequence[Matmul]) -> bool:

@@ -5,7 +5,7 @@ allocated but never filled. The fusion rules then say which of them become `mx::
 runs those. In a model that is already quantized, the `MXWeight`s answer both questions.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import cast
 
@@ -71,8 +71,11 @@ def explain(
 class _EmptyLowerMX(LowerMX):
     """`lower-mx` whose packed weights have the right sizes and uninitialized values."""
 
-    def _quantize(self, program: Program, name: str, rows: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+    def _quantize(
+        self, program: Program, name: str, read: Callable[[], Tensor], fmt: MXFormat
+    ) -> tuple[Tensor, Tensor]:
         del program, name
+        rows = read()
         shape, blocks = rows.shape[:-1], fmt.blocks(rows.shape[-1])
         elements = rows.new_empty((*shape, blocks * fmt.block_bytes), dtype=torch.uint8)
         return elements, rows.new_empty((*shape, blocks), dtype=torch.uint8)

@@ -22,6 +22,8 @@ from mxcompile.graph.dataflow import mutated_tensors, mutates_inputs, reads_grap
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.records import PassRecord
+from mxcompile.numerics.exact_packing import pack_exactly
+from mxcompile.tensor.weight import MXLayout, MXWeight
 
 T = TypeVar("T")
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export's name for "no module"
@@ -65,7 +67,7 @@ class Program:
     example: the inputs that it was traced with.
     output_heads: names of the output embedding's parameters (lm_head).
     aliases: for each name of a tied parameter, all its names in the user's module.
-    rounded: parameter name -> how its values have been rounded.
+    rounded: parameter name -> how its values have been rounded; see `set_rounded`.
     batches: calibration data, while a pipeline runs. statistics: (value name, observer name) -> the observed statistic.
     importance: weight name -> mean square of each of its input channels `[in]`, where a pass has measured it.
     formats: weight name -> the format that a pass has chosen for it, None for float. Later passes use it instead of
@@ -172,7 +174,8 @@ class Program:
 
     def stored_bytes(self) -> int:
         """Bytes of all tensors that the graph reads, each once."""
-        tensors = map(self.tensor, self.parameter_names())
+        stored = map(self.stored, self.parameter_names())
+        tensors = [part for each in stored for part in (each.parts if isinstance(each, MXWeight) else (each,))]
         unique = {tensor.data_ptr() or id(tensor): tensor for tensor in tensors}  # meta tensors have no address
         return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
@@ -182,7 +185,14 @@ class Program:
         return owner is not None and isinstance(getattr(owner, leaf, None), Tensor)
 
     def tensor(self, name: str) -> Tensor:
-        """The parameter, buffer or constant of that full name. Do not write to it: it may be the user's tensor."""
+        """The parameter, buffer or constant of that full name. Do not write to it: it may be the user's tensor.
+
+        Rounded experts are decoded at each call.
+        """
+        return float_values(self.stored(name))
+
+    def stored(self, name: str) -> Tensor:
+        """What `tensor` returns, but an MXWeight for rounded experts: it has the same shape, dtype and device."""
         owner, leaf = self._owner(name)
         value = None if owner is None else getattr(owner, leaf, None)
         if not isinstance(value, Tensor):
@@ -191,7 +201,7 @@ class Program:
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes of the tensor of that name."""
-        tensor = self.tensor(name)
+        tensor = self.stored(name)
         return tensor.numel() * tensor.element_size()
 
     def is_parameter(self, name: str) -> bool:
@@ -213,6 +223,26 @@ class Program:
             setattr(owner, leaf, value)
         else:
             owner.register_buffer(leaf, value)
+
+    def set_rounded(self, name: str, rows: Tensor, rounding: Rounding, axis: int) -> None:
+        """Replace a weight by its rounded values `[..., out, in]`; axis: the dimension of the weight that is `in`.
+
+        Experts (3-D weights) are stored packed, as `stored` returns them: a rounded float copy of a model of experts
+        beside the user's would need as much memory again. Others stay float, since every run of the graph reads them.
+        """
+        if rows.dim() == 3:
+            elements = pack_exactly(rows, rounding.scales, rounding.format)
+            self.set_packed(name, elements, rounding, axis, rows.dtype)
+        else:
+            self.set_tensor(name, (rows if axis == -1 else rows.transpose(-1, -2)).contiguous())
+            self.rounded[name] = rounding
+
+    def set_packed(self, name: str, elements: Tensor, rounding: Rounding, axis: int, dtype: torch.dtype) -> None:
+        """`set_rounded` of experts that are packed already; elements: uint8 `[experts, out, bytes]`."""
+        size = int(self.stored(name).shape[axis])
+        layout = MXLayout(str(rounding.format), size, axis == -2)
+        self.set_tensor(name, MXWeight(elements, rounding.scales, layout, dtype))
+        self.rounded[name] = rounding
 
     def erase_tensor_node(self, node: Node) -> None:
         """Erase a `get_attr` without readers, and delete its tensor if no other node reads it."""
@@ -252,6 +282,11 @@ class Program:
                 owner.add_module(part, child)
             owner = child
         return owner, leaf
+
+
+def float_values(tensor: Tensor) -> Tensor:
+    """The values of a stored tensor: those of an MXWeight, decoded, or the tensor itself."""
+    return tensor.dequantize() if isinstance(tensor, MXWeight) else tensor
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def _check_tensor(program: Program, node: Node) -> None:
     """A tensor is there, with the shape and dtype that its readers were traced with."""
     if not program.has_tensor(str(node.target)):
         raise VerifyError(f"{where(node)} reads {node.target!r}, which the program does not have")
-    tensor, traced = program.tensor(str(node.target)), node.meta.get("val")
+    tensor, traced = program.stored(str(node.target)), node.meta.get("val")
     if isinstance(traced, Tensor) and (tensor.shape != traced.shape or tensor.dtype != traced.dtype):
         raise VerifyError(
             f"{where(node)} reads {node.target!r}, which is {tensor.dtype} {tuple(tensor.shape)} and was "

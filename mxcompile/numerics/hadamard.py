@@ -8,6 +8,8 @@ H H^T = 2^n, so the two powers of two cancel exactly and no square root is neede
 import torch
 from torch import Tensor
 
+from mxcompile.numerics.row_slices import row_wise
+
 
 def rotate_input(x: Tensor, block: int) -> Tensor:
     """`[..., in]`: every run of `block` = 2^n channels times H / 2^ceil(n/2), computed in float32 and rounded once."""
@@ -16,7 +18,8 @@ def rotate_input(x: Tensor, block: int) -> Tensor:
 
 def rotate_weight(w: Tensor, block: int) -> Tensor:
     """`[..., in]`: every run times H / 2^floor(n/2), so that rotate_input(x) @ rotate_weight(w).T = x @ w.T."""
-    return _times(w, block, _log2(block) // 2)
+    halvings = _log2(block) // 2
+    return row_wise(lambda rows: (_times(rows, block, halvings),), w)[0]
 
 
 def _times(x: Tensor, block: int, halvings: int) -> Tensor:

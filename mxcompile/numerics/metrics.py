@@ -1,6 +1,7 @@
 """Metrics between a tensor and its approximation: SQNR, top-1 agreement, KL divergence."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.numerics import reference
+from mxcompile.numerics.row_slices import matrices
 
 _VALUES = 1 << 18  # converted to float64 at a time
 
@@ -16,16 +18,7 @@ def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
     """Signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - y)^2), in dB, of tensors of one shape.
 
     inf if they are equal, NaN if either holds NaN."""
-    noise = power = 0.0
-    parts = (tensor.flatten().split(_VALUES) for tensor in (signal, approximation))
-    for expected, actual in zip(*parts, strict=True):
-        exact = expected.double()
-        noise += (exact - actual.double()).square().sum().item()
-        power += exact.square().sum().item()
-    if noise == 0.0:
-        return math.inf
-    ratio = power / noise
-    return math.nan if math.isnan(ratio) else 10 * math.log10(ratio) if ratio > 0.0 else -math.inf
+    return _sqnr_db(zip(matrices(signal), matrices(approximation), strict=True))
 
 
 def rounding_db(weight: Tensor, fmt: MXFormat, importance: Tensor | None = None) -> float:
@@ -36,7 +29,23 @@ def rounding_db(weight: Tensor, fmt: MXFormat, importance: Tensor | None = None)
     """
     counts = torch.ones(weight.shape[-1], dtype=torch.float32) if importance is None else importance.sqrt()
     counts = counts.to(weight.device)
-    return sqnr_db(weight * counts, reference.quantize_dequantize(weight, fmt, ScaleRule.MSE) * counts)
+    return _sqnr_db(
+        (rows * counts, reference.quantize_dequantize(rows, fmt, ScaleRule.MSE) * counts) for rows in matrices(weight)
+    )
+
+
+def _sqnr_db(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """`sqnr_db` of all pairs together."""
+    noise = power = 0.0
+    for pair in pairs:
+        for expected, actual in zip(*(tensor.flatten().split(_VALUES) for tensor in pair), strict=True):
+            exact = expected.double()
+            noise += (exact - actual.double()).square().sum().item()
+            power += exact.square().sum().item()
+    if noise == 0.0:
+        return math.inf
+    ratio = power / noise
+    return math.nan if math.isnan(ratio) else 10 * math.log10(ratio) if ratio > 0.0 else -math.inf
 
 
 def top1_agreement(reference: Tensor, other: Tensor) -> float:

@@ -12,6 +12,7 @@ from mxcompile.kernels.layout import planes as plane_layouts
 from mxcompile.kernels.layout import rows_to_planes
 from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.numerics import hadamard, packing, reference
+from mxcompile.numerics.row_slices import row_wise
 from mxcompile.ops.library import define, format_of, rounding_of, rule_of, scaling_of
 
 
@@ -25,14 +26,18 @@ def quantize(x: Tensor, format: str, rule: str) -> tuple[Tensor, Tensor]:
 def dequantize(
     elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: Sequence[int] | None = None
 ) -> Tensor:
-    """Packed elements and scales to values `[..., size]`."""
+    """Packed elements and scales to values `[..., size]`, a few rows at a time."""
     fmt = format_of(format)
     if planes is not None:
         leading = elements.shape[:-1]
         flat = (elements.flatten(0, -2), scales.flatten(0, -2))
         elements, scales = rows_to_planes.convert_to_rows(*flat, fmt, size, PlanarScaling(*planes))
         elements, scales = elements.unflatten(0, leading), scales.unflatten(0, leading)
-    return reference.dequantize(packing.unpack(elements, fmt), scales, fmt, size, dtype).contiguous()
+
+    def decode(packed: Tensor, exponents: Tensor) -> tuple[Tensor]:
+        return (reference.dequantize(packing.unpack(packed, fmt), exponents, fmt, size, dtype),)
+
+    return row_wise(decode, elements, scales)[0]
 
 
 def quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:

@@ -143,7 +143,10 @@ LOW_LEVEL.update(
         aten.bmm.default: experts.bmm,
         aten.index.Tensor: experts.select_many,
         aten.select.int: experts.select_along,
+        aten.unbind.int: experts.unbind,
         aten.addmm.default: _right_operand(torch.addmm, 2),
+        aten.baddbmm.default: _right_operand(torch.baddbmm, 2),
+        aten._grouped_mm.default: experts.grouped_mm,
     }
 )
 CUSTOM_OPS.update(

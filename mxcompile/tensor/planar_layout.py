@@ -40,12 +40,17 @@ def use_planar_layout(module: nn.Module) -> dict[str, str]:
     names: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
-    for group in groups.values():
-        for weights, scaling in _groups_with_one_scaling(group):
-            prepare(weights[0].device)
-            for weight, planar in zip(weights, _place_adjacently(weights, scaling), strict=True):
-                set_tensors(module, [(name, planar) for name in names[id(weight)]])
+    while groups:  # a group's row-major weights are freed before the next one is converted
+        _convert(module, names, groups.pop(next(iter(groups))))
     return reasons
+
+
+def _convert(module: nn.Module, names: dict[int, list[str]], group: list[tuple[MXWeight, ScaleRange]]) -> None:
+    """Replace a group of weights, under all their names, by planar ones."""
+    for weights, scaling in _groups_with_one_scaling(group):
+        prepare(weights[0].device)
+        for weight, planar in zip(weights, _place_adjacently(weights, scaling), strict=True):
+            set_tensors(module, [(name, planar) for name in names[id(weight)]])
 
 
 def _scale_range(weight: MXWeight) -> ScaleRange:

@@ -47,7 +47,7 @@ def operand(width: int = 64, outlier: float = 30.0) -> Operand:
     x[:, 5] *= outlier
     channels = torch.arange(width)
     channels[-1] = -1
-    return Operand(x, x.square().mean(0), weight, channels)
+    return Operand(x, x.square().mean(0), [weight], channels)
 
 
 @pytest.mark.parametrize("activation", [MXINT8, None], ids=str)
@@ -56,11 +56,11 @@ def test_factors_of_one_make_the_error_of_rounding(weight: MXFormat, activation:
     """|| (Q(X) Q(W)^T - X W^T) c ||^2, summed over operands; W with the weights' own scales, c the tokens' counts."""
     operands, wanted = [operand(), operand(96)], 0.0
     for o in operands:
-        rounded, _ = round_weighted(o.weight, o.importance, weight, (-1, 0))
+        rounded, _ = round_weighted(o.weights[0], o.importance, weight, (-1, 0))
         x = o.inputs
         if activation is not None:
             x = reference.quantize_dequantize(x, activation, activation_rule(activation))
-        error = (x @ rounded.T - o.inputs @ o.weight.T).square().sum(-1)
+        error = (x @ rounded.T - o.inputs @ o.weights[0].T).square().sum(-1)
         wanted += (error * token_weights(o.inputs).squeeze(-1)).sum().item()
     found = output_error(operands, Quantizers(weight, activation))(torch.ones(95))
     assert found == pytest.approx(wanted, rel=1e-5)
@@ -69,7 +69,7 @@ def test_factors_of_one_make_the_error_of_rounding(weight: MXFormat, activation:
 def test_a_power_of_two_for_all_channels_changes_nothing():
     """One factor for all channels scales blocks and scales alike: the same elements, the same error."""
     o = operand()
-    o = Operand(o.inputs, o.importance, o.weight, torch.zeros(64, dtype=torch.int64))
+    o = Operand(o.inputs, o.importance, o.weights, torch.zeros(64, dtype=torch.int64))
     error = output_error([o], W4A8)
     assert error(torch.tensor([8.0])) == error(torch.ones(1)) > 0
 

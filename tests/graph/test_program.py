@@ -10,14 +10,16 @@ from models import MLP, build, inputs
 from torch import Tensor, nn
 
 from mxcompile.errors import InputError
-from mxcompile.formats import MXINT8
+from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.graph.edit import fake_like, insert_call, insert_tensor
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program, Rounding, Stage, guards_explained, module_path, where
 from mxcompile.graph.records import PassRecord
 from mxcompile.graph.trace import trace
+from mxcompile.numerics.importance import round_rows
 from mxcompile.ops import QUANTIZE
+from mxcompile.tensor.weight import MXWeight
 
 RECORD = PassRecord("some-pass", "some-pass", 1, (), 0.0, {})
 
@@ -282,3 +284,34 @@ def test_fake_like_in_a_graph_without_fake_values():
 
 def test_stages_are_ordered():
     assert list(Stage) == sorted(Stage) == [Stage.FLOAT, Stage.ROUNDED, Stage.LOWERED, Stage.FUSED]
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_rounded_experts_are_stored_packed(axis):
+    """They read as the float values, in the parameter's own orientation, and the graph multiplies by them."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 64, 32) if axis == -2 else torch.randn(3, 32, 64))
+
+        def forward(self, x):
+            return torch.bmm(x, self.weight if axis == -2 else self.weight.transpose(-1, -2))
+
+    x = torch.randn(3, 5, 64)
+    program = trace(Experts(), x)
+    weight = program.tensor("weight").detach()
+    rows, scales = round_rows(weight if axis == -1 else weight.transpose(-1, -2), MXINT4, ScaleRule.MSE)
+    expected = rows if axis == -1 else rows.transpose(-1, -2)
+    float_bytes = program.stored_bytes()
+    program.set_rounded("weight", rows, Rounding(MXINT4, scales), axis)
+    stored = program.stored("weight")
+    assert isinstance(stored, MXWeight)
+    assert program.is_parameter("weight")
+    assert (stored.shape, stored.dtype) == (weight.shape, weight.dtype)
+    assert type(program.tensor("weight")) is not MXWeight
+    assert torch.equal(program.tensor("weight"), expected)
+    assert torch.equal(program.copy().tensor("weight"), expected)
+    assert program.stored_bytes() < float_bytes / 7
+    assert program.tensor_bytes("weight") == float_bytes
+    torch.testing.assert_close(program(x), x @ rows.transpose(-1, -2), rtol=1e-5, atol=1e-5)

@@ -20,6 +20,7 @@ from mxcompile.analysis.folds.factors import ONE, UNKNOWN, InconsistentSizesErro
 from mxcompile.analysis.folds.region import ConcreteSizes, Region
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.graph.program import Program
+from mxcompile.numerics.row_slices import row_wise
 
 _BY_LINEAR = "its input is made by a linear, not by a norm: ask for it with through_linears=true"
 
@@ -142,13 +143,23 @@ def fold(program: Program, group: ScaleGroup, factors: Tensor) -> None:
     for absorber in group.absorbers:
         before = program.tensor(absorber.parameter).detach()
         scale = (padded[absorber.channels] ** absorber.power).to(before.device)
-        wide = before if before.dtype == torch.float64 else before.float()
-        after = (wide + absorber.offset) * scale - absorber.offset
-        program.set_tensor(absorber.parameter, after.to(before.dtype))
+        program.set_tensor(absorber.parameter, _absorbed(before, scale, absorber.offset))
     for name, channels in {matmul.parameter: channels for matmul, channels in group.matmuls}.items():
         if name in program.importance:
             importance = program.importance[name]
             program.importance[name] = importance / padded[channels].square().to(importance.device)
+
+
+def _absorbed(tensor: Tensor, scale: Tensor, offset: float) -> Tensor:
+    """(tensor + offset) * scale - offset, in float32 or float64, a few rows at a time. scale: broadcast to tensor."""
+
+    def scaled(values: Tensor, factors: Tensor) -> tuple[Tensor]:
+        wide = values if values.dtype == torch.float64 else values.float()
+        return (((wide + offset) * factors - offset).to(values.dtype),)
+
+    if tensor.dim() < 2:
+        return scaled(tensor, scale)[0]
+    return row_wise(scaled, tensor, scale.broadcast_to(tensor.shape))[0]
 
 
 def representable_factors(group: ScaleGroup, factors: Tensor, power_of_two: bool) -> Tensor:

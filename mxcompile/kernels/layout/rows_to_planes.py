@@ -67,11 +67,15 @@ def convert_to_rows(
     """Planar bytes to row-major bytes."""
     planes = from_bytes(elements.contiguous(), scales.contiguous(), fmt, size, scaling)
     step = _tiles_at_once(elements, size)
-    pieces = [
-        from_planes(PlanarWeight(words, exponents, fmt, TILE * len(words), size, *scaling))
-        for words, exponents in zip(planes.words.split(step), planes.scales.split(step), strict=True)
-    ]
-    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+    blocks = fmt.blocks(size)
+    results = (elements.new_empty(len(elements), blocks * fmt.block_bytes), scales.new_empty(len(elements), blocks))
+    start = 0
+    for words, exponents in zip(planes.words.split(step), planes.scales.split(step), strict=True):
+        rows = from_planes(PlanarWeight(words, exponents, fmt, TILE * len(words), size, *scaling))
+        for result, part in zip(results, rows, strict=True):
+            result[start : start + len(part)] = part
+        start += TILE * len(words)
+    return results
 
 
 def empty_planes(out: int, fmt: MXFormat, size: int, device: torch.device) -> PackedTensors:
