@@ -10,6 +10,7 @@ from documents import ROOT
 from mxcompile.formats import parse_format
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
+OURS = "mxcompile"
 
 
 def page(name):
@@ -344,6 +345,25 @@ def test_the_times_of_a_whole_model():
         assert row in text
     words = f"takes {ours['token_ms']:.2f} ms, of which kernels take {ours['step_ms']:.2f}"
     assert words in page("docs/kernels.md")
+
+
+def test_the_experts_on_a_gpu():
+    text = page("docs/benchmarks.md")
+    names = {"Qwen3-30B-A3B": "qwen3-moe", "gpt-oss": "gpt-oss"}
+    ours = {(r["shape"], r["tokens"], r["weight"]): r for r in results("experts-h200.jsonl") if r.get("path") == OURS}
+    for name, shape in names.items():
+        for weight in ("mxfp4", "mxint4"):
+            lines = [ours[shape, tokens, weight] for tokens in (1, 32, 2048)]
+            cells = " | ".join(f"{line['us']:.1f} us, {line['ratio']:.2f} x" for line in lines)
+            assert f"| {name}, {weight} | {cells} |" in text
+    shares = [line["floor_share"] for (_, tokens, _), line in ours.items() if tokens == 1]
+    assert f"{percent(min(shares))} to {percent(max(shares))} of the speed" in text
+    quantized, plain = results("experts-end-to-end-h200.jsonl")[-2:]
+    for batch in ("batch_1", "batch_32"):
+        assert f"{quantized[batch]['step_ms']:.2f} ms ({plain[batch]['step_ms']:.2f}" in text
+    assert f"takes {quantized['batch_1']['token_ms']:.2f} ms in both" in text
+    assert f"{quantized['batch_32']['token_ms']:.2f} ms ({plain['batch_32']['token_ms']:.2f})" in text
+    assert f"{quantized['prefill_ms']:.1f} ms, compiled bfloat16 {plain['prefill_ms']:.1f}:" in text
 
 
 def test_the_costs_of_checkpoints():
