@@ -194,7 +194,8 @@ def _why_float(program: Program, matmul: Matmul, chosen_for: Node | None) -> str
 
 
 def _why_router(chosen_for: Node) -> str:
-    return f"a router stays float: it chooses what {where(chosen_for)} multiplies"
+    multiplies = module_path(chosen_for) or where(chosen_for)  # without the node's name, layers have equal reasons
+    return f"a router stays float: it chooses what {multiplies} multiplies"
 
 
 def _read_by_embedding(weight: Node) -> bool:
