@@ -121,12 +121,12 @@ def _layer(
 
 def _steps(node: Node) -> tuple[Node, ...]:
     """The node, and what finds the experts of its rows from their offsets where a grouped matmul was fused."""
-    experts = node.args[1] if node.target is GROUPED_LINEAR else None
-    found = experts.args[0] if isinstance(experts, Node) and experts.target is aten.unsqueeze.default else None
-    if not isinstance(experts, Node) or not isinstance(found, Node) or found.target is not aten.searchsorted.Tensor:
+    chosen = node.args[1] if node.target is GROUPED_LINEAR else None
+    found = chosen.args[0] if isinstance(chosen, Node) and chosen.target is aten.unsqueeze.default else None
+    if not isinstance(chosen, Node) or not isinstance(found, Node) or found.target is not aten.searchsorted.Tensor:
         return (node,)
     numbers = cast(Node, found.args[1])  # 0, 1, 2 ... as many as the input has rows
-    return *numbers.all_input_nodes, numbers, found, experts, node
+    return *numbers.all_input_nodes, numbers, found, chosen, node
 
 
 def split_rounding(activation: Node) -> tuple[Node, InputRounding | None]:

@@ -19,7 +19,11 @@ def rotate_input(x: Tensor, block: int) -> Tensor:
 def rotate_weight(w: Tensor, block: int) -> Tensor:
     """`[..., in]`: every run times H / 2^floor(n/2), so that rotate_input(x) @ rotate_weight(w).T = x @ w.T."""
     halvings = _log2(block) // 2
-    return row_wise(lambda rows: (_times(rows, block, halvings),), w)[0]
+
+    def times(rows: Tensor) -> tuple[Tensor]:
+        return (_times(rows, block, halvings),)
+
+    return row_wise(times, w)[0]
 
 
 def _times(x: Tensor, block: int, halvings: int) -> Tensor:

@@ -27,17 +27,32 @@ def dequantize(
     elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: Sequence[int] | None = None
 ) -> Tensor:
     """Packed elements and scales to values `[..., size]`, a few rows at a time."""
-    fmt = format_of(format)
-    if planes is not None:
-        leading = elements.shape[:-1]
-        flat = (elements.flatten(0, -2), scales.flatten(0, -2))
-        elements, scales = rows_to_planes.convert_to_rows(*flat, fmt, size, PlanarScaling(*planes))
-        elements, scales = elements.unflatten(0, leading), scales.unflatten(0, leading)
+    elements, scales = _row_major(elements, scales, format, size, planes)
 
     def decode(packed: Tensor, exponents: Tensor) -> tuple[Tensor]:
-        return (reference.dequantize(packing.unpack(packed, fmt), exponents, fmt, size, dtype),)
+        return (dequantize_at_once(packed, exponents, format, size, dtype),)
 
     return row_wise(decode, elements, scales)[0]
+
+
+def dequantize_at_once(
+    elements: Tensor, scales: Tensor, format: str, size: int, dtype: torch.dtype, planes: Sequence[int] | None = None
+) -> Tensor:
+    """`dequantize` without a loop, which a graph would unroll, and without writes into a part of the result."""
+    fmt = format_of(format)
+    elements, scales = _row_major(elements, scales, format, size, planes)
+    return reference.dequantize(packing.unpack(elements, fmt), scales, fmt, size, dtype)
+
+
+def _row_major(
+    elements: Tensor, scales: Tensor, format: str, size: int, planes: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    if planes is None:
+        return elements, scales
+    leading = elements.shape[:-1]
+    flat = (elements.flatten(0, -2), scales.flatten(0, -2))
+    rows = rows_to_planes.convert_to_rows(*flat, format_of(format), size, PlanarScaling(*planes))
+    return rows[0].unflatten(0, leading), rows[1].unflatten(0, leading)
 
 
 def quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
