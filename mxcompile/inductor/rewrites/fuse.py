@@ -19,6 +19,7 @@ from mxcompile.graph.program import where
 from mxcompile.graph.records import Miss, PassResult
 from mxcompile.graph.rules import Call, Match, Pattern, Rule, Wildcard, apply_rules
 from mxcompile.inductor.rewrites.fuse_experts import EXPERT_RULES, GROUPED_MATMULS
+from mxcompile.inductor.rewrites.weight_patterns import TRANSPOSED_WEIGHT, WEIGHT, planes_argument
 from mxcompile.ops import DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
@@ -32,16 +33,6 @@ _ROUND_TRIP = Call(
     Wildcard("size"),
     Wildcard("dtype"),
 )
-_WEIGHT = Call(
-    DEQUANTIZE,
-    Wildcard("elements"),
-    Wildcard("scales"),
-    Wildcard("format"),
-    Wildcard("size"),
-    Wildcard("dtype"),
-    name="weight",
-)
-_TRANSPOSED_WEIGHT = Call(TRANSPOSES, _WEIGHT, name="transpose")
 _MULTIPLIES = frozenset({aten.mm.default, aten.matmul.default})
 VIEWS = frozenset({aten.view.default, aten.reshape.default})
 _PURE = frozenset({QUANTIZE, DEQUANTIZE, MULTIPLY, ROTATE, operator.getitem, *VIEWS})
@@ -116,8 +107,7 @@ def _check_linear(match: Match) -> str | None:
 
 def _fuse_linear(graph: Graph, match: Match) -> None:
     args = (match["x"], match["elements"], match["scales"], match.bindings.get("bias"), match["format"])
-    planes = match["weight"].args[len(_WEIGHT.operands) :]
-    match.replace(LINEAR, *args, *planes, name=f"{match.root.name}_mx")
+    match.replace(LINEAR, *args, *planes_argument(match), name=f"{match.root.name}_mx")
 
 
 def _linear_rule(name: str, pattern: Pattern) -> Rule:
@@ -129,9 +119,9 @@ RULES = (
         "decompose-multiply", Call(MULTIPLY, Wildcard("x"), Wildcard("multiplier")), lambda _: None, _decompose_multiply
     ),
     Rule("fuse-activation", _ROUND_TRIP, _check_round_trip, _fuse_round_trip),
-    _linear_rule("fuse-linear", Call(aten.linear.default, Wildcard("x"), _WEIGHT, Wildcard("bias"))),
-    _linear_rule("fuse-matmul", Call(_MULTIPLIES, Wildcard("x"), _TRANSPOSED_WEIGHT)),
-    _linear_rule("fuse-addmm", Call(aten.addmm.default, Wildcard("bias"), Wildcard("x"), _TRANSPOSED_WEIGHT)),
+    _linear_rule("fuse-linear", Call(aten.linear.default, Wildcard("x"), WEIGHT, Wildcard("bias"))),
+    _linear_rule("fuse-matmul", Call(_MULTIPLIES, Wildcard("x"), TRANSPOSED_WEIGHT)),
+    _linear_rule("fuse-addmm", Call(aten.addmm.default, Wildcard("bias"), Wildcard("x"), TRANSPOSED_WEIGHT)),
     *EXPERT_RULES,
 )
 

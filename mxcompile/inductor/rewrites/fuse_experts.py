@@ -10,24 +10,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from mxcompile.graph.dataflow import TRANSPOSES, swapped_axes
+from mxcompile.graph.dataflow import swapped_axes
 from mxcompile.graph.edit import create_call
 from mxcompile.graph.rules import Call, Match, Rule, Wildcard
-from mxcompile.ops import DEQUANTIZE, GROUPED_LINEAR
+from mxcompile.inductor.rewrites.weight_patterns import TRANSPOSED_WEIGHT, planes_argument
+from mxcompile.ops import GROUPED_LINEAR
 
 aten = torch.ops.aten
-
-_WEIGHT = Call(
-    DEQUANTIZE,
-    Wildcard("elements"),
-    Wildcard("scales"),
-    Wildcard("format"),
-    Wildcard("size"),
-    Wildcard("dtype"),
-    name="weight",
-)
-_TRANSPOSED = Call(TRANSPOSES, _WEIGHT, name="transpose")
-
 
 GROUPED_MATMULS = frozenset({"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"})
 """By name: that of transformers exists only once transformers is imported."""
@@ -56,7 +45,8 @@ def _fuse_grouped(graph: Graph, match: Match) -> None:
     offsets = ends.meta["val"]
     numbers = _arange(graph, rows, offsets)
     found = create_call(graph, aten.searchsorted.Tensor, ends, numbers, right=True, name=f"{ends.name}_experts")
-    _replace(match, x, create_call(graph, aten.unsqueeze.default, found, 1))
+    experts = create_call(graph, aten.unsqueeze.default, found, 1)
+    match.replace(GROUPED_LINEAR, *_operands(match, x, experts), name=f"{match.root.name}_mx")
 
 
 def _fuse_batched(graph: Graph, match: Match) -> None:
@@ -67,25 +57,18 @@ def _fuse_batched(graph: Graph, match: Match) -> None:
     column = create_call(graph, aten.unsqueeze.default, numbers, 1)
     each = create_call(graph, aten.expand.default, column, [experts, rows])
     chosen = create_call(graph, aten.reshape.default, each, [-1, 1])
-    args = (flat, chosen, match["elements"], match["scales"], None, match["format"], *_planes(match))
-    y = create_call(graph, GROUPED_LINEAR, *args, name=f"{match.root.name}_mx")
+    y = create_call(graph, GROUPED_LINEAR, *_operands(match, flat, chosen), name=f"{match.root.name}_mx")
     match.replace(aten.reshape.default, y, [experts, rows, match.root.meta["val"].shape[2]])
 
 
-def _replace(match: Match, x: Node, experts: Node) -> None:
-    args = (x, experts, match["elements"], match["scales"], None, match["format"], *_planes(match))
-    match.replace(GROUPED_LINEAR, *args, name=f"{match.root.name}_mx")
+def _operands(match: Match, x: Node, experts: Node) -> tuple[Any, ...]:
+    return (x, experts, match["elements"], match["scales"], None, match["format"], *planes_argument(match))
 
 
 def _arange(graph: Graph, count: Any, like: Any, dtype: torch.dtype | None = None) -> Node:
     """0, 1, 2 ... on the device of a fake tensor and, by default, in its dtype."""
     with like.fake_mode:  # no operand is fake
         return create_call(graph, aten.arange.default, count, dtype=dtype or like.dtype, device=like.device)
-
-
-def _planes(match: Match) -> tuple[Any, ...]:
-    """The `planes` argument of the weight's `mx::dequantize`; none if it is row-major."""
-    return match["weight"].args[len(_WEIGHT.operands) :]
 
 
 def _size(graph: Graph, node: Node, dim: int) -> Any:
@@ -96,9 +79,9 @@ def _size(graph: Graph, node: Node, dim: int) -> Any:
 EXPERT_RULES = (
     Rule(
         "fuse-experts",
-        Call(GROUPED_MATMULS, Wildcard("x"), _TRANSPOSED, Wildcard("ends")),
+        Call(GROUPED_MATMULS, Wildcard("x"), TRANSPOSED_WEIGHT, Wildcard("ends")),
         _check_grouped,
         _fuse_grouped,
     ),
-    Rule("fuse-all-experts", Call(aten.bmm.default, Wildcard("x"), _TRANSPOSED), _check, _fuse_batched),
+    Rule("fuse-all-experts", Call(aten.bmm.default, Wildcard("x"), TRANSPOSED_WEIGHT), _check, _fuse_batched),
 )
