@@ -59,11 +59,19 @@ def auto(auto: str, model_type: str, **changes: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import transformers
 
-        config = AutoConfig.for_model(model_type, **{**sizes(model_type), **changes})
+        config = AutoConfig.for_model(model_type, **_changed(model_type, changes))
         chosen = getattr(transformers, auto)
         return chosen.from_config(config) if auto.startswith("Auto") else chosen(config)
 
     return make
+
+
+def _changed(model_type: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The small sizes with these changes; a size that has two names in the config changes under both."""
+    other_names = type(AutoConfig.for_model(model_type)).attribute_map
+    changed = {other_names.get(name, name) for name in changes}
+    kept = {name: size for name, size in sizes(model_type).items() if other_names.get(name, name) not in changed}
+    return {**kept, **changes}
 
 
 def causal(model_type: str, **changes: Any) -> Callable[[], nn.Module]:

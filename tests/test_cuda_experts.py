@@ -107,7 +107,7 @@ def check_generation(model, reference, device, cases, **options):
         equal.append((text[:, LENGTH:] == expected.argmax(-1)).flatten())
         errors.append(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten())
     is_sure, is_equal, error = torch.cat(sure), torch.cat(equal), torch.cat(errors).median()
-    assert is_sure.float().mean() > 0.2
+    assert is_sure.float().mean() > 0.15
     assert is_equal[is_sure].float().mean() >= 0.95
     assert error < 0.1
 
