@@ -1,0 +1,91 @@
+"""The command `mxcompile quantize`: its options, what it prints, and the checkpoint it writes."""
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from mxcompile.checkpoint import check_destination, check_model, save
+from mxcompile.cli.arguments import (
+    Calibration,
+    CalibrationText,
+    Device,
+    Format,
+    Json,
+    Length,
+    Model,
+    SpecialTokens,
+    TextFile,
+)
+from mxcompile.cli.compare import EvalOptions, print_comparison, quantize_and_compare
+from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.progress import waiting
+from mxcompile.diagnostics.evaluation import Metric
+from mxcompile.errors import RecoveryError
+from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats
+
+
+def quantize(
+    model: Model = None,
+    out: Annotated[Path, typer.Option(help="folder for the checkpoint, or a .gguf file")] = Path("out/quantized"),
+    format: Format = None,
+    recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
+    min_recovery: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="write nothing if recovery is below this")
+    ] = None,
+    metric: Annotated[Metric, typer.Option(help="the measure of recovery")] = Metric.TOP1,
+    force: Annotated[bool, typer.Option("--force", help="write it anyway")] = False,
+    text: TextFile = None,
+    length: Length = 2048,
+    windows: Annotated[int, typer.Option(min=0, help="number of windows to compare on; 0 for the whole text")] = 4,
+    calibration_text: CalibrationText = None,
+    calibration: Calibration = 32,
+    special_tokens: SpecialTokens = True,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Quantize a language model, compare it with the float model, and write it to a folder or a GGUF file.
+
+    Recovery compares the quantized with the float model: the fraction of tokens predicted alike (top1), the float
+    perplexity over the quantized one (perplexity), or exp(-KL) (kl).
+
+    --json: as for eval, and "recovery", "metric", "out" (null if nothing is written).
+    """
+    check_destination(out, format)
+    options = EvalOptions(
+        model, None, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
+    )
+    weights = weight_formats(as_pipeline(recipe))
+    quantized, tokenizer, comparison = quantize_and_compare(
+        messages(), options, recipe, lambda loaded: check_model(out, loaded, weights, format)
+    )
+    recovery = comparison.scores.recovery(metric)
+    enough = min_recovery is None or recovery >= min_recovery
+    if enough or force:
+        save_model(quantized, out, tokenizer, format)
+    written = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
+    if as_json:
+        print_json(comparison.record() | written)
+    else:
+        print_comparison(results(), comparison)
+    verdict = f"recovery ({metric}) {recovery:.3f}" + ("" if enough else f", below {min_recovery}")
+    if not enough and not force:
+        raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
+    screen = messages() if as_json else results()
+    screen.print(f"{verdict}; written to {out} (mxcompile generate {out} --prompt ...)", markup=False)
+
+
+def save_model(model: nn.Module, out: Path, tokenizer: Any, format: str | None) -> None:
+    """Save a model; what another program will do otherwise is printed as a message."""
+    with waiting(messages(), "writing"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        save(model, out, tokenizer=tokenizer, format=format)
+    for warning in caught:
+        messages().print(f"warning: {warning.message}", markup=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command()(quantize)
