@@ -31,11 +31,13 @@ from mxcompile.graph.program import Program
 class Visibility:
     """The visible rows of one batch's values.
 
-    values: of the graph's placeholders. `record` must be called with every computed node in graph order, once its value
-    is known; the others read what it has found. Where nothing is hidden it costs nothing, and every value counts whole.
+    values: of the graph's placeholders. weight: how much each visible row counts, where batches count differently.
+    `record` must be called with every computed node in graph order, once its value is known; the others read what it
+    has found. Where nothing is hidden it costs nothing, and every value counts whole.
     """
 
-    def __init__(self, values: Mapping[Node, Any]) -> None:
+    def __init__(self, values: Mapping[Node, Any], weight: float = 1.0) -> None:
+        self.weight = weight
         self._masks: dict[Node, Mask] = {}
         self._selected: set[Node] = set()
         self._covered: list[tuple[TokenMask, Any, Any]] = []

@@ -39,19 +39,20 @@ class Distillation:
     def loss(self, batch: Inputs) -> Tensor | None:
         """Mean KL(exact || student) for logits; relative squared error for other outputs. Summed over the outputs.
 
-        None if no output of this batch can be compared (all zeros, NaN, or other tokens than the teacher's).
+        Times the weight of the batch. None if no output of it can be compared (all zeros, NaN, or other tokens than
+        the teacher's).
         """
         expected = self._values(self._exact, Runner(self._exact), batch)
         actual = self._values(self._program, self._student, batch)
         distances = [self._distance(name, value, actual[name]) for name, value in expected.items()]
         known = [distance for distance in distances if distance is not None]
-        return torch.stack(known).sum() if known else None
+        return torch.stack(known).sum() * batch.weight if known else None
 
     def mean_loss(self, tensors: Mapping[str, Tensor], batches: Sequence[Inputs]) -> float:
-        """Mean loss over batches with some tensors replaced by `tensors`; NaN if no batch can be compared."""
+        """Weighted mean of the batches' losses, some tensors replaced by `tensors`; NaN if none can be compared."""
         self._student.tensors, self._student.gradients = dict(tensors), False
-        losses = [loss.item() for batch in batches if (loss := self.loss(batch)) is not None]
-        return sum(losses) / len(losses) if losses else math.nan
+        losses = [(loss.item(), batch.weight) for batch in batches if (loss := self.loss(batch)) is not None]
+        return sum(loss for loss, _ in losses) / sum(weight for _, weight in losses) if losses else math.nan
 
     def train(
         self, tensors: Mapping[str, Tensor], batches: Iterable[Inputs], steps: int, rate: float, snapshots: int

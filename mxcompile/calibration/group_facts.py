@@ -91,9 +91,8 @@ class GroupFacts:
                 shared = divided.setdefault(matmul.activation, partial(_round_divided, scale, quantizers))
                 prepare[matmul.node] = matmul.activation, shared
             runner.prepare = prepare
-            return sum(
-                _squared_error(exact, outputs(state)) for exact, state in zip(expected, self.block_inputs, strict=True)
-            )
+            pairs = zip(expected, self.block_inputs, strict=True)
+            return sum(_squared_error(exact, outputs(state)) * state.visibility.weight for exact, state in pairs)
 
         return error
 
@@ -132,16 +131,20 @@ def subsample_tokens(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def first_batches(states: Iterable[BoundBatch], segment: Segment) -> list[BoundBatch]:
-    """Inputs of a segment for the first batches, about 2048 visible tokens (counted in their largest tensor)."""
-    chosen: list[BoundBatch] = []
-    tokens = 0
+    """Inputs of a segment for the first batches, about 2048 visible tokens (counted in their largest tensor).
+
+    Of batches with several weights, at least one of each.
+    """
+    states, chosen = list(states), list[BoundBatch]()
+    missing, tokens = {state.visibility.weight for state in states}, 0
     for state in states:
+        if tokens >= _BLOCK_TOKENS and state.visibility.weight not in missing:
+            continue
+        missing.discard(state.visibility.weight)
         copied = state.fork(segment.nodes)
         chosen.append(replace(copied, values=dict(copied.values)))
         rows = (state.visibility.rows(node, v) for node, v in state.values.items() if _is_activation(v))
         tokens += max((v.numel() // v.shape[-1] for v in rows), default=0)
-        if tokens >= _BLOCK_TOKENS:
-            break
     return chosen
 
 

@@ -2,16 +2,20 @@
 
 An observer holds plain tensors. `merge` adds the batches of another observer of the same kind, so that calibration can
 be split over devices or processes and the statistics combined afterwards.
+
+Where tokens of some batches count more than those of others (`WeightedBatch`), `update` gets their weight, too: a mean
+is weighted, a sample draws tokens in proportion to their weights, and a maximum is what it is.
 """
 
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from mxcompile.errors import NoDataError
+from mxcompile.errors import InputError, NoDataError
 from mxcompile.numerics.hadamard import rotate_input
 from mxcompile.numerics.importance import floored, token_weights
 from mxcompile.numerics.row_slices import row_slices
@@ -24,7 +28,7 @@ class Observer(Protocol):
     """
 
     def update(self, x: Tensor) -> None:
-        """Add one batch."""
+        """Add one batch. All built-in observers also take `weight`, how much each of its tokens counts."""
         ...
 
     def merge(self, other: "Observer") -> None:
@@ -47,8 +51,8 @@ class ChannelAbsMax:
     def __init__(self) -> None:
         self._value: Tensor | None = None
 
-    def update(self, x: Tensor) -> None:
-        """x: `[..., channels]`; an empty batch changes nothing."""
+    def update(self, x: Tensor, weight: float = 1.0) -> None:
+        """x: `[..., channels]`; an empty batch changes nothing, and neither does a weight."""
         if x.numel():
             self._take(x.detach().abs().reshape(-1, x.shape[-1]).amax(0).to(torch.float32))
 
@@ -69,17 +73,17 @@ class ChannelAbsMax:
 
 
 class _ChannelMean:
-    """Mean over all tokens of a quantity of each channel, float32 `[channels]`."""
+    """Weighted mean over all tokens of a quantity of each channel, float32 `[channels]`."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
-        self._count = 0
+        self._count = 0.0
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, weight: float = 1.0) -> None:
         """x: `[..., channels]`; an empty batch changes nothing."""
         if x.numel():
             rows = x.detach().reshape(-1, x.shape[-1])
-            self._take(self._total(rows), len(rows))
+            self._take(self._total(rows) * weight, len(rows) * weight)
 
     def merge(self, other: Observer) -> None:
         """Combine with the mean over another device's batches: the mean over all tokens of both."""
@@ -97,7 +101,7 @@ class _ChannelMean:
         """The sum over rows `[tokens, channels]`, float64."""
         raise NotImplementedError
 
-    def _take(self, total: Tensor, count: int) -> None:
+    def _take(self, total: Tensor, count: float) -> None:
         self._sum = total if self._sum is None else self._sum + total
         self._count += count
 
@@ -131,9 +135,9 @@ class RotatedObserver:
     def __init__(self, inner: Observer, block: int) -> None:
         self.inner, self.block = inner, block
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, weight: float = 1.0) -> None:
         """x: `[..., channels]`."""
-        self.inner.update(rotate_input(x, self.block))
+        observe(self.inner, rotate_input(x, self.block), weight)
 
     def merge(self, other: Observer) -> None:
         """Merge the inner observers, if both rotate over blocks of the same size."""
@@ -151,7 +155,8 @@ class TokenSample:
 
     The largest tokens are those of attention sinks: a model breaks if they are wrong, and a uniform draw would miss
     them, as they are few. Every token has a random key; the largest tokens and those with the smallest keys are kept,
-    so that merged samples are a sample of all the data.
+    so that merged samples are a sample of all the data. A key of u in [0, 1) becomes 1 - (1 - u)^(1 / weight), so that
+    tokens are drawn in proportion to their weights (Efraimidis and Spirakis, 2006).
     """
 
     SIZE, LARGEST = 512, 32
@@ -161,11 +166,12 @@ class TokenSample:
         self._keys = torch.empty(0, dtype=torch.float32)
         self._generator = torch.Generator().manual_seed(0)
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, weight: float = 1.0) -> None:
         """x: `[..., channels]`; an empty batch changes nothing."""
         if x.numel():
             rows = x.detach().reshape(-1, x.shape[-1]).float()
-            self._take(rows, torch.rand(len(rows), generator=self._generator, dtype=torch.float32))
+            keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float32)
+            self._take(rows, keys if weight == 1 else -torch.expm1(torch.log1p(-keys.double()) / weight).float())
 
     def merge(self, other: Observer) -> None:
         """Combine with the sample of another device's batches: a sample of all tokens of both."""
@@ -187,6 +193,22 @@ class TokenSample:
         order[norms.argsort(descending=True)[: self.LARGEST]] = -1.0
         kept = order.argsort(stable=True)[: self.SIZE]
         self._rows, self._keys = rows[kept.to(rows.device)], keys[kept]
+
+
+def observe(observer: Observer, rows: Tensor, weight: float) -> None:
+    """Add rows `[tokens, channels]` of one batch to an observer, each counted `weight` times.
+
+    Raises InputError for a weight other than 1 if the observer takes none.
+    """
+    if weight == 1:
+        observer.update(rows)
+    elif "weight" in inspect.signature(observer.update).parameters:
+        cast(Any, observer).update(rows, weight)
+    else:
+        raise InputError(
+            f"calibration batches have weights, and the observer {type(observer).__name__} takes none: give its "
+            "`update` a parameter `weight`, or calibrate on windows of one length"
+        )
 
 
 def values_of(observers: Sequence[Observer]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from mxcompile.analysis.visibility import Visibility, output_paths
-from mxcompile.calibration.observers import Observer
+from mxcompile.calibration.observers import Observer, observe
 from mxcompile.calibration.saved_weights import SavedWeights
 from mxcompile.errors import InputError, NoDataError
 from mxcompile.graph.binding import NodeValues, bind_inputs, writes_in_place
@@ -56,8 +56,8 @@ class Request:
 class BoundBatch:
     """One batch on its way through a program.
 
-    values: those computed so far that are still needed. visibility: which of their rows count. buffers: the batch's own
-    copies of the buffers that forward writes to; every batch starts from the traced ones.
+    values: those computed so far that are still needed. visibility: which of their rows count, and how much. buffers:
+    the batch's own copies of the buffers that forward writes to; every batch starts from the traced ones.
     """
 
     values: NodeValues
@@ -65,10 +65,10 @@ class BoundBatch:
     buffers: dict[str, Tensor]
 
     @classmethod
-    def of(cls, program: Program, values: NodeValues) -> "BoundBatch":
-        """A batch that is bound to the graph's placeholders (`bind_inputs`)."""
+    def of(cls, program: Program, values: NodeValues, weight: float = 1.0) -> "BoundBatch":
+        """A batch that is bound to the graph's placeholders (`bind_inputs`). weight: of each of its tokens."""
         buffers = {name: program.tensor(name).detach().clone() for name in mutated_tensors(program.graph)}
-        return cls(values, Visibility(values), buffers)
+        return cls(values, Visibility(values, weight), buffers)
 
     def fork(self, nodes: Iterable[Node]) -> "BoundBatch":
         """The batch, or a copy if one of the nodes writes in place, so that the nodes can be run on it repeatedly."""
@@ -145,7 +145,7 @@ def feed_observers(observers: Observers, visibility: Visibility) -> Callable[[No
         if kinds := observers.get(node):
             rows = visibility.rows(node, value)
             for observer in kinds:
-                observer.update(rows)
+                observe(observer, rows, visibility.weight)
 
     return update
 
@@ -206,7 +206,7 @@ def visible_outputs(runner: Runner, program: Program, batch: Inputs) -> dict[str
 
 
 def _bound(program: Program, batch: Inputs) -> BoundBatch:
-    return BoundBatch.of(program, bind_inputs(program, batch))
+    return BoundBatch.of(program, bind_inputs(program, batch), batch.weight)
 
 
 def _output_nodes(program: Program) -> tuple[Any, ...]:

@@ -62,9 +62,10 @@ class SecondMoments:
         exact: Tensor | None = None,
         residual_errors: Mapping[str, Tensor] | None = None,
         exact_outputs: Mapping[str, Tensor] | None = None,
+        weight: float = 1.0,
     ) -> None:
         """x, exact: the input `[tokens, in]` in the quantized and in the exact model. residual_errors: r_exact - r,
-        exact_outputs: y_exact, both `[tokens, out]`.
+        exact_outputs: y_exact, both `[tokens, out]`. weight: how much each of these tokens counts.
         """
         if not len(x):
             return
@@ -72,7 +73,7 @@ class SecondMoments:
         counts, scale = token_weights(x), self._unit(x)
         exact = None if exact is None else (exact.float() - x) * scale
         x = x * scale if scale != 1 else x
-        weighted = x * counts
+        weighted = x * (counts * weight)
         for start, end in self._panels:  # H is symmetric: compute the lower half only
             self._inputs[start:, start:end].addmm_(weighted[:, start:].T, x[:, start:end])
         self.tokens += len(x)

@@ -29,7 +29,7 @@ class Sweep:
 
     def __init__(self, program: Program, batches: Iterable[Inputs], runner: Runner | None = None) -> None:
         self.runner, batches = runner or Runner(program), tuple(batches)
-        self.batches = [BoundBatch.of(program, bind_inputs(program, batch)) for batch in batches]
+        self.batches = [BoundBatch.of(program, bind_inputs(program, batch), batch.weight) for batch in batches]
         self._program, self._inputs = program, batches
         self._passed: set[Node] = set()
 

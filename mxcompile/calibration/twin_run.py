@@ -98,7 +98,8 @@ class TwinRun:
     def _plain_moments(self, segment: Segment, matmul: Matmul) -> SecondMoments:
         moments = SecondMoments(matmul.in_features, self._program.tensor(matmul.parameter).device)
         for values, visible in self._visible_values(segment, [matmul.activation]):
-            moments.update(_rows(self._prepare(visible.rows(matmul.activation, values[matmul.activation]))))
+            rows = _rows(self._prepare(visible.rows(matmul.activation, values[matmul.activation])))
+            moments.update(rows, weight=visible.weight)
         return moments
 
     def _compared_moments(
@@ -122,9 +123,10 @@ class TwinRun:
                 pairs = {name: (expected[mask], actual[mask]) for name, (expected, actual) in pairs.items()}
             errors = {name: expected - actual for name, (expected, actual) in pairs.items()}
             if exact_node is matmul.node:
-                moments.update(rows, residual_errors=errors, exact_outputs={matmul.node.name: exact_rows})
+                outputs = {matmul.node.name: exact_rows}
+                moments.update(rows, None, errors, outputs, visible.weight)
             else:
-                moments.update(rows, exact_rows, errors)
+                moments.update(rows, exact_rows, errors, weight=visible.weight)
         return moments
 
     def _expert_moments(self, segment: Segment, matmul: Matmul, experts: int, wanted: range) -> list[SecondMoments]:
@@ -140,7 +142,7 @@ class TwinRun:
                 masks = expert_rows(mask.reshape(*x.shape[:-1], 1), ends, experts)
                 rows_by_expert = [rows[kept.flatten()] for rows, kept in zip(rows_by_expert, masks, strict=True)]
             for of_expert, index in zip(moments, wanted, strict=True):
-                of_expert.update(rows_by_expert[index])
+                of_expert.update(rows_by_expert[index], weight=visible.weight)
         return moments
 
     def _free_weights(self, segment: Segment) -> None:

@@ -1,7 +1,8 @@
 """Example inputs and calibration batches, normalized to positional and keyword arguments of `forward`."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 import torch
@@ -16,12 +17,30 @@ _ADVICE: Final = {
 }
 
 
+class WeightedBatch(dict[str, Tensor]):
+    """Keyword arguments of one `forward` call, as calibration data: each of its tokens counts `weight` times.
+
+    Where batches hold sequences of several lengths, a weight of 1 / length lets every sequence count alike.
+    """
+
+    def __init__(self, arguments: Mapping[str, Tensor], weight: float = 1.0) -> None:
+        super().__init__(arguments)
+        if not 0 < weight < math.inf:
+            raise InputError(f"the weight of a batch is a positive number, not {weight}")
+        self.weight = weight
+
+    def to(self, device: str | torch.device) -> "WeightedBatch":
+        """The same batch on a device."""
+        return WeightedBatch({name: tensor.to(device) for name, tensor in self.items()}, self.weight)
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one forward call."""
+    """Arguments of one forward call. weight: how much each of its tokens counts among calibration data."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+    weight: float = 1.0
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, nested ones included."""
@@ -59,7 +78,7 @@ class Inputs:
             return leaf.clone(memory_format=torch.contiguous_format) if isinstance(leaf, Tensor) else leaf
 
         args, kwargs = map_leaves(clone, (self.args, self.kwargs))
-        return Inputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def with_doubled_batch(self) -> "Inputs | None":
         """The same call with a batch of one repeated, or None unless every tensor has a first dimension of one."""
@@ -71,7 +90,7 @@ class Inputs:
             return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) else leaf
 
         args, kwargs = map_leaves(double, (self.args, self.kwargs))
-        return Inputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
 
 def _check_fits(name: str, traced: Any, value: Any) -> None:
@@ -118,7 +137,8 @@ def as_inputs(example: object, what: str = "example inputs are") -> Inputs:
     if isinstance(example, Tensor):
         return Inputs((example,))
     if isinstance(example, Mapping):
-        return Inputs((), {str(name): value for name, value in cast(Mapping[Any, Any], example).items()})
+        arguments = {str(name): value for name, value in cast(Mapping[Any, Any], example).items()}
+        return Inputs((), arguments, example.weight if isinstance(example, WeightedBatch) else 1.0)
     if isinstance(example, tuple | list):
         return Inputs(tuple(cast(Iterable[Any], example)))
     raise InputError(

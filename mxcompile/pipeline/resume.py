@@ -135,6 +135,8 @@ def _describe(pipeline: str, program: Program) -> dict[str, str]:
 def _digest(batches: Iterable[Inputs]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
+        if batch.weight != 1:
+            digest.update(f"weight {batch.weight!r}\n".encode())
         for path, value in named_leaves((batch.args, batch.kwargs)):
             if isinstance(value, Tensor):
                 digest.update(f"{path} {value.dtype} {tuple(value.shape)}\n".encode())
