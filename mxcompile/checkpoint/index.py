@@ -54,7 +54,7 @@ class CheckpointIndex:
         tensors = {name: file for file, shard in self.shards.items() for name in shard.tensors}
         ours = {
             "schema": SCHEMA,
-            "weights": {name: _write_packing(packing) for name, packing in self.names.weights.items()},
+            "weights": {name: write_packing(packing) for name, packing in self.names.weights.items()},
             "aliases": dict(self.names.aliases),
             "temporary": sorted(self.names.non_persistent),
             "shards": {name: {"bytes": shard.bytes, "header": shard.header} for name, shard in self.shards.items()},
@@ -69,7 +69,7 @@ def _parse(content: dict[str, Any]) -> CheckpointIndex:
     ours = take(take(content, "metadata", dict), "mxcompile", dict)
     if (schema := take(ours, "schema", int)) != SCHEMA:
         raise CheckpointError(f"its schema is {schema}, this version of mxcompile reads schema {SCHEMA}")
-    weights = {name: _parse_packing(entry) for name, entry in take_map(ours, "weights", dict).items()}
+    weights = {name: parse_packing(entry) for name, entry in take_map(ours, "weights", dict).items()}
     aliases = take_map(ours, "aliases", str)
     files = take_map(content, "weight_map", str)
     parts = {part for name, packing in weights.items() for part in packing.parts(name)}
@@ -96,7 +96,7 @@ def _parse_shards(ours: dict[str, Any], files: dict[str, str]) -> dict[str, Shar
     return shards
 
 
-def _write_packing(packing: WeightPacking) -> dict[str, Any]:
+def write_packing(packing: WeightPacking) -> dict[str, Any]:
     """As JSON, without false and missing entries. An aligned activation format is two of them."""
     written = {key: value for key, value in asdict(packing.layout).items() if value}
     if packing.layout.activation is not None and (activation := parse_format(packing.layout.activation)).aligned:
@@ -104,7 +104,8 @@ def _write_packing(packing: WeightPacking) -> dict[str, Any]:
     return written | {"dtype": torch_name(packing.dtype)}
 
 
-def _parse_packing(entry: dict[str, Any]) -> WeightPacking:
+def parse_packing(entry: dict[str, Any]) -> WeightPacking:
+    """What `write_packing` returned. Raises CheckpointError for anything else."""
     activation, rule = take_optional(entry, "activation", str), take_optional(entry, "rule", str)
     rotation = take_optional(entry, "rotation", int)
     aligned = take_optional(entry, "aligned", bool) or False
@@ -129,6 +130,6 @@ def _parse_packing(entry: dict[str, Any]) -> WeightPacking:
     if rule is not None:
         parse_scale_rule(rule).threshold(parse_format(str(activation)))
     packing = WeightPacking(layout, FLOAT_DTYPES[dtype])
-    if _write_packing(packing) != entry:
+    if write_packing(packing) != entry:
         raise CheckpointError(f"{entry} has entries that this version of mxcompile does not know")
     return packing

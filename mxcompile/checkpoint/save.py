@@ -1,7 +1,7 @@
 """Save a quantized module: `mxcompile.save`."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,8 +15,8 @@ from mxcompile.checkpoint.config_json import CheckpointConfig
 from mxcompile.checkpoint.index import CheckpointIndex
 from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.provenance import Provenance
+from mxcompile.checkpoint.save_transaction import SaveTransaction, save_transaction
 from mxcompile.checkpoint.save_transaction import check_destination as check_own
-from mxcompile.checkpoint.save_transaction import save_transaction
 from mxcompile.checkpoint.stored_tensors import TensorNames, flatten_module
 from mxcompile.checkpoint.wrappers import unwrap
 from mxcompile.errors import CheckpointError, UnknownNameError
@@ -55,7 +55,7 @@ def save(
     Raises CheckpointError if nothing is quantized, the module holds something that a checkpoint cannot (adapters of
     peft, say), the folder holds another model, or it cannot be written.
     """
-    largest = _bytes(max_shard_size)
+    largest = shard_bytes(max_shard_size)
     module = unwrap(model)
     names, tensors = flatten_module(module)
     if not names.weights:
@@ -78,17 +78,30 @@ def save(
         foreign.save(folder, foreign_format, module, names, largest, auxiliary, vocabulary)
         return
     with save_transaction(folder) as saving:
-        config = _write_auxiliary(module, saving.stage, names, processors)
+
+        def write(files: Sequence[str]) -> dict[str, shards.ShardChecksums]:
+            return {file: shards.write(saving.new_file(file), group) for file, group in zip(files, groups, strict=True)}
+
         groups = shards.split(tensors, largest)
-        files = [f"{saving.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-        written = {file: shards.write(saving.new_file(file), group) for file, group in zip(files, groups, strict=True)}
-        index = f"{saving.stem}.safetensors.index.json"
-        data = CheckpointIndex(names, written).to_json().encode()
-        write_durably(saving.new_file(index), data)
-        kind = type(module).__name__
-        saving.commit(
-            CheckpointConfig(kind, Provenance.of(module), index, sha256(data), saving.auxiliary_files(), config)
-        )
+        write_checkpoint(saving, module, names, processors, len(groups), write)
+
+
+def write_checkpoint(
+    saving: SaveTransaction,
+    module: nn.Module,
+    names: TensorNames,
+    processors: tuple[Any, ...],
+    count: int,
+    write: Callable[[Sequence[str]], Mapping[str, shards.ShardChecksums]],
+) -> None:
+    """Write all files of a checkpoint, and commit it. write: writes the `count` weight files of these names."""
+    config = _write_auxiliary(module, saving.stage, names, processors)
+    written = write([f"{saving.stem}-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)])
+    index = f"{saving.stem}.safetensors.index.json"
+    data = CheckpointIndex(names, written).to_json().encode()
+    write_durably(saving.new_file(index), data)
+    kind = type(module).__name__
+    saving.commit(CheckpointConfig(kind, Provenance.of(module), index, sha256(data), saving.auxiliary_files(), config))
 
 
 def check_destination(path: str | Path, format: str | None = None) -> None:
@@ -134,7 +147,8 @@ def _write_auxiliary(module: nn.Module, stage: Path, names: TensorNames, process
     return hf_models.configuration(module, names, stage)  # pyright: ignore[reportArgumentType]
 
 
-def _bytes(size: int | str) -> int:
+def shard_bytes(size: int | str) -> int:
+    """A size in bytes, or as text such as 5GB. Raises CheckpointError for anything else."""
     match = _SIZE.fullmatch(f"{size}B" if isinstance(size, int) else size.strip())
     number = 0 if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
     if number < 1:

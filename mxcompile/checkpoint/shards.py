@@ -68,11 +68,14 @@ def split(tensors: Mapping[str, Stored], largest: int) -> list[dict[str, Stored]
     return groups
 
 
-def write(path: Path, tensors: Mapping[str, Tensor | PendingTensor]) -> ShardChecksums:
+def in_order(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors in the order in which `write` writes them, which keeps each aligned without gaps."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+
+
+def write(path: Path, tensors: Mapping[str, Stored]) -> ShardChecksums:
     """Write a file and wait until it is on the disk."""
-    ordered = dict(
-        sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    )  # keeps every tensor aligned without gaps
+    ordered = in_order(tensors)
     header = _header(ordered)
     checksums: dict[str, int] = {}
     with path.open("wb") as file:

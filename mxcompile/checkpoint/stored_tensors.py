@@ -58,9 +58,10 @@ class TensorNames:
         return set(self.sources((*self.plain, *parts)))
 
 
-def flatten_module(module: nn.Module) -> tuple[TensorNames, dict[str, Tensor]]:
+def flatten_module(module: nn.Module, *, with_values: bool = True) -> tuple[TensorNames, dict[str, Tensor]]:
     """The tensors to store for a module, by name, and how the module's tensors are made of them.
 
+    with_values: False accepts tensors on the meta device, whose values come from elsewhere.
     Raises CheckpointError if the module holds something that cannot be stored.
     """
     _check_state(module)
@@ -75,7 +76,7 @@ def flatten_module(module: nn.Module) -> tuple[TensorNames, dict[str, Tensor]]:
         else:
             plain.append(name)
         for part in tensor.parts if isinstance(tensor, MXWeight) else (tensor,):
-            _check_storable(name, part)
+            _check_storable(name, part, with_values)
         for part, values, identity in _components(name, tensor):
             stored_name = first.setdefault(identity, part)
             if stored_name == part:
@@ -83,6 +84,11 @@ def flatten_module(module: nn.Module) -> tuple[TensorNames, dict[str, Tensor]]:
             else:
                 aliases[part] = stored_name
     return TensorNames(tuple(plain), weights, aliases, frozenset(_non_persistent(module))), stored
+
+
+def flatten_tensor(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors to store for one of a module's tensors, by the names that they get if it shares none of them."""
+    return {part: values for part, values, _ in _components(name, tensor)}
 
 
 def unflatten_tensors(names: TensorNames, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,9 +136,9 @@ def _components(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor, object
     layout = tensor.layout_
     blocks = tensor.elements.unflatten(-1, (-1, parse_format(layout.format).block_bytes))
     names = WeightPacking(layout, tensor.dtype).parts(name)
-    for part, values in zip(names, (blocks, *tensor.parts[1:]), strict=True):
-        is_multiplier = values is tensor.multiplier
-        yield part, values, (layout.multiplier, tensor.dtype) if is_multiplier else _memory(part, values)
+    for part, values, own in zip(names, (blocks, *tensor.parts[1:]), tensor.parts, strict=True):
+        is_multiplier = own is tensor.multiplier
+        yield part, values, (layout.multiplier, tensor.dtype) if is_multiplier else _memory(part, own)
 
 
 def _weight(name: str, packing: WeightPacking, parts: list[Tensor]) -> MXWeight:
@@ -154,15 +160,20 @@ def _weight(name: str, packing: WeightPacking, parts: list[Tensor]) -> MXWeight:
 
 
 def _memory(name: str, tensor: Tensor) -> object:
-    """Equal for tensors that are views of the same memory in the same way; the name for an empty tensor."""
+    """Equal for tensors that are views of the same memory in the same way; the name for an empty tensor.
+
+    On the meta device there is no memory: equal for one tensor.
+    """
     if tensor.numel() == 0:
         return name
+    if tensor.is_meta:
+        return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _check_storable(name: str, tensor: Tensor) -> None:
+def _check_storable(name: str, tensor: Tensor, with_values: bool) -> None:
     kind = type(tensor)
-    if tensor.device.type == "meta":
+    if with_values and tensor.device.type == "meta":
         raise CheckpointError(f"{name} is on the meta device and has no values: load the model before saving it")
     if kind not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         raise CheckpointError(

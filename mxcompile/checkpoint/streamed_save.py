@@ -1,0 +1,306 @@
+"""Save a quantized model that is never in memory as a whole: tensors come one by one, files are written in between.
+
+    with StreamedSave("out", key="what is being done") as saving:
+        saving.add("segment 0", {"q_proj.weight": weight})    # kept on the disk; a later run finds it in `finished`
+        weight = saving.read("q_proj.weight")                  # memory-mapped
+        saving.commit(module)                                  # the checkpoint, as `save` writes it
+
+    OUT/.mxcompile-stream/key.json              what is being done; another key begins anew
+    OUT/.mxcompile-stream/part-0.safetensors    tensors that were added together, with part-0.json: it is finished
+    OUT/.mxcompile-stream/shard-1.safetensors   a weight file of the checkpoint to be, with shard-1.json
+
+A file counts once its .json is there, which is written last. A run that is killed leaves all that is finished: the next
+one with the same key goes on from there. The checkpoint itself is committed at once, like one of `save`.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from torch import Tensor, nn
+
+from mxcompile.atomic_files import atomic_file, folder_lock, real_path
+from mxcompile.checkpoint import shards
+from mxcompile.checkpoint.checked_json import read_json, take, take_map
+from mxcompile.checkpoint.index import parse_packing, write_packing
+from mxcompile.checkpoint.save import SHARD_SIZE, shard_bytes, write_checkpoint
+from mxcompile.checkpoint.save_transaction import check_destination, save_transaction
+from mxcompile.checkpoint.shards import PendingTensor, ShardChecksums
+from mxcompile.checkpoint.stored_tensors import (
+    TensorNames,
+    WeightPacking,
+    flatten_module,
+    flatten_tensor,
+    unflatten_tensors,
+)
+from mxcompile.errors import CheckpointError
+from mxcompile.tensor.weight import MXWeight
+
+STAGE: Final = ".mxcompile-stream"
+Values = Callable[[Sequence[str]], Callable[[str], Tensor]]
+"""Of the names of a file's tensors, in the order in which they are written: what returns each of them."""
+
+
+class StreamedSave:
+    """A save in progress, to a folder as for `save`. One process at a time works on a folder.
+
+    key: what is being done (source, recipe, options): what an earlier run with another key has left is deleted.
+    resumed: whether one with the same key has left something.
+
+    Raises CheckpointError if the folder holds another model, cannot be written, or another process works on it.
+    """
+
+    def __init__(self, folder: str | Path, key: str, *, max_shard_size: int | str = SHARD_SIZE) -> None:
+        self.folder = real_path(Path(folder))
+        self.stage = self.folder / STAGE
+        self.resumed = False
+        self._key = key
+        self._largest = shard_bytes(max_shard_size)
+        self._parts: dict[str, tuple[Path, ShardChecksums, dict[str, WeightPacking]]] = {}
+        self._part_of: dict[str, str] = {}
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            check_destination(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(folder_lock(self.stage, wait=False))
+            self._open()
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{self.folder}: another process writes to it: wait, or name another folder"
+            ) from error
+        except OSError as error:
+            self._held.close()
+            raise self._cannot_write(error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
+
+    @property
+    def finished(self) -> Collection[str]:
+        """Names of the parts that are on the disk."""
+        return self._parts.keys()
+
+    def add(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors of the module (plain ones or MX weights) by their names; all are there afterwards, or none.
+
+        part: a name for them together. A tensor that an earlier part has is replaced.
+        """
+        stored = {name: own for each in tensors.items() for name, own in flatten_tensor(*each).items()}
+        shards.check_dtypes(stored.items())
+        packings = {
+            name: WeightPacking(value.layout_, value.dtype)
+            for name, value in tensors.items()
+            if isinstance(value, MXWeight)
+        }
+        earlier = self._parts.get(part)
+        path = self.stage / f"part-{max(map(_number, self.stage.glob('part-*')), default=-1) + 1}.safetensors"
+        checksums = self._write(path, stored, {"part": part, "names": list(tensors), "weights": packings})
+        self._register(part, path, list(tensors), checksums, packings)
+        if earlier is not None:
+            self._delete((earlier[0].with_suffix(".json"), earlier[0]))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was added, in this run or an earlier one, memory-mapped. Raises KeyError for any other."""
+        path, checksums, packings = self._parts[self._part_of[name]]
+        own = {name: packings[name]} if name in packings else {}
+        plain = () if own else (name,)
+        names = TensorNames(plain, own, {}, frozenset())
+        wanted = names.stored()
+        stored = {part: value for part, value in shards.read(path, checksums, verify=False) if part in wanted}
+        return unflatten_tensors(names, stored)[name]
+
+    def commit(
+        self,
+        module: nn.Module,
+        *,
+        tokenizer: Any = None,
+        processor: Any = None,
+        values: Values | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write the checkpoint of a module, file by file, and delete what was kept for it.
+
+        module: as it would be saved (MX weights in place, its recipe on it), but its tensors may be on the meta device:
+            their values are those that were added, under their names or other names of the same tensor.
+        values: returns them instead. progress: called with how many of how many tensors are written.
+        Files that an earlier run has finished are not written again.
+        """
+        names, tensors = flatten_module(module, with_values=False)
+        pending = _Pending(names, tensors, values or (lambda _: self._value), progress)
+        groups = shards.split(pending.tensors, self._largest)
+        try:
+            written = [self._shard(number, group, pending) for number, group in enumerate(groups)]
+            with save_transaction(self.folder) as saving:
+
+                def move(files: Sequence[str]) -> dict[str, ShardChecksums]:
+                    for file, (path, _) in zip(files, written, strict=True):
+                        path.with_suffix(".json").unlink()
+                        path.replace(saving.new_file(file))
+                    return {file: checksums for file, (_, checksums) in zip(files, written, strict=True)}
+
+                write_checkpoint(saving, module, names, (tokenizer, processor), len(groups), move)
+            self._clear()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _value(self, name: str) -> Tensor:
+        """A tensor that was added under one of its names."""
+        if name not in self._part_of:
+            raise CheckpointError(f"{name} has no values yet: add it before the checkpoint is committed")
+        return self.read(name)
+
+    def _shard(self, number: int, group: Mapping[str, Any], pending: "_Pending") -> tuple[Path, ShardChecksums]:
+        """A weight file of the checkpoint, which is written unless an earlier run has finished it."""
+        path = self.stage / f"shard-{number}.safetensors"
+        earlier = _read_finished(path)
+        if earlier is not None and set(earlier[0].tensors) == set(group):
+            pending.skip(group)
+            return path, earlier[0]
+        ordered = pending.begin(group)
+        return path, self._write(path, ordered, {})
+
+    def _write(self, path: Path, tensors: Mapping[str, Any], note: Mapping[str, Any]) -> ShardChecksums:
+        """Write a file, and then the .json with which it counts."""
+        path.with_suffix(".json").unlink(missing_ok=True)
+        try:
+            checksums = shards.write(path, tensors)
+            content = {"bytes": checksums.bytes, "header": checksums.header, "crc32": dict(checksums.tensors), **note}
+            content["weights"] = {name: write_packing(own) for name, own in note.get("weights", {}).items()}
+            with atomic_file(path.with_suffix(".json"), durable=True) as staged:
+                staged.write_text(json.dumps(content))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise self._cannot_write(error, path) from error
+        return checksums
+
+    def _open(self) -> None:
+        """Take up what an earlier run with the same key has left; delete anything else."""
+        path = self.stage / "key.json"
+        earlier = None
+        if path.is_file():
+            try:
+                earlier = read_json(path)[1].get("key")
+            except CheckpointError:  # damaged: begin anew
+                earlier = None
+        if earlier != self._key:
+            self._delete(path for path in self.stage.iterdir() if path.suffix in (".safetensors", ".json"))
+            with atomic_file(path, durable=True) as staged:
+                staged.write_text(json.dumps({"key": self._key}))
+        for path in sorted(self.stage.glob("*.safetensors"), key=_number):
+            finished = _read_finished(path)
+            self.resumed |= finished is not None
+            if finished is not None and path.name.startswith("part-"):
+                checksums, note = finished
+                packings = {name: parse_packing(each) for name, each in take_map(note, "weights", dict).items()}
+                self._register(take(note, "part", str), path, take(note, "names", list), checksums, packings)
+
+    def _register(
+        self,
+        part: str,
+        path: Path,
+        names: Iterable[str],
+        checksums: ShardChecksums,
+        packings: dict[str, WeightPacking],
+    ) -> None:
+        self._parts[part] = path, checksums, packings
+        self._part_of |= dict.fromkeys(names, part)
+
+    def _delete(self, paths: Iterable[Path]) -> None:
+        for path in list(paths):
+            path.unlink()
+
+    def _clear(self) -> None:
+        self._parts.clear()
+        self._part_of.clear()
+        self._held.close()
+        shutil.rmtree(self.stage)
+
+    def _cannot_write(self, error: OSError, path: Path | None = None) -> CheckpointError:
+        where = path or error.filename or self.folder
+        return CheckpointError(
+            f"{where} cannot be written ({error.strerror or error}): what is finished is kept in {self.stage}, and the "
+            "same command goes on from there"
+        )
+
+
+class _Pending:
+    """The tensors of a checkpoint as the writer of its files takes them: made when they are written."""
+
+    def __init__(
+        self,
+        names: TensorNames,
+        tensors: Mapping[str, Tensor],
+        values: Values,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._of = {part: name for name, packing in names.weights.items() for part in packing.parts(name)}
+        self._values = values
+        self._value: Callable[[str], Tensor] | None = None
+        self._last: tuple[str, dict[str, Tensor]] | None = None
+        self._progress, self._done = progress, 0
+        self.tensors = {name: self._pending(name, own) for name, own in tensors.items()}
+
+    def begin(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors of a file, in the order in which they are written, which begins now."""
+        ordered = shards.in_order(group)
+        owners = dict.fromkeys(self._of.get(name, name) for name, own in ordered.items() if self._is_pending(own))
+        self._value, self._last = self._values(list(owners)), None
+        return ordered
+
+    def skip(self, group: Mapping[str, Any]) -> None:
+        """A file is there already."""
+        self._advance(len(group))
+
+    def _is_pending(self, tensor: Any) -> bool:
+        return isinstance(tensor, PendingTensor)
+
+    def _pending(self, name: str, tensor: Tensor) -> Tensor | PendingTensor:
+        if not tensor.is_meta:
+            return tensor
+
+        def make() -> Tensor:
+            owner = self._of.get(name, name)
+            if self._last is None or self._last[0] != owner:
+                assert self._value is not None
+                self._last = None  # the one before is freed first
+                self._last = owner, flatten_tensor(owner, self._value(owner))
+            made = self._last[1][name]
+            if made.dtype != tensor.dtype or made.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{name} should be {list(tensor.shape)} ({tensor.dtype}), but is {list(made.shape)} ({made.dtype})"
+                )
+            self._advance(1)
+            return made
+
+        return PendingTensor(tensor.dtype, tensor.shape, make)
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, len(self.tensors))
+
+
+def _number(path: Path) -> int:
+    """The number in a file's name."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def _read_finished(path: Path) -> tuple[ShardChecksums, dict[str, Any]] | None:
+    """The checksums of a file and what was noted with it; None if it is not finished, or not as it was written."""
+    try:
+        content = read_json(path.with_suffix(".json"))[1]
+        checksums = ShardChecksums(
+            take(content, "bytes", int), take(content, "header", int), take_map(content, "crc32", int)
+        )
+    except CheckpointError:
+        return None
+    return (checksums, content) if shards.is_unchanged(path, checksums) else None
