@@ -205,7 +205,7 @@ def _restored(
     tensors, reasons = saved
     for matmul in weights:
         name = matmul.parameter
-        device = program.stored(name).device
+        device = program.device(name)
         values, scales = (tensors[part].to(device) for part in (name, f"{name}{_SCALES}"))
         _store(
             program,

@@ -62,7 +62,7 @@ class Rotate(Pass):
 
     def required_db(self, program: Program) -> float:
         """Less for half-precision weights: a rotated weight is rounded to half precision again."""
-        dtypes = {program.tensor(matmul.parameter).dtype for matmul in choose(program).matmuls}
+        dtypes = {program.stored(matmul.parameter).dtype for matmul in choose(program).matmuls}
         return REQUIRED_DB_HALF if any(dtype.itemsize < 4 for dtype in dtypes) else REQUIRED_DB
 
     def run(self, program: Program) -> PassResult:

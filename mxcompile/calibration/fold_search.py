@@ -69,7 +69,9 @@ class FoldSearch:
         passed: set[Node] = set()
         waiting = [*groups, *unfoldable]
         for segment in program.track(segments):
-            block_inputs = first_batches(sweep.batches, segment) if self.objective is Objective.BLOCK else []
+            block_inputs = (
+                first_batches(map(sweep.ready, sweep.batches), segment) if self.objective is Objective.BLOCK else []
+            )
             observers = {value: self._observers() for value in segment.inputs}
             sweep.advance(segment, observers)
             passed.update(segment.inputs)

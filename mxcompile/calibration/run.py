@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,8 +134,11 @@ class Runner(Interpreter):
         value = self.fetch_attr(str(node.target)) if value is None else value
         if not isinstance(value, Tensor):
             return value
-        if isinstance(value, MXWeight):
-            return self._saved.decode(value)
+        used = self._program.in_use(value)
+        if isinstance(used, MXWeight):
+            return self._saved.decode(used)
+        if used is not value:
+            return self._saved.make(partial(self._program.in_use, value))
         return value.clone() if self.gradients and value.is_inference() else value.detach()
 
 

@@ -1,11 +1,13 @@
 """Sequential calibration: run all batches through one segment of the graph, then through the next.
 
 Between two segments, each batch is held as the few values that later segments read. A pass that changes weights between
-two segments sees the effect in the inputs of later segments.
+two segments sees the effect in the inputs of later segments. If the program keeps its tensors in files, it also keeps
+values there that would exceed `MappedTensors.states`.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
@@ -14,7 +16,7 @@ from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.not_finite import check_statistics
 from mxcompile.calibration.observers import values_of
 from mxcompile.calibration.run import BoundBatch, Observers, Runner, feed_observers
-from mxcompile.graph.binding import NodeValues, bind_inputs
+from mxcompile.graph.binding import NodeValues, bind_inputs, writes_in_place
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 
@@ -32,6 +34,8 @@ class Sweep:
         self.batches = [BoundBatch.of(program, bind_inputs(program, batch), batch.weight) for batch in batches]
         self._program, self._inputs = program, batches
         self._passed: set[Node] = set()
+        self._bytes = [_bytes(batch.values) for batch in self.batches]
+        self._may_keep = program.mapped is not None and not writes_in_place(program.graph.nodes)
 
     @property
     def states(self) -> list[NodeValues]:
@@ -45,14 +49,14 @@ class Sweep:
         """
         nodes = _up_to(self._ahead(segment), observers)
         for state in self.batches:
-            self._run(nodes, state.fork(nodes), observers, ())
+            self._run(nodes, self.ready(state).fork(nodes), observers, ())
         self._check(observers)
 
     def values(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[NodeValues]:
         """Yield, for each batch, values of a segment or carried into it, all of their rows, without advancing."""
         ahead = _up_to(self._ahead(segment), nodes)
         inside = [node for node in nodes if node in ahead]
-        for state in self.batches:
+        for state in map(self.ready, self.batches):
             computed = self.runner.run_nodes(ahead, state.fork(ahead), None, inside) if ahead else {}
             yield {node: state.values[node] for node in nodes if node in state.values} | computed
 
@@ -63,7 +67,7 @@ class Sweep:
         """
         nodes = _up_to(self._ahead(segment), [value])
         if nodes and self.batches:
-            first = self._behind(nodes, self.batches[0].fork(nodes))
+            first = self._behind(nodes, self.ready(self.batches[0]).fork(nodes))
             if _bytes(first.values) * len(self.batches) <= limit:
                 self._move(nodes, {}, first)
 
@@ -75,6 +79,21 @@ class Sweep:
         self._move(self._ahead(segment), observers or {})
         self._check(observers or {})
 
+    def ready(self, batch: BoundBatch) -> BoundBatch:
+        """A batch of `batches` with its values on the device."""
+        if not self._may_keep:
+            return batch
+        return replace(batch, values={n: _applied(self._program.in_use, value) for n, value in batch.values.items()})
+
+    def _held(self, index: int, batch: BoundBatch) -> BoundBatch:
+        """The batch as it is held until it runs on: its values in files if all would need too much memory."""
+        self._bytes[index] = _bytes(batch.values)
+        mapped = self._program.mapped
+        if mapped is None or not self._may_keep or sum(self._bytes) <= mapped.states:
+            return batch
+        self._bytes[index] = 0
+        return replace(batch, values={node: _applied(mapped.keep, value) for node, value in batch.values.items()})
+
     def _check(self, observers: Observers) -> None:
         for node, kinds in observers.items():
             check_statistics(self._program, self._inputs, node, values_of(kinds))
@@ -83,7 +102,8 @@ class Sweep:
         """Run all batches through some nodes; first: the first batch's state after them, if already computed."""
         for index, state in enumerate(self.batches):
             computed = first if index == 0 else None
-            self.batches[index] = self._behind(nodes, state, observers) if computed is None else computed
+            computed = self._behind(nodes, self.ready(state), observers) if computed is None else computed
+            self.batches[index] = self._held(index, computed)
         self._passed.update(nodes)
 
     def _behind(self, nodes: Sequence[Node], state: BoundBatch, observers: Observers | None = None) -> BoundBatch:
@@ -109,6 +129,11 @@ class Sweep:
 def _up_to(nodes: Sequence[Node], wanted: Container[Node]) -> Sequence[Node]:
     """The nodes up to and including the last wanted one."""
     return nodes[: max((index for index, node in enumerate(nodes, start=1) if node in wanted), default=0)]
+
+
+def _applied(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The result for a tensor; any other value, and a tensor that is larger than its memory, as it is."""
+    return function(value) if isinstance(value, Tensor) and value.is_contiguous() else value
 
 
 def _bytes(values: NodeValues) -> int:

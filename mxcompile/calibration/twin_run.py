@@ -96,7 +96,7 @@ class TwinRun:
             return [self._plain_moments(segment, first)]
 
     def _plain_moments(self, segment: Segment, matmul: Matmul) -> SecondMoments:
-        moments = SecondMoments(matmul.in_features, self._program.tensor(matmul.parameter).device)
+        moments = SecondMoments(matmul.in_features, self._program.device(matmul.parameter))
         for values, visible in self._visible_values(segment, [matmul.activation]):
             rows = _rows(self._prepare(visible.rows(matmul.activation, values[matmul.activation])))
             moments.update(rows, weight=visible.weight)
@@ -109,7 +109,7 @@ class TwinRun:
 
         Raises _UnpairedRowsError if the two models have other numbers of rows.
         """
-        moments = SecondMoments(matmul.in_features, self._program.tensor(matmul.parameter).device)
+        moments = SecondMoments(matmul.in_features, self._program.device(matmul.parameter))
         value, nodes = matmul.activation, list(added.values())
         for values, visible, exact in self._pairs(segment, [value, *nodes], [exact_node, *nodes]):
             mask = visible.mask(value, values[value])

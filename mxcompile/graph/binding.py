@@ -1,7 +1,7 @@
 """Bind the arguments of one call to the placeholders of a graph."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch.fx import Node
@@ -19,8 +19,7 @@ def bind_inputs(program: Program, batch: Inputs) -> NodeValues:
     The user's tensors are never written to: a graph with in-place ops gets copies.
     """
     program.example.check_call(batch)
-    kwargs = {name: batch.kwargs[name] for name in program.example.kwargs}
-    leaves = _leaves_like((program.example.args, program.example.kwargs), (batch.args, kwargs))
+    leaves = program.example.leaves_of(batch)
     bound = dict(zip(program.graph.find_nodes(op="placeholder"), leaves, strict=True))
     if not writes_in_place(program.graph.nodes):
         return bound
@@ -31,16 +30,3 @@ def bind_inputs(program: Program, batch: Inputs) -> NodeValues:
 def writes_in_place(nodes: Iterable[Node]) -> bool:
     """Whether one of the nodes writes to a tensor that it reads."""
     return any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in nodes)
-
-
-def _leaves_like(example: Any, value: Any) -> Iterator[Any]:
-    """The leaves of a value, in the order of the traced example."""
-    if isinstance(example, Mapping):
-        pairs = [(item, value[key]) for key, item in example.items()]
-    elif isinstance(example, tuple | list):
-        pairs = list(zip(example, value, strict=True))
-    else:
-        yield value
-        return
-    for one, other in pairs:
-        yield from _leaves_like(one, other)

@@ -69,6 +69,11 @@ class Inputs:
                 raise
             raise InputError(f"{name}: {error}") from error
 
+    def leaves_of(self, other: "Inputs") -> Iterator[Any]:
+        """The leaves of another call, in the order of this one: what a graph traced with this one takes."""
+        kwargs = {name: other.kwargs[name] for name in self.kwargs}
+        return _leaves_like((self.args, self.kwargs), (other.args, kwargs))
+
     def cloned(self) -> "Inputs":
         """The same call with a contiguous copy of every tensor: for a forward that may write to its inputs, and for
         a trace, which would have guards on the strides.
@@ -193,3 +198,16 @@ def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, item in items:
         yield from named_leaves(item, f"{path}.{key}" if path else str(key))
+
+
+def _leaves_like(example: Any, value: Any) -> Iterator[Any]:
+    """The leaves of a value, in the order of the traced example."""
+    if isinstance(example, Mapping):
+        pairs = [(item, value[key]) for key, item in example.items()]
+    elif isinstance(example, tuple | list):
+        pairs = list(zip(example, value, strict=True))
+    else:
+        yield value
+        return
+    for one, other in pairs:
+        yield from _leaves_like(one, other)

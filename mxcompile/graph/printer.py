@@ -65,7 +65,9 @@ def summarize(tensor: Tensor) -> str:
         return cached[2]
     data = tensor.detach()
     digest = tensor_sha256(data)[:8] if data.numel() else "empty"
-    absmax = f"absmax={data.abs().amax().item():.6g} " if data.numel() and data.is_floating_point() else ""
+    absmax = ""
+    if data.numel() and data.is_floating_point():
+        absmax = f"absmax={torch.stack(data.aminmax()).abs().amax().item():.6g} "
     _SUMMARIES[id(tensor)] = (weakref.ref(tensor), version, f"{absmax}sha={digest}")
     return _SUMMARIES[id(tensor)][2]
 

@@ -22,7 +22,9 @@ from mxcompile.graph.dataflow import mutated_tensors, mutates_inputs, reads_grap
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.records import PassRecord
+from mxcompile.graph.run_by_node import run_by_node
 from mxcompile.numerics.exact_packing import pack_exactly
+from mxcompile.tensor.mapped_tensors import MappedTensors
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 T = TypeVar("T")
@@ -75,6 +77,7 @@ class Program:
     origin: the program as traced, once passes have run. outputs: the output tensors on the example inputs, kept while
         passes preserve the function.
     report: called by `track` with how many of how many items a pass has done. resume: stores what long passes finish.
+    mapped: where large tensors are kept in files, None: in memory. See `keep_in_files`.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Program:
         self.outputs: dict[str, Tensor] | None = None
         self.report: Callable[[int, int], None] | None = None
         self.resume: ResumeStore | None = None
+        self.mapped: MappedTensors | None = None
 
     @property
     def graph(self) -> Graph:
@@ -119,7 +123,9 @@ class Program:
         if mutates_inputs(self.graph):
             inputs = inputs.cloned()
         with torch.no_grad(), guards_explained(), self.state_kept():
-            return self.graph_module(*inputs.args, **inputs.kwargs)
+            if self.mapped is None:
+                return self.graph_module(*inputs.args, **inputs.kwargs)
+            return run_by_node(self.graph_module, self.example.leaves_of(inputs), self.mapped.use)
 
     @contextmanager
     def state_kept(self) -> Generator[None]:
@@ -143,7 +149,7 @@ class Program:
             aliases=self.aliases,
             selection=self.selection,
         )
-        other.batches = self.batches
+        other.batches, other.mapped = self.batches, self.mapped
         other.set_state(self.state())
         return other
 
@@ -187,9 +193,9 @@ class Program:
     def tensor(self, name: str) -> Tensor:
         """The parameter, buffer or constant of that full name. Do not write to it: it may be the user's tensor.
 
-        Rounded experts are decoded at each call.
+        Rounded experts are decoded at each call. A tensor in a file is brought to the device where the graph runs.
         """
-        return float_values(self.stored(name))
+        return float_values(self.in_use(self.stored(name)))
 
     def stored(self, name: str) -> Tensor:
         """What `tensor` returns, but an MXWeight for rounded experts: it has the same shape, dtype and device."""
@@ -198,6 +204,25 @@ class Program:
         if not isinstance(value, Tensor):
             raise KeyError(f"the program has no tensor {name!r}")
         return value
+
+    def in_use(self, stored: Tensor) -> Tensor:
+        """A tensor of the program as the graph reads it: on the device, if its values are kept in files."""
+        return stored if self.mapped is None else self.mapped.use(stored)
+
+    def device(self, name: str) -> torch.device:
+        """The device where the tensor of that name is used."""
+        return self.stored(name).device if self.mapped is None else self.mapped.device
+
+    def keep_in_files(self, mapped: MappedTensors) -> None:
+        """Keep large tensors in files from now on, those that passes will set included.
+
+        Buffers that the graph writes to stay in memory, on the device.
+        """
+        written = mutated_tensors(self.graph)
+        for name in self.parameter_names():
+            stored = self.stored(name)
+            self.set_tensor(name, stored.to(mapped.device) if name in written else mapped.keep(stored))
+        self.mapped = mapped
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes of the tensor of that name."""
@@ -216,6 +241,7 @@ class Program:
         """
         owner, leaf = self._owner(name, create=True)
         assert owner is not None
+        value = self._kept(value)
         kind = getattr(owner, leaf, value)
         if isinstance(kind, nn.Parameter):
             owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
@@ -235,14 +261,15 @@ class Program:
             self.set_packed(name, elements, rounding, axis, rows.dtype)
         else:
             self.set_tensor(name, (rows if axis == -1 else rows.transpose(-1, -2)).contiguous())
-            self.rounded[name] = rounding
+            self.rounded[name] = Rounding(rounding.format, self._kept(rounding.scales))
 
     def set_packed(self, name: str, elements: Tensor, rounding: Rounding, axis: int, dtype: torch.dtype) -> None:
         """`set_rounded` of experts that are packed already; elements: uint8 `[experts, out, bytes]`."""
         size = int(self.stored(name).shape[axis])
         layout = MXLayout(str(rounding.format), size, axis == -2)
-        self.set_tensor(name, MXWeight(elements, rounding.scales, layout, dtype))
-        self.rounded[name] = rounding
+        scales = self._kept(rounding.scales)
+        self.set_tensor(name, MXWeight(elements, scales, layout, dtype))
+        self.rounded[name] = Rounding(rounding.format, scales)
 
     def erase_tensor_node(self, node: Node) -> None:
         """Erase a `get_attr` without readers, and delete its tensor if no other node reads it."""
@@ -269,6 +296,9 @@ class Program:
                 if prefix + leaf not in read:
                     delattr(module, leaf)
         self.graph_module.recompile()
+
+    def _kept(self, value: Tensor) -> Tensor:
+        return value if self.mapped is None else self.mapped.keep(value)
 
     def _owner(self, name: str, *, create: bool = False) -> tuple[nn.Module | None, str]:
         *path, leaf = name.split(".")

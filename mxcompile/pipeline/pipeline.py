@@ -122,7 +122,7 @@ class Pipeline:
         source, program = program, program.copy()
         program.origin = source.origin or source
         program.batches = (program.example,) if calibration is None else tuple(as_batches(calibration))
-        if without := [name for name in program.parameter_names() if program.tensor(name).is_meta]:
+        if without := [name for name in program.parameter_names() if program.stored(name).is_meta]:
             raise InputError(no_values(without))
         check_batches(program.example, program.batches)
         check_inputs(program, program.batches)

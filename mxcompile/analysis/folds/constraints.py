@@ -90,10 +90,10 @@ def _parameter(region: Region, node: Node) -> None:
     if not region.program.is_parameter(name):
         region.pin(node, labels, f"is {name}, a buffer or constant")
         return
-    tensor = region.program.tensor(name)
+    tensor = region.program.stored(name)
     for other in node.graph.find_nodes(op="get_attr"):
         if other is not node and region.program.has_tensor(str(other.target)):
-            twin = region.program.tensor(str(other.target))
+            twin = region.program.stored(str(other.target))
             if twin.shape == tensor.shape and twin.data_ptr() == tensor.data_ptr():
                 region.assign(other, labels, region.power[node])
 

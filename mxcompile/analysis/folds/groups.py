@@ -67,7 +67,7 @@ class ScaleGroup:
 
     def made_by_norm(self, program: Program) -> bool:
         """True if only vectors divide the value: a norm's weight and bias."""
-        return all(program.tensor(a.parameter).dim() == 1 for a in self.absorbers if a.power == -1)
+        return all(program.stored(a.parameter).dim() == 1 for a in self.absorbers if a.power == -1)
 
     def restricted(self, keep: Callable[[Matmul], bool]) -> "ScaleGroup":
         """The group with some of its matmuls only, for statistics of those that calibration data reach."""

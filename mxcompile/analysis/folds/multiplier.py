@@ -55,7 +55,7 @@ def insert_multiplier(program: Program, matmuls: Sequence[Matmul]) -> Node:
 def _insert(program: Program, x: Node, matmul: Matmul, before: Node) -> Node:
     """Insert x * m in front of a node, m being `[in]` ones of the matmul's size."""
     name = _unused(program, f"{matmul.parameter}_input_multiplier")
-    device = program.tensor(matmul.parameter).device
+    device = program.device(matmul.parameter)
     ones = torch.ones(matmul.in_features, dtype=x.meta["val"].dtype, device=device)
     program.set_tensor(name, nn.Parameter(ones, requires_grad=False))
     multiplier = insert_tensor(program, before, name)

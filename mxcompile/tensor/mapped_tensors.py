@@ -1,0 +1,162 @@
+"""Tensors whose values lie in files: only those in use occupy memory.
+
+    kept = mapped.keep(tensor)     the same values in a file of the folder, mapped into memory
+    mapped.use(kept)               the values on the device that computes; those used longest ago are released
+
+A mapped tensor is an ordinary CPU tensor. Reading it brings its pages into memory, where they are the system's cache of
+the file; releasing it gives them up (`madvise`), and the next use reads the file again. On a GPU a use is a copy there,
+which is kept until it is released. Files have no name while they are in use: their room is free once their tensors are
+gone, also if the process is killed.
+"""
+
+import mmap
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Final
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from mxcompile.errors import InputError
+from mxcompile.tensor.digest import tensor_bytes
+from mxcompile.tensor.weight import MXWeight
+
+IN_USE: Final = 1 << 30
+"""Bytes of mapped tensors that may stay in memory, or on the GPU, after their use."""
+STATES: Final = 1 << 30
+"""Bytes of calibration states that may stay in memory."""
+SMALLEST: Final = 1 << 18
+"""Bytes below which a tensor stays in memory."""
+
+
+_View = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A mapped tensor in use. copy: on the device, None where the device is the CPU."""
+
+    mapping: ref[mmap.mmap]
+    bytes: int
+    copy: Tensor | None
+
+
+class MappedTensors:
+    """folder: for the files; made if missing. device: where tensors are used. in_use, states, smallest: see above.
+
+    states is for those who hold states of calibration batches: they keep the others in files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        in_use: int = IN_USE,
+        states: int = STATES,
+        smallest: int = SMALLEST,
+    ) -> None:
+        self.folder, self.device, self.states = folder, device, states
+        self._in_use, self._smallest = in_use, smallest
+        self._copies = device.type != "cpu"
+        self._mappings: WeakValueDictionary[_View, mmap.mmap] = WeakValueDictionary()
+        self._used: OrderedDict[_View, _Use] = OrderedDict()  # those used longest ago first
+
+    def keep(self, value: Tensor) -> Tensor:
+        """The tensor with its values in a file; a small one on the device, one that is mapped already as it is.
+
+        A parameter stays one, the component tensors of an MXWeight are mapped one by one. Raises InputError if the
+        file cannot be written; nothing is left of it.
+        """
+        if isinstance(value, MXWeight):
+            multiplier = None if value.multiplier is None else self.keep(value.multiplier)
+            return MXWeight(self.keep(value.elements), self.keep(value.scales), value.layout_, value.dtype, multiplier)
+        plain = value.detach()
+        if self.holds(plain):
+            return value
+        kept = plain.to(self.device) if plain.nbytes < self._smallest else self._written(plain)
+        return nn.Parameter(kept, requires_grad=False) if isinstance(value, nn.Parameter) else kept
+
+    def map_file(self, path: Path, offset: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """The tensor whose values lie in a file from that byte on, in row-major order. The file is never written to."""
+        with path.open("rb") as file:
+            return self._mapped(file.fileno(), offset, dtype, shape)
+
+    def holds(self, value: Tensor) -> bool:
+        """Whether the tensor's values lie in a file."""
+        return value.device.type == "cpu" and _view(value) in self._mappings
+
+    def use(self, value: Tensor) -> Tensor:
+        """The values of a tensor that the program holds, on the device. The result is for reading."""
+        if isinstance(value, MXWeight):
+            parts = [self.use(part) for part in value.parts]
+            same = all(one is other for one, other in zip(parts, value.parts, strict=True))
+            return value if same else MXWeight(parts[0], parts[1], value.layout_, value.dtype, *parts[2:])
+        if not self.holds(value):
+            return value
+        view = _view(value)
+        mapping, earlier = self._mappings[view], self._used.pop(view, None)
+        if earlier is not None and earlier.mapping() is mapping:  # else of a tensor that is gone
+            current = earlier
+        elif not self._copies:
+            current = _Use(ref(mapping), value.nbytes, None)
+        else:
+            current = _Use(ref(mapping), value.nbytes, value.detach().to(self.device, copy=True))
+            _release_pages(mapping)
+        self._used[view] = current
+        self._release_down_to(self._in_use)
+        return value if current.copy is None else current.copy
+
+    def release(self) -> None:
+        """Give up the memory of all mapped tensors until their next use."""
+        self._release_down_to(0)
+
+    def _release_down_to(self, limit: int) -> None:
+        """Release tensors, those used longest ago first, but for the last one used, until they have `limit` bytes."""
+        total = sum(use.bytes for use in self._used.values())
+        while total > limit and len(self._used) > (1 if limit else 0):
+            _, oldest = self._used.popitem(last=False)
+            total -= oldest.bytes
+            if (mapping := oldest.mapping()) is not None:
+                _release_pages(mapping)
+
+    def _written(self, value: Tensor) -> Tensor:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.folder, prefix="mxcompile-", buffering=0) as file:
+                _write_all(file.fileno(), tensor_bytes(value))
+                return self._mapped(file.fileno(), 0, value.dtype, value.shape)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot hold the {value.nbytes / 1e6:.0f} MB of a tensor ({error}): make room there, or "
+                "name a folder with more"
+            ) from error
+
+    def _mapped(self, file: int, offset: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        size = dtype.itemsize * shape.numel()
+        # a private mapping: what a graph writes into a state that it reads stays in memory
+        mapping = mmap.mmap(file, offset - start + size, access=mmap.ACCESS_COPY, offset=start)
+        tensor = torch.frombuffer(mapping, dtype=dtype, count=shape.numel(), offset=offset - start).view(shape)
+        self._mappings[_view(tensor)] = mapping
+        return tensor
+
+
+def _view(value: Tensor) -> _View:
+    """Where a tensor's values lie, and how: another view of the same memory is another tensor."""
+    return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
+
+
+def _release_pages(mapping: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_DONTNEED"):  # elsewhere the system decides alone
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    """Write all bytes: one call writes 2 GiB at most."""
+    while len(data):
+        data = data[os.write(file, data) :]

@@ -1,0 +1,159 @@
+"""MappedTensors: values lie in files, are in memory while they are used, and are the same to the bit."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mxcompile.errors import InputError
+from mxcompile.ops import QUANTIZE
+from mxcompile.tensor.mapped_tensors import MappedTensors
+from mxcompile.tensor.weight import MXLayout, MXWeight
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def mapped(folder: Path, *, copies: bool = False, **limits: int) -> MappedTensors:
+    """copies: as on a GPU, where a tensor in use is a copy."""
+    made = MappedTensors(folder, CPU, **{"smallest": 64, **limits})
+    made._copies = copies
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64])
+def test_values_are_the_same(tmp_path, dtype):
+    tensors, values = mapped(tmp_path), random(3, 5, 7).mul(100).to(dtype)
+    kept = tensors.keep(values)
+    assert tensors.holds(kept)
+    assert not tensors.holds(values)
+    assert kept.dtype == dtype
+    assert torch.equal(kept, values)
+    assert torch.equal(tensors.use(kept), values)
+    assert tensors.keep(kept) is kept
+
+
+def test_strides_are_row_major(tmp_path):
+    kept = mapped(tmp_path).keep(random(8, 6).T)
+    assert kept.is_contiguous()
+    assert torch.equal(kept, random(8, 6).T)
+
+
+def test_another_view_of_the_same_memory_is_another_tensor(tmp_path):
+    tensors = mapped(tmp_path, copies=True)
+    kept = tensors.keep(random(8, 8))
+    assert torch.equal(tensors.use(kept), random(8, 8))
+    assert not tensors.holds(kept.T)
+    assert torch.equal(tensors.use(tensors.keep(kept.T)), random(8, 8).T)
+
+
+def test_a_small_tensor_stays_in_memory(tmp_path):
+    tensors = mapped(tmp_path / "made", smallest=1000)
+    assert not tensors.holds(tensors.keep(random(9)))
+    assert not (tmp_path / "made").exists()
+
+
+def test_parameters_and_packed_weights_keep_their_kind(tmp_path):
+    tensors = mapped(tmp_path)
+    parameter = nn.Parameter(random(8, 8), requires_grad=False)
+    assert isinstance(tensors.keep(parameter), nn.Parameter)
+    weight = MXWeight(*QUANTIZE(random(8, 64), "mxint4", "floor"), MXLayout("mxint4", 64), torch.bfloat16)
+    kept = tensors.keep(weight)
+    assert isinstance(kept, MXWeight)
+    assert tensors.holds(kept.elements)
+    assert kept.layout_ == weight.layout_
+    assert torch.equal(tensors.use(kept).dequantize(), weight.dequantize())
+    assert tensors.use(kept) is kept
+
+
+def test_files_have_no_name_and_go_with_their_tensors(tmp_path):
+    tensors = mapped(tmp_path)
+    kept = tensors.keep(random(64, 64))
+    assert not list(tmp_path.iterdir())
+    assert len(tensors._mappings) == 1
+    view = kept[2:]
+    del kept
+    assert torch.equal(view, random(64, 64)[2:])
+    del view
+    assert not tensors._mappings
+
+
+def test_memory_holds_what_was_used_last(tmp_path):
+    tensors = mapped(tmp_path, copies=True, in_use=600)
+    kept = [tensors.keep(random(8, 8) + index) for index in range(3)]  # 256 bytes each
+    copies = [tensors.use(value) for value in kept]
+    assert tensors.use(kept[2]) is copies[2]
+    assert tensors.use(kept[1]) is copies[1]
+    assert tensors.use(kept[0]) is not copies[0]  # was released for the third
+    assert tensors.use(kept[2]) is not copies[2]  # for the first
+    tensors.release()
+    assert not tensors._used
+    assert all(torch.equal(tensors.use(value), random(8, 8) + index) for index, value in enumerate(kept))
+
+
+def test_one_tensor_larger_than_the_limit_can_be_used(tmp_path):
+    tensors = mapped(tmp_path, copies=True, in_use=10)
+    kept = tensors.keep(random(8, 8))
+    assert tensors.use(kept) is tensors.use(kept)
+
+
+def test_a_copy_of_a_tensor_that_is_gone_is_not_that_of_another(tmp_path):
+    tensors = mapped(tmp_path, copies=True)
+    addresses: set[int] = set()
+    for index in range(20):
+        kept = tensors.keep(random(64, 64) + index)
+        addresses.add(kept.data_ptr())
+        assert torch.equal(tensors.use(kept), random(64, 64) + index)
+        del kept
+    assert len(addresses) < 20  # mappings have come to lie at the same address
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux counts the memory of mapped files")
+def test_released_pages_are_out_of_memory(tmp_path):
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) * 1024
+
+    size = 64 << 20
+    tensors = mapped(tmp_path)
+    kept = tensors.keep(torch.ones(size, dtype=torch.uint8))
+    before = resident()
+    tensors.use(kept).amax()
+    assert resident() > before + size // 2
+    tensors.release()
+    assert resident() < before + size // 4
+    assert tensors.use(kept).sum() == size
+
+
+def test_a_tensor_of_a_file(tmp_path):
+    values = {"one": random(5, 3), "two": random(7, dtype=torch.bfloat16)}
+    save_file(values, tmp_path / "file.safetensors")
+    header = int.from_bytes((tmp_path / "file.safetensors").read_bytes()[:8], "little")
+    size = (tmp_path / "file.safetensors").stat().st_size
+    assert size == 8 + header + 60 + 14
+    tensors = mapped(tmp_path)
+    one = tensors.map_file(tmp_path / "file.safetensors", 8 + header, torch.float32, torch.Size((5, 3)))
+    assert torch.equal(one, values["one"])
+    one.zero_()
+    again = tensors.map_file(tmp_path / "file.safetensors", 8 + header, torch.float32, torch.Size((5, 3)))
+    assert torch.equal(again, values["one"])
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/folder cannot hold the 0 MB of a tensor .*: make room there"):
+        mapped(tmp_path / "file" / "folder").keep(random(8, 8))
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(InputError, match=r"cannot hold the 0 MB of a tensor \(.*No space left on device\): make room"):
+        mapped(tmp_path).keep(random(8, 8))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
