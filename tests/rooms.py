@@ -22,7 +22,7 @@ FLOORS = (
     {"tensor"},
     {"graph", "checkpoint"},
     {"analysis", "inductor"},
-    {"calibration", "deploy", "export"},
+    {"calibration", "deploy", "export", "serving"},
     {"pipeline"},
     {"passes"},
     {"diagnostics"},

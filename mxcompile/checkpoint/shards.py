@@ -108,6 +108,19 @@ def read(path: Path, shard: ShardChecksums, *, verify: bool = True) -> Iterator[
         raise CheckpointError(f"{path} cannot be read ({error}): {_ADVICE}") from error
 
 
+def read_tensor(path: Path, shard: ShardChecksums, name: str, *, verify: bool = True) -> Tensor:
+    """One tensor of a file, memory-mapped. Raises CheckpointError if the file or its bytes have changed."""
+    try:
+        _check_file(path, shard)
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): {_ADVICE}") from error
+    if verify and zlib.crc32(tensor_bytes(tensor)) != shard.tensors[name]:
+        raise _damaged(path, name)
+    return tensor
+
+
 def is_unchanged(path: Path, shard: ShardChecksums) -> bool:
     """Whether a file of that size and list of tensors is there; the tensors' values are not checked."""
     try:

@@ -1,0 +1,107 @@
+"""What a saved model says of its layers, for an engine that builds the model and reads the tensors itself.
+
+`model.layers.0.self_attn.q_proj` -> `MXLayout`, or None for a layer of float weights. The engine's names may differ
+from the checkpoint's: `rename` maps them.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
+
+from mxcompile.checkpoint import shards
+from mxcompile.checkpoint.hub import find_folder
+from mxcompile.checkpoint.reader import Checkpoint
+from mxcompile.errors import CheckpointError
+from mxcompile.tensor.layout import MXLayout
+
+WEIGHT: Final = ".weight"
+
+
+class StoredModel:
+    """The layers of a checkpoint of mxcompile, by their names in an engine. No tensor is read before it is asked for.
+
+    Raises CheckpointError if the folder or hub id holds no such checkpoint, or config.json or the index has changed
+    since it was saved.
+    """
+
+    def __init__(self, source: str | Path, *, verify: bool = True) -> None:
+        self.checkpoint = Checkpoint(find_folder(source), verify=verify)
+        weights = self.checkpoint.names.weights
+        self._stored = {name.removesuffix(WEIGHT): name for name in weights if name.endswith(WEIGHT)}
+        self.others = {name: name for name in weights if not name.endswith(WEIGHT)}
+        """MX weights that are not called `weight`, such as fused experts: name in the engine -> stored name."""
+
+    def rename(self, mapped: Callable[[str], str | None]) -> None:
+        """Give the layers an engine's names. mapped: the new name of a tensor, None to keep its name."""
+        stored = {mapped(f"{name}{WEIGHT}") or f"{name}{WEIGHT}": of for name, of in self._stored.items()}
+        self._stored = {name.removesuffix(WEIGHT): of for name, of in stored.items()}
+        self.others = {mapped(name) or name: of for name, of in self.others.items()}
+
+    def layout(self, layer: str, parts: Sequence[str]) -> MXLayout | None:
+        """The layout of a layer that an engine makes of `parts`, the layers of the checkpoint; None if it is float.
+
+        Raises CheckpointError if the parts differ: the engine runs them as one matmul with one input.
+        """
+        layouts = {part: self.layout_of(part) for part in parts}
+        if len(set(layouts.values())) == 1:
+            return next(iter(layouts.values()))
+        described = "; ".join(f"{part.rpartition('.')[2]}: {describe(layout)}" for part, layout in layouts.items())
+        raise CheckpointError(
+            f"{layer} cannot be served: the engine runs its parts as one matmul, but they are quantized differently "
+            f"({described}). Quantize them alike: give all of them the same format, or leave all of them out"
+        )
+
+    def layout_of(self, part: str) -> MXLayout | None:
+        """The layout of one layer of the checkpoint, None if its weight is float."""
+        stored = self._stored.get(part)
+        return None if stored is None else self.checkpoint.names.weights[stored].layout
+
+    def multiplier(self, part: str) -> Tensor:
+        """The multiplier of a layer `[in]`, read from the file; it may be stored under another layer's name."""
+        names = self.checkpoint.names
+        name = f"{self._stored[part]}.multiplier"
+        return self._read(names.aliases.get(name, name))
+
+    def _read(self, name: str) -> Tensor:
+        """One stored tensor, checked."""
+        index, folder = self.checkpoint.index, self.checkpoint.folder
+        for file, shard in index.shards.items():
+            if name in shard.tensors:
+                return shards.read_tensor(folder / file, shard, name, verify=self.checkpoint.verify)
+        raise CheckpointError(f"{folder} has no tensor {name}")
+
+    def patterns(self) -> dict[re.Pattern[str], str | None]:
+        """Renamings of stored tensors, which an engine applies to each name: pattern -> replacement, None to skip it.
+
+        `q_proj.weight.scales` -> `q_proj.weight_scales`, as a name of a parameter has no dot; buffers that the module
+        computes by itself are skipped.
+        """
+        leaves = {name.rpartition(".")[2] for name in self.checkpoint.names.weights}
+        renamed = re.compile(rf"\.({_any(leaves)})\.(scales|multiplier)$")
+        skipped = self.checkpoint.names.non_persistent
+        patterns: dict[re.Pattern[str], str | None] = {re.compile(rf"^(?:{_any(skipped)})$"): None} if skipped else {}
+        return {**patterns, renamed: r".\1_\2"}
+
+
+def describe(layout: MXLayout | None) -> str:
+    """A layout in a few words: "mxint4, input mxint8 by round-half, rotated by 64"."""
+    if layout is None:
+        return "float"
+    words = [layout.format]
+    words += [] if layout.activation is None else [f"input {layout.activation} by {layout.rule}"]
+    words += [] if layout.rotation is None else [f"rotated by {layout.rotation}"]
+    words += [] if layout.multiplier is None else [f"multiplied by {layout.multiplier[:8]}"]
+    return ", ".join(words)
+
+
+def without_preparation(layout: MXLayout) -> MXLayout:
+    """The layout of the bytes alone."""
+    return replace(layout, multiplier=None, rotation=None)
+
+
+def _any(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(names)))

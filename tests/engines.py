@@ -1,0 +1,95 @@
+"""An engine of vLLM in a process of its own, and tiny models that it can run.
+
+    python tests/engines.py REQUEST.json RESULT.json
+
+`log_probabilities` starts that. vLLM keeps state in its process, so one process runs one engine.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY: Final = 512
+LIMIT: Final = 300  # seconds for a process; alone it takes about 20
+SETTINGS: Final = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_COLOR": "0",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+why_no_engine: Final = "" if find_spec("vllm") is not None else "vLLM is not installed in this environment"
+
+
+def tiny_llama(seed: int = 0, **sizes: Any) -> nn.Module:
+    """A random Llama of sizes that vLLM's attention supports, in bfloat16; the same weights for the same seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    given = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCABULARY, **heads, **sizes}
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**given, max_position_embeddings=128)).to(torch.bfloat16).eval()
+
+
+def prompts(count: int = 4, length: int = 48) -> Tensor:
+    """Token ids `[count, length]`."""
+    return torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def expected(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities of the prompts' tokens from the second on, `[count, length - 1]`, as transformers has them."""
+    with torch.no_grad():
+        values = torch.log_softmax(model(input_ids=ids).logits[:, :-1].float(), dim=-1)
+    return values.gather(2, ids[:, 1:, None])[..., 0]
+
+
+def log_probabilities(folder: Path, ids: Tensor, **options: Any) -> Tensor:
+    """The same from an engine that serves the folder. options: arguments of `vllm.LLM`. Raises RuntimeError with
+    what the process printed if it fails."""
+    return torch.tensor(run(folder, ids, **options)["log_probabilities"])
+
+
+def run(folder: Path, ids: Tensor, **options: Any) -> dict[str, Any]:
+    """What an engine makes of prompts: `log_probabilities`, and `printed`, what its process has printed."""
+    request, result = folder.with_suffix(".request.json"), folder.with_suffix(".result.json")
+    request.write_text(json.dumps({"model": str(folder), "ids": ids.tolist(), "options": options}))
+    result.unlink(missing_ok=True)
+    arguments = [sys.executable, __file__, str(request), str(result)]
+    done = subprocess.run(
+        arguments, env=os.environ | SETTINGS, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    printed = done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(printed)
+    return {**json.loads(result.read_text()), "printed": printed}
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Run one engine."""
+    from vllm import LLM, SamplingParams
+
+    options = {"enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True, **request["options"]}
+    engine = LLM(request["model"], **options)
+    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+    results = engine.generate([{"prompt_token_ids": ids} for ids in request["ids"]], sampling, use_tqdm=False)
+    values = [
+        [
+            entry[token].logprob
+            for token, entry in zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)
+        ]
+        for result in results
+    ]
+    return {"log_probabilities": values}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
