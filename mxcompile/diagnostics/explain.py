@@ -16,7 +16,13 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose, exclude_shared_weights, name_in_module, override_formats
 from mxcompile.analysis.matmuls import Matmul, UnquantizedNode, find_matmuls
 from mxcompile.arguments import checked
-from mxcompile.diagnostics.explain_quantized import explain_quantized, layer_name, select_kernel, with_sizes
+from mxcompile.diagnostics.explain_quantized import (
+    explain_quantized,
+    layer_name,
+    notes_for_vllm,
+    select_kernel,
+    with_sizes,
+)
 from mxcompile.diagnostics.explanation import FLOAT, LOOKUP, Explanation, SelectedKernel, group_similar
 from mxcompile.errors import InputError, PipelineError
 from mxcompile.formats import MXFormat, activation_rule
@@ -65,7 +71,8 @@ def explain(
     layers = tuple(_select_kernels(program, _empty_lowering(pipeline), target))
     before = stored_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
-    return Explanation(str(target), str(recipe), group_similar(layers), before, before - saved, why_no_inductor(target))
+    uncompiled, vllm = why_no_inductor(target), notes_for_vllm(layers)
+    return Explanation(str(target), str(recipe), group_similar(layers), before, before - saved, uncompiled, vllm)
 
 
 class _EmptyLowerMX(LowerMX):

@@ -1,11 +1,14 @@
 """Select the kernel of each MX weight of a module on a device, with the reasons against better ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from mxcompile.checkpoint.interop.compressed_layers import by_reason, named_format, vllm_notes
+from mxcompile.checkpoint.interop.element_layouts import STORED
+from mxcompile.checkpoint.interop.joined_layers import different_by_name
 from mxcompile.diagnostics.explanation import (
     CPU,
     CPU_DECODED,
@@ -35,7 +38,20 @@ def explain_quantized(model: nn.Module, device: torch.device) -> Explanation:
     """Explain a module that has MX weights."""
     layers, packed = tuple(_select_kernels(model, device)), stored_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
-    return Explanation(str(device), None, group_similar(layers), packed + saved, packed, why_no_inductor(device))
+    uncompiled, vllm = why_no_inductor(device), notes_for_vllm(layers)
+    return Explanation(str(device), None, group_similar(layers), packed + saved, packed, uncompiled, vllm)
+
+
+def notes_for_vllm(layers: Iterable[SelectedKernel]) -> tuple[str, ...]:
+    """What vLLM cannot do with these layers, or does otherwise."""
+    formats = {layer.pattern: named_format(layer.weight, layer.activation) for layer in layers}
+    pairs = {(layer.weight, layer.activation) for layer in layers if layer.weight is not None}
+    if not pairs:
+        return ()
+    writable = {None, *map(str, STORED.values())}
+    is_writable = all(fmt in writable for pair in pairs for fmt in pair)
+    notes = [f"saved as compressed-tensors: {note}" for note in (vllm_notes(pairs) if is_writable else ())]
+    return (*notes, *by_reason(different_by_name(formats)))
 
 
 def _select_kernels(model: nn.Module, device: torch.device) -> Iterator[SelectedKernel]:

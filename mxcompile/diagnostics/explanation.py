@@ -60,6 +60,7 @@ class Explanation:
     device: where the model would run. recipe: None for a model that is already quantized. layers: in model order.
 
     bytes_before, bytes_after: of the whole model. uncompiled: why `torch.compile` cannot target the device, or None.
+    vllm: what vLLM cannot do with the model, or does otherwise.
     """
 
     device: str
@@ -68,6 +69,7 @@ class Explanation:
     bytes_before: int
     bytes_after: int
     uncompiled: str | None
+    vllm: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[SelectedKernel, ...]:
@@ -126,6 +128,7 @@ class Explanation:
             yield f"{layers} of {sum(layer.count for layer in self.quantized)} MX weights are decoded on every call"
         if uncovered := self._not_covered():
             yield uncovered
+        yield from self.vllm
 
     def _reasons(self) -> Iterator[str]:
         layers_of: dict[str, list[str]] = {}

@@ -1,11 +1,12 @@
 """Which layers of a model compressed-tensors can hold: all reasons against it at once, each with its layers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.interop.element_layouts import STORED, check_scales
+from mxcompile.checkpoint.interop.joined_layers import different_by_data_flow, different_by_name
 from mxcompile.checkpoint.interop.stored_names import StoredParts
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import FORMATS, parse_format
@@ -13,15 +14,7 @@ from mxcompile.tensor.weight import MXWeight
 
 GroupBits = tuple[int, int | None]
 """Bits of a group's weights, and of their inputs (None: float)."""
-_JOINED: Final = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
-"""Layers that vLLM runs as one, so that they need one format."""
-_EXPERTS: Final = ".experts."
+_NOT_IN_VLLM: Final = str(STORED[6])
 _LISTED: Final = 3
 _ADVICE: Final = "mxcompile.save without format=... saves it unchanged"
 
@@ -32,17 +25,65 @@ def bits_of(weight: MXWeight) -> GroupBits:
     return parse_format(weight.layout_.format).bits, None if activation is None else parse_format(activation).bits
 
 
+def format_of(value: Tensor) -> str:
+    """The formats of a layer with this weight, for people."""
+    return named_format(value.layout_.format, value.layout_.activation) if isinstance(value, MXWeight) else "float"
+
+
+def named_format(weight: str | None, activation: str | None) -> str:
+    """The same of names of formats; None is float."""
+    return "float" if weight is None else f"{weight} with {activation or 'float'} inputs"
+
+
 def check_writable(module: nn.Module, values: Mapping[str, Tensor], stored: Mapping[str, StoredParts]) -> None:
     """Raise CheckpointError with every reason for which the module cannot be written, and the layers of each."""
+    reasons = [
+        (reason, name)
+        for name, value in values.items()
+        if isinstance(value, MXWeight)
+        for reason in _reasons(name, value, _is_linear(module, name, value, stored[name]))
+    ]
+    formats = {
+        part.removesuffix(".weight"): format_of(value)
+        for name, value in values.items()
+        if value.dim() > 1
+        for part in stored[name].names
+        if not part.endswith(".bias")
+    }
+    if lines := by_reason((*reasons, *different_by_name(formats))):
+        raise CheckpointError("\n".join(lines))
+
+
+def notes(module: nn.Module, values: Mapping[str, Tensor]) -> list[str]:
+    """What vLLM does otherwise than the model, with what is written of it."""
+    weights = [value for value in values.values() if isinstance(value, MXWeight)]
+    pairs = {(value.layout_.format, value.layout_.activation) for value in weights}
+    linears = {
+        name.removesuffix(".weight"): format_of(value)
+        for name, value in values.items()
+        if isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear) and name.endswith(".weight")
+    }
+    return [*vllm_notes(pairs), *by_reason(different_by_data_flow(module, linears))]
+
+
+def by_reason(reasons: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each reason, with the layers that have it: from (reason, layer) pairs."""
     layers: dict[str, list[str]] = {}
-    for name, value in values.items():
-        if isinstance(value, MXWeight):
-            for reason in _reasons(name, value, _is_linear(module, name, value, stored[name])):
-                layers.setdefault(reason, []).append(name)
-    for reason, names in _joined_differently(values, stored):
-        layers.setdefault(reason, []).append(names)
-    if layers:
-        raise CheckpointError("\n".join(f"{names[0]}: {reason}{_also(names[1:])}" for reason, names in layers.items()))
+    for reason, layer in reasons:
+        layers.setdefault(reason, []).append(layer)
+    return [f"{names[0]}: {reason}{_also(names[1:])}" for reason, names in layers.items()]
+
+
+def vllm_notes(pairs: Iterable[tuple[str, str | None]]) -> Iterator[str]:
+    """What vLLM cannot do, or ignores, of weights in these pairs of formats (weight, input) in this file format."""
+    weights, inputs = ({str(fmt) for fmt in formats if fmt is not None} for formats in zip(*pairs, strict=True))
+    if _NOT_IN_VLLM in weights:
+        yield f"vLLM has no scheme for {_NOT_IN_VLLM} in compressed-tensors folders; transformers reads them"
+    if inputs and weights != {_NOT_IN_VLLM}:
+        yield (
+            f"vLLM ignores on Hopper that inputs are rounded to {' and '.join(sorted(inputs))}: there it runs the "
+            "weights with bfloat16 inputs; mxcompile's own format serves both as measured"
+        )
 
 
 def float_linears(module: nn.Module, values: Mapping[str, Tensor], stored: Mapping[str, StoredParts]) -> list[str]:
@@ -89,28 +130,6 @@ def _reasons(name: str, weight: MXWeight, linear: bool) -> Iterator[str]:
         check_scales(name, weight.scales)
     except CheckpointError as error:
         yield str(error).removeprefix(f"{name} ")
-
-
-def _joined_differently(values: Mapping[str, Tensor], stored: Mapping[str, StoredParts]) -> Iterator[tuple[str, str]]:
-    """(reason, layers) for layers of different formats that vLLM runs as one."""
-    formats: dict[str, dict[str, str]] = {}
-    for name, value in values.items():
-        layout = value.layout_ if isinstance(value, MXWeight) else None
-        fmt = "float" if layout is None else f"{layout.format} with {layout.activation or 'float'} inputs"
-        for part in stored[name].names if value.dim() > 1 else ():
-            if part.endswith(".bias"):
-                continue
-            path = part.removesuffix(".weight")
-            parent, _, leaf = path.rpartition(".")
-            for joined in _JOINED:
-                if leaf in joined:
-                    formats.setdefault(f"{parent}: {', '.join(joined)}", {})[leaf] = fmt
-            if _EXPERTS in path:
-                formats.setdefault(f"{path.partition(_EXPERTS)[0]}.experts", {})[leaf] = fmt
-    for layers, of_each in formats.items():
-        if len(set(of_each.values())) > 1:
-            listed = ", ".join(f"{leaf} {fmt}" for leaf, fmt in of_each.items())
-            yield f"vLLM runs these layers as one and needs one format for them, not {listed}", layers
 
 
 def _also(names: list[str]) -> str:

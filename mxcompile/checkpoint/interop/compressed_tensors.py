@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mxcompile.checkpoint.checked_json import take, take_map
 from mxcompile.checkpoint.config_json import CONFIG
-from mxcompile.checkpoint.interop.compressed_layers import GroupBits, bits_of, check_writable, float_linears
+from mxcompile.checkpoint.interop.compressed_layers import GroupBits, bits_of, check_writable, float_linears, notes
 from mxcompile.checkpoint.interop.element_layouts import STORED, from_rows, to_rows
 from mxcompile.checkpoint.interop.files import dtype_of, read_tensors
 from mxcompile.checkpoint.interop.stored_names import StoredParts, stored_parts
@@ -30,6 +30,7 @@ from mxcompile.checkpoint.shards import PendingTensor
 from mxcompile.checkpoint.stored_tensors import TensorNames
 from mxcompile.errors import CheckpointError, warn
 from mxcompile.formats import ScaleRule
+from mxcompile.tensor.modules import is_pretrained
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 METHOD: Final = "compressed-tensors"
@@ -65,13 +66,16 @@ def write(folder: Path, module: nn.Module, names: TensorNames, config: Mapping[s
             else:
                 make = partial(stored[name].take, value.detach(), part)
                 tensors[part] = PendingTensor(value.dtype, stored[name].shape_of(value, part), make)
-    content = dict(config) | {"quantization_config": _describe(groups, float_linears(module, values, stored))}
+    heads = _heads(module, stored)
+    content = dict(config) | {"quantization_config": _describe(groups, float_linears(module, values, stored), heads)}
     if config and config.get("dtype") not in (None, _DTYPE):
         warn(
             f"this model is in {config['dtype']}, but compressed-tensors decodes MX weights to {_DTYPE}: config.json "
             f"says {_DTYPE}, in which other programs then load all of it; its float tensors are stored as they are"
         )
         content["dtype"] = _DTYPE
+    if differences := notes(module, values):
+        warn("; ".join(differences))
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     return tensors
 
@@ -148,8 +152,23 @@ def _values(module: nn.Module, names: TensorNames) -> Iterable[tuple[str, Tensor
             yield name, value
 
 
-def _describe(groups: Mapping[GroupBits, list[str]], ignored: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json."""
+def _heads(module: nn.Module, stored: Mapping[str, StoredParts]) -> set[str]:
+    """Stored paths of the output head of a transformers model."""
+    head: Any = module.get_output_embeddings() if is_pretrained(module) else None  # pyright: ignore
+    names = [name for name, layer in module.named_modules() if layer is head]
+    return {
+        part.rpartition(".")[0]
+        for name in names
+        if f"{name}.weight" in stored
+        for part in stored[f"{name}.weight"].names
+    }
+
+
+def _describe(groups: Mapping[GroupBits, list[str]], ignored: list[str], heads: set[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    A quantized head is a target under its path: vLLM's class of it is a ParallelLMHead, which "Linear" does not match.
+    """
     formats = {_NAMES[bits] for bits, _ in groups}
     return {
         "quant_method": METHOD,
@@ -157,7 +176,7 @@ def _describe(groups: Mapping[GroupBits, list[str]], ignored: list[str]) -> dict
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{n}": {
-                "targets": ["Linear"] if len(groups) == 1 else sorted(paths),
+                "targets": ["Linear", *sorted(heads & set(paths))] if len(groups) == 1 else sorted(paths),
                 "format": _NAMES[bits],
                 "weights": _arguments(bits, dynamic=False),
                 "input_activations": None if inputs is None else _arguments(inputs, dynamic=True),
