@@ -9,7 +9,7 @@ error of earlier layers (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
@@ -20,8 +20,8 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
+from mxcompile.calibration.expert_moments import ExpertStatistics, ExpertTokens, TokenTally
 from mxcompile.calibration.quantizers import round_input
-from mxcompile.calibration.run import NO_TOKENS
 from mxcompile.calibration.second_moments import SecondMoments
 from mxcompile.calibration.twin_run import TwinRun
 from mxcompile.errors import PipelineError
@@ -38,9 +38,8 @@ from mxcompile.pipeline.interfaces import FLOATING, Pass
 from mxcompile.pipeline.options import Range
 from mxcompile.tensor.weight import MXWeight
 
-_SCALES = " scales"
+_SCALES, _TOKENS = " scales", " tokens"
 _UNCORRECTED = "rounded without correction: the model selects its tokens, which may differ in the float model"
-_FEW_TOKENS = "calibration tokens for {} input channels: the second moments are rank-deficient"
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,10 @@ class Gptq(Pass):
     correction: share of the error of earlier layers that is compensated, 0 to 1. residual: with a correction, also
         compensate the error of the residual stream that the output is added to. There is no correction where the model
         selects the tokens (experts): they may differ between the float and the quantized model.
+    experts, shrinkage: the second moments of each expert of a 3-D weight are those of the tokens that it is `chosen`
+        for and of `shrinkage` x in further ones with the mean of `all` experts' tokens (`expert_moments.py`); 0: its
+        own alone. experts=all: those of all experts' tokens for each. min_tokens: experts that fewer tokens reach are
+        rounded to nearest.
     overrides: other formats by name pattern, None for a weight that stays float; `lower-mx` needs the same.
     """
 
@@ -66,6 +69,9 @@ class Gptq(Pass):
     correction: Annotated[float, Range(0, 1)] = 0.0
     residual: bool = False
     microblock: Annotated[int, Range(0)] = 0
+    experts: ExpertTokens = ExpertTokens.CHOSEN
+    shrinkage: Annotated[float, Range(0)] = 2.0
+    min_tokens: Annotated[int, Range(0)] = 0
     overrides: Mapping[str, MXFormat | None] = Overrides()
 
     name = "gptq"
@@ -85,7 +91,7 @@ class Gptq(Pass):
         """Round every chosen weight that only matmuls read, segment by segment."""
         choice, formats = override_formats(program, choose(program), self.format, self.overrides)
         misses = [*choice.misses, *(choice.shared_weight_miss(m) for m in choice.matmuls if not choice.owns_weight(m))]
-        numbers: dict[str, dict[str, float]] = {}
+        numbers, tokens = dict[str, dict[str, float]](), dict[str, tuple[int, ...]]()
         todo = [m for m in choice.matmuls if choice.owns_weight(m) and m.parameter not in program.rounded]
         if not todo:
             return PassResult(0, tuple(misses))
@@ -95,14 +101,15 @@ class Gptq(Pass):
             readings = _by_input(program, segment, todo, formats)
             weights = [matmul for readers in readings for matmul in readers]
             before = {m.parameter: program.tensor(m.parameter) for m in weights}
-            reasons = _restored(program, index, weights, formats)
-            if reasons is None:
-                reasons = self._round_segment(program, twin_run, segment, readings, formats)
-                _keep(program, index, before, reasons)
-            misses += [Miss(place, why) for place, _, why in (reason.partition(": ") for reason in reasons)]
+            remarks = _restored(program, index, weights, formats)
+            if remarks is None:
+                remarks = self._round_segment(program, twin_run, segment, readings, formats)
+                _keep(program, index, before, remarks)
+            misses += [Miss(place, why) for place, _, why in (reason.partition(": ") for reason in remarks.reasons)]
+            tokens |= remarks.tokens
             numbers |= {n: {"weight_sqnr_db": sqnr_db(old, program.tensor(n))} for n, old in before.items()}
             twin_run.advance(segment)
-        return PassResult(len(numbers), tuple(misses), numbers)
+        return PassResult(len(numbers), tuple(misses), numbers, expert_tokens=tokens)
 
     def _round_segment(
         self,
@@ -111,44 +118,43 @@ class Gptq(Pass):
         segment: Segment,
         readings: list[list[Matmul]],
         formats: Mapping[Node, MXFormat],
-    ) -> list[str]:
-        """Round the weights of a segment, one input value after the other; returns remarks on some of them."""
-        reasons: list[str] = []
+    ) -> "_Remarks":
+        """Round the weights of a segment, one input value after the other."""
+        remarks = _Remarks()
+        statistics = ExpertStatistics(self.experts, self.shrinkage)
         for readers in readings:
-            moments = twin_run.moments(segment, readers, self.residual)
-            reasons += self._round(program, readers, moments, formats[readers[0].node])
-        return reasons
+            moments = twin_run.moments(segment, readers, self.residual, statistics)
+            remarks.add(self._round(program, readers, moments, formats[readers[0].node]))
+        return remarks
 
     def _round(
         self, program: Program, readers: list[Matmul], moments: Iterable[SecondMoments], fmt: MXFormat
-    ) -> list[str]:
-        """Round all weights that read one value together: their rows are independent. Returns remarks.
+    ) -> "_Remarks":
+        """Round all weights that read one value together: their rows are independent.
 
         Experts are rounded and packed one after the other.
         """
         weights = [_RoundedWeight(matmul, finite_rows(program, matmul)) for matmul in readers]
-        reasons: list[str] = []
-        compared = seen = False
+        tally, reasons = TokenTally(readers[0], self.min_tokens), list[str]()
         for index, of_expert in enumerate(moments):
             rows = {weight.matmul.node.name: weight.expert(index) for weight in weights}
-            compared, seen = compared or of_expert.compared, seen or of_expert.tokens > 0
-            try:
-                if not of_expert.tokens:
-                    raise IllConditionedError(NO_TOKENS)
-                pair = self._round_together(rows, of_expert, fmt)
-                if of_expert.tokens < readers[0].in_features:
-                    reasons.append(f"{of_expert.tokens} {_FEW_TOKENS.format(readers[0].in_features)}")
-            except IllConditionedError as error:
-                reasons.append(f"rounded to nearest: {error}")
-                pair = round_rows(torch.cat([*rows.values()]), fmt, self.rule or ScaleRule.MSE)
+            pair = None
+            if tally.add(of_expert):
+                try:
+                    pair = self._round_together(rows, of_expert, fmt)
+                except IllConditionedError as error:
+                    reasons.append(f"{f'expert {index} ' if tally.of_experts else ''}rounded to nearest: {error}")
+            pair = pair or round_rows(torch.cat([*rows.values()]), fmt, self.rule or ScaleRule.MSE)
             parts = (part.split([len(each) for each in rows.values()]) for part in pair)
             for weight, values, scales in zip(weights, *parts, strict=True):
                 weight.add(values, scales, fmt)
         for weight in weights:
             weight.store(program, fmt)
-        if self.correction and seen and not compared:
+        if self.correction and any(tally.counts) and not tally.compared:
             reasons.insert(0, _UNCORRECTED)
-        return [f"{where(matmul.node)}: {reason}" for matmul in readers for reason in reasons]
+        reasons += tally.remarks()
+        counts = {matmul.parameter: tuple(tally.counts) for matmul in readers} if tally.of_experts else {}
+        return _Remarks([f"{where(matmul.node)}: {reason}" for matmul in readers for reason in reasons], counts)
 
     def _round_together(
         self, weights: Mapping[str, Tensor], moments: SecondMoments, fmt: MXFormat
@@ -157,6 +163,19 @@ class Gptq(Pass):
         largest = min(largest_exponent(weight.dtype) for weight in weights.values())
         rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock, largest)
         return rounding.round(moments.target(weights, self.damping, self.correction), moments.inputs)
+
+
+@dataclass(frozen=True)
+class _Remarks:
+    """reasons: what was not done as for other weights. tokens: of each expert in calibration, by a weight's name."""
+
+    reasons: list[str] = field(default_factory=list[str])
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+
+    def add(self, other: "_Remarks") -> None:
+        """Add those of further weights."""
+        self.reasons.extend(other.reasons)
+        self.tokens.update(other.tokens)
 
 
 class _RoundedWeight:
@@ -197,31 +216,31 @@ def _store(program: Program, matmul: Matmul, values: Tensor, rounding: Rounding)
 
 def _restored(
     program: Program, index: int, weights: Iterable[Matmul], formats: Mapping[Node, MXFormat]
-) -> list[str] | None:
+) -> _Remarks | None:
     """Load a segment's weights from an interrupted run and return its remarks; None if it had not finished it."""
     saved = None if program.resume is None else program.resume.load(f"{index:04}")
     if saved is None:
         return None
     tensors, reasons = saved
+    remarks = _Remarks(reasons)
     for matmul in weights:
         name = matmul.parameter
         device = program.device(name)
         values, scales = (tensors[part].to(device) for part in (name, f"{name}{_SCALES}"))
-        _store(
-            program,
-            matmul,
-            matmul.rows(values) if values.dim() == 2 else values,
-            Rounding(formats[matmul.node], scales),
-        )
-    return reasons
+        rows = matmul.rows(values) if values.dim() == 2 else values
+        _store(program, matmul, rows, Rounding(formats[matmul.node], scales))
+        if f"{name}{_TOKENS}" in tensors:
+            remarks.tokens[name] = tuple(tensors[f"{name}{_TOKENS}"].tolist())
+    return remarks
 
 
-def _keep(program: Program, index: int, names: Iterable[str], reasons: list[str]) -> None:
+def _keep(program: Program, index: int, names: Iterable[str], remarks: _Remarks) -> None:
     if program.resume is not None:
         stored = {name: program.stored(name) for name in names}
         tensors = {name: each.elements if isinstance(each, MXWeight) else each for name, each in stored.items()}
         tensors |= {f"{name}{_SCALES}": program.rounded[name].scales for name in names}
-        program.resume.save(f"{index:04}", tensors, reasons)
+        tensors |= {f"{name}{_TOKENS}": torch.tensor(counts) for name, counts in remarks.tokens.items()}
+        program.resume.save(f"{index:04}", tensors, remarks.reasons)
 
 
 def _by_input(

@@ -7,16 +7,16 @@ fewer outputs than inputs, Y replaces D, which is larger. R is the error of the 
 matmul's output: the weight can compensate it. High-energy tokens are capped (`importance.token_weights`).
 """
 
+import copy
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.graph.dataflow import SAME_VALUE, operand, shapes_are_equal
+from mxcompile.graph.dataflow import SAME_VALUE, shapes_are_equal
 from mxcompile.numerics.column_rounding import IllConditionedError
 from mxcompile.numerics.importance import token_weights
 
@@ -27,15 +27,16 @@ _PASSED = SAME_VALUE | {aten.view.default, aten.reshape.default, aten._unsafe_vi
 
 
 class SecondMoments:
-    """tokens: how many were seen. input_error: D `[in, in]`. exact_outputs: Y, residual_errors: R, both `[out, in]` by
-    the name of the matmul's node.
+    """size: number of input channels. tokens: how many were seen. borrowed: how many tokens' worth another value has
+    lent (`add_mean`). input_error: D `[in, in]`. exact_outputs: Y, residual_errors: R, both `[out, in]` by the name of
+    the matmul's node.
 
     All are in units of one power of two, which is 1 unless the values are so large or small that their squares leave
     float32.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.tokens = 0
+        self.size, self.tokens, self.borrowed = size, 0, 0.0
         self.input_error: Tensor | None = None
         self.exact_outputs: dict[str, Tensor] = {}
         self.residual_errors: dict[str, Tensor] = {}
@@ -63,11 +64,15 @@ class SecondMoments:
         residual_errors: Mapping[str, Tensor] | None = None,
         exact_outputs: Mapping[str, Tensor] | None = None,
         weight: float = 1.0,
+        *,
+        count_only: bool = False,
     ) -> None:
         """x, exact: the input `[tokens, in]` in the quantized and in the exact model. residual_errors: r_exact - r,
-        exact_outputs: y_exact, both `[tokens, out]`. weight: how much each of these tokens counts.
+        exact_outputs: y_exact, both `[tokens, out]`. weight: how much each of these tokens counts. count_only: count
+        the tokens and nothing else.
         """
-        if not len(x):
+        if not len(x) or count_only:
+            self.tokens += len(x)
             return
         x = x.float()
         counts, scale = token_weights(x), self._unit(x)
@@ -83,6 +88,22 @@ class SecondMoments:
             self.residual_errors[name] = _accumulated(self.residual_errors.get(name), error.float() * scale, weighted)
         for name, outputs in (exact_outputs or {}).items():
             self.exact_outputs[name] = _accumulated(self.exact_outputs.get(name), outputs.float() * scale, weighted)
+
+    def add_mean(self, other: "SecondMoments", count: float) -> None:
+        """Add the second moments of `count` tokens like those of another value of the same size, which has some.
+
+        H += count / n * H_other
+        """
+        self._scale = self._scale or other._scale
+        units = (self._scale or 1.0) / (other._scale or 1.0)
+        self._inputs.add_(other._inputs, alpha=count / other.tokens * units**2)
+        self.borrowed += count
+
+    def with_tokens(self, tokens: int) -> "SecondMoments":
+        """These moments as those of a value of which so many tokens were seen; H is shared."""
+        copied = copy.copy(self)
+        copied.tokens, copied.borrowed = tokens, self.borrowed + self.tokens
+        return copied
 
     def _unit(self, x: Tensor) -> float:
         """The power of two that all values are multiplied by, chosen by the first that are not zero."""
@@ -141,21 +162,3 @@ def residual_operand(matmul: Matmul) -> Node | None:
             return None
         node = user
     return None
-
-
-def expert_offsets(matmul: Matmul) -> Node | None:
-    """The node of a grouped matmul's offsets (where each expert's rows end); None for other matmuls."""
-    offsets = operand(matmul.node, 2) if "grouped_mm" in str(matmul.node.target) else None
-    return offsets if isinstance(offsets, Node) else None
-
-
-def expert_rows(x: Tensor, offsets: Tensor | None, experts: int) -> list[Tensor]:
-    """The rows `[tokens, in]` that each expert multiplies.
-
-    x: with offsets `[tokens, in]`, sorted by expert; else `[experts, tokens, in]`, or an input that all experts read.
-    """
-    if offsets is not None:
-        return [x[start:end] for start, end in pairwise([0, *offsets.tolist()])]
-    if x.dim() == 3 and x.shape[0] == experts:
-        return list(x)
-    return [x.reshape(-1, x.shape[-1])] * experts

@@ -13,8 +13,9 @@ from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.analysis.segments import Segment, find_segments
 from mxcompile.analysis.visibility import Visibility
 from mxcompile.calibration.altered_run import AlteredRun, Prepare
+from mxcompile.calibration.expert_moments import ExpertStatistics, expert_offsets, expert_rows, rows_of_all
 from mxcompile.calibration.not_finite import check_statistics
-from mxcompile.calibration.second_moments import SecondMoments, expert_offsets, expert_rows, residual_operand
+from mxcompile.calibration.second_moments import SecondMoments, residual_operand
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.program import Program
@@ -52,33 +53,42 @@ class TwinRun:
             self._exact.advance(self._twins[segment])
             self._free_weights(self._twins[segment])
 
-    def moments(self, segment: Segment, readers: Sequence[Matmul], residual: bool) -> Iterator[SecondMoments]:
+    def moments(
+        self,
+        segment: Segment,
+        readers: Sequence[Matmul],
+        residual: bool,
+        experts: ExpertStatistics = ExpertStatistics(),  # noqa: B008 - frozen
+    ) -> Iterator[SecondMoments]:
         """Second moments of the value that some matmuls of a segment read; for a 3-D weight, one for each expert.
 
         Those of some experts at a time: the batches run again for each group of them.
 
         With the exact model they include the error of the value, but not where the model itself selects the rows
         (experts, `row_order.py`), which may be other tokens in the two models. residual: also the error of what is
-        added to the matmuls' outputs.
+        added to the matmuls' outputs. experts: how those of one expert use the tokens of all.
         Advances the batches to the node that computes the value if its state is small enough to keep, so the weights of
         all matmuls before it must be final. Raises InputError, which names the batch, if the value is not finite.
         """
         first = readers[0]
         exact_node = first.node if _smaller_by_output(readers) else first.activation
         self._approach(segment, first.activation, exact_node)
-        for moments in self._gathered(segment, readers, exact_node, residual):
+        for moments in self._gathered(segment, readers, exact_node, residual, experts):
             check_statistics(self._program, self._program.batches, first.activation, [each.inputs for each in moments])
             yield from moments
             del moments  # frees them before the next are gathered
 
     def _gathered(
-        self, segment: Segment, readers: Sequence[Matmul], exact_node: Node, residual: bool
+        self,
+        segment: Segment,
+        readers: Sequence[Matmul],
+        exact_node: Node,
+        residual: bool,
+        experts: ExpertStatistics,
     ) -> Iterator[list[SecondMoments]]:
         first, shape = readers[0], readers[0].root.meta["val"].shape
         if len(shape) == 3:
-            count, step = int(shape[0]), _experts_at_once(first)
-            for start in range(0, count, step):
-                yield self._expert_moments(segment, first, count, range(start, min(start + step, count)))
+            yield from self._moments_of_experts(segment, first, experts)
         else:
             yield self._matmul_moments(segment, readers, exact_node, residual)
 
@@ -129,21 +139,30 @@ class TwinRun:
                 moments.update(rows, exact_rows, errors, weight=visible.weight)
         return moments
 
-    def _expert_moments(self, segment: Segment, matmul: Matmul, experts: int, wanted: range) -> list[SecondMoments]:
-        """Those of the wanted ones among all experts."""
+    def _moments_of_experts(
+        self, segment: Segment, matmul: Matmul, experts: ExpertStatistics
+    ) -> Iterator[list[SecondMoments]]:
+        """Those of some experts at a time. All experts' tokens are gathered with the first of them."""
+        count, step = int(matmul.root.meta["val"].shape[0]), _experts_at_once(matmul)
+        device = self._program.stored(matmul.parameter).device
+        everyone = SecondMoments(matmul.in_features, device) if experts.uses_all else None
+        for start in range(0, count, step):
+            wanted = range(start, min(start + step, count))
+            moments = [SecondMoments(matmul.in_features if experts.uses_own else 0, device) for _ in wanted]
+            for rows, weight in self._expert_rows(segment, matmul, count):
+                for of_expert, index in zip(moments, wanted, strict=True):
+                    of_expert.update(rows[index], weight=weight, count_only=not experts.uses_own)
+                if everyone is not None and start == 0:
+                    everyone.update(rows_of_all(rows), weight=weight)
+            yield [experts.combine(each, everyone) for each in moments]
+
+    def _expert_rows(self, segment: Segment, matmul: Matmul, experts: int) -> Iterator[tuple[list[Tensor], float]]:
+        """For every batch, the rows `[tokens, in]` that each expert multiplies, and their weight."""
         offsets = expert_offsets(matmul)
-        moments: list[SecondMoments] = []
         for values, visible in self._visible_values(segment, [matmul.activation, *([offsets] if offsets else [])]):
             x = self._prepare(values[matmul.activation])
-            moments = moments or [SecondMoments(x.shape[-1], x.device) for _ in wanted]
             ends = None if offsets is None else values[offsets]
-            rows_by_expert = expert_rows(x, ends, experts)
-            if (mask := visible.mask(matmul.activation, x)) is not None:
-                masks = expert_rows(mask.reshape(*x.shape[:-1], 1), ends, experts)
-                rows_by_expert = [rows[kept.flatten()] for rows, kept in zip(rows_by_expert, masks, strict=True)]
-            for of_expert, index in zip(moments, wanted, strict=True):
-                of_expert.update(rows_by_expert[index], weight=visible.weight)
-        return moments
+            yield expert_rows(x, ends, experts, visible.mask(matmul.activation, x)), visible.weight
 
     def _free_weights(self, segment: Segment) -> None:
         """Free the exact model's weights that only this segment reads: folded ones have no other owner."""

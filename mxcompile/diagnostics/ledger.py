@@ -6,8 +6,10 @@ A pass returns a `PassResult`, from which the pipeline makes a `PassRecord` with
 
 import json
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +22,7 @@ from mxcompile.diagnostics.tables import graded, table
 from mxcompile.errors import DumpError
 from mxcompile.graph.records import LayerMeasurements, Miss, ModelMeasurements, PassRecord
 
-SCHEMA = 2
+SCHEMA = 3
 FILE = "ledger.json"
 _GOOD_DB, _BAD_DB = 30.0, 15.0  # SQNR with little loss (green), with visible loss (red)
 _INFINITE = {math.inf: "inf", -math.inf: "-inf"}
@@ -30,7 +32,7 @@ _INFINITE = {math.inf: "inf", -math.inf: "-inf"}
 class Ledger:
     """The records of a run. pipeline: its text form. bytes: of the model before the first pass.
 
-    The file is a JSON object, `{"schema": 2, "pipeline": str, "bytes": int, "passes": [...]}`; a pass has the fields of
+    The file is a JSON object, `{"schema": 3, "pipeline": str, "bytes": int, "passes": [...]}`; a pass has the fields of
     `PassRecord`, and inside those of `Miss`, `ModelMeasurements` (without its distributions) and `LayerMeasurements`. A
     number that is not finite is the string "inf" (an SQNR without any error), "-inf" or "nan"; null is what was not
     measured. Any change of a name or a meaning increments the schema number.
@@ -97,6 +99,27 @@ class Ledger:
         title = f"layers{'' if worst is None else ', the worst first'}: SQNR in dB"
         return table(("layer", "weight", "input"), ("of\nweight", "local", *after), rows, title)
 
+    def expert_tokens(self) -> dict[str, tuple[int, ...]]:
+        """Calibration tokens of each expert, by layer, as the last pass that counted them did.
+
+        A layer is what holds the experts' weights. Where its weights have other counts, each is named.
+        """
+        counts = {name: each for record in self.passes for name, each in record.expert_tokens.items()}
+        layers: dict[str, set[tuple[int, ...]]] = {}
+        for name, each in counts.items():
+            layers.setdefault(name.rpartition(".")[0] or name, set()).add(each)
+        return {_layer(name, layers): each for name, each in counts.items()}
+
+    def to_expert_table(self) -> Table:
+        """How many calibration tokens reach the experts of each layer."""
+        rows: list[list[str | Text]] = []
+        for layer, counts in self.expert_tokens().items():
+            none = counts.count(0)
+            numbers = map(str, (min(counts), round(median(counts)), max(counts)))
+            rows.append([layer, str(len(counts)), Text(str(none), style="yellow" if none else ""), *numbers])
+        titles = ("experts", "without\ntokens", "least", "median", "most")
+        return table(("layer",), titles, rows, "calibration tokens of an expert")
+
     def to_miss_table(self) -> Table:
         """What was skipped, why, by which passes, and the size of the tensors that stay float because of it."""
         rows = [
@@ -106,11 +129,13 @@ class Ledger:
         return table(("skipped", "reason", "passes"), ("size",), rows, "misses")
 
     def print_to(self, console: Console, worst: int = 12) -> None:
-        """Print the pipeline and the tables of passes, of the worst layers and of misses."""
+        """Print the pipeline and the tables of passes, of the worst layers, of experts and of misses."""
         console.print(Text("\n| ".join(self.pipeline.split(" | "))))
         console.print(self.to_table())
         if self.layers():
             console.print(self.to_layer_table(worst))
+        if self.expert_tokens():
+            console.print(self.to_expert_table())
         if self.misses():
             console.print(self.to_miss_table())
 
@@ -121,6 +146,12 @@ class Ledger:
         return sorted(errors, key=lambda name: errors[name])[:count]
 
 
+def _layer(weight: str, layers: Mapping[str, Collection[object]]) -> str:
+    """The layer of an expert weight; the weight itself where those of the layer have other counts of tokens."""
+    layer = weight.rpartition(".")[0] or weight
+    return layer if len(layers[layer]) == 1 else weight
+
+
 def _layers_of(record: PassRecord) -> dict[str, LayerMeasurements]:
     return {} if record.measured is None else record.measured.layers
 
@@ -129,7 +160,10 @@ def _record(content: dict[str, Any]) -> PassRecord:
     measured = content["measured"]
     misses = tuple(Miss(**miss) for miss in content["misses"])
     read = _read(content, "name", "spec")
-    return PassRecord(**read | {"misses": misses, "measured": measured and _measured(measured)})
+    tokens = {name: tuple(map(int, counts)) for name, counts in content["expert_tokens"].items()}
+    return PassRecord(
+        **read | {"misses": misses, "measured": measured and _measured(measured), "expert_tokens": tokens}
+    )
 
 
 def _measured(content: dict[str, Any]) -> ModelMeasurements:

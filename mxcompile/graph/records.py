@@ -25,12 +25,14 @@ class PassResult:
 
     numbers: measurements of each layer, `{"model.layers.0.mlp.up_proj": {"weight_sqnr_db": 18.3}}`. folds: the steps of
     a pass that preserves the function; if the outputs do not agree, they are replayed one by one to find the cause.
+    expert_tokens: calibration tokens of each expert, by the names of the experts' weights, where the pass counts them.
     """
 
     rewrites: int
     misses: tuple[Miss, ...] = ()
     numbers: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     folds: "tuple[Fold, ...]" = ()
+    expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class PassRecord:
     """A pass that ran. spec: the pass with its options, in a pipeline's text form.
 
     preserved_db: for a pass that preserves the function, SQNR of the outputs after it with respect to those before.
-    bytes: of all tensors that the graph reads after it. measured: None if no measurement was made.
+    bytes: of all tensors that the graph reads after it. measured: None if no measurement was made. expert_tokens: as in
+    `PassResult`.
     """
 
     name: str
@@ -92,3 +95,4 @@ class PassRecord:
     preserved_db: float | None = None
     bytes: int = 0
     measured: ModelMeasurements | None = None
+    expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])

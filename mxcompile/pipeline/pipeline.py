@@ -225,6 +225,7 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
         preserved,
         program.stored_bytes(),
         measured[-1] if measured else None,
+        result.expert_tokens,
     )
     program.ledger.append(record)
     return record, result

@@ -10,7 +10,7 @@ from models import build, inputs, llama
 import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.quantizers import round_input
-from mxcompile.calibration.second_moments import SecondMoments, expert_rows, residual_operand
+from mxcompile.calibration.second_moments import SecondMoments, residual_operand
 from mxcompile.calibration.twin_run import TwinRun
 from mxcompile.formats import MXINT8
 from mxcompile.graph.inputs import as_inputs
@@ -94,15 +94,6 @@ def test_what_outputs_are_added_to():
     assert [name for name, node in found.items() if node is not None] == ["o_proj", "down_proj"]
     (stream,) = [node for node in found["down_proj"].users if node.target is torch.ops.aten.add.Tensor]
     assert stream.args[0] is found["down_proj"]
-
-
-def test_rows_of_experts():
-    x = values(6, 4)
-    parts = expert_rows(x, torch.tensor([2, 2, 6]), 3)
-    assert [len(part) for part in parts] == [2, 0, 4]
-    assert torch.equal(torch.cat(parts), x)
-    assert torch.equal(expert_rows(values(3, 5, 4), None, 3)[1], values(3, 5, 4)[1])
-    assert [part.shape for part in expert_rows(values(7, 4), None, 3)] == [(7, 4)] * 3
 
 
 @pytest.mark.parametrize("activation", [None, MXINT8], ids=["float", "mxint8"])

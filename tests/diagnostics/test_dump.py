@@ -57,7 +57,7 @@ def test_pipeline_text_parses_back(tmp_path):
 def test_ledger_holds_what_the_passes_did(tmp_path):
     _, lowered = dump(tmp_path)
     ledger = json.loads((tmp_path / "ledger.json").read_text())
-    assert (ledger["schema"], ledger["pipeline"]) == (2, TEXT)
+    assert (ledger["schema"], ledger["pipeline"]) == (3, TEXT)
     assert [p["name"] for p in ledger["passes"]] == [r.name for r in lowered.ledger]
     assert ledger["passes"][0]["preserved_db"] > 100
     assert ledger["passes"][1]["preserved_db"] is None
@@ -206,7 +206,7 @@ def test_reader_refuses_half_a_dump(tmp_path):
     (tmp_path / "03-lower-mx.txt").unlink()
     with pytest.raises(DumpError, match=r"03-lower-mx\.txt cannot be read .*: dump it again"):
         DumpReader(tmp_path).text("lower-mx")
-    for content in ("", "[]", '{"schema": 2}', '{"schema": 2, "pipeline": "", "bytes": 0, "passes": [{}]}'):
+    for content in ("", "[]", '{"schema": 3}', '{"schema": 3, "pipeline": "", "bytes": 0, "passes": [{}]}'):
         (tmp_path / "ledger.json").write_text(content)
         with pytest.raises(DumpError, match=r"ledger\.json is not a ledger .*: dump it again"):
             DumpReader(tmp_path).ledger()

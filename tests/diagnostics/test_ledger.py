@@ -38,6 +38,7 @@ records = st.builds(
     numbers,
     st.integers(0),
     st.none() | measured,
+    st.dictionaries(st.text(min_size=1), st.lists(st.integers(0), min_size=1, max_size=3).map(tuple), max_size=2),
 )
 ledgers = st.builds(Ledger, texts, st.integers(0), st.lists(records, max_size=3).map(tuple))
 
@@ -50,7 +51,7 @@ LAYER = {
     "output_error": 0.0,
 }
 FILE = {
-    "schema": 2,
+    "schema": 3,
     "pipeline": "lower-mx{weight=mxint4}",
     "bytes": 800,
     "passes": [
@@ -64,6 +65,7 @@ FILE = {
             "preserved_db": None,
             "bytes": 106,
             "measured": {"output_db": 17.5, "kl": 0.25, "top1": 0.5, "layers": {"up.weight": LAYER}},
+            "expert_tokens": {"experts.up": [3, 0, 5]},
         }
     ],
 }
@@ -82,6 +84,7 @@ READ = Ledger(
             None,
             106,
             ModelMeasurements(17.5, 0.25, 0.5, {"up.weight": UP}),
+            {"experts.up": (3, 0, 5)},
         ),
     ),
 )
@@ -98,7 +101,7 @@ def test_the_schema_as_written_down(tmp_path):
     assert json.loads(READ.to_json()) == FILE
     (tmp_path / "ledger.json").write_text(json.dumps(FILE))
     assert Ledger.load(tmp_path / "ledger.json") == Ledger.load(str(tmp_path)) == READ
-    assert SCHEMA == 2
+    assert SCHEMA == 3
 
 
 @examples
@@ -115,7 +118,7 @@ def test_what_is_written_is_read(tmp_path_factory, ledger):
         ("", "x.json is not a ledger"),
         ("[1]", "x.json is not a ledger"),
         ("{}", "is not a ledger .*schema"),
-        ('{"schema": 1}', "has schema 1, this version of mxcompile reads 2: dump it again"),
+        ('{"schema": 1}', "has schema 1, this version of mxcompile reads 3: dump it again"),
     ],
 )
 def test_what_is_no_ledger_is_refused(tmp_path, text, message):
@@ -160,3 +163,20 @@ def test_tables_of_nothing():
     assert "pass" in printed(empty.to_table())
     assert "layer" in printed(empty.to_layer_table(worst=3))
     assert empty.worst(2) == []
+
+
+def test_experts_have_a_table_of_their_tokens():
+    """A row for every layer: its weights see the same tokens, but where they do not."""
+    first = PassRecord("gptq", "gptq", 1, (), 0.5, {}, expert_tokens={"0.experts.up": (9, 9, 9)})
+    counts = {"0.experts.up": (3, 0, 5), "0.experts.down": (3, 0, 5), "1.up": (2, 2), "1.down": (1, 3), "weight": (4,)}
+    ledger = Ledger("gptq", 0, (first, PassRecord("gptq", "gptq", 1, (), 0.5, {}, expert_tokens=counts)))
+    assert ledger.expert_tokens() == {
+        "0.experts": (3, 0, 5),
+        "1.up": (2, 2),
+        "1.down": (1, 3),
+        "weight": (4,),
+    }
+    lines = [line.split() for line in printed(ledger.to_expert_table()).splitlines() if line.strip()]
+    assert lines[0] == ["calibration", "tokens", "of", "an", "expert"]
+    assert lines[4] == ["0.experts", "3", "1", "0", "3", "5"]
+    assert lines[5] == ["1.up", "2", "0", "2", "2", "2"]

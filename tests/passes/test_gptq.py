@@ -101,19 +101,68 @@ class Experts(nn.Module):
         return torch.bmm(x, self.weight)
 
 
-def test_an_expert_without_tokens_is_rounded_to_nearest_and_reported():
+@pytest.fixture(scope="module")
+def experts():
+    """Experts of which the second has no token and the third few."""
     x = torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(1))
     x[1] = 0.0
-    program = mxcompile.trace(Experts().eval(), x)
-    rounded, nearest = (Pipeline.parse(text).run(program) for text in ("gptq{format=mxint4}", RTN))
-    assert [m.reason for m in rounded.ledger[0].misses] == [
-        "rounded to nearest: its calibration input was all zeros or not finite"
-    ]
-    same = [torch.equal(a, b) for a, b in zip(rounded.tensor("weight"), nearest.tensor("weight"), strict=True)]
-    assert same == [False, True, False]
-    lowered = Pipeline.parse("gptq{format=mxint4} | lower-mx{weight=mxint4}").run(program)
+    x[2, 5:] = 0.0
+    return mxcompile.trace(Experts().eval(), x)
+
+
+def test_the_tokens_of_experts_are_counted(experts):
+    result = Pipeline.parse("gptq{format=mxint4}").run(experts)
+    assert result.ledger[0].expert_tokens == {"weight": (64, 0, 5)}
+    assert not result.ledger[0].misses
+    assert not Pipeline.parse(RTN).run(experts).ledger[0].expert_tokens
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest", "reasons"),
+    [
+        ("", (), []),
+        ("min_tokens=1", (1,), ["1 of 3 experts rounded to nearest: fewer than 1 calibration token (expert 1: 0)"]),
+        (
+            "min_tokens=6",
+            (1, 2),
+            ["2 of 3 experts rounded to nearest: fewer than 6 calibration tokens (expert 1: 0, expert 2: 5)"],
+        ),
+        (
+            "shrinkage=0",
+            (1,),
+            [
+                "1 of 3 experts rounded to nearest: fewer than 1 calibration token (expert 1: 0)",
+                "1 of 3 experts have fewer calibration tokens than the 32 input channels: their second moments are "
+                "rank-deficient",
+            ],
+        ),
+        ("experts=all", (), []),
+        ("experts=all,min_tokens=6", (1, 2), None),
+    ],
+)
+def test_experts_with_few_tokens(experts, option, nearest, reasons):
+    """They borrow from all tokens; without that, or below a floor, they are rounded to nearest and reported."""
+    rounded, to_nearest = (
+        Pipeline.parse(text).run(experts) for text in (f"gptq{{format=mxint4,{option}}}".replace(",}", "}"), RTN)
+    )
+    same = [torch.equal(a, b) for a, b in zip(rounded.tensor("weight"), to_nearest.tensor("weight"), strict=True)]
+    assert tuple(index for index, equal in enumerate(same) if equal) == nearest
+    assert reasons is None or [miss.reason for miss in rounded.ledger[0].misses] == reasons
+
+
+def test_experts_without_any_token_are_rounded_to_nearest(experts):
+    result = Pipeline.parse("gptq{format=mxint4}").run(experts, torch.zeros(3, 64, 32))
+    (miss,) = result.ledger[0].misses
+    assert miss.reason.startswith("3 of 3 experts rounded to nearest: fewer than 1 calibration token (expert 0: 0, ")
+
+
+def test_rounded_experts_lose_less_than_to_nearest(experts):
+    lowered, nearest = (
+        Pipeline.parse(f"{text} | lower-mx{{weight=mxint4}}").run(experts) for text in ("gptq{format=mxint4}", RTN)
+    )
+    x = experts.example.args[0]
     with torch.no_grad():
-        assert sqnr_db(program(x), lowered(x)) > sqnr_db(program(x), nearest(x)) + 1
+        assert sqnr_db(experts(x), lowered(x)) > sqnr_db(experts(x), nearest(x)) + 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "vit", "bert", "gemma", "llama-tied"])

@@ -100,9 +100,9 @@ def test_rows_are_compared_with_the_float_model_only_where_they_are_the_same_tok
     compared = []
     update = SecondMoments.update
 
-    def watched(self, x, exact=None, residual_errors=None, exact_outputs=None):
+    def watched(self, x, exact=None, residual_errors=None, exact_outputs=None, *others, **named):
         compared.append(exact is not None or bool(exact_outputs))
-        return update(self, x, exact, residual_errors, exact_outputs)
+        return update(self, x, exact, residual_errors, exact_outputs, *others, **named)
 
     monkeypatch.setattr(SecondMoments, "update", watched)
     result = Pipeline.parse("gptq{format=mxint4,activation=mxint8,correction=0.5,residual=true}").run(

@@ -80,6 +80,14 @@ def test_reasons_are_kept(tmp_path):
     assert "rounded to nearest" in again.ledger[0].misses[0].reason
 
 
+def test_counts_of_experts_are_kept(tmp_path):
+    program = mxcompile.trace(build("mixtral"), inputs("mixtral"))
+    first, again = (Pipeline.parse("gptq{format=mxint4}").run(program, resume=tmp_path / "run") for _ in range(2))
+    counts = again.ledger[0].expert_tokens
+    assert counts == first.ledger[0].expert_tokens
+    assert {name.rpartition(".")[2] for name in counts} == {"gate_up_proj", "down_proj"}
+
+
 def test_half_a_file_is_no_part(run, tmp_path):
     start, rounded = run
     start(tmp_path / "run")
