@@ -2,7 +2,7 @@
 
 from mxcompile import formats
 from mxcompile.analysis.choice import choose
-from mxcompile.api import load, quantize_and_compile
+from mxcompile.api import load, quantize_and_compile, quantize_checkpoint
 from mxcompile.calibration import observers
 from mxcompile.calibration.run import Request
 from mxcompile.checkpoint import read_gguf, register, save
@@ -54,6 +54,7 @@ __all__ = [
     "print_changes",
     "print_program",
     "quantize_and_compile",
+    "quantize_checkpoint",
     "read_gguf",
     "recipes",
     "reference",

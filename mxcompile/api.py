@@ -1,4 +1,7 @@
-"""The entry points, and the place to start reading: quantize_and_compile (trace, run, deploy, compile) and load."""
+"""The entry points, and the place to start reading: quantize_and_compile (trace, run, deploy, compile) and load.
+
+quantize_checkpoint does the same for a model that is larger than memory, from files to files.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,13 +12,17 @@ from torch import nn
 
 from mxcompile import checkpoint
 from mxcompile.arguments import checked
-from mxcompile.deploy import deploy
+from mxcompile.checkpoint.mapped_model import mapped_model
+from mxcompile.checkpoint.save import SHARD_SIZE
+from mxcompile.checkpoint.source_files import SourceFiles
+from mxcompile.deploy import deploy, deploy_in_files
 from mxcompile.diagnostics.dump import Dump, write_kernels
 from mxcompile.diagnostics.explain_quantized import explain_quantized
 from mxcompile.diagnostics.measure import Measure
 from mxcompile.errors import InputError, warn
 from mxcompile.formats import MXFormat
 from mxcompile.graph.callers_modes import without_callers_modes
+from mxcompile.graph.inputs import as_batches, as_inputs
 from mxcompile.graph.trace import trace
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import DEFAULT, QUICK, as_pipeline
@@ -24,6 +31,7 @@ from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.pipeline.resume import check_folder
 from mxcompile.pipeline.unfinished import Unfinished, work_kept
 from mxcompile.tensor.devices import find_device
+from mxcompile.tensor.mapped_tensors import IN_USE, STATES, MappedTensors
 from mxcompile.tensor.modules import device_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,15 +89,9 @@ def quantize_and_compile(
     `error.unfinished` has the program after the last finished pass and the passes that are left, or, if deploying or
     compiling failed, the quantized program or module. A KeyboardInterrupt has it too.
     """
-    if dump is None and probe is not None and probe is not False:
-        raise InputError("probe is what a dump measures each pass on: give dump=... too, or leave probe out")
-    if resume is not None:
-        check_folder(resume)
-    pipeline = as_pipeline(_default_recipe(calibration) if recipe is None else recipe)
-    pipeline = pipeline.with_overrides(overrides) if overrides else pipeline
-    watchers = [*instruments, *([] if dump is None else [Dump(dump)])]
-    if dump is not None and probe is not False:
-        watchers.append(Measure(probe))
+    _check_options(dump, probe, resume)
+    pipeline = _pipeline(recipe, calibration, overrides)
+    watchers = _watchers(instruments, dump, probe)
     program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
     program = pipeline.run(program, calibration, watchers, resume=resume)
     with work_kept(lambda: Unfinished(lambda: program), lambda: _QUANTIZED):
@@ -99,6 +101,68 @@ def quantize_and_compile(
         if dump is not None:
             write_kernels(dump, explain_quantized(compiled, device_of(deployed)))
     return compiled
+
+
+@without_callers_modes()
+@checked
+def quantize_checkpoint(
+    source: str | Path,
+    example_inputs: object,
+    out: str | Path,
+    *,
+    recipe: str | Pipeline | None = None,
+    calibration: object = None,
+    device: str | torch.device = "cpu",
+    weights_in_memory: int = IN_USE,
+    states_in_memory: int = STATES,
+    scratch: str | Path | None = None,
+    dump: str | Path | None = None,
+    probe: object = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    overrides: Mapping[str, MXFormat | str | None] | None = None,
+    allow_partial: bool = False,
+    instruments: Sequence[Instrument] = (),
+    resume: str | Path | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    max_shard_size: int | str = SHARD_SIZE,
+) -> None:
+    """Quantize a model that may be larger than memory: from the files of one folder to those of another.
+
+    What is written has the same bytes as `save` of what `quantize_and_compile(compile=False)` returns. Weights are read
+    from the source's files when they are used, and what passes make of them is kept in files.
+
+    source: a folder with a transformers model in safetensors, or its id on the Hugging Face hub.
+    out: where to write the quantized model, see `save`; tokenizer, processor, max_shard_size: as there.
+    device: where the model runs while it is quantized. example_inputs and calibration are moved there batch by batch.
+    weights_in_memory: bytes of weights that may stay in memory, or on the device, after their use; on a GPU at least
+        those of one block of the model, or they are copied there again for each batch.
+    states_in_memory: bytes of hidden states of the calibration data that may stay in memory; the others are written to
+        files. Passes that compare with the float model hold two such sets.
+    scratch: the folder for these files, which have no names and vanish with the process. None: that of `out`. It needs
+        room for the float weights that passes change, and for the quantized ones.
+    resume: a folder in which passes save what they finish. The same call, started again, goes on from there.
+    All other arguments: as for `quantize_and_compile`.
+
+    `tune-vectors` trains the whole model at once: it also needs the memory of one batch's activations in all layers.
+    Raises a subclass of `MXCompileError` that says what to do; `out` then is as it was before.
+    """
+    checkpoint.check_destination(out)
+    _check_options(dump, probe, resume)
+    target = find_device(device)
+    pipeline = _pipeline(recipe, calibration, overrides)
+    watchers = _watchers(instruments, dump, probe)
+    folder = Path(out).parent if scratch is None else Path(scratch)
+    mapped = MappedTensors(folder, target, in_use=weights_in_memory, states=states_in_memory)
+    model = mapped_model(SourceFiles(source), mapped)
+    example = as_inputs(example_inputs).to(target)
+    batches = None if calibration is None else [batch.to(target) for batch in as_batches(calibration)]
+    program = trace(model, example, include=include, exclude=exclude, allow_partial=allow_partial)
+    program.keep_in_files(mapped)
+    program = pipeline.run(program, batches, watchers, resume=resume)
+    deployed = deploy_in_files(program, model)
+    checkpoint.save(deployed, out, tokenizer=tokenizer, processor=processor, max_shard_size=max_shard_size)
 
 
 @overload
@@ -141,6 +205,27 @@ def load(
     if target is not None:
         loaded.to(target)
     return compile_module(loaded) if compile else loaded
+
+
+def _check_options(dump: str | Path | None, probe: object, resume: str | Path | None) -> None:
+    if dump is None and probe is not None and probe is not False:
+        raise InputError("probe is what a dump measures each pass on: give dump=... too, or leave probe out")
+    if resume is not None:
+        check_folder(resume)
+
+
+def _pipeline(
+    recipe: str | Pipeline | None, calibration: object, overrides: Mapping[str, MXFormat | str | None] | None
+) -> Pipeline:
+    pipeline = as_pipeline(_default_recipe(calibration) if recipe is None else recipe)
+    return pipeline.with_overrides(overrides) if overrides else pipeline
+
+
+def _watchers(instruments: Sequence[Instrument], dump: str | Path | None, probe: object) -> list[Instrument]:
+    """The caller's instruments, and those that write a dump."""
+    if dump is None:
+        return [*instruments]
+    return [*instruments, Dump(dump), *([] if probe is False else [Measure(probe)])]
 
 
 def _default_recipe(calibration: object) -> str:

@@ -6,7 +6,8 @@ too. Nothing of the user's module is shared or changed. Buffers that forward wri
 the user's values: the returned module has never run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -29,9 +30,11 @@ from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.edit import BLOCK_AXIS, PACKS, parameter_name
 from mxcompile.graph.inputs import Inputs
-from mxcompile.graph.program import Program, Stage, where
+from mxcompile.graph.program import Program, Stage, float_values, where
 from mxcompile.ops import DEQUANTIZE, QUANTIZE
 from mxcompile.tensor.copying import copy_module, shared_with
+from mxcompile.tensor.fetched_modules import tensors_fetched
+from mxcompile.tensor.mapped_tensors import MappedTensors
 from mxcompile.tensor.modules import named_tensors, set_tensors
 from mxcompile.tensor.reachable import reachable, storage_names
 from mxcompile.tensor.weight import MXLayout, MXWeight, unfused_matmuls
@@ -66,6 +69,39 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
     Raises DeployError if the program is not lowered, was not traced from this model or uses one parameter in two ways,
     or if the outputs differ.
     """
+    own, weights = _checked_placements(program, model)
+    replacements = _replacements(program, own, weights, _copied)
+    deployed = _with_replacements(model, own, replacements)
+    _check_nothing_shared(deployed, model)
+    _mark(program, deployed)
+    if check:
+        _check_agreement(program, deployed)
+    return deployed
+
+
+@checked
+def deploy_in_files(program: Program, model: M, *, check: bool = True) -> M:
+    """`deploy` for a program and a model whose tensors lie in files: into the model itself, which is returned.
+
+    Nothing is copied: the model then reads the program's tensors. It stays on the CPU, and runs where the program does
+    for the check. Raises DeployError as `deploy` does; the model has changed even so if the outputs differ.
+    """
+    if program.mapped is None:
+        raise DeployError("deploy_in_files needs a program whose tensors lie in files (Program.keep_in_files)")
+    own, weights = _checked_placements(program, model)
+
+    def on_cpu(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu()
+
+    set_tensors(model, _replacements(program, own, weights, on_cpu).items())
+    _mark(program, model)
+    if check:
+        _check_agreement(program, model)
+    return model
+
+
+def _checked_placements(program: Program, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, _Placement]]:
+    """The model's tensors, and what becomes of them; raises DeployError if the program does not fit them."""
     if program.stage is not Stage.LOWERED:
         raise DeployError(
             f"deploy needs a lowered program, this one is {program.stage.name.lower()}: end the pipeline with lower-mx "
@@ -74,23 +110,29 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
     weights = _placements(program)
     own = named_tensors(model)
     _check_names(program, weights, own)
-    replacements = _replacements(program, own, weights)
-    deployed = _with_replacements(model, own, replacements)
-    _check_nothing_shared(deployed, model)
+    return own, weights
+
+
+def _mark(program: Program, deployed: nn.Module) -> None:
     mark_quantized(
         deployed.requires_grad_(False).eval(), Provenance(" | ".join(record.spec for record in program.ledger))
     )
-    if check:
-        _check_agreement(program, deployed)
-    return deployed
 
 
-def _replacements(program: Program, own: dict[str, Tensor], weights: dict[str, _Placement]) -> dict[str, Tensor]:
-    """What each name of the module gets instead of its tensor: an MX weight, or a copy of what passes made of it."""
+def _replacements(
+    program: Program,
+    own: dict[str, Tensor],
+    weights: dict[str, _Placement],
+    take: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """What each name of the module gets instead of its tensor: an MX weight, or what passes made of it.
+
+    take: what the module gets of a float tensor of the program.
+    """
     copies: dict[int, Tensor] = {}
     replacements: dict[str, Tensor] = {}
     for name, tensor in _changed_tensors(program, own).items():
-        value = copies.setdefault(id(tensor), tensor.detach().clone())
+        value = copies.setdefault(id(tensor), take(tensor))
         if isinstance(own[name], nn.Parameter) and not isinstance(value, nn.Parameter):
             value = copies[id(tensor)] = nn.Parameter(value, requires_grad=False)
         replacements[name] = value
@@ -123,9 +165,13 @@ def _check_nothing_shared(deployed: nn.Module, model: nn.Module) -> None:
         )
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
 def _weight(program: Program, placement: _Placement) -> MXWeight:
-    elements, scales = program.tensor(placement.elements), program.tensor(placement.scales)
-    multiplier = None if placement.multiplier is None else program.tensor(placement.multiplier).detach()
+    elements, scales = program.stored(placement.elements), program.stored(placement.scales)
+    multiplier = None if placement.multiplier is None else program.stored(placement.multiplier).detach()
     return MXWeight(elements, scales, placement.layout, placement.dtype, multiplier)
 
 
@@ -198,7 +244,7 @@ def _check_names(program: Program, weights: dict[str, _Placement], own: dict[str
     packed = _packed_tensors(program)
     for name in program.parameter_names():
         if name in own and name not in packed:
-            shapes.setdefault(name, program.tensor(name).shape)
+            shapes.setdefault(name, program.stored(name).shape)
     for name, shape in shapes.items():
         if name not in own:
             raise DeployError(
@@ -214,7 +260,7 @@ def _check_names(program: Program, weights: dict[str, _Placement], own: dict[str
 
 def _float_shape(program: Program, placement: _Placement) -> torch.Size:
     """Shape of the parameter that an MX weight replaces."""
-    shape = [*program.tensor(placement.elements).shape[:-1], placement.layout.size]
+    shape = [*program.stored(placement.elements).shape[:-1], placement.layout.size]
     if placement.layout.transposed:
         shape[-2:] = shape[-1], shape[-2]
     return torch.Size(shape)
@@ -230,8 +276,8 @@ def _changed_tensors(program: Program, own: dict[str, Tensor]) -> dict[str, Tens
     changed: dict[str, Tensor] = {}
     others = {*mutated_tensors(program.graph), *_packed_tensors(program)}
     for name in program.parameter_names():
-        if name in own and name not in others and program.tensor(name) is not own[name]:
-            changed.update(dict.fromkeys(program.aliases.get(name, (name,)), program.tensor(name)))
+        if name in own and name not in others and program.stored(name) is not own[name]:
+            changed.update(dict.fromkeys(program.aliases.get(name, (name,)), float_values(program.stored(name))))
     return changed
 
 
@@ -270,8 +316,21 @@ def _agreement(program: Program, deployed: nn.Module) -> tuple[float, str]:
             program.set_tensor(name, buffers[name].detach().clone())
     masks = output_masks(program, example)
     expected = without_hidden(compared_outputs(program(*example.args, **example.kwargs)), masks)
-    actual = without_hidden(compared_outputs(_run(twin, example)), masks)
+    with _on_device(twin, program.mapped):
+        actual = without_hidden(compared_outputs(_run(twin, example)), masks)
     return agreement_db(expected, actual)
+
+
+def _on_device(module: nn.Module, mapped: MappedTensors | None) -> AbstractContextManager[None]:
+    """In which a module with tensors in files runs where the program does."""
+    if mapped is None:
+        return nullcontext()
+
+    def fetch(tensor: Tensor) -> Tensor:
+        used = mapped.use(tensor)
+        return used if used.device == mapped.device else used.to(mapped.device)
+
+    return tensors_fetched(module, fetch)
 
 
 def _run(module: nn.Module, example: Inputs) -> Any:

@@ -40,6 +40,11 @@ class Assembly:
     model: Any
     sources: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
+    @property
+    def is_renaming(self) -> bool:
+        """Whether it only gives a tensor another name."""
+        return isinstance(self.transform, WeightRenaming)
+
     def make(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The tensors of the model by name. read: returns a stored tensor; it is called when its values are needed."""
         transform = copy.deepcopy(self.transform)

@@ -97,6 +97,15 @@ class SourceFiles:
         made = self._assemblies[source].make(lambda part: self.stored[part].read().to(dtype))
         return made[source]
 
+    def place(self, name: str) -> tuple[Path, int] | None:
+        """The file, and the byte in it from which on a tensor's values lie; None if no file has them as they are."""
+        parts = self.parts(name)
+        stored = self.stored[parts[0]]
+        is_stored = self.model is None or self._assemblies[self._source(name)].is_renaming
+        if not is_stored or len(parts) > 1 or stored.offset is None or stored.dtype != self.dtype(name):
+            return None
+        return stored.file, stored.offset
+
     def packed(self, name: str) -> MXWeight | None:
         """A weight that is stored in an MX format, as it is stored; None for any other tensor."""
         parts = self.parts(name)

@@ -4,6 +4,7 @@ Safetensors files are memory-mapped for each tensor anew, so that the pages of o
 back. `pytorch_model.bin` files are mapped as a whole.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,8 @@ class StoredTensor:
     """A tensor of a checkpoint.
 
     file: the weight file that holds it. read: returns its values, on the CPU. packed: of a weight that is stored in an
-    MX format, returns it as it is; None for any other. note: how it is stored, if `read` decodes it.
+    MX format, returns it as it is; None for any other. note: how it is stored, if `read` decodes it. offset: the byte
+    of the file from which on its values lie in row-major order; None if they do not lie there so, or it is not known.
     """
 
     shape: torch.Size
@@ -38,6 +40,7 @@ class StoredTensor:
     read: Callable[[], Tensor]
     packed: Callable[[], MXWeight] | None = None
     note: str = ""
+    offset: int | None = None
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -80,14 +83,24 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
 def _in_safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with safe_open(path, framework="pt") as file:
+            offsets = _offsets(path)
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 entry = file.get_slice(name)
                 dtype = _DTYPES.get(entry.get_dtype())
                 if dtype is None:
                     raise CheckpointError(f"{path}: {name} is {entry.get_dtype()}, which mxcompile cannot read")
-                yield name, StoredTensor(torch.Size(entry.get_shape()), dtype, path, partial(_read, path, name))
+                shape, read = torch.Size(entry.get_shape()), partial(_read, path, name)
+                yield name, StoredTensor(shape, dtype, path, read, offset=offsets[name])
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    """Where the values of each tensor begin. The file has been opened, so its header is known to be intact."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries: dict[str, Any] = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
 
 
 def _read(path: Path, name: str) -> Tensor:

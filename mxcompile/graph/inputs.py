@@ -85,6 +85,11 @@ class Inputs:
         args, kwargs = map_leaves(clone, (self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
+    def to(self, device: torch.device) -> "Inputs":
+        """The same call with every tensor on a device."""
+        args, kwargs = map_leaves(lambda leaf: _on(leaf, device), (self.args, self.kwargs))
+        return Inputs(args, kwargs)
+
     def with_doubled_batch(self) -> "Inputs | None":
         """The same call with a batch of one repeated, or None unless every tensor has a first dimension of one."""
         tensors = self.tensors()
@@ -198,6 +203,10 @@ def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, item in items:
         yield from named_leaves(item, f"{path}.{key}" if path else str(key))
+
+
+def _on(leaf: Any, device: torch.device) -> Any:
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
 
 def _leaves_like(example: Any, value: Any) -> Iterator[Any]:

@@ -106,6 +106,7 @@ class Program:
         self.report: Callable[[int, int], None] | None = None
         self.resume: ResumeStore | None = None
         self.mapped: MappedTensors | None = None
+        self._stays_in_memory: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> Graph:
@@ -150,6 +151,7 @@ class Program:
             selection=self.selection,
         )
         other.batches, other.mapped = self.batches, self.mapped
+        other._stays_in_memory = self._stays_in_memory
         other.set_state(self.state())
         return other
 
@@ -218,11 +220,9 @@ class Program:
 
         Buffers that the graph writes to stay in memory, on the device.
         """
-        written = mutated_tensors(self.graph)
+        self.mapped, self._stays_in_memory = mapped, frozenset(mutated_tensors(self.graph))
         for name in self.parameter_names():
-            stored = self.stored(name)
-            self.set_tensor(name, stored.to(mapped.device) if name in written else mapped.keep(stored))
-        self.mapped = mapped
+            self.set_tensor(name, self.stored(name))
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes of the tensor of that name."""
@@ -241,8 +241,10 @@ class Program:
         """
         owner, leaf = self._owner(name, create=True)
         assert owner is not None
-        value = self._kept(value)
+        value = self._kept(value, name)
         kind = getattr(owner, leaf, value)
+        if value is getattr(owner, leaf, None):
+            return
         if isinstance(kind, nn.Parameter):
             owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
         elif hasattr(owner, leaf):
@@ -297,8 +299,10 @@ class Program:
                     delattr(module, leaf)
         self.graph_module.recompile()
 
-    def _kept(self, value: Tensor) -> Tensor:
-        return value if self.mapped is None else self.mapped.keep(value)
+    def _kept(self, value: Tensor, name: str = "") -> Tensor:
+        if self.mapped is None:
+            return value
+        return value.to(self.mapped.device) if name in self._stays_in_memory else self.mapped.keep(value)
 
     def _owner(self, name: str, *, create: bool = False) -> tuple[nn.Module | None, str]:
         *path, leaf = name.split(".")

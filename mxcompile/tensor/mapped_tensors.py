@@ -78,8 +78,14 @@ class MappedTensors:
         plain = value.detach()
         if self.holds(plain):
             return value
-        kept = plain.to(self.device) if plain.nbytes < self._smallest else self._written(plain)
+        kept = self._written(plain) if self.is_large(plain.dtype, plain.shape) else plain.to(self.device)
+        if kept is plain:
+            return value
         return nn.Parameter(kept, requires_grad=False) if isinstance(value, nn.Parameter) else kept
+
+    def is_large(self, dtype: torch.dtype, shape: torch.Size) -> bool:
+        """Whether a tensor of that kind is kept in a file."""
+        return dtype.itemsize * shape.numel() >= self._smallest
 
     def map_file(self, path: Path, offset: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         """The tensor whose values lie in a file from that byte on, in row-major order. The file is never written to."""
