@@ -96,6 +96,10 @@ class CheckpointError(MXCompileError):
     """A model cannot be saved, or a folder does not hold an intact saved model."""
 
 
+class RankError(MXCompileError):
+    """One of several processes that share a run has ended, or does something else than the others."""
+
+
 class RecoveryError(MXCompileError):
     """A quantized model is further from its float baseline than allowed."""
 

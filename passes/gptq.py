@@ -8,7 +8,7 @@ With `correction`, the first x is that of the float model: the target is the lea
 error of earlier layers (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al., arXiv 2505.11695).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
@@ -22,6 +22,7 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.expert_moments import ExpertStatistics, ExpertTokens, TokenTally
 from mxcompile.calibration.quantizers import round_input
+from mxcompile.calibration.ranks import Ranks, ranks_of
 from mxcompile.calibration.second_moments import SecondMoments
 from mxcompile.calibration.twin_run import TwinRun
 from mxcompile.errors import PipelineError
@@ -135,20 +136,29 @@ class Gptq(Pass):
         Experts are rounded and packed one after the other.
         """
         weights = [_RoundedWeight(matmul, finite_rows(program, matmul)) for matmul in readers]
-        tally, reasons = TokenTally(readers[0], self.min_tokens), list[str]()
+        tally, ranks = TokenTally(readers[0], self.min_tokens), ranks_of(program)
+        owners, refused = list[int | None](), dict[int, str]()
         for index, of_expert in enumerate(moments):
+            owners.append(of_expert.owner)
+            usable = tally.add(of_expert)
+            if of_expert.owner not in (None, ranks.number):
+                continue
             rows = {weight.matmul.node.name: weight.expert(index) for weight in weights}
             pair = None
-            if tally.add(of_expert):
+            if usable:
                 try:
-                    pair = self._round_together(rows, of_expert, fmt)
+                    pair = self._round_together(ranks, rows, of_expert, fmt)
                 except IllConditionedError as error:
-                    reasons.append(f"{f'expert {index} ' if tally.of_experts else ''}rounded to nearest: {error}")
+                    refused[index] = str(error)
             pair = pair or round_rows(torch.cat([*rows.values()]), fmt, self.rule or ScaleRule.MSE)
             parts = (part.split([len(each) for each in rows.values()]) for part in pair)
             for weight, values, scales in zip(weights, *parts, strict=True):
-                weight.add(values, scales, fmt)
+                weight.add(index, values, scales, fmt)
+        refused = {index: why for of_process in ranks.gather(refused) for index, why in of_process.items()}
+        whose = "expert {} rounded" if tally.of_experts else "rounded"
+        reasons = [f"{whose.format(index)} to nearest: {refused[index]}" for index in sorted(refused)]
         for weight in weights:
+            weight.receive(ranks, owners)
             weight.store(program, fmt)
         if self.correction and any(tally.counts) and not tally.compared:
             reasons.insert(0, _UNCORRECTED)
@@ -157,12 +167,23 @@ class Gptq(Pass):
         return _Remarks([f"{where(matmul.node)}: {reason}" for matmul in readers for reason in reasons], counts)
 
     def _round_together(
-        self, weights: Mapping[str, Tensor], moments: SecondMoments, fmt: MXFormat
+        self, ranks: Ranks, weights: Mapping[str, Tensor], moments: SecondMoments, fmt: MXFormat
     ) -> tuple[Tensor, Tensor]:
-        """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows."""
+        """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows.
+
+        Several processes that all have the moments round some of the rows each.
+        """
         largest = min(largest_exponent(weight.dtype) for weight in weights.values())
         rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock, largest)
-        return rounding.round(moments.target(weights, self.damping, self.correction), moments.inputs)
+        count = sum(map(len, weights.values()))
+        if ranks.count == 1 or moments.owner is not None or count < ranks.count:
+            return rounding.round(moments.target(weights, self.damping, self.correction), moments.inputs)
+        own = _own_rows(ranks.rows(count), weights)
+        part = {name: weight[own[name]] for name, weight in weights.items()}
+        target = moments.of_rows(own).target(part, self.damping, self.correction)
+        values, scales = rounding.round(target, moments.inputs)
+        dtype, *others = {weight.dtype for weight in weights.values()}
+        return ranks.collect(values if others else values.to(dtype), count), ranks.collect(scales, count)
 
 
 @dataclass(frozen=True)
@@ -186,23 +207,49 @@ class _RoundedWeight:
 
     def __init__(self, matmul: Matmul, rows: Tensor) -> None:
         self.matmul, self._rows = matmul, rows
-        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def expert(self, index: int) -> Tensor:
         """The weight `[out, in]` of an expert, before it is rounded."""
         return self._rows if self._rows.dim() == 2 else self._rows[index]
 
-    def add(self, values: Tensor, scales: Tensor, fmt: MXFormat) -> None:
-        """The next expert's rounded values `[out, in]` and their scales."""
+    def add(self, index: int, values: Tensor, scales: Tensor, fmt: MXFormat) -> None:
+        """An expert's rounded values `[out, in]` and their scales."""
         values = values.to(self._rows.dtype)
-        self._parts.append((values if self._rows.dim() == 2 else pack_exactly(values, scales, fmt), scales))
+        self._parts[index] = (values if self._rows.dim() == 2 else pack_exactly(values, scales, fmt), scales)
+
+    def receive(self, ranks: Ranks, owners: Sequence[int | None]) -> None:
+        """Exchange experts that one process each has rounded. owners: of all experts, None: all have rounded it."""
+        if all(owner is None for owner in owners):
+            return
+        shapes = [tuple(part.shape for part in parts) for parts in self._parts.values()][:1]
+        shapes = next(of_process[0] for of_process in ranks.gather(shapes) if of_process)
+        for index, owner in enumerate(owners):
+            if owner is not None:
+                empty = (torch.empty(shape, dtype=torch.uint8, device=self._rows.device) for shape in shapes)
+                elements, scales = (part.contiguous() for part in self._parts.get(index) or empty)
+                ranks.broadcast(elements, owner)
+                ranks.broadcast(scales, owner)
+                self._parts[index] = elements, scales
 
     def store(self, program: Program, fmt: MXFormat) -> None:
         """Put all experts into the program."""
-        values, scales = (torch.stack(parts) for parts in zip(*self._parts, strict=True))
+        values, scales = (
+            torch.stack(parts) for parts in zip(*(self._parts[index] for index in sorted(self._parts)), strict=True)
+        )
         if self._rows.dim() == 2:
             values, scales = values[0], scales[0]
         _store(program, self.matmul, values, Rounding(fmt, scales))
+
+
+def _own_rows(rows: slice, weights: Mapping[str, Tensor]) -> dict[str, slice]:
+    """The rows of each weight among the given rows of all weights in order."""
+    own: dict[str, slice] = {}
+    start = 0
+    for name, weight in weights.items():
+        own[name] = slice(*(min(max(end - start, 0), len(weight)) for end in (rows.start, rows.stop)))
+        start += len(weight)
+    return own
 
 
 def _store(program: Program, matmul: Matmul, values: Tensor, rounding: Rounding) -> None:

@@ -62,7 +62,9 @@ class ExpertStatistics:
         if self.uses_own:
             own.add_mean(everyone, self.shrinkage * own.size)
             return own
-        return everyone.with_tokens(own.tokens)
+        shared = everyone.with_tokens(own.tokens)
+        shared.owner = own.owner
+        return shared
 
 
 def expert_offsets(matmul: Matmul) -> Node | None:

@@ -165,11 +165,22 @@ class TokenSample:
         self._rows: Tensor | None = None
         self._keys = torch.empty(0, dtype=torch.float32)
         self._generator = torch.Generator().manual_seed(0)
+        self._before = 0.0
+
+    def follow(self, batches: float) -> None:
+        """Draw the keys that come after so many batches like the first one: another process samples those.
+
+        So the merged samples are the tokens that one observer of all batches would sample, if all are of one kind.
+        """
+        self._before = batches
 
     def update(self, x: Tensor, weight: float = 1.0) -> None:
         """x: `[..., channels]`; an empty batch changes nothing."""
         if x.numel():
             rows = x.detach().reshape(-1, x.shape[-1]).float()
+            if self._before:
+                torch.rand(round(self._before * len(rows)), generator=self._generator, dtype=torch.float32)
+                self._before = 0.0
             keys = torch.rand(len(rows), generator=self._generator, dtype=torch.float32)
             self._take(rows, keys if weight == 1 else -torch.expm1(torch.log1p(-keys.double()) / weight).float())
 

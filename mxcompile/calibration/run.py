@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from mxcompile.analysis.visibility import Visibility, output_paths
+from mxcompile.calibration.dealing import observing, own_batches
 from mxcompile.calibration.observers import Observer, observe
 from mxcompile.calibration.saved_weights import SavedWeights
 from mxcompile.errors import InputError, NoDataError
@@ -173,12 +174,15 @@ def gather_statistics(program: Program, requests: Sequence[Request], batches: It
     needed = list(nodes.values())
     needed = needed[: max(map(needed.index, by_value)) + 1]
     computed = compute_nodes(needed)
-    for batch in program.track(program.batches) if batches is None else batches:
-        bound = _bound(program, batch)
-        update = feed_observers(by_value, bound.visibility)
-        for node, value in bound.values.items():
-            update(node, value)
-        runner.run_nodes(computed, bound, update)
+    tracked, batches = batches is None, tuple(program.batches if batches is None else batches)
+    share, before = own_batches(program, batches)
+    with observing(program, by_value, before) as own:
+        for index in program.track(share) if tracked else share:
+            bound = _bound(program, batches[index])
+            update = feed_observers(own, bound.visibility)
+            for node, value in bound.values.items():
+                update(node, value)
+            runner.run_nodes(computed, bound, update)
     for key, observer in observers.items():
         with suppress(NoDataError):
             program.statistics[key] = observer.value

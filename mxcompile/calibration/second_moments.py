@@ -9,13 +9,15 @@ matmul's output: the weight can compensate it. High-energy tokens are capped (`i
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul
+from mxcompile.calibration.ranks import Ranks
 from mxcompile.graph.dataflow import SAME_VALUE, shapes_are_equal
 from mxcompile.numerics.column_rounding import IllConditionedError
 from mxcompile.numerics.importance import token_weights
@@ -26,10 +28,21 @@ _LARGEST_EXPONENT = 40  # beyond 2^40, sums of squares over many tokens come nea
 _PASSED = SAME_VALUE | {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
+@dataclass(frozen=True)
+class Outline:
+    """tokens: that were seen. scale: the unit, None without values. shapes: of D, Y and R by kind and name."""
+
+    tokens: int
+    scale: float | None
+    shapes: Mapping[str, Mapping[str, Sequence[int]]]
+
+
 class SecondMoments:
     """size: number of input channels. tokens: how many were seen. borrowed: how many tokens' worth another value has
     lent (`add_mean`). input_error: D `[in, in]`. exact_outputs: Y, residual_errors: R, both `[out, in]` by the name of
     the matmul's node.
+
+    owner: of several processes, the one that has the sums and rounds with them; None: all have them.
 
     All are in units of one power of two, which is 1 unless the values are so large or small that their squares leave
     float32.
@@ -37,6 +50,7 @@ class SecondMoments:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.tokens, self.borrowed = size, 0, 0.0
+        self.owner: int | None = None
         self.input_error: Tensor | None = None
         self.exact_outputs: dict[str, Tensor] = {}
         self.residual_errors: dict[str, Tensor] = {}
@@ -105,6 +119,51 @@ class SecondMoments:
         copied.tokens, copied.borrowed = tokens, self.borrowed + self.tokens
         return copied
 
+    def of_rows(self, rows: Mapping[str, slice]) -> "SecondMoments":
+        """The same moments with only some rows of Y and R, by the name of the matmul's node."""
+        part = copy.copy(self)
+        part.exact_outputs = {name: outputs[rows[name]] for name, outputs in self.exact_outputs.items()}
+        part.residual_errors = {name: error[rows[name]] for name, error in self.residual_errors.items()}
+        return part
+
+    def outline(self) -> "Outline":
+        """What other processes need to know before the moments of all are summed."""
+        shapes = {kind: {name: part.shape for name, part in named.items()} for kind, named in self._named().items()}
+        return Outline(self.tokens, self._scale, shapes)
+
+    def conform(self, outlines: "Sequence[Outline]") -> None:
+        """Take the unit, the parts and the number of tokens that the moments of all processes have together.
+
+        Afterwards `parts` of all processes may be added up.
+        """
+        scale = next((each.scale for each in outlines if each.scale is not None), None)
+        if scale is not None and self._scale not in (scale, None):
+            for part in (self._inputs, *self.parts()[len(self._panels) :]):
+                part.mul_((scale / self._scale) ** 2)
+        self._scale, self.tokens = scale, sum(each.tokens for each in outlines)
+        for outline in outlines:
+            for kind, shapes in outline.shapes.items():
+                for name, shape in shapes.items():
+                    self._add_part(kind, name, shape)
+
+    def parts(self) -> list[Tensor]:
+        """All sums, as views: the lower half of H in panels, then D, Y and R."""
+        panels = [self._inputs[start:, start:end] for start, end in self._panels]
+        return [*panels, *(named[name] for named in self._named().values() for name in sorted(named))]
+
+    def _named(self) -> dict[str, dict[str, Tensor]]:
+        error = {} if self.input_error is None else {"": self.input_error}
+        return {"D": error, "Y": self.exact_outputs, "R": self.residual_errors}
+
+    def _add_part(self, kind: str, name: str, shape: Sequence[int]) -> None:
+        """Add zeros for a part that only other processes have."""
+        if name not in self._named()[kind]:
+            zeros = torch.zeros(*shape, dtype=torch.float32, device=self._inputs.device)
+            if kind == "D":
+                self.input_error = zeros
+            else:
+                self._named()[kind][name] = zeros
+
     def _unit(self, x: Tensor) -> float:
         """The power of two that all values are multiplied by, chosen by the first that are not zero."""
         if self._scale is None:
@@ -141,6 +200,23 @@ class SecondMoments:
             assert self.input_error is not None
             error = (weight @ self.input_error).double()
         return error + self.residual_errors[name] if name in self.residual_errors else error
+
+
+def sum_moments(moments: Sequence[SecondMoments], ranks: Ranks, by_owners: bool = False) -> None:
+    """Sum the moments of all processes, in place. by_owners: each at one process alone, so that all have equal work."""
+    if ranks.count == 1:
+        return
+    outlines = list(zip(*ranks.gather([each.outline() for each in moments]), strict=True))
+    for each, of_all in zip(moments, outlines, strict=True):
+        each.conform(of_all)
+    owners = ranks.owners([float(each.tokens > 0) for each in moments])
+    for each, owner in zip(moments, owners, strict=True):
+        each.owner = owner if by_owners else None
+        for part in each.parts():
+            if by_owners:
+                ranks.sum_at(part, owner)
+            else:
+                ranks.sum(part)
 
 
 def _accumulated(total: Tensor | None, values: Tensor, weighted: Tensor) -> Tensor:

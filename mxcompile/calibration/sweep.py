@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.segments import Segment
+from mxcompile.calibration.dealing import observing, own_batches
 from mxcompile.calibration.not_finite import check_statistics
 from mxcompile.calibration.observers import values_of
 from mxcompile.calibration.run import BoundBatch, Observers, Runner, feed_observers
@@ -24,14 +25,18 @@ from mxcompile.graph.program import Program
 class Sweep:
     """Calibration batches on their way through a Program.
 
-    batches: for every batch, the computed values that nodes ahead still read, which of their rows count, and what it
-    has written to buffers. runner: computes the nodes; a subclass of
-    `Runner` (such as `AlteredRun`) also determines the inputs of later segments.
+    Of several processes (`ranks.py`), each runs its share of the batches, and observers get the statistics of all.
+
+    batches: for every batch of this process, the computed values that nodes ahead still read, which of their rows
+    count, and what it has written to buffers. runner: computes the nodes; a subclass of `Runner` (such as `AlteredRun`)
+    also determines the inputs of later segments.
     """
 
     def __init__(self, program: Program, batches: Iterable[Inputs], runner: Runner | None = None) -> None:
         self.runner, batches = runner or Runner(program), tuple(batches)
-        self.batches = [BoundBatch.of(program, bind_inputs(program, batch), batch.weight) for batch in batches]
+        share, self._before = own_batches(program, batches)
+        own = [batches[index] for index in share]
+        self.batches = [BoundBatch.of(program, bind_inputs(program, batch), batch.weight) for batch in own]
         self._program, self._inputs = program, batches
         self._passed: set[Node] = set()
         self._bytes = [_bytes(batch.values) for batch in self.batches]
@@ -48,8 +53,9 @@ class Sweep:
         Raises InputError, as `advance` does, if a batch makes a statistic NaN or Inf.
         """
         nodes = _up_to(self._ahead(segment), observers)
-        for state in self.batches:
-            self._run(nodes, self.ready(state).fork(nodes), observers, ())
+        with observing(self._program, observers, self._before) as own:
+            for state in self.batches:
+                self._run(nodes, self.ready(state).fork(nodes), own, ())
         self._check(observers)
 
     def values(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[NodeValues]:
@@ -76,7 +82,8 @@ class Sweep:
 
         Raises InputError, which names the batch, if the value of an observer is not finite.
         """
-        self._move(self._ahead(segment), observers or {})
+        with observing(self._program, observers or {}, self._before) as own:
+            self._move(self._ahead(segment), own)
         self._check(observers or {})
 
     def ready(self, batch: BoundBatch) -> BoundBatch:

@@ -1,6 +1,7 @@
 """Run the same batches, in lockstep, through the model being quantized and through the float ("exact") model."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 
 import torch
@@ -15,7 +16,8 @@ from mxcompile.analysis.visibility import Visibility
 from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.expert_moments import ExpertStatistics, expert_offsets, expert_rows, rows_of_all
 from mxcompile.calibration.not_finite import check_statistics
-from mxcompile.calibration.second_moments import SecondMoments, residual_operand
+from mxcompile.calibration.ranks import ranks_of
+from mxcompile.calibration.second_moments import SecondMoments, residual_operand, sum_moments
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.program import Program
@@ -66,7 +68,8 @@ class TwinRun:
 
         With the exact model they include the error of the value, but not where the model itself selects the rows
         (experts, `row_order.py`), which may be other tokens in the two models. residual: also the error of what is
-        added to the matmuls' outputs. experts: how those of one expert use the tokens of all.
+        added to the matmuls' outputs. experts: how those of one expert use the tokens of all. Of several processes, all
+        have the sums over all batches, but those of an expert its owner alone.
         Advances the batches to the node that computes the value if its state is small enough to keep, so the weights of
         all matmuls before it must be final. Raises InputError, which names the batch, if the value is not finite.
         """
@@ -90,7 +93,9 @@ class TwinRun:
         if len(shape) == 3:
             yield from self._moments_of_experts(segment, first, experts)
         else:
-            yield self._matmul_moments(segment, readers, exact_node, residual)
+            moments = self._matmul_moments(segment, readers, exact_node, residual)
+            sum_moments(moments, ranks_of(self._program))
+            yield moments
 
     def _matmul_moments(
         self, segment: Segment, readers: Sequence[Matmul], exact_node: Node, residual: bool
@@ -100,10 +105,11 @@ class TwinRun:
             return [self._plain_moments(segment, first)]
         residuals = {matmul.node.name: residual_operand(matmul) for matmul in readers} if residual else {}
         added = {n: node for n, node in residuals.items() if node is not None and node not in self._selected}
-        try:
-            return [self._compared_moments(segment, first, exact_node, added)]
-        except _UnpairedRowsError:
-            return [self._plain_moments(segment, first)]
+        compared: SecondMoments | None = None
+        with suppress(_UnpairedRowsError):
+            compared = self._compared_moments(segment, first, exact_node, added)
+        unpaired = ranks_of(self._program).any(compared is None)
+        return [self._plain_moments(segment, first) if compared is None or unpaired else compared]
 
     def _plain_moments(self, segment: Segment, matmul: Matmul) -> SecondMoments:
         moments = SecondMoments(matmul.in_features, self._program.device(matmul.parameter))
@@ -143,8 +149,9 @@ class TwinRun:
         self, segment: Segment, matmul: Matmul, experts: ExpertStatistics
     ) -> Iterator[list[SecondMoments]]:
         """Those of some experts at a time. All experts' tokens are gathered with the first of them."""
-        count, step = int(matmul.root.meta["val"].shape[0]), _experts_at_once(matmul)
-        device = self._program.stored(matmul.parameter).device
+        ranks, device = ranks_of(self._program), self._program.device(matmul.parameter)
+        step = -(-_experts_at_once(matmul) // ranks.count) * ranks.count  # each process rounds some of them
+        count = int(matmul.root.meta["val"].shape[0])
         everyone = SecondMoments(matmul.in_features, device) if experts.uses_all else None
         for start in range(0, count, step):
             wanted = range(start, min(start + step, count))
@@ -154,6 +161,9 @@ class TwinRun:
                     of_expert.update(rows[index], weight=weight, count_only=not experts.uses_own)
                 if everyone is not None and start == 0:
                     everyone.update(rows_of_all(rows), weight=weight)
+            if everyone is not None and start == 0:
+                sum_moments([everyone], ranks)
+            sum_moments(moments, ranks, by_owners=True)
             yield [experts.combine(each, everyone) for each in moments]
 
     def _expert_rows(self, segment: Segment, matmul: Matmul, experts: int) -> Iterator[tuple[list[Tensor], float]]:

@@ -148,20 +148,16 @@ def compare(console: Console, options: EvalOptions) -> Comparison:
 
 
 def quantize_and_compare(
-    console: Console,
-    options: EvalOptions,
-    recipe: str,
-    check: Callable[[nn.Module], None] | None = None,
-    resume: Path | None = None,
+    console: Console, options: EvalOptions, recipe: str, check: Callable[[nn.Module], None] | None = None
 ) -> tuple[nn.Module, Any, Comparison]:
     """The quantized model, its tokenizer, and its comparison with the float model.
 
-    check: called with the model before the work; may raise. resume: a folder for finished parts.
+    check: called with the model before the work; may raise.
     """
     model, tokenizer, data = load_with_data(console, options)
     if check is not None:
         check(model)
-    quantized = quantize(console, model, data, recipe, resume=resume)
+    quantized = quantize(console, model, data, recipe)
     return quantized, tokenizer, score(console, options, data, quantized, options.model_name, model)
 
 
@@ -178,7 +174,6 @@ def quantize(
     *,
     dump: Path | None = None,
     probe: dict[str, Tensor] | None = None,
-    resume: Path | None = None,
 ) -> nn.Module:
     """Quantize a model without compiling it, traced with the first tokens of the data, calibrated on its batches."""
     console.print(f"quantizing: {as_pipeline(recipe)}", markup=False)
@@ -193,7 +188,6 @@ def quantize(
             probe=probe,
             compile=False,
             instruments=[progress],
-            resume=resume,
         )
 
 

@@ -76,6 +76,7 @@ class Program:
         their default, unless their overrides match the weight.
     origin: the program as traced, once passes have run. outputs: the output tensors on the example inputs, kept while
         passes preserve the function.
+    ranks: the processes that share a running pipeline (`calibration/ranks.py`), None for one.
     report: called by `track` with how many of how many items a pass has done. resume: stores what long passes finish.
     mapped: where large tensors are kept in files, None: in memory. See `keep_in_files`.
     """
@@ -103,6 +104,7 @@ class Program:
         self.formats: dict[str, MXFormat | None] = {}
         self.origin: Program | None = None
         self.outputs: dict[str, Tensor] | None = None
+        self.ranks: object = None
         self.report: Callable[[int, int], None] | None = None
         self.resume: ResumeStore | None = None
         self.mapped: MappedTensors | None = None
@@ -150,7 +152,7 @@ class Program:
             aliases=self.aliases,
             selection=self.selection,
         )
-        other.batches, other.mapped = self.batches, self.mapped
+        other.batches, other.mapped, other.ranks = self.batches, self.mapped, self.ranks
         other._stays_in_memory = self._stays_in_memory
         other.set_state(self.state())
         return other

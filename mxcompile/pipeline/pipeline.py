@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mxcompile.arguments import checked
 from mxcompile.calibration.not_finite import check_inputs, check_requests
+from mxcompile.calibration.ranks import Ranks, joined, ranks_of
 from mxcompile.calibration.run import gather_statistics, visible_batches
 from mxcompile.errors import InputError, PipelineError, PreservationError
 from mxcompile.formats import MXFormat
@@ -27,7 +28,8 @@ from mxcompile.pipeline import text_form
 from mxcompile.pipeline.interfaces import Instrument, Pass, PipelineStep
 from mxcompile.pipeline.options import check_options
 from mxcompile.pipeline.preservation import check_preserved, record_outputs
-from mxcompile.pipeline.resume import ResumeFolder
+from mxcompile.pipeline.resume import open_folder
+from mxcompile.pipeline.together import end_together, start_together
 from mxcompile.pipeline.unfinished import History, Unfinished, how_to_go_on, work_kept
 
 _OVERRIDES = "overrides"
@@ -106,6 +108,10 @@ class Pipeline:
         resume: a folder in which slow passes (gptq) save finished segments; the same run, started again, continues
             from there.
 
+        In an initialized process group of torch.distributed, every process must make this call with the same arguments:
+        they deal out the batches and end with the same program (`calibration/ranks.py`). The first one alone calls the
+        instruments and writes to the folder. Raises RankError if a process has ended or does something else.
+
         Raises InputError, which names the batch, if NaN in calibration data, or NaN or Inf computed from them, reaches
         a statistic.
         An error, or a KeyboardInterrupt, after the first finished pass has `unfinished`: the program after the last
@@ -113,11 +119,17 @@ class Pipeline:
         """
         if self.passes and program.stage not in self.passes[0].accepts:
             raise PipelineError(_wrong_stage(self.passes[0], program.stage, "the passes that ran before"))
-        with torch.device("cpu"):  # the caller's default device must not reach observers; a graph states its devices
-            return self._run(program, calibration, instruments, resume)
+        # The caller's default device must not reach observers; a graph states its devices.
+        with torch.device("cpu"), joined(_device_of(program)) as ranks:
+            return self._run(program, calibration, instruments if ranks.first else (), resume, ranks)
 
     def _run(
-        self, program: Program, calibration: object, instruments: Sequence[Instrument], resume: str | Path | None
+        self,
+        program: Program,
+        calibration: object,
+        instruments: Sequence[Instrument],
+        resume: str | Path | None,
+        ranks: Ranks,
     ) -> Program:
         source, program = program, program.copy()
         program.origin = source.origin or source
@@ -126,7 +138,8 @@ class Pipeline:
             raise InputError(no_values(without))
         check_batches(program.example, program.batches)
         check_inputs(program, program.batches)
-        program.resume = folder = None if resume is None else ResumeFolder(resume, str(self), program)
+        start_together(ranks, str(self), program)
+        program.resume = folder = None if resume is None else open_folder(resume, str(self), program, ranks)
         history = History(program)
         with ExitStack() as ending, self._work_kept(history, resume):
             for instrument in instruments:
@@ -140,6 +153,7 @@ class Pipeline:
                 history.add(current.name, program, result)
                 for instrument in instruments:
                     instrument.after(program, step, record)
+            end_together(ranks, program)
             program.batches, program.report, program.resume = (program.example,), None, None
             for instrument in instruments:
                 instrument.finish(program)
@@ -227,6 +241,7 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
         measured[-1] if measured else None,
         result.expert_tokens,
     )
+    record = ranks_of(program).from_first(record)  # it alone has measured, and times differ
     program.ledger.append(record)
     return record, result
 
@@ -248,6 +263,12 @@ def _preserving(current: Pass, program: Program) -> tuple[PassResult, float]:
         program.graph_module = before.graph_module
         program.set_state(before.state())
         raise
+
+
+def _device_of(program: Program) -> torch.device:
+    """The device of the program's tensors: a GPU if one of them is there."""
+    devices = {program.device(name) for name in program.parameter_names()}
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def _names(stages: Iterable[Stage]) -> str:

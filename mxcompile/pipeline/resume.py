@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxcompile.atomic_files import atomic_file, check_writable, contents, folder_lock, real_path
+from mxcompile.calibration.ranks import Ranks
 from mxcompile.checkpoint.provenance import installed_versions
 from mxcompile.errors import InputError, warn
 from mxcompile.graph.inputs import Inputs, named_leaves
@@ -37,11 +38,11 @@ class ResumeFolder:
     Raises InputError if the folder belongs to another run, holds files but no run, or cannot be written.
     """
 
-    def __init__(self, folder: str | Path, pipeline: str, program: Program) -> None:
+    def __init__(self, folder: str | Path, pipeline: str, program: Program, processes: int = 1) -> None:
         self.folder = real_path(Path(folder))
         self.current_pass = ""
         check_folder(self.folder)
-        run = _describe(pipeline, program)
+        run = _describe(pipeline, program) | ({"processes": str(processes)} if processes > 1 else {})
         text = "".join(f"{key}: {value}\n" for key, value in run.items())
         self._run = hashlib.sha256(text.encode()).hexdigest()
         with _explained(self.folder), folder_lock(self.folder):
@@ -99,6 +100,33 @@ class ResumeFolder:
         return self.folder / f"{self.current_pass}-{part}.safetensors"
 
 
+class SharedFolder:
+    """The folder of a run of several processes: the first one alone reads and writes it, `folder`, and tells others."""
+
+    def __init__(self, ranks: Ranks, folder: ResumeFolder | None) -> None:
+        self._ranks, self._folder = ranks, folder
+        self.current_pass = ""
+
+    def load(self, part: str) -> tuple[dict[str, Tensor], list[str]] | None:
+        """As `ResumeFolder.load`."""
+        return self._ranks.from_first(None if self._folder is None else self._at_pass(self._folder).load(part))
+
+    def save(self, part: str, tensors: dict[str, Tensor], notes: list[str]) -> None:
+        """As `ResumeFolder.save`."""
+        if self._folder is not None:
+            self._at_pass(self._folder).save(part, tensors, notes)
+
+    def _at_pass(self, folder: ResumeFolder) -> ResumeFolder:
+        folder.current_pass = self.current_pass
+        return folder
+
+
+def open_folder(folder: str | Path, pipeline: str, program: Program, ranks: Ranks) -> ResumeFolder | SharedFolder:
+    """The folder of a run, of several processes opened by the first one."""
+    opened = ResumeFolder(folder, pipeline, program, ranks.count) if ranks.first else None
+    return opened if opened is not None and ranks.count == 1 else SharedFolder(ranks, opened)
+
+
 def check_folder(folder: str | Path) -> None:
     """Raise InputError if nothing can be written in that folder."""
     with _explained(Path(folder)):
@@ -126,13 +154,14 @@ def _describe(pipeline: str, program: Program) -> dict[str, str]:
         "pipeline": pipeline,
         "model": hashlib.sha256(print_program(program).encode()).hexdigest(),
         "choice of layers": hashlib.sha256(chosen.encode()).hexdigest(),
-        "calibration data": _digest(program.batches),
+        "calibration data": digest_of(program.batches),
         "device": " ".join(sorted(devices)) or "none",
         **{name: version for name, version in installed_versions().items() if name in _VERSIONS},
     }
 
 
-def _digest(batches: Iterable[Inputs]) -> str:
+def digest_of(batches: Iterable[Inputs]) -> str:
+    """The SHA-256 of all batches."""
     digest = hashlib.sha256()
     for batch in batches:
         if batch.weight != 1:

@@ -57,7 +57,7 @@ class History:
             fold.apply(program)
         program.graph_module.recompile()
         program.set_state(self._state)
-        program.batches = (program.example,)
+        program.batches, program.ranks = (program.example,), None
         return program
 
 

@@ -1,0 +1,119 @@
+import signal
+import time
+
+import pytest
+import rank_processes
+import torch
+
+from mxcompile.calibration.observers import TokenSample
+from mxcompile.calibration.ranks import Ranks
+
+COUNTS = (1, 2, 3, 4, 7)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("costs", [[1.0] * 8, [1.0], [4.0, 1.0, 1.0, 1.0, 9.0], [0.0, 0.0], []])
+def test_batches_are_dealt_out_in_order_and_once(count, costs):
+    shares = [Ranks(number, count).share(costs) for number in range(count)]
+    assert [index for share in shares for index in share] == list(range(len(costs)))
+    loads = [sum(costs[index] for index in share) for share in shares]
+    assert max(loads) <= sum(costs) / count + max(costs, default=0.0)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("rows", [0, 1, 6, 100])
+def test_rows_are_dealt_out_in_order_and_once(count, rows):
+    parts = [list(range(rows))[Ranks(number, count).rows(rows)] for number in range(count)]
+    assert [row for part in parts for row in part] == list(range(rows))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_work_is_owned_by_the_process_with_the_least():
+    assert Ranks(0, 2).owners([1.0, 5.0, 2.0, 2.0, 1.0]) == [1, 0, 1, 1, 0]
+    assert Ranks(0, 1).owners([1.0, 2.0]) == [0, 0]
+
+
+def test_samples_that_follow_each_other_are_the_sample_of_all_tokens():
+    batches = torch.randn(6, 300, 4).unbind()
+    whole, first, second = TokenSample(), TokenSample(), TokenSample()
+    second.follow(4)
+    for index, batch in enumerate(batches):
+        whole.update(batch)
+        (first if index < 4 else second).update(batch)
+    merged = TokenSample()
+    merged.merge(first)
+    merged.merge(second)
+    assert torch.equal(merged.value, whole.value)
+
+
+def test_a_process_alone_exchanges_nothing():
+    ranks, values = Ranks(), torch.ones(3)
+    ranks.sum(values)
+    ranks.broadcast(values, 0)
+    ranks.end()
+    assert values.tolist() == [1.0] * 3
+    assert ranks.gather(5) == [5]
+    assert ranks.map(str, [1, 2]) == ["1", "2"]
+    assert ranks.collect(values, 3) is values
+    assert not ranks.any(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_every_kind_of_exchange(count):
+    results = rank_processes.run("exchanges", count)
+    total = results[0][0].clone()
+    for own, *_ in results[1:]:
+        total += own
+    for number, (own, summed, transposed, at_last, rows, sent, mapped, gathered, first, some) in enumerate(results):
+        assert torch.equal(summed, total)
+        assert torch.equal(transposed, total)
+        assert torch.equal(at_last, total if number == count - 1 else own)
+        assert torch.equal(rows, torch.arange(14).view(7, 2).to(torch.bfloat16))
+        assert sent.tolist() == [1.0] * 3
+        assert [square for square, _ in mapped] == [1, 4, 9, 16, 25]
+        assert {owner for _, owner in mapped} == set(range(count))
+        assert gathered == [{"number": other} for other in range(count)]
+        assert (first, some) == (0, True)
+
+
+@pytest.mark.slow
+def test_all_processes_end_with_the_error_of_one():
+    first, second = rank_processes.run("failures", 2, seconds=60)
+    assert first["value"] == (
+        "PassError",
+        "pass 'failing' failed: ValueError: no such thing raised in process 1 of 2",
+    )
+    assert first["input"] == ("InputError", "pass 'failing': a bad batch raised in process 1 of 2")
+    assert (first["signal"][0], second["signal"][0]) == ("KeyboardInterrupt", "KeyboardInterrupt")
+    for what, named in (("data", "calibration data"), ("pipeline", "pipeline"), ("model", "model")):
+        kind, text = first[f"other {what}"]
+        assert kind == second[f"other {what}"][0] == "RankError"
+        assert f"process 1 has another {named} than process 0: every process must make the same calls" in text
+    assert "number 0" in first["instrument"][1]
+    assert second["instrument"][1].endswith("number 0 raised in process 0 of 2")
+    assert second["alone"][0] == first["afterwards"][0] == second["afterwards"][0] == ""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_noticed(tmp_path):
+    survivor, dead = rank_processes.start("lost", 2, tmp_path)
+    assert dead.wait(timeout=120) == 3
+    dead.communicate()
+    output, _ = survivor.communicate(timeout=10)
+    assert survivor.returncode == 0, output
+    said = torch.load(tmp_path / "0.pt", weights_only=False)
+    assert said == "RankError: process 0 has lost another process, which has ended: see what that one has printed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_interrupt_of_one_process_ends_all(tmp_path, number):
+    processes = rank_processes.start("working", 2, tmp_path)
+    while not all((tmp_path / f"{other}.started").exists() for other in range(2)):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()
+        time.sleep(0.1)
+    processes[number].send_signal(signal.SIGINT)
+    outputs = [process.communicate(timeout=20)[0] for process in processes]
+    ends = [torch.load(tmp_path / f"{other}.pt", weights_only=False) for other in range(2)]
+    assert ends == ["KeyboardInterrupt"] * 2, outputs

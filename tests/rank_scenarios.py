@@ -1,0 +1,222 @@
+"""What the processes of `rank_processes.py` do, one function each: `python rank_scenarios.py NAME FOLDER COUNT NUMBER`.
+
+A function returns what a test compares. Everything is the same in all processes unless it depends on the number.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import build
+
+from mxcompile.calibration.observers import TokenSample
+from mxcompile.calibration.ranks import alone, joined, ranks_of
+from mxcompile.calibration.run import Request
+from mxcompile.errors import InputError
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import PassResult
+from mxcompile.graph.trace import trace
+from mxcompile.pipeline.interfaces import FLOATING, Instrument, Pass, PipelineStep
+from mxcompile.pipeline.pipeline import Pipeline
+
+FORMATS = "weight=mxint4,activation=mxint8"
+GPTQ = "gptq{format=mxint4,activation=mxint8,correction=0.25}"
+LOWER = f"lower-mx{{{FORMATS}}}"
+LEARNED = f"awq-fold{{{FORMATS}}} | {GPTQ} | tune-vectors{{activation=mxint8,steps=4}} | {LOWER}"
+
+
+def batches(*sizes: int, vocabulary: int = 128, padded: bool = True) -> list[dict[str, torch.Tensor]]:
+    """Batches of those sizes, 16 tokens each; padded: the mask of the first hides some, that of the second all."""
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randint(0, vocabulary, (size, 16), generator=generator) for size in sizes]
+    masks = [torch.ones_like(ids) for ids in made]
+    if padded:
+        masks[0][:, :5] = 0
+        masks[1][:] = 0
+    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(made, masks, strict=True)]
+
+
+def result(program: Program) -> dict[str, Any]:
+    """The tensors that a program holds, and its record."""
+    tensors = {name: program.stored(name) for name in program.parameter_names()}
+    packed = {name: getattr(each, "elements", each) for name, each in tensors.items()}
+    return {"tensors": packed, "ledger": [(r.name, r.rewrites, r.misses, r.seconds) for r in program.ledger]}
+
+
+def quantized(model: str, pipeline: str, data: list[dict[str, torch.Tensor]], **options: Any) -> Program:
+    return Pipeline.parse(pipeline).run(trace(build(model), data[0]), data, **options)
+
+
+def learned() -> dict[str, Any]:
+    """A decoder with every kind of pass, and a mixture of experts; padded batches of several sizes."""
+    data = batches(2, 1, 3, 2)
+    return {
+        "llama": result(quantized("llama", LEARNED, data)),
+        "mixtral": result(quantized("mixtral", f"{GPTQ} | {LOWER}", data)),
+        "smooth": result(
+            quantized("llama", f"smooth-quant | round-weights{{format=mxint4,weighted=true}} | {LOWER}", data)
+        ),
+        "searched": result(
+            quantized("llama", f"smooth-quant{{alpha=none,{FORMATS},objective=block}} | rotate{{{FORMATS}}}", data)
+        ),
+    }
+
+
+def few_batches() -> dict[str, Any]:
+    """One batch: of several processes, some have none."""
+    return {"llama": result(quantized("llama", LEARNED.replace("steps=4", "steps=0"), batches(2, padded=False)))}
+
+
+def sampled() -> torch.Tensor:
+    """A token sample, which of several processes each draws its share of."""
+    program = trace(build("llama"), batches(1, padded=False)[0])
+    value = next(node.name for node in program.graph.nodes if "linear" in str(node.target))
+
+    @dataclass(frozen=True)
+    class Look(Pass):
+        name = "look"
+
+        def requests(self, program: Program) -> list[Request]:
+            return [Request(value, TokenSample)]
+
+        def run(self, program: Program) -> PassResult:
+            samples.append(Request(value, TokenSample).result(program))
+            return PassResult(0)
+
+    samples: list[torch.Tensor] = []
+    Pipeline([Look()]).run(program, batches(*[7] * 9))
+    return samples[0]
+
+
+@dataclass(frozen=True)
+class Failing(Pass):
+    """Raises an error in process 1, after the second segment has been reached."""
+
+    error: str = "value"
+
+    name = "failing"
+    accepts = FLOATING
+
+    def run(self, program: Program) -> PassResult:
+        if dist.get_rank() == 1:
+            if self.error == "exit":
+                os._exit(3)
+            if self.error == "signal":
+                signal.raise_signal(signal.SIGINT)
+            raise {"value": ValueError("no such thing"), "input": InputError("a bad batch")}[self.error]
+        return PassResult(0)
+
+
+def failures() -> dict[str, tuple[str, str]]:
+    """How a run ends in this process if process 1 fails; after each, the process group is usable."""
+    data = batches(1, 1, padded=False)
+    program = trace(build("llama"), data[0])
+    ends: dict[str, tuple[str, str]] = {}
+
+    def attempt(name: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+            ends[name] = ("", "")
+        except (Exception, KeyboardInterrupt) as error:
+            text = " ".join([str(error), *getattr(error, "__notes__", ())])
+            ends[name] = (type(error).__name__, text)
+
+    for error in ("value", "input", "signal"):
+        attempt(error, lambda error=error: Pipeline([Failing(error), *Pipeline.parse(GPTQ).passes]).run(program, data))
+    own = batches(1, 1, padded=False)[dist.get_rank() :]
+    attempt("other data", lambda: Pipeline.parse(GPTQ).run(program, own))
+    attempt("other pipeline", lambda: Pipeline.parse([GPTQ, LOWER][dist.get_rank()]).run(program, data))
+    with torch.random.fork_rng():
+        torch.manual_seed(dist.get_rank())
+        other = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    attempt("other model", lambda: Pipeline.parse(GPTQ).run(trace(other, torch.ones(2, 32)), torch.ones(2, 32)))
+    attempt("instrument", lambda: Pipeline.parse(GPTQ).run(program, data, [_Broken()]))
+    if dist.get_rank() == 1:
+        with alone():
+            attempt("alone", lambda: Pipeline.parse(GPTQ).run(program, data))
+    attempt("afterwards", lambda: Pipeline.parse(GPTQ).run(program, data))
+    return ends
+
+
+class _Broken(Instrument):
+    def before(self, program: Program, step: PipelineStep) -> None:
+        raise InputError(f"only the first process calls this, and this is number {dist.get_rank()}")
+
+
+def lost() -> str:
+    """What process 0 says if process 1 ends without a word."""
+    data = batches(1, 1, padded=False)
+    try:
+        Pipeline([Failing("exit"), *Pipeline.parse(GPTQ).passes]).run(trace(build("llama"), data[0]), data)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Working(Pass):
+    """Works and meets for a minute."""
+
+    name = "working"
+
+    def run(self, program: Program) -> PassResult:
+        ranks = ranks_of(program)
+        Path(sys.argv[2], f"{ranks.number}.started").touch()
+        for _ in range(600):
+            time.sleep(0.1)
+            ranks.any(False)
+        return PassResult(0)
+
+
+def working() -> str:
+    """How a long run ends."""
+    data = batches(1, 1, padded=False)
+    try:
+        Pipeline([Working()]).run(trace(build("llama"), data[0]), data)
+    except BaseException as error:
+        return type(error).__name__
+    return ""
+
+
+def exchanges() -> list[Any]:
+    """Every kind of exchange, with odd sizes."""
+    with joined(torch.device("cpu")) as ranks:
+        number = ranks.number
+        generator = torch.Generator().manual_seed(number)
+        values = torch.randn(7, 5, generator=generator)
+        total, at_last, transposed = values.clone(), values.clone(), values.clone().T
+        ranks.sum(total)
+        ranks.sum(transposed)
+        ranks.sum_at(at_last, ranks.count - 1)
+        rows = torch.arange(7 * 2).view(7, 2).to(torch.bfloat16)
+        sent = torch.full((3,), float(number), dtype=torch.float16)
+        ranks.broadcast(sent, 1)
+        return [
+            values,
+            total,
+            transposed.T,
+            at_last,
+            ranks.collect(rows[ranks.rows(7)], 7),
+            sent,
+            ranks.map(lambda item: (item * item, number), [1, 2, 3, 4, 5]),
+            ranks.gather({"number": number}),
+            ranks.from_first(number),
+            ranks.any(number == 1),
+        ]
+
+
+if __name__ == "__main__":
+    scenario, folder, count, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    if count > 1:
+        dist.init_process_group("gloo", f"file://{folder}/group", rank=number, world_size=count)
+    torch.save(globals()[scenario](), folder / f"{number}.pt")
+    if count > 1 and scenario != "lost":
+        dist.destroy_process_group()
