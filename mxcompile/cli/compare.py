@@ -148,16 +148,20 @@ def compare(console: Console, options: EvalOptions) -> Comparison:
 
 
 def quantize_and_compare(
-    console: Console, options: EvalOptions, recipe: str, check: Callable[[nn.Module], None] | None = None
+    console: Console,
+    options: EvalOptions,
+    recipe: str,
+    check: Callable[[nn.Module], None] | None = None,
+    resume: Path | None = None,
 ) -> tuple[nn.Module, Any, Comparison]:
     """The quantized model, its tokenizer, and its comparison with the float model.
 
-    check: called with the model before the work; may raise.
+    check: called with the model before the work; may raise. resume: a folder for finished parts.
     """
     model, tokenizer, data = load_with_data(console, options)
     if check is not None:
         check(model)
-    quantized = quantize(console, model, data, recipe)
+    quantized = quantize(console, model, data, recipe, resume=resume)
     return quantized, tokenizer, score(console, options, data, quantized, options.model_name, model)
 
 
@@ -174,6 +178,7 @@ def quantize(
     *,
     dump: Path | None = None,
     probe: dict[str, Tensor] | None = None,
+    resume: Path | None = None,
 ) -> nn.Module:
     """Quantize a model without compiling it, traced with the first tokens of the data, calibrated on its batches."""
     console.print(f"quantizing: {as_pipeline(recipe)}", markup=False)
@@ -188,6 +193,7 @@ def quantize(
             probe=probe,
             compile=False,
             instruments=[progress],
+            resume=resume,
         )
 
 

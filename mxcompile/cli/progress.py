@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, with the time left or the time elapsed.
+"""Progress bars on a terminal, with the time left or the time elapsed, and the memory in use.
 
 Elsewhere no bar is drawn; each pass prints one line when it is done.
 """
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextCo
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from mxcompile.cli.memory_in_use import memory_in_use
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import ModelMeasurements, PassRecord, PassResult
 from mxcompile.pipeline.interfaces import Instrument, PipelineStep
@@ -97,6 +98,7 @@ class Progress(Instrument):
 def bars(console: Console) -> Bars:
     """The bars of all commands: removed when they are done, and never drawn outside a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(_WIDTH), _Count(), _Time())
+    columns = (*columns, _Memory())
     return Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -158,6 +160,17 @@ class _Time(ProgressColumn):
         updated = task.fields["updated"]  # when the last step finished
         left = updated * (task.total - task.completed) / task.completed - (taken - updated)
         return Text(f"{_clock(max(left, 0.0))} left", style="dim")
+
+
+class _Memory(ProgressColumn):
+    """The memory in use, read once a second."""
+
+    max_refresh = 1.0
+
+    def render(self, task: Task) -> Text:
+        """`1.2 GB`."""
+        del task
+        return Text(memory_in_use(), style="dim")
 
 
 def _update(shown: Bars, done: int, total: int | None) -> None:

@@ -21,6 +21,7 @@ from mxcompile.cli.arguments import (
 )
 from mxcompile.cli.compare import EvalOptions, print_comparison, quantize_and_compare
 from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.interruption import check_apart, interruption_explained
 from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.errors import RecoveryError
@@ -44,6 +45,9 @@ def quantize(
     calibration: Calibration = 32,
     special_tokens: SpecialTokens = True,
     device: Device = "cpu",
+    resume: Annotated[
+        Path | None, typer.Option(help="folder for finished parts: the same command, started again, goes on from there")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a language model, compare it with the float model, and write it to a folder or a GGUF file.
@@ -54,17 +58,20 @@ def quantize(
     --json: as for eval, and "recovery", "metric", "out" (null if nothing is written).
     """
     check_destination(out, format)
+    check_apart(resume, out)
     options = EvalOptions(
         model, None, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
     )
     weights = weight_formats(as_pipeline(recipe))
-    quantized, tokenizer, comparison = quantize_and_compare(
-        messages(), options, recipe, lambda loaded: check_model(out, loaded, weights, format)
-    )
+    with interruption_explained(messages(), resume):
+        quantized, tokenizer, comparison = quantize_and_compare(
+            messages(), options, recipe, lambda loaded: check_model(out, loaded, weights, format), resume
+        )
     recovery = comparison.scores.recovery(metric)
     enough = min_recovery is None or recovery >= min_recovery
     if enough or force:
-        save_model(quantized, out, tokenizer, format)
+        with interruption_explained(messages(), resume):
+            save_model(quantized, out, tokenizer, format)
     written = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
     if as_json:
         print_json(comparison.record() | written)

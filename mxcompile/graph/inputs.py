@@ -88,7 +88,7 @@ class Inputs:
     def to(self, device: torch.device) -> "Inputs":
         """The same call with every tensor on a device."""
         args, kwargs = map_leaves(lambda leaf: _on(leaf, device), (self.args, self.kwargs))
-        return Inputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def with_doubled_batch(self) -> "Inputs | None":
         """The same call with a batch of one repeated, or None unless every tensor has a first dimension of one."""

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
 
 from mxcompile.errors import CheckpointError
 from mxcompile.serving import METHOD
+from mxcompile.serving.experts import experts_method
 from mxcompile.serving.linear import MXCompileLinearMethod
 from mxcompile.serving.stored_model import StoredModel
 
@@ -65,6 +67,8 @@ class MXCompileConfig(QuantizationConfig):
 
         Raises CheckpointError, with the layer's name, for a quantized layer that vLLM cannot run as it was measured.
         """
+        if isinstance(layer, RoutedExperts):
+            return experts_method(layer, prefix, self._read().checkpoint)
         if not isinstance(layer, LinearBase):
             return None
         parts = self.parts(prefix)

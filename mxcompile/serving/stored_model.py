@@ -16,6 +16,7 @@ from mxcompile.checkpoint import shards
 from mxcompile.checkpoint.hub import find_folder
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.errors import CheckpointError
+from mxcompile.serving import published_layers, stored_experts
 from mxcompile.tensor.layout import MXLayout
 
 WEIGHT: Final = ".weight"
@@ -30,9 +31,10 @@ class StoredModel:
 
     def __init__(self, source: str | Path, *, verify: bool = True) -> None:
         self.checkpoint = Checkpoint(find_folder(source), verify=verify)
-        weights = self.checkpoint.names.weights
-        self._stored = {name.removesuffix(WEIGHT): name for name in weights if name.endswith(WEIGHT)}
-        self.others = {name: name for name in weights if not name.endswith(WEIGHT)}
+        self._published = published_layers.renamed_tensors(self.checkpoint)
+        weights = {self._published.get(name, name): name for name in self.checkpoint.names.weights}
+        self._stored = {name.removesuffix(WEIGHT): of for name, of in weights.items() if name.endswith(WEIGHT)}
+        self.others = {name: of for name, of in weights.items() if not name.endswith(WEIGHT)}
         """MX weights that are not called `weight`, such as fused experts: name in the engine -> stored name."""
 
     def rename(self, mapped: Callable[[str], str | None]) -> None:
@@ -77,14 +79,15 @@ class StoredModel:
     def patterns(self) -> dict[re.Pattern[str], str | None]:
         """Renamings of stored tensors, which an engine applies to each name: pattern -> replacement, None to skip it.
 
-        `q_proj.weight.scales` -> `q_proj.weight_scales`, as a name of a parameter has no dot; buffers that the module
-        computes by itself are skipped.
+        `q_proj.weight.scales` -> `q_proj.weight_scales`, as a name of a parameter has no dot. Buffers that the module
+        computes by itself are skipped, and fused experts, which are not read by the engine.
         """
         leaves = {name.rpartition(".")[2] for name in self.checkpoint.names.weights}
         renamed = re.compile(rf"\.({_any(leaves)})\.(scales|multiplier)$")
-        skipped = self.checkpoint.names.non_persistent
+        names = self.checkpoint.names
+        skipped = {*names.non_persistent, *stored_experts.tensors_of(names)}
         patterns: dict[re.Pattern[str], str | None] = {re.compile(rf"^(?:{_any(skipped)})$"): None} if skipped else {}
-        return {**patterns, renamed: r".\1_\2"}
+        return {**patterns, **published_layers.patterns(self._published), renamed: r".\1_\2"}
 
 
 def describe(layout: MXLayout | None) -> str:

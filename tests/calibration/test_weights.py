@@ -170,8 +170,9 @@ def test_a_batch_keeps_its_weight(program):
         as_inputs(batch).cloned(),
         as_inputs(batch).with_doubled_batch(),
         as_inputs(batch.to("cpu")),
+        as_inputs(batch).to(torch.device("cpu")),
     ]
-    assert [one.weight for one in kept if one is not None] == [2.5] * 4
+    assert [one.weight for one in kept if one is not None] == [2.5] * 5
     assert as_inputs(dict(batch)).weight == Inputs().weight == 1.0
     assert [bound.visibility.weight for bound in Sweep(program, kept[:1]).batches] == [2.5]
 

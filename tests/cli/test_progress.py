@@ -75,8 +75,9 @@ def test_a_pass_that_fails_leaves_the_terminal_as_it_was(program):
         (1, 2, 10, 25, "1 of 2 0:00 left"),
     ],
 )
-def test_the_time_left_is_told_once_it_can_be(done, total, told, now, shown):
-    """`done` steps were finished at second `told`; the bar is drawn at second `now`."""
+def test_the_time_left_is_told_once_it_can_be(done, total, told, now, shown, monkeypatch):
+    """`done` steps were finished at second `told`; the bar is drawn at second `now`. The memory in use is last."""
+    monkeypatch.setattr("mxcompile.cli.progress.memory_in_use", lambda: "1.2 GB, GPU 3.4 GB")
     clock = SimpleNamespace(now=0.0)
     progress = Progress(screen(terminal=True))
     progress.report("work", 0, total)
@@ -90,7 +91,7 @@ def test_the_time_left_is_told_once_it_can_be(done, total, told, now, shown):
     console.print(bars.get_renderable())
     bars.stop()
     line = written(console).replace("━", "").replace("╸", "").replace("╺", "")
-    assert " ".join(line.split()).endswith(shown)
+    assert " ".join(line.split()).endswith(f"{shown} 1.2 GB, GPU 3.4 GB")
 
 
 def test_every_pass_that_loops_says_how_far_it_is(traced):

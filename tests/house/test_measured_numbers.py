@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+from statistics import mean
 
 from documents import ROOT
 
@@ -330,6 +331,29 @@ def test_the_accuracy_of_aligned_activations():
     assert f"{plain} without and {aligned} with alignment in `mxfp4`, {other} and {other_aligned} in `mxint4`" in text
     assert f"gives {nudged} and {other_nudged}" in text
     assert f"an error of {min(errors):.0f} to {max(errors):.0f} %" in text
+
+
+def test_experts_with_few_tokens():
+    text, lines = page("docs/accuracy.md"), results("expert-calibration.jsonl")
+    ways = ("own", "shrinkage 1", "shrinkage 2", "shrinkage 8", "all")
+    assert {line["test_tokens"] for line in lines} == {25400}
+    assert {(line["steps"], line["format"], line["model"]["num_experts"]) for line in lines} == {(2000, "mxfp4", 16)}
+    nearest, ratios, spread = {round(line["kl"], 4) for line in lines if line["way"] == "nearest"}, {}, []
+    assert f"to nearest it is {nearest.pop()} (" in text
+    for tokens in (256, 1024, 4096, 16384):
+        of_size = [line for line in lines if line["calibration_tokens"] == tokens]
+        counts = next(line["expert_tokens"] for line in of_size if line["way"] == "own")
+        kl = {way: mean(line["kl"] for line in of_size if line["way"] == way) for way in {r["way"] for r in of_size}}
+        row = f"| {tokens} | {', '.join(map(str, counts))} | {' | '.join(f'{kl[way]:.4f}' for way in ways)} |"
+        assert row in text
+        ratios[tokens] = kl["shrinkage 2"] / kl["own"], kl["all"] / kl["own"]
+        shrunk = [value for way, value in kl.items() if way.startswith("shrinkage")]
+        spread.append(max(shrunk) / min(shrunk))
+        assert tokens != 256 or kl["own"] > kl["nearest"]
+    assert max(abs(ratios[tokens][0] - 1) for tokens in (4096, 16384)) < 0.02
+    low, high = (ratios[tokens][1] - 1 for tokens in (4096, 16384))
+    assert f"each are {percent(low)} to {percent(high)} worse" in text
+    assert f"differ by at most {percent(math.ceil(100 * max(spread) - 100) / 100)}" in text
 
 
 def test_the_times_of_a_whole_model():

@@ -14,7 +14,7 @@ loader has these names for Llama-4 (models/llama4.py), and w1, w3, w2 for Granit
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -103,6 +103,18 @@ def stored_parts(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[st
             names = MIXTRAL_NAMES if mixtral else {}
             stored[name] = _one_by_one(fused[name], fused[name].path, shapes[name][0], names)
     return stored
+
+
+def published_names(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name of a module's tensor -> the name under which the model is published, for tensors published unchanged.
+
+    Mixtral's `mlp.gate.weight` is published as `block_sparse_moe.gate.weight`. Experts, which are published one by one,
+    are left out. The module may be on the meta device.
+    """
+    own = named_tensors(module)
+    shapes = {name: own[name].shape for name in names if name in own}
+    stored = _published(module, shapes) if is_pretrained(module) else {}
+    return {name: parts.names[0] for name, parts in stored.items() if not parts.are_experts}
 
 
 def _published(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, StoredParts]:

@@ -1,0 +1,6 @@
+class FusedMoEConfig:
+    num_experts: int
+    intermediate_size: int
+    has_bias: bool
+    tp_rank: int
+    tp_size: int
