@@ -5,6 +5,7 @@ matmuls that read the same value. Without `activation`, inputs stay float (weigh
 by name looks up packed rows. In eager mode, the lowered graph runs the reference implementation on any device.
 """
 
+import hashlib
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import MatmulChoice, check_coverage, choose, exclude_shared_weights, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows, replace_activation
+from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
 from mxcompile.graph.edit import BLOCK_AXIS, PACKS, insert_call, insert_tensor
@@ -142,8 +144,7 @@ class LowerMX(Pass):
         """Elements and scales; of a weight that an earlier pass rounded, those of that rounding."""
         rounded, stored = program.rounded.pop(name, None), program.stored(name)
         if rounded is None:
-            rows, scales = round_rows(read(), fmt, self.weight_rule, program.importance.get(name))
-            return _packed_exactly(name, rows, Rounding(fmt, scales)), scales
+            return self._rounded(program, name, read, fmt)
         if rounded.format != fmt:
             raise PassError(
                 f"{name!r} was rounded to {rounded.format}, but lower-mx has weight={fmt} for it: use one format, and "
@@ -152,6 +153,18 @@ class LowerMX(Pass):
         if isinstance(stored, MXWeight):
             return stored.elements, stored.scales
         return _packed_exactly(name, read(), rounded), rounded.scales
+
+    def _rounded(self, program: Program, name: str, read: Callable[[], Tensor], fmt: MXFormat) -> tuple[Tensor, Tensor]:
+        """Round a weight now, unless an interrupted run has."""
+        part = f"weight-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        saved = load_part(program, part)
+        if saved is not None:
+            device = program.device(name)
+            return saved[0]["elements"].to(device), saved[0]["scales"].to(device)
+        rows, scales = round_rows(read(), fmt, self.weight_rule, program.importance.get(name))
+        elements = _packed_exactly(name, rows, Rounding(fmt, scales))
+        save_part(program, part, {"elements": elements, "scales": scales})
+        return elements, scales
 
 
 def _packed_exactly(name: str, rows: Tensor, rounding: Rounding) -> Tensor:

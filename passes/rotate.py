@@ -6,18 +6,20 @@ had none (Shao et al., arXiv 2511.04214; Egiazarian et al., arXiv 2509.23202). A
 of the error of the matmuls that read it, with both quantizers in the loop; mostly so with 4-bit inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.rotation import rotate, rotation_of
 from mxcompile.analysis.matmuls import Matmul, finite_rows
-from mxcompile.analysis.segments import find_segments
+from mxcompile.analysis.segments import Segment, find_segments
 from mxcompile.calibration.factor_search import Operand, output_error
+from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.group_facts import list_matrices, subsample_tokens
 from mxcompile.calibration.observers import ChannelImportance, Observer, RotatedObserver, TokenSample, values_of
 from mxcompile.calibration.quantizers import Quantizers
@@ -71,17 +73,26 @@ class Rotate(Pass):
         folds: list[Fold] = []
         misses: list[Miss] = []
         numbers: dict[str, dict[str, float]] = {}
-        for segment in program.track(find_segments(program, choose(program).matmuls)):
+        restored: list[Segment] = []
+        for index, segment in enumerate(program.track(find_segments(program, choose(program).matmuls))):
             readers = {value: segment.readers_of(value) for value in segment.inputs if rotation_of(value) is None}
             reasons = {value: self._why_not(matmuls) for value, matmuls in readers.items()}
-            observed = {value: _ValueObservers(self.size) for value, reason in reasons.items() if reason is None}
-            sweep.advance(segment, {value: observers.all for value, observers in observed.items()})
-            for value, observers in observed.items():
-                if observers.seen_nothing:
+            wanted = [value for value, reason in reasons.items() if reason is None]
+            found = _load(program, index, wanted)
+            if found is None:
+                for earlier in restored:
+                    sweep.advance(earlier)
+                restored.clear()
+                found = self._measure(program, sweep, segment, {value: readers[value] for value in wanted})
+                _save(program, index, found)
+            else:
+                restored.append(segment)
+            for value, measured in found.items():
+                if measured is None:
                     reasons[value] = NO_TOKENS
                     continue
-                fold = self._fold(value, readers[value], observers)
-                ratio = self._error_over_plain(program, readers[value], observers)
+                ratio, importance = measured
+                fold = self._fold(value, readers[value], importance)
                 numbers[fold.where] = {"error_over_plain": ratio}
                 if ratio < _ROTATED_RATIO:
                     folds.append(fold)
@@ -92,6 +103,19 @@ class Rotate(Pass):
             fold.apply(program)
         return PassResult(len(folds), tuple(misses), numbers, tuple(folds))
 
+    def _measure(
+        self, program: Program, sweep: Sweep, segment: Segment, readers: Mapping[Node, Sequence[Matmul]]
+    ) -> "_Measured":
+        """Advance through a segment, and measure the values that some matmuls read."""
+        observed = {value: _ValueObservers(self.size) for value in readers}
+        sweep.advance(segment, {value: observers.all for value, observers in observed.items()})
+        return {
+            value: None
+            if observers.seen_nothing
+            else (self._error_over_plain(program, readers[value], observers), observers.rotated.value)
+            for value, observers in observed.items()
+        }
+
     def _why_not(self, readers: Sequence[Matmul]) -> str | None:
         size = readers[0].in_features
         if size % self.size:
@@ -100,9 +124,9 @@ class Rotate(Pass):
             return "its weight is also multiplied with other values, which would need the same rotation"
         return None
 
-    def _fold(self, value: Node, readers: Sequence[Matmul], observers: "_ValueObservers") -> Fold:
+    def _fold(self, value: Node, readers: Sequence[Matmul], importance: Tensor) -> Fold:
         names = frozenset(matmul.node.name for matmul in readers)
-        apply = partial(rotate, names=names, block=self.size, importance=observers.rotated.value)
+        apply = partial(rotate, names=names, block=self.size, importance=importance)
         return Fold(f"%{value.name} -> {', '.join(m.module_path or m.parameter for m in readers)}", apply)
 
     def _error_over_plain(self, program: Program, readers: Sequence[Matmul], observers: "_ValueObservers") -> float:
@@ -123,6 +147,27 @@ class Rotate(Pass):
             for operand in (plain, rotated)
         ]
         return errors[1] / max(errors[0], 1e-30)
+
+
+_Measured = dict[Node, tuple[float, Tensor] | None]
+"""By value: the error with the rotation over without, and the importance of the rotated value's channels; None if no
+token has reached it."""
+
+
+def _save(program: Program, index: int, found: _Measured) -> None:
+    seen = {value.name: measured for value, measured in found.items() if measured is not None}
+    tensors = {name: importance for name, (_, importance) in seen.items()}
+    save_part(program, f"{index:04}", tensors, [{name: ratio for name, (ratio, _) in seen.items()}])
+
+
+def _load(program: Program, index: int, values: Sequence[Node]) -> _Measured | None:
+    """What an interrupted run has measured; None if it has not come so far."""
+    saved = load_part(program, f"{index:04}")
+    if saved is None:
+        return None
+    tensors, (ratios,) = saved
+    device = program.device(next(iter(program.parameter_names())))
+    return {v: (ratios[v.name], tensors[v.name].to(device)) if v.name in ratios else None for v in values}
 
 
 class _ValueObservers:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
+from mxcompile.calibration.finished_parts import load_rounded, save_rounded
 from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import NO_TOKENS, Request
 from mxcompile.formats import MXFormat, ScaleRule
@@ -56,7 +57,7 @@ class RoundWeights(Pass):
         choice, formats = override_formats(program, choose(program), self.format, self.overrides)
         misses = list(choice.misses)
         numbers: dict[str, dict[str, float]] = {}
-        for matmul in program.track(choice.matmuls):
+        for index, matmul in enumerate(program.track(choice.matmuls)):
             if matmul.parameter in program.rounded:
                 continue
             if not choice.owns_weight(matmul):
@@ -64,7 +65,12 @@ class RoundWeights(Pass):
                 continue
             if self.weighted and self._importance(program, matmul) is None:
                 misses.append(Miss(where(matmul.node), f"rounded without weighting: {NO_TOKENS}"))
-            numbers[matmul.parameter] = {"weight_sqnr_db": self._round(program, matmul, formats[matmul.node])}
+            part, fmt = f"{index:05}", formats[matmul.node]
+            notes = load_rounded(program, part, matmul.parameter, matmul.axis, fmt)
+            if notes is None:
+                notes = [{"weight_sqnr_db": self._round(program, matmul, fmt)}]
+                save_rounded(program, part, matmul.parameter, matmul.axis, notes)
+            numbers[matmul.parameter] = notes[0]
         return PassResult(len(numbers), tuple(misses), numbers)
 
     def _round(self, program: Program, matmul: Matmul, fmt: MXFormat) -> float:

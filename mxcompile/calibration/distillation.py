@@ -12,6 +12,7 @@ from torch.fx import Node
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.calibration.altered_run import AlteredRun
+from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.run import BoundBatch, Runner
 from mxcompile.graph.agreement import output_leaves
 from mxcompile.graph.binding import bind_inputs
@@ -20,6 +21,7 @@ from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 
 _ROWS, _SMALLEST_UNIT = 1024, 1e-3
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Distillation:
@@ -59,30 +61,34 @@ class Distillation:
     ) -> Iterator[dict[str, Tensor]]:
         """Train `tensors` with Adam on a cosine schedule; each moves in units of its mean magnitude.
 
-        Yields the trained tensors `snapshots` times, at equal distances, the last time after the last step.
+        Yields the trained tensors `snapshots` times, at equal distances, the last time after the last step. With a
+        resume folder, training goes on after the last snapshot of an interrupted run.
         """
-        units = {name: tensor.abs().float().mean().clamp(min=_SMALLEST_UNIT) for name, tensor in tensors.items()}
-        moves = {name: torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for name, t in tensors.items()}
-        optimizer = torch.optim.Adam(moves.values(), lr=rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
-        def moved() -> dict[str, Tensor]:
-            return {name: (t.float() + units[name] * moves[name]).to(t.dtype) for name, t in tensors.items()}
-
-        snapshot_steps = {steps * (index + 1) // snapshots for index in range(snapshots)}
+        training = _Training(tensors, steps, rate)
+        ends = [steps * (index + 1) // snapshots for index in range(snapshots)]
+        finished = 0
+        for end in ends:
+            left_out = training.load(self._program, f"{end:05}")
+            if left_out is None:
+                break
+            self.left_out, finished = left_out | self.left_out, end
+            yield training.detached()
         for step, batch in enumerate(self._program.track(list(islice(cycle(batches), steps))), 1):
+            if step <= finished:
+                continue
             with torch.enable_grad():
-                self._student.tensors, self._student.gradients = moved(), True
+                self._student.tensors, self._student.gradients = training.moved(), True
                 loss = self.loss(batch)
-                optimizer.zero_grad()
+                training.optimizer.zero_grad()
                 if loss is not None and loss.requires_grad:
                     if not torch.isfinite(loss):
                         return  # diverged: what was yielded before is all that training gives
                     loss.backward()  # pyright: ignore[reportUnknownMemberType]
-                optimizer.step()
-            schedule.step()
-            if step in snapshot_steps:
-                yield {name: tensor.detach() for name, tensor in moved().items()}
+                training.optimizer.step()
+            training.schedule.step()
+            if step in ends:
+                training.save(self._program, f"{step:05}", self.left_out)
+                yield training.detached()
 
     def _comparable(self) -> tuple[str, ...]:
         """Names of the outputs that say what the model predicts; the reasons against the others go to `left_out`."""
@@ -125,6 +131,48 @@ class Distillation:
 
     def _leave_out(self, name: str, reason: str) -> None:
         self.left_out.setdefault(name, f"{reason}, for one batch or more")
+
+
+class _Training:
+    """Tensors in training: each is moved in units of its mean magnitude."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], steps: int, rate: float) -> None:
+        self._tensors = tensors
+        self._units = {name: t.abs().float().mean().clamp(min=_SMALLEST_UNIT) for name, t in tensors.items()}
+        self._moves = {n: torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for n, t in tensors.items()}
+        self.optimizer = torch.optim.Adam(self._moves.values(), lr=rate)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+
+    def moved(self) -> dict[str, Tensor]:
+        """The tensors as they are trained so far; gradients reach the moves."""
+        return {n: (t.float() + self._units[n] * self._moves[n]).to(t.dtype) for n, t in self._tensors.items()}
+
+    def detached(self) -> dict[str, Tensor]:
+        """The same without gradients."""
+        return {name: tensor.detach() for name, tensor in self.moved().items()}
+
+    def save(self, program: Program, part: str, left_out: Mapping[str, str]) -> None:
+        """Save the state in the resume folder. left_out: to be saved with it."""
+        tensors: dict[str, Tensor] = {f"move.{name}": move for name, move in self._moves.items()}
+        for name, move in self._moves.items():
+            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[move].items()}
+        rate = self.optimizer.param_groups[0]["lr"]
+        save_part(program, part, tensors, [{"lr": rate, "schedule": self.schedule.state_dict()}, left_out])
+
+    def load(self, program: Program, part: str) -> dict[str, str] | None:
+        """Go back to a saved state; returns what was saved with it, None if there is none."""
+        saved = load_part(program, part)
+        if saved is None:
+            return None
+        tensors, (state, left_out) = saved
+        for name, move in self._moves.items():
+            with torch.no_grad():
+                move.copy_(tensors[f"move.{name}"])
+            own = {key: tensors[f"{key}.{name}"] for key in _ADAM if f"{key}.{name}" in tensors}
+            self.optimizer.state[move] = {k: v if k == "step" else v.to(move.device) for k, v in own.items()}
+        self.schedule.load_state_dict(state["schedule"])
+        self.optimizer.param_groups[0]["lr"] = state["lr"]
+        return left_out
 
 
 def _outputs(program: Program) -> dict[str, Node]:

@@ -1,7 +1,8 @@
 """Search factors and fold them, group by group, while calibration batches run through the model segment by segment.
 
 A fold preserves the function, and the values that it divides are never carried from one segment to the next. So a fold
-does not change the inputs of later segments, and one run over the data is enough.
+does not change the inputs of later segments, and one run over the data is enough. What is found in a segment is saved
+in the resume folder, if there is one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,9 @@ from torch.fx import Node
 from mxcompile.analysis.folds.groups import ScaleGroup, fold, representable_factors
 from mxcompile.analysis.folds.multiplier import fold_into_multiplier
 from mxcompile.analysis.matmuls import Matmul, finite_rows
-from mxcompile.analysis.segments import find_segments
+from mxcompile.analysis.segments import Segment, find_segments
 from mxcompile.calibration.factor_search import FactorSearchResult, Objective, output_error, search_factors
+from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.group_facts import GroupFacts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample, values_of
 from mxcompile.calibration.quantizers import Quantizers
@@ -30,6 +32,7 @@ _MULTIPLY_NOT_WORTH = f"an explicit multiply would save less than {1 - _MULTIPLY
 _NOT_IN_ONE_SEGMENT = "error measured on the group's own outputs: its matmuls are in more than one segment"
 _NOT_COMPARABLE = "error measured on the group's own outputs: its segment has no float output with rows in order"
 MatmulStatistic = Callable[[Matmul], Tensor]
+Statistics = dict[Node, dict[type[Observer], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -65,28 +68,38 @@ class FoldSearch:
         result = FoldSearchResult()
         segments = find_segments(program, matmuls, [group.values for group in groups])
         sweep = Sweep(program, program.batches)
-        statistics: dict[Node, dict[type[Observer], Tensor]] = {}
+        statistics: Statistics = {}
         passed: set[Node] = set()
-        waiting = [*groups, *unfoldable]
-        for segment in program.track(segments):
-            block_inputs = (
-                first_batches(map(sweep.ready, sweep.batches), segment) if self.objective is Objective.BLOCK else []
-            )
-            observers = {value: self._observers() for value in segment.inputs}
-            sweep.advance(segment, observers)
+        every = [*groups, *unfoldable]
+        waiting = dict(enumerate(every))
+        restored: list[tuple[Segment, SegmentFindings]] = []
+        for index, segment in enumerate(program.track(segments)):
             passed.update(segment.inputs)
-            for node, kinds in observers.items():
-                if values := values_of(kinds):
-                    statistics[node] = dict(zip(map(type, kinds), values, strict=True))
-            for matmul in segment.matmuls:
-                if matmul.activation in statistics:
-                    program.importance[matmul.parameter] = statistics[matmul.activation][ChannelImportance]
-            ready = [group for group in waiting if all(m.activation in passed for m, _ in group.matmuls)]
-            for group in ready:
-                self._fold(program, group, GroupFacts(segment, block_inputs, statistics), result)
-                waiting.remove(group)
-            still_needed = {matmul.activation for group in waiting for matmul, _ in group.matmuls}
+            found = SegmentFindings.load(program, f"{index:04}")
+            if found is None:
+                for earlier, findings in restored:  # the run that found them had come here with the weights of before
+                    statistics |= self._advance(sweep, earlier)
+                    findings.apply(program, every, result)
+                restored.clear()
+                block_inputs = (
+                    first_batches(map(sweep.ready, sweep.batches), segment) if self.objective is Objective.BLOCK else []
+                )
+                statistics |= self._advance(sweep, segment)
+                found = SegmentFindings.of_importance(segment, statistics)
+                found.apply(program, every, result)
+                facts = GroupFacts(segment, block_inputs, statistics)
+                for number, group in waiting.items():
+                    if all(m.activation in passed for m, _ in group.matmuls):
+                        found.groups[number] = self._found(program, group, facts)
+                        found.groups[number].apply(program, group, result)
+                found.save(program, f"{index:04}")
+            else:
+                restored.append((segment, found))
+            waiting = {number: group for number, group in waiting.items() if number not in found.groups}
+            still_needed = {matmul.activation for group in waiting.values() for matmul, _ in group.matmuls}
             statistics = {node: values for node, values in statistics.items() if node in still_needed}
+        for _, findings in restored:
+            findings.apply(program, every, result)
         for group, factors in result.multiplied:
             names = frozenset(node.name for node in group.nodes)
             apply = partial(fold_into_multiplier, names=names, factors=factors)
@@ -97,23 +110,91 @@ class FoldSearch:
     def _observers(self) -> list[Observer]:
         return [self.magnitude(), TokenSample(), ChannelImportance()]
 
-    def _fold(self, program: Program, group: ScaleGroup, facts: GroupFacts, result: "FoldSearchResult") -> None:
+    def _advance(self, sweep: Sweep, segment: Segment) -> Statistics:
+        """Run all batches through a segment; returns what was observed on its inputs."""
+        observers = {value: self._observers() for value in segment.inputs}
+        sweep.advance(segment, observers)
+        observed = {node: (kinds, values_of(kinds)) for node, kinds in observers.items()}
+        return {
+            n: dict(zip(map(type, kinds), values, strict=True)) for n, (kinds, values) in observed.items() if values
+        }
+
+    def _found(self, program: Program, group: ScaleGroup, facts: GroupFacts) -> "GroupFindings":
         weights = {m.node: finite_rows(program, m) for m, _ in group.matmuls}
         seen = group.restricted(lambda m: m.activation in facts.statistics)
         if not seen.matmuls:
-            result.misses.append(Miss(str(group), NO_TOKENS))
-            return
+            return GroupFindings(None, NO_TOKENS)
         magnitudes = {m.node: facts.statistics[m.activation][self.magnitude] for m, _ in seen.matmuls}
         candidates = self.candidates(seen, lambda m: magnitudes[m.node], lambda m: weights[m.node])
         rounded = (representable_factors(group, factors, self.power_of_two) for factors in candidates)
         enclosed = bool(facts.block_inputs) and facts.encloses(group)
         error = facts.block_error(program, seen, self.quantizers) if enclosed else None
+        remark = None
         if error is None:
             error = output_error(facts.operands(seen, weights), self.quantizers)
             if self.objective is Objective.BLOCK:
-                reason = _NOT_COMPARABLE if enclosed else _NOT_IN_ONE_SEGMENT
-                result.misses.append(Miss(str(group), reason))
-        result.add(program, group, search_factors(rounded, error, group.count))
+                remark = _NOT_COMPARABLE if enclosed else _NOT_IN_ONE_SEGMENT
+        return GroupFindings(search_factors(rounded, error, group.count), remark)
+
+
+@dataclass(frozen=True)
+class GroupFindings:
+    """What the search found for a group: its best factors, None if none were searched, and a remark."""
+
+    best: FactorSearchResult | None
+    remark: str | None
+
+    def apply(self, program: Program, group: ScaleGroup, result: "FoldSearchResult") -> None:
+        """Fold the factors if they are worth it, and add what is to be reported."""
+        if self.remark is not None:
+            result.misses.append(Miss(str(group), self.remark))
+        if self.best is not None:
+            result.add(program, group, self.best)
+
+
+@dataclass(frozen=True)
+class SegmentFindings:
+    """importance: of the inputs of a segment's matmuls, by the name of their weight. groups: by number, those found."""
+
+    importance: dict[str, Tensor]
+    groups: dict[int, GroupFindings] = field(default_factory=dict[int, GroupFindings])
+
+    @staticmethod
+    def of_importance(segment: Segment, statistics: Statistics) -> "SegmentFindings":
+        """Those of a segment in which no group has been searched yet."""
+        seen = [matmul for matmul in segment.matmuls if matmul.activation in statistics]
+        return SegmentFindings({m.parameter: statistics[m.activation][ChannelImportance] for m in seen})
+
+    def apply(self, program: Program, groups: Sequence[ScaleGroup], result: "FoldSearchResult") -> None:
+        """Write them into the program and the result."""
+        for name, importance in self.importance.items():
+            program.importance[name] = importance.to(program.device(name))
+        for number, found in self.groups.items():
+            found.apply(program, groups[number], result)
+
+    def save(self, program: Program, part: str) -> None:
+        """Save them in the resume folder."""
+        tensors = {f"importance.{name}": value.clone() for name, value in self.importance.items()}  # q, k, v share one
+        tensors |= {f"factors.{n}": found.best.factors for n, found in self.groups.items() if found.best is not None}
+        errors = {n: (f.best.error, f.best.error_before) if f.best else None for n, f in self.groups.items()}
+        notes = [{"group": n, "errors": errors[n], "remark": found.remark} for n, found in self.groups.items()]
+        save_part(program, part, tensors, notes)
+
+    @staticmethod
+    def load(program: Program, part: str) -> "SegmentFindings | None":
+        """Those that an interrupted run has saved; None if it has not come so far."""
+        saved = load_part(program, part)
+        if saved is None:
+            return None
+        tensors, notes = saved
+        groups: dict[int, GroupFindings] = {}
+        for note in notes:
+            number, errors = int(note["group"]), note["errors"]
+            best = None if errors is None else FactorSearchResult(tensors[f"factors.{number}"], *errors)
+            groups[number] = GroupFindings(best, note["remark"])
+        start = "importance."
+        named = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+        return SegmentFindings(named, groups)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mxcompile.arguments import checked
+from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.not_finite import check_inputs, check_requests
 from mxcompile.calibration.ranks import Ranks, joined, ranks_of
-from mxcompile.calibration.run import gather_statistics, visible_batches
+from mxcompile.calibration.run import Request, gather_statistics, visible_batches
 from mxcompile.errors import InputError, PipelineError, PreservationError
 from mxcompile.formats import MXFormat
 from mxcompile.graph import error_location, verify
@@ -32,7 +33,7 @@ from mxcompile.pipeline.resume import open_folder
 from mxcompile.pipeline.together import end_together, start_together
 from mxcompile.pipeline.unfinished import History, Unfinished, how_to_go_on, work_kept
 
-_OVERRIDES = "overrides"
+_OVERRIDES, _STATISTICS = "overrides", "statistics"
 
 
 class Pipeline:
@@ -207,7 +208,7 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
             if current.reads_calibration:
                 visible_batches(program, program.batches)
             requests = current.requests(program)
-            gather_statistics(program, requests)
+            _gather(program, requests)
             check_requests(program, requests)
             if current.preserves_function:
                 result, preserved = _preserving(current, program)
@@ -244,6 +245,21 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
     record = ranks_of(program).from_first(record)  # it alone has measured, and times differ
     program.ledger.append(record)
     return record, result
+
+
+def _gather(program: Program, requests: Sequence[Request]) -> None:
+    """Gather the statistics that a pass asks for, unless an interrupted run has saved them."""
+    wanted = {" ".join(request.key): request.key for request in requests}
+    missing = {name: key for name, key in wanted.items() if key not in program.statistics}
+    saved = load_part(program, _STATISTICS) if missing else None
+    if saved is not None:
+        device = next(map(program.device, program.parameter_names()), torch.device("cpu"))
+        program.statistics |= {missing[name]: value.to(device) for name, value in saved[0].items()}
+        return
+    gather_statistics(program, requests)
+    if missing:
+        gathered = {n: program.statistics[key] for n, key in missing.items() if key in program.statistics}
+        save_part(program, _STATISTICS, gathered)
 
 
 def _report(instruments: Sequence[Instrument], program: Program, step: PipelineStep, done: int, total: int) -> None:

@@ -15,6 +15,7 @@ from mxcompile.errors import InputError
 from mxcompile.numerics.column_rounding import ColumnRounding
 from mxcompile.pipeline.interfaces import Instrument
 from mxcompile.pipeline.pipeline import Pipeline
+from mxcompile.pipeline.resume import ResumeFolder
 
 TEXT = "smooth-quant | gptq{format=mxint4,activation=mxint8,correction=0.25,overrides=[*.down_proj=mxint6]}"
 
@@ -181,3 +182,66 @@ def test_segments_are_reported(run):
     program = mxcompile.trace(llama(2), inputs("llama"))
     Pipeline.parse("awq-fold{weight=mxint4} | gptq{format=mxint4}").run(program, inputs("llama"), [watcher])
     assert watcher.seen == [(name, done, 4) for name in ("awq-fold", "gptq") for done in range(4)]
+
+
+FORMATS = "weight=mxint4,activation=mxint8"
+EVERY_PASS = {
+    "smooth-quant": "smooth-quant | round-weights{format=mxint4,weighted=true}",
+    "search": f"smooth-quant{{alpha=none,{FORMATS},objective=block,through_linears=true}}",
+    "awq-fold": f"awq-fold{{{FORMATS},through_linears=true}}",
+    "rotate": "rotate{weight=mxfp4,activation=mxfp4}",
+    "tune-vectors": "round-weights{format=mxint4} | tune-vectors{steps=8,rate=1e-4}",
+    "lower-mx": f"lower-mx{{{FORMATS}}}",
+    "gptq": f"awq-fold{{{FORMATS}}} | gptq{{format=mxint4,activation=mxint8}} | lower-mx{{{FORMATS}}}",
+}
+
+
+class KilledAfter(KeyboardInterrupt):
+    """The run was killed after it had saved so many parts."""
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("text", EVERY_PASS.values(), ids=list(EVERY_PASS))
+def test_every_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch, text, kind):
+    """Killed after each part in turn: what it had saved is not computed again, and the result is the same."""
+    batches = [inputs(kind, 2, 16, seed=seed) for seed in range(3)]
+    program = mxcompile.trace(llama(2) if kind == "llama" else build(kind), batches[0])
+    expected = Pipeline.parse(text).run(program, batches)
+    plain, saved, loaded = ResumeFolder.save, [], []
+
+    def save(folder, part, tensors, notes):
+        plain(folder, part, tensors, notes)
+        saved.append(f"{folder.current_pass}-{part}")
+        if len(saved) in stops:
+            raise KilledAfter
+
+    def load(folder, part):
+        found = plain_load(folder, part)
+        loaded.append(found is not None)
+        return found
+
+    plain_load = ResumeFolder.load
+    monkeypatch.setattr(ResumeFolder, "save", save)
+    monkeypatch.setattr(ResumeFolder, "load", load)
+    stops = {1, 2, 4, 15, 16}  # 15: in the second pass of tune-vectors
+    kills = 0
+    while True:
+        loaded.clear()
+        try:
+            result = Pipeline.parse(text).run(program, batches, resume=tmp_path / "run")
+        except KilledAfter:
+            kills += 1
+            continue
+        break
+    assert kills >= 1
+    assert any(loaded)
+    assert len(saved) == len(set(saved))
+    for name in expected.parameter_names():
+        assert torch.equal(result.tensor(name), expected.tensor(name)), name
+    assert [record.numbers for record in result.ledger] == [record.numbers for record in expected.ledger]
+    assert [record.misses for record in result.ledger] == [record.misses for record in expected.ledger]
+    again = Pipeline.parse(text).run(program, batches, resume=tmp_path / "run")
+    assert [record.numbers for record in again.ledger] == [record.numbers for record in expected.ledger]
+    assert all(torch.equal(again.tensor(name), expected.tensor(name)) for name in expected.parameter_names())
+    for name, importance in expected.importance.items():
+        assert torch.equal(again.importance[name], importance)
