@@ -1,7 +1,7 @@
 """The command line app, with the commands `demo`, `eval` and `bisect`.
 
-Commands on models and checkpoints: `quantize_command.py`, `model_commands.py`; on dumps: `dump_commands.py`; lists:
-`list_commands.py`.
+Commands on models and checkpoints: `quantize_command.py`, `model_commands.py`; servers: `serve_command.py`; on dumps:
+`dump_commands.py`; lists: `list_commands.py`.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from mxcompile.cli import dump_commands, list_commands, model_commands, quantize_command
+from mxcompile.cli import dump_commands, list_commands, model_commands, quantize_command, serve_command
 from mxcompile.cli.arguments import Calibration, CalibrationText, Device, Json, Length, Model, SpecialTokens, TextFile
 from mxcompile.cli.compare import EvalOptions, compare, load_with_data, print_comparison
 from mxcompile.cli.console import messages, print_json, results
@@ -123,6 +123,7 @@ def bisect(
 
 quantize_command.register(app)
 model_commands.register(app)
+serve_command.register(app)
 dump_commands.register(app)
 list_commands.register(app)
 
