@@ -49,7 +49,7 @@ _FEWEST_DEQUANTIZED = 256
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tuning.sweep", description=(__doc__ or "").splitlines()[0])
     add_case_options(parser)
-    parser.set_defaults(formats="mxint4,mxfp4,mxfp6_e2m3,mxint8,mxfp8_e4m3", rows="1,8,16,64,256,512,2048")
+    parser.set_defaults(formats="mxint4,mxfp4,mxfp6_e2m3,mxint8,mxfp8_e4m3", rows="1,8,16,32,64,256,512,2048")
     parser.set_defaults(seconds=3600.0)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

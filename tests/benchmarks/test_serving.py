@@ -1,0 +1,129 @@
+"""The benchmark of serving: what it makes of times, logs and failures; engines are replaced."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import serving
+from serving import BF16, MARLIN, VARIANTS, from_log, ids, in_own_process, step_ms, table, with_ratios
+
+ASKED = {"batches": [1, 2], "prompt": 8, "long": 16, "steps": 4, "rounds": 2, "eager": True, "vocabulary": 512}
+SMALL = ["--size", "small", "--layers", "1", "--batches", "1,2", "--steps", "4"]
+
+
+def row(variant, *times, prompt=40.0):
+    return {"variant": variant, "step_ms": dict(zip(("1", "8"), times, strict=True)), "prompt_ms": prompt}
+
+
+def test_ratios_are_over_both_baselines():
+    rows = [row(BF16, 4.0, 8.0), row(MARLIN, 2.0, 8.0), {"variant": "mxfp4", "failed": "status 1"}]
+    ratios = [with_ratios(each, rows[:n]) for n, each in enumerate(rows)]
+    assert ratios[0]["over_bf16"] == {"1": 1.0, "8": 1.0, "prompt": 1.0}
+    assert ratios[1]["over_bf16"] == {"1": 2.0, "8": 1.0, "prompt": 1.0}
+    assert ratios[2] == rows[2]
+    ours = with_ratios(row("mxfp4", 1.0, 10.0, prompt=20.0), rows)
+    assert ours["over_marlin"] == {"1": 2.0, "8": 0.8, "prompt": 2.0}
+    assert "over_marlin" not in with_ratios(row("mxfp4", 1.0, 1.0), [{"variant": MARLIN, "failed": "status 1"}])
+
+
+def test_the_log_names_kernels_and_late_compilations():
+    printed = """INFO [kernels.py:1028] Using MarlinMxFp4LinearKernel for MXFP4 GEMM
+WARNING [jit_monitor.py:140] Triton kernel JIT compilation during inference: _planes_kernel. This causes a latency spike
+WARNING [jit_monitor.py:140] Triton kernel JIT compilation during inference: _planes_kernel. This causes a latency spike
+"""
+    assert from_log(printed) == {
+        "kernels": ["MarlinMxFp4LinearKernel (MXFP4)"],
+        "compiled_late": ["_planes_kernel"],
+    }
+
+
+class Engine:
+    """Takes 10 s for a prefill and 2 s for each token, by a clock of its own."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def generate(self, prompts, sampling, use_tqdm):
+        self.now += 10 + 2 * sampling.max_tokens
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * sampling.max_tokens)]) for _ in prompts]
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    engine = Engine()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    monkeypatch.setattr(serving, "time", SimpleNamespace(perf_counter=lambda: engine.now))
+    return engine
+
+
+def test_a_step_is_what_more_tokens_take(engine):
+    assert step_ms(engine, ASKED, batch=2) == pytest.approx(2000)
+
+
+def test_tokens_that_are_missing_are_an_error(engine, monkeypatch):
+    monkeypatch.setattr(
+        engine, "generate", lambda *_, **__: [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0])])]
+    )
+    with pytest.raises(RuntimeError, match="generated"):
+        step_ms(engine, ASKED, batch=1)
+
+
+def test_prompts_are_the_same_for_every_engine_and_differ_among_themselves():
+    first, second = ids(2, 32, 512)
+    assert [first, second] == ids(2, 32, 512)
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("raise SystemExit('no kernel')", "status 1: no kernel"), ("", "status 0")]
+)
+def test_an_engine_that_fails_is_a_row_with_the_end_of_its_log(code, expected, tmp_path, monkeypatch):
+    script = tmp_path / "engine.py"
+    script.write_text(code)
+    monkeypatch.setattr(serving, "__file__", str(script))
+    assert in_own_process(tmp_path, tmp_path, ASKED | {"limit": 60})["failed"].startswith(expected)
+
+
+def test_an_engine_that_hangs_is_stopped(tmp_path, monkeypatch):
+    def run(*_, timeout, **__):
+        raise subprocess.TimeoutExpired("engine", timeout)
+
+    monkeypatch.setattr(serving.subprocess, "run", run)
+    assert in_own_process(tmp_path, tmp_path, ASKED | {"limit": 60})["failed"].startswith("stopped after 60 s")
+
+
+def test_a_run_writes_a_row_for_each_variant(tmp_path, monkeypatch, capsys):
+    """Its checkpoints are real ones."""
+    asked = []
+
+    def engine(model, folder, request):
+        config = json.loads((model / "config.json").read_text())
+        asked.append((model.name, config.get("quantization_config", {}).get("quant_method"), request["load_format"]))
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        return {"step_ms": {"1": 1.0, "2": 2.0}, "prompt_ms": 3.0}
+
+    monkeypatch.setattr(serving, "in_own_process", engine)
+    assert serving.main([*SMALL, "--out", str(tmp_path / "rows.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [each["variant"] for each in rows] == list(VARIANTS)
+    assert asked == [
+        ("bf16", None, "dummy"),
+        ("marlin", "compressed-tensors", "auto"),
+        ("mxfp4", "mxcompile", "auto"),
+        ("w4a8", "mxcompile", "auto"),
+    ]
+    assert rows[3]["over_marlin"] == {"1": 1.0, "2": 1.0, "prompt": 1.0}
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["w4a8", "1.00", "2.00", "3.00"]
+
+
+def test_no_engine_is_started_when_time_is_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(serving, "prepare", lambda *_: {})
+    assert serving.main([*SMALL, "--seconds", "-1"]) == 1
+    assert "out of time before bf16" in capsys.readouterr().out
+
+
+def test_a_failed_variant_is_in_the_table():
+    lines = table([row(BF16, 1.0, 2.0), {"variant": "w4a8", "failed": "status 1: no kernel\nat all"}], [1, 8])
+    assert lines[2] == "w4a8     failed: status 1: no kernel"
