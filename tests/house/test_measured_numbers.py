@@ -407,3 +407,14 @@ def test_the_costs_of_checkpoints():
     first, second = (row[f"{process} process forward seconds"] for process in ("first", "second"))
     assert f"| first call with `compile=True` | {first:.0f} s |" in text
     assert f"| first call in a second process, graphs from torch's cache | {second:.0f} s |" in text
+
+
+def test_the_steps_of_the_serving_prototype():
+    """In the order of the table."""
+    rows = re.findall(
+        r"^\| (?:bfloat16|compressed-tensors MXFP4|prototype)[^|]* \|(.*)\|$",
+        (ROOT / "docs/serving.md").read_text(),
+        re.M,
+    )
+    expected = [[f"{ms:.2f}" for ms in row["step_ms"].values()] for row in results("serving-prototype-h200.jsonl")]
+    assert [[cell.strip() for cell in row.split("|")] for row in rows] == expected
