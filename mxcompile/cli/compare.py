@@ -87,6 +87,10 @@ class EvalData:
     calibration: str | None = None
     batches: list[dict[str, Tensor]] | None = None
 
+    def example(self) -> dict[str, Tensor]:
+        """What a model is traced with: the first tokens."""
+        return {"input_ids": self.windows[0][:, :_EXAMPLE]}
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -170,6 +174,11 @@ def load_with_data(console: Console, options: EvalOptions) -> tuple[Any, Any, Ev
     return _load_with_data(console, options, _read_texts(options))
 
 
+def data_without_model(options: EvalOptions, tokenizer: Any) -> EvalData:
+    """The data that `load_with_data` makes, without loading the model; raises InputError if the text is too short."""
+    return _make_data(options, tokenizer, *(token_ids(tokenizer, text) for text in _read_texts(options)))
+
+
 def quantize(
     console: Console,
     model: nn.Module,
@@ -182,7 +191,7 @@ def quantize(
 ) -> nn.Module:
     """Quantize a model without compiling it, traced with the first tokens of the data, calibrated on its batches."""
     console.print(f"quantizing: {as_pipeline(recipe)}", markup=False)
-    example = {"input_ids": data.windows[0][:, :_EXAMPLE].to(device_of(model))}
+    example = {"input_ids": data.example()["input_ids"].to(device_of(model))}
     with Progress(console) as progress:
         return quantize_and_compile(
             model,

@@ -22,9 +22,10 @@ from mxcompile.cli.arguments import (
 from mxcompile.cli.compare import EvalOptions, print_comparison, quantize_and_compare
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.interruption import check_apart, interruption_explained
+from mxcompile.cli.low_memory import LowMemoryOptions, quantize_low_memory
 from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.evaluation import Metric
-from mxcompile.errors import RecoveryError
+from mxcompile.errors import InputError, RecoveryError
 from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats
 
 
@@ -48,6 +49,15 @@ def quantize(
     resume: Annotated[
         Path | None, typer.Option(help="folder for finished parts: the same command, started again, goes on from there")
     ] = None,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="for a model larger than memory: from files to files, not compared")
+    ] = False,
+    memory: Annotated[
+        float, typer.Option(min=0.0, help="low-memory: GB of weights, and of hidden states, that stay in memory")
+    ] = 1.0,
+    scratch: Annotated[
+        Path | None, typer.Option(help="low-memory: folder for temporary files; that of --out by default")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a language model, compare it with the float model, and write it to a folder or a GGUF file.
@@ -55,13 +65,23 @@ def quantize(
     Recovery compares the quantized with the float model: the fraction of tokens predicted alike (top1), the float
     perplexity over the quantized one (perplexity), or exp(-KL) (kl).
 
-    --json: as for eval, and "recovery", "metric", "out" (null if nothing is written).
+    --low-memory: weights are read from the model's files when they are used, and written to files when they change.
+    The result has the same bytes. Finished parts are always kept until it is written (--resume names their folder).
+
+    --json: as for eval, and "recovery", "metric", "out" (null if nothing is written); --low-memory: {"model", "recipe",
+    "calibration", "out"}.
     """
     check_destination(out, format)
     check_apart(resume, out)
     options = EvalOptions(
         model, None, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
     )
+    if low_memory:
+        _check_low_memory(out, format, min_recovery)
+        quantize_low_memory(options, recipe, LowMemoryOptions(out, resume, scratch, memory), as_json)
+        return
+    if scratch is not None:
+        raise InputError("--scratch is an option of --low-memory: give that too")
     weights = weight_formats(as_pipeline(recipe))
     with interruption_explained(messages(), resume):
         quantized, tokenizer, comparison = quantize_and_compare(
@@ -82,6 +102,16 @@ def quantize(
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
     screen = messages() if as_json else results()
     screen.print(f"{verdict}; written to {out} (mxcompile generate {out} --prompt ...)", markup=False)
+
+
+def _check_low_memory(out: Path, format: str | None, min_recovery: float | None) -> None:
+    """Raise InputError for options that --low-memory does not have."""
+    if min_recovery is not None:
+        raise InputError("--min-recovery compares models, which --low-memory does not load: leave one of them out")
+    if format not in (None, "mxcompile") or out.suffix == ".gguf":
+        raise InputError(
+            "--low-memory writes mxcompile's own format: leave --format out, and convert the result (mxcompile convert)"
+        )
 
 
 def save_model(model: nn.Module, out: Path, tokenizer: Any, format: str | None) -> None:

@@ -17,6 +17,11 @@ from mxcompile.tensor.modules import is_pretrained, named_tensors
 from mxcompile.tensor.reachable import reachable
 
 _COMPILED = "_orig_mod"
+_HOOK: Final = "_hf_hook"
+_FROM_FILES: Final = (
+    "quantize it from its files, which needs little memory (mxcompile quantize MODEL --low-memory, or "
+    "mxcompile.quantize_checkpoint)"
+)
 _GROUPED: Final = "grouped_mm"
 _OTHER_EXPERTS: Final = frozenset({"eager", "batched_mm", "deepgemm", "sonicmoe"})
 """transformers' other ways to compute experts: a loop that reads values, copies of weights for each token, kernels."""
@@ -83,7 +88,7 @@ def _name_arguments(shadow: nn.Module, inputs: Inputs) -> None:
 
 
 def _check_module(model: nn.Module) -> None:
-    """Raise InputError for a module that is scripted, compiled, or partly on the meta device."""
+    """Raise InputError for a module that is scripted, compiled, moved by accelerate, or partly on the meta device."""
     if isinstance(getattr(model, _COMPILED, None), nn.Module):
         raise InputError(
             f"this {type(model).__name__} is the result of torch.compile: pass the module that it was made from, as "
@@ -94,10 +99,22 @@ def _check_module(model: nn.Module) -> None:
             raise InputError(
                 f"{path or 'the model'} is a ScriptModule, which has no Python code: pass the nn.Module itself"
             )
+    moved = [path or "the model" for path, module in model.named_modules() if _moves_tensors(module)]
+    if moved:
+        raise InputError(
+            f"accelerate moves tensors of {moved[0]} to a device when it runs (device_map): load the whole model on "
+            f"one device (device_map=None), or {_FROM_FILES}"
+        )
     tensors = named_tensors(model)
     without = [name for name, tensor in tensors.items() if tensor.is_meta]
     if without and len(without) < len(tensors):
         raise InputError(no_values(without))
+
+
+def _moves_tensors(module: nn.Module) -> bool:
+    """Whether a hook of accelerate, alone or in a sequence, brings the module's tensors or inputs to a device."""
+    hook = getattr(module, _HOOK, None)
+    return any(getattr(each, "execution_device", None) is not None for each in getattr(hook, "hooks", (hook,)))
 
 
 def no_values(names: Sequence[str]) -> str:
@@ -105,7 +122,8 @@ def no_values(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
         f"{', '.join(names[:3])}{more} of the model is on the meta device and has no values (offloaded by "
-        "accelerate, or not loaded): load the whole model into memory, without offloading (device_map=None)"
+        "accelerate, or not loaded): load the whole model into memory, without offloading (device_map=None), or "
+        f"{_FROM_FILES}"
     )
 
 

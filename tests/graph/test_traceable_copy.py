@@ -287,3 +287,20 @@ def test_strides_of_the_example_are_no_guards():
     program = trace(model, torch.randn(8, 4, 2).transpose(0, 2))
     for other in (torch.randn(3, 5, 8), torch.randn(8, 5, 3).transpose(0, 2), torch.randn(8).expand(4, 2, 8)):
         assert torch.equal(program(other), model(other))
+
+
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_a_model_that_accelerate_moves_while_it_runs_is_refused(tmp_path, where):
+    """device_map: parts of it have no values, or are elsewhere than their inputs, until they run."""
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    device_map = {"0": "cpu", "1": where}
+    model = accelerate.dispatch_model(model, device_map, "cpu", offload_dir=tmp_path, force_hooks=True)
+    assert model(x()).shape == (2, 4, 8)
+    refused(model, x(), r"accelerate moves tensors of .* when it runs \(device_map\).*device_map=None.*--low-memory")
+
+
+def test_a_model_that_accelerate_placed_on_one_device_is_not_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.dispatch_model(nn.Linear(8, 8).eval(), {"": "cpu"})
+    assert trace(model, x()).has_tensor("weight")
