@@ -13,6 +13,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from mxcompile.errors import CheckpointError
 from mxcompile.serving import METHOD
 from mxcompile.serving.experts import experts_method
+from mxcompile.serving.float_layers import decoding_mapper
 from mxcompile.serving.linear import MXCompileLinearMethod
 from mxcompile.serving.stored_model import StoredModel
 
@@ -24,6 +25,7 @@ class MXCompileConfig(QuantizationConfig):
         super().__init__()
         self.fields = fields
         self.stored: StoredModel | None = None
+        self.asked: set[str] = set()
 
     def get_name(self) -> str:
         """The value of `quant_method`."""
@@ -60,7 +62,10 @@ class MXCompileConfig(QuantizationConfig):
 
     def get_cache_scale_mapper(self) -> WeightsMapper:  # pyright: ignore[reportIncompatibleMethodOverride]
         """vLLM's names of the stored tensors. An ordinary method where vLLM has a static one: it asks the instance."""
-        return super().get_cache_scale_mapper() | WeightsMapper(orig_to_new_regex=self._read().patterns())
+        stored = self._read()
+        left = stored.left_in_float(self.asked)
+        names = super().get_cache_scale_mapper() | WeightsMapper(orig_to_new_regex=stored.patterns(left.values()))
+        return decoding_mapper(names, left, stored.float_weight)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer runs: on packed weights, or as vLLM runs float layers.
@@ -68,10 +73,12 @@ class MXCompileConfig(QuantizationConfig):
         Raises CheckpointError, with the layer's name, for a quantized layer that vLLM cannot run as it was measured.
         """
         if isinstance(layer, RoutedExperts):
+            self.asked.add(prefix)
             return experts_method(layer, prefix, self._read().checkpoint)
         if not isinstance(layer, LinearBase):
             return None
         parts = self.parts(prefix)
+        self.asked.update(parts)
         layout = self._read().layout(prefix, parts)
         if layout is None:
             return UnquantizedLinearMethod()

@@ -65,16 +65,17 @@ class MXExpertsMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Check that the layer fits. Its tensors are read after vLLM has loaded all others."""
-        del num_experts, intermediate_size_per_partition, extra_weight_attrs
+        del num_experts, hidden_size, intermediate_size_per_partition, extra_weight_attrs
         _check_layer(self.stored, layer)
-        self.stored.check(layer.moe_config.num_experts, hidden_size, layer.moe_config.intermediate_size)
+        self.stored.channels(_share_of(layer))
         self.device, self.dtype = torch.empty(0).device, params_dtype
         check_dtype(self.stored.path, params_dtype, self.device.type)
-        self.gate = str(_gate_of(self.stored, layer))
+        self.gate = str(gate_of(self.stored, layer))
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Read this process' share of the experts."""
-        interleaved = "interleaved" in self.gate
+        config, interleaved = layer.moe_config, "interleaved" in self.gate
+        self.stored.check(config.num_experts, config.hidden_dim, config.intermediate_size)
         up, down = self.stored.packed(_share_of(layer), interleaved=interleaved)
         self.up, self.down = self._placed(layer, "up", up), self._placed(layer, "down", down)
 
@@ -177,7 +178,7 @@ def _share_of(layer: RoutedExperts) -> ExpertsShare:
     return ExpertsShare(experts, config.tp_rank, config.tp_size)
 
 
-def _gate_of(stored: StoredExperts, layer: RoutedExperts) -> Gate:
+def gate_of(stored: StoredExperts, layer: RoutedExperts) -> Gate:
     """The activation between the two matmuls."""
     gate = _GATES.get(layer.activation)
     if gate is None:

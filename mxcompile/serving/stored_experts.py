@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -88,22 +89,28 @@ def find_experts(checkpoint: Checkpoint, layer: str) -> "StoredExperts":
     Raises CheckpointError if not exactly one layer of the checkpoint has these numbers and experts.
     """
     paths = paths_of((*checkpoint.names.plain, *checkpoint.names.weights))
-    fitting = [path for path in paths if path == layer] or [path for path in paths if _numbers(path) == _numbers(layer)]
+    fitting = [path for path in paths if path == layer] or [
+        path for path in paths if numbers_of(path) == numbers_of(layer)
+    ]
     if len(fitting) != 1:
         listed = ", ".join(fitting or paths[:3]) or "none"
         raise CheckpointError(
             f"{checkpoint.folder} does not say which experts belong to {layer}: it has {listed}. Serve this model with "
             "mxcompile serve on transformers"
         )
-    return StoredExperts(checkpoint, fitting[0])
+    return StoredExperts(checkpoint, fitting[0], checkpoint.folder)
 
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """The experts of one layer of a checkpoint, in the module `path`. No tensor is read before it is asked for."""
+    """The experts of one layer of a checkpoint, in the module `path`. No tensor is read before it is asked for.
+
+    folder: with the files of tensors; of a hub id, the checkpoint's own may have the JSON files alone.
+    """
 
     checkpoint: Checkpoint
     path: str
+    folder: Path
 
     @property
     def packings(self) -> tuple[WeightPacking, WeightPacking] | None:
@@ -144,11 +151,11 @@ class StoredExperts:
         Raises CheckpointError if the layer cannot be divided so.
         """
         assert self.packings is not None
-        (up, down), inner = (packing.layout for packing in self.packings), self.packings[1].layout.size
-        start, stop = self._range(down, inner, share)
+        up, down = (packing.layout for packing in self.packings)
+        start, stop = self.channels(share)
         block = parse_format(down.format).block_size
         blocks = slice(start // block, -(-stop // block))
-        pieces = _gate_and_up(start, stop, inner, interleaved=interleaved)
+        pieces = _gate_and_up(start, stop, down.size, interleaved=interleaved)
         first = PackedExperts(
             up,
             self._rows(UP, share, pieces).flatten(-2),
@@ -185,8 +192,14 @@ class StoredExperts:
         bias = self._part(f"{DOWN}{_BIAS}", share.experts, slice(None))
         return FloatExperts(up, down, self._rows(f"{UP}{_BIAS}", share, pieces), _of_first(bias, share))
 
-    def _range(self, down: MXLayout, inner: int, share: ExpertsShare) -> tuple[int, int]:
-        """The inner channels of a process: the first and the one behind the last."""
+    def channels(self, share: ExpertsShare) -> tuple[int, int]:
+        """The inner channels of a process, if they are quantized: the first and the one behind the last.
+
+        Raises CheckpointError if the layer cannot be divided so. Reads no tensor.
+        """
+        assert self.packings is not None
+        down = self.packings[1].layout
+        inner = down.size
         activation = None if down.activation is None else parse_format(down.activation)
         if share.of > 1 and activation is not None and activation.aligned:
             raise CheckpointError(
@@ -230,12 +243,12 @@ class StoredExperts:
 
     def _place(self, name: str) -> tuple[str, str]:
         """The file of a tensor of the module, and its name there."""
-        names, folder = self.checkpoint.names, self.checkpoint.folder
+        names = self.checkpoint.names
         stored = names.aliases.get(f"{self.path}.{name}", f"{self.path}.{name}")
         for file, shard in self.checkpoint.index.shards.items():
             if stored in shard.tensors:
-                return str(folder / file), stored
-        raise CheckpointError(f"{folder} has no tensor {stored}: save the model again")
+                return str(self.folder / file), stored
+        raise CheckpointError(f"{self.folder} has no tensor {stored}: save the model again")
 
 
 def _gate_and_up(start: int, stop: int, inner: int, *, interleaved: bool) -> list[slice]:
@@ -250,5 +263,6 @@ def _of_first(bias: Tensor | None, share: ExpertsShare) -> Tensor | None:
     return bias if bias is None or share.rank == 0 else torch.zeros_like(bias)
 
 
-def _numbers(name: str) -> list[str]:
-    return re.findall(r"(?<=\.)\d+(?=\.|$)", name)
+def numbers_of(name: str) -> tuple[str, ...]:
+    """The numbers in a layer's name: `model.layers.3.mlp` has 3."""
+    return tuple(re.findall(r"(?<=\.)\d+(?=\.|$)", name))

@@ -15,9 +15,12 @@ from torch import Tensor
 from mxcompile.checkpoint import shards
 from mxcompile.checkpoint.hub import find_folder
 from mxcompile.checkpoint.reader import Checkpoint
+from mxcompile.checkpoint.stored_tensors import unflatten_tensors
 from mxcompile.errors import CheckpointError
 from mxcompile.serving import published_layers, stored_experts
+from mxcompile.serving.stored_experts import numbers_of
 from mxcompile.tensor.layout import MXLayout
+from mxcompile.tensor.weight import MXWeight
 
 WEIGHT: Final = ".weight"
 
@@ -76,8 +79,34 @@ class StoredModel:
                 return shards.read_tensor(folder / file, shard, name, verify=self.checkpoint.verify)
         raise CheckpointError(f"{folder} has no tensor {name}")
 
-    def patterns(self) -> dict[re.Pattern[str], str | None]:
+    def left_in_float(self, asked: Iterable[str]) -> dict[str, str]:
+        """Layer -> stored name, for MX weights that an engine runs in float: it has built the layer, without asking.
+
+        asked: the layers that it asked for. A layer of another process is not built: none of its number was asked for.
+        """
+        names, asked = self.checkpoint.names, set(asked)
+        built = {numbers_of(part) for part in asked}
+        shared = {names.aliases.get(of, of) for part, of in self._stored.items() if part in asked}
+        return {
+            part: of
+            for part, of in self._stored.items()
+            if part not in asked and numbers_of(part) in built and names.aliases.get(of, of) not in shared
+        }
+
+    def float_weight(self, stored: str) -> Tensor:
+        """A stored MX weight as float values, for an input that is not prepared."""
+        names = self.checkpoint.names
+        packing = names.weights[stored]
+        parts = {source: self._read(source) for source in names.sources(packing.parts(stored))}
+        only = replace(names, plain=(), weights={stored: packing}, non_persistent=frozenset())
+        weight = unflatten_tensors(only, parts)[stored]
+        assert isinstance(weight, MXWeight)
+        return weight.float_weight()
+
+    def patterns(self, decoded: Iterable[str] = ()) -> dict[re.Pattern[str], str | None]:
         """Renamings of stored tensors, which an engine applies to each name: pattern -> replacement, None to skip it.
+
+        decoded: MX weights that the engine gets as float values, without their component tensors.
 
         `q_proj.weight.scales` -> `q_proj.weight_scales`, as a name of a parameter has no dot. Buffers that the module
         computes by itself are skipped, and fused experts, which are not read by the engine.
@@ -85,7 +114,8 @@ class StoredModel:
         leaves = {name.rpartition(".")[2] for name in self.checkpoint.names.weights}
         renamed = re.compile(rf"\.({_any(leaves)})\.(scales|multiplier)$")
         names = self.checkpoint.names
-        skipped = {*names.non_persistent, *stored_experts.tensors_of(names)}
+        components = {part for name in decoded for part in names.weights[name].parts(name)[1:]}
+        skipped = {*names.non_persistent, *stored_experts.tensors_of(names), *components}
         patterns: dict[re.Pattern[str], str | None] = {re.compile(rf"^(?:{_any(skipped)})$"): None} if skipped else {}
         return {**patterns, **published_layers.patterns(self._published), renamed: r".\1_\2"}
 

@@ -1,5 +1,6 @@
 class FusedMoEConfig:
     num_experts: int
+    hidden_dim: int
     intermediate_size: int
     has_bias: bool
     tp_rank: int
