@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from variants import plant, take_off_grid
 
 import mxcompile
+from mxcompile.calibration.data.windows import token_ids, token_windows
 from mxcompile.cli import smollm2
-from mxcompile.cli.texts import help_text, read_text, token_ids
-from mxcompile.diagnostics.evaluation import evaluate, token_windows
+from mxcompile.cli.texts import help_text, read_text
+from mxcompile.diagnostics.evaluation import evaluate
 from mxcompile.formats import parse_format
 from mxcompile.pipeline.pipeline import Pipeline
 

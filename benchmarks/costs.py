@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mxcompile
+from mxcompile.calibration.data.windows import token_windows
 from mxcompile.cli import smollm2
 from mxcompile.cli.texts import help_text
-from mxcompile.diagnostics.evaluation import token_windows
 from mxcompile.passes.recipes import as_pipeline
 from mxcompile.tensor.modules import stored_bytes
 

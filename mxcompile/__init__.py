@@ -4,16 +4,20 @@ from mxcompile import formats
 from mxcompile.analysis.choice import choose
 from mxcompile.api import load, quantize_and_compile, quantize_checkpoint
 from mxcompile.calibration import observers
+from mxcompile.calibration.data.batches import calibration_batches
+from mxcompile.calibration.data.self_generated import generate_calibration
+from mxcompile.calibration.data.windows import token_windows
 from mxcompile.calibration.run import Request
 from mxcompile.checkpoint import read_gguf, register, save
 from mxcompile.deploy import deploy
 from mxcompile.diagnostics.bisect import Bisection, bisect
-from mxcompile.diagnostics.evaluation import Evaluation, evaluate, token_windows
+from mxcompile.diagnostics.evaluation import Evaluation, evaluate
 from mxcompile.diagnostics.explain import explain
 from mxcompile.diagnostics.explanation import Explanation
 from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.diagnostics.measure import Measure
 from mxcompile.export import export
+from mxcompile.graph.inputs import WeightedBatch
 from mxcompile.graph.printer import print_changes, print_program
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Miss, PassResult
@@ -40,8 +44,10 @@ __all__ = [
     "Program",
     "Request",
     "Rule",
+    "WeightedBatch",
     "apply_rules",
     "bisect",
+    "calibration_batches",
     "choose",
     "compile_module",
     "deploy",
@@ -49,6 +55,7 @@ __all__ = [
     "explain",
     "export",
     "formats",
+    "generate_calibration",
     "load",
     "observers",
     "print_changes",

@@ -11,7 +11,20 @@ import typer
 from rich.text import Text
 
 from mxcompile.cli import dump_commands, list_commands, model_commands, quantize_command, serve_command
-from mxcompile.cli.arguments import Calibration, CalibrationText, Device, Json, Length, Model, SpecialTokens, TextFile
+from mxcompile.cli.arguments import (
+    Calibration,
+    CalibrationLength,
+    CalibrationLike,
+    CalibrationSelf,
+    CalibrationText,
+    Device,
+    Json,
+    Length,
+    Model,
+    SpecialTokens,
+    TextFile,
+)
+from mxcompile.cli.calibration import CalibrationOptions
 from mxcompile.cli.compare import EvalOptions, compare, load_with_data, print_comparison
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.demo import run_demo
@@ -48,8 +61,11 @@ def evaluate(
     text: TextFile = None,
     length: Length = 2048,
     windows: Annotated[int, typer.Option(min=0, help="number of windows; 0 for all of the text")] = 4,
+    calibration: Calibration = None,
     calibration_text: CalibrationText = None,
-    calibration: Calibration = 32,
+    calibration_length: CalibrationLength = None,
+    calibration_like: CalibrationLike = None,
+    calibration_self: CalibrationSelf = None,
     special_tokens: SpecialTokens = True,
     device: Device = "cpu",
     as_json: Json = False,
@@ -62,9 +78,10 @@ def evaluate(
     --json: {"model": {"name", "bytes", "nll", "perplexity"}, "recipe", "reference", "kl", "top1", "text", "length",
     "windows", "tokens", "calibration"}; kl and top1 compare with the reference, which is null or like the model.
     """
-    options = EvalOptions(
-        model, against, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
+    data = CalibrationOptions.parse(
+        calibration, calibration_text, calibration_length, calibration_like, calibration_self
     )
+    options = EvalOptions(model, against, recipe, text, length, windows, data, device, special_tokens)
     comparison = compare(messages(), options)
     if as_json:
         print_json(comparison.record())
@@ -83,8 +100,11 @@ def bisect(
     text: TextFile = None,
     length: Length = 256,
     windows: Annotated[int, typer.Option(min=1, help="number of windows")] = 1,
+    calibration: Calibration = None,
     calibration_text: CalibrationText = None,
-    calibration: Calibration = 32,
+    calibration_length: CalibrationLength = None,
+    calibration_like: CalibrationLike = None,
+    calibration_self: CalibrationSelf = None,
     special_tokens: SpecialTokens = True,
     device: Device = "cpu",
     as_json: Json = False,
@@ -96,12 +116,13 @@ def bisect(
     --json: {"metric", "threshold", "scores": [{"pass", "score"}], "culprit", "contributions": {layer: added error},
     "guilty", "restored", "fix": null or {"names", "format", "score", "mends"}, "forwards"}.
     """
-    options = EvalOptions(
-        model, None, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
+    data = CalibrationOptions.parse(
+        calibration, calibration_text, calibration_length, calibration_like, calibration_self
     )
+    options = EvalOptions(model, None, recipe, text, length, windows, data, device, special_tokens)
     screen = messages()
-    loaded, _, data = load_with_data(screen, options)
-    probe = [{"input_ids": window.to(device)} for window in data.windows]
+    loaded, _, texts = load_with_data(screen, options)
+    probe = [{"input_ids": window.to(device)} for window in texts.windows]
     kl = 0.1 if kl is None and perplexity is None else kl
     with Progress(screen, last="scoring") as progress:
         bisection = find_culprits(
@@ -111,7 +132,7 @@ def bisect(
             kl=kl,
             perplexity=perplexity,
             probe=probe,
-            calibration=data.batches,
+            calibration=texts.batches,
             instruments=[progress],
             report=progress.report,
         )

@@ -17,7 +17,21 @@ Length = Annotated[int, typer.Option(min=2, help="tokens per window of the text"
 SpecialTokens = Annotated[
     bool, typer.Option(help="begin every window with what the tokenizer puts before a text, such as BOS")
 ]
-CalibrationText = Annotated[
-    Path | None, typer.Option(help="text for recipes that calibrate; the first half of the text by default")
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE_OR_NAME[:SPLIT][:WINDOWS]",
+        help="what to calibrate on: .txt, .jsonl, .parquet, or a data set; WINDOWS: how many, 32 by default, without a "
+        "name of the first half of the text",
+    ),
 ]
-Calibration = Annotated[int, typer.Option(min=1, help="windows of 512 tokens to calibrate with")]
+CalibrationText = Annotated[Path | None, typer.Option(hidden=True, help="the same as --calibration FILE")]
+CalibrationLength = Annotated[
+    str | None, typer.Option(metavar="TOKENS", help="tokens of a window, 512 by default; several: 128,512,2048")
+]
+CalibrationLike = Annotated[
+    Path | None, typer.Option(help="a file with a task's inputs: windows get the lengths of its lines")
+]
+CalibrationSelf = Annotated[
+    Path | None, typer.Option(help="let the model write the calibration text, and save it in this .jsonl file")
+]

@@ -4,7 +4,7 @@ A model is compared with the float model that a recipe quantized, or with any mo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mxcompile.api import quantize_and_compile
+from mxcompile.calibration.data.sources import Documents
+from mxcompile.calibration.data.windows import start_tokens, token_ids
 from mxcompile.cli import smollm2
+from mxcompile.cli.calibration import CalibrationOptions
 from mxcompile.cli.model_source import load_model
 from mxcompile.cli.progress import Progress, track, waiting
-from mxcompile.cli.texts import (
-    CALIBRATION_LENGTH,
-    HELP_TOPICS,
-    calibration_batches,
-    help_text,
-    read_text,
-    text_windows,
-    token_ids,
-)
-from mxcompile.diagnostics.evaluation import Evaluation, check_causal, evaluate, start_tokens
+from mxcompile.cli.texts import HELP_TOPICS, help_text, read_text, text_windows
+from mxcompile.diagnostics.evaluation import Evaluation, check_causal, evaluate
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
+from mxcompile.graph.inputs import WeightedBatch
 from mxcompile.passes.recipes import RECIPES, as_pipeline
 from mxcompile.tensor.devices import find_device
 from mxcompile.tensor.modules import device_of, stored_bytes
@@ -41,9 +37,10 @@ class EvalOptions:
 
     model: a local path or hub id, SmolLM2-135M if None. against: path or hub id of the model to compare with.
     recipe: quantizes `model`, which is then compared with the float model.
-    text, calibration_text: files as `read_text` takes them. None: Python's help topics; the same as `text`. If both are
-        the same and the recipe calibrates, it calibrates on the first half and is evaluated on the second.
-    length, windows: tokens per window, number of windows (0: all). calibration: number of windows of 512 tokens.
+    text: a file as `read_text` takes it. None: Python's help topics.
+    length, windows: tokens per window, number of windows (0: all).
+    calibration: the data for a recipe that calibrates. If they are not named, or named the same file, it calibrates on
+        the first half of the text and is evaluated on the second.
     special_tokens: whether every window begins with what the tokenizer puts before a text, such as BOS.
     """
 
@@ -53,16 +50,15 @@ class EvalOptions:
     text: Path | None = None
     length: int = 2048
     windows: int = 4
-    calibration_text: Path | None = None
-    calibration: int = 32
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     device: str = "cpu"
     special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.recipe is not None and self.against is not None:
             raise InputError("use --recipe (against the float model) or --against (another model), not both")
-        if self.recipe is None and self.calibration_text is not None:
-            raise InputError("--calibration-text needs a --recipe")
+        if self.recipe is None and self.calibration.named:
+            raise InputError("--calibration needs a --recipe")
         if self.recipe is not None:
             as_pipeline(self.recipe)
         find_device(self.device)
@@ -85,7 +81,7 @@ class EvalData:
     text: str
     windows: list[Tensor]
     calibration: str | None = None
-    batches: list[dict[str, Tensor]] | None = None
+    batches: list[WeightedBatch] | None = None
 
     def example(self) -> dict[str, Tensor]:
         """What a model is traced with: the first tokens."""
@@ -138,12 +134,12 @@ def compare(console: Console, options: EvalOptions) -> Comparison:
     """Load a model, quantize it if there is a recipe, and evaluate it; progress goes to the console."""
     if options.recipe is not None:
         return quantize_and_compare(console, options, options.recipe)[2]
-    texts = _read_texts(options)
-    model, tokenizer, data = _load_with_data(console, options, texts)
+    text, documents = _read_texts(options)
+    model, tokenizer, data = _load_with_data(console, options, text, documents)
     if options.against is None:
         return score(console, options, data, model)
     reference, other_tokenizer = _load(console, options.against, options.device)
-    same_ids = torch.equal(token_ids(other_tokenizer, texts[0]), token_ids(tokenizer, texts[0]))
+    same_ids = torch.equal(token_ids(other_tokenizer, text), token_ids(tokenizer, text))
     if not same_ids or (options.special_tokens and start_tokens(other_tokenizer) != start_tokens(tokenizer)):
         names = f"{options.model_name} and {options.against}"
         raise InputError(f"{names} cannot be compared: they split the text into different tokens")
@@ -171,12 +167,15 @@ def quantize_and_compare(
 
 def load_with_data(console: Console, options: EvalOptions) -> tuple[Any, Any, EvalData]:
     """The model, its tokenizer and the data; raises InputError if the model is not causal or the text is too short."""
-    return _load_with_data(console, options, _read_texts(options))
+    return _load_with_data(console, options, *_read_texts(options))
 
 
 def data_without_model(options: EvalOptions, tokenizer: Any) -> EvalData:
     """The data that `load_with_data` makes, without loading the model; raises InputError if the text is too short."""
-    return _make_data(options, tokenizer, *(token_ids(tokenizer, text) for text in _read_texts(options)))
+    text, documents = _read_texts(options)
+    if options.calibrates and options.calibration.own is not None and documents is None:
+        raise InputError("--calibration-self needs the model in memory: use --calibration FILE")
+    return _make_data(options, tokenizer, token_ids(tokenizer, text), documents)
 
 
 def quantize(
@@ -239,41 +238,36 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print("KL: divergence from the first model in nats per token; top-1: tokens predicted alike")
 
 
-def _read_texts(options: EvalOptions) -> tuple[str, ...]:
-    """The text to evaluate on, and the one to calibrate on if the recipe needs another."""
+def _read_texts(options: EvalOptions) -> tuple[str, Documents | None]:
+    """The text to evaluate on, and what to calibrate on if the recipe needs something else that is in a file."""
     text = help_text() if options.text is None else read_text(options.text)
-    other = options.calibration_text
-    if other is None or not options.calibrates:
-        return (text,)
-    same = options.text is not None and other.resolve() == options.text.resolve()
-    return (text,) if same else (text, read_text(other))
+    if not options.calibrates or options.calibration.same_file(options.text):
+        return text, None
+    return text, options.calibration.read()
 
 
-def _load_with_data(console: Console, options: EvalOptions, texts: tuple[str, ...]) -> tuple[Any, Any, EvalData]:
+def _load_with_data(
+    console: Console, options: EvalOptions, text: str, documents: Documents | None
+) -> tuple[Any, Any, EvalData]:
     model, tokenizer = _load(console, options.model, options.device)
-    data = _make_data(options, tokenizer, *(token_ids(tokenizer, text) for text in texts))
+    if options.calibrates and options.calibration.own is not None:
+        documents = options.calibration.write_own(console, model, tokenizer, options.special_tokens)
+    data = _make_data(options, tokenizer, token_ids(tokenizer, text), documents)
     _check_model(options.model_name, model, data)
     return model, tokenizer, data
 
 
-def _make_data(options: EvalOptions, tokenizer: Any, ids: Tensor, other: Tensor | None = None) -> EvalData:
-    """Windows and batches from the token ids `[tokens]` of the texts."""
+def _make_data(options: EvalOptions, tokenizer: Any, ids: Tensor, documents: Documents | None) -> EvalData:
+    """Windows and batches from the token ids `[tokens]` of the text, and from the documents to calibrate on."""
     start = tokenizer if options.special_tokens else None
-    name = calibration_name = HELP_TOPICS if options.text is None else options.text.name
+    name = HELP_TOPICS if options.text is None else options.text.name
     if not options.calibrates:
         return EvalData(name, text_windows(name, ids, options.length, options.windows, start))
-    if other is None:
-        other, ids = ids.tensor_split(2)
-        name, calibration_name = f"the second half of {name}", f"the first half of {name}"
-    elif options.calibration_text is not None:
-        calibration_name = options.calibration_text.name
-    calibration = text_windows(calibration_name, other, CALIBRATION_LENGTH, options.calibration, start)
-    return EvalData(
-        name,
-        text_windows(name, ids, options.length, options.windows, start),
-        f"{calibration_name}, {len(calibration)} windows of {CALIBRATION_LENGTH}",
-        [{"input_ids": batch.to(options.device)} for batch in calibration_batches(calibration)],
-    )
+    if documents is None:
+        first, ids = ids.tensor_split(2)
+        name, documents = f"the second half of {name}", Documents(f"the first half of {name}", [first])
+    calibration = options.calibration.batches(documents, tokenizer, options.special_tokens, options.device)
+    return EvalData(name, text_windows(name, ids, options.length, options.windows, start), *calibration)
 
 
 def _load(console: Console, source: str | None, device: str) -> tuple[Any, Any]:
@@ -286,7 +280,8 @@ def _load(console: Console, source: str | None, device: str) -> tuple[Any, Any]:
 def _check_model(name: str, model: Any, data: EvalData) -> None:
     """Raise InputError if the windows are too long for a model, or if it is not causal."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = data.windows[0].shape[1]
-    if isinstance(longest, int) and 0 < longest < length:
-        raise InputError(f"{name} takes at most {longest} tokens, not {length}: use --length {longest}")
+    calibrated = max((batch["input_ids"].shape[1] for batch in data.batches or ()), default=0)
+    for option, length in (("--length", data.windows[0].shape[1]), ("--calibration-length", calibrated)):
+        if isinstance(longest, int) and 0 < longest < length:
+            raise InputError(f"{name} takes at most {longest} tokens, not {length}: use {option} {longest}")
     check_causal(model, data.windows[0][:, :_CAUSAL_PROBE])

@@ -10,6 +10,9 @@ from torch import nn
 from mxcompile.checkpoint import check_destination, check_model, save
 from mxcompile.cli.arguments import (
     Calibration,
+    CalibrationLength,
+    CalibrationLike,
+    CalibrationSelf,
     CalibrationText,
     Device,
     Format,
@@ -19,6 +22,7 @@ from mxcompile.cli.arguments import (
     SpecialTokens,
     TextFile,
 )
+from mxcompile.cli.calibration import CalibrationOptions
 from mxcompile.cli.compare import EvalOptions, print_comparison, quantize_and_compare
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.interruption import check_apart, interruption_explained
@@ -42,8 +46,11 @@ def quantize(
     text: TextFile = None,
     length: Length = 2048,
     windows: Annotated[int, typer.Option(min=0, help="number of windows to compare on; 0 for the whole text")] = 4,
+    calibration: Calibration = None,
     calibration_text: CalibrationText = None,
-    calibration: Calibration = 32,
+    calibration_length: CalibrationLength = None,
+    calibration_like: CalibrationLike = None,
+    calibration_self: CalibrationSelf = None,
     special_tokens: SpecialTokens = True,
     device: Device = "cpu",
     resume: Annotated[
@@ -73,9 +80,10 @@ def quantize(
     """
     check_destination(out, format)
     check_apart(resume, out)
-    options = EvalOptions(
-        model, None, recipe, text, length, windows, calibration_text, calibration, device, special_tokens
+    data = CalibrationOptions.parse(
+        calibration, calibration_text, calibration_length, calibration_like, calibration_self
     )
+    options = EvalOptions(model, None, recipe, text, length, windows, data, device, special_tokens)
     if low_memory:
         _check_low_memory(out, format, min_recovery)
         quantize_low_memory(options, recipe, LowMemoryOptions(out, resume, scratch, memory), as_json)

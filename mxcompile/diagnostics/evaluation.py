@@ -1,8 +1,8 @@
 """Evaluate a language model alone or against a reference: perplexity, KL divergence, top-1 agreement."""
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
@@ -14,12 +14,11 @@ from mxcompile.arguments import checked
 from mxcompile.errors import InputError, UnknownNameError
 from mxcompile.graph.masks import shown_tokens
 from mxcompile.numerics.metrics import kl_divergence, negative_log_likelihood, perplexity, top1_agreement
-from mxcompile.tensor.modules import device_of
+from mxcompile.tensor.modules import device_of, eval_mode
 
 _ROWS = 512
 _IDS, _MASK = "input_ids", "attention_mask"
 _IGNORED = ("token_type_ids", "labels")  # a tokenizer's or a collator's: models score without them
-_TEXT = "a text"
 
 
 class Metric(StrEnum):
@@ -89,7 +88,7 @@ def evaluate(
     tokens = 0
     with torch.no_grad(), ExitStack() as modes:
         for each in models:
-            modes.enter_context(_eval_mode(each))
+            modes.enter_context(eval_mode(each))
         for index, window in enumerate(map(_Window.of, _one_by_one(windows))):
             if not (count := int(window.predicted.sum())):
                 continue
@@ -102,47 +101,12 @@ def evaluate(
     return Evaluation(tokens, nll) if reference is None else Evaluation(tokens, nll, kl, top1, reference_nll)
 
 
-@checked
-def token_windows(tokens: Tensor, length: int, count: int | None = None, *, tokenizer: Any = None) -> Iterator[Tensor]:
-    """Split token ids `[tokens]` into consecutive windows `[1, length]`, at most `count`; a shorter rest is dropped.
-
-    tokenizer: every window begins with the tokens that it puts before a text (BOS of Gemma and Llama, nothing for GPT-2
-        and SmolLM2), and then takes so many fewer from `tokens`; if `tokens` begin with them, too, they are taken once.
-        Models that were trained with BOS predict badly without it. None: windows hold `tokens` alone.
-
-    Raises InputError if the ids are not whole numbers `[tokens]`, or no token of the text fits into a window.
-    """
-    start = () if tokenizer is None else start_tokens(tokenizer)
-    if tokens.dim() != 1 or tokens.is_floating_point() or tokens.is_complex():
-        dtype = str(tokens.dtype).removeprefix("torch.")
-        raise InputError(f"token ids are whole numbers [tokens], not {dtype} {list(tokens.shape)}: pass one text's ids")
-    if length <= len(start):
-        holds = f", of which {len(start)} are what the tokenizer puts before a text" if start else ""
-        raise InputError(f"windows have at least {len(start) + 1} tokens{holds}, not {length}")
-    if count is not None and count < 0:
-        raise InputError(f"count is the number of windows, not {count}")
-    first = tokens.new_tensor(start)
-    text = tokens[len(start) :] if start and torch.equal(tokens[: len(start)], first) else tokens
-    taken = length - len(start)
-    whole = text[: len(text) // taken * taken].split(taken) if len(text) >= taken else ()
-    return (torch.cat([first, part]).unsqueeze(0) if start else part.unsqueeze(0) for part in whole[:count])
-
-
-def start_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """The token ids that a tokenizer puts before a text, `()` if none; those that it puts behind it do not count."""
-    plain: list[int] = list(tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
-    whole: list[int] = list(tokenizer(_TEXT)["input_ids"])
-    places = range(len(whole) - len(plain) + 1)
-    place = next((start for start in places if whole[start : start + len(plain)] == plain), 0)
-    return tuple(whole[:place])
-
-
 def check_causal(model: nn.Module, window: Tensor) -> None:
     """Raise InputError if a model's predictions depend on later tokens, as BERT's do.
 
     The test changes the last token of the window `[1, length]`.
     """
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), eval_mode(model):
         before = _logits(model, {_IDS: window}).float()
         changed = window.clone()
         changed[:, -1] = (changed[:, -1] + 1) % before.shape[-1]
@@ -234,15 +198,3 @@ def _logits(model: nn.Module, arguments: Mapping[str, Tensor]) -> Tensor:
             f"{name} is not a causal language model: it returns no logits [batch, length, vocabulary] for token ids"
         )
     return logits[:, :-1].flatten(0, 1)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Generator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

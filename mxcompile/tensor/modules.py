@@ -1,7 +1,8 @@
 """The tensors of a module: their bytes, their names, and their replacement."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,19 @@ def stored_bytes(module: nn.Module) -> int:
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's first parameter or buffer, the CPU if it has none."""
     return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Generator[None]:
+    """In the block every module is in eval mode; afterwards those that were in training are again."""
+    training = [each for each in module.modules() if each.training]
+    for each in training:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

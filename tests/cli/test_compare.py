@@ -13,9 +13,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import mxcompile
+from mxcompile.calibration.data.windows import token_ids
 from mxcompile.cli.app import app
 from mxcompile.cli.model_source import load_model
-from mxcompile.cli.texts import token_ids
 from mxcompile.errors import InputError, MXCompileError
 
 FLOAT32 = 1e-5  # relative, of a float32 log-softmax over 128 logits
@@ -158,13 +158,15 @@ def test_help_topics_if_no_text_is_named(local_model):
         ("MODEL --text nothing", "nothing cannot be read as text: No such file"),
         ("MODEL --text .", "cannot be read as text: Is a directory"),
         ("MODEL --text binary.txt", "binary.txt cannot be read as text: 'utf-8' codec"),
-        ("MODEL --text lines.jsonl", 'lines.jsonl, line 3: not a JSON object with a "text"'),
+        ("MODEL --text lines.jsonl", "lines.jsonl, line 3 has no column messages, .*text or prompt: it has words"),
+        ("MODEL --text chats.jsonl", "chats.jsonl: a text to evaluate on is .*, no chats"),
         ("MODEL --text empty.txt", "empty.txt has 0 tokens, fewer than a window of 2048: use more text"),
         ("MODEL --text words.txt --length 2401", "words.txt has 2400 tokens, fewer than a window of 2401"),
         ("MODEL --text words.txt --length 2100", "takes at most 2048 tokens, not 2100: use --length 2048"),
         ("MODEL --text words.txt --recipe w4a8-mxit", "unknown recipe 'w4a8-mxit': did you mean w4a8-mxint"),
         ("MODEL --recipe w4a8-mxint --against MODEL", "use --recipe .* or --against .*, not both"),
-        ("MODEL --calibration-text words.txt", "--calibration-text needs a --recipe"),
+        ("MODEL --calibration-text words.txt", "--calibration needs a --recipe"),
+        ("MODEL --calibration words.txt:3", "--calibration needs a --recipe"),
         ("MODEL --device tpu", "there is no device 'tpu' .*; this machine has: cpu"),
         (
             "./nothing",
@@ -177,6 +179,7 @@ def test_refused(local_model, text, monkeypatch, arguments, message):
     Path("empty.txt").write_text("")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     Path("lines.jsonl").write_text('{"text": "The"}\n\n{"words": "capital"}\n')
+    Path("chats.jsonl").write_text('{"messages": [{"role": "user", "content": "The"}]}')
     with pytest.raises(MXCompileError, match=message):
         evaluated(*arguments.replace("MODEL", str(local_model)).split())
 

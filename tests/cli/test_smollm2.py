@@ -11,9 +11,10 @@ from models import build, inputs
 from safetensors.torch import load_file
 
 import mxcompile
+from mxcompile.calibration.data.windows import token_windows
 from mxcompile.cli import smollm2
 from mxcompile.cli.texts import help_text
-from mxcompile.diagnostics.evaluation import evaluate, token_windows
+from mxcompile.diagnostics.evaluation import evaluate
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
 

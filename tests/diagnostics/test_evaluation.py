@@ -1,17 +1,15 @@
-"""Evaluation: perplexity and divergence of models with known values, and the windows of a text."""
+"""Evaluation: perplexity and divergence of models with known values."""
 
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 from models import LANGUAGE_MODELS, VOCABULARY, build
 from torch import Tensor, nn
 
-from mxcompile.diagnostics.evaluation import Evaluation, Metric, check_causal, evaluate, start_tokens, token_windows
+from mxcompile.diagnostics.evaluation import Evaluation, Metric, check_causal, evaluate
 from mxcompile.errors import InputError, UnknownNameError
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=50)
@@ -245,63 +243,6 @@ def test_perplexity():
     assert Evaluation(10, 0.0).perplexity == 1.0
     assert Evaluation(10, 1000.0).perplexity == math.inf
     assert Evaluation(10, math.log(50)).perplexity == pytest.approx(50, rel=1e-12)
-
-
-@examples
-@given(st.integers(0, 100), st.integers(1, 30), st.none() | st.integers(0, 10))
-def test_windows_are_consecutive_and_whole(total, length, count):
-    tokens = torch.arange(total)
-    cut = list(token_windows(tokens, length, count))
-    assert all(window.shape == (1, length) for window in cut)
-    assert len(cut) == min(total // length, total if count is None else count)
-    joined = torch.cat([window[0] for window in cut]) if cut else tokens[:0]
-    assert torch.equal(joined, tokens[: len(cut) * length])
-
-
-def words(start: tuple[int, ...] = (), end: tuple[int, ...] = ()) -> Callable[..., dict[str, list[int]]]:
-    """A tokenizer that puts tokens before and behind a text, and makes one of each letter."""
-
-    def tokenizer(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = [ord(letter) for letter in text]
-        return {"input_ids": [*start, *ids, *end] if add_special_tokens else ids}
-
-    return tokenizer
-
-
-@pytest.mark.parametrize("start", [(), (2,), (250, 3)])
-@pytest.mark.parametrize("given", [True, False], ids=["tokens with them", "without"])
-def test_windows_begin_as_the_tokenizer_begins_a_text(start, given):
-    tokenizer, text = words(start, end=(1,)), torch.arange(10, 30)
-    assert start_tokens(tokenizer) == start
-    tokens = torch.cat([torch.tensor(start, dtype=torch.int64), text]) if given else text
-    cut = list(token_windows(tokens, 6, tokenizer=tokenizer))
-    size = 6 - len(start)
-    assert [window.tolist() for window in cut] == [
-        [[*start, *text[i : i + size].tolist()]] for i in range(0, 20 // size * size, size)
-    ]
-    plain = list(token_windows(text, 6, 2))
-    assert torch.equal(torch.cat(plain, 1)[0], text[:12])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.arange(9), 0), "windows have at least 1 tokens, not 0"),
-        ((torch.arange(9), -3), "windows have at least 1 tokens, not -3"),
-        ((torch.arange(9), 1, None, (2,)), "at least 2 tokens, of which 1 are what the tokenizer puts before a text"),
-        ((torch.arange(9), 3, -1), "count is the number of windows, not -1"),
-        (
-            (torch.ones(2, 9, dtype=torch.int64), 3),
-            r"whole numbers \[tokens\], not int64 \[2, 9\]: pass one text's ids",
-        ),
-        ((torch.ones(9), 3), r"whole numbers \[tokens\], not float32 \[9\]"),
-    ],
-)
-def test_windows_that_cannot_be_cut(arguments, message):
-    """Found when they are asked for, not when they are used."""
-    tokens, length, count, start = (*arguments, None, None)[:4]
-    with pytest.raises(InputError, match=message):
-        token_windows(tokens, length, count, tokenizer=None if start is None else words(start))
 
 
 class Masked(Successor):
