@@ -81,9 +81,8 @@ class FoldSearch:
                     statistics |= self._advance(sweep, earlier)
                     findings.apply(program, every, result)
                 restored.clear()
-                block_inputs = (
-                    first_batches(map(sweep.ready, sweep.batches), segment) if self.objective is Objective.BLOCK else []
-                )
+                on_blocks = self.objective is Objective.BLOCK
+                block_inputs = first_batches(sweep.batches, segment, sweep.ready) if on_blocks else []
                 statistics |= self._advance(sweep, segment)
                 found = SegmentFindings.of_importance(segment, statistics)
                 found.apply(program, every, result)

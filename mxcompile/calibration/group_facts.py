@@ -130,17 +130,20 @@ def subsample_tokens(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return rows[:: -(-len(rows) // max(16, _LARGEST_SAMPLE // sum(map(len, weights))))]
 
 
-def first_batches(states: Iterable[BoundBatch], segment: Segment) -> list[BoundBatch]:
+def first_batches(
+    states: Sequence[BoundBatch], segment: Segment, ready: Callable[[BoundBatch], BoundBatch] | None = None
+) -> list[BoundBatch]:
     """Inputs of a segment for the first batches, about 2048 visible tokens (counted in their largest tensor).
 
-    Of batches with several weights, at least one of each.
+    Of batches with several weights, at least one of each. ready: puts the values of a chosen one on the device.
     """
-    states, chosen = list(states), list[BoundBatch]()
+    chosen: list[BoundBatch] = []
     missing, tokens = {state.visibility.weight for state in states}, 0
-    for state in states:
-        if tokens >= _BLOCK_TOKENS and state.visibility.weight not in missing:
+    for each in states:
+        if tokens >= _BLOCK_TOKENS and each.visibility.weight not in missing:
             continue
-        missing.discard(state.visibility.weight)
+        missing.discard(each.visibility.weight)
+        state = each if ready is None else ready(each)
         copied = state.fork(segment.nodes)
         chosen.append(replace(copied, values=dict(copied.values)))
         rows = (state.visibility.rows(node, v) for node, v in state.values.items() if _is_activation(v))

@@ -98,7 +98,7 @@ def test_the_model_writes_its_own(local_model, calibrated_with):
     ("options", "message"),
     [
         ("--calibration 0", "--calibration 0: the number of windows is at least 1"),
-        ("--calibration 3", "the first half of words.txt has 1200 tokens: 2 windows of 512, not 3; ask for 2"),
+        ("--calibration 3", "the first half of words.txt has 1200 tokens: 2 windows, not 3; ask for 2"),
         ("--calibration other.jsonl --calibration-text words.txt", "--calibration-text and --calibration both name"),
         (
             "--calibration other.jsonl --calibration-self a.jsonl",

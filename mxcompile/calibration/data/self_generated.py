@@ -107,15 +107,22 @@ def _texts(model: Any, tokenizer: Any, length: int, start: tuple[int, ...]) -> I
     """Token ids of one text after the other, without end."""
     weights, device = _first_token_weights(tokenizer, model), device_of(model)
     ends = _end_tokens(model, tokenizer)
-    pad = {"pad_token_id": min(ends, default=0)}
+    unknown = range(len(tokenizer), _vocabulary(model))  # rows of the embedding that are no tokens
+    suppressed = [*(getattr(model.generation_config, "suppress_tokens", None) or ()), *unknown]
+    options = {"pad_token_id": min(ends, default=0), "suppress_tokens": suppressed or None}
     while True:
         first = torch.multinomial(weights, _TEXTS_AT_ONCE, replacement=True).unsqueeze(1)
         ids = torch.cat([torch.tensor(start, dtype=torch.int64).expand(len(first), -1), first], 1).to(device)
         begun: Tensor = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=_GREEDY, min_new_tokens=_GREEDY, **_GREEDILY, **pad
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_GREEDY,
+            min_new_tokens=_GREEDY,
+            **_GREEDILY,
+            **options,
         )
         mask, rest = torch.ones_like(begun), length - begun.shape[1]
-        texts: Tensor = model.generate(begun, attention_mask=mask, max_new_tokens=rest, **_SAMPLED, **pad)
+        texts: Tensor = model.generate(begun, attention_mask=mask, max_new_tokens=rest, **_SAMPLED, **options)
         for text in texts.tolist():
             yield _ended(text, begun.shape[1], ends)[len(start) :]
 
@@ -124,6 +131,10 @@ def _ended(ids: list[int], begun: int, ends: frozenset[int]) -> list[int]:
     """Token ids up to the first that ends a text, which is one of them; the first `begun` ones are there anyway."""
     end = next((place for place, token in enumerate(ids) if place >= begun and token in ends), len(ids))
     return ids[: end + 1]
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -135,7 +146,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def _first_token_weights(tokenizer: Any, model: Any) -> Tensor:
     """A weight for every token of the vocabulary, float32; 0 for special tokens and for parts of characters."""
-    size = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    size = min(len(tokenizer), _vocabulary(model))
     texts: list[str] = tokenizer.batch_decode([[token] for token in range(size)])
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     usable = [bool(text.strip()) and "\ufffd" not in text for text in texts]

@@ -93,7 +93,7 @@ def document_of(item: object, place: str) -> Document:
             raise InputError(f"{place} {_without(row)}")
         item, place = row[column], f"{place}, {column}"
         if column == "input_ids" and isinstance(row.get("text"), str):
-            return TokenizedText(row["text"], item)
+            return TokenizedText(row["text"], cast(Sequence[int], item))
     if isinstance(item, str | TokenizedText) or _are_ids(item) or is_chat(item):
         return cast(Document, item)
     raise InputError(f"{place}: a document is a text, token ids or the messages of a chat, not {_described(item)}")
