@@ -1,6 +1,7 @@
 """Public calls with arguments of every wrong kind: they work, or raise an error of ours that names what is wrong."""
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GenerationConfig, PretrainedConfig
 
 import mxcompile
 from mxcompile.errors import ArgumentError, MXCompileError
@@ -34,6 +36,37 @@ class OneHot(nn.Module):
         return SimpleNamespace(logits=nn.functional.one_hot(input_ids, 64).float())
 
 
+class Letters:
+    """A tokenizer of single letters."""
+
+    all_special_ids, added_tokens_decoder, eos_token_id = (), {}, None
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        from transformers import BatchEncoding
+
+        ids = [ord(letter) % 64 for letter in text]
+        return BatchEncoding({"input_ids": torch.tensor([ids]) if "return_tensors" in options else ids})
+
+    def __len__(self) -> int:
+        return 64
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(64 + number) for number in ids)
+
+    def batch_decode(self, ids: list[list[int]]) -> list[str]:
+        return list(map(self.decode, ids))
+
+
+class Writer(nn.Linear):
+    """A model that writes the letter A."""
+
+    config = PretrainedConfig(vocab_size=64)
+    generation_config = GenerationConfig()
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
+        return nn.functional.pad(input_ids, (0, max_new_tokens), value=1)
+
+
 def hostile() -> list[Any]:
     """Values of every kind that somebody may pass by mistake."""
     return [
@@ -48,8 +81,9 @@ def hostile() -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch) -> None:
-    """Some of the texts are good names of files."""
+    """Some of the texts are good names of files, and others of data sets."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +128,18 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
             lambda **given_: next(mxcompile.token_windows(**given_), None),
             {"tokens": torch.arange(10), "length": 4, "count": None},
         ),
+        "calibration_batches": (
+            lambda **given_: mxcompile.calibration_batches(tokenizer=Letters(), **given_),
+            {
+                **{"source": ["a text of some letters"], "length": 4, "like": None, "windows": 2},
+                **{"special_tokens": True, "device": "cpu"},
+            },
+        ),
+        "generate_calibration": (
+            lambda **given_: mxcompile.generate_calibration(tokenizer=Letters(), **given_),
+            {"model": Writer(2, 2), "windows": 2, "length": 4, "seed": 0, "out": None},
+        ),
+        "WeightedBatch": (mxcompile.WeightedBatch, {"arguments": {"x": x}, "weight": 1.0}),
         "choose": (mxcompile.choose, {"program": program}),
         "print_program": (mxcompile.print_program, {"program": program}),
         "print_changes": (mxcompile.print_changes, {"before": program, "after": lowered}),
@@ -130,6 +176,7 @@ def test_every_public_call_is_tried(calls):
 
 NAMES = (
     *("quantize_and_compile", "trace", "explain", "bisect", "deploy", "save", "load", "export", "read_gguf"),
+    *("calibration_batches", "generate_calibration", "WeightedBatch"),
     *("evaluate", "token_windows", "choose", "print_program", "print_changes", "apply_rules", "compile_module"),
     *("Pipeline", "Pipeline.parse", "Pipeline.run", "Pipeline.with_overrides", "Measure", "Ledger.load"),
     *("formats.integer", "formats.floating", "formats.parse_format", "formats.as_format"),

@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
+from mxcompile.arguments import checked
 from mxcompile.errors import InputError
 
 _ADVICE: Final = {
@@ -23,6 +24,7 @@ class WeightedBatch(dict[str, Tensor]):
     Where batches hold sequences of several lengths, a weight of 1 / length lets every sequence count alike.
     """
 
+    @checked
     def __init__(self, arguments: Mapping[str, Tensor], weight: float = 1.0) -> None:
         super().__init__(arguments)
         if not 0 < weight < math.inf:

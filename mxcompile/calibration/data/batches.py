@@ -2,15 +2,15 @@
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 
 from mxcompile.arguments import checked
-from mxcompile.calibration.data.lengths import WindowLengths
+from mxcompile.calibration.data.lengths import WindowLengths, check_number
 from mxcompile.calibration.data.packing import count_tokens, pack
 from mxcompile.calibration.data.sources import (
     Documents,
@@ -20,9 +20,10 @@ from mxcompile.calibration.data.sources import (
     read_lines,
     read_text,
 )
-from mxcompile.calibration.data.windows import check_length, start_tokens, tokens_taken, varied_windows, without_start
+from mxcompile.calibration.data.windows import check_length, start_tokens, varied_windows, without_start
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import WeightedBatch
+from mxcompile.tensor.devices import find_device
 
 LENGTH: Final = 512
 WINDOWS: Final = 32
@@ -60,12 +61,11 @@ def calibration_batches(
     if windows is not None and asked is not None:
         raise InputError(f"{source} says how many windows, and so does windows={windows}: leave out one of them")
     asked = asked if windows is None else windows
-    if asked is not None and asked < 1:
-        raise InputError(f"windows is how many to take, at least 1, not {asked}")
     start = start_tokens(tokenizer) if special_tokens else ()
     lengths = _window_lengths(length, like, tokenizer, start)
     order, ids = _order(documents, tokenizer, lengths, asked, start)
-    return [batch.to(device) for batch in _batches(varied_windows(ids, order, start))]
+    target = find_device(device)
+    return [batch.to(target) for batch in _batches(varied_windows(ids, order, start))]
 
 
 def planned_windows(
@@ -98,7 +98,8 @@ def _opened(source: object) -> tuple[Documents, int | None]:
         return read_documents(name), name.windows
     if isinstance(source, Documents):
         return source, None
-    return documents_of([source] if isinstance(source, Tensor) else source, "the calibration data"), None  # pyright: ignore
+    items = [source] if isinstance(source, Tensor | Mapping) else cast(Iterable[object], source)
+    return documents_of(items, "the calibration data"), None
 
 
 def _order(
@@ -108,7 +109,7 @@ def _order(
     least, wanted = lengths.least, _wanted(lengths, asked)
 
     def taken(count: int) -> int:
-        return tokens_taken(lengths.order(count), start)
+        return sum((length - len(start)) * number for length, number in lengths.counts(count))
 
     ids = pack(documents, tokenizer, taken(wanted) + len(start))
     available = len(without_start(ids, start))
@@ -135,6 +136,7 @@ def _window_lengths(length: int | Sequence[int], like: object, tokenizer: Any, s
     lengths = WindowLengths.of(length) if like is None else _lengths_like(like, tokenizer, start)
     for each in lengths.lengths:
         check_length(each, start)
+        check_number("length is the tokens of a window", each)
     return lengths
 
 
@@ -147,7 +149,7 @@ def _lengths_like(like: object, tokenizer: Any, start: tuple[int, ...]) -> Windo
         else:
             documents = documents_of(read_lines(path), str(path)) if path.suffix == ".jsonl" else _opened(like)[0]
     else:
-        documents = documents_of(like, "like")  # pyright: ignore
+        documents = documents_of([like] if isinstance(like, Mapping | Tensor) else cast(Iterable[object], like), "like")
     counts = [count + len(start) for count in count_tokens(documents, tokenizer) if count]
     if not counts:
         raise InputError(f"{documents.label} has no tokens, and so no lengths to take")

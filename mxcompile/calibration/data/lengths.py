@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mxcompile.errors import InputError
 
 QUANTILES = 8
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,19 @@ class WindowLengths:
         return cls(tuple(ordered[place] for place in places), by_tokens=False)
 
     def order(self, windows: int) -> list[int]:
-        """The lengths of so many windows, in the order in which they are cut from a text.
+        """The lengths of so many windows, in the order in which they are cut from a text; see `counts`."""
+        pairs = self.counts(windows)
+        places = ((place + 0.5) / count for _, count in pairs for place in range(count))
+        every = [length for length, count in pairs for _ in range(count)]
+        return [length for _, length in sorted(zip(places, every, strict=True), key=lambda pair: pair[0])]
+
+    def counts(self, windows: int) -> list[tuple[int, int]]:
+        """Each length and how many of so many windows have it.
 
         Each share is rounded so that there are exactly as many windows as asked for, and at least one of each length.
-        Raises InputError for fewer windows than lengths.
+        Raises InputError for fewer windows than lengths, and for more than a million.
         """
+        check_number("windows is how many to take", windows)
         lengths = self._chosen(windows)
         if windows < len(lengths):
             raise InputError(f"{windows} windows cannot have {len(lengths)} lengths: ask for more windows")
@@ -57,9 +66,7 @@ class WindowLengths:
             step = 1 if missing > 0 else -1
             movable = [index for index, count in enumerate(counts) if count + step > 0]
             counts[max(movable, key=lambda index: step * (exact[index] - counts[index]))] += step
-        places = ((place + 0.5) / count for count in counts for place in range(count))
-        every = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
-        return [length for _, length in sorted(zip(places, every, strict=True), key=lambda pair: pair[0])]
+        return list(zip(lengths, counts, strict=True))
 
     def _chosen(self, windows: int) -> tuple[int, ...]:
         """All lengths, or evenly spaced ones where quantiles are more than windows."""
@@ -67,3 +74,9 @@ class WindowLengths:
         if self.by_tokens or windows >= count:
             return self.lengths
         return tuple(self.lengths[(2 * index + 1) * count // (2 * windows)] for index in range(windows))
+
+
+def check_number(what: str, number: int) -> None:
+    """Raise InputError for a number of windows or tokens that is not from 1 to about a million."""
+    if not 1 <= number <= _MOST:
+        raise InputError(f"{what}, from 1 to {_MOST}, not {number}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mxcompile.arguments import checked
 from mxcompile.atomic_files import atomic_file
 from mxcompile.calibration.data.batches import LENGTH, calibration_batches
+from mxcompile.calibration.data.lengths import check_number
 from mxcompile.calibration.data.sources import Documents
 from mxcompile.calibration.data.windows import start_tokens
 from mxcompile.errors import InputError
@@ -28,11 +29,7 @@ from mxcompile.tensor.modules import device_of, eval_mode
 _TEXTS_AT_ONCE: Final = 16
 _GREEDY: Final = 3
 _FLAT: Final = 256  # single characters and bytes: the first places of a vocabulary, which are not ordered by frequency
-_PLAIN: Final = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-}  # whatever the model's config says
+_PLAIN: Final = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}  # not the model's defaults
 _GREEDILY: Final = {"do_sample": False, **_PLAIN}
 _SAMPLED: Final = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **_PLAIN}
 
@@ -56,6 +53,10 @@ def generate_calibration(
     The same seed gives the same texts on the same kind of device; torch's own generators stay as they are. Raises
     InputError if the model cannot write, or if `out` exists.
     """
+    check_number("windows is how many to write", windows)
+    check_number("length is the tokens of a window", length)
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed is a whole number from 0 to 2^63 - 1, not {seed}")
     if out is not None:
         check_new(out)
     documents = generate_documents(model, tokenizer, windows * length, length, seed)
@@ -70,10 +71,10 @@ def generate_documents(model: nn.Module, tokenizer: Any, tokens: int, length: in
 
     Raises InputError if the model has no `generate`.
     """
-    start = start_tokens(tokenizer)
-    length = max(length, len(start) + _GREEDY + 2)
     if not callable(getattr(model, "generate", None)):
         raise InputError(f"{type(model).__name__} cannot write calibration text: it has no generate method")
+    start = start_tokens(tokenizer)
+    length = max(length, len(start) + _GREEDY + 2)
     documents: list[list[int]] = []
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)

@@ -34,14 +34,9 @@ def token_windows(tokens: Tensor, length: int, count: int | None = None, *, toke
 def varied_windows(tokens: Tensor, lengths: Sequence[int], start: tuple[int, ...] = ()) -> list[Tensor]:
     """Consecutive windows `[1, length]` of token ids `[tokens]`, one for each of the lengths.
 
-    start: what every window begins with, as in `token_windows`. There must be enough tokens (`tokens_taken`).
+    start: what every window begins with, as in `token_windows`. There must be enough tokens.
     """
     return list(_windows(_text(tokens, start), start, lengths))
-
-
-def tokens_taken(lengths: Sequence[int], start: tuple[int, ...] = ()) -> int:
-    """How many tokens of a text windows of these lengths hold."""
-    return sum(lengths) - len(lengths) * len(start)
 
 
 def check_length(length: int, start: tuple[int, ...] = ()) -> None:
