@@ -33,5 +33,6 @@ CalibrationLike = Annotated[
     Path | None, typer.Option(help="a file with a task's inputs: windows get the lengths of its lines")
 ]
 CalibrationSelf = Annotated[
-    Path | None, typer.Option(help="let the model write the calibration text, and save it in this .jsonl file")
+    Path | None,
+    typer.Option(help="let the model write the calibration text, and save it in this .jsonl file, or read it there"),
 ]

@@ -31,7 +31,7 @@ class CalibrationOptions:
     """source: where the text is; None: not named. windows: how many; None: as many as there are, 32 at most.
 
     length: tokens of a window, one number or several. like: a file whose lengths they get. own: the file for a text
-    that the model writes itself.
+    that the model writes itself; if it is there, it is read, so that a command that is started again goes on.
     """
 
     source: SourceName | None = None
@@ -55,7 +55,8 @@ class CalibrationOptions:
         if own is not None:
             if source is not None:
                 raise InputError(_TWO.format("--calibration-self", f"--calibration {source.name}"))
-            check_new(own)
+            if not own.exists():
+                check_new(own)
         if length is not None and like is not None:
             raise InputError(
                 "--calibration-length and --calibration-like both say how long the windows are: leave out one"
@@ -75,7 +76,9 @@ class CalibrationOptions:
         return Path(self.source.name).resolve() == text.resolve()
 
     def read(self) -> Documents | None:
-        """The documents of the source, if one is named; raises InputError if there are none."""
+        """The documents of the source, if a file or name is there to read; raises InputError if there are none."""
+        if self.own is not None and self.own.exists():
+            return read_documents(SourceName(str(self.own)))
         return None if self.source is None else read_documents(self.source)
 
     def batches(

@@ -250,7 +250,10 @@ def _load_with_data(
     console: Console, options: EvalOptions, text: str, documents: Documents | None
 ) -> tuple[Any, Any, EvalData]:
     model, tokenizer = _load(console, options.model, options.device)
-    if options.calibrates and options.calibration.own is not None:
+    own = options.calibration.own if options.calibrates else None
+    if own is not None and documents is not None:
+        console.print(f"{own} is there already: it is read, and the model writes no text", markup=False)
+    elif own is not None:
         documents = options.calibration.write_own(console, model, tokenizer, options.special_tokens)
     data = _make_data(options, tokenizer, token_ids(tokenizer, text), documents)
     _check_model(options.model_name, model, data)
