@@ -23,6 +23,7 @@ from mxcompile.calibration.data.batches import windows_in_words
 from mxcompile.calibration.data.windows import token_ids, token_windows
 from mxcompile.cli import smollm2
 from mxcompile.cli.texts import help_text, read_text
+from mxcompile.passes.recipes import as_pipeline
 
 WINDOW: Final = 512
 MIXED: Final = (128, 512, 2048)
@@ -41,7 +42,7 @@ def main() -> None:
             began = time.perf_counter()
             batches = [batch.to(arguments.device) for batch in makers[name]()]
             made = time.perf_counter()
-            lowered = mxcompile.Pipeline.parse(str(mxcompile.recipes()[arguments.recipe])).run(program, batches)
+            lowered = as_pipeline(arguments.recipe).run(program, batches)
             done = time.perf_counter()
             deployed = mxcompile.deploy(lowered, model, check=False)
             row: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "recipe": arguments.recipe, "calibration": name}
@@ -109,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--calibration", type=Path, required=True, help="a .txt or .jsonl file")
     parser.add_argument("--text", type=Path, required=True, help="a .txt or .jsonl file to evaluate on")
-    parser.add_argument("--recipe", default="w4a8-mxint")
+    parser.add_argument("--recipe", default="w4a8-mxint", help="a recipe or pipeline")
     parser.add_argument("--windows", type=int, default=16, help="calibration tokens, in windows of 512")
     parser.add_argument("--test-tokens", type=int, default=8192, help="tokens of each text to evaluate on")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
