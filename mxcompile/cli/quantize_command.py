@@ -23,7 +23,7 @@ from mxcompile.cli.arguments import (
     TextFile,
 )
 from mxcompile.cli.calibration import CalibrationOptions
-from mxcompile.cli.compare import EvalOptions, print_comparison, quantize_and_compare
+from mxcompile.cli.compare import Comparison, EvalOptions, print_comparison, quantize_and_compare
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.interruption import check_apart, interruption_explained
 from mxcompile.cli.low_memory import LowMemoryOptions, quantize_low_memory
@@ -100,16 +100,25 @@ def quantize(
     if enough or force:
         with interruption_explained(messages(), resume):
             save_model(quantized, out, tokenizer, format)
-    written = {"recovery": recovery, "metric": str(metric), "out": str(out) if enough or force else None}
+    _report(comparison, metric, min_recovery, out if enough or force else None, as_json)
+
+
+def _report(
+    comparison: Comparison, metric: Metric, min_recovery: float | None, written: Path | None, as_json: bool
+) -> None:
+    """Print the comparison and where the model is written; raises RecoveryError if it is written nowhere."""
+    recovery = comparison.scores.recovery(metric)
     if as_json:
-        print_json(comparison.record() | written)
+        numbers = {"recovery": recovery, "metric": str(metric), "out": None if written is None else str(written)}
+        print_json(comparison.record() | numbers)
     else:
         print_comparison(results(), comparison)
-    verdict = f"recovery ({metric}) {recovery:.3f}" + ("" if enough else f", below {min_recovery}")
-    if not enough and not force:
+    below = min_recovery is not None and recovery < min_recovery
+    verdict = f"recovery ({metric}) {recovery:.3f}" + (f", below {min_recovery}" if below else "")
+    if written is None:
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
     screen = messages() if as_json else results()
-    screen.print(f"{verdict}; written to {out} (mxcompile generate {out} --prompt ...)", markup=False)
+    screen.print(f"{verdict}; written to {written} (mxcompile generate {written} --prompt ...)", markup=False)
 
 
 def _check_low_memory(out: Path, format: str | None, min_recovery: float | None) -> None:
