@@ -69,13 +69,23 @@ def deploy(program: Program, model: M, *, check: bool = True) -> M:
     Raises DeployError if the program is not lowered, was not traced from this model or uses one parameter in two ways,
     or if the outputs differ.
     """
-    own, weights = _checked_placements(program, model)
-    replacements = _replacements(program, own, weights, _copied)
-    deployed = _with_replacements(model, own, replacements)
-    _check_nothing_shared(deployed, model)
+    deployed = placed(program, model)
     _mark(program, deployed)
     if check:
         _check_agreement(program, deployed)
+    return deployed
+
+
+def placed(program: Program, model: M) -> M:
+    """The module that `deploy` makes, before transformers is told that it is quantized: to be saved, not to be run.
+
+    Tensors of the program and of the model may be on the meta device. Raises DeployError as `deploy` does.
+    """
+    own, weights = _checked_placements(program, model)
+    replacements = _replacements(program, own, weights, _copied)
+    deployed = _with_replacements(model, own, replacements).requires_grad_(False).eval()
+    _check_nothing_shared(deployed, model)
+    _provenance(program).write_on(deployed)
     return deployed
 
 
@@ -114,9 +124,11 @@ def _checked_placements(program: Program, model: nn.Module) -> tuple[dict[str, T
 
 
 def _mark(program: Program, deployed: nn.Module) -> None:
-    mark_quantized(
-        deployed.requires_grad_(False).eval(), Provenance(" | ".join(record.spec for record in program.ledger))
-    )
+    mark_quantized(deployed.requires_grad_(False).eval(), _provenance(program))
+
+
+def _provenance(program: Program) -> Provenance:
+    return Provenance(" | ".join(record.spec for record in program.ledger))
 
 
 def _replacements(

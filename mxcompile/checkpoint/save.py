@@ -25,6 +25,8 @@ from mxcompile.tensor.modules import is_pretrained
 
 _OWN: Final = "mxcompile"
 SHARD_SIZE: Final = "5GB"
+SOURCE_CONFIG: Final = "_mxcompile_source_config"
+"""Attribute of a module without a known class: the `config.json` of the files that it was read from."""
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", re.IGNORECASE)
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -68,14 +70,14 @@ def save(
         if value is not None and (isinstance(value, type) or not callable(getattr(value, "save_pretrained", None))):
             kind = type(value).__name__
             raise CheckpointError(f"{name} is of type {kind}, which has no save_pretrained: give transformers' object")
-    foreign_format = _foreign_format(format, folder)
-    if foreign_format is not None:
+    other = foreign_format(format, folder)
+    if other is not None:
 
         def auxiliary(to: Path) -> dict[str, Any]:
-            return _write_auxiliary(module, to, names, processors)
+            return write_auxiliary(module, to, names, processors)
 
         vocabulary = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
-        foreign.save(folder, foreign_format, module, names, largest, auxiliary, vocabulary)
+        foreign.save(folder, other, module, names, largest, auxiliary, vocabulary)
         return
     with save_transaction(folder) as saving:
 
@@ -95,7 +97,7 @@ def write_checkpoint(
     write: Callable[[Sequence[str]], Mapping[str, shards.ShardChecksums]],
 ) -> None:
     """Write all files of a checkpoint, and commit it. write: writes the `count` weight files of these names."""
-    config = _write_auxiliary(module, saving.stage, names, processors)
+    config = write_auxiliary(module, saving.stage, names, processors)
     written = write([f"{saving.stem}-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)])
     index = f"{saving.stem}.safetensors.index.json"
     data = CheckpointIndex(names, written).to_json().encode()
@@ -107,10 +109,10 @@ def write_checkpoint(
 def check_destination(path: str | Path, format: str | None = None) -> None:
     """Raise CheckpointError if `save` to that path would refuse to replace what is there, or cannot write there."""
     folder = Path(path)
-    foreign_format = _foreign_format(format, folder)
+    other = foreign_format(format, folder)
     try:
-        if foreign_format is not None:
-            foreign.check_destination(folder, foreign_format)
+        if other is not None:
+            foreign.check_destination(folder, other)
         else:
             check_own(folder)
             check_writable(folder, is_folder=True)
@@ -120,12 +122,12 @@ def check_destination(path: str | Path, format: str | None = None) -> None:
 
 def check_model(path: str | Path, model: nn.Module, weights: Iterable[MXFormat], format: str | None = None) -> None:
     """Raise CheckpointError if `save` would refuse the model once it is quantized to these formats."""
-    foreign_format = _foreign_format(format, Path(path))
-    if foreign_format is not None:
-        foreign.check_model(foreign_format, model, weights)
+    other = foreign_format(format, Path(path))
+    if other is not None:
+        foreign.check_model(other, model, weights)
 
 
-def _foreign_format(format: str | None, path: Path) -> str | None:
+def foreign_format(format: str | None, path: Path) -> str | None:
     """Another project's format, by its name or by the path's suffix; None for our own."""
     if format is None:
         return foreign.GGUF if path.suffix == ".gguf" else None
@@ -134,13 +136,17 @@ def _foreign_format(format: str | None, path: Path) -> str | None:
     return None if format == _OWN else format
 
 
-def _write_auxiliary(module: nn.Module, stage: Path, names: TensorNames, processors: tuple[Any, ...]) -> dict[str, Any]:
-    """Write the files that belong to a model besides its weights; returns its configuration."""
+def write_auxiliary(module: nn.Module, stage: Path, names: TensorNames, processors: tuple[Any, ...]) -> dict[str, Any]:
+    """Write the files that belong to a model besides its weights; returns its configuration.
+
+    processors: whatever has a `save_pretrained`. A module that is none of transformers may have one
+    as its attribute `SOURCE_CONFIG`.
+    """
     for processor in processors:
         if processor is not None:
             processor.save_pretrained(stage)
     if not is_pretrained(module):
-        return {}
+        return dict(getattr(module, SOURCE_CONFIG, {}))
     from mxcompile.checkpoint import hf_models  # imports transformers
 
     hf_models.save_generation(module, stage)  # pyright: ignore[reportArgumentType]

@@ -36,11 +36,15 @@ class ShardChecksums:
 
 @dataclass(frozen=True)
 class PendingTensor:
-    """A tensor that is made when it is written. make: returns one of that dtype and shape."""
+    """A tensor that is made when it is written.
+
+    make: returns one of that dtype and shape. owner: the name of the module's tensor that it is a part of.
+    """
 
     dtype: torch.dtype
     shape: torch.Size
     make: Callable[[], Tensor]
+    owner: str = ""
 
     def element_size(self) -> int:
         """Bytes of a value."""

@@ -7,7 +7,7 @@
 
     OUT/.mxcompile-stream/key.json              what is being done; another key begins anew
     OUT/.mxcompile-stream/part-0.safetensors    tensors that were added together, with part-0.json: it is finished
-    OUT/.mxcompile-stream/shard-1.safetensors   a weight file of the checkpoint to be, with shard-1.json
+    OUT/.mxcompile-stream/shard-0.safetensors   a weight file of the checkpoint to be, with shard-0.json
 
 A file counts once its .json is there, which is written last. A run that is killed leaves all that is finished: the next
 one with the same key goes on from there. The checkpoint itself is committed at once, like one of `save`.
@@ -27,8 +27,19 @@ from mxcompile.atomic_files import atomic_file, folder_lock, real_path
 from mxcompile.checkpoint import shards
 from mxcompile.checkpoint.checked_json import read_json, take, take_map
 from mxcompile.checkpoint.index import parse_packing, write_packing
-from mxcompile.checkpoint.save import SHARD_SIZE, shard_bytes, write_checkpoint
-from mxcompile.checkpoint.save_transaction import check_destination, save_transaction
+from mxcompile.checkpoint.interop import compressed_tensors
+from mxcompile.checkpoint.interop.files import file_names, new_folder, write_index
+from mxcompile.checkpoint.interop.foreign import GGUF
+from mxcompile.checkpoint.pending_values import PendingValues, Values
+from mxcompile.checkpoint.save import (
+    SHARD_SIZE,
+    check_destination,
+    foreign_format,
+    shard_bytes,
+    write_auxiliary,
+    write_checkpoint,
+)
+from mxcompile.checkpoint.save_transaction import save_transaction
 from mxcompile.checkpoint.shards import PendingTensor, ShardChecksums
 from mxcompile.checkpoint.stored_tensors import (
     TensorNames,
@@ -41,22 +52,28 @@ from mxcompile.errors import CheckpointError
 from mxcompile.tensor.weight import MXWeight
 
 STAGE: Final = ".mxcompile-stream"
-Values = Callable[[Sequence[str]], Callable[[str], Tensor]]
-"""Of the names of a file's tensors, in the order in which they are written: what returns each of them."""
 
 
 class StreamedSave:
     """A save in progress, to a folder as for `save`. One process at a time works on a folder.
 
     key: what is being done (source, recipe, options): what an earlier run with another key has left is deleted.
-    resumed: whether one with the same key has left something.
+    resumed: whether one with the same key has left something. format: as for `save`; "compressed-tensors" needs a new
+    folder, and what is kept for it lies beside.
 
     Raises CheckpointError if the folder holds another model, cannot be written, or another process works on it.
     """
 
-    def __init__(self, folder: str | Path, key: str, *, max_shard_size: int | str = SHARD_SIZE) -> None:
+    def __init__(
+        self, folder: str | Path, key: str, *, max_shard_size: int | str = SHARD_SIZE, format: str | None = None
+    ) -> None:
         self.folder = real_path(Path(folder))
-        self.stage = self.folder / STAGE
+        self._foreign = foreign_format(format, self.folder)
+        if self._foreign == GGUF:
+            raise CheckpointError(
+                "a GGUF file cannot be written tensor by tensor: write a folder, then mxcompile convert it to GGUF"
+            )
+        self.stage = self.folder.with_name(f".{self.folder.name}{STAGE}") if self._foreign else self.folder / STAGE
         self.resumed = False
         self._key = key
         self._largest = shard_bytes(max_shard_size)
@@ -66,8 +83,8 @@ class StreamedSave:
 
     def __enter__(self) -> Self:
         try:
-            check_destination(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            check_destination(self.folder, self._foreign)
+            self.stage.parent.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(folder_lock(self.stage, wait=False))
             self._open()
         except BlockingIOError as error:
@@ -135,22 +152,55 @@ class StreamedSave:
         Files that an earlier run has finished are not written again.
         """
         names, tensors = flatten_module(module, with_values=False)
-        pending = _Pending(names, tensors, values or (lambda _: self._value), progress)
-        groups = shards.split(pending.tensors, self._largest)
+        reading = PendingValues(values or (lambda _: self._value), progress)
         try:
-            written = [self._shard(number, group, pending) for number, group in enumerate(groups)]
-            with save_transaction(self.folder) as saving:
-
-                def move(files: Sequence[str]) -> dict[str, ShardChecksums]:
-                    for file, (path, _) in zip(files, written, strict=True):
-                        path.with_suffix(".json").unlink()
-                        path.replace(saving.new_file(file))
-                    return {file: checksums for file, (_, checksums) in zip(files, written, strict=True)}
-
-                write_checkpoint(saving, module, names, (tokenizer, processor), len(groups), move)
+            if self._foreign:
+                self._commit_foreign(module, names, (tokenizer, processor), reading)
+            else:
+                self._commit_own(module, names, (tokenizer, processor), reading.pending(names, tensors), reading)
             self._clear()
         except OSError as error:
             raise self._cannot_write(error) from error
+
+    def _commit_own(
+        self,
+        module: nn.Module,
+        names: TensorNames,
+        processors: tuple[Any, ...],
+        tensors: Mapping[str, Tensor | PendingTensor],
+        reading: PendingValues,
+    ) -> None:
+        groups = shards.split(tensors, self._largest)
+        written = self._shards(groups, reading)
+        with save_transaction(self.folder) as saving:
+
+            def move(files: Sequence[str]) -> dict[str, ShardChecksums]:
+                self._move(written, [saving.new_file(file) for file in files])
+                return {file: checksums for file, (_, checksums) in zip(files, written, strict=True)}
+
+            write_checkpoint(saving, module, names, processors, len(groups), move)
+
+    def _commit_foreign(
+        self, module: nn.Module, names: TensorNames, processors: tuple[Any, ...], reading: PendingValues
+    ) -> None:
+        with new_folder(self.folder) as stage:
+            config = write_auxiliary(module, stage, names, processors)
+            groups = shards.split(compressed_tensors.write(stage, module, names, config, reading.read), self._largest)
+            written = self._shards(groups, reading)
+            self._move(written, [stage / file for file in file_names(len(groups))])
+            write_index(stage, groups)
+
+    def _shards(
+        self, groups: Sequence[Mapping[str, Tensor | PendingTensor]], reading: PendingValues
+    ) -> list[tuple[Path, ShardChecksums]]:
+        """The weight files of the checkpoint, each written unless an earlier run has finished it."""
+        reading.total = sum(map(len, groups))
+        return [self._shard(number, group, reading) for number, group in enumerate(groups)]
+
+    def _move(self, written: Iterable[tuple[Path, ShardChecksums]], targets: Iterable[Path]) -> None:
+        for (path, _), target in zip(written, targets, strict=True):
+            path.with_suffix(".json").unlink()
+            path.replace(target)
 
     def _value(self, name: str) -> Tensor:
         """A tensor that was added under one of its names."""
@@ -158,15 +208,16 @@ class StreamedSave:
             raise CheckpointError(f"{name} has no values yet: add it before the checkpoint is committed")
         return self.read(name)
 
-    def _shard(self, number: int, group: Mapping[str, Any], pending: "_Pending") -> tuple[Path, ShardChecksums]:
-        """A weight file of the checkpoint, which is written unless an earlier run has finished it."""
+    def _shard(
+        self, number: int, group: Mapping[str, Tensor | PendingTensor], reading: PendingValues
+    ) -> tuple[Path, ShardChecksums]:
         path = self.stage / f"shard-{number}.safetensors"
         earlier = _read_finished(path)
         if earlier is not None and set(earlier[0].tensors) == set(group):
-            pending.skip(group)
+            reading.skip(len(group))
             return path, earlier[0]
-        ordered = pending.begin(group)
-        return path, self._write(path, ordered, {})
+        with reading.of(group) as ordered:
+            return path, self._write(path, ordered, {})
 
     def _write(self, path: Path, tensors: Mapping[str, Any], note: Mapping[str, Any]) -> ShardChecksums:
         """Write a file, and then the .json with which it counts."""
@@ -230,63 +281,6 @@ class StreamedSave:
             f"{where} cannot be written ({error.strerror or error}): what is finished is kept in {self.stage}, and the "
             "same command goes on from there"
         )
-
-
-class _Pending:
-    """The tensors of a checkpoint as the writer of its files takes them: made when they are written."""
-
-    def __init__(
-        self,
-        names: TensorNames,
-        tensors: Mapping[str, Tensor],
-        values: Values,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self._of = {part: name for name, packing in names.weights.items() for part in packing.parts(name)}
-        self._values = values
-        self._value: Callable[[str], Tensor] | None = None
-        self._last: tuple[str, dict[str, Tensor]] | None = None
-        self._progress, self._done = progress, 0
-        self.tensors = {name: self._pending(name, own) for name, own in tensors.items()}
-
-    def begin(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The tensors of a file, in the order in which they are written, which begins now."""
-        ordered = shards.in_order(group)
-        owners = dict.fromkeys(self._of.get(name, name) for name, own in ordered.items() if self._is_pending(own))
-        self._value, self._last = self._values(list(owners)), None
-        return ordered
-
-    def skip(self, group: Mapping[str, Any]) -> None:
-        """A file is there already."""
-        self._advance(len(group))
-
-    def _is_pending(self, tensor: Any) -> bool:
-        return isinstance(tensor, PendingTensor)
-
-    def _pending(self, name: str, tensor: Tensor) -> Tensor | PendingTensor:
-        if not tensor.is_meta:
-            return tensor
-
-        def make() -> Tensor:
-            owner = self._of.get(name, name)
-            if self._last is None or self._last[0] != owner:
-                assert self._value is not None
-                self._last = None  # the one before is freed first
-                self._last = owner, flatten_tensor(owner, self._value(owner))
-            made = self._last[1][name]
-            if made.dtype != tensor.dtype or made.shape != tensor.shape:
-                raise CheckpointError(
-                    f"{name} should be {list(tensor.shape)} ({tensor.dtype}), but is {list(made.shape)} ({made.dtype})"
-                )
-            self._advance(1)
-            return made
-
-        return PendingTensor(tensor.dtype, tensor.shape, make)
-
-    def _advance(self, count: int) -> None:
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, len(self.tensors))
 
 
 def _number(path: Path) -> int:

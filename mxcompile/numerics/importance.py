@@ -83,8 +83,12 @@ def round_rows(
 ) -> tuple[Tensor, Tensor]:
     """Round a weight to MX values, a few rows at a time; returns the values and the E8M0 scales.
 
-    importance: of the input channels, `[in]`; weights the squared error of the `mse` rule.
+    importance: of the input channels, `[in]`; weights the squared error of the `mse` rule. On the meta device, only the
+    shapes of the results.
     """
+    if rows.is_meta:
+        blocks = fmt.blocks(rows.shape[-1])
+        return torch.empty_like(rows), rows.new_empty((*rows.shape[:-1], blocks), dtype=torch.uint8)
 
     def convert(part: Tensor) -> tuple[Tensor, Tensor]:
         if importance is not None and rule is ScaleRule.MSE:

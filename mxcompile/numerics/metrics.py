@@ -17,7 +17,9 @@ _VALUES = 1 << 18  # converted to float64 at a time
 def sqnr_db(signal: Tensor, approximation: Tensor) -> float:
     """Signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - y)^2), in dB, of tensors of one shape.
 
-    inf if they are equal, NaN if either holds NaN."""
+    inf if they are equal, NaN if either holds NaN, or on the meta device."""
+    if signal.is_meta:
+        return math.nan
     return _sqnr_db(zip(matrices(signal), matrices(approximation), strict=True))
 
 

@@ -64,8 +64,8 @@ def column_wise(call: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf; allocates no mask of its size."""
-    if not tensor.numel() or not tensor.is_floating_point():
+    """Whether a tensor holds neither NaN nor Inf; allocates no mask of its size. True on the meta device."""
+    if not tensor.numel() or not tensor.is_floating_point() or tensor.is_meta:
         return True
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 

@@ -48,7 +48,8 @@ def storages(tensor: Tensor) -> Iterator[int]:
     for part in tensor.parts if isinstance(tensor, MXWeight) else (tensor,):
         if part.layout is torch.strided and part.device.type != "meta":
             try:
-                address = part.untyped_storage().data_ptr()
+                storage = part.untyped_storage()
+                address = 0 if storage.device.type == "meta" else storage.data_ptr()  # of a fake tensor
             except (NotImplementedError, RuntimeError):  # a wrapper, like a fake tensor
                 continue
             if address:

@@ -163,3 +163,21 @@ def test_another_models_folder_and_a_second_process_are_refused(tmp_path):
     second = StreamedSave(tmp_path / "out", "key")
     with StreamedSave(tmp_path / "out", "key"), pytest.raises(CheckpointError, match="another process writes to it"):
         second.__enter__()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("size", ["5GB", 20_000])
+def test_compressed_tensors_are_those_of_save(tmp_path, name, size):
+    module = lowered("lower-mx{weight=mxfp4}", name)
+    mxcompile.save(module, tmp_path / "saved", max_shard_size=size, format="compressed-tensors")
+    kept = StreamedSave(tmp_path / "streamed", "key", max_shard_size=size, format="compressed-tensors")
+    with kept as saving:
+        add_all(saving, module)
+        saving.commit(without_values(module))
+    assert files(tmp_path / "streamed") == files(tmp_path / "saved")
+    assert not kept.stage.exists()
+
+
+def test_a_gguf_file_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written tensor by tensor: write a folder, then"):
+        StreamedSave(tmp_path / "out.gguf", "key")

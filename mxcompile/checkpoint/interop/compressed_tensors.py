@@ -12,7 +12,7 @@ rules. Checked with compressed-tensors 0.20.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mxcompile.checkpoint.checked_json import take, take_map
 from mxcompile.checkpoint.config_json import CONFIG
 from mxcompile.checkpoint.interop.compressed_layers import GroupBits, bits_of, check_writable, float_linears, notes
-from mxcompile.checkpoint.interop.element_layouts import STORED, from_rows, to_rows
+from mxcompile.checkpoint.interop.element_layouts import STORED, check_scales, from_rows, to_rows
 from mxcompile.checkpoint.interop.files import dtype_of, read_tensors
 from mxcompile.checkpoint.interop.stored_names import StoredParts, stored_parts
 from mxcompile.checkpoint.shards import PendingTensor
@@ -46,10 +46,16 @@ _SCALE, _PACKED, _PLAIN = ".weight_scale", ".weight_packed", ".weight"
 _DTYPE: Final = "bfloat16"
 
 
-def write(folder: Path, module: nn.Module, names: TensorNames, config: Mapping[str, Any]) -> dict[str, PendingTensor]:
+def write(
+    folder: Path,
+    module: nn.Module,
+    names: TensorNames,
+    config: Mapping[str, Any],
+    read: Callable[[str], Tensor] | None = None,
+) -> dict[str, PendingTensor]:
     """Write config.json, and return the tensors to store, which are made when they are written.
 
-    config: the model's own configuration.
+    config: the model's own configuration. read: of a module on the meta device, returns the values of a tensor.
     Raises CheckpointError, naming every layer, for weights that compressed-tensors has no format for.
     """
     values = dict(_values(module, names))
@@ -62,10 +68,10 @@ def write(folder: Path, module: nn.Module, names: TensorNames, config: Mapping[s
             if isinstance(value, MXWeight):
                 path = part.rpartition(".")[0]
                 groups.setdefault(bits_of(value), []).append(path)
-                tensors |= {path + leaf: tensor for leaf, tensor in _packed(value, stored[name], part)}
+                tensors |= {path + leaf: tensor for leaf, tensor in _packed(name, value, stored[name], part, read)}
             else:
-                make = partial(stored[name].take, value.detach(), part)
-                tensors[part] = PendingTensor(value.dtype, stored[name].shape_of(value, part), make)
+                make = partial(_take, name, value.detach(), stored[name], part, read)
+                tensors[part] = PendingTensor(value.dtype, stored[name].shape_of(value, part), make, name)
     heads = _heads(module, stored)
     content = dict(config) | {"quantization_config": _describe(groups, float_linears(module, values, stored), heads)}
     if config and config.get("dtype") not in (None, _DTYPE):
@@ -106,22 +112,33 @@ def read(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     return stored | tensors
 
 
-def _packed(value: MXWeight, stored: StoredParts, part: str) -> Iterator[tuple[str, PendingTensor]]:
+def _take(name: str, value: Tensor, stored: StoredParts, part: str, read: Callable[[str], Tensor] | None) -> Tensor:
+    """What is stored under a name of a tensor of the module, whose values are read if it has none."""
+    if value.is_meta and read is not None:
+        value = read(name)
+        if isinstance(value, MXWeight):
+            check_scales(name, value.scales)
+    return stored.take(value, part)
+
+
+def _packed(
+    name: str, value: MXWeight, stored: StoredParts, part: str, read: Callable[[str], Tensor] | None
+) -> Iterator[tuple[str, PendingTensor]]:
     """(end of the name, tensor) for what is stored of a weight under a name."""
     bits = bits_of(value)[0]
     *leading, size = stored.shape_of(value, part)
     shape, dtype = torch.Size((*leading, size * bits // 8)), torch.float8_e4m3fn if bits == 8 else torch.uint8
 
     def taken() -> MXWeight:
-        own = stored.take(value, part)
+        own = _take(name, value, stored, part, read)
         assert isinstance(own, MXWeight)
         return own
 
     yield (
         _PLAIN if bits == 8 else _PACKED,
-        PendingTensor(dtype, shape, lambda: to_rows(taken(), STORED[bits]).view(dtype)),
+        PendingTensor(dtype, shape, lambda: to_rows(taken(), STORED[bits]).view(dtype), name),
     )
-    yield _SCALE, PendingTensor(torch.uint8, torch.Size((*leading, size // 32)), lambda: taken().scales)
+    yield _SCALE, PendingTensor(torch.uint8, torch.Size((*leading, size // 32)), lambda: taken().scales, name)
 
 
 def _weight(

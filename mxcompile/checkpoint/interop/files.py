@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -85,14 +85,24 @@ def _files(folder: Path) -> dict[str, str]:
 def write_tensors(folder: Path, tensors: Mapping[str, shards.PendingTensor], largest: int) -> None:
     """Write safetensors files of at most `largest` bytes; if there are several, also Hugging Face's index of them."""
     groups = shards.split(tensors, largest)
-    if len(groups) == 1:
-        shards.write(folder / _SINGLE_FILE, groups[0])
-        return
-    files = [f"model-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
-    for file, group in zip(files, groups, strict=True):
+    for file, group in zip(file_names(len(groups)), groups, strict=True):
         shards.write(folder / file, group)
-    weight_map = {name: file for file, group in zip(files, groups, strict=True) for name in group}
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_index(folder, groups)
+
+
+def file_names(count: int) -> list[str]:
+    """The names of a checkpoint's weight files."""
+    if count == 1:
+        return [_SINGLE_FILE]
+    return [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+
+
+def write_index(folder: Path, groups: Sequence[Mapping[str, shards.PendingTensor]]) -> None:
+    """Write Hugging Face's index of several weight files; of one there is none. groups: the tensors of each."""
+    if len(groups) == 1:
+        return
+    weight_map = {name: file for file, group in zip(file_names(len(groups)), groups, strict=True) for name in group}
+    total = sum(tensor.nbytes for group in groups for tensor in group.values())
     write_durably(
         folder / _INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
     )

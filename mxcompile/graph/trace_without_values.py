@@ -1,0 +1,46 @@
+"""Trace a module whose parameters have no values, to learn what would be done with it: a Program on the meta device.
+
+`torch.export` traces with fake tensors anyway, so the graph is the one of the module with values. Passes that only
+round to nearest run on such a Program, and give shapes.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
+from mxcompile.tensor.copying import copy_module
+from mxcompile.tensor.modules import named_tensors, set_tensors
+
+
+def trace_without_values(
+    model: nn.Module,
+    example_inputs: object,
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    allow_partial: bool = False,
+) -> Program:
+    """`trace` of a module with tensors on the meta device, which stand for tensors on the CPU.
+
+    Those of the Program are on the meta device too. Raises what `trace` raises.
+    """
+    own = named_tensors(model)
+    empty = {id(value): value for value in own.values() if value.is_meta}
+    shadow = copy_module(model, own.values())
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        fake = {
+            key: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+            for key, value in empty.items()
+        }
+    set_tensors(shadow, [(name, fake[id(value)]) for name, value in own.items() if id(value) in fake])
+    program = trace(shadow, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
+    for name in list(program.parameter_names()):
+        value = program.stored(name)
+        if isinstance(value, FakeTensor) or isinstance(value.data, FakeTensor):
+            program.set_tensor(name, own[name])
+    return program
