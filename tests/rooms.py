@@ -25,7 +25,7 @@ FLOORS = (
     {"calibration", "deploy", "export", "serving"},
     {"pipeline"},
     {"passes"},
-    {"diagnostics"},
+    {"diagnostics", "model_free"},
     {"api"},
     {"cli"},
     {"__init__"},

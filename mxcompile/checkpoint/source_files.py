@@ -85,6 +85,22 @@ class SourceFiles:
             return [name]
         return [part for part, _ in self._assemblies[self._source(name)].sources]
 
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor, or the first part of it."""
+        return self.stored[self.parts(name)[0]].file
+
+    def stored_bytes(self, name: str) -> int:
+        """The bytes of a tensor in the files; if other tensors are made of the same parts, its own share of them."""
+        parts = self.parts(name)
+        sharing = 1 if self.model is None else self._sharing[self._source(name)]
+        return sum(self.stored[part].stored_bytes for part in parts) // sharing
+
+    @cached_property
+    def _sharing(self) -> dict[str, int]:
+        """For each tensor, how many are made of the same parts."""
+        counts = Counter(map(id, self._assemblies.values()))
+        return {name: counts[id(assembly)] for name, assembly in self._assemblies.items()}
+
     def tensor(self, name: str) -> Tensor:
         """The values of a tensor, on the CPU: memory-mapped if the file has them as they are. Do not write to it.
 

@@ -30,8 +30,9 @@ class StoredTensor:
     """A tensor of a checkpoint.
 
     file: the weight file that holds it. read: returns its values, on the CPU. packed: of a weight that is stored in an
-    MX format, returns it as it is; None for any other. note: how it is stored, if `read` decodes it. offset: the byte
-    of the file from which on its values lie in row-major order; None if they do not lie there so, or it is not known.
+    MX format, returns it as it is; None for any other. note: how it is stored, if `read` decodes it; encoded: its bytes
+    then, with those of its scales. offset: the byte of the file from which on its values lie in row-major order; None
+    if they do not lie there so, or it is not known.
     """
 
     shape: torch.Size
@@ -41,6 +42,12 @@ class StoredTensor:
     packed: Callable[[], MXWeight] | None = None
     note: str = ""
     offset: int | None = None
+    encoded: int | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Its bytes in the file."""
+        return self.shape.numel() * self.dtype.itemsize if self.encoded is None else self.encoded
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -152,7 +152,8 @@ def _scaled(
         return values
 
     where = f"FP8 (E4M3) with a scale for each {sizes[0]} x {sizes[1]}" if block else "FP8 (E4M3) with float scales"
-    return replace(tensor, dtype=source.dtype, read=read, note=where)
+    size = tensor.stored_bytes + scales.stored_bytes
+    return replace(tensor, dtype=source.dtype, read=read, note=where, encoded=size, offset=None)
 
 
 def _integers(source: _Source, name: str, tensor: StoredTensor, scales: StoredTensor) -> StoredTensor:
@@ -183,7 +184,9 @@ def _integers(source: _Source, name: str, tensor: StoredTensor, scales: StoredTe
         return values
 
     kind = f"{bits}-bit integers with {'scales' if zeros is None else 'scales and zero points'} by group"
-    return replace(tensor, shape=torch.Size((out, size)), dtype=source.dtype, read=read, note=kind)
+    held = sum(each.stored_bytes for each in (tensor, scales, zeros, order) if each is not None)
+    shape = torch.Size((out, size))
+    return replace(tensor, shape=shape, dtype=source.dtype, read=read, note=kind, encoded=held, offset=None)
 
 
 def _words(words: Tensor, bits: int) -> Tensor:
@@ -209,7 +212,8 @@ def _packed(
         return from_rows(f"{tensor.file}: {name}", rows, scales.read(), fmt, layout, source.dtype)
 
     note = f"{str(fmt).upper()} with blocks of {fmt.block}"
-    return StoredTensor(shape, source.dtype, tensor.file, lambda: packed().dequantize(), packed, note)
+    size = tensor.stored_bytes + scales.stored_bytes
+    return StoredTensor(shape, source.dtype, tensor.file, lambda: packed().dequantize(), packed, note, size)
 
 
 def _block_reader(tensor: StoredTensor) -> Callable[[], Tensor]:
