@@ -24,6 +24,7 @@ from mxcompile.graph.records import Miss, PassResult
 from mxcompile.graph.rules import Rule, apply_rules
 from mxcompile.graph.trace import trace
 from mxcompile.inductor import compile_module
+from mxcompile.model_free.quantize_files import quantize_files
 from mxcompile.numerics import reference
 from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline.interfaces import Pass
@@ -62,6 +63,7 @@ __all__ = [
     "print_program",
     "quantize_and_compile",
     "quantize_checkpoint",
+    "quantize_files",
     "read_gguf",
     "recipes",
     "reference",

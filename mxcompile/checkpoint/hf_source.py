@@ -6,7 +6,8 @@ transformers 5.17 to 5.24 (`core_model_loading`).
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils import logging
 
 from mxcompile.checkpoint.hf_models import find_class
 from mxcompile.checkpoint.stored_files import StoredTensor
@@ -156,7 +158,8 @@ def model_without_values(folder: Path, config: Any, kind: Any, dtype: torch.dtyp
     are tied.
     """
     try:
-        model = kind.from_pretrained(None, config=config, state_dict=dict(stated), dtype=dtype)
+        with _without_bars():
+            model = kind.from_pretrained(None, config=config, state_dict=dict(stated), dtype=dtype)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:
@@ -165,6 +168,18 @@ def model_without_values(folder: Path, config: Any, kind: Any, dtype: torch.dtyp
     empty = {id(own[name]): _without_values(own[name]) for name in stated}
     set_tensors(model, [(name, empty[id(value)]) for name, value in own.items() if id(value) in empty])
     return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _without_bars() -> Generator[None]:
+    """No progress bar of transformers: nothing is loaded here."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _without_values(tensor: Tensor) -> Tensor:

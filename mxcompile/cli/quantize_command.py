@@ -27,6 +27,7 @@ from mxcompile.cli.compare import Comparison, EvalOptions, print_comparison, qua
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.interruption import check_apart, interruption_explained
 from mxcompile.cli.low_memory import LowMemoryOptions, quantize_low_memory
+from mxcompile.cli.model_free import ModelFreeOptions, quantize_model_free
 from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.errors import InputError, RecoveryError
@@ -65,6 +66,16 @@ def quantize(
     scratch: Annotated[
         Path | None, typer.Option(help="low-memory: folder for temporary files; that of --out by default")
     ] = None,
+    model_free: Annotated[
+        bool,
+        typer.Option("--model-free", help="from files to files, tensor by tensor, without calibration or comparison"),
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="model-free: tensors in work at the same time")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="model-free: print what would be done to each tensor, and stop")
+    ] = False,
+    include: Annotated[list[str] | None, typer.Option(help="model-free: quantize these too (name patterns)")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="model-free: keep these in float (name patterns)")] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a language model, compare it with the float model, and write it to a folder or a GGUF file.
@@ -75,9 +86,22 @@ def quantize(
     --low-memory: weights are read from the model's files when they are used, and written to files when they change.
     The result has the same bytes. Finished parts are always kept until it is written (--resume names their folder).
 
-    --json: as for eval, and "recovery", "metric", "out" (null if nothing is written); --low-memory: {"model", "recipe",
-    "calibration", "out"}.
+    --model-free: the model is never in memory, and nothing is compared; the recipe must round to nearest. What will be
+    done to each tensor is printed first.
+
+    --json: as for eval, and "recovery", "metric", "out" (null if nothing is written); --model-free: {"source",
+    "module", "recipe", "notes", "before", "after", "out", "tensors": [{"name", "shape", "format", "input", "reason",
+    "before", "after"}]}, in bytes; --low-memory: {"model", "recipe", "calibration", "out"}.
     """
+    if model_free:
+        if min_recovery is not None:
+            raise InputError("--min-recovery compares models, which --model-free does not load: leave one of them out")
+        kept = include or (), exclude or ()
+        chosen = ModelFreeOptions(out, format, recipe, device, workers, dry_run, *kept)
+        quantize_model_free(model, chosen, as_json)
+        return
+    if dry_run or workers > 1 or include or exclude:
+        raise InputError("--dry-run, --workers, --include and --exclude are options of --model-free: give that too")
     check_destination(out, format)
     check_apart(resume, out)
     data = CalibrationOptions.parse(

@@ -26,6 +26,7 @@ from mxcompile.tensor.modules import named_tensors, set_tensors
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 _KINDS: Final = {
+    "a bias stays float": r"bias$",
     "an embedding stays float": r"embed|\bwte\b|\bwpe\b|position|token_type|rotary|tok_emb",
     "a norm stays float": r"norm|\bln_|layer_?scale",
     "a router stays float": r"router|(^|\.)gate\.(weight|wg)|\.gate$|gating",

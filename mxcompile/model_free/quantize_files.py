@@ -103,7 +103,8 @@ def check_recipe(pipeline: Pipeline) -> None:
         if not isinstance(current, RoundWeights | LowerMX) or current.reads_calibration
     ]
     if names or not any(isinstance(current, LowerMX) for current in pipeline.passes):
-        what = f"{', '.join(names)} needs the whole model" if names else "the recipe has no lower-mx"
+        verb = "needs" if len(names) == 1 else "need"
+        what = f"{', '.join(names)} {verb} the whole model" if names else "the recipe has no lower-mx"
         raise PipelineError(
             f"{what}, and model-free quantization has one tensor at a time: take a recipe that rounds to nearest, such "
             f"as {QUICK}; for a recipe that calibrates a model larger than memory: mxcompile quantize MODEL "
@@ -115,10 +116,12 @@ def _plan(files: SourceFiles, pipeline: Pipeline, selection: Selection, example:
     if files.model is None:
         names: Any = files.config.get("architectures") or ["no class"]
         return plan_by_shapes(files, pipeline, selection, f"{names[0]} is not one of transformers")
-    example = inputs_of(files.model) if example is None else example
+    own = selection.include, selection.exclude, selection.allow_partial
+    if example is not None:
+        return plan_by_tracing(files, pipeline, example, *own)
+    example = inputs_of(files.model)
     if example is None:
         return plan_by_shapes(files, pipeline, selection, _NO_INPUTS)
-    own = selection.include, selection.exclude, selection.allow_partial
     try:
         return plan_by_tracing(files, pipeline, example, *own)
     except (TraceError, InputError) as error:

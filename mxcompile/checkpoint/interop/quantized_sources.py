@@ -213,7 +213,7 @@ def _packed(
 
     note = f"{str(fmt).upper()} with blocks of {fmt.block}"
     size = tensor.stored_bytes + scales.stored_bytes
-    return StoredTensor(shape, source.dtype, tensor.file, lambda: packed().dequantize(), packed, note, size)
+    return StoredTensor(shape, source.dtype, tensor.file, lambda: packed().dequantize(), packed, note, encoded=size)
 
 
 def _block_reader(tensor: StoredTensor) -> Callable[[], Tensor]:
