@@ -66,7 +66,8 @@ def run_page(path: Path, model: Path) -> None:
             case "python":
                 run_python(block.text, path.name, namespace, model)
             case "sh":
-                printed = "".join(run_command(line) for line in block.text.splitlines())
+                commands = block.text.replace(NAMED, str(model)).splitlines()
+                printed = "".join(map(run_command, commands))
             case "text":
                 shown = {_plain(line) for line in printed.splitlines()}
                 missing = [line for line in block.text.splitlines() if _plain(line) not in shown]

@@ -96,9 +96,11 @@ def quantize(
     if model_free:
         if min_recovery is not None:
             raise InputError("--min-recovery compares models, which --model-free does not load: leave one of them out")
-        kept = include or (), exclude or ()
-        chosen = ModelFreeOptions(out, format, recipe, device, workers, dry_run, *kept)
-        quantize_model_free(model, chosen, as_json)
+        if resume is not None:
+            raise InputError("--model-free keeps finished files in --out and goes on from there: leave --resume out")
+        chosen = ModelFreeOptions(out, format, recipe, device, workers, dry_run, include or (), exclude or ())
+        with interruption_explained(messages(), out):
+            quantize_model_free(model, chosen, as_json)
         return
     if dry_run or workers > 1 or include or exclude:
         raise InputError("--dry-run, --workers, --include and --exclude are options of --model-free: give that too")
