@@ -1,6 +1,7 @@
 """The command `mxcompile quantize`: its options, what it prints, and the checkpoint it writes."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,18 @@ from mxcompile.cli.interruption import check_apart, interruption_explained
 from mxcompile.cli.low_memory import LowMemoryOptions, quantize_low_memory
 from mxcompile.cli.model_free import ModelFreeOptions, quantize_model_free
 from mxcompile.cli.progress import waiting
+from mxcompile.cli.quantize_options import (
+    DryRun,
+    Exclude,
+    Include,
+    LowMemory,
+    Memory,
+    MinRecovery,
+    ModelFree,
+    Resume,
+    Scratch,
+    Workers,
+)
 from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats
@@ -39,9 +52,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="folder for the checkpoint, or a .gguf file")] = Path("out/quantized"),
     format: Format = None,
     recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
-    min_recovery: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="write nothing if recovery is below this")
-    ] = None,
+    min_recovery: MinRecovery = None,
     metric: Annotated[Metric, typer.Option(help="the measure of recovery")] = Metric.TOP1,
     force: Annotated[bool, typer.Option("--force", help="write it anyway")] = False,
     text: TextFile = None,
@@ -54,28 +65,15 @@ def quantize(
     calibration_self: CalibrationSelf = None,
     special_tokens: SpecialTokens = True,
     device: Device = "cpu",
-    resume: Annotated[
-        Path | None, typer.Option(help="folder for finished parts: the same command, started again, goes on from there")
-    ] = None,
-    low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="for a model larger than memory: from files to files, not compared")
-    ] = False,
-    memory: Annotated[
-        float, typer.Option(min=0.0, help="low-memory: GB of weights, and of hidden states, that stay in memory")
-    ] = 1.0,
-    scratch: Annotated[
-        Path | None, typer.Option(help="low-memory: folder for temporary files; that of --out by default")
-    ] = None,
-    model_free: Annotated[
-        bool,
-        typer.Option("--model-free", help="from files to files, tensor by tensor, without calibration or comparison"),
-    ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="model-free: tensors in work at the same time")] = 1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="model-free: print what would be done to each tensor, and stop")
-    ] = False,
-    include: Annotated[list[str] | None, typer.Option(help="model-free: quantize these too (name patterns)")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="model-free: keep these in float (name patterns)")] = None,
+    resume: Resume = None,
+    low_memory: LowMemory = False,
+    memory: Memory = 1.0,
+    scratch: Scratch = None,
+    model_free: ModelFree = False,
+    workers: Workers = 1,
+    dry_run: DryRun = False,
+    include: Include = None,
+    exclude: Exclude = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a language model, compare it with the float model, and write it to a folder or a GGUF file.
@@ -94,10 +92,7 @@ def quantize(
     "before", "after"}]}, in bytes; --low-memory: {"model", "recipe", "calibration", "out"}.
     """
     if model_free:
-        if min_recovery is not None:
-            raise InputError("--min-recovery compares models, which --model-free does not load: leave one of them out")
-        if resume is not None:
-            raise InputError("--model-free keeps finished files in --out and goes on from there: leave --resume out")
+        _check_model_free(min_recovery, resume)
         chosen = ModelFreeOptions(out, format, recipe, device, workers, dry_run, include or (), exclude or ())
         with interruption_explained(messages(), out):
             quantize_model_free(model, chosen, as_json)
@@ -116,17 +111,36 @@ def quantize(
         return
     if scratch is not None:
         raise InputError("--scratch is an option of --low-memory: give that too")
+    _compare_and_save(options, recipe, resume, SaveOptions(out, format, min_recovery, metric, force), as_json)
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """Where to save a model, and how good it must be for that."""
+
+    out: Path
+    format: str | None
+    min_recovery: float | None
+    metric: Metric
+    force: bool
+
+
+def _compare_and_save(
+    options: EvalOptions, recipe: str, resume: Path | None, saving: SaveOptions, as_json: bool
+) -> None:
+    """Quantize in memory, compare with the float model, and save the result if it is good enough."""
+    out, format, metric = saving.out, saving.format, saving.metric
     weights = weight_formats(as_pipeline(recipe))
     with interruption_explained(messages(), resume):
         quantized, tokenizer, comparison = quantize_and_compare(
             messages(), options, recipe, lambda loaded: check_model(out, loaded, weights, format), resume
         )
     recovery = comparison.scores.recovery(metric)
-    enough = min_recovery is None or recovery >= min_recovery
-    if enough or force:
+    enough = saving.min_recovery is None or recovery >= saving.min_recovery
+    if enough or saving.force:
         with interruption_explained(messages(), resume):
             save_model(quantized, out, tokenizer, format)
-    _report(comparison, metric, min_recovery, out if enough or force else None, as_json)
+    _report(comparison, metric, saving.min_recovery, out if enough or saving.force else None, as_json)
 
 
 def _report(
@@ -145,6 +159,14 @@ def _report(
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
     screen = messages() if as_json else results()
     screen.print(f"{verdict}; written to {written} (mxcompile generate {written} --prompt ...)", markup=False)
+
+
+def _check_model_free(min_recovery: float | None, resume: Path | None) -> None:
+    """Raise InputError for options that --model-free does not have."""
+    if min_recovery is not None:
+        raise InputError("--min-recovery compares models, which --model-free does not load: leave one of them out")
+    if resume is not None:
+        raise InputError("--model-free keeps finished files in --out and goes on from there: leave --resume out")
 
 
 def _check_low_memory(out: Path, format: str | None, min_recovery: float | None) -> None:

@@ -22,6 +22,7 @@ NAMES = {
     "torch._check": (torch, "documented: what a size must be"),
     "torch._C": (torch, "DisableTorchFunctionSubclass, documented for subclasses"),
     "torch._grouped_mm": (torch, "what F.grouped_mm calls"),
+    "torch._subclasses.fake_tensor": (torch._subclasses, "FakeTensorMode, documented for tracing without values"),
     "torch.utils._pytree": (torch.utils, "trees of a call's arguments and results"),
     "_make_wrapper_subclass": (Tensor, "documented for wrapper subclasses"),
     "_version": (torch.zeros(1), "changes with each write into a tensor"),
