@@ -1,4 +1,4 @@
-"""An engine of vLLM in a process of its own, and tiny models that it can run.
+"""An engine of vLLM in a process of its own.
 
     python tests/engines.py REQUEST.json RESULT.json
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from served import VOCABULARY
 from torch import Tensor, nn
 
-VOCABULARY: Final = 512
 LIMIT: Final = 300  # seconds for a process; alone it takes about 20
 SETTINGS: Final = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -30,23 +30,14 @@ SETTINGS: Final = {
 why_no_engine: Final = "" if find_spec("vllm") is not None else "vLLM is not installed in this environment"
 
 
-def tiny_llama(seed: int = 0, **sizes: Any) -> nn.Module:
-    """A random Llama of sizes that vLLM's attention supports, in bfloat16; the same weights for the same seed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    given = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCABULARY, **heads, **sizes}
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**given, max_position_embeddings=128)).to(torch.bfloat16).eval()
-
-
 def prompts(count: int = 4, length: int = 48) -> Tensor:
     """Token ids `[count, length]`."""
     return torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1))
 
 
-def expected(model: nn.Module, ids: Tensor) -> Tensor:
+def expected(model: nn.Module, ids: Tensor, attention: str = "sdpa") -> Tensor:
     """Log-probabilities of the prompts' tokens from the second on, `[count, length - 1]`, as transformers has them."""
+    model.set_attn_implementation(attention)
     with torch.no_grad():
         values = torch.log_softmax(model(input_ids=ids).logits[:, :-1].float(), dim=-1)
     return values.gather(2, ids[:, 1:, None])[..., 0]
@@ -59,14 +50,16 @@ def log_probabilities(folder: Path, ids: Tensor, **options: Any) -> Tensor:
 
 
 def run(folder: Path, ids: Tensor, **options: Any) -> dict[str, Any]:
-    """What an engine makes of prompts: `log_probabilities`, and `printed`, what its process has printed."""
+    """What an engine makes of prompts: `log_probabilities`, and `printed`, what its process has printed.
+
+    Engines on folders with one parent share vLLM's cache of compiled graphs.
+    """
     request, result = folder.with_suffix(".request.json"), folder.with_suffix(".result.json")
     request.write_text(json.dumps({"model": str(folder), "ids": ids.tolist(), "options": options}))
     result.unlink(missing_ok=True)
     arguments = [sys.executable, __file__, str(request), str(result)]
-    done = subprocess.run(
-        arguments, env=os.environ | SETTINGS, capture_output=True, text=True, timeout=LIMIT, check=False
-    )
+    environment = os.environ | SETTINGS | {"VLLM_CACHE_ROOT": str(folder.parent / "vllm-cache")}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
     printed = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(printed)

@@ -9,10 +9,13 @@ from mxcompile.errors import CheckpointError
 _ID: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def find_folder(source: str | Path) -> Path:
+def find_folder(
+    source: str | Path, revision: str | None = None, files: str | None = None, cache: str | Path | None = None
+) -> Path:
     """The path of a checkpoint: `source` itself, or, if it does not exist and looks like a hub id, the files of that.
 
-    Raises CheckpointError if it looks like one (`owner/name`) but is neither a folder nor in the cache or on the hub.
+    Of a hub id: `revision`, only `files` (a pattern), from or into another folder than Hugging Face's cache. Raises
+    CheckpointError if it looks like one (`owner/name`) but is neither a folder nor in the cache or on the hub.
     """
     path = Path(source)
     if path.exists() or path.is_absolute() or not _ID.fullmatch(path.as_posix()) or ".." in path.parts:
@@ -20,7 +23,7 @@ def find_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # slow to import
 
     try:
-        return Path(snapshot_download(path.as_posix()))
+        return Path(snapshot_download(path.as_posix(), revision=revision, allow_patterns=files, cache_dir=cache))
     except Exception as error:  # of several libraries: no network, offline, no such repository, no access
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(

@@ -79,6 +79,12 @@ def configs_for_format(device: torch.device, fmt: MXFormat) -> list[TunedConfig]
     return [entry for entry in table if entry.fmt.name == name]
 
 
+def token_counts(device: torch.device, fmt: MXFormat) -> list[int]:
+    """The largest number of tokens that each config is used for, ascending: with these, every kernel is compiled."""
+    measured = {entry.m for entry in configs_for_format(device, fmt)}
+    return sorted(measured | {rows for rows, _ in _DEFAULT_CONFIGS})
+
+
 def _default_config(m: int, k_steps: int) -> Config | None:
     config = next((config for rows, config in _DEFAULT_CONFIGS if m <= rows), None)
     return config if config is not None and config.split <= k_steps else None

@@ -8,6 +8,7 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
 from mxcompile.errors import CheckpointError
@@ -16,6 +17,7 @@ from mxcompile.serving.experts import experts_method
 from mxcompile.serving.float_layers import decoding_mapper
 from mxcompile.serving.linear import MXCompileLinearMethod
 from mxcompile.serving.stored_model import StoredModel
+from mxcompile.serving.vocabulary import MXCompileEmbeddingMethod, MXCompileHeadMethod
 
 
 class MXCompileConfig(QuantizationConfig):
@@ -51,9 +53,11 @@ class MXCompileConfig(QuantizationConfig):
         return cls(config)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Read and check config.json and the index of the model, a folder or a hub id."""
-        del hf_config
-        self.stored = StoredModel(model_name)
+        """Read and check config.json and the index of the model, a folder or a hub id.
+
+        vLLM before 0.32 gives no revision; that of a hub id is in transformers' config.
+        """
+        self.stored = StoredModel(model_name, revision or getattr(hf_config, "_commit_hash", None))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Rename the layers of the checkpoint as vLLM renames the model's."""
@@ -75,6 +79,8 @@ class MXCompileConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             self.asked.add(prefix)
             return experts_method(layer, prefix, self._read().checkpoint)
+        if isinstance(layer, VocabParallelEmbedding):
+            return self._vocabulary_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         parts = self.parts(prefix)
@@ -83,6 +89,18 @@ class MXCompileConfig(QuantizationConfig):
         if layout is None:
             return UnquantizedLinearMethod()
         return MXCompileLinearMethod(prefix, parts, layout, self._read())
+
+    def _vocabulary_method(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
+        """How a head or an embedding runs; None as vLLM runs float ones. Some embeddings have no prefix."""
+        is_head, stored = isinstance(layer, ParallelLMHead), self._read()
+        table, head = stored.tied() or (prefix, prefix)
+        if not is_head and prefix in ("", table):
+            prefix = head
+        self.asked.update({prefix} if is_head else {table, prefix})
+        layout = stored.layout_of(prefix)
+        if layout is None:
+            return None
+        return (MXCompileHeadMethod if is_head else MXCompileEmbeddingMethod)(prefix, [prefix], layout, stored)
 
     def parts(self, prefix: str) -> list[str]:
         """The layers of the checkpoint of which vLLM makes one: `...qkv_proj` -> `...q_proj`, `...k_proj`, `...`."""

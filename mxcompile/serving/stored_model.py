@@ -32,8 +32,11 @@ class StoredModel:
     since it was saved.
     """
 
-    def __init__(self, source: str | Path, *, verify: bool = True) -> None:
-        self.checkpoint = Checkpoint(find_folder(source), verify=verify)
+    def __init__(self, source: str | Path, revision: str | None = None) -> None:
+        self.source, self.revision, self.checked = source, revision, False
+        self.cache: str | None = None
+        """Where the engine puts the files of a hub id, None for Hugging Face's cache."""
+        self.checkpoint = Checkpoint(find_folder(source, revision, "*.json"))
         self._published = published_layers.renamed_tensors(self.checkpoint)
         weights = {self._published.get(name, name): name for name in self.checkpoint.names.weights}
         self._stored = {name.removesuffix(WEIGHT): of for name, of in weights.items() if name.endswith(WEIGHT)}
@@ -65,19 +68,39 @@ class StoredModel:
         stored = self._stored.get(part)
         return None if stored is None else self.checkpoint.names.weights[stored].layout
 
+    def tied(self) -> tuple[str, str] | None:
+        """The embedding and the head that share one MX weight, or None. Neither is in a numbered layer.
+
+        Raises CheckpointError if there are several heads.
+        """
+        aliases = self.checkpoint.names.aliases
+        layers = {stored: layer for layer, stored in self._stored.items() if not numbers_of(f".{layer}")}
+        shared = [(layers[aliases[of]], layer) for of, layer in layers.items() if aliases.get(of) in layers]
+        if len(shared) > 1:
+            heads = ", ".join(head for _, head in shared)
+            raise CheckpointError(f"{heads} each share the weight of another layer: only one tied head can be served")
+        return shared[0] if shared else None
+
     def multiplier(self, part: str) -> Tensor:
         """The multiplier of a layer `[in]`, read from the file; it may be stored under another layer's name."""
         names = self.checkpoint.names
         name = f"{self._stored[part]}.multiplier"
         return self._read(names.aliases.get(name, name))
 
+    def check_tensors(self) -> None:
+        """Raise CheckpointError if a byte of any tensor has changed since the model was saved. Reads all files."""
+        shards.check_tensors(self._folder(), self.checkpoint.index.shards)
+        self.checked = True
+
     def _read(self, name: str) -> Tensor:
         """One stored tensor, checked."""
-        index, folder = self.checkpoint.index, self.checkpoint.folder
-        for file, shard in index.shards.items():
-            if name in shard.tensors:
-                return shards.read_tensor(folder / file, shard, name, verify=self.checkpoint.verify)
-        raise CheckpointError(f"{folder} has no tensor {name}")
+        files = self.checkpoint.index.shards
+        file = next(file for file, shard in files.items() if name in shard.tensors)
+        return shards.read_tensor(self._folder() / file, files[file], name)
+
+    def _folder(self) -> Path:
+        """The folder with the tensors too: of a hub id, only JSON files have been downloaded so far."""
+        return find_folder(self.source, self.revision, cache=self.cache)
 
     def left_in_float(self, asked: Iterable[str]) -> dict[str, str]:
         """Layer -> stored name, for MX weights that an engine runs in float: it has built the layer, without asking.
@@ -129,11 +152,6 @@ def describe(layout: MXLayout | None) -> str:
     words += [] if layout.rotation is None else [f"rotated by {layout.rotation}"]
     words += [] if layout.multiplier is None else [f"multiplied by {layout.multiplier[:8]}"]
     return ", ".join(words)
-
-
-def without_preparation(layout: MXLayout) -> MXLayout:
-    """The layout of the bytes alone."""
-    return replace(layout, multiplier=None, rotation=None)
 
 
 def _any(names: Iterable[str]) -> str:

@@ -1,5 +1,11 @@
+from typing import Any
+
 class LoadConfig:
     load_format: str
+    download_dir: str | None
+
+class SchedulerConfig:
+    max_num_batched_tokens: int
 
 class ModelConfig:
     enforce_eager: bool
@@ -7,5 +13,7 @@ class ModelConfig:
 class VllmConfig:
     load_config: LoadConfig
     model_config: ModelConfig
+    scheduler_config: SchedulerConfig
+    additional_config: Any
 
 def get_current_vllm_config() -> VllmConfig: ...

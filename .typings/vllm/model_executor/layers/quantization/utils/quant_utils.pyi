@@ -1,0 +1,3 @@
+class QuantKey: ...
+
+kMxfp4Dynamic: QuantKey  # noqa: N816
