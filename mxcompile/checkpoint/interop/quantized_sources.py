@@ -211,7 +211,7 @@ def _packed(
         rows = elements().view(torch.uint8)
         return from_rows(f"{tensor.file}: {name}", rows, scales.read(), fmt, layout, source.dtype)
 
-    note = f"{str(fmt).upper()} with blocks of {fmt.block}"
+    note = f"{str(fmt).upper()} with blocks of {fmt.block_size}"
     size = tensor.stored_bytes + scales.stored_bytes
     return StoredTensor(shape, source.dtype, tensor.file, lambda: packed().dequantize(), packed, note, encoded=size)
 
