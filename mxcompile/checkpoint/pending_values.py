@@ -32,7 +32,7 @@ class PendingValues:
     def of(self, group: Mapping[str, Stored]) -> Generator[dict[str, Stored]]:
         """The tensors of a file, in the order in which they are written within the block."""
         ordered = shards.in_order(group)
-        pending = [each for each in ordered.values() if isinstance(each, PendingTensor)]
+        pending = [each for each in ordered.values() if isinstance(each, PendingTensor) and each.owner]
         self._value, self._last = self._values(list(dict.fromkeys(each.owner for each in pending))), None
         yield ordered
         self._value, self._last = None, None
@@ -53,17 +53,20 @@ class PendingValues:
         if self._progress is not None:
             self._progress(self._done, self.total)
 
-    def pending(self, names: TensorNames, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | PendingTensor]:
+    def pending(
+        self, names: TensorNames, tensors: Mapping[str, Tensor | PendingTensor]
+    ) -> dict[str, Tensor | PendingTensor]:
         """The stored tensors of a module (see `flatten_module`), those on the meta device made of the values."""
         owners = {part: name for name, packing in names.weights.items() for part in packing.parts(name)}
         return {name: self._pending(name, owners.get(name, name), own) for name, own in tensors.items()}
 
-    def _pending(self, name: str, owner: str, tensor: Tensor) -> Tensor | PendingTensor:
-        if not tensor.is_meta:
+    def _pending(self, name: str, owner: str, tensor: Tensor | PendingTensor) -> Tensor | PendingTensor:
+        if isinstance(tensor, PendingTensor) or not tensor.is_meta:
             return tensor
 
         def make() -> Tensor:
-            made = flatten_tensor(owner, self.read(owner))[name]
+            part = flatten_tensor(owner, self.read(owner))[name]
+            made = part.make() if isinstance(part, PendingTensor) else part
             if made.dtype != tensor.dtype or made.shape != tensor.shape:
                 raise CheckpointError(
                     f"{name} should be {list(tensor.shape)} ({tensor.dtype}), but is {list(made.shape)} ({made.dtype})"

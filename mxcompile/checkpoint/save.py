@@ -1,11 +1,13 @@
 """Save a quantized module: `mxcompile.save`."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from mxcompile.arguments import checked
 from mxcompile.atomic_files import check_writable, write_durably
@@ -17,7 +19,7 @@ from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.checkpoint.save_transaction import SaveTransaction, save_transaction
 from mxcompile.checkpoint.save_transaction import check_destination as check_own
-from mxcompile.checkpoint.stored_tensors import TensorNames, flatten_module
+from mxcompile.checkpoint.stored_tensors import Stored, TensorNames, flatten_module
 from mxcompile.checkpoint.wrappers import unwrap
 from mxcompile.errors import CheckpointError, UnknownNameError
 from mxcompile.formats import MXFormat
@@ -40,6 +42,7 @@ def save(
     processor: Any = None,
     max_shard_size: int | str = SHARD_SIZE,
     format: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a quantized model to a folder, from which `load` (and transformers' `from_pretrained`) reads it.
 
@@ -52,6 +55,7 @@ def save(
     format: "mxcompile" (the default), or a format of other programs: "compressed-tensors", written to a new folder, or
         "gguf", written to a file (also chosen by a path that ends in .gguf). These cannot hold every quantized model;
         one that does not fit is refused, with all reasons. What another program will do otherwise is a warning.
+    progress: called with how many of how many tensors are being written, in our own format.
 
     Several threads or processes may save to one path: they take turns. A symlink stays one.
     Raises CheckpointError if nothing is quantized, the module holds something that a checkpoint cannot (adapters of
@@ -84,8 +88,22 @@ def save(
         def write(files: Sequence[str]) -> dict[str, shards.ShardChecksums]:
             return {file: shards.write(saving.new_file(file), group) for file, group in zip(files, groups, strict=True)}
 
-        groups = shards.split(tensors, largest)
+        groups = shards.split(tensors if progress is None else dict(_reporting(tensors, progress)), largest)
         write_checkpoint(saving, module, names, processors, len(groups), write)
+
+
+def _reporting(
+    tensors: Mapping[str, Stored], progress: Callable[[int, int], None]
+) -> Iterator[tuple[str, shards.PendingTensor]]:
+    """The tensors, each of which reports when it is written how many were before it."""
+    written = count()
+
+    def made(tensor: Stored) -> Tensor:
+        progress(next(written), len(tensors))
+        return tensor.make() if isinstance(tensor, shards.PendingTensor) else tensor
+
+    for name, tensor in tensors.items():
+        yield name, shards.PendingTensor(tensor.dtype, tensor.shape, partial(made, tensor))
 
 
 def write_checkpoint(
@@ -93,12 +111,12 @@ def write_checkpoint(
     module: nn.Module,
     names: TensorNames,
     processors: tuple[Any, ...],
-    count: int,
+    files: int,
     write: Callable[[Sequence[str]], Mapping[str, shards.ShardChecksums]],
 ) -> None:
-    """Write all files of a checkpoint, and commit it. write: writes the `count` weight files of these names."""
+    """Write all files of a checkpoint, and commit it. write: writes the `files` weight files of these names."""
     config = write_auxiliary(module, saving.stage, names, processors)
-    written = write([f"{saving.stem}-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)])
+    written = write([f"{saving.stem}-{n:05}-of-{files:05}.safetensors" for n in range(1, files + 1)])
     index = f"{saving.stem}.safetensors.index.json"
     data = CheckpointIndex(names, written).to_json().encode()
     write_durably(saving.new_file(index), data)

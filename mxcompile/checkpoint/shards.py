@@ -146,7 +146,7 @@ def is_unchanged(path: Path, shard: ShardChecksums) -> bool:
     return True
 
 
-def check_dtypes(tensors: Iterable[tuple[str, Tensor]]) -> None:
+def check_dtypes(tensors: Iterable[tuple[str, Tensor | PendingTensor]]) -> None:
     """Raise CheckpointError for a dtype that safetensors cannot store."""
     for name, tensor in tensors:
         if tensor.dtype not in SAFETENSORS_NAMES:

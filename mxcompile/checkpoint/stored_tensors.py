@@ -9,17 +9,19 @@ and v share) is stored under the first.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from mxcompile.checkpoint.shards import PendingTensor
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import parse_format
 from mxcompile.tensor.modules import named_tensors
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 _LISTED = 3
+Stored = Tensor | PendingTensor
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ class TensorNames:
         return set(self.sources((*self.plain, *parts)))
 
 
-def flatten_module(module: nn.Module, *, with_values: bool = True) -> tuple[TensorNames, dict[str, Tensor]]:
+def flatten_module(module: nn.Module, *, with_values: bool = True) -> tuple[TensorNames, dict[str, Stored]]:
     """The tensors to store for a module, by name, and how the module's tensors are made of them.
+
+    Those of a planar weight are made, in the row-major layout, when they are written.
 
     with_values: False accepts tensors on the meta device, whose values come from elsewhere.
     Raises CheckpointError if the module holds something that cannot be stored.
@@ -68,16 +72,17 @@ def flatten_module(module: nn.Module, *, with_values: bool = True) -> tuple[Tens
     plain: list[str] = []
     weights: dict[str, WeightPacking] = {}
     aliases: dict[str, str] = {}
-    stored: dict[str, Tensor] = {}
+    stored: dict[str, Stored] = {}
     first: dict[object, str] = {}
-    for name, tensor in named_tensors(module).items():
+    row_major = _RowMajor()
+    for name, tensor in named_tensors(module, row_major=False).items():
         if isinstance(tensor, MXWeight):
-            weights[name] = WeightPacking(tensor.layout_, tensor.dtype)
+            weights[name] = packing_of(tensor)
         else:
             plain.append(name)
         for part in tensor.parts if isinstance(tensor, MXWeight) else (tensor,):
             _check_storable(name, part, with_values)
-        for part, values, identity in _components(name, tensor):
+        for part, values, identity in _components(name, tensor, row_major):
             stored_name = first.setdefault(identity, part)
             if stored_name == part:
                 stored[part] = values
@@ -86,9 +91,9 @@ def flatten_module(module: nn.Module, *, with_values: bool = True) -> tuple[Tens
     return TensorNames(tuple(plain), weights, aliases, frozenset(_non_persistent(module))), stored
 
 
-def flatten_tensor(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def flatten_tensor(name: str, tensor: Tensor) -> dict[str, Stored]:
     """The tensors to store for one of a module's tensors, by the names that they get if it shares none of them."""
-    return {part: values for part, values, _ in _components(name, tensor)}
+    return {part: values for part, values, _ in _components(name, tensor, _RowMajor())}
 
 
 def unflatten_tensors(names: TensorNames, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,17 +133,51 @@ def check_fits(module: nn.Module, names: TensorNames, tensors: Mapping[str, Tens
         raise CheckpointError(f"{kind} does not have the saved tensors ({listed}): build it as it was when saved")
 
 
-def _components(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor, object]]:
+class _RowMajor:
+    """Row-major copies of planar weights. The last one is kept, as its parts are written one after the other."""
+
+    def __init__(self) -> None:
+        self._last: tuple[MXWeight, MXWeight] | None = None
+
+    def __call__(self, weight: MXWeight) -> MXWeight:
+        """The weight in the row-major layout."""
+        if self._last is None or self._last[0] is not weight:
+            self._last = None  # it is freed before the next is made
+            self._last = weight, weight.to_row_major()
+        return self._last[1]
+
+
+def packing_of(weight: MXWeight) -> WeightPacking:
+    """How to read the weight once it is stored, which is always in the row-major layout."""
+    return WeightPacking(replace(weight.layout_, planes=None), weight.dtype)
+
+
+def _components(name: str, tensor: Tensor, row_major: _RowMajor) -> Iterator[tuple[str, Stored, object]]:
     """The tensors to store for one of the module's: name, values, and a key that is equal for shared tensors."""
     if not isinstance(tensor, MXWeight):
         yield name, tensor, _memory(name, tensor)
         return
-    layout = tensor.layout_
-    blocks = tensor.elements.unflatten(-1, (-1, parse_format(layout.format).block_bytes))
-    names = WeightPacking(layout, tensor.dtype).parts(name)
-    for part, values, own in zip(names, (blocks, *tensor.parts[1:]), tensor.parts, strict=True):
+    packing = packing_of(tensor)
+    values = (*_elements_and_scales(tensor, row_major), *tensor.parts[2:])
+    for part, stored, own in zip(packing.parts(name), values, tensor.parts, strict=True):
         is_multiplier = own is tensor.multiplier
-        yield part, values, (layout.multiplier, tensor.dtype) if is_multiplier else _memory(part, own)
+        yield part, stored, (packing.layout.multiplier, tensor.dtype) if is_multiplier else _memory(part, own)
+
+
+def _elements_and_scales(weight: MXWeight, row_major: _RowMajor) -> tuple[Stored, Stored]:
+    """Elements `[..., out, blocks, bytes]` and scales `[..., out, blocks]`; those of a planar weight are made later."""
+    fmt = parse_format(weight.layout_.format)
+    if weight.layout_.planes is None:
+        return weight.elements.unflatten(-1, (-1, fmt.block_bytes)), weight.scales
+    shape = torch.Size((*weight.elements.shape[:-1], fmt.blocks(weight.layout_.size)))
+
+    def elements() -> Tensor:
+        return row_major(weight).elements.unflatten(-1, (-1, fmt.block_bytes))
+
+    return (
+        PendingTensor(torch.uint8, torch.Size((*shape, fmt.block_bytes)), elements),
+        PendingTensor(torch.uint8, shape, lambda: row_major(weight).scales),
+    )
 
 
 def _weight(name: str, packing: WeightPacking, parts: list[Tensor]) -> MXWeight:

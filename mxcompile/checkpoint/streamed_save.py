@@ -46,6 +46,7 @@ from mxcompile.checkpoint.stored_tensors import (
     WeightPacking,
     flatten_module,
     flatten_tensor,
+    packing_of,
     unflatten_tensors,
 )
 from mxcompile.errors import CheckpointError
@@ -113,11 +114,7 @@ class StreamedSave:
         """
         stored = {name: own for each in tensors.items() for name, own in flatten_tensor(*each).items()}
         shards.check_dtypes(stored.items())
-        packings = {
-            name: WeightPacking(value.layout_, value.dtype)
-            for name, value in tensors.items()
-            if isinstance(value, MXWeight)
-        }
+        packings = {name: packing_of(value) for name, value in tensors.items() if isinstance(value, MXWeight)}
         earlier = self._parts.get(part)
         path = self.stage / f"part-{max(map(_number, self.stage.glob('part-*')), default=-1) + 1}.safetensors"
         checksums = self._write(path, stored, {"part": part, "names": list(tensors), "weights": packings})

@@ -4,8 +4,9 @@ Elsewhere no bar is drawn; each pass prints one line when it is done.
 """
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from io import TextIOBase
 from types import TracebackType
 from typing import Self, TextIO, TypeVar
@@ -112,12 +113,15 @@ def track(console: Console, items: Sequence[T], title: str) -> Iterator[T]:
 
 
 @contextmanager
-def waiting(console: Console, title: str) -> Generator[None]:
-    """Show the time elapsed of work that reports no progress; hides progress bars of other libraries (tqdm)."""
+def waiting(console: Console, title: str) -> Generator[Callable[[int, int], None]]:
+    """Show the time elapsed of work, or the time left once it reports that `done` of `total` steps are finished.
+
+    Yields the function to report with. Hides progress bars of other libraries (tqdm).
+    """
     with bars(console) as shown:
         shown.add_task(title, total=None)
         with redirect_stderr(_ProgressBarFilter(sys.stderr)):
-            yield
+            yield partial(_update, shown)
 
 
 class _ProgressBarFilter(TextIOBase):

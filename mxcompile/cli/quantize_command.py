@@ -181,9 +181,9 @@ def _check_low_memory(out: Path, format: str | None, min_recovery: float | None)
 
 def save_model(model: nn.Module, out: Path, tokenizer: Any, format: str | None) -> None:
     """Save a model; what another program will do otherwise is printed as a message."""
-    with waiting(messages(), "writing"), warnings.catch_warnings(record=True) as caught:
+    with waiting(messages(), "writing") as report, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        save(model, out, tokenizer=tokenizer, format=format)
+        save(model, out, tokenizer=tokenizer, format=format, progress=report)
     for warning in caught:
         messages().print(f"warning: {warning.message}", markup=False)
 

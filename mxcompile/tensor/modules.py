@@ -42,9 +42,14 @@ def eval_mode(module: nn.Module) -> Generator[None]:
             each.training = True
 
 
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, then buffers, under all their names; MX weights row-major, whatever their layout in the module."""
+def named_tensors(module: nn.Module, *, row_major: bool = True) -> dict[str, Tensor]:
+    """Parameters, then buffers, under all their names.
+
+    row_major: MX weights in that layout, whatever theirs is in the module; this needs memory for all planar ones.
+    """
     named = dict(module.named_parameters(remove_duplicate=False))
+    if not row_major:
+        return {**named, **dict(module.named_buffers(remove_duplicate=False))}
     rows = {id(value): value.to_row_major() for value in named.values() if isinstance(value, MXWeight)}
     parameters: dict[str, Tensor] = {name: rows.get(id(value), value) for name, value in named.items()}
     return parameters | dict(module.named_buffers(remove_duplicate=False))
