@@ -31,12 +31,21 @@ def pack(documents: Documents, tokenizer: Any, needed: int | None = None) -> Ten
     for piece in pieces:
         taken.append(piece)
         characters += len(piece) * (1 if isinstance(piece, str) else _CHARACTERS)
-        if limit is not None and characters >= limit:
-            ids = _joined(taken, tokenizer)
-            if needed is not None and len(ids) >= needed + _SLACK:
+        while needed is not None and limit is not None and characters >= limit:
+            ids = _joined(_cut(taken, limit), tokenizer)
+            if len(ids) >= needed + _SLACK:
                 return ids
-            limit = 2 * characters
+            limit *= 2
     return _joined(taken, tokenizer)
+
+
+def _cut(pieces: Sequence[str | Tensor], limit: int) -> list[str | Tensor]:
+    """The first pieces, up to so many characters; a tensor counts as the text of its tokens, and stays whole."""
+    cut: list[str | Tensor] = []
+    for piece in pieces:
+        cut.append(piece[: max(0, limit)] if isinstance(piece, str) else piece)
+        limit -= len(piece) * (1 if isinstance(piece, str) else _CHARACTERS)
+    return cut
 
 
 def count_tokens(documents: Documents, tokenizer: Any) -> list[int]:

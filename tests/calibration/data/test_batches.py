@@ -106,6 +106,29 @@ def test_no_more_is_read_than_needed(tokenizer):
     assert read < 100
 
 
+def test_a_long_text_is_not_split_into_tokens_as_a_whole(tokenizer):
+    """Where its beginning has too few tokens, more of it is."""
+    sizes: list[int] = []
+
+    class Watched:
+        def __call__(self, text: str, **options: Any) -> Any:
+            sizes.append(len(text))
+            return tokenizer(text, **options)
+
+        def __len__(self) -> int:
+            return len(tokenizer)
+
+    text = words(40_000)
+    batches = mxcompile.calibration_batches([text], Watched(), length=32, windows=10)
+    assert torch.equal(torch.cat(ids_of(batches)).flatten(), token_ids(tokenizer, text)[:320])
+    assert max(sizes) < len(text) / 20
+    sizes.clear()
+    spaced = " " * 20_000 + text
+    late = mxcompile.calibration_batches([spaced], Watched(), length=32, windows=10)
+    assert torch.equal(torch.cat(ids_of(late)), torch.cat(ids_of(batches)))
+    assert 20_000 < max(sizes) < len(spaced) / 2
+
+
 def test_windows_of_several_lengths(tokenizer):
     """Equal shares of tokens from all parts of the text; every window counts alike, and a token 1 on average."""
     text = words(6000)
