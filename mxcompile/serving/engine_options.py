@@ -22,11 +22,13 @@ _SECTION: Final = "mxcompile"
 @dataclass(frozen=True)
 class EngineOptions:
     """dummy: no weights are loaded (`--load-format dummy`). cache: the folder of downloads (`--download-dir`).
-    most_tokens: of one step. verify: whether to check the tensors' bytes; one process of each machine does."""
+    most_tokens, most_sequences: of one step. verify: whether to check the tensors' bytes; one process of each machine
+    does."""
 
     dummy: bool
     cache: str | None
     most_tokens: int
+    most_sequences: int
     verify: bool
 
     def check_once(self, stored: StoredModel) -> None:
@@ -44,7 +46,10 @@ def current() -> EngineOptions:
     loading = config.load_config
     dummy = loading.load_format == "dummy"
     verify = _verify(config.additional_config) and not dummy and get_world_group().local_rank == 0
-    return EngineOptions(dummy, loading.download_dir, config.scheduler_config.max_num_batched_tokens, verify)
+    scheduling = config.scheduler_config
+    return EngineOptions(
+        dummy, loading.download_dir, scheduling.max_num_batched_tokens, scheduling.max_num_seqs, verify
+    )
 
 
 def _verify(additional: Any) -> bool:

@@ -129,4 +129,8 @@ class MXCompileLinearMethod(LinearMethodBase):
             return self.apply(layer, x.to(self.dtype), bias)
 
         fmt, device = parse_format(self.layout.format), layer.weight.device
-        warm_up(run, key, fmt, self.layout.size, device, self.options.most_tokens)
+        warm_up(run, key, fmt, self.layout.size, device, self._most_rows())
+
+    def _most_rows(self) -> int:
+        """The most rows of an input."""
+        return self.options.most_tokens

@@ -28,8 +28,12 @@ class MXCompileHeadMethod(MXCompileLinearMethod):
             )
         return embed_tokens
 
+    def _most_rows(self) -> int:
+        """A head reads the last token of each sequence: its outputs for all tokens would not fit into memory."""
+        return self.options.most_sequences
 
-class MXCompileEmbeddingMethod(MXCompileLinearMethod):
+
+class MXCompileEmbeddingMethod(MXCompileHeadMethod):
     """Looks up rows of a table, and runs the head that shares it; the layout is the head's."""
 
     def _place(self, layer: Any, whole: PackedPart) -> None:

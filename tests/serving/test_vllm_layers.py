@@ -1,5 +1,6 @@
 """Layers of vLLM with weights of a checkpoint, loaded by vLLM's own loaders: the bits of the module in transformers."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from mxcompile.checkpoint.interop.element_layouts import to_rows
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import parse_format
+from mxcompile.serving.stored_model import StoredModel
 
 pytestmark = [
     pytest.mark.vllm,
@@ -45,6 +47,19 @@ def one_process(tmp_path_factory) -> Iterator[None]:
         torch.set_default_dtype(torch.bfloat16)
         yield
     torch.set_default_dtype(before)
+
+
+def options_now() -> Any:
+    from mxcompile.serving import engine_options
+
+    return engine_options.current()
+
+
+def engine_with(additional: dict[str, Any]) -> Any:
+    """A context in which vLLM was started with this `--additional-config`."""
+    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+
+    return set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device="cpu"), additional_config=additional))
 
 
 class Loaded:
@@ -193,3 +208,38 @@ def test_the_kernel_for_layers_of_compressed_tensors(fmt, stored_dtype):
     kernel.process_weights_after_loading(layer)
     x, bias = tokens(256), torch.randn(96)
     assert torch.equal(kernel.apply_weights(layer, x, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(("options", "verify"), [({}, True), ({"verify": True}, True), ({"verify": False}, False)])
+def test_the_checksums_of_tensors_can_be_left_out(options, verify, checkpoint, tmp_path):
+    """A damaged folder is refused before anything is loaded, unless checksums are not wanted."""
+    folder = shutil.copytree(checkpoint("w4a8")[0], tmp_path / "model")
+    (path,) = folder.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    stored = StoredModel(folder)
+    with engine_with({"mxcompile": options}):
+        assert options_now().verify == verify
+        if verify:
+            with pytest.raises(CheckpointError, match="has changed since it was written"):
+                options_now().check_once(stored)
+        else:
+            options_now().check_once(stored)
+
+
+@pytest.mark.parametrize("options", [{"verfy": False}, {"verify": "no"}, True])
+def test_options_that_do_not_exist_are_refused(options):
+    with engine_with({"mxcompile": options}), pytest.raises(CheckpointError, match="the only one is"):
+        options_now()
+
+
+def test_a_second_registration_changes_nothing():
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    from mxcompile.serving import register
+
+    kernels, methods = str(linear._POSSIBLE_MXFP4_KERNELS), list(QUANTIZATION_METHODS)
+    register()
+    assert (str(linear._POSSIBLE_MXFP4_KERNELS), QUANTIZATION_METHODS) == (kernels, methods)
+    assert methods.count("mxcompile") == 1
+    assert get_quantization_config("mxcompile").__name__ == "MXCompileConfig"

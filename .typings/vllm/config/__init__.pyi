@@ -6,6 +6,7 @@ class LoadConfig:
 
 class SchedulerConfig:
     max_num_batched_tokens: int
+    max_num_seqs: int
 
 class ModelConfig:
     enforce_eager: bool
