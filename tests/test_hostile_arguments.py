@@ -106,6 +106,17 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
                 **{"instruments": (), "resume": None, "allow_partial": False},
             },
         ),
+        "quantize_checkpoint": (
+            mxcompile.quantize_checkpoint,
+            {
+                **{"source": folder / "none", "example_inputs": x, "out": folder / "in-files", "recipe": RECIPE},
+                **{"calibration": None, "device": "cpu", "include": (), "exclude": (), "overrides": None},
+            },
+        ),
+        "quantize_files": (
+            mxcompile.quantize_files,
+            {"source": folder / "none", "out": folder / "from-files", "recipe": RECIPE, "device": "cpu"},
+        ),
         "trace": (mxcompile.trace, {**which, "allow_partial": False}),
         "explain": (mxcompile.explain, {**which, "recipe": RECIPE, "device": None, "overrides": None}),
         "bisect": (mxcompile.bisect, {**which, "recipe": RECIPE, "kl": 9.0, "probe": None, "calibration": None}),
@@ -175,7 +186,8 @@ def test_every_public_call_is_tried(calls):
 
 
 NAMES = (
-    *("quantize_and_compile", "trace", "explain", "bisect", "deploy", "save", "load", "export", "read_gguf"),
+    *("quantize_and_compile", "quantize_checkpoint", "quantize_files"),
+    *("trace", "explain", "bisect", "deploy", "save", "load", "export", "read_gguf"),
     *("calibration_batches", "generate_calibration", "WeightedBatch"),
     *("evaluate", "token_windows", "choose", "print_program", "print_changes", "apply_rules", "compile_module"),
     *("Pipeline", "Pipeline.parse", "Pipeline.run", "Pipeline.with_overrides", "Measure", "Ledger.load"),

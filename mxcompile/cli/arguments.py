@@ -21,8 +21,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         metavar="FILE_OR_NAME[:SPLIT][:WINDOWS]",
-        help="what to calibrate on: .txt, .jsonl, .parquet, or a data set; WINDOWS: how many, 32 by default, without a "
-        "name of the first half of the text",
+        help="what to calibrate on: .txt, .jsonl, .parquet, or a data set, and how many windows of it (32); a number "
+        "alone: so many of the text's first half",
     ),
 ]
 CalibrationText = Annotated[Path | None, typer.Option(hidden=True, help="the same as --calibration FILE")]
