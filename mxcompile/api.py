@@ -12,7 +12,7 @@ from torch import nn
 
 from mxcompile import checkpoint
 from mxcompile.arguments import checked
-from mxcompile.checkpoint.mapped_model import mapped_model
+from mxcompile.checkpoint.mapped_model import mapped_model, module_of
 from mxcompile.checkpoint.save import SHARD_SIZE
 from mxcompile.checkpoint.source_files import SourceFiles
 from mxcompile.deploy import deploy, deploy_in_files
@@ -24,6 +24,7 @@ from mxcompile.formats import MXFormat
 from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.inputs import as_batches, as_inputs
 from mxcompile.graph.trace import trace
+from mxcompile.graph.trace_without_values import give_values, trace_without_values
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import DEFAULT, QUICK, as_pipeline
 from mxcompile.pipeline.interfaces import Instrument
@@ -155,10 +156,14 @@ def quantize_checkpoint(
     watchers = _watchers(instruments, dump, probe)
     folder = Path(out).parent if scratch is None else Path(scratch)
     mapped = MappedTensors(folder, target, in_use=weights_in_memory, states=states_in_memory)
-    model = mapped_model(SourceFiles(source), mapped)
     example = as_inputs(example_inputs).to(target)
     batches = None if calibration is None else [batch.to(target) for batch in as_batches(calibration)]
-    program = trace(model, example, include=include, exclude=exclude, allow_partial=allow_partial)
+    files = SourceFiles(source)
+    program = trace_without_values(
+        module_of(files), example, include=include, exclude=exclude, allow_partial=allow_partial, device=target
+    )
+    model = mapped_model(files, mapped)
+    give_values(program, model)
     program.keep_in_files(mapped)
     program = pipeline.run(program, batches, watchers, resume=resume)
     deployed = deploy_in_files(program, model)

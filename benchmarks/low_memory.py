@@ -1,0 +1,298 @@
+"""Memory and time of quantizing a model from its files (`quantize_checkpoint`), beside a model in memory.
+
+    python benchmarks/low_memory.py smollm2 --out benchmarks/results/low-memory.jsonl   # about 10 minutes
+    python benchmarks/low_memory.py llama --folder FOLDER --layers 24                    # 13 GB, written if missing
+    python benchmarks/low_memory.py device --folder FOLDER --layers 32 --device cuda     # an 8B shape on a GPU
+
+Each run has a process of its own, which has quantized a tiny model before, so that all is imported; what it had then is
+subtracted. `anonymous MB`: the most memory that only this process has and the system cannot drop (RssAnon). `mapped
+MB`: the most pages of mapped files that were in memory beside it (RssFile): the system's cache of these files, which it
+drops when others need the room. `peak MB`: the most of both at a time. Linux only; read every 20 ms from outside.
+
+smollm2: SmolLM2-135M in float32, every stage of `--recipe` (by default awq-fold | gptq | lower-mx), calibrated on
+`--calibration` windows of 512 tokens. `same bytes` compares the weight files of both runs.
+llama: random weights in the shape of Llama-3-8B in bfloat16, rounded to nearest; and `gptq` up to the end of its first
+segments, after which the run is stopped.
+device: gptq of the same shape, from files and in memory, and the most memory on the device.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mxcompile.checkpoint.shards import PendingTensor, split, write
+from mxcompile.cli import smollm2
+from mxcompile.cli.texts import help_text
+
+_RECIPE = "awq-fold{weight=mxint4,activation=mxint8} | gptq{format=mxint4,activation=mxint8,correction=0.25} | " + (
+    "lower-mx{weight=mxint4,activation=mxint8}"
+)
+_GPTQ = "gptq{format=mxint4,activation=mxint8,correction=0.25} | lower-mx{weight=mxint4,activation=mxint8}"
+_CHILD = """
+import json, sys, time
+import torch
+import mxcompile
+from transformers import AutoModelForCausalLM
+from mxcompile.pipeline.interfaces import Instrument
+
+class Stop(Exception):
+    pass
+
+class Stages(Instrument):
+    def __init__(self, until=None):
+        self.until = until
+
+    def segment(self, program, step, done, total):
+        print(json.dumps({"stage": step.current.name, "done": done}), flush=True)
+        if self.until is not None and step.current.name == "gptq" and done == self.until:
+            raise Stop
+
+def run(how, source, out, recipe, data, device, until, memory):
+    batches = list(torch.load(data).split(4))
+    instruments = [Stages(until)]
+    if how == "files":
+        mxcompile.quantize_checkpoint(source, batches[0][:1, :64], out, recipe=recipe, calibration=batches,
+                                      device=device, weights_in_memory=memory, states_in_memory=memory,
+                                      instruments=instruments)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source).to(device)
+        batches = [batch.to(device) for batch in batches]
+        mxcompile.save(mxcompile.quantize_and_compile(model, batches[0][:1, :64], recipe=recipe, calibration=batches,
+                                                      compile=False, instruments=instruments), out)
+
+tiny, real = json.loads(sys.argv[1])
+run(**tiny)
+if real["device"] != "cpu":
+    torch.cuda.reset_peak_memory_stats()
+print(json.dumps({"ready": True}), flush=True)
+began = time.perf_counter()
+try:
+    run(**real)
+except Stop:
+    pass
+except Exception as error:
+    if not isinstance(error.__cause__, Stop):
+        raise
+on_device = torch.cuda.max_memory_allocated() if real["device"] != "cpu" else 0
+print(json.dumps({"seconds": time.perf_counter() - began, "device": on_device}), flush=True)
+"""
+
+
+def memory_of(process: int) -> dict[str, int]:
+    """Bytes of the process's own memory, and of mapped files in memory."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
+    if not fields:  # it is ending
+        return {"anonymous MB": 0, "mapped MB": 0, "peak MB": 0}
+    sizes = {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
+    return {"anonymous MB": sizes["RssAnon"], "mapped MB": sizes["RssFile"], "peak MB": sum(sizes.values())}
+
+
+def measured(tiny: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
+    """Run both in a new process; the peaks of the second above what the process had before, in all and by stage."""
+    command = [sys.executable, "-c", _CHILD, json.dumps([tiny, real])]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    said: list[dict[str, Any]] = []
+    reader = threading.Thread(target=_read, args=(child, said))
+    reader.start()
+    before: dict[str, int] = {}
+    peaks: dict[str, dict[str, int]] = {}
+    while child.poll() is None:
+        if any("ready" in line for line in said):
+            now = memory_of(child.pid)
+            before = before or now
+            later = said[[("ready" in line) for line in said].index(True) :]
+            stage = next((line["stage"] for line in reversed(later) if "stage" in line), "load")
+            own = peaks.setdefault(stage, dict.fromkeys(now, 0))
+            peaks[stage] = {name: max(own[name], value - before[name]) for name, value in now.items()}
+        time.sleep(0.02)
+    reader.join()
+    if child.returncode:
+        raise SystemExit(f"the run failed with {child.returncode}")
+    result = said[-1]
+    by_stage = {name: {key: round(value / 1e6) for key, value in own.items()} for name, own in peaks.items()}
+    whole = {key: max(own[key] for own in by_stage.values()) for key in next(iter(by_stage.values()))}
+    return {
+        "seconds": round(result["seconds"]),
+        **whole,
+        "device MB": round(result["device"] / 1e6),
+        "stages": by_stage,
+    }
+
+
+def _read(child: "subprocess.Popen[str]", said: list[dict[str, Any]]) -> None:
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("{"):
+            said.append(json.loads(line))
+
+
+def settings(how: str, source: Path, out: Path, recipe: str, data: Path, **options: Any) -> dict[str, Any]:
+    """Arguments of the child's `run`."""
+    defaults = {"device": "cpu", "until": None, "memory": 100 * 10**6}
+    return (
+        {"how": how, "source": str(source), "out": str(out), "recipe": recipe, "data": str(data)} | defaults | options
+    )
+
+
+def write_tiny(folder: Path) -> tuple[Path, Path]:
+    """A tiny model in a folder, and token ids for it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 128}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).save_pretrained(folder / "tiny")
+    torch.save(torch.randint(0, 128, (8, 64)), folder / "tiny.pt")
+    return folder / "tiny", folder / "tiny.pt"
+
+
+def write_smollm2(folder: Path, windows: int) -> tuple[Path, Path, int]:
+    """SmolLM2 in float32 as safetensors, token ids `[windows, 512]`, and the bytes of its parameters."""
+    model, tokenizer = smollm2.load()
+    ids = tokenizer(help_text(), return_tensors="pt", verbose=False).input_ids[0]
+    torch.save(ids[: windows * 512].view(windows, 512).clone(), folder / "ids.pt")
+    config = model.config
+    del config.quantization_config
+    config.dtype = "float32"
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder / "float")
+    return folder / "float", folder / "ids.pt", sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def write_llama(folder: Path, layers: int) -> Path:
+    """Random weights in the shape of Llama-3-8B, bfloat16, written tensor by tensor; kept if they are there."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        dtype="bfloat16",
+    )
+    if (folder / "config.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    pending = {name: _random(name, value.shape) for name, value in model.state_dict().items()}
+    groups = split(pending, 2 * 10**9)
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        write(folder / file, group)
+        weight_map |= dict.fromkeys(group, file)
+    index = {"metadata": {"total_size": sum(each.nbytes for each in pending.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+def _random(name: str, shape: torch.Size) -> PendingTensor:
+    def make() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(int(sha256(name.encode()).hexdigest()[:8], 16))
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.035, 0.035, generator=generator)
+
+    return PendingTensor(torch.bfloat16, shape, make)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same weight files."""
+    files = [{path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in (one, other)]
+    return files[0] == files[1]
+
+
+def of_smollm2(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A run from files and one in memory."""
+    source, data, size = write_smollm2(work, options.calibration)
+    tiny, ids = write_tiny(work)
+    records: list[dict[str, Any]] = []
+    for how in ("files", "memory"):
+        recipe = options.recipe or _RECIPE
+        small = settings(how, tiny, work / f"tiny-{how}", recipe, ids)
+        real = settings(how, source, work / how, recipe, data, memory=options.memory)
+        numbers = measured(small, real)
+        states = options.calibration * 512 * 576 * 4
+        records.append(
+            {"model": "SmolLM2-135M", "model MB": round(size / 1e6), "weights": how, "recipe": recipe}
+            | {"calibration": options.calibration, "one state MB": round(states / 1e6), **numbers}
+            | {"anonymous over model": round(numbers["anonymous MB"] * 1e6 / size, 2)}
+        )
+    return [record | {"same bytes": same_weights(work / "files", work / "memory")} for record in records]
+
+
+def of_llama(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rounding to nearest, and the first segments of gptq, from files."""
+    source = write_llama(options.folder, options.layers)
+    tiny, ids = write_tiny(work)
+    torch.save(torch.randint(0, 128256, (4, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    runs = {"w4a16-mxfp-quick": None, _GPTQ: options.segments}
+    records: list[dict[str, Any]] = []
+    for recipe, until in runs.items():
+        small = settings("files", tiny, work / f"tiny-{len(records)}", recipe, ids)
+        out = options.folder.parent / "low-memory-out"
+        real = settings("files", source, out, recipe, work / "ids.pt", until=until, memory=options.memory)
+        what = {
+            "model": f"Llama-3-8B shape, {options.layers} layers",
+            "model MB": round(size / 1e6),
+            "weights": "files",
+        }
+        records.append(what | {"recipe": recipe, "segments": until, **measured(small, real)})
+    return records
+
+
+def of_device(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """gptq on a device, from files and in memory."""
+    source = write_llama(options.folder, options.layers)
+    tiny, ids = write_tiny(work)
+    torch.save(torch.randint(0, 128256, (128, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
+    records: list[dict[str, Any]] = []
+    for how in ("files", "memory"):
+        small = settings(how, tiny, work / f"tiny-{how}", _GPTQ, ids, device=options.device)
+        out = options.folder.parent / f"low-memory-{how}"
+        real = settings(how, source, out, _GPTQ, work / "ids.pt", device=options.device, memory=2 * 10**9)
+        device = torch.cuda.get_device_name(options.device)
+        what = {"model": f"Llama-3-8B shape, {options.layers} layers", "weights": how, "device": device}
+        records.append(what | {"recipe": _GPTQ, **measured(small, real)})
+    return records
+
+
+def main() -> None:
+    """Run a benchmark; print its records, and append them to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["smollm2", "llama", "device"])
+    parser.add_argument("--recipe")
+    parser.add_argument("--calibration", type=int, default=8)
+    parser.add_argument("--memory", type=int, default=50 * 10**6, help="bytes of weights, and of states, in memory")
+    parser.add_argument("--folder", type=Path, default=Path("out/llama-shape"))
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--segments", type=int, default=1)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    run = {"smollm2": of_smollm2, "llama": of_llama, "device": of_device}[options.what]
+    with TemporaryDirectory() as folder:
+        for record in run(Path(folder), options):
+            print(json.dumps(record))
+            if options.out is not None:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
