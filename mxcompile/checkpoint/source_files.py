@@ -110,8 +110,11 @@ class SourceFiles:
         if self.model is None:
             return self.stored[name].read()
         source = self._source(name)
-        made = self._assemblies[source].make(lambda part: self.stored[part].read().to(dtype))
-        return made[source]
+
+        def read(part: str) -> Tensor:
+            return self.stored[part].read().to(dtype)
+
+        return self._assemblies[source].make(read)[source]
 
     def place(self, name: str) -> tuple[Path, int] | None:
         """The file, and the byte in it from which on a tensor's values lie; None if no file has them as they are."""
@@ -164,7 +167,11 @@ class SourceFiles:
 
     def _differ(self, one: str, other: str) -> bool:
         """Whether two tensors that the files hold, and a config calls tied, have different values."""
-        values = [self._assemblies[name].make(lambda part: self.stored[part].read())[name] for name in (one, other)]
+
+        def read(part: str) -> Tensor:
+            return self.stored[part].read()
+
+        values: list[Tensor] = [self._assemblies[name].make(read)[name] for name in (one, other)]
         return values[0].shape != values[1].shape or not torch.equal(*values)
 
     def _check_complete(self, empty: Any) -> None:

@@ -78,7 +78,7 @@ def _empty(source: SourceFiles) -> nn.Module:
         *path, leaf = name.split(".")
         owner: nn.Module = root
         for part in path:
-            child = owner._modules.get(part)
+            child = dict(owner.named_children()).get(part)
             owner.add_module(part, child := nn.Module() if child is None else child)
             owner = child
         empty = torch.empty(source.shape(name), dtype=source.dtype(name), device="meta")

@@ -67,7 +67,8 @@ class FilesPlan:
         notes = list(self.source.notes)
         if self.guessed is not None:
             notes.append(f"chosen by shapes and names: {self.guessed}")
-        if unused := self.source.unused:
+        unused = list(self.source.unused)
+        if unused:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
             notes.append(f"left out, as {type(self.module).__name__} has no place for it: {unused[0]}{more}")
         return tuple(notes)

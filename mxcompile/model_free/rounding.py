@@ -13,7 +13,7 @@ from torch import Tensor
 from mxcompile.checkpoint.pending_values import Values
 from mxcompile.checkpoint.source_files import SourceFiles
 from mxcompile.errors import WeightError
-from mxcompile.formats import MXFormat, ScaleRule, parse_format
+from mxcompile.formats import parse_format
 from mxcompile.model_free.plan import FilesPlan
 from mxcompile.numerics.exact_packing import pack_exactly
 from mxcompile.numerics.importance import round_rows
@@ -60,13 +60,13 @@ class TensorRounding:
             )
         rows = weight.transpose(-1, -2) if layout.transposed else weight
         fmt, rule = parse_format(layout.format), self.plan.rules.get(name, self.plan.rule)
-        elements, scales = row_wise(lambda part: _round_and_pack(part, fmt, rule), rows)
+
+        def round_and_pack(part: Tensor) -> tuple[Tensor, Tensor]:
+            values, scales = round_rows(part, fmt, rule)
+            return pack_exactly(values, scales, fmt), scales
+
+        elements, scales = row_wise(round_and_pack, rows)
         return MXWeight(elements.cpu(), scales.cpu(), layout, weight.dtype)
-
-
-def _round_and_pack(part: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor]:
-    values, scales = round_rows(part, fmt, rule)
-    return pack_exactly(values, scales, fmt), scales
 
 
 class LookAhead:

@@ -141,6 +141,7 @@ quantize_files(sys.argv[1], sys.argv[2], recipe="w4a16-mxfp-quick", max_shard_si
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_after_its_last_file(folder, tmp_path, monkeypatch):
     killed = subprocess.run([sys.executable, "-c", KILLED, folder, tmp_path / "out"], check=False, capture_output=True)
     assert killed.returncode == 9, killed.stderr.decode()
@@ -155,6 +156,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_file(folder, tmp_path, mon
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.slow
 def test_another_source_begins_anew(folder, tmp_path):
     options = {"recipe": "w4a16-mxfp-quick", "max_shard_size": "20KB"}
     subprocess.run([sys.executable, "-c", KILLED, folder, tmp_path / "out"], check=False, capture_output=True)
@@ -212,7 +214,6 @@ MEASURED = """
 import sys, threading
 import torch, transformers
 import mxcompile
-from mxcompile.inductor import compile_module
 def status(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
 options = {"recipe": "w4a16-mxfp-quick", "workers": int(sys.argv[3])}
@@ -228,15 +229,16 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_peak_memory_is_bounded_by_the_largest_tensor(tmp_path, workers):
-    """The model has 560 MB, its largest tensor 67 MB: at most 3 x 67 MB for each worker, and 300 MB."""
+    """The model has 430 MB, its largest tensor 34 MB: at most three of them for each worker, and 100 MB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 2, "vocab_size": 4096}
+    sizes = {"hidden_size": 1024, "intermediate_size": 16384, "num_hidden_layers": 4, "vocab_size": 512}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16)).to(torch.bfloat16)
     largest = max(parameter.nbytes for parameter in model.parameters())
+    bound = 3 * workers * largest + 100e6
+    assert sum(parameter.nbytes for parameter in model.parameters()) > 1.3 * bound
     model.save_pretrained(tmp_path / "source", max_shard_size="200MB")
-    assert sum(parameter.nbytes for parameter in model.parameters()) > 8 * largest
     arguments = [sys.executable, "-c", MEASURED, tmp_path / "source", tmp_path / "out", str(workers)]
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)
     peak = int(done.stdout.split()[-1])
-    assert peak < 3 * workers * largest + 300e6, f"{peak / 1e6:.0f} MB"
+    assert peak < bound, f"{peak / 1e6:.0f} MB"
