@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mxcompile.errors import MXCompileError
 from mxcompile.ops import DEQUANTIZE, EXPERTS, LINEAR, LINEARS
 from mxcompile.tensor import experts
-from mxcompile.tensor.refusals import no_storage
+from mxcompile.tensor.refusals import no_storage, not_defined
 from mxcompile.tensor.unfused import is_traced, needs_gradient
 from mxcompile.tensor.weight import CUSTOM_OPS, HANDLERS, LOW_LEVEL, MXWeight, planes_argument
 
@@ -23,6 +23,8 @@ def _right_operand(op: Callable[..., Tensor], position: int) -> Callable[..., Te
     def multiply(*args: Any, **kwargs: Any) -> Tensor:
         weight = args[position] if len(args) > position else None
         if not isinstance(weight, MXWeight):
+            if op is torch.baddbmm and isinstance(args[0], MXWeight):
+                raise MXCompileError(not_defined(op.__name__))
             raise MXCompileError(f"{op.__name__}: an MXWeight can only be the right operand of a matmul")
         if op is torch.matmul and weight.dim() == args[0].dim() == 3 and len(weight) == len(args[0]):
             return experts.bmm(*args, **kwargs)

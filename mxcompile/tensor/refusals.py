@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 
 def not_defined(operator: str) -> str:
-    """For an operator of torch, by its name: `aten.add_.Tensor`."""
+    """For an operator of torch, by its name: `aten.add_.Tensor`, `baddbmm`."""
+    if operator.startswith(("baddbmm", "aten.baddbmm.", "aten.add.")):
+        return (
+            f"{operator} is not defined on an MXWeight: to add an adapter's product to the weight itself, as peft's "
+            "target_parameters does, call dequantize() of the transformers model first; peft's target_modules keeps "
+            "linears quantized"
+        )
     if operator.split(".")[1:2] and operator.split(".")[1].endswith("_"):
         return (
             f"{operator} is not defined on an MXWeight and would change it in place, as merging an adapter does: call "

@@ -224,6 +224,10 @@ def test_exports(rows, x, multiplier, multiplied):
 @pytest.mark.parametrize(
     ("operation", "words"),
     [
+        (
+            lambda w, x: torch.baddbmm(w, x[None, :, :1], x[None, :1], alpha=2.0),
+            r"^baddbmm is not defined on an MXWeight: .* as peft's target_parameters does, call dequantize\(\)",
+        ),
         (lambda w, x: w + 1, r"aten.add.Tensor is not defined on an MXWeight.*dequantize\(\)"),
         (lambda w, x: w @ x.T, "can only be the right operand"),
         (lambda w, x: w.transpose(0, 0), "only the last two dimensions"),
