@@ -63,7 +63,7 @@ def test_own_alone_and_all():
     every = ExpertStatistics(ExpertTokens.ALL)
     assert not every.uses_own
     for count in (0, 7):
-        combined = every.combine(SimpleNamespace(tokens=count), everyone)
+        combined = every.combine(SimpleNamespace(tokens=count, owner=None), everyone)
         assert torch.equal(combined.inputs, everyone.inputs)
         assert (combined.tokens, combined.borrowed) == (count, 100)
 
