@@ -82,7 +82,7 @@ def placed(program: Program, model: M) -> M:
     Tensors of the program and of the model may be on the meta device. Raises DeployError as `deploy` does.
     """
     own, weights = _checked_placements(program, model)
-    replacements = _replacements(program, own, weights, _copied)
+    replacements = _replacements(program, own, weights, _copied, _itself)
     deployed = _with_replacements(model, own, replacements).requires_grad_(False).eval()
     _check_nothing_shared(deployed, model)
     _provenance(program).write_on(deployed)
@@ -103,7 +103,7 @@ def deploy_in_files(program: Program, model: M, *, check: bool = True) -> M:
     def on_cpu(tensor: Tensor) -> Tensor:
         return tensor.detach().cpu()
 
-    set_tensors(model, _replacements(program, own, weights, on_cpu).items())
+    set_tensors(model, _replacements(program, own, weights, on_cpu, on_cpu).items())
     _mark(program, model)
     if check:
         _check_agreement(program, model)
@@ -136,10 +136,11 @@ def _replacements(
     own: dict[str, Tensor],
     weights: dict[str, _Placement],
     take: Callable[[Tensor], Tensor],
+    take_part: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """What each name of the module gets instead of its tensor: an MX weight, or what passes made of it.
 
-    take: what the module gets of a float tensor of the program.
+    take, take_part: what the module gets of a float tensor of the program, and of a packed weight's components.
     """
     copies: dict[int, Tensor] = {}
     replacements: dict[str, Tensor] = {}
@@ -149,7 +150,7 @@ def _replacements(
             value = copies[id(tensor)] = nn.Parameter(value, requires_grad=False)
         replacements[name] = value
     for name, placement in weights.items():
-        replacements[name] = nn.Parameter(_weight(program, placement), requires_grad=False)
+        replacements[name] = nn.Parameter(_weight(program, placement, take_part), requires_grad=False)
     return replacements
 
 
@@ -181,9 +182,13 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _weight(program: Program, placement: _Placement) -> MXWeight:
-    elements, scales = program.stored(placement.elements), program.stored(placement.scales)
-    multiplier = None if placement.multiplier is None else program.stored(placement.multiplier).detach()
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _weight(program: Program, placement: _Placement, take: Callable[[Tensor], Tensor]) -> MXWeight:
+    elements, scales = take(program.stored(placement.elements)), take(program.stored(placement.scales))
+    multiplier = None if placement.multiplier is None else take(program.stored(placement.multiplier).detach())
     return MXWeight(elements, scales, placement.layout, placement.dtype, multiplier)
 
 
@@ -340,7 +345,8 @@ def _on_device(module: nn.Module, mapped: MappedTensors | None) -> AbstractConte
 
     def fetch(tensor: Tensor) -> Tensor:
         used = mapped.use(tensor)
-        return used if used.device == mapped.device else used.to(mapped.device)
+        parts = used.parts if isinstance(used, MXWeight) else (used,)
+        return used if all(part.device == mapped.device for part in parts) else used.to(mapped.device)
 
     return tensors_fetched(module, fetch)
 

@@ -152,7 +152,8 @@ class LowerMX(Pass):
             )
         if isinstance(stored, MXWeight):
             return stored.elements, stored.scales
-        return _packed_exactly(name, read(), rounded), rounded.scales
+        scales = program.in_use(rounded.scales)  # where the weight is
+        return _packed_exactly(name, read(), Rounding(fmt, scales)), rounded.scales
 
     def _rounded(self, program: Program, name: str, read: Callable[[], Tensor], fmt: MXFormat) -> tuple[Tensor, Tensor]:
         """Round a weight now, unless an interrupted run has."""
