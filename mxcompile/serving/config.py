@@ -78,7 +78,7 @@ class MXCompileConfig(QuantizationConfig):
         """
         if isinstance(layer, RoutedExperts):
             self.asked.add(prefix)
-            return experts_method(layer, prefix, self._read().checkpoint)
+            return experts_method(layer, prefix, self._read())
         if isinstance(layer, VocabParallelEmbedding):
             return self._vocabulary_method(layer, prefix)
         if not isinstance(layer, LinearBase):

@@ -18,12 +18,14 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.errors import CheckpointError, MXCompileError
+from mxcompile.formats import parse_format
 from mxcompile.numerics.gates import Gate
-from mxcompile.serving import packed_experts
+from mxcompile.serving import engine_options, packed_experts
 from mxcompile.serving.shard_limits import check_dtype
 from mxcompile.serving.stored_experts import ExpertsShare, PackedExperts, StoredExperts, find_experts
+from mxcompile.serving.stored_model import StoredModel
+from mxcompile.serving.warm_up import warm_up
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -36,12 +38,11 @@ _GATES: Final = {
 }
 
 
-def experts_method(layer: RoutedExperts, prefix: str, checkpoint: Checkpoint) -> FusedMoEMethodBase:
+def experts_method(layer: RoutedExperts, prefix: str, model: StoredModel) -> FusedMoEMethodBase:
     """What runs the experts of a layer of vLLM. Raises CheckpointError if nothing can."""
-    stored = find_experts(checkpoint, prefix)
-    if stored.packings is None:
-        return FloatExpertsMethod(layer.moe_config, stored)
-    return MXExpertsMethod(layer.moe_config, stored)
+    stored = find_experts(model.checkpoint, prefix)
+    method = FloatExpertsMethod if stored.packings is None else MXExpertsMethod
+    return method(layer.moe_config, stored, model)
 
 
 class MXExpertsMethod(FusedMoEMethodBase):
@@ -50,9 +51,9 @@ class MXExpertsMethod(FusedMoEMethodBase):
     up: PackedExperts
     down: PackedExperts
 
-    def __init__(self, moe: FusedMoEConfig, stored: StoredExperts) -> None:
+    def __init__(self, moe: FusedMoEConfig, stored: StoredExperts, model: StoredModel) -> None:
         super().__init__(moe)
-        self.stored = stored
+        self.stored, self.model = stored, model
         self.gate = ""
 
     def create_weights(
@@ -66,6 +67,9 @@ class MXExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         """Check that the layer fits. Its tensors are read after vLLM has loaded all others."""
         del num_experts, hidden_size, intermediate_size_per_partition, extra_weight_attrs
+        self.options = engine_options.current()
+        self.options.check_once(self.model)
+        self.enforce_eager = get_current_vllm_config().model_config.enforce_eager
         _check_layer(self.stored, layer)
         self.stored.channels(_share_of(layer))
         self.device, self.dtype = torch.empty(0).device, params_dtype
@@ -73,11 +77,28 @@ class MXExpertsMethod(FusedMoEMethodBase):
         self.gate = str(gate_of(self.stored, layer))
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Read this process' share of the experts."""
-        config, interleaved = layer.moe_config, "interleaved" in self.gate
-        self.stored.check(config.num_experts, config.hidden_dim, config.intermediate_size)
-        up, down = self.stored.packed(_share_of(layer), interleaved=interleaved)
+        """Read this process' share of the experts, convert it for the kernels of its device, and compile those."""
+        config, share = layer.moe_config, _share_of(layer)
+        if self.options.dummy:
+            up, down = self.stored.invented(share, dtype=self.dtype)
+        else:
+            stored = replace(self.stored, folder=self.model.folder())
+            stored.check(config.num_experts, config.hidden_dim, config.intermediate_size)
+            up, down = stored.packed(share, interleaved="interleaved" in self.gate)
         self.up, self.down = self._placed(layer, "up", up), self._placed(layer, "down", down)
+        if self.device.type == "cuda":
+            self._warm_up(layer.top_k)
+
+    def _warm_up(self, choices: int) -> None:
+        key = ("experts", self.up.layout, self.down.layout, self.up.elements.shape, self.gate, choices, self.dtype)
+
+        def run(x: Tensor) -> Tensor:
+            numbers = torch.arange(len(x) * choices, device=x.device).view(-1, choices) % len(self.up.elements)
+            weights = torch.ones(numbers.shape, device=x.device)
+            return packed_experts.experts(x.to(self.dtype), numbers, weights, self.up, self.down, self.gate)
+
+        fmt, size = parse_format(self.up.layout.format), self.up.layout.size
+        warm_up(run, key, fmt, size, self.device, self.options.most_tokens)
 
     def _placed(self, layer: RoutedExperts, name: str, weight: PackedExperts) -> PackedExperts:
         """The weight on the layer's device, as parameters of the layer."""
@@ -95,7 +116,7 @@ class MXExpertsMethod(FusedMoEMethodBase):
         try:
             return packed_experts.to_planes(weight, self.dtype)
         except MXCompileError as error:
-            if not get_current_vllm_config().model_config.enforce_eager:
+            if not self.enforce_eager:
                 raise CheckpointError(
                     f"{self.stored.path}.{name} cannot run in a CUDA graph: {error}. Add --enforce-eager, which is slow"
                 ) from error
@@ -124,15 +145,18 @@ class MXExpertsMethod(FusedMoEMethodBase):
 class FloatExpertsMethod(UnquantizedFusedMoEMethod):
     """Experts that were left in float: vLLM's own kernels, on weights from our file."""
 
-    def __init__(self, moe: FusedMoEConfig, stored: StoredExperts) -> None:
+    def __init__(self, moe: FusedMoEConfig, stored: StoredExperts, model: StoredModel) -> None:
         super().__init__(moe)
-        self.stored = stored
+        self.stored, self.model, self.options = stored, model, engine_options.current()
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Read this process' share of the experts, and prepare them as vLLM does."""
+        if self.options.dummy:
+            super().process_weights_after_loading(layer)
+            return
         interleaved = layer.activation == MoEActivation.SWIGLUOAI
-        inner = layer.moe_config.intermediate_size
-        floats = self.stored.floats(_share_of(layer), inner, interleaved=interleaved)
+        inner, stored = layer.moe_config.intermediate_size, replace(self.stored, folder=self.model.folder())
+        floats = stored.floats(_share_of(layer), inner, interleaved=interleaved)
         for name, value in (("w13_weight", floats.up), ("w13_bias", floats.up_bias)):
             if value is not None:
                 halves = (2, -1) if not interleaved else (1, -1)
@@ -157,7 +181,7 @@ def _check_layer(stored: StoredExperts, layer: RoutedExperts) -> None:
     if layer.apply_router_weight_on_input:
         raise CheckpointError(
             f"{stored.path} cannot be served: its inputs are multiplied by the router's weights, which mxcompile's "
-            "experts do not do. Serve it with mxcompile serve on transformers"
+            "experts do not do. Serve it with mxcompile serve --engine transformers"
         )
     if layer.moe_config.has_bias != stored.has_bias:
         raise CheckpointError(f"{stored.path} and the engine's layer do not agree on whether experts have a bias")
@@ -184,7 +208,7 @@ def gate_of(stored: StoredExperts, layer: RoutedExperts) -> Gate:
     if gate is None:
         raise CheckpointError(
             f"{stored.path} cannot be served: mxcompile's experts do not have the activation {layer.activation.value}. "
-            "Serve it with mxcompile serve on transformers"
+            "Serve it with mxcompile serve --engine transformers"
         )
     if layer.activation == MoEActivation.SWIGLUOAI:
         return gate

@@ -96,7 +96,7 @@ def find_experts(checkpoint: Checkpoint, layer: str) -> "StoredExperts":
         listed = ", ".join(fitting or paths[:3]) or "none"
         raise CheckpointError(
             f"{checkpoint.folder} does not say which experts belong to {layer}: it has {listed}. Serve this model with "
-            "mxcompile serve on transformers"
+            "mxcompile serve --engine transformers"
         )
     return StoredExperts(checkpoint, fitting[0], checkpoint.folder)
 
@@ -173,6 +173,21 @@ class StoredExperts:
             None if multiplier is None else multiplier[start:stop].clone(),
         )
         return first, second
+
+    def invented(self, share: ExpertsShare, *, dtype: torch.dtype) -> tuple[PackedExperts, PackedExperts]:
+        """Zeros in place of the share of quantized experts, for engines that run without a file of weights."""
+        assert self.packings is not None
+        start, stop = self.channels(share)
+        up, down = (packing.layout for packing in self.packings)
+        made: list[PackedExperts] = []
+        for layout, out in ((up, 2 * (stop - start)), (replace(down, size=stop - start), up.size)):
+            fmt = parse_format(layout.format)
+            rows, blocks = (len(share.experts), out), fmt.blocks(layout.size)
+            elements = torch.zeros(*rows, blocks * fmt.block_bytes, dtype=torch.uint8)
+            bias = torch.zeros(rows, dtype=dtype) if self.has_bias else None
+            multiplier = None if layout.multiplier is None else torch.ones(layout.size, dtype=dtype)
+            made.append(PackedExperts(layout, elements, torch.full((*rows, blocks), 127).byte(), bias, multiplier))
+        return made[0], made[1]
 
     def floats(self, share: ExpertsShare, inner: int, *, interleaved: bool) -> FloatExperts:
         """The share of experts that are not quantized. inner: channels over all processes, divided evenly."""

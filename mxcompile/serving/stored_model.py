@@ -89,16 +89,16 @@ class StoredModel:
 
     def check_tensors(self) -> None:
         """Raise CheckpointError if a byte of any tensor has changed since the model was saved. Reads all files."""
-        shards.check_tensors(self._folder(), self.checkpoint.index.shards)
+        shards.check_tensors(self.folder(), self.checkpoint.index.shards)
         self.checked = True
 
     def _read(self, name: str) -> Tensor:
         """One stored tensor, checked."""
         files = self.checkpoint.index.shards
         file = next(file for file, shard in files.items() if name in shard.tensors)
-        return shards.read_tensor(self._folder() / file, files[file], name)
+        return shards.read_tensor(self.folder() / file, files[file], name)
 
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
         """The folder with the tensors too: of a hub id, only JSON files have been downloaded so far."""
         return find_folder(self.source, self.revision, cache=self.cache)
 
@@ -130,7 +130,6 @@ class StoredModel:
         """Renamings of stored tensors, which an engine applies to each name: pattern -> replacement, None to skip it.
 
         decoded: MX weights that the engine gets as float values, without their component tensors.
-
         `q_proj.weight.scales` -> `q_proj.weight_scales`, as a name of a parameter has no dot. Buffers that the module
         computes by itself are skipped, and fused experts, which are not read by the engine.
         """

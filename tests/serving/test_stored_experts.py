@@ -96,6 +96,19 @@ def test_a_share_has_whole_blocks_though_the_channels_do_not_divide_evenly(tmp_p
     assert sizes == [64, 32]
 
 
+@pytest.mark.parametrize("change", [rounded, multiplied])
+@pytest.mark.parametrize("name", SIZE)
+def test_invented_experts_are_like_those_that_are_read(name, change, tmp_path):
+    stored = stored_in(tmp_path, model_of(name, change)[0])
+    share = ExpertsShare(range(1, 3), 1, 2)
+    read = stored.packed(share, interleaved=False)
+    for actual, expected in zip(stored.invented(share, dtype=torch.float32), read, strict=True):
+        assert actual.layout == expected.layout
+        assert actual.tensors.keys() == expected.tensors.keys()
+        for part, values in expected.tensors.items():
+            assert (actual.tensors[part].shape, actual.tensors[part].dtype) == (values.shape, values.dtype)
+
+
 def test_what_cannot_be_divided_is_refused_with_its_name_and_what_to_do(tmp_path):
     stored = stored_in(tmp_path, model_of("qwen3", aligned)[0])
     with pytest.raises(CheckpointError, match=rf"{LAYER}\.down_proj .* aligns a token .* --enable-expert-parallel"):
