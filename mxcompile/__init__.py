@@ -7,6 +7,7 @@ from mxcompile.calibration import observers
 from mxcompile.calibration.data.batches import calibration_batches
 from mxcompile.calibration.data.self_generated import generate_calibration
 from mxcompile.calibration.data.windows import token_windows
+from mxcompile.calibration.ranks import alone
 from mxcompile.calibration.run import Request
 from mxcompile.checkpoint import read_gguf, register, save
 from mxcompile.deploy import deploy
@@ -46,6 +47,7 @@ __all__ = [
     "Request",
     "Rule",
     "WeightedBatch",
+    "alone",
     "apply_rules",
     "bisect",
     "calibration_batches",

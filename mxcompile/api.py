@@ -12,6 +12,7 @@ from torch import nn
 
 from mxcompile import checkpoint
 from mxcompile.arguments import checked
+from mxcompile.calibration.ranks import is_first
 from mxcompile.checkpoint.mapped_model import mapped_model, module_of
 from mxcompile.checkpoint.save import SHARD_SIZE
 from mxcompile.checkpoint.source_files import SourceFiles
@@ -85,6 +86,9 @@ def quantize_and_compile(
     instruments: observers of the pipeline run; see `Instrument`.
     resume: a folder in which slow passes save finished parts, so that an interrupted call can continue.
 
+    In an initialized process group of torch.distributed, every process makes this call with the same arguments: they
+    share the work and return the same module, and the first one alone writes and calls instruments.
+
     Returns a module of the same class, in eval mode, with `MXWeight` parameters; nothing is shared with `model`.
     Raises a subclass of `MXCompileError` that says what to do. What had been done before it is not lost:
     `error.unfinished` has the program after the last finished pass and the passes that are left, or, if deploying or
@@ -99,7 +103,7 @@ def quantize_and_compile(
         deployed = deploy(program, model)
     with work_kept(lambda: Unfinished(lambda: program, model=deployed), lambda: _DEPLOYED):
         compiled = compile_module(deployed) if compile else deployed
-        if dump is not None:
+        if dump is not None and is_first():
             write_kernels(dump, explain_quantized(compiled, device_of(deployed)))
     return compiled
 

@@ -18,6 +18,7 @@ from torch.fx import Node
 from mxcompile.analysis.choice import MatmulChoice, check_coverage, choose, exclude_shared_weights, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows, replace_activation
 from mxcompile.calibration.finished_parts import load_part, save_part
+from mxcompile.calibration.ranks import ranks_of
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
 from mxcompile.graph.edit import BLOCK_AXIS, PACKS, insert_call, insert_tensor
@@ -162,7 +163,8 @@ class LowerMX(Pass):
         if saved is not None:
             device = program.device(name)
             return saved[0]["elements"].to(device), saved[0]["scales"].to(device)
-        rows, scales = round_rows(read(), fmt, self.weight_rule, program.importance.get(name))
+        importance, rule = program.importance.get(name), self.weight_rule
+        rows, scales = ranks_of(program).by_rows(lambda part: round_rows(part, fmt, rule, importance), read())
         elements = _packed_exactly(name, rows, Rounding(fmt, scales))
         save_part(program, part, {"elements": elements, "scales": scales})
         return elements, scales

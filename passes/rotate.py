@@ -23,6 +23,7 @@ from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.group_facts import list_matrices, subsample_tokens
 from mxcompile.calibration.observers import ChannelImportance, Observer, RotatedObserver, TokenSample, values_of
 from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import NO_TOKENS
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import PipelineError
@@ -109,12 +110,14 @@ class Rotate(Pass):
         """Advance through a segment, and measure the values that some matmuls read."""
         observed = {value: _ValueObservers(self.size) for value in readers}
         sweep.advance(segment, {value: observers.all for value, observers in observed.items()})
-        return {
-            value: None
-            if observers.seen_nothing
-            else (self._error_over_plain(program, readers[value], observers), observers.rotated.value)
-            for value, observers in observed.items()
-        }
+        seen = [value for value, observers in observed.items() if not observers.seen_nothing]
+        ratios = ranks_of(program).map(
+            lambda value: self._error_over_plain(program, readers[value], observed[value]),
+            seen,
+            [float(sum(matmul.root.meta["val"].numel() for matmul in readers[value])) for value in seen],
+        )
+        measured = {v: (ratio, observed[v].rotated.value) for v, ratio in zip(seen, ratios, strict=True)}
+        return {value: measured.get(value) for value in observed}
 
     def _why_not(self, readers: Sequence[Matmul]) -> str | None:
         size = readers[0].in_features

@@ -13,6 +13,7 @@ from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.calibration.finished_parts import load_rounded, save_rounded
 from mxcompile.calibration.observers import ChannelImportance
+from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import NO_TOKENS, Request
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides
@@ -76,7 +77,8 @@ class RoundWeights(Pass):
     def _round(self, program: Program, matmul: Matmul, fmt: MXFormat) -> float:
         """Round a weight; returns its SQNR in dB."""
         rows = finite_rows(program, matmul)
-        rounded, scales = round_rows(rows, fmt, self.rule, self._importance(program, matmul))
+        importance = self._importance(program, matmul)
+        rounded, scales = ranks_of(program).by_rows(lambda part: round_rows(part, fmt, self.rule, importance), rows)
         program.set_rounded(matmul.parameter, rounded, Rounding(fmt, scales), matmul.axis)
         return sqnr_db(rows, rounded)
 

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from models import build
 
-from mxcompile.calibration.observers import TokenSample
+from mxcompile.calibration.altered_run import AlteredRun
+from mxcompile.calibration.distillation import Distillation
 from mxcompile.calibration.ranks import alone, joined, ranks_of
-from mxcompile.calibration.run import Request
 from mxcompile.errors import InputError
+from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassResult
 from mxcompile.graph.trace import trace
@@ -69,30 +70,26 @@ def learned() -> dict[str, Any]:
     }
 
 
+def trained() -> dict[str, Any]:
+    """Losses of batches of several sizes, and vectors trained on them, of a rounded model."""
+    data = batches(2, 3, 1, 4, padded=False)
+    data[0]["attention_mask"][:, :5] = 0
+    program = trace(build("llama"), data[0])
+    rounded = Pipeline.parse("round-weights{format=mxint4}").run(program)
+    with joined(torch.device("cpu")) as ranks:
+        rounded.ranks = ranks
+        names = [name for name in rounded.parameter_names() if rounded.tensor(name).dim() == 1]
+        vectors = {name: rounded.tensor(name).detach() for name in names if rounded.is_parameter(name)}
+        distillation = Distillation(rounded, AlteredRun(rounded, {}), program)
+        inputs = [Inputs((), batch) for batch in data]
+        losses = [distillation.mean_loss(vectors, [batch]) for batch in inputs]
+        (after,) = distillation.train(vectors, inputs, 4, 4e-3, 1)
+    return {"losses": losses, "vectors": after}
+
+
 def few_batches() -> dict[str, Any]:
     """One batch: of several processes, some have none."""
     return {"llama": result(quantized("llama", LEARNED.replace("steps=4", "steps=0"), batches(2, padded=False)))}
-
-
-def sampled() -> torch.Tensor:
-    """A token sample, which of several processes each draws its share of."""
-    program = trace(build("llama"), batches(1, padded=False)[0])
-    value = next(node.name for node in program.graph.nodes if "linear" in str(node.target))
-
-    @dataclass(frozen=True)
-    class Look(Pass):
-        name = "look"
-
-        def requests(self, program: Program) -> list[Request]:
-            return [Request(value, TokenSample)]
-
-        def run(self, program: Program) -> PassResult:
-            samples.append(Request(value, TokenSample).result(program))
-            return PassResult(0)
-
-    samples: list[torch.Tensor] = []
-    Pipeline([Look()]).run(program, batches(*[7] * 9))
-    return samples[0]
 
 
 @dataclass(frozen=True)

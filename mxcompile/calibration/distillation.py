@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import SymInt, Tensor
@@ -13,19 +13,23 @@ from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.finished_parts import load_part, save_part
+from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import BoundBatch, Runner
 from mxcompile.graph.agreement import output_leaves
-from mxcompile.graph.binding import bind_inputs
-from mxcompile.graph.dataflow import compute_nodes
+from mxcompile.graph.binding import NodeValues, bind_inputs
+from mxcompile.graph.dataflow import compute_nodes, mutated_tensors
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 
 _ROWS, _SMALLEST_UNIT = 1024, 1e-3
+_ZEROS = "zeros only in the float model"
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Distillation:
-    """student: runs `program`, whose tensors are trained. exact: the teacher, run unchanged.
+    """Of several processes, each runs some rows of every batch, and losses and gradients are summed.
+
+    student: runs `program`, whose tensors are trained. exact: the teacher, run unchanged.
 
     outputs: names of the outputs that are compared: logits of the output head, else all float tensors. left_out: why
     others are not, by name; batches add to it.
@@ -35,20 +39,58 @@ class Distillation:
         self._program, self._student, self._exact = program, student, exact
         matmuls = [matmul for matmul in find_matmuls(exact)[0] if matmul.parameter in exact.output_heads]
         self._heads = {matmul.node.meta["val"].shape[-1] for matmul in matmuls}
+        self._ranks = ranks_of(program)
         self.left_out: dict[str, str] = {}
         self.outputs = self._comparable()
+        self._rows = self._dealt_rows() if self._ranks.count > 1 else None
 
     def loss(self, batch: Inputs) -> Tensor | None:
         """Mean KL(exact || student) for logits; relative squared error for other outputs. Summed over the outputs.
 
         Times the weight of the batch. None if no output of it can be compared (all zeros, NaN, or other tokens than
-        the teacher's).
+        the teacher's). Its gradient is that of the rows that this process has run.
         """
         expected = self._values(self._exact, Runner(self._exact), batch)
         actual = self._values(self._program, self._student, batch)
-        distances = [self._distance(name, value, actual[name]) for name, value in expected.items()]
-        known = [distance for distance in distances if distance is not None]
+        distances = {name: self._distance(name, value, actual[name]) for name, value in expected.items()}
+        known = self._known(distances) if self._ranks.count == 1 else self._known_together(distances)
         return torch.stack(known).sum() * batch.weight if known else None
+
+    def _known(self, distances: "Mapping[str, _Distance | str]") -> list[Tensor]:
+        """The distances of the outputs that can be compared; the reasons against the others go to `left_out`."""
+        known: list[Tensor] = []
+        for name, distance in distances.items():
+            if isinstance(distance, str):
+                self._leave_out(name, distance)
+            elif isinstance(distance.unit, int):
+                known.append(distance.error / max(1, distance.unit))
+            elif not distance.unit:
+                self._leave_out(name, _ZEROS)
+            else:
+                known.append(distance.error / distance.unit)
+        return known
+
+    def _known_together(self, distances: "Mapping[str, _Distance | str]") -> list[Tensor]:
+        """`_known` of all processes' rows, each with the gradient of this one's."""
+        own = {n: d if isinstance(d, str) else (d.error.item(), float(d.unit)) for n, d in distances.items()}
+        by_process = self._ranks.gather(own)
+        known: list[Tensor] = []
+        for name in self.outputs:
+            reports = [each[name] for each in by_process if name in each]
+            sums = [report for report in reports if not isinstance(report, str)]
+            unit = sum(unit for _, unit in sums)
+            if reasons := [report for report in reports if isinstance(report, str)]:
+                self._leave_out(name, reasons[0])
+            elif not unit:
+                self._leave_out(name, _ZEROS)
+            else:
+                total, part = sum(error for error, _ in sums) / unit, distances.get(name)
+                value = torch.tensor(total, dtype=torch.float32, device=self._ranks.device)
+                if isinstance(part, _Distance):
+                    share = part.error / unit
+                    value = share + (value.to(share.device) - share.detach())
+                known.append(value)
+        return known
 
     def mean_loss(self, tensors: Mapping[str, Tensor], batches: Sequence[Inputs]) -> float:
         """Weighted mean of the batches' losses, some tensors replaced by `tensors`; NaN if none can be compared."""
@@ -80,15 +122,58 @@ class Distillation:
                 self._student.tensors, self._student.gradients = training.moved(), True
                 loss = self.loss(batch)
                 training.optimizer.zero_grad()
-                if loss is not None and loss.requires_grad:
+                if loss is not None and self._ranks.any(loss.requires_grad):
                     if not torch.isfinite(loss):
                         return  # diverged: what was yielded before is all that training gives
-                    loss.backward()  # pyright: ignore[reportUnknownMemberType]
+                    if loss.requires_grad:
+                        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+                    self._sum_gradients(training.trained)
                 training.optimizer.step()
             training.schedule.step()
             if step in ends:
                 training.save(self._program, f"{step:05}", self.left_out)
                 yield training.detached()
+
+    def _sum_gradients(self, tensors: Sequence[Tensor]) -> None:
+        if self._ranks.count > 1:
+            gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+            joined = torch.cat([gradient.flatten() for gradient in gradients])
+            self._ranks.sum(joined)
+            for tensor, part in zip(tensors, joined.split([t.numel() for t in tensors]), strict=True):
+                tensor.grad = part.view_as(tensor)
+
+    def _dealt_rows(self) -> str | None:
+        """The size, as traced, of the dimension whose items processes divide: the first of all compared outputs.
+
+        None if the outputs have none in common, or a graph writes to buffers: each process then runs all of a batch.
+        """
+        outputs = _outputs(self._exact)
+        firsts = [outputs[name].meta["val"].shape[0] for name in self.outputs]
+        inputs = [node.meta.get("val") for node in self._exact.graph.find_nodes(op="placeholder")]
+        shapes = [list(map(str, value.shape)) for value in inputs if isinstance(value, Tensor)]
+        sizes = set(map(str, firsts))
+        if len(sizes) != 1 or not isinstance(firsts[0], SymInt) or mutated_tensors(self._exact.graph):
+            return None
+        (size,) = sizes
+        dealt, elsewhere = any(shape[:1] == [size] for shape in shapes), any(size in shape[1:] for shape in shapes)
+        return size if dealt and not elsewhere else None
+
+    def _own_rows(self, inputs: NodeValues) -> NodeValues:
+        """The inputs of one batch with the rows that this process runs.
+
+        Inputs whose first dimension has another symbol, as a mask's, are divided too if they have as many rows.
+        """
+        shapes = {n: list(n.meta["val"].shape) for n in inputs if isinstance(n.meta.get("val"), Tensor)}
+        inner = {str(size) for shape in shapes.values() for size in shape[1:]}
+        free = [n for n, shape in shapes.items() if isinstance(shape[0] if shape else 0, SymInt)]
+        free = [n for n in free if str(shapes[n][0]) not in inner]
+        count = next((len(inputs[n]) for n in free if str(shapes[n][0]) == self._rows), 0)
+        if self._rows is None or any(len(inputs[n]) not in (1, count) for n in free):
+            return inputs
+        return {
+            n: value[self._ranks.rows(count)] if n in free and len(value) == count else value
+            for n, value in inputs.items()
+        }
 
     def _comparable(self) -> tuple[str, ...]:
         """Names of the outputs that say what the model predicts; the reasons against the others go to `left_out`."""
@@ -110,27 +195,35 @@ class Distillation:
         """The compared outputs by name, without the rows that a mask hides."""
         every = _outputs(program)
         outputs = {name: every[name] for name in self.outputs}
-        inputs = {node: _for_autograd(value) for node, value in bind_inputs(program, batch).items()}
+        inputs = {n: _for_autograd(value) for n, value in self._own_rows(bind_inputs(program, batch)).items()}
+        if any(isinstance(value, Tensor) and value.dim() and not len(value) for value in inputs.values()):
+            return {}
         bound = BoundBatch.of(program, inputs)
         values = runner.run_nodes(compute_nodes(program.graph.nodes), bound, None, outputs.values())
         return {name: bound.visibility.rows(node, values[node]) for name, node in outputs.items()}
 
-    def _distance(self, name: str, expected: Tensor, actual: Tensor) -> Tensor | None:
+    def _distance(self, name: str, expected: Tensor, actual: Tensor) -> "_Distance | str":
+        """The distance of an output, or why it cannot be compared."""
         if expected.shape != actual.shape:
-            return self._leave_out(name, f"{list(expected.shape)} in the float model, {list(actual.shape)} rounded")
+            return f"{list(expected.shape)} in the float model, {list(actual.shape)} rounded"
         if expected.isnan().any():
-            return self._leave_out(name, "NaN in the float model")
+            return "NaN in the float model"
         if self._is_logits(expected.shape):
             rows = zip(expected.flatten(0, -2).split(_ROWS), actual.flatten(0, -2).split(_ROWS), strict=True)
-            return torch.stack([_kl_divergence(*pair) for pair in rows]).sum() / max(1, expected[..., 0].numel())
+            return _Distance(torch.stack([_kl_divergence(*pair) for pair in rows]).sum(), expected[..., 0].numel())
         finite = expected.isfinite()
         energy = torch.where(finite, expected, 0.0).float().square().sum()
-        if not energy:
-            return self._leave_out(name, "zeros only in the float model")
-        return torch.where(finite, actual - expected, 0.0).float().square().sum() / energy
+        return _Distance(torch.where(finite, actual - expected, 0.0).float().square().sum(), energy)
 
     def _leave_out(self, name: str, reason: str) -> None:
         self.left_out.setdefault(name, f"{reason}, for one batch or more")
+
+
+class _Distance(NamedTuple):
+    """error: summed over rows. unit: their number, or the energy of the exact rows, by which it is divided."""
+
+    error: Tensor
+    unit: Tensor | int
 
 
 class _Training:
@@ -142,6 +235,11 @@ class _Training:
         self._moves = {n: torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for n, t in tensors.items()}
         self.optimizer = torch.optim.Adam(self._moves.values(), lr=rate)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The moves, which get gradients."""
+        return list(self._moves.values())
 
     def moved(self) -> dict[str, Tensor]:
         """The tensors as they are trained so far; gradients reach the moves."""

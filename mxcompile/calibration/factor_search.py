@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.ranks import ALONE, Ranks
 from mxcompile.numerics.importance import token_weights
 
 _SMALLEST = 1e-5
@@ -65,15 +66,30 @@ class FactorSearchResult:
     error_before: float
 
 
-def search_factors(candidates: Iterable[Tensor], error: Callable[[Tensor], float], count: int) -> FactorSearchResult:
-    """The candidate `[count]` with the least error; factors of 1 are always tried."""
-    best = torch.ones(count, dtype=torch.float32)
-    least = before = error(best)
-    for factors in candidates:
-        candidate_error = error(factors)
+def search_factors(
+    candidates: Iterable[Tensor],
+    error: Callable[[Tensor], float],
+    count: int,
+    ranks: Ranks = ALONE,
+    of_own_batches: bool = False,
+) -> FactorSearchResult:
+    """The candidate `[count]` with the least error; factors of 1 are always tried.
+
+    ranks: processes that try some candidates each. of_own_batches: the error is that of a process's own batches, so
+    each tries all candidates, and their errors are summed.
+    """
+    every = [torch.ones(count, dtype=torch.float32), *candidates]
+    if of_own_batches:
+        summed = torch.tensor(list(map(error, every)), dtype=torch.float64)
+        ranks.sum(summed)
+        errors = summed.tolist()
+    else:
+        errors = ranks.map(error, every)
+    best, least = every[0], errors[0]
+    for factors, candidate_error in zip(every[1:], errors[1:], strict=True):
         if candidate_error < least:
             best, least = factors, candidate_error
-    return FactorSearchResult(best, least, before)
+    return FactorSearchResult(best, least, errors[0])
 
 
 def output_error(operands: Iterable[Operand], quantizers: Quantizers) -> Callable[[Tensor], float]:

@@ -21,6 +21,7 @@ from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.group_facts import GroupFacts, first_batches
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample, values_of
 from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import NO_TOKENS
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.program import Program
@@ -81,8 +82,8 @@ class FoldSearch:
                     statistics |= self._advance(sweep, earlier)
                     findings.apply(program, every, result)
                 restored.clear()
-                on_blocks = self.objective is Objective.BLOCK
-                block_inputs = first_batches(sweep.batches, segment, sweep.ready) if on_blocks else []
+                on_blocks, ranks = self.objective is Objective.BLOCK, ranks_of(program)
+                block_inputs = first_batches(sweep.batches, segment, sweep.ready, ranks) if on_blocks else []
                 statistics |= self._advance(sweep, segment)
                 found = SegmentFindings.of_importance(segment, statistics)
                 found.apply(program, every, result)
@@ -126,14 +127,15 @@ class FoldSearch:
         magnitudes = {m.node: facts.statistics[m.activation][self.magnitude] for m, _ in seen.matmuls}
         candidates = self.candidates(seen, lambda m: magnitudes[m.node], lambda m: weights[m.node])
         rounded = (representable_factors(group, factors, self.power_of_two) for factors in candidates)
-        enclosed = bool(facts.block_inputs) and facts.encloses(group)
+        enclosed = self.objective is Objective.BLOCK and facts.encloses(group)
         error = facts.block_error(program, seen, self.quantizers) if enclosed else None
-        remark = None
+        remark, of_own_batches = None, error is not None
         if error is None:
             error = output_error(facts.operands(seen, weights), self.quantizers)
             if self.objective is Objective.BLOCK:
                 remark = _NOT_COMPARABLE if enclosed else _NOT_IN_ONE_SEGMENT
-        return GroupFindings(search_factors(rounded, error, group.count), remark)
+        best = search_factors(rounded, error, group.count, ranks_of(program), of_own_batches)
+        return GroupFindings(best, remark)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.factor_search import Operand, per_channel
 from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.ranks import ALONE, Ranks
 from mxcompile.calibration.run import BoundBatch
 from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.program import Program
@@ -131,24 +132,36 @@ def subsample_tokens(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def first_batches(
-    states: Sequence[BoundBatch], segment: Segment, ready: Callable[[BoundBatch], BoundBatch] | None = None
+    states: Sequence[BoundBatch],
+    segment: Segment,
+    ready: Callable[[BoundBatch], BoundBatch] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[BoundBatch]:
     """Inputs of a segment for the first batches, about 2048 visible tokens (counted in their largest tensor).
 
-    Of batches with several weights, at least one of each. ready: puts the values of a chosen one on the device.
+    Of batches with several weights, at least one of each. ready: puts the values of a chosen one on the device. Of
+    several processes, those of the first batches of all that this one has.
     """
     chosen: list[BoundBatch] = []
-    missing, tokens = {state.visibility.weight for state in states}, 0
-    for each in states:
-        if tokens >= _BLOCK_TOKENS and each.visibility.weight not in missing:
+    by_process = ranks.gather([(state.visibility.weight, _visible_tokens(state)) for state in states])
+    start = sum(map(len, by_process[: ranks.number]))
+    missing, seen = {weight for pairs in by_process for weight, _ in pairs}, 0
+    for index, (weight, tokens) in enumerate((pair for pairs in by_process for pair in pairs), -start):
+        if seen >= _BLOCK_TOKENS and weight not in missing:
             continue
-        missing.discard(each.visibility.weight)
-        state = each if ready is None else ready(each)
-        copied = state.fork(segment.nodes)
-        chosen.append(replace(copied, values=dict(copied.values)))
-        rows = (state.visibility.rows(node, v) for node, v in state.values.items() if _is_activation(v))
-        tokens += max((v.numel() // v.shape[-1] for v in rows), default=0)
+        missing.discard(weight)
+        seen += tokens
+        if 0 <= index < len(states):
+            state = states[index] if ready is None else ready(states[index])
+            copied = state.fork(segment.nodes)
+            chosen.append(replace(copied, values=dict(copied.values)))
     return chosen
+
+
+def _visible_tokens(state: BoundBatch) -> int:
+    values = [(node, value) for node, value in state.values.items() if _is_activation(value)]
+    masks = [(state.visibility.mask(node, value), value) for node, value in values]
+    return max((v.numel() // v.shape[-1] if mask is None else int(mask.sum()) for mask, v in masks), default=0)
 
 
 def _is_activation(value: object) -> bool:

@@ -10,6 +10,7 @@ is in this file; a process alone exchanges nothing.
 
 import io
 import itertools
+import os
 import signal
 import threading
 import zlib
@@ -26,6 +27,7 @@ from torch import Tensor
 from mxcompile import errors
 from mxcompile.errors import MXCompileError, RankError
 from mxcompile.graph.program import Program
+from mxcompile.tensor.devices import find_device
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -77,6 +79,15 @@ class Ranks:
         own = {index: function(items[index]) for index, owner in enumerate(owners) if owner == self.number}
         gathered = self.gather(own)
         return [gathered[owner][index] for index, owner in enumerate(owners)]
+
+    def by_rows(self, function: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -> tuple[Tensor, ...]:
+        """The results of a function that treats the first dimension's items independently; each process computes some.
+
+        rows: `[rows, ...]`, as are the results, all of them in each process.
+        """
+        if self.count == 1 or len(rows) < self.count:
+            return function(rows)
+        return tuple(self.collect(part, len(rows)) for part in function(rows[self.rows(len(rows))]))
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by their numbers; tensors on this process's device."""
@@ -258,6 +269,42 @@ ALONE = Ranks()
 def ranks_of(program: Program) -> Ranks:
     """The processes that share the program's run."""
     return program.ranks if isinstance(program.ranks, Ranks) else ALONE
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process together with others."""
+    return dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints: one that is alone, or the first of those that share a run."""
+    if _alone.get():
+        return True
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return not launched() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def launched_group(device: str) -> Generator[str]:
+    """The process group of the processes that torchrun has started, in the block; nothing for a process alone.
+
+    Yields the device to use: for "cuda" each process of a machine has a GPU of its own. CPU tensors are exchanged by
+    gloo, those of GPUs by NCCL.
+    """
+    if not launched():
+        yield device
+        return
+    on_gpu = device.startswith("cuda")
+    if device == "cuda":
+        device = f"cuda:{dist.get_node_local_rank()}"
+    if on_gpu:
+        torch.cuda.set_device(find_device(device))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

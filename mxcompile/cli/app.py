@@ -4,12 +4,16 @@ Commands on models and checkpoints: `quantize_command.py`, `model_commands.py`; 
 `dump_commands.py`; lists: `list_commands.py`.
 """
 
+import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
+from mxcompile.calibration.ranks import is_first, launched
 from mxcompile.cli import dump_commands, list_commands, model_commands, quantize_command, serve_command
 from mxcompile.cli.arguments import (
     Calibration,
@@ -30,8 +34,10 @@ from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.demo import run_demo
 from mxcompile.cli.progress import Progress
 from mxcompile.diagnostics.bisect import bisect as find_culprits
-from mxcompile.errors import MXCompileError
+from mxcompile.errors import InputError, MXCompileError
 from mxcompile.passes.recipes import QUICK
+
+_PRINTING = 2.0  # seconds
 
 app = typer.Typer(
     help="Quantize PyTorch models to Microscaling (MX) formats.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -152,6 +158,10 @@ list_commands.register(app)
 def main() -> None:
     """Entry point: an `MXCompileError` is printed as one message and its notes, without a traceback."""
     try:
+        if launched() and sys.argv[1:2] not in (["quantize"], ["--help"]):
+            raise InputError("torchrun is for mxcompile quantize: start other commands without it")
+        if not is_first():
+            warnings.simplefilter("ignore")  # the first process gives the same
         app()
     except MXCompileError as error:
         screen = messages()
@@ -160,4 +170,6 @@ def main() -> None:
             error, "__notes__", ()
         ):  # that of a failed run says what is left, which ends with a command
             screen.print(Text(f"{'note' if error.unfinished is None else 'in Python'}: {note}"))
+        if not is_first():
+            time.sleep(_PRINTING)  # torchrun ends all processes when the first of them has ended
         raise SystemExit(1) from None

@@ -165,6 +165,12 @@ def quantize_and_compare(
     return quantized, tokenizer, score(console, options, data, quantized, options.model_name, model)
 
 
+def quantize_with_others(console: Console, options: EvalOptions, recipe: str, resume: Path | None = None) -> None:
+    """The share of one of several processes in `quantize_and_compare` of the first one."""
+    model, _, data = load_with_data(console, options)
+    quantize(console, model, data, recipe, resume=resume)
+
+
 def load_with_data(console: Console, options: EvalOptions) -> tuple[Any, Any, EvalData]:
     """The model, its tokenizer and the data; raises InputError if the model is not causal or the text is too short."""
     return _load_with_data(console, options, *_read_texts(options))

@@ -10,6 +10,7 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 from rich.theme import Theme
 
+from mxcompile.calibration.ranks import is_first
 from mxcompile.diagnostics.ledger import plain
 
 _UNBOUNDED = 10_000  # columns where no terminal sets a width
@@ -51,7 +52,7 @@ def messages() -> Console:
 
 
 def _console(stderr: bool) -> Console:
-    console = Console(theme=_THEME, highlight=False, soft_wrap=True, stderr=stderr)
+    console = Console(theme=_THEME, highlight=False, soft_wrap=True, stderr=stderr, quiet=not is_first())
     if not console.is_terminal:
         console.width = _UNBOUNDED
     return console
@@ -59,7 +60,8 @@ def _console(stderr: bool) -> Console:
 
 def print_json(content: dict[str, Any]) -> None:
     """Print one line on stdout; numbers that are not finite become the strings "inf", "-inf" and "nan"."""
-    typer.echo(json.dumps(plain(content)))
+    if is_first():
+        typer.echo(json.dumps(plain(content)))
 
 
 def graph_text(text: str) -> Text:

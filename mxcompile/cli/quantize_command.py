@@ -1,13 +1,14 @@
 """The command `mxcompile quantize`: its options, what it prints, and the checkpoint it writes."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from torch import nn
 
+from mxcompile.calibration.ranks import is_first, launched, launched_group
 from mxcompile.checkpoint import check_destination, check_model, save
 from mxcompile.cli.arguments import (
     Calibration,
@@ -24,7 +25,7 @@ from mxcompile.cli.arguments import (
     TextFile,
 )
 from mxcompile.cli.calibration import CalibrationOptions
-from mxcompile.cli.compare import Comparison, EvalOptions, print_comparison, quantize_and_compare
+from mxcompile.cli.compare import Comparison, EvalOptions, print_comparison, quantize_and_compare, quantize_with_others
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.interruption import check_apart, interruption_explained
 from mxcompile.cli.low_memory import LowMemoryOptions, quantize_low_memory
@@ -84,6 +85,8 @@ def quantize(
     --low-memory: weights are read from the model's files when they are used, and written to files when they change.
     The result has the same bytes. Finished parts are always kept until it is written (--resume names their folder).
 
+    Started by torchrun, several processes share the work; the first one compares, prints and writes.
+
     --model-free: the model is never in memory, and nothing is compared; the recipe must round to nearest. What will be
     done to each tensor is printed first.
 
@@ -91,6 +94,8 @@ def quantize(
     "module", "recipe", "notes", "before", "after", "out", "tensors": [{"name", "shape", "format", "input", "reason",
     "before", "after"}]}, in bytes; --low-memory: {"model", "recipe", "calibration", "out"}.
     """
+    if launched() and (model_free or low_memory):
+        raise InputError("--model-free and --low-memory run in one process: start them without torchrun")
     if model_free:
         _check_model_free(min_recovery, resume)
         chosen = ModelFreeOptions(out, format, recipe, device, workers, dry_run, include or (), exclude or ())
@@ -131,7 +136,11 @@ def _compare_and_save(
     """Quantize in memory, compare with the float model, and save the result if it is good enough."""
     out, format, metric = saving.out, saving.format, saving.metric
     weights = weight_formats(as_pipeline(recipe))
-    with interruption_explained(messages(), resume):
+    with interruption_explained(messages(), resume), launched_group(options.device) as own_device:
+        options = replace(options, device=own_device)
+        if not is_first():
+            quantize_with_others(messages(), options, recipe, resume)
+            return
         quantized, tokenizer, comparison = quantize_and_compare(
             messages(), options, recipe, lambda loaded: check_model(out, loaded, weights, format), resume
         )

@@ -117,3 +117,40 @@ def test_an_interrupt_of_one_process_ends_all(tmp_path, number):
     outputs = [process.communicate(timeout=20)[0] for process in processes]
     ends = [torch.load(tmp_path / f"{other}.pt", weights_only=False) for other in range(2)]
     assert ends == ["KeyboardInterrupt"] * 2, outputs
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return rank_processes.run("learned", 1)[0]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_program_of_one_within_the_order_of_sums(alone):
+    """At least 99 % of the stored numbers are equal; trained vectors are compared in the test below."""
+    first, second = rank_processes.run("learned", 2)
+    again = rank_processes.run("learned", 2)[0]
+    for name, expected in alone.items():
+        tensors = first[name]["tensors"]
+        assert all(torch.equal(tensors[key], second[name]["tensors"][key]) for key in tensors)
+        assert all(torch.equal(tensors[key], again[name]["tensors"][key]) for key in tensors)
+        assert first[name]["ledger"] == second[name]["ledger"]
+        assert [line[:3] for line in first[name]["ledger"]] == [line[:3] for line in expected["ledger"]]
+        equal = sum(int((tensors[key] == value).sum()) for key, value in expected["tensors"].items())
+        assert equal >= 0.99 * sum(value.numel() for value in expected["tensors"].values())
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_are_those_of_whole_batches():
+    (expected,) = rank_processes.run("trained", 1)
+    for process in rank_processes.run("trained", 3):  # batches of 2, 3, 1 and 4 rows
+        assert process["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+        for name, vector in expected["vectors"].items():
+            torch.testing.assert_close(process["vectors"][name], vector, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_without_a_batch():
+    (expected,) = rank_processes.run("few_batches", 1)
+    for process in rank_processes.run("few_batches", 3):
+        for name, values in expected["llama"]["tensors"].items():
+            assert torch.equal(process["llama"]["tensors"][name], values)
