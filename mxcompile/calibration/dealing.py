@@ -17,7 +17,8 @@ from mxcompile.graph.program import Program
 
 
 def own_batches(program: Program, batches: Iterable[Inputs]) -> tuple[range, float]:
-    """Which batches are this process's, and how many like its first come before them (`TokenSample.follow`).
+    """Which batches are this process's, and how much comes before them (`TokenSample.follow`): how many batches with as
+    many visible tokens as its first one has, or, if a mask hides that whole, the next that it does not.
 
     Each process has consecutive batches, of about as many elements as any other.
     """
@@ -26,10 +27,9 @@ def own_batches(program: Program, batches: Iterable[Inputs]) -> tuple[range, flo
         return range(len(batches)), 0.0
     sizes = [float(max((tensor.numel() for tensor in batch.tensors()), default=1)) for batch in batches]
     own = ranks.share(sizes)
-    if not own:
-        return own, 0.0
-    visible = [sizes[index] * _visible(program, batches[index]) for index in range(own.start + 1)]
-    return own, sum(visible[:-1]) / max(visible[-1], 1.0)
+    visible = [size * _visible(program, batch) for size, batch in zip(sizes[: own.stop], batches, strict=False)]
+    first = next((count for count in visible[own.start :] if count), None) if own else None
+    return own, 0.0 if first is None else sum(visible[: own.start]) / first
 
 
 @contextmanager

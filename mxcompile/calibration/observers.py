@@ -168,9 +168,10 @@ class TokenSample:
         self._before = 0.0
 
     def follow(self, batches: float) -> None:
-        """Draw the keys that come after so many batches like the first one: another process samples those.
+        """Draw the keys that come after so many batches like the first that is not empty: other processes sample those.
 
-        So the merged samples are the tokens that one observer of all batches would sample, if all are of one kind.
+        So the merged samples are the tokens that one observer of all batches would sample, if all are of one kind, and
+        masks hide rows of the value as they hide tokens of the batches.
         """
         self._before = batches
 
@@ -199,9 +200,10 @@ class TokenSample:
     def _take(self, rows: Tensor, keys: Tensor) -> None:
         if self._rows is not None:
             rows, keys = torch.cat((self._rows, rows)), torch.cat((self._keys, keys))
-        norms = rows.square().sum(-1).cpu()
-        order = keys.clone()
-        order[norms.argsort(descending=True)[: self.LARGEST]] = -1.0
+        norms, order = rows.square().sum(-1).cpu(), keys.clone()
+        by_key = keys.argsort(stable=True)  # of equal rows, as of one token, the same are the largest however merged
+        largest = by_key[norms[by_key].argsort(descending=True, stable=True)[: self.LARGEST]]
+        order[largest] = -1.0
         kept = order.argsort(stable=True)[: self.SIZE]
         self._rows, self._keys = rows[kept.to(rows.device)], keys[kept]
 

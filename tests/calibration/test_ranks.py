@@ -4,9 +4,18 @@ import time
 import pytest
 import rank_processes
 import torch
+from models import build
+from rank_scenarios import batches
 
+from mxcompile.analysis.choice import choose
+from mxcompile.calibration.dealing import own_batches
 from mxcompile.calibration.observers import TokenSample
 from mxcompile.calibration.ranks import Ranks
+from mxcompile.calibration.run import BoundBatch, Runner, feed_observers
+from mxcompile.graph.binding import bind_inputs
+from mxcompile.graph.dataflow import compute_nodes
+from mxcompile.graph.inputs import as_batches
+from mxcompile.graph.trace import trace
 
 COUNTS = (1, 2, 3, 4, 7)
 
@@ -44,6 +53,35 @@ def test_samples_that_follow_each_other_are_the_sample_of_all_tokens():
     merged.merge(first)
     merged.merge(second)
     assert torch.equal(merged.value, whole.value)
+
+
+def test_samples_of_masked_batches_are_those_of_one_process():
+    """More tokens than a sample holds, many of them alike; the second of three processes begins with a hidden batch."""
+    data = batches(40, 30, 50, 40)
+    data[2]["attention_mask"][:, 9:] = 0
+    program = trace(build("llama"), data[0])
+    values = {matmul.activation for matmul in choose(program).matmuls}
+    bound = [BoundBatch.of(program, bind_inputs(program, batch)) for batch in as_batches(data)]
+
+    def sampled(count):
+        merged = {value: TokenSample() for value in values}
+        for number in range(count):
+            program.ranks = Ranks(number, count)
+            share, before = own_batches(program, as_batches(data))
+            own = {value: [TokenSample()] for value in values}
+            for (sample,) in own.values():
+                sample.follow(before)
+            for batch in bound[share.start : share.stop]:
+                nodes = compute_nodes(program.graph.nodes)
+                Runner(program).run_nodes(nodes, batch, feed_observers(own, batch.visibility))
+            for value, (sample,) in own.items():
+                merged[value].merge(sample)
+        return merged
+
+    expected = sampled(1)
+    for count in (2, 3):
+        samples = sampled(count)
+        assert all(torch.equal(samples[value].value, expected[value].value) for value in values)
 
 
 def test_a_process_alone_exchanges_nothing():
