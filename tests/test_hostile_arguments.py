@@ -17,9 +17,9 @@ import mxcompile
 from mxcompile.errors import ArgumentError, MXCompileError
 
 RECIPE = "w8a8-mxint"
-OTHERS = {  # no functions that do work: values, classes of values, modules, and what a user subclasses
+OTHERS = {  # no functions that take arguments: values, classes of values, modules, and what a user subclasses
     *("Bisection", "Evaluation", "Explanation", "MXWeight", "Miss", "Pass", "PassResult", "Program", "Request", "Rule"),
-    *("observers", "recipes", "reference"),
+    *("alone", "observers", "recipes", "reference"),
 }
 
 
