@@ -12,7 +12,7 @@ from torch import nn
 
 from mxcompile import checkpoint
 from mxcompile.arguments import checked
-from mxcompile.calibration.ranks import is_first
+from mxcompile.calibration.ranks import check_alone, is_first
 from mxcompile.checkpoint.mapped_model import mapped_model, module_of
 from mxcompile.checkpoint.save import SHARD_SIZE
 from mxcompile.checkpoint.source_files import SourceFiles
@@ -151,8 +151,10 @@ def quantize_checkpoint(
     All other arguments: as for `quantize_and_compile`.
 
     `tune-vectors` trains the whole model at once: it also needs the memory of one batch's activations in all layers.
+    Of several processes, one can call it, within `with mxcompile.alone():`; in others RankError is raised.
     Raises a subclass of `MXCompileError` that says what to do; `out` then is as it was before.
     """
+    check_alone("quantize_checkpoint")
     checkpoint.check_destination(out)
     _check_options(dump, probe, resume)
     target = find_device(device)

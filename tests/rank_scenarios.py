@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from models import build
 
+import mxcompile
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.distillation import Distillation
 from mxcompile.calibration.ranks import alone, joined, ranks_of
@@ -138,6 +139,11 @@ def failures() -> dict[str, tuple[str, str]]:
     if dist.get_rank() == 1:
         with alone():
             attempt("alone", lambda: Pipeline.parse(GPTQ).run(program, data))
+    for name, call in (("checkpoint", mxcompile.quantize_checkpoint), ("files", mxcompile.quantize_files)):
+        arguments = ("no folder", data[0], "out") if name == "checkpoint" else ("no folder", "out")
+        attempt(name, lambda call=call, arguments=arguments: call(*arguments))
+        with alone():
+            attempt(f"{name} alone", lambda call=call, arguments=arguments: call(*arguments))
     attempt("afterwards", lambda: Pipeline.parse(GPTQ).run(program, data))
     return ends
 

@@ -11,8 +11,6 @@ is in this file; a process alone exchanges nothing.
 import io
 import itertools
 import os
-import signal
-import threading
 import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mxcompile import errors
+from mxcompile.calibration.deferred_interrupts import interrupts_deferred
 from mxcompile.errors import MXCompileError, RankError
 from mxcompile.graph.program import Program
 from mxcompile.tensor.devices import find_device
@@ -209,7 +208,7 @@ class Ranks:
     @contextmanager
     def _exchange(self, what: str) -> Generator[None]:
         """The block in which all processes exchange something; none of them leaves it half way for an interrupt."""
-        with _uninterrupted():
+        with interrupts_deferred():
             self._meet(what)
             yield
 
@@ -252,7 +251,7 @@ class Ranks:
         if self.count == 1 or self._over:
             return
         self._over = True
-        with _uninterrupted(), suppress(RuntimeError, RankError):  # others have ended already
+        with interrupts_deferred(), suppress(RuntimeError, RankError):  # others have ended already
             self._states(1, 0)
             self._all_objects(((type(error).__name__, str(error)), ""))
 
@@ -317,13 +316,25 @@ def alone() -> Generator[None]:
         _alone.reset(token)
 
 
+def check_alone(what: str) -> None:
+    """Raise RankError if other processes make this call too, which only one of them can.
+
+    what: the call, as the message names it.
+    """
+    if not _alone.get() and (launched() or _in_group()):
+        raise RankError(
+            f"{what} runs in one process, and here several would write the same files: call it in one of them within "
+            "`with mxcompile.alone():`"
+        )
+
+
 @contextmanager
 def joined(device: torch.device) -> Generator[Ranks]:
     """The processes of torch.distributed's default group, which must all enter the block; this one if there is none.
 
     An error in one of them is raised in all. Raises RankError if not all enter within five minutes.
     """
-    if _alone.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _alone.get() or not _in_group():
         yield ALONE
         return
     try:
@@ -344,6 +355,11 @@ def joined(device: torch.device) -> Generator[Ranks]:
     finally:
         dist.destroy_process_group(control)
         dist.destroy_process_group(arrival)
+
+
+def _in_group() -> bool:
+    """Whether this process has a process group with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _as_raised(kind: str, message: str, origin: str) -> BaseException:
@@ -370,19 +386,3 @@ def _ordered_sum(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total += part
     return total
-
-
-@contextmanager
-def _uninterrupted() -> Generator[None]:
-    """Defer an interrupt to the end of the block, so that no process leaves an exchange that others are in."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pending:
-        signal.raise_signal(signal.SIGINT)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mxcompile.api import quantize_and_compile
 from mxcompile.calibration.data.sources import Documents
 from mxcompile.calibration.data.windows import start_tokens, token_ids
+from mxcompile.calibration.ranks import joined
 from mxcompile.cli import smollm2
 from mxcompile.cli.calibration import CalibrationOptions
 from mxcompile.cli.model_source import load_model
@@ -256,14 +257,23 @@ def _load_with_data(
     console: Console, options: EvalOptions, text: str, documents: Documents | None
 ) -> tuple[Any, Any, EvalData]:
     model, tokenizer = _load(console, options.model, options.device)
-    own = options.calibration.own if options.calibrates else None
-    if own is not None and documents is not None:
-        console.print(f"{own} is there already: it is read, and the model writes no text", markup=False)
-    elif own is not None:
-        documents = options.calibration.write_own(console, model, tokenizer, options.special_tokens)
+    if options.calibrates and options.calibration.own is not None:
+        with joined(torch.device(options.device)) as ranks:
+            documents = _own_text(console, options, model, tokenizer, documents) if ranks.first else None
+            documents = ranks.from_first(documents)
     data = _make_data(options, tokenizer, token_ids(tokenizer, text), documents)
     _check_model(options.model_name, model, data)
     return model, tokenizer, data
+
+
+def _own_text(
+    console: Console, options: EvalOptions, model: nn.Module, tokenizer: Any, documents: Documents | None
+) -> Documents:
+    """What the model writes to calibrate on, or has written: then documents are those of its file."""
+    if documents is None:
+        return options.calibration.write_own(console, model, tokenizer, options.special_tokens)
+    console.print(f"{options.calibration.own} is there already: it is read, and the model writes no text", markup=False)
+    return Documents(documents.label, list(documents.items))
 
 
 def _make_data(options: EvalOptions, tokenizer: Any, ids: Tensor, documents: Documents | None) -> EvalData:

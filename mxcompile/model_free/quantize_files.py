@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from mxcompile.arguments import checked
+from mxcompile.calibration.ranks import check_alone
 from mxcompile.checkpoint.copied_files import tokenizer_files
 from mxcompile.checkpoint.save import SHARD_SIZE, check_destination
 from mxcompile.checkpoint.source_files import SourceFiles
@@ -69,6 +70,7 @@ def quantize_files(
         how many of how many tensors are written.
 
     A run that is interrupted or killed goes on, when it is started again, after the last finished weight file.
+    Of several processes, one can call it, within `with mxcompile.alone():`.
     Returns what was done to each tensor. Raises a subclass of MXCompileError that says what to do.
     """
     pipeline = as_pipeline(recipe)
@@ -78,6 +80,7 @@ def quantize_files(
     if workers < 1:
         raise InputError(f"workers is {workers}: give the number of tensors in work at the same time, at least 1")
     if not dry_run:
+        check_alone("quantize_files")
         check_destination(out, format)
     files = SourceFiles(source)
     selection = Selection(_patterns(include), _patterns(exclude), allow_partial)

@@ -130,6 +130,10 @@ def test_all_processes_end_with_the_error_of_one():
         assert f"process 1 has another {named} than process 0: every process must make the same calls" in text
     assert "number 0" in first["instrument"][1]
     assert second["instrument"][1].endswith("number 0 raised in process 0 of 2")
+    for call in ("checkpoint", "files"):
+        assert first[call] == second[call]
+        assert first[call][1].startswith(f"quantize_{call} runs in one process, and here several would write the same")
+        assert first[f"{call} alone"][0] == "CheckpointError"
     assert second["alone"][0] == first["afterwards"][0] == second["afterwards"][0] == ""
 
 

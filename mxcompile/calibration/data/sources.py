@@ -110,6 +110,10 @@ class TokenizedText(str):
         made.ids = list(ids)
         return made
 
+    def __getnewargs__(self) -> tuple[str, Sequence[int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """For pickle, with which processes exchange it."""
+        return str(self), self.ids
+
 
 def read_text(path: Path) -> str:
     """A UTF-8 file as text; raises InputError if it cannot be read as such."""
