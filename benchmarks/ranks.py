@@ -1,0 +1,200 @@
+"""Seconds of gptq in one and in several processes, and whether equal runs give equal bytes.
+
+    python benchmarks/ranks.py --out benchmarks/results/large.jsonl   # on 2 CPU cores, which have nothing else to do
+    python benchmarks/ranks.py --windows 8 --length 128 --layers 4                            # a short run
+    python benchmarks/ranks.py --model FOLDER --device cuda --processes 4 --out ...   # a GPU for each process
+
+SmolLM2-135M in float32, or the model of a folder, calibrated on Python's help topics. Every run is started by torchrun,
+also that of one process; on the CPU each process has one thread. Runs of one process and of `--processes` take turns,
+`--repeats` of each, and there are at least two of several, to compare their bytes. The fastest counts.
+
+`gptq`: seconds of the pass, between its start and its end in the first process. `whole`: of `quantize_and_compile`
+without compiling, once all processes have the model; it includes tracing, which each process does. `speedup`: of one
+process over several. `same bytes`: all runs of several processes have made the same model. `tensors alike`: of the
+stored tensors, how many are those of one process to the bit; others differ by the order of sums. `load`: the average of
+one minute when the runs began; on a machine that is at work already, seconds say little.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import mxcompile
+from mxcompile.calibration.data.windows import token_ids
+from mxcompile.calibration.ranks import is_first, launched_group
+from mxcompile.cli import smollm2
+from mxcompile.cli.model_source import load_model
+from mxcompile.cli.texts import help_text
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import PassRecord
+from mxcompile.pipeline.interfaces import Instrument, PipelineStep
+from mxcompile.tensor.digest import tensor_sha256
+from mxcompile.tensor.weight import MXWeight
+
+RECIPE: Final = "gptq{format=mxint4,activation=mxint8,correction=0.25} | lower-mx{weight=mxint4,activation=mxint8}"
+_BATCH: Final = 4  # windows
+_EXAMPLE: Final = 64  # tokens
+
+
+class Stopwatch(Instrument):
+    """Seconds of each pass, by its name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = 0.0
+
+    def before(self, program: Program, step: PipelineStep) -> None:
+        """A pass begins."""
+        self._began = time.perf_counter()
+
+    def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
+        """It has ended."""
+        name = step.current.name
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - self._began
+
+
+def write_work(work: Path, options: argparse.Namespace) -> None:
+    """The float model in `work/model`, cut to its first layers, and token ids `[windows, length]` in `work/ids.pt`."""
+    model, tokenizer = smollm2.load() if options.model is None else load_model(options.model)
+    ids = token_ids(tokenizer, help_text())
+    count = options.windows * options.length
+    if len(ids) < count:
+        raise SystemExit(f"the help topics have {len(ids)} tokens, not {options.windows} windows of {options.length}")
+    torch.save(ids[:count].view(options.windows, options.length).clone(), work / "ids.pt")
+    plain = as_plain(model) if options.model is None else model
+    if options.layers is not None:
+        plain.model.layers = plain.model.layers[: options.layers]
+        plain.config.num_hidden_layers = len(plain.model.layers)
+        if getattr(plain.config, "layer_types", None):
+            plain.config.layer_types = plain.config.layer_types[: options.layers]
+    plain.save_pretrained(work / "model")
+
+
+def as_plain(model: Any) -> LlamaForCausalLM:
+    """SmolLM2 in float32, without what its file says of its quantization."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = "float32"
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def run_here(work: Path, device: str, recipe: str) -> None:
+    """One process of a run; the first one prints what is measured."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    with launched_group(device) as own:
+        model = AutoModelForCausalLM.from_pretrained(work / "model").to(own).eval()
+        batches = [batch.to(own) for batch in torch.load(work / "ids.pt").split(_BATCH)]
+        watch, example = Stopwatch(), batches[0][:1, :_EXAMPLE]
+        if dist.is_initialized():
+            dist.barrier()
+        began = time.perf_counter()
+        quantized = mxcompile.quantize_and_compile(
+            model, example, recipe=recipe, calibration=batches, compile=False, instruments=[watch]
+        )
+        whole = time.perf_counter() - began
+        if is_first():
+            print(json.dumps({"gptq": watch.seconds["gptq"], "whole": whole, "tensors": digests(quantized)}))
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """A digest of every tensor's bytes."""
+    tensors = model.state_dict(keep_vars=True)
+    parts = {name: each.parts if isinstance(each, MXWeight) else (each,) for name, each in tensors.items()}
+    return {name: " ".join(map(tensor_sha256, each)) for name, each in parts.items()}
+
+
+def run(work: Path, processes: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What the first of so many processes prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
+    command += ["--child-of", str(work), "--device", options.device, "--recipe", options.recipe]
+    environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if options.device == "cpu" else {})
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the run of {processes} processes failed with {done.returncode}: see above")
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+
+
+def compared(alone: list[dict[str, Any]], several: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds and bytes of the runs of one process and of several, as in the docstring above."""
+    record: dict[str, Any] = {}
+    for what in ("gptq", "whole"):
+        one, many = min(each[what] for each in alone), min(each[what] for each in several)
+        record[f"{what} seconds, 1 process"] = round(one, 2)
+        record[f"{what} seconds"], record[f"{what} speedup"] = round(many, 2), round(one / many, 2)
+    expected, found = alone[0]["tensors"], several[0]["tensors"]
+    record["same bytes"] = all(each["tensors"] == found for each in several)
+    record["tensors alike"] = sum(found.get(name) == digest for name, digest in expected.items())
+    return record | {"tensors": len(expected)}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The record."""
+    record: dict[str, Any] = {"benchmark": "ranks", "model": options.model or smollm2.NAME, "recipe": options.recipe}
+    record |= {"processes": options.processes, "windows": options.windows, "length": options.length}
+    record |= {"layers": options.layers or "all", "device": options.device, "repeats": options.repeats}
+    record |= {"torch": torch.__version__, "cpus": os.cpu_count()}
+    if options.device != "cpu":
+        record["gpu"] = torch.cuda.get_device_name()
+    with TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_work(work, options)
+        record["load"] = round(os.getloadavg()[0], 1)
+        alone: list[dict[str, Any]] = []
+        several: list[dict[str, Any]] = []
+        for _ in range(options.repeats):
+            alone.append(run(work, 1, options))
+            several.append(run(work, options.processes, options))
+        if len(several) == 1:
+            several.append(run(work, options.processes, options))
+        return record | compared(alone, several)
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder or hub id; SmolLM2-135M if not given")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=32, help="of calibration text")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--layers", type=int, help="the first so many; all if not given")
+    parser.add_argument("--recipe", default=RECIPE, help="a pipeline with gptq")
+    parser.add_argument("--repeats", type=int, default=1, help="runs with each number of processes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="file to add the record to")
+    parser.add_argument("--child-of", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.processes < 2 or options.repeats < 1 or (options.layers is not None and options.layers < 1):
+        parser.error("--processes is at least 2, --repeats and --layers at least 1")
+    return options
+
+
+def main() -> None:
+    """Print the record, and append it to a file."""
+    options = parsed()
+    if options.child_of is not None:
+        run_here(options.child_of, options.device, options.recipe)
+        return
+    line = json.dumps(measure(options))
+    print(line)
+    if options.out is not None:
+        with options.out.open("a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
