@@ -58,7 +58,7 @@ def test_samples_that_follow_each_other_are_the_sample_of_all_tokens():
 
 def test_samples_of_masked_batches_are_those_of_one_process():
     """More tokens than a sample holds, many of them alike; the second of three processes begins with a hidden batch."""
-    data = batches(20, 15, 25, 20)
+    data = batches(20, 15, 25, 20, vocabulary=16)
     data[2]["attention_mask"][:, 9:] = 0
     program = trace(build("llama"), data[0])
     values = {matmul.activation for matmul in choose(program).matmuls}
