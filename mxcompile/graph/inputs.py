@@ -88,7 +88,7 @@ class Inputs:
         return replace(self, args=args, kwargs=kwargs)
 
     def to(self, device: torch.device) -> "Inputs":
-        """The same call with every tensor on a device."""
+        """The same call with every tensor on a device; raises InputError for one without values."""
         args, kwargs = map_leaves(lambda leaf: _on(leaf, device), (self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
@@ -208,7 +208,11 @@ def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _on(leaf: Any, device: torch.device) -> Any:
-    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if leaf.is_meta and device.type != "meta":
+        raise InputError(f"an input of shape {list(leaf.shape)} is on the meta device: give tensors with values")
+    return leaf.to(device)
 
 
 def _leaves_like(example: Any, value: Any) -> Iterator[Any]:
