@@ -14,6 +14,7 @@ from urllib.request import Request, urlopen
 import engines
 import pytest
 import torch
+from served import VOCABULARY, tiny_llama
 
 import mxcompile
 
@@ -30,7 +31,7 @@ def tokenizer():
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({f"t{n}": n for n in range(engines.VOCABULARY)}, unk_token="t0"))
+    words = Tokenizer(WordLevel({f"t{n}": n for n in range(VOCABULARY)}, unk_token="t0"))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t2")
 
@@ -38,7 +39,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     return mxcompile.quantize_and_compile(
-        engines.tiny_llama(), {"input_ids": engines.prompts()}, recipe="w4a8-mxint-quick", compile=False
+        tiny_llama(), {"input_ids": engines.prompts()}, recipe="w4a8-mxint-quick", compile=False
     )
 
 
