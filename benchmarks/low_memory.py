@@ -22,15 +22,14 @@ import subprocess
 import sys
 import threading
 import time
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import write_checkpoint
+from transformers import LlamaForCausalLM
 
-from mxcompile.checkpoint.shards import PendingTensor, split, write
 from mxcompile.cli import smollm2
 from mxcompile.cli.texts import help_text
 
@@ -147,8 +146,7 @@ def settings(how: str, source: Path, out: Path, recipe: str, data: Path, **optio
 
 def write_tiny(folder: Path) -> tuple[Path, Path]:
     """A tiny model in a folder, and token ids for it."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 128}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).save_pretrained(folder / "tiny")
+    write_checkpoint(folder / "tiny", "tiny")
     torch.save(torch.randint(0, 128, (8, 64)), folder / "tiny.pt")
     return folder / "tiny", folder / "tiny.pt"
 
@@ -165,49 +163,6 @@ def write_smollm2(folder: Path, windows: int) -> tuple[Path, Path, int]:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder / "float")
     return folder / "float", folder / "ids.pt", sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def write_llama(folder: Path, layers: int) -> Path:
-    """Random weights in the shape of Llama-3-8B, bfloat16, written tensor by tensor; kept if they are there."""
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        dtype="bfloat16",
-    )
-    if (folder / "config.json").is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    pending = {name: _random(name, value.shape) for name, value in model.state_dict().items()}
-    groups = split(pending, 2 * 10**9)
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        write(folder / file, group)
-        weight_map |= dict.fromkeys(group, file)
-    index = {"metadata": {"total_size": sum(each.nbytes for each in pending.values())}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    return folder
-
-
-def _random(name: str, shape: torch.Size) -> PendingTensor:
-    def make() -> torch.Tensor:
-        generator = torch.Generator().manual_seed(int(sha256(name.encode()).hexdigest()[:8], 16))
-        if len(shape) == 1:
-            return torch.ones(shape, dtype=torch.bfloat16)
-        return torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.035, 0.035, generator=generator)
-
-    return PendingTensor(torch.bfloat16, shape, make)
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -237,7 +192,7 @@ def of_smollm2(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def of_llama(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rounding to nearest, and the first segments of gptq, from files."""
-    source = write_llama(options.folder, options.layers)
+    source = write_checkpoint(options.folder, "8b", options.layers)
     tiny, ids = write_tiny(work)
     torch.save(torch.randint(0, 128256, (4, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -258,7 +213,7 @@ def of_llama(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def of_device(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """gptq on a device, from files and in memory."""
-    source = write_llama(options.folder, options.layers)
+    source = write_checkpoint(options.folder, "8b", options.layers)
     tiny, ids = write_tiny(work)
     torch.save(torch.randint(0, 128256, (128, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
     records: list[dict[str, Any]] = []

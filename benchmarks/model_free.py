@@ -19,13 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
+from random_llama import SIZES, write_checkpoint
 
-SHAPE: Final = {
-    **{"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
-    **{"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192},
-}
 _RUN: Final = """
 import json, sys, time
 import torch
@@ -52,55 +47,11 @@ print(json.dumps(result))
 """
 
 
-def write_model(folder: Path, layers: int, **changes: int) -> None:
-    """A random model, a file for each layer; nothing is done if the folder has its config.json, written last."""
-    if (folder / "config.json").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(**{**SHAPE, **changes}, num_hidden_layers=layers, dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"]
-    hidden, inner, kv = config.hidden_size, config.intermediate_size, config.hidden_size // 4
-    generator = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator, dtype=torch.bfloat16).mul_(columns**-0.5)
-
-    groups: list[dict[str, Any]] = []
-    for layer in range(layers):
-        path = f"model.layers.{layer}"
-        shapes = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-        }
-        shapes |= {
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-        }
-        shapes |= {"mlp.down_proj": (hidden, inner)}
-        norms = [f"{path}.{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")]
-        groups.append({f"{path}.{name}.weight": shape for name, shape in shapes.items()} | dict.fromkeys(norms))
-    table = (config.vocab_size, hidden)
-    groups += [{"model.embed_tokens.weight": table}, {"lm_head.weight": table, "model.norm.weight": None}]
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, start=1):
-        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        ones = torch.ones(hidden, dtype=torch.bfloat16)
-        tensors = {name: ones.clone() if shape is None else matrix(*shape) for name, shape in group.items()}
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(group, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config.save_pretrained(folder)
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     work = Path(arguments.work)
-    source, tiny, out = work / f"model-{arguments.layers}", work / "tiny", work / "quantized"
-    write_model(source, arguments.layers)
-    write_model(
-        tiny, 1, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=1, vocab_size=64
-    )
+    source, tiny, out = work / f"{arguments.size}-{arguments.layers}", work / "tiny", work / "quantized"
+    write_checkpoint(source, arguments.size, arguments.layers)
+    write_checkpoint(tiny, "tiny")
     for left in (out, work / "quantized-tiny"):
         shutil.rmtree(left, ignore_errors=True)
     if arguments.cached:
@@ -113,6 +64,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, Any] = {"benchmark": "model-free", "recipe": arguments.recipe, "device": arguments.device}
     row |= {
+        "size": arguments.size,
         "layers": arguments.layers,
         "workers": arguments.workers,
         "torch": torch.__version__,
@@ -127,6 +79,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", default="/tmp/model-free", help="folder for the model and the result")
+    parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--recipe", default="w4a16-mxfp-quick")
     parser.add_argument("--device", default="cpu")

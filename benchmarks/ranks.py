@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py --out benchmarks/results/large.jsonl   # on 2 CPU cores, which have nothing else to do
     python benchmarks/ranks.py --windows 8 --length 128 --layers 4                            # a short run
-    python benchmarks/ranks.py --model FOLDER --device cuda --processes 4 --out ...   # a GPU for each process
+    python benchmarks/ranks.py --random /dev/shm/8b --windows 128 --length 2048 --device cuda   # two GPUs, 8 minutes
 
 SmolLM2-135M in float32, or the model of a folder, calibrated on Python's help topics. Every run is started by torchrun,
 also that of one process; on the CPU each process has one thread. Runs of one process and of `--processes` take turns,
@@ -11,7 +11,8 @@ also that of one process; on the CPU each process has one thread. Runs of one pr
 `gptq`: seconds of the pass, between its start and its end in the first process. `whole`: of `quantize_and_compile`
 without compiling, once all processes have the model; it includes tracing, which each process does. `speedup`: of one
 process over several. `same bytes`: all runs of several processes have made the same model. `tensors alike`: of the
-stored tensors, how many are those of one process to the bit; others differ by the order of sums. `load`: the average of
+stored tensors, how many are those of one process to the bit; others differ by the order of sums. `peak GiB`: the most
+that torch held on the GPU of the first process, the model included. `load`: the average of
 one minute when the runs began; on a machine that is at work already, seconds say little.
 """
 
@@ -27,6 +28,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from random_llama import config_of, write_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -66,6 +68,12 @@ class Stopwatch(Instrument):
 
 def write_work(work: Path, options: argparse.Namespace) -> None:
     """The float model in `work/model`, cut to its first layers, and token ids `[windows, length]` in `work/ids.pt`."""
+    if options.random is not None:
+        (work / "model").symlink_to(write_checkpoint(options.random, "8b", options.layers).resolve())
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(config_of("8b").vocab_size, (options.windows, options.length), generator=generator)
+        torch.save(ids, work / "ids.pt")
+        return
     model, tokenizer = smollm2.load() if options.model is None else load_model(options.model)
     ids = token_ids(tokenizer, help_text())
     count = options.windows * options.length
@@ -108,7 +116,8 @@ def run_here(work: Path, device: str, recipe: str) -> None:
         )
         whole = time.perf_counter() - began
         if is_first():
-            print(json.dumps({"gptq": watch.seconds["gptq"], "whole": whole, "tensors": digests(quantized)}))
+            result = {"gptq": watch.seconds["gptq"], "whole": whole, "tensors": digests(quantized)}
+            print(json.dumps(result | {"peak": torch.cuda.max_memory_allocated() if own.type == "cuda" else 0}))
 
 
 def digests(model: nn.Module) -> dict[str, str]:
@@ -137,14 +146,22 @@ def compared(alone: list[dict[str, Any]], several: list[dict[str, Any]]) -> dict
         record[f"{what} seconds, 1 process"] = round(one, 2)
         record[f"{what} seconds"], record[f"{what} speedup"] = round(many, 2), round(one / many, 2)
     expected, found = alone[0]["tensors"], several[0]["tensors"]
+    if alone[0]["peak"]:
+        record["peak GiB, 1 process"], record["peak GiB"] = (
+            round(max(each["peak"] for each in runs) / 2**30, 2) for runs in (alone, several)
+        )
     record["same bytes"] = all(each["tensors"] == found for each in several)
     record["tensors alike"] = sum(found.get(name) == digest for name, digest in expected.items())
     return record | {"tensors": len(expected)}
 
 
+def name_of(options: argparse.Namespace) -> str:
+    return "Llama-3-8B shape, random" if options.random is not None else options.model or smollm2.NAME
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The record."""
-    record: dict[str, Any] = {"benchmark": "ranks", "model": options.model or smollm2.NAME, "recipe": options.recipe}
+    record: dict[str, Any] = {"benchmark": "ranks", "model": name_of(options), "recipe": options.recipe}
     record |= {"processes": options.processes, "windows": options.windows, "length": options.length}
     record |= {"layers": options.layers or "all", "device": options.device, "repeats": options.repeats}
     record |= {"torch": torch.__version__, "cpus": os.cpu_count()}
@@ -168,6 +185,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or hub id; SmolLM2-135M if not given")
+    parser.add_argument("--random", type=Path, help="folder of a random model in Llama-3-8B's shape, random tokens")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--windows", type=int, default=32, help="of calibration text")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")

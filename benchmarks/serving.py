@@ -14,6 +14,9 @@ calls of `generate` that differ in `--steps` tokens, divided by that number. All
 Sampling and scheduling are included, as a user of vLLM has them; prefix caching is off. `over_bf16` and `over_marlin`
 are times over times: above 1 the variant is faster. `compiled_late` names the kernels that were compiled while it
 served, as vLLM's monitor reports. vLLM makes the weights of the bfloat16 model up: 9 GB need not be written.
+
+`--tensor-parallel` divides each layer among so many GPUs of the machine. All-reduces do not use NVLink multicast
+(VLLM_ALLREDUCE_USE_SYMM_MEM=0), which hosts that are shared do not allow.
 """
 
 import argparse
@@ -47,6 +50,7 @@ SETTINGS: Final = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_COLOR": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
@@ -91,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--long", type=int, default=2048, help="tokens of the prompt that is timed itself")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer")
     parser.add_argument("--eager", action="store_true", help="no torch.compile and no CUDA graphs")
     parser.add_argument("--seconds", type=float, default=350.0, help="start no engine after that: %(default)s")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds after which an engine is stopped")
@@ -140,7 +145,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
 
 def request(arguments: argparse.Namespace) -> dict[str, Any]:
     """What an engine's process is asked for, but for its model."""
-    names = ("batches", "prompt", "long", "steps", "rounds", "eager")
+    names = ("batches", "prompt", "long", "steps", "rounds", "eager", "tensor_parallel")
     return {name: getattr(arguments, name) for name in names} | {
         "vocabulary": SIZES[arguments.size]["vocab_size"],
         "limit": arguments.limit,
@@ -189,6 +194,7 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
         asked["model"],
         skip_tokenizer_init=True,
         load_format=asked["load_format"],
+        tensor_parallel_size=asked["tensor_parallel"],
         max_model_len=max(asked["long"], asked["prompt"] + 2 * asked["steps"]) + 8,
         max_num_batched_tokens=most,
         max_num_seqs=max(asked["batches"]),
@@ -202,7 +208,7 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         **{"step_ms": steps, "prompt_ms": round(prompt * 1e3, 2), "ready_seconds": round(ready, 1)},
-        **{name: asked[name] for name in ("prompt", "long", "steps", "rounds", "eager")},
+        **{name: asked[name] for name in ("prompt", "long", "steps", "rounds", "eager", "tensor_parallel")},
         **{"device": device, "vllm": vllm.__version__, "torch": torch.__version__},
     }
 

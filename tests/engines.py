@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -24,9 +25,14 @@ SETTINGS: Final = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_COLOR": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # FlashInfer is not among the packages that a test needs
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # NVLink multicast, which a shared host may not allow
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
+OUR_KERNELS: Final = {"VLLM_DISABLED_KERNELS": "MarlinMxFp4LinearKernel,MarlinMxfp8LinearKernel"}
+"""Settings with which a GPU runs folders of compressed-tensors on our kernels."""
+_SHARE_OF_GPU: Final = 0.08  # of its memory, for an engine: several run at a time
 why_no_engine: Final = "" if find_spec("vllm") is not None else "vLLM is not installed in this environment"
 
 
@@ -49,8 +55,10 @@ def log_probabilities(folder: Path, ids: Tensor, **options: Any) -> Tensor:
     return torch.tensor(run(folder, ids, **options)["log_probabilities"])
 
 
-def run(folder: Path, ids: Tensor, **options: Any) -> dict[str, Any]:
+def run(folder: Path, ids: Tensor, settings: Mapping[str, str] | None = None, **options: Any) -> dict[str, Any]:
     """What an engine makes of prompts: `log_probabilities`, and `printed`, what its process has printed.
+
+    settings: environment variables, beside `SETTINGS`. options: arguments of `vllm.LLM`.
 
     Engines on folders with one parent share vLLM's cache of compiled graphs.
     """
@@ -58,7 +66,7 @@ def run(folder: Path, ids: Tensor, **options: Any) -> dict[str, Any]:
     request.write_text(json.dumps({"model": str(folder), "ids": ids.tolist(), "options": options}))
     result.unlink(missing_ok=True)
     arguments = [sys.executable, __file__, str(request), str(result)]
-    environment = os.environ | SETTINGS | {"VLLM_CACHE_ROOT": str(folder.parent / "vllm-cache")}
+    environment = os.environ | SETTINGS | (settings or {}) | {"VLLM_CACHE_ROOT": str(folder.parent / "vllm-cache")}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
     printed = done.stdout + done.stderr
     if done.returncode:
@@ -71,6 +79,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     options = {"enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True, **request["options"]}
+    if torch.cuda.is_available():
+        options.setdefault("gpu_memory_utilization", _SHARE_OF_GPU)
     engine = LLM(request["model"], **options)
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
     results = engine.generate([{"prompt_token_ids": ids} for ids in request["ids"]], sampling, use_tqdm=False)

@@ -70,7 +70,7 @@ def test_compiled_graphs_of_one_shape_are_not_shared_between_formats(checkpoint)
 def test_folders_of_compressed_tensors_run_on_our_kernel(kind, checkpoint, float_distance):
     """By their weights alone: vLLM has no other kernel on a CPU, and activations stay float as on a GPU."""
     folder, model = checkpoint(kind)
-    result = engines.run(folder, IDS)
+    result = engines.run(folder, IDS, settings=engines.OUR_KERNELS)
     assert "MXCompileMx" in result["printed"]
     model = with_float_inputs(copy.deepcopy(model))
     measured = check(kind, torch.tensor(result["log_probabilities"]), model)

@@ -1,0 +1,92 @@
+"""Checkpoints of random bfloat16 weights in the shapes of Llama-3, written shard by shard.
+
+    python benchmarks/random_llama.py FOLDER --size 70b --layers 80
+
+Values are made on a GPU where there is one, and are then others than on a CPU. A folder that has a config.json, which
+is written last, is kept as it is.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mxcompile.checkpoint.shards import PendingTensor, split, write
+
+SIZES: Final[dict[str, dict[str, Any]]] = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 1},
+}
+_SHARD: Final = 2 * 10**9  # bytes
+_THREADS: Final = 4
+
+
+def config_of(size: str, layers: int | None = None) -> LlamaConfig:
+    """layers: the size's own number if not given."""
+    sizes = dict(SIZES[size])
+    is_tiny = size == "tiny"
+    heads = {"num_key_value_heads": 1 if is_tiny else 8, "vocab_size": 128 if is_tiny else 128256}
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
+    rope = {"rope_theta": 500000.0, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
+    return LlamaConfig(**sizes, **heads, **rope, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+
+
+def write_checkpoint(folder: Path, size: str, layers: int | None = None) -> Path:
+    """The folder, written unless it is there."""
+    if (folder / "config.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(size, layers)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    pending = {name: _random(name, value.shape) for name, value in model.state_dict().items()}
+    groups = split(pending, _SHARD)
+    files = {f"model-{number:05}-of-{len(groups):05}.safetensors": group for number, group in enumerate(groups, 1)}
+
+    def write_one(file: str) -> None:
+        write(folder / file, files[file])
+
+    with ThreadPoolExecutor(_THREADS if torch.cuda.is_available() else 1) as threads:
+        list(threads.map(write_one, files))
+    _write_index(folder, pending, {name: file for file, group in files.items() for name in group})
+    config.save_pretrained(folder)
+    return folder
+
+
+def _write_index(folder: Path, pending: Mapping[str, PendingTensor], files: dict[str, str]) -> None:
+    index = {"metadata": {"total_size": sum(each.nbytes for each in pending.values())}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _random(name: str, shape: torch.Size) -> PendingTensor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def make() -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        generator = torch.Generator(device).manual_seed(int(sha256(name.encode()).hexdigest()[:8], 16))
+        values = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return values.normal_(std=shape[-1] ** -0.5, generator=generator).cpu()
+
+    return PendingTensor(torch.bfloat16, shape, make)
+
+
+def main() -> None:
+    """Write a folder."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser.add_argument("--layers", type=int, help="the size's own if not given")
+    arguments = parser.parse_args()
+    print(write_checkpoint(arguments.folder, arguments.size, arguments.layers))
+
+
+if __name__ == "__main__":
+    main()
