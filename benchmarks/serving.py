@@ -132,7 +132,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
     folders = {variant: folder / variant for variant in VARIANTS}
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folders[BF16])
-    program = mxcompile.trace(model, example)
+    program, quantized = mxcompile.trace(model, example), None
     for variant, recipe in RECIPES.items():
         formats = {variant: "mxcompile", **({MARLIN: "compressed-tensors"} if variant == "mxfp4" else {})}
         wanted = {each: fmt for each, fmt in formats.items() if each in arguments.variants}
@@ -140,6 +140,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
             quantized = mxcompile.deploy(as_pipeline(recipe).run(program.copy()), model, check=False)
         for each, fmt in wanted.items():
             mxcompile.save(quantized, folders[each], format=fmt)
+    del model, program, quantized
+    torch.cuda.empty_cache()  # an engine asks for nearly all of the memory
     return folders
 
 

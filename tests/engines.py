@@ -42,10 +42,12 @@ def prompts(count: int = 4, length: int = 48) -> Tensor:
 
 
 def expected(model: nn.Module, ids: Tensor, attention: str = "sdpa") -> Tensor:
-    """Log-probabilities of the prompts' tokens from the second on, `[count, length - 1]`, as transformers has them."""
-    model.set_attn_implementation(attention)
+    """Log-probabilities of the prompts' tokens from the second on, `[count, length - 1]`, as transformers has them on
+    the device that engines use. Moves the model there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).set_attn_implementation(attention)
     with torch.no_grad():
-        values = torch.log_softmax(model(input_ids=ids).logits[:, :-1].float(), dim=-1)
+        values = torch.log_softmax(model(input_ids=ids.to(device)).logits[:, :-1].float(), dim=-1).cpu()
     return values.gather(2, ids[:, 1:, None])[..., 0]
 
 

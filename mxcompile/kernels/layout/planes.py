@@ -222,24 +222,22 @@ def _zero_blocks(codes: Tensor, fmt: MXFormat) -> Tensor:
 
 
 def _patterns(fmt: MXFormat, device: torch.device) -> Tensor:
-    return torch.tensor(_pattern_table(fmt), dtype=torch.int32, device=device)
+    """The pattern of every code, -1 for codes without one. Computed on the device: a CUDA graph cannot record a copy of
+    a table from the host."""
+    layout, half = plane_layout(fmt), 2 ** (fmt.bits - 1)
+    codes = torch.arange(2 * half, dtype=torch.int32, device=device)
+    if layout.shift is None:
+        return (codes + half) % (2 * half)
+    sign, magnitude = codes // half, codes % half
+    if fmt.is_integer:
+        magnitude = torch.where(sign == 1, half - magnitude, magnitude)
+    return torch.where(magnitude <= _largest_magnitude(fmt), (sign << 15) | (magnitude << layout.shift), -1)
 
 
 @cache
-def _pattern_table(fmt: MXFormat) -> tuple[int, ...]:
-    """The pattern of every code, -1 for codes without one."""
-    layout, half = plane_layout(fmt), 2 ** (fmt.bits - 1)
-    if layout.shift is None:
-        return tuple((code + half) % (2 * half) for code in range(2 * half))
-    table: list[int] = []
-    for code in range(2 * half):
-        sign = code // half
-        magnitude = (2 * half - code) * sign if fmt.is_integer and sign else code - sign * half
-        if fmt.is_integer and sign == 0:
-            magnitude = code
-        finite = abs(element_table(fmt)[code]) <= fmt.max_value
-        table.append((sign << 15) | (magnitude << layout.shift) if finite else -1)
-    return tuple(table)
+def _largest_magnitude(fmt: MXFormat) -> int:
+    """The bits of the largest finite element without its sign."""
+    return element_table(fmt).index(fmt.max_value)
 
 
 def _join_words(codes: Tensor, fmt: MXFormat) -> Tensor:
@@ -257,11 +255,10 @@ def _join_words(codes: Tensor, fmt: MXFormat) -> Tensor:
 
 def _split_words(words: Tensor, fmt: MXFormat) -> Tensor:
     """Words `[tiles, k_steps, WORDS, 64, 32]` to codes `[tiles, k_steps, 64, columns]`."""
-    layout, table = plane_layout(fmt), _pattern_table(fmt)
-    code_of = torch.zeros(0x10000, dtype=torch.uint8, device=words.device)
-    code_of[torch.tensor([p for p in table if p >= 0], device=words.device)] = torch.tensor(
-        [code for code, p in enumerate(table) if p >= 0], dtype=torch.uint8, device=words.device
-    )
+    layout, patterns = plane_layout(fmt), _patterns(fmt, words.device)
+    code_of = torch.zeros(0x10001, dtype=torch.uint8, device=words.device)
+    codes = torch.arange(len(patterns), device=words.device).to(torch.uint8)
+    code_of[torch.where(patterns < 0, 0x10000, patterns).long()] = codes
     unsigned = words.int() & 0xFFFF
     planes: list[Tensor] = []
     for fields in layout.fields:
