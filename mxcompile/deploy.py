@@ -340,15 +340,7 @@ def _agreement(program: Program, deployed: nn.Module) -> tuple[float, str]:
 
 def _on_device(module: nn.Module, mapped: MappedTensors | None) -> AbstractContextManager[None]:
     """In which a module with tensors in files runs where the program does."""
-    if mapped is None:
-        return nullcontext()
-
-    def fetch(tensor: Tensor) -> Tensor:
-        used = mapped.use(tensor)
-        parts = used.parts if isinstance(used, MXWeight) else (used,)
-        return used if all(part.device == mapped.device for part in parts) else used.to(mapped.device)
-
-    return tensors_fetched(module, fetch)
+    return nullcontext() if mapped is None else tensors_fetched(module, mapped.fetch)
 
 
 def _run(module: nn.Module, example: Inputs) -> Any:

@@ -117,6 +117,15 @@ class MappedTensors:
         self._release_down_to(self._in_use)
         return value if current.copy is None else current.copy
 
+    def fetch(self, value: Tensor) -> Tensor:
+        """`use` of a tensor that may lie in memory: the result is on the device, and so are all parts of an MXWeight,
+        of which small ones lie in memory while others are mapped."""
+        if not isinstance(value, MXWeight):
+            return self.use(value).to(self.device)
+        parts = [self.fetch(part) for part in value.parts]
+        same = all(one is other for one, other in zip(parts, value.parts, strict=True))
+        return value if same else MXWeight(parts[0], parts[1], value.layout_, value.dtype, *parts[2:])
+
     def release(self) -> None:
         """Give up the memory of all mapped tensors until their next use."""
         self._release_down_to(0)

@@ -59,6 +59,17 @@ def test_a_small_tensor_stays_in_memory(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def test_all_parts_of_a_packed_weight_are_fetched(tmp_path):
+    """Of a weight whose elements are mapped and whose scales are too small for that."""
+    elsewhere = torch.device("meta")
+    tensors = MappedTensors(tmp_path, elsewhere, smallest=1000)
+    elements, scales = tensors._written(torch.zeros(64, 32, dtype=torch.uint8)), torch.zeros(64, 2, dtype=torch.uint8)
+    weight = MXWeight(elements, scales, MXLayout("mxint4", 64), torch.bfloat16)
+    assert {part.device for part in tensors.fetch(weight).parts} == {elsewhere}
+    assert tensors.fetch(scales).device == elsewhere
+    assert {part.device for part in weight.parts} == {torch.device("cpu")}
+
+
 def test_parameters_and_packed_weights_keep_their_kind(tmp_path):
     tensors = mapped(tmp_path)
     parameter = nn.Parameter(random(8, 8), requires_grad=False)
