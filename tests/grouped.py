@@ -13,6 +13,8 @@ from mxcompile.numerics.gates import Gate
 from mxcompile.numerics.packing import pack
 
 _UNIT = 2.0**-23
+_AT_ONCE = 16
+"""Choices whose weights are float64 at a time: many processes may share a GPU's memory."""
 _STEEPEST = 1.13
 """The largest slope of the functions of a gate."""
 
@@ -97,12 +99,17 @@ def sum_over_bound(y: Tensor, h: Tensor, experts: Tensor, weights: Tensor, down:
 
 def _products(x: Tensor, experts: Tensor, layer: Experts) -> tuple[Tensor, Tensor]:
     """W @ x + bias of each choice in float64, and what float32 accumulation may lose, `[choices, out]`."""
-    _, weight, bias = layer.chosen(experts)
     rows = x.repeat_interleave(experts.shape[1], 0).double()
+    parts = zip(rows.split(_AT_ONCE), experts.flatten().split(_AT_ONCE), strict=True)
+    exact, magnitude = zip(*(_of_some(some, chosen, layer) for some, chosen in parts), strict=True)
     n_u = (x.shape[1] + 1) * _UNIT
-    exact = (weight @ rows[..., None])[..., 0] + bias
+    return torch.cat(exact), n_u / (1 - n_u) * torch.cat(magnitude)
+
+
+def _of_some(rows: Tensor, experts: Tensor, layer: Experts) -> tuple[Tensor, Tensor]:
+    _, weight, bias = layer.chosen(experts)
     magnitude = (weight.abs() @ rows.abs()[..., None])[..., 0] + bias.abs()
-    return exact, n_u / (1 - n_u) * magnitude
+    return (weight @ rows[..., None])[..., 0] + bias, magnitude
 
 
 def _split(channels: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
