@@ -390,6 +390,16 @@ def test_the_experts_on_a_gpu():
     assert f"{quantized['prefill_ms']:.1f} ms, compiled bfloat16 {plain['prefill_ms']:.1f}:" in text
 
 
+def test_other_projects_experts_on_a_gpu():
+    lines = [row for row in results("experts-peers-h200.jsonl") if row.get("weight") == "mxfp4" and "times_ours" in row]
+    text = page("docs/benchmarks.md")
+    for path in dict.fromkeys(row["path"] for row in lines):
+        times = {row["tokens"]: f"{row['times_ours']:.2f} x" for row in lines if row["path"] == path}
+        assert (
+            f"| {path} | {' | '.join(times.get(tokens, '') for tokens in (1, 32, 2048))} |".replace("  ", " ") in text
+        )
+
+
 def test_the_costs_of_checkpoints():
     row = results("saving.jsonl")[-1]
     text = page("docs/benchmarks.md")
