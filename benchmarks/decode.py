@@ -6,9 +6,10 @@
 SmolLM2-135M-Instruct or a small mixture of experts (8 layers, 8 of 32 experts a token, random bfloat16 weights), batch
 1, static cache, through `generate`. `decode` is `--tokens` tokens after a prompt of
 `--prompt`, `prefill` one forward of `--prefill` tokens that fills the cache. The output head stays in float unless the
-row says "head mxint8". Each measurement has a process of its own. Every row is measured `--rounds` times, one round
-after the other, and the best counts, as other work on the machine can only slow one down. `--llama` adds llama.cpp on
-the file that SmolLM2 comes in (`pip install llama-cpp-python`).
+row says "head mxint8". `--spinning 4` measures beside so many processes that compute all the time. Each measurement has
+a process of its own. Every row is measured `--rounds` times, one round after the other, and the best counts, as other
+work on the machine can only slow one down. `--llama` adds llama.cpp on the file that SmolLM2 comes in
+(`pip install llama-cpp-python`).
 """
 
 import argparse
@@ -17,7 +18,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +48,7 @@ WAYS: Final = (
     ("w4a8-mxfp-quick", "bfloat16"),
 )
 LLAMA: Final = ("llama.cpp", "q4_1")
+OPTIONS: Final = ("model", "tokens", "prompt", "prefill", "threads", "spinning")
 SMOLLM2, MOE = "SmolLM2-135M-Instruct", "qwen3-moe"
 UNCOMPILED: Final = " eager"
 GROUPED: Final = ", grouped_mm"
@@ -92,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated: %(default)s")
+    parser.add_argument("--spinning", type=int, default=0, help="processes that compute all the time beside it")
     parser.add_argument("--llama", action="store_true", help="measure llama.cpp, too")
     parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
     parser.add_argument("--way", help=argparse.SUPPRESS)
@@ -100,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
 
 def in_process(arguments: argparse.Namespace, way: tuple[str, str]) -> dict[str, Any]:
     """One measurement in a process of its own, without the compiled code and the memory of the others."""
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("model", "tokens", "prompt", "prefill", "threads")]
+    options = [f"--{name}={getattr(arguments, name)}" for name in OPTIONS]
     command = [sys.executable, __file__, *options, f"--way={':'.join(way)}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -114,6 +118,7 @@ def measured(arguments: argparse.Namespace, what: str, dtype: str) -> dict[str, 
     torch.set_num_threads(arguments.threads)
     about = {"model": arguments.model, "way": what, "dtype": dtype, "threads": arguments.threads}
     about |= {"prompt": arguments.prompt, "tokens": arguments.tokens, "prefill_tokens": arguments.prefill}
+    about |= {"spinning": arguments.spinning} if arguments.spinning else {}
     if what == LLAMA[0]:
         return about | llama(arguments)
     model, ids = prepared(what, DTYPES[dtype], arguments)
@@ -175,12 +180,26 @@ def rates(model: Any, ids: Tensor, arguments: argparse.Namespace) -> dict[str, f
 
     for _ in range(2):
         generate(4)
-    prefill = seconds(lambda: model(ids, use_cache=True))
-    first = seconds(lambda: generate(2))
-    return {
-        "decode": round(arguments.tokens / (seconds(decode) - first), 1),
-        "prefill": round(arguments.prefill / prefill, 1),
-    }
+    model(ids, use_cache=True)
+    with spinning(arguments.spinning):
+        prefill = seconds(lambda: model(ids, use_cache=True))
+        first = seconds(lambda: generate(2))
+        return {
+            "decode": round(arguments.tokens / (seconds(decode) - first), 1),
+            "prefill": round(arguments.prefill / prefill, 1),
+        }
+
+
+@contextmanager
+def spinning(count: int) -> Generator[None]:
+    """Beside so many processes that compute all the time."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -212,8 +231,9 @@ def llama(arguments: argparse.Namespace) -> dict[str, Any]:
         for _ in range(count):
             model.eval([model.sample(temp=0.0)])
 
-    prefill = seconds(lambda: evaluate(arguments.prefill))
-    first, all_ = seconds(lambda: decode(2)), seconds(lambda: decode(arguments.tokens + 2))
+    with spinning(arguments.spinning):
+        prefill = seconds(lambda: evaluate(arguments.prefill))
+        first, all_ = seconds(lambda: decode(2)), seconds(lambda: decode(arguments.tokens + 2))
     rates = {"decode": arguments.tokens / (all_ - first), "prefill": arguments.prefill / prefill}
     return {name: round(value, 1) for name, value in rates.items()} | {"llama-cpp-python": llama_cpp.__version__}
 

@@ -24,6 +24,7 @@ from mxcompile.inductor.private_api import (
     get_hash_for_files,
     has_triton,
 )
+from mxcompile.inductor.recorded_graph import recorded
 from mxcompile.inductor.rewrites.decompose_attention import decompose_attention
 from mxcompile.inductor.rewrites.decompose_rounding import decompose_rounding
 from mxcompile.inductor.rewrites.fuse import fuse
@@ -106,6 +107,8 @@ class MXBackend(InductorBackend):
         """Compile a Dynamo graph; see `unwrap_weights`."""
         module, flat = unwrap_weights.unwrap_weights(model_, inputs_, AttrSource)
         compiled: Any = super().__call__(module, flat, **options)
+        if all(value.device.type == "cpu" for value in flat if isinstance(value, torch.Tensor)):
+            compiled = recorded(compiled)
 
         def run(*args: Any) -> Any:
             inputs = unwrap_weights.unwrapped(args)

@@ -14,6 +14,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.output_code import CompiledFxGraph
 from torch.utils._triton import has_triton
 
 InductorBackend = torch._TorchCompileInductorWrapper  # pyright: ignore[reportPrivateUsage]
@@ -22,6 +23,7 @@ innermost_function = eval_frame.innermost_fn
 
 __all__ = [
     "AttrSource",
+    "CompiledFxGraph",
     "CustomGraphPass",
     "InductorBackend",
     "InvalidCxxCompiler",

@@ -40,6 +40,7 @@ _OPTIONS = ["-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "
 if sys.platform == "linux":
     # Some compilers link libstdc++ statically; without this, torch's copy would replace half of its symbols.
     _OPTIONS.append("-Wl,--exclude-libs,ALL")
+_LINEARS = ("mx_cpu.h", "mx_cpu_linears.h", "mx_cpu_threads.h")
 _SECONDS = 120
 
 
@@ -53,7 +54,7 @@ def library(fmt: MXFormat) -> ctypes.CDLL:
     if reason := why_no_kernel(fmt):
         raise BuildError(reason)
     options = ["-O3", *_machine_options(), f"-DMX_ELEMENT={ELEMENTS[fmt.name]}", f"-DMX_BLOCK={fmt.block_size}"]
-    sources = ("mx_cpu.cpp", "mx_cpu.h", "mx_cpu_dot.h", "mx_cpu_panels.h", "mx_cpu_values.h")
+    sources = ("mx_cpu.cpp", *_LINEARS, "mx_cpu_dot.h", "mx_cpu_panels.h", "mx_cpu_values.h")
     return _library(f"{fmt.name}-{fmt.block_size}", sources, options, _processor())
 
 
@@ -62,6 +63,12 @@ def experts_library() -> ctypes.CDLL:
     """The library of mx_cpu_experts.cpp. Raises BuildError; a failure is not cached."""
     sources = ("mx_cpu_experts.cpp", "mx_cpu.h", "mx_cpu_gate.h", "mx_cpu_values.h")
     return _library("experts", sources, ["-O3", *_machine_options()], _processor())
+
+
+@cache
+def recording_library() -> ctypes.CDLL:
+    """The library of mx_cpu_recording.cpp. Raises BuildError; a failure is not cached."""
+    return _library("recording", ("mx_cpu_recording.cpp", *_LINEARS), ["-O2", *_machine_options()], _processor())
 
 
 @cache

@@ -220,17 +220,9 @@ def _experts(weight: PackedWeight, fmt: MXFormat, size: int) -> "_Experts":
         None if bias is None else bias.data_ptr(),
         *elements.shape[:2],
         size,
-        _kernels(fmt),
+        linears.kernels(fmt),
         bias is not None and bias.dtype == torch.float32,
     )
-
-
-@cache
-def _kernels(fmt: MXFormat) -> int:
-    """The address of the kernels of a format."""
-    function = library(fmt).mx_kernels
-    function.restype = ctypes.c_void_p
-    return function()
 
 
 @cache

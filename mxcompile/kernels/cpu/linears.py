@@ -139,6 +139,21 @@ def _register_native_call(fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | 
     register(str(fmt).encode(), *names, dtype == torch.float32, library(fmt).mx_multiply, rounded_as)
 
 
+def is_native(
+    x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule] | None
+) -> bool:
+    """Whether C++ runs `linears` of few tokens with these arguments as they are."""
+    biases = [bias for *_, bias in weights if bias is not None]
+    packed = [part for elements, scales, _ in weights for part in (elements, scales)]
+    return (
+        x.dtype in (torch.float32, torch.bfloat16)
+        and all(bias.dtype == x.dtype for bias in biases)
+        and all(tensor.is_contiguous() for tensor in (x, *packed, *biases))
+        and (rounding is None or (_rounds_with(rounding[0], fmt, x.dtype) and supports_rounding(x, *rounding) is None))
+        and supports(x, fmt) is None
+    )
+
+
 def _rounds_with(activation: MXFormat, weight: MXFormat, dtype: torch.dtype) -> bool:
     """Whether the library of the weight's format can round the input: same block size, and not float16."""
     return activation.block_size == weight.block_size and dtype != torch.float16
@@ -149,6 +164,14 @@ def c_rounding(fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> "Rounding"
     """How values of a dtype are rounded to a format, for the C++ kernels."""
     largest = int(torch.finfo(dtype).max).bit_length() - 1
     return Rounding(list(ELEMENTS).index(fmt.name), rule.threshold(fmt) / 2, rule is ScaleRule.EVEN, largest)
+
+
+@cache
+def kernels(fmt: MXFormat) -> int:
+    """The address of the kernels of a format, `Kernels` of mx_cpu.h."""
+    function = library(fmt).mx_kernels
+    function.restype = ctypes.c_void_p
+    return function()
 
 
 def plain(x: Tensor) -> Tensor:

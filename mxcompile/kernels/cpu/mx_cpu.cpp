@@ -303,6 +303,7 @@ void with_element(int index, const F& function) {
 }  // namespace
 
 #include "mx_cpu_dot.h"
+#include "mx_cpu_linears.h"
 #include "mx_cpu_panels.h"
 
 namespace {
@@ -409,37 +410,13 @@ const Kernels* mx_kernels() {
   return &kernels;
 }
 
-// Splits the rows of every weight evenly among threads.
+// By a team of threads.
 void mx_multiply(const Weight* weights, int count, const void* x, int wide, int64_t tokens, int64_t size,
                  const Rounding* rounding, int max_threads) {
   static thread_local std::vector<CacheLine> buffer;
-  const int64_t lines = mx_prepared_bytes(size) / 64, row_bytes = size * (wide ? 4 : 2);
-  buffer.resize(tokens * lines);
-  CacheLine* prepared = buffer.data();
-  int layout = ELEMENTS;
-  for (int64_t m = 0; m < tokens; ++m) {
-    const void* row = static_cast<const char*>(x) + m * row_bytes;
-    if (mx_prepare(row, wide, size, rounding, 0, layout, prepared + m * lines)) continue;
-    layout = VALUES;
-    m = -1;  // all of them again
-  }
-  int64_t rows = 0;
-  for (int i = 0; i < count; ++i) rows += weights[i].rows;
-  const int threads = worthwhile_threads(rows * size, max_threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int part = 0; part < threads; ++part)
-    for (int i = 0; i < count; ++i) {
-      const Weight& weight = weights[i];
-      const void* inputs[MAX_TOKENS];
-      void* outputs[MAX_TOKENS];
-      for (int64_t m = 0; m < tokens; ++m) {
-        inputs[m] = prepared + m * lines;
-        outputs[m] = static_cast<char*>(weight.y) + m * weight.rows * (weight.wide ? 4 : 2);
-      }
-      const Product product{weight.elements, weight.scales, weight.bias, (size + BLOCK - 1) / BLOCK,
-                            tokens,          weight.wide,   weight.wide, inputs, outputs};
-      mx_multiply_part(&product, layout, weight.rows * part / threads, weight.rows * (part + 1) / threads);
-    }
+  const Linears call{mx_kernels(), weights, count, x, wide, tokens, size, rounding};
+  Team team;
+  team.run(worthwhile_threads(call.values(), max_threads), [&] { multiply_all(team, call, buffer); });
 }
 
 // values [rows, size], float32 or (wide == 0) bfloat16.

@@ -1,0 +1,182 @@
+"""Recorded graphs: replays give the same bits as Inductor's Python, from inputs that lie anywhere."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import mxcompile
+from mxcompile.inductor import recorded_graph, why_no_inductor
+from mxcompile.inductor.recorded_graph import RecordedGraph
+
+pytestmark = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
+
+
+class Net(nn.Module):
+    """Looks up rows, multiplies them by weights, and adds to a state in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(16, 64)
+        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
+        self.register_buffer("state", torch.zeros(1, 64))
+
+    def forward(self, ids, scale):
+        x = self.table(ids) * scale
+        self.state += self.down(torch.relu(self.up(x)))
+        return self.state.sin(), x
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    """The graphs that were compiled for `net`, in the order of their first calls."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def net(graphs):
+    torch.manual_seed(0)
+    made = RecordedGraph.__init__
+
+    def init(self, call):
+        made(self, call)
+        graphs.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordedGraph, "__init__", init)
+        example = (torch.tensor([3]), torch.ones(1, 64))
+        module = mxcompile.quantize_and_compile(Net(), example, recipe="w4a8-mxint-quick")
+        with torch.no_grad():
+            run(module, 2)
+            run(module, 3)
+        yield module
+
+
+def run(module, token, scale=1.0):
+    """Outputs and state from a state of zeros. The inputs are new tensors."""
+    module.state.zero_()
+    sine, x = module(torch.tensor([token]), torch.full((1, 64), scale))
+    return sine, x, module.state.clone()
+
+
+def plain(module, graphs, *args):
+    """What the graph computes without recordings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordedGraph, "__call__", lambda self, inputs: self.call(inputs))
+        return run(module, *args)
+
+
+def test_a_replay_has_the_bits_of_the_graph(net, graphs):
+    (graph,) = graphs
+    assert graph.refusal is None
+    assert len(graph._replays) == 1
+    with torch.no_grad():
+        for token, scale in ((2, 1.0), (5, 0.5), (15, -3.0)):
+            expected = plain(net, graphs, token, scale)
+            for actual, value in zip(run(net, token, scale), expected, strict=True):
+                assert torch.equal(actual, value)
+
+
+def test_outputs_are_new_tensors(net):
+    with torch.no_grad():
+        first = run(net, 2)
+        kept = [value.clone() for value in first]
+        run(net, 9)
+    for actual, value in zip(first, kept, strict=True):
+        assert torch.equal(actual, value)
+
+
+def test_weights_that_change_or_move_are_seen(net, graphs):
+    with torch.no_grad():
+        net.up.bias += 1
+        before = net.table.weight.data
+        net.table.weight.data = before * 2
+        expected = plain(net, graphs, 4)
+        for actual, value in zip(run(net, 4), expected, strict=True):
+            assert torch.equal(actual, value)
+        net.table.weight.data = before
+        net.up.bias -= 1
+
+
+def test_an_exception_of_a_kernel_is_that_of_the_graph(net, graphs):
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="index out of bounds"):
+            run(net, 99)
+        expected = plain(net, graphs, 1)
+        assert torch.equal(run(net, 1)[0], expected[0])
+
+
+def test_inputs_that_were_one_tensor_may_come_apart(net, graphs):
+    """`scale` is a part of the module, and then is not."""
+    with torch.no_grad():
+        ids = torch.tensor([3])
+        for scale in (torch.ones(1, 64), net.state):
+            for _ in range(3):
+                net.state.zero_()
+                actual = net(ids, scale)[1]
+            assert torch.equal(actual, net.table(ids) * (scale if scale is not net.state else 0))
+
+
+def test_threads_do_not_share_buffers(net):
+    """The second of two calls at once runs without the recording, whose buffers the first uses."""
+    with torch.no_grad():
+        expected = [net.table(torch.tensor([token])) for token in (1, 2)]
+        wrong = []
+
+        def work(token, value):
+            with torch.no_grad():
+                for _ in range(50):
+                    if not torch.equal(net(torch.tensor([token]), torch.ones(1, 64))[1], value):
+                        wrong.append(token)
+
+        threads = [threading.Thread(target=work, args=pair) for pair in zip((1, 2), expected, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_many_tokens_are_not_recorded(net, graphs):
+    """Nor are other operators: their reason is kept, and the graph runs as before."""
+    with torch.no_grad():
+        for _ in range(3):
+            net.state = torch.zeros(6, 64)
+            net(torch.arange(6), torch.ones(6, 64))
+        net.state = torch.zeros(1, 64)
+    assert graphs[-1].refusal == "it has more than 4 tokens"
+
+
+def test_other_operators_are_not_recorded():
+    calls = []
+    graph = RecordedGraph(globals_of({"torch": torch}, "def call(inputs):\n return (torch.sort(inputs[0])[0],)"))
+    with torch.no_grad():
+        for _ in range(3):
+            calls.append(graph([torch.tensor([2.0, 1.0])])[0])
+    assert graph.refusal == "it calls aten.sort.default"
+    assert all(value.tolist() == [1.0, 2.0] for value in calls)
+
+
+def test_floats_are_not_recorded():
+    graph = RecordedGraph(globals_of({}, "def call(inputs):\n return (inputs[1],)"))
+    with torch.no_grad():
+        assert [graph([torch.ones(1), 0.5]) for _ in range(3)] == [(0.5,)] * 3
+    assert graph.refusal == "it takes a float"
+
+
+def test_graphs_that_record_gradients_run_as_before(net, graphs):
+    before = len(graphs[0]._replays)
+    run(net, 2)
+    assert len(graphs[0]._replays) == before
+
+
+def globals_of(names, source):
+    """A function with globals of its own, as a generated module has."""
+    exec(source, names)
+    return names["call"]
+
+
+def test_without_a_library_nothing_is_recorded(monkeypatch):
+    monkeypatch.setattr(recorded_graph.recording, "why_not", lambda: "no compiler")
+    assert RecordedGraph(lambda inputs: inputs).refusal == "no compiler"
