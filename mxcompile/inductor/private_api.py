@@ -15,6 +15,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.output_code import CompiledFxGraph
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._triton import has_triton
 
 InductorBackend = torch._TorchCompileInductorWrapper  # pyright: ignore[reportPrivateUsage]
@@ -27,6 +28,7 @@ __all__ = [
     "CustomGraphPass",
     "InductorBackend",
     "InvalidCxxCompiler",
+    "TorchDispatchMode",
     "aot_autograd",
     "aoti_compile_and_package",
     "cache_entries",

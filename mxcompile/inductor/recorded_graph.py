@@ -20,9 +20,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxcompile.inductor.private_api import CompiledFxGraph
+from mxcompile.inductor.private_api import CompiledFxGraph, TorchDispatchMode
 from mxcompile.kernels.cpu import linears, recording
 from mxcompile.kernels.cpu.linears import MAX_TOKENS
 from mxcompile.kernels.cpu.recording import KernelCall, LinearsCall, Recording, Slot
@@ -30,6 +29,7 @@ from mxcompile.ops import CPU_LINEARS
 from mxcompile.ops.library import format_of, rounding_of
 
 _MOST_RECORDINGS: Final = 4
+_BYTES_WORTH_THREADS: Final = 1 << 19
 _runs = threading.local()
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class _Recorder(TorchDispatchMode):
         elif not all(isinstance(arg, Tensor | int) for arg in args):
             self._refuse("a kernel takes a float")
         else:
-            self.calls.append(KernelCall(_address(kernel), args, _is_parallel(kernel.__self__.__file__)))
+            self.calls.append(KernelCall(_address(kernel), args, _is_worth_threads(kernel, args)))
 
     def _refuse(self, reason: str) -> None:
         self.refusal = self.refusal or reason
@@ -288,6 +288,12 @@ def _is_kernel(value: Any) -> bool:
 def _address(kernel: Any) -> int:
     function = getattr(ctypes.CDLL(kernel.__self__.__file__), kernel.__name__)
     return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _is_worth_threads(kernel: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a kernel's own parallel region, if it has one, is worth its start: not for a short cache of keys."""
+    size = sum(arg.numel() * arg.element_size() for arg in args if isinstance(arg, Tensor))
+    return size > _BYTES_WORTH_THREADS and _is_parallel(kernel.__self__.__file__)
 
 
 @cache

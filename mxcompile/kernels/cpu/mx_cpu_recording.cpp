@@ -2,7 +2,7 @@
 // them. Built by cpu/build.py, called by cpu/recording.py.
 //
 // Steps are one parallel region: the calling thread runs Inductor's kernels, and shares the rows of matmuls with the
-// others. A kernel with a parallel region of its own ends it.
+// others. A kernel that starts a parallel region of its own ends it; within it, such a kernel has one thread.
 
 #include <algorithm>
 #include <cstddef>
@@ -15,7 +15,7 @@
 #include "mx_cpu_threads.h"
 
 // A kernel of Inductor, which takes pointers and integers alone, with `count` arguments (one of the sizes of `call`, zeros
-// behind its own), and whether it has a parallel region; or, if `kernel` is null, matmuls.
+// behind its own), and whether it may start a parallel region; or, if `kernel` is null, matmuls.
 struct Step {
   const void* kernel;
   int64_t count;
@@ -62,7 +62,7 @@ extern "C" {
 int mx_replay(const Step* steps, int64_t count, int64_t values, int max_threads) {
   static thread_local std::vector<CacheLine> buffer;
   const int threads = worthwhile_threads(values, max_threads);
-  const AloneIfBusy alone;
+  const OneThread alone(threads == 1 || Waits::local().alone());
   Team team;
   bool failed = false;
   const auto protect = [&](const auto& work) {  // no exception may leave a parallel region

@@ -63,16 +63,16 @@ class Waits {
   Clock::duration debt{}, period = SHORTEST;
 };
 
-// While this exists, OpenMP's parallel regions of the calling thread have one thread, if it is to work alone.
-class AloneIfBusy {
+// While this exists, OpenMP's parallel regions of the calling thread have one thread.
+class OneThread {
  public:
-  AloneIfBusy() : levels(Waits::local().alone() ? omp_get_max_active_levels() : -1) {
+  explicit OneThread(bool is_on = true) : levels(is_on ? omp_get_max_active_levels() : -1) {
     if (levels >= 0) omp_set_max_active_levels(0);
   }
-  ~AloneIfBusy() {
+  ~OneThread() {
     if (levels >= 0) omp_set_max_active_levels(levels);
   }
-  AloneIfBusy(const AloneIfBusy&) = delete;
+  OneThread(const OneThread&) = delete;
 
  private:
   const int levels;

@@ -27,7 +27,7 @@ MAX_ARGUMENTS: Final = _COUNTS[-1]
 class KernelCall:
     """A call of a C function that takes addresses and integers alone, at most MAX_ARGUMENTS, and returns nothing.
 
-    is_parallel: whether it has a parallel region of OpenMP.
+    is_parallel: whether to let it start a parallel region of OpenMP; otherwise it runs on one core.
     """
 
     address: int
