@@ -20,11 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.formats import MXINT8, MXFormat, ScaleRule
 from mxcompile.kernels.gluon import fp8_linear, planes_kernel
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout
-from mxcompile.kernels.triton import attention, expert_slices, expert_sums, grouped_planes
+from mxcompile.kernels.triton import attention, expert_slices, expert_sums, grouped_planes, quantize
 from mxcompile.kernels.triton import planes_linear as triton_planes
 from mxcompile.kernels.triton.gates import gate_constants
 from mxcompile.numerics.gates import Gate
@@ -110,16 +110,21 @@ def fp8_report(fmt: MXFormat, config: fp8_linear.Config, k_chunked: bool = False
     return _report(compiled, lambda loops: min(loops, key=len))
 
 
-def attention_report(dtype: str, size: int, group: int) -> tuple[Report, attention.Config]:
+def attention_report(dtype: str, size: int, group: int, next_token: bool = False) -> tuple[Report, attention.Config]:
     """triton/attention.py for 8 heads of a cache of 2048 tokens, `group` heads of queries each, and the same mask for
-    all of them; with the config that it chooses."""
+    all of them; with the config that it chooses. next_token: with RoPE, a write to the cache, and rounding."""
     config = attention.config_for(torch.empty(0, 8, 2048, size, dtype=_DTYPES[dtype]), 8)
     constants = attention.constants(size, size, 8, group, config)
-    constants |= {"MASK": "float", "MASK_OF_HEADS": False, "INTERPRETED": False}
-    types: dict[str, Any] = dict.fromkeys(("query", "key", "value", "mask", "result"), f"*{dtype}")
+    constants |= {"MASK": "float", "MASK_OF_HEADS": False, "APPEND": next_token, "ROTATE": next_token}
+    rounding = (MXINT8, ScaleRule.FLOOR) if next_token else None
+    constants |= {"DEPENDENT": config.dependent, "INTERPRETED": False}
+    constants |= quantize.rounding_constants(rounding, _DTYPES[dtype])
+    types: dict[str, Any] = dict.fromkeys(("query", "mask", "result"), f"*{dtype}")
+    types |= {**dict.fromkeys(("cache", "new", "rotation"), (f"*{dtype}",) * 2), "position": "*i64"}
+    types |= {"new_strides": ("i32",) * 6, "cache_strides": ("i32",) * 6}
     types |= {"scratch": "*fp32", "counters": "*i32", "scale": "fp32", "mask_strides": ("i32", "i32", "constexpr")}
-    types |= {"query_strides": ("i32",) * 2, "key_strides": ("i32",) * 3, "value_strides": ("i32",) * 3}
-    compiled = _compiled(attention._attend_kernel, constants, types, attention.options(config))
+    types |= {"query_strides": ("i32",) * 2}
+    compiled = _compiled(attention.attend_kernel, constants, types, attention.options(config))
     return _report(compiled, lambda _: []), config
 
 

@@ -29,6 +29,10 @@ from mxcompile.inductor.rewrites.decompose_attention import decompose_attention
 from mxcompile.inductor.rewrites.decompose_rounding import decompose_rounding
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.inductor.rewrites.fuse_attention import fuse_attention
+from mxcompile.inductor.rewrites.fuse_gate import fuse_gates
+from mxcompile.inductor.rewrites.fuse_next_token import fuse_next_token
+from mxcompile.inductor.rewrites.fuse_norm import fuse_norms
+from mxcompile.inductor.rewrites.join_counters import join_counters
 from mxcompile.inductor.rewrites.join_linears import join_linears
 
 _PACKAGE: Final = Path(__file__).parents[1]
@@ -54,6 +58,10 @@ class FuseMX(CustomGraphPass):
         join_linears(graph)
         decompose_attention(graph)
         fuse_attention(graph)
+        fuse_next_token(graph)
+        join_counters(graph)
+        fuse_norms(graph)
+        fuse_gates(graph)
         decompose_rounding(graph)
         self.results.append(result)
         logger.info("fused %d MX operations, %d misses", result.rewrites, len(result.misses))

@@ -12,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ from mxcompile.kernels.layout import fp8_eligibility, rows_to_planes
 from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.kernels.triton import split_k_counters
 from mxcompile.numerics import experts as experts_reference
-from mxcompile.numerics import fast_rounding, packing, reference
+from mxcompile.numerics import fast_rounding, next_token, packing, reference
 from mxcompile.numerics.gates import Gate
+from mxcompile.numerics.norms import Norm
 
 TRITON_MISSING = "triton is not installed"
 
@@ -172,12 +174,67 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     return reference.attend(query, key, value, mask, scale)
 
 
-def why_no_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
-    """None if a kernel runs `attend`, else the reason."""
+def why_no_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rounding: tuple[MXFormat, ScaleRule] | None = None,
+) -> str | None:
+    """None if a kernel runs `attend`, or `attend_next` with that rounding, else the reason."""
     kernel = _triton("triton.attention", query)
     if kernel is None:
         return "runs on a GPU" if query.device.type == "cpu" else TRITON_MISSING
-    return kernel.supports(query, key, value, mask)
+    return kernel.supports(query, key, value, mask, rounding)
+
+
+def attend_next(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    mask: Tensor | None,
+    scale: float,
+    rounding: tuple[MXFormat, ScaleRule] | None,
+) -> Tensor:
+    """See `numerics/next_token.py`; the result is then quantized and dequantized."""
+    if why_no_attention(query, keys, values, mask, rounding) is None:
+        kernel: Any = _triton("triton.attention", query)
+        return kernel.attend(query, keys, values, mask, scale, None, kernel.NewToken(*new), rounding)
+    y = next_token.attend_next(query, keys, values, new, mask, scale)
+    return y if rounding is None else quantize_dequantize(y, *rounding)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
+    rounding: tuple[MXFormat, ScaleRule],
+) -> tuple[Tensor, Tensor]:
+    """`x + residual` and its norm, quantized and dequantized."""
+    kernel = _triton("triton.norm", x)
+    if kernel is not None and kernel.supports(x, rounding) is None:
+        return kernel.add_norm(x, residual, weight, bias, norm, rounding)
+    x = x if residual is None else x + residual
+    return x, quantize_dequantize(norm(x, weight, bias), *rounding)
+
+
+def gate_product(gate: Tensor, up: Tensor, function: Gate, rounding: tuple[MXFormat, ScaleRule]) -> Tensor:
+    """`f(gate) * up`, quantized and dequantized."""
+    kernel = _triton("triton.gate_product", gate)
+    if kernel is not None and kernel.supports(gate, rounding) is None:
+        return kernel.multiply_and_round(gate, up, function, rounding)
+    return quantize_dequantize(function(torch.cat([gate, up], -1)), *rounding)
+
+
+def why_no_small_kernel(name: str, x: Tensor, rounding: tuple[MXFormat, ScaleRule]) -> str | None:
+    """None if a kernel ("norm" or "gate_product") runs on values like x, else the reason."""
+    kernel = _triton(f"triton.{name}", x)
+    if kernel is None:
+        return "runs on a GPU" if x.device.type == "cpu" else TRITON_MISSING
+    return kernel.supports(x, rounding)
 
 
 def choices(x: Tensor, fmt: MXFormat, out: int) -> dict[str, str | None]:

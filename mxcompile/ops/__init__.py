@@ -10,6 +10,11 @@
     mx::rotate(x, block) -> runs of block channels times Hadamard    input of a matmul; see `hadamard.py`
     mx::multiply(x, multiplier, digest) -> x * multiplier            input of a matmul of a deployed module
     mx::attend(query, key, value, mask, scale) -> y                  single-token attention; see `fuse_attention.py`
+    mx::norm(x, weight, bias, norm, format, rule) -> y               of rows, with the rounding after it
+    mx::add_norm(x, residual, weight, bias, norm, format, rule) -> (x + residual, y)
+    mx::gate_product(gate, up, function, format, rule) -> y          f(gate) * up, with the rounding after it
+    mx::attend_next(query, key, value, keys, values, position, cos, sin, mask, scale, format, rule) -> y
+                                                                     RoPE, write to the cache, `attend`, and rounding
     mx::grouped_linear(x, experts, elements, scales, bias, format, planes) -> y
                                                                      rows of x times the experts chosen for them
     mx::experts(x, experts, weights, up, up_bias, down, down_bias, up_format, down_format, gate, activation, rule,
@@ -39,9 +44,9 @@ inside `torch.compile` only the digest shows that they are equal and one multipl
 
 import torch
 
-from mxcompile.ops import experts, gradients, linears
+from mxcompile.ops import experts, gradients, linears, small
 
-__all__ = ["experts", "gradients", "linears"]
+__all__ = ["experts", "gradients", "linears", "small"]
 
 QUANTIZE = torch.ops.mx.quantize.default
 DEQUANTIZE = torch.ops.mx.dequantize.default
@@ -54,3 +59,7 @@ EXPERTS = torch.ops.mx.experts.default
 MULTIPLY = torch.ops.mx.multiply.default
 ROTATE = torch.ops.mx.rotate.default
 ATTEND = torch.ops.mx.attend.default
+NORM = torch.ops.mx.norm.default
+ADD_NORM = torch.ops.mx.add_norm.default
+GATE_PRODUCT = torch.ops.mx.gate_product.default
+ATTEND_NEXT = torch.ops.mx.attend_next.default

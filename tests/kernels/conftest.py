@@ -25,6 +25,7 @@ _PACKAGE = "mxcompile.kernels.triton"
 _MODULES = (
     "align",
     "attention",
+    "attention_kernel",
     "elements",
     "decode_planes",
     "dequantize",
@@ -37,6 +38,8 @@ _MODULES = (
     "grouped_planes",
     "routing",
     "gate_rows",
+    "norm",
+    "gate_product",
 )
 
 
@@ -55,11 +58,12 @@ def interpreted() -> Iterator[SimpleNamespace]:
         _round_to_e4m3(patch)
         # The interpreter recognizes Triton's own maximum and sum; it calls others once per element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
-        for name in ("quantize", "align", "attention", "grouped_planes", "gate_rows"):
+        for name in ("quantize", "align", "attention_kernel", "grouped_planes", "gate_rows"):
             patch.setattr(copies[name], "_maximum", standard._elementwise_max)
-        for name in ("attention", "expert_slices", "expert_sums", "grouped_planes", "routing"):
+        for name in ("attention_kernel", "expert_slices", "expert_sums", "grouped_planes", "routing", "norm"):
             patch.setattr(copies[name], "_sum", standard._sum_combine)
         names = ("align", "attention", "dequantize", "grouped_planes", "expert_sums", "routing", "gate_rows")
+        names += ("norm", "gate_product")
         others = {name: copies[name] for name in names}
         yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)
 

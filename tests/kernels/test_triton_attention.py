@@ -109,6 +109,82 @@ def test_nothing_to_attend_to(interpreted: SimpleNamespace) -> None:
     assert attend(query[:0], key[:0], value[:0], None, 1.0).shape == (0, 4, 1, 16)
 
 
+def next_token(module: ..., dtype: torch.dtype, batch: int, shared: int, size: int, vsize: int, place: int) -> ...:
+    generator = torch.Generator().manual_seed(place)
+    tokens = [torch.randn(batch, 1, shared, n, generator=generator).to(dtype).transpose(1, 2) for n in (size, vsize)]
+    angles = 6 * torch.rand(1, 1, 1, size // 2, generator=generator).repeat(1, 1, 1, 2)
+    return module.NewToken(*tokens, torch.tensor(place), angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+@pytest.mark.parametrize("splits", [None, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "place"), [((1, 8, 2, 100, 64), 57), ((2, 4, 4, 33, 32), 32), ((2, 20, 1, 70, 40, 24), 0)], ids=str
+)
+def test_the_next_token(
+    interpreted: SimpleNamespace,
+    attention_over_bound: OverBound,
+    shape: tuple[int, ...],
+    place: int,
+    dtype: torch.dtype,
+    splits: int | None,
+) -> None:
+    """The new token is rotated, written to the cache, and attended to; what was in its place is not."""
+    from mxcompile.numerics.next_token import rotate
+
+    query, keys, values = tensors(dtype, *shape)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    new = next_token(interpreted.attention, dtype, shape[0], shape[2], shape[4], values.shape[3], place)
+    mask = (torch.arange(shape[3]) <= place).expand(shape[0], 1, 1, shape[3]).clone()
+    mask[0, ..., : place // 9] = False
+    written = [part.clone() for part in (keys, values)]
+    config = None if splits is None else interpreted.attention.Config(splits, 16)
+    y = interpreted.attention.attend(query, *written, mask, 0.2, config, new)
+    keys[:, :, place], values[:, :, place] = written[0][:, :, place], new.value[:, :, 0]
+    assert torch.equal(written[0], keys)
+    assert torch.equal(written[1], values)
+    expected = rotate(new.key, new.cos, new.sin)[:, :, 0]
+    torch.testing.assert_close(keys[:, :, place], expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    turned = rotate(query.double(), new.cos.double(), new.sin.double()) if dtype == torch.float32 else None
+    turned = rotate(query, new.cos, new.sin) if turned is None else turned.to(dtype)
+    assert attention_over_bound(y, turned, keys, values, mask, 0.2) <= (1 if dtype == torch.float32 else 1.5)
+
+
+def test_the_next_token_of_a_batch_and_its_rounding(interpreted: SimpleNamespace) -> None:
+    """Each batch entry has angles of its own; the result is rounded bit for bit as the reference rounds it."""
+    from mxcompile.formats import MXFP8_E4M3, MXINT8, ScaleRule
+    from mxcompile.numerics.reference import quantize_dequantize
+
+    module = interpreted.attention
+    query, keys, values = tensors(torch.bfloat16, 2, 6, 2, 50, 64)
+    new = next_token(module, torch.bfloat16, 2, 2, 64, 64, 40)
+    both = [torch.cat([part, part.flip(3)]) for part in (new.cos, new.sin)]
+    new = module.NewToken(new.key, new.value, new.position, *both)
+    mask = torch.arange(50)[None, None, None] <= 40
+
+    def attend(first: int, last: int, rounding: ... = None) -> Tensor:
+        part = module.NewToken(*[each if each.dim() == 0 else each[first:last] for each in vars(new).values()])
+        caches = (keys[first:last].clone(), values[first:last].clone())
+        return module.attend(query[first:last], *caches, mask, 0.2, module.Config(2, 16), part, rounding)
+
+    y = attend(0, 2)
+    assert torch.equal(y, torch.cat([attend(0, 1), attend(1, 2)]))
+    for rounding in ((MXINT8, ScaleRule.FLOOR), (MXFP8_E4M3, ScaleRule.EVEN)):
+        assert torch.equal(attend(0, 2, rounding), quantize_dequantize(y, *rounding))
+
+
+def test_nothing_is_written_beyond_the_cache(interpreted: SimpleNamespace, accesses: ...) -> None:
+    query, keys, values = tensors(torch.float32, 1, 4, 2, 20, 32)
+    cache, module = [part.clone() for part in (keys, values)], interpreted.attention
+    for place in (20, -1):
+        new = next_token(module, torch.float32, 1, 2, 32, 32, place)
+        accesses.stores.clear()
+        y = module.attend(query, keys, values, None, 0.2, module.Config(1, 16), new)
+        assert sum(len(stored) for stored in accesses.stores) == y.numel()
+    assert torch.equal(keys, cache[0])
+    assert torch.equal(values, cache[1])
+
+
 @pytest.mark.parametrize("keys", [1, 98, 2048, 8192, 100000])
 @pytest.mark.parametrize("places", [1, 8, 100, 1000])
 def test_as_many_programs_as_run_at_a_time(interpreted: SimpleNamespace, keys: int, places: int) -> None:
@@ -145,6 +221,19 @@ def test_shapes_that_disagree(interpreted: SimpleNamespace) -> None:
             attend(*given, None, 1.0)
     with pytest.raises(MXCompileError, match="cannot share"):
         attend(query[:, :3], key, value, None, 1.0)
+    new = next_token(interpreted.attention, torch.float32, 1, 2, 16, 16, 3)
+    parts = vars(new)
+    for bad, match in (
+        ({"key": new.key[:, :1]}, "cannot be written"),
+        ({"value": new.value.bfloat16()}, "cannot be written"),
+        ({"cos": new.cos[..., :8]}, "cos and sin"),
+        ({"sin": None}, "cos and sin"),
+        ({"position": torch.arange(2)}, "one number"),
+    ):
+        with pytest.raises(MXCompileError, match=match):
+            attend(query, key, value, None, 1.0, None, interpreted.attention.NewToken(**{**parts, **bad}))
+    with pytest.raises(MXCompileError, match="cannot be written"):
+        attend(query, key.mT.contiguous().mT, value, None, 1.0, None, new)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +244,13 @@ def test_shapes_that_disagree(interpreted: SimpleNamespace) -> None:
         pytest.param("bf16", 128, 16, marks=pytest.mark.slow),
     ],
 )
-def test_compiles_for_hopper(dtype: str, size: int, group: int) -> None:
+@pytest.mark.parametrize("next_token", [False, True])
+def test_compiles_for_hopper(dtype: str, size: int, group: int, next_token: bool) -> None:
     """Keys and values are copied to shared memory, 16 bytes per thread, before the first matmul; no spills."""
     pytest.importorskip("triton")
     from sass import SHARED_BYTES, attention_report
 
-    report, config = attention_report(dtype, size, group)
+    report, config = attention_report(dtype, size, group, next_token)
     assert report.spilled_bytes == 0
     assert report.registers <= 255
     copies = report.sass[: report.sass.index("MMA")].count("LDGSTS")

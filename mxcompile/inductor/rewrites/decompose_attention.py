@@ -59,6 +59,17 @@ def replace_output(graph: Graph, node: Node, result: Node) -> None:
     graph.erase_node(node)
 
 
+def erase_unread(graph: Graph, node: Node) -> None:
+    """Erase a call without users, and what only it reads."""
+    unread = {node}
+    while unread:
+        current = unread.pop()
+        if current.op == "call_function" and not current.users and not current.is_impure():
+            sources = current.all_input_nodes
+            graph.erase_node(current)
+            unread.update(sources)
+
+
 def _mask(node: Node) -> Any:
     return node.kwargs.get("attn_mask")
 

@@ -28,14 +28,20 @@ def gated(gate, up, GATE: tl.constexpr):
         up = tl.where(up < -GATE[2], -GATE[2], up)
     if GATE[3] != 0.0:
         up += GATE[3]
+    return activated(gate, GATE) * up
+
+
+@triton.jit
+def activated(gate, GATE: tl.constexpr):
+    """`f(gate)` in float32."""
     if GATE[0] == "swish":
-        activated = gate / (1.0 + tl.exp(-GATE[1] * gate))
+        result = gate / (1.0 + tl.exp(-GATE[1] * gate))
     elif GATE[0] == "relu":
-        activated = tl.where(gate < 0.0, 0.0, gate)
+        result = tl.where(gate < 0.0, 0.0, gate)
     elif GATE[0] == "gelu":
-        activated = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
+        result = 0.5 * gate * (1.0 + tl.math.erf(gate * 0.7071067811865476))
     else:
         # tanh(u) = 1 - 2 / (exp(2 u) + 1) with u = sqrt(2 / pi) (x + 0.044715 x**3)
         u = gate * (1.0 + 0.044715 * gate * gate) * 0.7978845608028654
-        activated = gate * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
-    return activated * up
+        result = gate * (1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0))
+    return result

@@ -17,6 +17,7 @@ below 2**-126, and then both round to zero.
 # As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 import math
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -39,6 +40,7 @@ from mxcompile.kernels.triton.elements import (
     widen,
 )
 
+Rounding: TypeAlias = tuple[MXFormat, ScaleRule]
 _TILE_VALUES = 2048
 _WARPS = 4
 
@@ -120,6 +122,26 @@ def dequantize(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype
     return y
 
 
+def why_not_rounded(size: int, rounding: Rounding) -> str | None:
+    """None if `rounded_rows` rounds rows of that size, else the reason."""
+    fmt, rule = rounding
+    if fmt.aligned:
+        return "alignment is by whole tokens"
+    if size % fmt.block_size:
+        return f"rows of {size} values are no multiple of blocks of {fmt.block_size}"
+    return "scale rule mse searches exponents" if rule is ScaleRule.MSE else why_no_kernel(fmt)
+
+
+def rounding_constants(rounding: Rounding | None, dtype: torch.dtype) -> dict[str, Any]:
+    """ROUNDING of `rounded_rows` for values of a dtype: None, or block size and arguments of `round_to_elements`."""
+    if rounding is None:
+        return {"ROUNDING": None}
+    fmt, rule = rounding
+    largest = int(torch.finfo(dtype).max).bit_length() - 1
+    limits = (fmt.emin, fmt.emax, fmt.max_value, fraction_limit(fmt, rule), largest)
+    return {"ROUNDING": (fmt.block_size, fmt.exponent_bits, fmt.mantissa_bits, *limits)}
+
+
 def fraction_limit(fmt: MXFormat, rule: ScaleRule) -> int:
     """The largest 23-bit fraction of a block's maximum that does not raise the exponent (see ScaleRule.threshold)."""
     limit = int((rule.threshold(fmt) - 1) * 2**23)
@@ -182,6 +204,17 @@ def round_to_elements(
         sign = tl.where(v == 0.0, 0, sign)  # two's complement has one zero
     result = v.to(tl.int32, bitcast=True) | sign
     return tl.where(amax >= 0x7F800000, 0x7FC00000, result).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_rows(values, ROUNDING: tl.constexpr):
+    """Float32 `[rows, columns]`, of whole blocks, to elements times the scales of their blocks."""
+    bits = tl.reshape(values.to(tl.int32, bitcast=True), (values.shape[0], values.shape[1] // ROUNDING[0], ROUNDING[0]))
+    amax = tl.expand_dims(tl.reduce(bits & 0x7FFFFFFF, 2, _maximum), 2)
+    result = round_to_elements(
+        bits, amax, ROUNDING[1], ROUNDING[2], ROUNDING[3], ROUNDING[4], ROUNDING[5], ROUNDING[6], ROUNDING[7]
+    )
+    return tl.reshape(result, (values.shape[0], values.shape[1]))
 
 
 @triton.jit(do_not_specialize=["total"])

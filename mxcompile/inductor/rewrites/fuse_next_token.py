@@ -1,0 +1,172 @@
+"""keys[place] = rope(k); values[place] = v; round(attend(rope(q), keys, values)) -> mx::attend_next, on a GPU.
+
+The step of one token in a static cache: the kernel of attention rotates queries and keys (RoPE on halves), writes to
+the cache, and rounds its result for the matmul after it. Otherwise these are six kernels. What a model does otherwise
+is left out: rotated already, or rounded later, or a cache that is written in another way (`mx::attend`).
+
+The operator writes to the cache where the graph has a functional `index_put` and copies its result back at the end:
+nothing else may read the cache in between.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from mxcompile.formats import parse_format, parse_scale_rule
+from mxcompile.graph.dataflow import operand, shapes_are_equal
+from mxcompile.graph.edit import create_call
+from mxcompile.inductor.rewrites.decompose_attention import erase_unread
+from mxcompile.kernels.dispatch import why_no_attention
+from mxcompile.ops import ATTEND, ATTEND_NEXT, QUANTIZE_DEQUANTIZE
+
+aten = torch.ops.aten
+_VIEWS = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default})
+_IOTA = torch.ops.prims.iota.default
+
+
+@dataclass(frozen=True)
+class _Write:
+    """`cache[:, :, position] = value`: the functional write, and the node that copies its result to the cache."""
+
+    cache: Node
+    position: Node
+    value: Node
+    written: Node
+    copied: Node
+
+
+def fuse_next_token(graph: Graph) -> int:
+    """Fuse `mx::attend` with the writes to its cache, in place. Returns the number of rewrites."""
+    return sum(_rewrite(graph, node) for node in graph.find_nodes(op="call_function", target=ATTEND))
+
+
+def _rewrite(graph: Graph, node: Node) -> bool:
+    query, keys, values, mask, scale = node.args
+    writes = [_write(part, node) for part in (keys, values)]
+    if None in writes or writes[0].position is not writes[1].position:  # pyright: ignore
+        return False
+    key_write, value_write = writes
+    if not _fits(query, key_write, value_write):  # pyright: ignore
+        return False
+    query, key, rotation = _rotation(query, key_write.value)  # pyright: ignore
+    rounding, roundings = _rounding(node)
+    with graph.inserting_before(node):
+        position = _position(key_write.position)  # pyright: ignore
+        args = (query, key, value_write.value, key_write.cache, value_write.cache, position, *rotation)  # pyright: ignore
+        result = create_call(graph, ATTEND_NEXT, *args, mask, scale, *rounding, name=f"{node.name}_next")
+    for rounded in roundings:
+        rounded.replace_all_uses_with(rounded.args[0])  # pyright: ignore
+        graph.erase_node(rounded)
+    node.replace_all_uses_with(result)
+    for write in writes:
+        graph.erase_node(write.copied)  # pyright: ignore
+    erase_unread(graph, node)
+    return True
+
+
+def _write(part: Any, reader: Node) -> _Write | None:
+    """The write of one token to a cache that only `reader` reads, if that is what a node is."""
+    if part.target is not aten.index_put.default or operand(part, 3):
+        return None
+    cache, indices, value = part.args[:3]
+    copies = [user for user in part.users if user.target is aten.copy_.default and user.args[0] is cache]
+    is_alone = set(part.users) == {reader, *copies} and set(cache.users) == {part, *copies}
+    is_third = len(indices) == 3 and indices[0] is None and indices[1] is None and isinstance(indices[2], Node)
+    if cache.op != "placeholder" or len(copies) != 1 or copies[0].users or not is_alone or not is_third:
+        return None
+    index = indices[2].meta["val"]
+    one = index.dtype == torch.int64 and tuple(index.shape) == (1,)
+    return _Write(cache, indices[2], value, part, copies[0]) if one else None
+
+
+def _fits(query: Any, key: _Write, value: _Write) -> bool:
+    for write in (key, value):
+        cache, new = write.cache.meta["val"], write.value.meta["val"]
+        sizes = (cache.shape[0], cache.shape[1], 1, cache.shape[3])
+        if new.dtype != cache.dtype or not shapes_are_equal(new.shape, sizes) or not cache.is_contiguous():
+            return False
+    return query.meta["val"].dtype == key.cache.meta["val"].dtype
+
+
+def _position(index: Node) -> Node:
+    """The number behind an index of one element: `length` of `arange(1) + length`."""
+    terms = index.args if index.target is aten.add.Tensor and not index.kwargs else ()
+    for first, second in (terms, terms[::-1]) if len(terms) == 2 else ():
+        is_zero = isinstance(first, Node) and first.target is _IOTA and first.kwargs.get("start") == 0
+        if is_zero and isinstance(second, Node) and second.meta["val"].dtype == torch.int64:
+            return second
+    return index
+
+
+def _rotation(query: Node, key: Node) -> tuple[Node, Node, tuple[Node | None, Node | None]]:
+    """Query and key before RoPE, and its cos and sin; as they are, and None, if they are not rotated alike."""
+    rotated = [_rotated(part) for part in (query, key)]
+    if rotated[0] is None or rotated[1] is None or rotated[0][1:] != rotated[1][1:]:
+        return query, key, (None, None)
+    return rotated[0][0], rotated[1][0], rotated[0][1:]
+
+
+def _rotated(node: Node) -> tuple[Node, Node, Node] | None:
+    """(x, cos, sin) of `x * cos + cat([-x[half:], x[:half]]) * sin`; None for anything else."""
+    products = node.args if node.target is aten.add.Tensor and not node.kwargs else ()
+    if len(products) != 2 or any(getattr(part, "target", None) is not aten.mul.Tensor for part in products):
+        return None
+    for straight, turned in (products, products[::-1]):
+        for half_turned, sin in (turned.args, turned.args[::-1]):  # pyright: ignore
+            x = _half_turned(half_turned)
+            factors: list[Any] = [part for part in straight.args if part is not x]  # pyright: ignore
+            if x is not None and len(factors) == 1 and _are_of_rows(x, factors[0], sin):
+                return x, factors[0], sin
+    return None
+
+
+def _half_turned(node: Any) -> Node | None:
+    """x of `cat([-x[..., half:], x[..., :half]], -1)`, of an even static size."""
+    if not isinstance(node, Node) or node.target is not aten.cat.default or len(node.args[0]) != 2:  # pyright: ignore
+        return None
+    negated, first = node.args[0]  # pyright: ignore
+    second = negated.args[0] if negated.target is aten.neg.default else None
+    if second is None or any(part.target is not aten.slice.Tensor for part in (first, second)):
+        return None
+    x, size = first.args[0], first.args[0].meta["val"].shape[-1]
+    last = x.meta["val"].dim() - 1
+    if not isinstance(size, int) or size % 2 or second.args[0] is not x or operand(node, 1) % (last + 1) != last:
+        return None
+    ranges = [[operand(part, index) for index in range(1, 5)] for part in (first, second)]
+    ends = [(dim % (last + 1), start or 0, min(end, size), step) for dim, start, end, step in ranges]
+    return x if ends == [(last, 0, size // 2, 1), (last, size // 2, size, 1)] else None
+
+
+def _are_of_rows(x: Node, cos: Node, sin: Node) -> bool:
+    """Whether cos and sin are the same for all heads of a token, `[batch or 1, 1, 1, size]`."""
+    batch, _, _, size = x.meta["val"].shape
+    for part in (cos, sin):
+        shape = part.meta["val"].shape if isinstance(part, Node) else ()
+        of_batch = len(shape) == 4 and any(shapes_are_equal(shape, (n, 1, 1, size)) for n in (1, batch))
+        if not of_batch or not part.meta["val"].is_floating_point():
+            return False
+    return x.meta["val"].dtype == cos.meta["val"].dtype == sin.meta["val"].dtype
+
+
+def _rounding(node: Node) -> tuple[tuple[str | None, str | None], list[Node]]:
+    """Format and rule by which the result of attention is rounded, in whole heads, if all that reads it is rounded;
+    and the nodes that do so."""
+    query, keys, values, mask = (part and part.meta["val"] for part in node.args[:4])  # pyright: ignore
+    current, merged = node, False
+    while len(current.users) == 1:
+        user = next(iter(current.users))
+        if user.target is QUANTIZE_DEQUANTIZE:
+            fmt, rule = map(str, user.args[1:])
+            rounding = (parse_format(fmt), parse_scale_rule(rule))
+            size = user.meta["val"].shape[-1]
+            whole = merged and isinstance(size, int) and size % values.shape[3] == 0
+            if whole and why_no_attention(query, keys, values, mask, rounding) is None:
+                return (fmt, rule), [user]
+            break
+        is_permute = not merged and user.target is aten.permute.default and list(user.args[1]) == [0, 2, 1, 3]  # pyright: ignore
+        if not is_permute and user.target not in _VIEWS:
+            break
+        current, merged = user, merged or is_permute
+    return (None, None), []

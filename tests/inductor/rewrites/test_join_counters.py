@@ -1,0 +1,53 @@
+"""The counters of a static cache's layers advance in one call."""
+
+import pytest
+import torch
+from fused_steps import compiled
+
+from mxcompile.inductor import why_no_inductor
+
+pytestmark = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
+JOINED = torch.ops.aten._foreach_add.Scalar
+
+
+def test_those_with_the_same_step_are_joined():
+    def step(a, b, c, other, matrix):
+        y = matrix[:1] * a
+        for counter in (a, b, c):
+            counter.add_(1)
+        other.add_(2)
+        matrix.add_(1)
+        return y
+
+    def given():
+        return [*map(torch.tensor, (3, 5, 9, 4)), torch.arange(4)]
+
+    expected, actual = given(), given()
+    y, calls = compiled(step, *actual)
+    assert torch.equal(y, step(*expected))
+    assert calls.count(JOINED) == 1
+    for one, another in zip(actual, expected, strict=True):
+        assert torch.equal(one, another)
+
+
+def test_one_counter_and_floats_stay():
+    def step(a, b):
+        a.add_(1)
+        b.add_(1)
+
+    args = torch.tensor(3), torch.tensor(2.0)
+    _, calls = compiled(step, *args)
+    assert JOINED not in calls
+    assert (args[0].item(), args[1].item()) == (4, 3.0)
+
+
+def test_a_counter_that_is_read_after_it_advanced_stays():
+    def step(a, b):
+        a.add_(1)
+        b.add_(1)
+        return a * 2, b * 2
+
+    args = torch.tensor(3), torch.tensor(2)
+    (a, b), calls = compiled(step, *args)
+    assert JOINED not in calls
+    assert (a.item(), b.item(), args[0].item(), args[1].item()) == (8, 6, 4, 3)
