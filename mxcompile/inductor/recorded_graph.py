@@ -49,7 +49,7 @@ class RecordedGraph:
 
     def __call__(self, inputs: list[Any]) -> Any:
         """Run the graph."""
-        if self.refusal is not None or torch.is_grad_enabled() or not self._lock.acquire(blocking=False):
+        if self.refusal is not None or not self._lock.acquire(blocking=False):
             _note_run(self, None, inputs, [])
             return self.call(inputs)
         try:

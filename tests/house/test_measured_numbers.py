@@ -292,6 +292,19 @@ def test_the_tokens_a_second_on_the_cpu():
     assert f"| llama.cpp, Q4_1, output head in 8 bits | | {llama['decode']:.1f} | {llama['prefill']:.0f} |" in text
 
 
+def test_the_costs_of_a_quantized_head():
+    scores = {(line["recipe"], line["variant"], line["head"]): line for line in results("head.jsonl")}
+    text = page("docs/recipes.md")
+    for recipe, variant in {key[:2] for key in scores}:
+        of_head = {head: line for (*key, head), line in scores.items() if key == [recipe, variant]}
+        perplexities = [
+            f"{of_head[head]['perplexity']:.2f}" for head in ("none", "mxint8", "mxfp8_e4m3") if head in of_head
+        ]
+        cells = [f"`{recipe}`", variant, *perplexities, *[""] * (3 - len(perplexities))]
+        cells += [f"{of_head[head]['kl']:.3f}" for head in ("none", "mxint8")]
+        assert "|".join((cell and f" {cell} ") or " " for cell in cells) in text, (recipe, variant)
+
+
 def test_the_speeds_on_a_gpu():
     """All that were measured, ours and others'."""
     text = (ROOT / "docs/benchmarks.md").read_text()

@@ -48,9 +48,13 @@ def net(graphs):
         example = (torch.tensor([3]), torch.ones(1, 64))
         module = mxcompile.quantize_and_compile(Net(), example, recipe="w4a8-mxint-quick")
         with torch.no_grad():
-            run(module, 2)
-            run(module, 3)
+            for token in range(4):  # some versions of torch make a graph of its own for the first call
+                run(module, token)
         yield module
+
+
+def replays(graphs):
+    return sum(len(graph._replays) for graph in graphs)
 
 
 def run(module, token, scale=1.0):
@@ -68,9 +72,8 @@ def plain(module, graphs, *args):
 
 
 def test_a_replay_has_the_bits_of_the_graph(net, graphs):
-    (graph,) = graphs
-    assert graph.refusal is None
-    assert len(graph._replays) == 1
+    assert graphs[-1].refusal is None
+    assert replays(graphs) >= 1
     with torch.no_grad():
         for token, scale in ((2, 1.0), (5, 0.5), (15, -3.0)):
             expected = plain(net, graphs, token, scale)
@@ -165,10 +168,24 @@ def test_floats_are_not_recorded():
     assert graph.refusal == "it takes a float"
 
 
-def test_graphs_that_record_gradients_run_as_before(net, graphs):
-    before = len(graphs[0]._replays)
-    run(net, 2)
-    assert len(graphs[0]._replays) == before
+def test_gradients_are_those_of_the_graph(net, graphs):
+    """What a graph saves for its gradients are outputs, which no later run writes to."""
+
+    def gradients(runs):
+        scale = [torch.full((1, 64), 1.0 + token, requires_grad=True) for token in range(runs)]
+        losses = []
+        for token in range(runs):
+            net.state = torch.zeros(1, 64)
+            losses.append(net(torch.tensor([token]), scale[token])[0].sum())
+        return torch.autograd.grad(sum(losses), scale)
+
+    actual = gradients(4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordedGraph, "__call__", lambda self, inputs: self.call(inputs))
+        expected = gradients(4)
+    net.state = torch.zeros(1, 64)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert expected[3].any()
 
 
 def globals_of(names, source):

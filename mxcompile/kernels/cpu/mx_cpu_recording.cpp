@@ -83,9 +83,10 @@ int mx_replay(const Step* steps, int64_t count, int64_t values, int max_threads)
   return !failed;
 }
 
-// From here on OpenMP's parallel regions of this thread have one thread, if others want the cores. Returns what `mx_end_alone`
-// takes.
-int mx_begin_alone() {
+// From here on OpenMP's parallel regions of this thread have one thread, if others want the cores: `is_busy`, or by the waits
+// of its replays. Returns what `mx_end_alone` takes.
+int mx_begin_alone(int is_busy) {
+  if (is_busy) Waits::local().work_alone();
   if (!Waits::local().alone()) return -1;
   const int levels = omp_get_max_active_levels();
   omp_set_max_active_levels(0);
@@ -95,4 +96,7 @@ int mx_begin_alone() {
 void mx_end_alone(int levels) {
   if (levels >= 0) omp_set_max_active_levels(levels);
 }
+
+// How many parallel regions of this thread may be nested; with 0, each has one thread.
+int mx_most_levels() { return omp_get_max_active_levels(); }
 }

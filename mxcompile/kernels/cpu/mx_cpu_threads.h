@@ -50,6 +50,8 @@ class Waits {
     last = alone_until;
   }
 
+  void work_alone() { alone_until = std::max(alone_until, Clock::now() + SHORTEST); }
+
   static Waits& local() {
     static thread_local Waits waits;
     return waits;

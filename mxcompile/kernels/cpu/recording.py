@@ -6,8 +6,7 @@ a replay. All other tensors of the calls are kept alive, at their addresses, by 
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -68,20 +67,6 @@ def why_not() -> str | None:
     except BuildError as error:
         return str(error)
     return None
-
-
-@contextmanager
-def alone_if_busy() -> Generator[None]:
-    """Run what torch computes in this thread on one core, if the last replays waited for cores that others use.
-
-    Nothing that Dynamo guards on changes, unlike with `torch.set_num_threads`.
-    """
-    library = recording_library()
-    levels = library.mx_begin_alone()
-    try:
-        yield
-    finally:
-        library.mx_end_alone(levels)
 
 
 class Recording:
