@@ -102,6 +102,7 @@ def test_weights_that_change_or_move_are_seen(net, graphs):
         net.up.bias -= 1
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="kernels are compiled without checks of indices")
 def test_an_exception_of_a_kernel_is_that_of_the_graph(net, graphs):
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="index out of bounds"):
