@@ -45,7 +45,7 @@ class Norm:
 def parse_norm(text: str) -> Norm:
     """The norm with that text. Raises MXCompileError if there is none."""
     kind, _, rest = text.removesuffix("}").partition("{")
-    options = dict(part.partition("=")[::2] for part in rest.split(","))
+    options = {name: value for name, _, value in (part.partition("=") for part in rest.split(","))}
     if kind not in ("rms", "layer") or "eps" not in options or not options.keys() <= {"eps", "narrowed", "offset"}:
         raise MXCompileError(f"{text!r} is no norm; one is 'rms{{eps=1e-06,narrowed}}'")
     return Norm(float(options["eps"]), kind == "layer", "narrowed" in options, float(options.get("offset", 0.0)))

@@ -43,25 +43,25 @@ def fuse_next_token(graph: Graph) -> int:
 
 
 def _rewrite(graph: Graph, node: Node) -> bool:
-    query, keys, values, mask, scale = node.args
-    writes = [_write(part, node) for part in (keys, values)]
-    if None in writes or writes[0].position is not writes[1].position:  # pyright: ignore
+    args: Any = node.args
+    query, keys, values, mask, scale = args
+    key_write, value_write = _write(keys, node), _write(values, node)
+    if key_write is None or value_write is None or key_write.position is not value_write.position:
         return False
-    key_write, value_write = writes
-    if not _fits(query, key_write, value_write):  # pyright: ignore
+    if not _fits(query, key_write, value_write):
         return False
-    query, key, rotation = _rotation(query, key_write.value)  # pyright: ignore
+    query, key, rotation = _rotation(query, key_write.value)
     rounding, roundings = _rounding(node)
     with graph.inserting_before(node):
-        position = _position(key_write.position)  # pyright: ignore
-        args = (query, key, value_write.value, key_write.cache, value_write.cache, position, *rotation)  # pyright: ignore
+        position = _position(key_write.position)
+        args = (query, key, value_write.value, key_write.cache, value_write.cache, position, *rotation)
         result = create_call(graph, ATTEND_NEXT, *args, mask, scale, *rounding, name=f"{node.name}_next")
     for rounded in roundings:
-        rounded.replace_all_uses_with(rounded.args[0])  # pyright: ignore
+        rounded.replace_all_uses_with(rounded.all_input_nodes[0])
         graph.erase_node(rounded)
     node.replace_all_uses_with(result)
-    for write in writes:
-        graph.erase_node(write.copied)  # pyright: ignore
+    for write in (key_write, value_write):
+        graph.erase_node(write.copied)
     erase_unread(graph, node)
     return True
 
@@ -92,7 +92,7 @@ def _fits(query: Any, key: _Write, value: _Write) -> bool:
 
 def _position(index: Node) -> Node:
     """The number behind an index of one element: `length` of `arange(1) + length`."""
-    terms = index.args if index.target is aten.add.Tensor and not index.kwargs else ()
+    terms: Any = index.args if index.target is aten.add.Tensor and not index.kwargs else ()
     for first, second in (terms, terms[::-1]) if len(terms) == 2 else ():
         is_zero = isinstance(first, Node) and first.target is _IOTA and first.kwargs.get("start") == 0
         if is_zero and isinstance(second, Node) and second.meta["val"].dtype == torch.int64:
@@ -102,21 +102,21 @@ def _position(index: Node) -> Node:
 
 def _rotation(query: Node, key: Node) -> tuple[Node, Node, tuple[Node | None, Node | None]]:
     """Query and key before RoPE, and its cos and sin; as they are, and None, if they are not rotated alike."""
-    rotated = [_rotated(part) for part in (query, key)]
-    if rotated[0] is None or rotated[1] is None or rotated[0][1:] != rotated[1][1:]:
+    queries, keys = _rotated(query), _rotated(key)
+    if queries is None or keys is None or queries[1:] != keys[1:]:
         return query, key, (None, None)
-    return rotated[0][0], rotated[1][0], rotated[0][1:]
+    return queries[0], keys[0], queries[1:]
 
 
 def _rotated(node: Node) -> tuple[Node, Node, Node] | None:
     """(x, cos, sin) of `x * cos + cat([-x[half:], x[:half]]) * sin`; None for anything else."""
-    products = node.args if node.target is aten.add.Tensor and not node.kwargs else ()
+    products: Any = node.args if node.target is aten.add.Tensor and not node.kwargs else ()
     if len(products) != 2 or any(getattr(part, "target", None) is not aten.mul.Tensor for part in products):
         return None
     for straight, turned in (products, products[::-1]):
-        for half_turned, sin in (turned.args, turned.args[::-1]):  # pyright: ignore
+        for half_turned, sin in (turned.args, turned.args[::-1]):
             x = _half_turned(half_turned)
-            factors: list[Any] = [part for part in straight.args if part is not x]  # pyright: ignore
+            factors: list[Any] = [part for part in straight.args if part is not x]
             if x is not None and len(factors) == 1 and _are_of_rows(x, factors[0], sin):
                 return x, factors[0], sin
     return None
@@ -124,9 +124,10 @@ def _rotated(node: Node) -> tuple[Node, Node, Node] | None:
 
 def _half_turned(node: Any) -> Node | None:
     """x of `cat([-x[..., half:], x[..., :half]], -1)`, of an even static size."""
-    if not isinstance(node, Node) or node.target is not aten.cat.default or len(node.args[0]) != 2:  # pyright: ignore
+    halves: Any = node.args[0] if isinstance(node, Node) and node.target is aten.cat.default else ()
+    if len(halves) != 2:
         return None
-    negated, first = node.args[0]  # pyright: ignore
+    negated, first = halves
     second = negated.args[0] if negated.target is aten.neg.default else None
     if second is None or any(part.target is not aten.slice.Tensor for part in (first, second)):
         return None
@@ -139,7 +140,7 @@ def _half_turned(node: Any) -> Node | None:
     return x if ends == [(last, 0, size // 2, 1), (last, size // 2, size, 1)] else None
 
 
-def _are_of_rows(x: Node, cos: Node, sin: Node) -> bool:
+def _are_of_rows(x: Node, cos: Any, sin: Any) -> bool:
     """Whether cos and sin are the same for all heads of a token, `[batch or 1, 1, 1, size]`."""
     batch, _, _, size = x.meta["val"].shape
     for part in (cos, sin):
@@ -153,7 +154,8 @@ def _are_of_rows(x: Node, cos: Node, sin: Node) -> bool:
 def _rounding(node: Node) -> tuple[tuple[str | None, str | None], list[Node]]:
     """Format and rule by which the result of attention is rounded, in whole heads, if all that reads it is rounded;
     and the nodes that do so."""
-    query, keys, values, mask = (part and part.meta["val"] for part in node.args[:4])  # pyright: ignore
+    operands: Any = node.args[:4]
+    query, keys, values, mask = (part and part.meta["val"] for part in operands)
     current, merged = node, False
     while len(current.users) == 1:
         user = next(iter(current.users))
@@ -165,7 +167,7 @@ def _rounding(node: Node) -> tuple[tuple[str | None, str | None], list[Node]]:
             if whole and why_no_attention(query, keys, values, mask, rounding) is None:
                 return (fmt, rule), [user]
             break
-        is_permute = not merged and user.target is aten.permute.default and list(user.args[1]) == [0, 2, 1, 3]  # pyright: ignore
+        is_permute = not merged and user.target is aten.permute.default and [*operand(user, 1)] == [0, 2, 1, 3]
         if not is_permute and user.target not in _VIEWS:
             break
         current, merged = user, merged or is_permute

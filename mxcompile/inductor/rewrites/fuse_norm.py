@@ -105,9 +105,10 @@ def _normalized(node: Node) -> tuple[Node, float, bool] | None:
 
 def _rms_input(mean: Node) -> Any:
     """x of `mean(x ** 2)` over the last dimension, which is kept."""
-    square: Any = mean.args[0] if mean.target is aten.mean.dim and _over_last(mean, 1) and operand(mean, 2) else None
-    is_square = square is not None and square.target is aten.pow.Tensor_Scalar and square.args[1] == 2
-    return square.args[0] if is_square else None
+    if mean.target is not aten.mean.dim or not _over_last(mean, 1) or not operand(mean, 2):
+        return None
+    square: Any = mean.args[0]
+    return square.args[0] if square.target is aten.pow.Tensor_Scalar and square.args[1] == 2 else None
 
 
 def _layer_input(centred: Node, variance: Node) -> Any:

@@ -13,6 +13,9 @@ matmul. Where every key is masked with -inf the result is zero. The interpreter 
 gives the same products.
 """
 
+# pyright: basic, reportGeneralTypeIssues=false
+# As in triton/elements.py: strict checking reports false errors where jit functions are. Host code is fully typed.
+
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Final
