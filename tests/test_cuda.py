@@ -70,7 +70,7 @@ def test_every_recipe_compiled_agrees_in_float32(recipe):
 )
 def test_the_profile_shows_the_kernels(dtype, wanted):
     """In bfloat16 q, k and v are one launch, gate and up another; what planes do not serve is multiplied in rows. The
-    rounding of their inputs is in kernels that Inductor writes.
+    rounding of their inputs is in kernels of norms and gated products, and in those that Inductor writes.
     """
     model = wide_llama(dtype)
     example = {"input_ids": torch.arange(20, device="cuda")[None]}
@@ -191,7 +191,7 @@ def test_decoding_reads_a_static_cache_for_the_heads_that_share_it(dtype):
     assert all(torch.equal(tokens, given[0]) for tokens in given)
     assert torch.equal(given[0][:, :12], wanted[:, :12])  # near ties of a random model fall either way sooner or later
     counts = {event.key: event.count for event in profile.key_averages()}
-    assert sum(count for key, count in counts.items() if "_attend_kernel" in key) == 23, counts
+    assert sum(count for key, count in counts.items() if "attend_kernel" in key) == 23, counts
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
