@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -109,9 +110,9 @@ def rows(name: str, count: int) -> Callable[..., Any]:
     """A norm with its residual sum, or a gated product, of rows; as a function of warps or tile, and `dependent`."""
     if name == "norm":
         x, residual, weight = random(count, HIDDEN), random(count, HIDDEN), random(HIDDEN)
-        return lambda warps, dependent: norm.add_norm(x, residual, weight, None, RMS, ROUNDING, warps, dependent)
+        return lambda warps, dependent, _=0: norm.add_norm(x, residual, weight, None, RMS, ROUNDING, warps, dependent)
     gate, up = random(count, INNER), random(count, INNER)
-    return lambda tile, dependent: gate_product.multiply_and_round(gate, up, Gate(), ROUNDING, tile, dependent)
+    return lambda tile, dependent, _=0: gate_product.multiply_and_round(gate, up, Gate(), ROUNDING, tile, dependent)
 
 
 def check() -> None:
@@ -139,11 +140,10 @@ def attention_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
         default = attention.config_for(caches[0][0], batch * SHARED)
         configs = [replace(kind, splits=splits) for kind in KINDS for splits in SPLITS[batch]]
         for config in (default, *configs):
-            us = time_of(lambda number, config=config: run(config, number), launches)
+            us = time_of(partial(run, config), launches)
             row = {"kernel": "attend_next", "batch": batch, "keys": keys, "us": round(us, 2)}
             row |= {"floor": round(size / bandwidth / 1e6, 2), "share": round(size / bandwidth / 1e6 / us, 3)}
             yield row | asdict(config) | ({"default": True} if config is default else {})
-        del caches, run
 
 
 def row_rows() -> Iterator[dict[str, Any]]:
@@ -152,7 +152,7 @@ def row_rows() -> Iterator[dict[str, Any]]:
             run = rows(name, count)
             for value in values:
                 for dependent in (False, True):
-                    us = time_of(lambda _, value=value, dependent=dependent: run(value, dependent), 100)
+                    us = time_of(partial(run, value, dependent), 100)
                     what = "warps" if name == "norm" else "tile"
                     yield {"kernel": name, "rows": count, "us": round(us, 2), what: value, "dependent": dependent}
 
