@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +57,7 @@ def main() -> None:
         for problem in filter(None, pool.map(compile_ahead, jobs)):
             print(problem, flush=True)
     check()
-    for row in (*attention_rows(arguments.bandwidth), *row_rows()):
+    for row in chain(row_rows(), attention_rows(arguments.bandwidth)):
         row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         print(json.dumps(row), flush=True)
         if arguments.out:
