@@ -20,6 +20,7 @@ served, as vLLM's monitor reports. vLLM makes the weights of the bfloat16 model 
 """
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -141,6 +142,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
         for each, fmt in wanted.items():
             mxcompile.save(quantized, folders[each], format=fmt)
     del model, program, quantized
+    gc.collect()  # graphs refer to themselves
     torch.cuda.empty_cache()  # an engine asks for nearly all of the memory
     return folders
 
