@@ -157,10 +157,12 @@ _METHODS: Final[dict[str, Callable[..., Any]]] = {
 
 
 def _forget_compiled(model: nn.Module) -> None:
-    """Run the model as it is again: its call, and the decode step that transformers' `generate` compiles."""
+    """Run the model as it is again: its call, its `generate`, and the decode step that transformers' compiles."""
     model._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - set by `module.compile()`
     for cached in ("_compiled_call", "_last_compile_config"):
         vars(model).pop(cached, None)
+    if hasattr(vars(model).get("generate"), "__wrapped__"):  # not a loop that the model came with
+        del vars(model)["generate"]
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.compile_config = None

@@ -28,7 +28,7 @@ from mxcompile.errors import InputError, PipelineError
 from mxcompile.formats import MXFormat, activation_rule
 from mxcompile.graph.program import Program, module_path, where
 from mxcompile.graph.trace import trace
-from mxcompile.inductor import why_no_inductor
+from mxcompile.inductor import notes_for_generate, why_no_inductor
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.recipes import QUICK, as_pipeline
@@ -71,8 +71,8 @@ def explain(
     layers = tuple(_select_kernels(program, _empty_lowering(pipeline), target))
     before = stored_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
-    uncompiled, vllm = why_no_inductor(target), notes_for_vllm(layers)
-    return Explanation(str(target), str(recipe), group_similar(layers), before, before - saved, uncompiled, vllm)
+    uncompiled, notes = why_no_inductor(target), (notes_for_vllm(layers), notes_for_generate(model))
+    return Explanation(str(target), str(recipe), group_similar(layers), before, before - saved, uncompiled, *notes)
 
 
 class _EmptyLowerMX(LowerMX):

@@ -23,7 +23,7 @@ from mxcompile.diagnostics.explanation import (
 )
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, parse_format, parse_scale_rule
-from mxcompile.inductor import why_no_inductor
+from mxcompile.inductor import notes_for_generate, why_no_inductor
 from mxcompile.kernels.dispatch import choices, expert_choices, rounding_choices, why_not_fp8
 from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
 from mxcompile.tensor.modules import stored_bytes
@@ -38,8 +38,8 @@ def explain_quantized(model: nn.Module, device: torch.device) -> Explanation:
     """Explain a module that has MX weights."""
     layers, packed = tuple(_select_kernels(model, device)), stored_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
-    uncompiled, vllm = why_no_inductor(device), notes_for_vllm(layers)
-    return Explanation(str(device), None, group_similar(layers), packed + saved, packed, uncompiled, vllm)
+    uncompiled, notes = why_no_inductor(device), (notes_for_vllm(layers), notes_for_generate(model))
+    return Explanation(str(device), None, group_similar(layers), packed + saved, packed, uncompiled, *notes)
 
 
 def notes_for_vllm(layers: Iterable[SelectedKernel]) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class Explanation:
     device: where the model would run. recipe: None for a model that is already quantized. layers: in model order.
 
     bytes_before, bytes_after: of the whole model. uncompiled: why `torch.compile` cannot target the device, or None.
-    vllm: what vLLM cannot do with the model, or does otherwise.
+    vllm: what vLLM cannot do with the model, or does otherwise. generate: which loop decodes in `generate`.
     """
 
     device: str
@@ -70,6 +70,7 @@ class Explanation:
     bytes_after: int
     uncompiled: str | None
     vllm: tuple[str, ...] = ()
+    generate: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[SelectedKernel, ...]:
@@ -128,7 +129,7 @@ class Explanation:
             yield f"{layers} of {sum(layer.count for layer in self.quantized)} MX weights are decoded on every call"
         if uncovered := self._not_covered():
             yield uncovered
-        yield from self.vllm
+        yield from (*self.generate, *self.vllm)
 
     def _reasons(self) -> Iterator[str]:
         layers_of: dict[str, list[str]] = {}

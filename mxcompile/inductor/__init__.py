@@ -36,6 +36,17 @@ def why_no_inductor(device: torch.device) -> str | None:
     return why_no_compiler(device)
 
 
+def notes_for_generate(module: nn.Module) -> tuple[str, ...]:
+    """Which loop decodes in the `generate` of a compiled model, in a sentence; none for a module without `generate`."""
+    if not hasattr(module, "generation_config") or supported() is not None:
+        return ()
+    from mxcompile.inductor.generation.hook import SERVED, why_not_this_model
+
+    if (reason := why_not_this_model(module)) is not None:
+        return (f"generate decodes in transformers' own loop: {reason}",)
+    return (SERVED,)
+
+
 @checked
 def compile_module(module: M) -> M:
     """Compile a deployed module in place, with MX fusion. Returns it.

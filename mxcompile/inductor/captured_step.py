@@ -80,7 +80,7 @@ class StepInputs:
                 tensors[name] = value
             elif value is None or isinstance(value, bool | int | float | str):
                 rest[name] = value
-            elif cache_name or not _is_plain_static(value):
+            elif cache_name or not is_plain_static(value):
                 return None
             else:
                 cache_name = name
@@ -97,14 +97,17 @@ class StepInputs:
         """The tensors of the cache that a step reads and writes."""
         return [t for layer in self.cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
 
-    def roll_back(self) -> None:
-        """Shorten the cache by the tokens of the step; the next step overwrites what was written for them."""
+    def roll_back(self, steps: int = 1) -> None:
+        """Shorten the cache by the tokens of so many steps; the next step overwrites what was written for them."""
         for layer in self.cache.layers:
-            layer.cumulative_length.sub_(self.tensors["input_ids"].shape[1])
+            layer.cumulative_length.sub_(steps * self.tensors["input_ids"].shape[1])
 
 
-def _is_plain_static(value: Any) -> bool:
-    """Whether this is a transformers static cache whose layers keep keys, values and length on the GPU."""
+def is_plain_static(value: Any, *, initialized: bool = True) -> bool:
+    """Whether this is a transformers static cache whose layers keep keys, values and length where the model is.
+
+    initialized: whether they must exist already, as they do after the first call.
+    """
     from transformers.cache_utils import StaticCache, StaticLayer  # only for transformers models
 
     return (
@@ -112,7 +115,7 @@ def _is_plain_static(value: Any) -> bool:
         and not getattr(value, "offloading", False)
         and all(
             type(layer) is StaticLayer
-            and layer.is_initialized
+            and (layer.is_initialized or not initialized)
             and isinstance(getattr(layer, "cumulative_length", None), Tensor)
             for layer in value.layers
         )
@@ -128,7 +131,8 @@ class CapturedStep:
     def __init__(self, step: StepInputs, guards: Any, forward: CompiledForward, graph: Any) -> None:
         """Capture a step without running it. Raises NotCapturableError."""
         self.guards, self.forward, self.graph, self.rest = guards, forward, graph, step.rest
-        self.inputs = {name: _like(tensor) for name, tensor in step.tensors.items()}
+        with torch.inference_mode(False):  # they are written to in either mode
+            self.inputs = {name: _like(tensor) for name, tensor in step.tensors.items()}
         bound = StepInputs(step.cache, step.cache_name, self.inputs, step.rest)
         if not forward.guards_hold(guards, **bound.kwargs):
             raise NotCapturableError("the guards do not hold for a copy of its inputs")
@@ -141,6 +145,8 @@ class CapturedStep:
             raise NotCapturableError(str(error)) from error
         if any(not _is_unchanged(owner, before) for owner, before in attributes):
             raise NotCapturableError("a step changes attributes of the model or of its cache")
+        self.followers: dict[Any, Any] = {}
+        """What was captured to be replayed after this step, on its inputs and results."""
         leaves, self._form = pytree.tree_flatten(result)
         self._leaves = [_CACHE if leaf is step.cache else leaf for leaf in leaves]
         _check_results(self._leaves, inputs)
@@ -167,10 +173,19 @@ class CapturedStep:
             self._cache = self._hold_for(step.cache)
         return True
 
-    def replay(self, step: StepInputs) -> Any:
-        """Run the step. Returns its result in tensors of its own."""
+    @property
+    def result(self) -> Any:
+        """What a replay returns, in the tensors that each replay fills; without the cache."""
+        return pytree.tree_unflatten([None if leaf is _CACHE else leaf for leaf in self._leaves], self._form)
+
+    def set_inputs(self, step: StepInputs) -> None:
+        """Copy the inputs of a step to where a replay reads them."""
         for name, tensor in step.tensors.items():
             _whole(self.inputs[name]).copy_(_whole(tensor))
+
+    def replay(self, step: StepInputs) -> Any:
+        """Run the step. Returns its result in tensors of its own."""
+        self.set_inputs(step)
         self.graph.replay()
         return pytree.tree_unflatten([self._own(leaf, step) for leaf in self._leaves], self._form)
 

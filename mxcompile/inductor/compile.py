@@ -15,6 +15,7 @@ from mxcompile.graph.inputs import Inputs
 from mxcompile.inductor.backend import MXBackend, compile_options, why_no_compiler
 from mxcompile.inductor.compiled_forward import CompiledForward
 from mxcompile.inductor.decode_step import DecodeStep
+from mxcompile.inductor.generation.hook import use_our_loop
 from mxcompile.inductor.private_api import aot_autograd, make_boxed_func, mark_static_address, maybe_mark_dynamic
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.inductor.rewrites.join_linears import join_linears
@@ -110,9 +111,10 @@ def _fused_eager() -> Callable[..., Any]:
 
 
 def _compile_generate(module: nn.Module, device: torch.device) -> None:
-    """Replace the decode step that Hugging Face's `generate` compiles on an accelerator by one with the same options
-    and with our guards on weights.
+    """Replace the decode loop of Hugging Face's `generate`, and the decode step that it compiles on an accelerator by
+    one with the same options and with our guards on weights.
     """
+    use_our_loop(module)
     config = getattr(module, "generation_config", None)
     if config is None or device.type == "cpu":
         return

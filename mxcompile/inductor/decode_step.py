@@ -48,20 +48,43 @@ class DecodeStep:
                 step.roll_back()
         self.forward.prepare()
         if (guards := self.forward.find_guards(**kwargs)) in self._known_guards:
-            return self._capture(step, guards)
+            captured = self._capture(step, guards)
+            return self.fallback(**kwargs) if captured is None else captured.replay(step)
         result = self.forward(**kwargs)
         self._remember_guards(kwargs)
         return result
 
-    def _capture(self, step: StepInputs, guards: Any) -> Any:
+    def captured(self, step: StepInputs) -> CapturedStep | None:
+        """The captured step that takes inputs like these and computes what the model computes now.
+
+        None if steps of this module are not captured. The model may run once; the cache is as before.
+        """
+        if self.refusal is not None:
+            return None
+        known = next((one for one in self._captures if one.fits(step)), None)
+        if known is not None:
+            self._captures.remove(known)
+            if known.can_start(step) and known.was_right(step):
+                self._captures.insert(0, known)
+                return known
+        self.forward.prepare()
+        if (guards := self.forward.find_guards(**step.kwargs)) not in self._known_guards:
+            self.forward(**step.kwargs)
+            step.roll_back()
+            self._remember_guards(step.kwargs)
+            guards = self.forward.find_guards(**step.kwargs)
+        return None if self.refusal is not None else self._capture(step, guards)
+
+    def _capture(self, step: StepInputs, guards: Any) -> CapturedStep | None:
         del self._captures[_MOST_CAPTURES - 1 :]
         try:
-            self._captures.insert(0, CapturedStep(step, guards, self.forward, self.graph()))
+            captured = CapturedStep(step, guards, self.forward, self.graph())
         except NotCapturableError as error:
             self.refusal = str(error)
             logger.info("decode steps are not captured: %s", error)
-            return self.fallback(**step.kwargs)
-        return self._captures[0].replay(step)
+            return None
+        self._captures.insert(0, captured)
+        return captured
 
     def _remember_guards(self, kwargs: dict[str, Any]) -> None:
         if (guards := self.forward.find_guards(**kwargs)) is None:

@@ -271,6 +271,11 @@ def prepare(device: torch.device) -> None:
         split_k_counters.device_counters(device)
 
 
+def append_token(x: Tensor) -> ModuleType | None:
+    """The module `triton.append_token` for tensors on a GPU; None where torch does its work, in more launches."""
+    return _triton("triton.append_token", x)
+
+
 def _triton(name: str, x: Tensor) -> ModuleType | None:
     """A kernel module that needs triton, for a tensor on a GPU; None where triton is not installed."""
     return None if x.device.type == "cpu" else _import(name)

@@ -36,6 +36,13 @@ NAMES = {
     "_modules": (nn.Module(), "a module's own children"),
     "_non_persistent_buffers_set": (nn.Module(), "buffers outside of the state dict"),
 }
+GENERATION = {
+    "_sample": "input_ids logits_processor stopping_criteria generation_config synced_gpus streamer model_kwargs",
+    "_prefill": "input_ids generation_config model_kwargs is_first_iteration",
+    "_update_model_kwargs_for_generation": "outputs model_kwargs is_encoder_decoder num_new_tokens",
+    "_optimize_model_for_decode": "",
+    "_prepare_generation_config": "generation_config kwargs",
+}
 OPTIONAL = {
     "_empty_nn_module_stack_from_metadata_hook": "what torch.export writes for the lack of a module path",
     "_orig_mod": "a compiled module's name for the original in its state dict",
@@ -46,6 +53,10 @@ OPTIONAL = {
     "_apply_gate": "of transformers' experts: the activation between the two matmuls; without it no `mx::experts`",
     "_compiled_call": "where transformers' generate caches the compiled decode step",
     "_last_compile_config": "where transformers' generate keeps the config of that step",
+    "_attn_implementation": "of a transformers config",
+    "_eos_token_tensor": "of a generation config that generate has prepared",
+    "_pad_token_tensor": "of a generation config that generate has prepared",
+    **dict.fromkeys(GENERATION, "a part of transformers' generate; a model whose own it is decodes in that loop"),
 }
 
 
@@ -95,3 +106,9 @@ def test_generate_caches_its_compiled_step_where_we_put_ours():
     source = inspect.getsource(models.PreTrainedModel.get_compiled_call)
     assert "self._compiled_call" in source
     assert "self._last_compile_config" in source
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_a_part_of_generate_takes_what_we_pass(name):
+    mixin = pytest.importorskip("transformers").GenerationMixin
+    assert list(inspect.signature(getattr(mixin, name)).parameters) == ["self", *GENERATION[name].split()]

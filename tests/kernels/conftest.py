@@ -40,6 +40,7 @@ _MODULES = (
     "gate_rows",
     "norm",
     "gate_product",
+    "append_token",
 )
 
 
@@ -63,7 +64,7 @@ def interpreted() -> Iterator[SimpleNamespace]:
         for name in ("attention_kernel", "expert_slices", "expert_sums", "grouped_planes", "routing", "norm"):
             patch.setattr(copies[name], "_sum", standard._sum_combine)
         names = ("align", "attention", "dequantize", "grouped_planes", "expert_sums", "routing", "gate_rows")
-        names += ("norm", "gate_product")
+        names += ("norm", "gate_product", "append_token")
         others = {name: copies[name] for name in names}
         yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)
 
