@@ -7,7 +7,7 @@ out to have ended lose the surplus tokens, and the cache and the random numbers 
 
 import logging
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from mxcompile.inductor.generation.scores import Scores
 from mxcompile.inductor.generation.sequences import Ends, Sequences, append_and_advance, choose
 from mxcompile.inductor.generation.verdicts import Reports, Verdicts
 from mxcompile.inductor.repeated_step import RepeatedStep
+from mxcompile.kernels.cpu.cores import alone_if_busy
 
 CACHE_NAMES: Final = ("cache", "past_key_values")
 """What `generate` calls the cache: the first since transformers 5.24."""
@@ -82,10 +83,12 @@ class Repeated:
         self._call = call
         cache = next(inputs[name] for name in CACHE_NAMES if name in inputs)
         self._run = _after(self.sequences, inputs, _cache_length(cache), options)
+        self._on_cores = alone_if_busy if logits.device.type == "cpu" else nullcontext
 
     def __call__(self) -> None:
         """Run a step."""
-        self._run(self._call())
+        with self._on_cores():
+            self._run(self._call())
 
 
 def decode(

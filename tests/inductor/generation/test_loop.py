@@ -7,6 +7,7 @@ import copy
 import inspect
 import pickle
 from collections import deque
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -298,3 +299,18 @@ def test_a_model_with_its_own_loop_keeps_it():
     assert why_not_this_model(module) == "Own has a _sample of its own"
     use_our_loop(module)
     assert "generate" not in vars(module)
+
+
+def test_each_step_on_a_cpu_asks_whether_others_want_the_cores(deployed, monkeypatch):
+    asked = []
+
+    @contextmanager
+    def ask():
+        asked.append(len(asked))
+        yield
+
+    monkeypatch.setattr(loop, "alone_if_busy", ask)
+    module = copy.deepcopy(deployed)
+    use_our_loop(module)
+    module.generate(PROMPT[1:2], max_new_tokens=4, cache_implementation="static", **GREEDY)
+    assert len(asked) == 3  # the first of four tokens comes from the prompt
