@@ -81,16 +81,27 @@ def planes_report(fmt: MXFormat, config: triton_planes.Config) -> Report:
     return _report(compiled, lambda loops: max(loops, key=len, default=[]))
 
 
-def gluon_report(fmt: MXFormat, config: gluon_planes.Config, has_bias: bool = False, grouped: bool = False) -> Report:
+def gluon_report(
+    fmt: MXFormat,
+    config: gluon_planes.Config,
+    has_bias: bool = False,
+    grouped: bool = False,
+    gate: Gate | None = None,
+    rounding: tuple[MXFormat, ScaleRule] | None = None,
+) -> Report:
     """gluon/planes_linear.py, or gluon/grouped_planes.py."""
     constants = {**gluon_planes.constants(fmt, config, has_bias), "y1": None, "y2": None}
+    constants |= {**gate_constants(gate), **grouped_planes.rounding_constants(rounding)}
     types = {"bias": "*bf16", "partial": "*fp32", "counters": "*i32", "lift": "fp32"}
     if grouped:
-        types |= {"block_experts": "*i32", "used": "*i32"}
+        types |= dict.fromkeys(("block_experts", "block_tokens", "used"), "*i32")
     else:
-        constants |= {"block_experts": None, "used": None}
+        constants |= dict.fromkeys(("block_experts", "block_tokens", "used"))
     for name, dtype in {"x": "bf16", "words": "i16", "scales": "i32", "y0": "bf16"}.items():
-        types[name] = _descriptor(dtype, *gluon_planes.block(name[0] if name == "y0" else name, config))
+        block = name[0] if name == "y0" else name
+        if gate is not None:
+            block = {"y0": "gated", "x": "x"}.get(name, name if gate.interleaved else f"paired_{name}")
+        types[name] = _descriptor(dtype, *gluon_planes.block(block, config))
     compiled = _compiled(planes_kernel._planes_kernel, constants, types, gluon_planes.options(config), gluon=True)
     fewest = 8 * plane_layout(fmt).planes // 4 * config.out // config.consumers // 64
 

@@ -29,6 +29,38 @@ _SUM: Final = (
 """(most K-steps, config) of the matmul that is summed over the choices of a token."""
 
 
+_ONE_TOKEN: Final = (
+    (
+        16,
+        8,
+        Config(choices=1, out=32, slices=4, held=4, registers=160, early=True),
+        Config(choices=1, out=16, slices=16, held=3, early=True),
+    ),
+)
+"""(most K-steps of the first matmul, of the second, their configs) for one token, where weights of 4 bits stay in
+registers and the second matmul loads its own while the first runs."""
+
+
+def one_token_configs(
+    fmts: tuple[MXFormat, MXFormat], sizes: tuple[int, int], slots: int, device: torch.device
+) -> tuple[Config, Config] | None:
+    """The configs of both matmuls for the choices of one token, without rounding after the gate.
+
+    fmts, sizes: of the two weights, and their numbers of inputs. None where `grouped_config` and `sum_config` are to be
+    used.
+    """
+    four_bits = all((plane_layout(fmt).words, plane_layout(fmt).planes) == (1, 4) for fmt in fmts)
+    if not four_bits or (device.type == "cuda" and capability(device)[0] < 9):
+        return None
+    first, second = (_k_steps(fmt, size) for fmt, size in zip(fmts, sizes, strict=True))
+    for most_first, most_second, up, down in _ONE_TOKEN:
+        if first <= most_first and second <= most_second and slots <= down.slices:
+            parts = min(down.slices // _power_of_two_from(slots), _power_of_two(second))
+            slices = min(up.slices, _power_of_two(first))
+            return _launched(replace(up, slices=slices), device), _launched(replace(down, parts=parts), device)
+    return None
+
+
 def grouped_config(
     fmt: MXFormat, size: int, of_an_expert: float, device: torch.device, *, shared: bool, block: int = 1
 ) -> Config:
@@ -50,7 +82,7 @@ def sum_config(fmt: MXFormat, size: int, slots: int, device: torch.device) -> Co
     """The config for the matmul that is summed over `slots` choices of a token, with `size` inputs."""
     k_steps = _k_steps(fmt, size)
     config = _for_at_most(_SUM, k_steps)
-    spare = config.slices // 2 ** max(0, slots - 1).bit_length()
+    spare = config.slices // _power_of_two_from(slots)
     return _launched(replace(config, parts=min(max(1, spare), _power_of_two(k_steps))), device)
 
 
@@ -70,3 +102,8 @@ def _k_steps(fmt: MXFormat, size: int) -> int:
 def _power_of_two(limit: int) -> int:
     """The largest one that is at most `limit`."""
     return 2 ** (limit.bit_length() - 1)
+
+
+def _power_of_two_from(number: int) -> int:
+    """The smallest one that is at least `number`."""
+    return 2 ** max(0, number - 1).bit_length()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels.expert_configs import grouped_config, sum_config
+from mxcompile.kernels.expert_configs import grouped_config, one_token_configs, sum_config
 from mxcompile.kernels.gluon import grouped_planes as gluon_grouped
 from mxcompile.kernels.gpu_linears import PackedWeight
 from mxcompile.kernels.layout.planes import PlanarScaling, from_bytes
@@ -89,10 +89,15 @@ def experts(
 def _single(
     x: Tensor, experts: Tensor, weights: Tensor, up: Stack, down: Stack, gate: Gate, rounding: Rounding | None
 ) -> Tensor:
-    config = _gate_config(x, experts, up, rounding, shared=False)
-    h = grouped_planes.gated_linear(x, experts, up, gate, rounding, config)
-    last = sum_config(down.planes.fmt, h.shape[1], experts.shape[1], x.device)
-    return expert_sums.multiply_and_sum(h, experts, weights, down, last)
+    slots, sizes = experts.shape[1], (up.planes.size, down.planes.size)
+    configs = None
+    if len(x) == 1 and rounding is None:
+        configs = one_token_configs((up.planes.fmt, down.planes.fmt), sizes, slots, x.device)
+    if configs is None:
+        last = sum_config(down.planes.fmt, down.planes.size, slots, x.device)
+        configs = _gate_config(x, experts, up, rounding, shared=False), last
+    h = grouped_planes.gated_linear(x, experts, up, gate, rounding, configs[0])
+    return expert_sums.multiply_and_sum(h, experts, weights, down, configs[1])
 
 
 def _shared(

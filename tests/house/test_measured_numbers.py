@@ -394,6 +394,14 @@ def test_the_experts_on_a_gpu():
             cells = " | ".join(f"{line['us']:.1f} us, {line['ratio']:.2f} x" for line in lines)
             assert f"| {name}, {weight} | {cells} |" in text
     shares = [line["floor_share"] for (_, tokens, _), line in ours.items() if tokens == 1]
+    few = next(
+        r for r in results("experts-configs-h200.jsonl") if (r.get("shape"), r.get("tokens")) == ("qwen3-moe", 1)
+    )
+    share = percent(few["floor_us"] / few["us"]["Bd"])
+    assert f"{few['us']['Bd']:.1f} us in place of {few['us']['Aa']:.1f} in one run, {share} of that speed" in text
+    bare = {r["shape"]: r["us"] for r in results("experts-h200.jsonl") if r.get("path") == "two grouped_mm"}
+    qwen, gpt_oss = (f"{bare[shape] / ours[shape, 2048, 'mxfp4']['us']:.2f}" for shape in names.values())
+    assert f"take {qwen} and {gpt_oss} times as long as our whole layers" in text
     assert f"{percent(min(shares))} to {percent(max(shares))} of the speed" in text
     quantized, plain = results("experts-end-to-end-h200.jsonl")[-2:]
     for batch in ("batch_1", "batch_32"):

@@ -33,6 +33,7 @@ _MODULES = (
     "planes_linear",
     "quantize",
     "gates",
+    "held_slices",
     "expert_slices",
     "expert_sums",
     "grouped_planes",

@@ -36,6 +36,48 @@ def test_any_shape_has_a_config(fmt: MXFormat) -> None:
         assert config.slices % config.parts == 0
 
 
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_one_token_has_configs_that_fit(fmt: MXFormat) -> None:
+    """Only for 4 bits; a K-step that is held is one of its slice, and every choice has a slice."""
+    from mxcompile.kernels.expert_configs import one_token_configs
+    from mxcompile.kernels.layout.planes import plane_layout
+
+    layout = plane_layout(fmt)
+    served = 0
+    for hidden, inner, slots in product(SIZES, SIZES, (1, 2, 3, 4, 6, 8, 10, 64)):
+        configs = one_token_configs((fmt, fmt), (hidden, inner), slots, CPU)
+        if configs is None:
+            continue
+        served += 1
+        up, down = configs
+        assert powers_of_two(up.out, up.slices, down.out, down.slices, down.parts)
+        assert down.slices % down.parts == 0
+        assert slots * down.parts <= down.slices
+        assert up.held > 0
+        assert down.held > 0
+    assert (served > 0) == ((layout.words, layout.planes) == (1, 4))
+    assert one_token_configs((fmt, MXFP6_E2M3), (2048, 768), 8, CPU) is None
+
+
+def test_one_token_spills_nothing() -> None:
+    """Weights go from memory to registers, and x alone through shared memory."""
+    from sass import grouped_report, sum_report
+
+    from mxcompile.kernels.expert_configs import one_token_configs
+
+    configs = one_token_configs((MXFP4, MXFP4), (2048, 768), 8, CPU)
+    assert configs is not None
+    reports = (
+        grouped_report(empty(MXFP4, 2 * 768, 2048), configs[0], Gate()),
+        sum_report(empty(MXFP4, 2048, 768), configs[1]),
+    )
+    for report in reports:
+        assert report.spilled_bytes == 0
+        assert "HMMA" in report.sass
+        assert "LDG.E.EF.128" in report.sass
+        assert "LDGSTS" not in report.sass
+
+
 def empty(fmt: MXFormat, out: int, size: int) -> PlanarWeight:
     """A planar weight without memory."""
     from mxcompile.kernels.layout.planes import PlanarScaling, from_bytes

@@ -53,11 +53,19 @@ def chosen(tokens: int, k: int, count: int, device: str) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "rows"),
-    [(MXFP4, 64), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((MXINT4, 128), (MXFP8_E4M3, 32)))],
+    ("fmt", "rows", "gate", "rounding"),
+    [
+        (MXFP4, 64, None, None),
+        pytest.param(MXINT4, 128, None, None, marks=pytest.mark.slow),
+        pytest.param(MXFP8_E4M3, 32, None, None, marks=pytest.mark.slow),
+        pytest.param(MXFP4, 128, GATES[0], (MXFP4, ScaleRule.FLOOR), marks=pytest.mark.slow),
+        pytest.param(MXINT8, 128, GATES[1], None, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
-def test_compiles_for_hopper(fmt: MXFormat, rows: int) -> None:
+def test_compiles_for_hopper(
+    fmt: MXFormat, rows: int, gate: Gate | None, rounding: tuple[MXFormat, ScaleRule] | None
+) -> None:
     """wgmma is not serialized, and most of a K-step is decoded while it runs."""
     from sass import SHARED_BYTES, gluon_report
 
@@ -65,7 +73,7 @@ def test_compiles_for_hopper(fmt: MXFormat, rows: int) -> None:
     from mxcompile.kernels.gluon.planes_linear import Config
 
     config = Config(rows, 256, stages_that_fit(fmt, rows, 256))
-    report = gluon_report(fmt, config, has_bias=True, grouped=True)
+    report = gluon_report(fmt, config, has_bias=True, grouped=True, gate=gate, rounding=rounding)
     assert not report.serialized
     assert report.spilled_bytes == 0
     assert report.shared_bytes <= SHARED_BYTES
@@ -137,6 +145,29 @@ def test_all_choices_of_one_expert_and_none_of_any(error_over_bound: ErrorOverBo
         numbers = torch.full((500, 2), number, device="cuda", dtype=torch.int32)
         check(grouped_linear(x, numbers, weight), x, numbers, weight.bias, dense, error_over_bound)
     assert grouped_linear(x[:0], numbers[:0], weight).shape == (0, 128)
+
+
+@on_hopper
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_gate_after_the_matmul(assert_same_bits: Callable[..., None], gate: Gate, rows: int) -> None:
+    """In one launch with the matmul: the gate within a step of bfloat16 of that in two, its rounding bit for bit."""
+    from mxcompile.kernels.gluon.grouped_planes import Config, gated_multiply, multiply, stages_that_fit
+    from mxcompile.kernels.triton import gate_rows, routing
+
+    for fmt, bias in ((MXFP4, True), (MXINT8, False)):
+        up, _ = stack(fmt, 5, 2 * 320, 384, "cuda", bias=bias)
+        x = (torch.randn(333, 384, device="cuda") / 8).to(torch.bfloat16)
+        routed = routing.route(chosen(333, 3, 5, "cuda"), 5, rows)
+        gathered, filled = routing.gather(x, routed), routed.choices >= 0
+        config = Config(rows, 256, stages_that_fit(fmt, rows, 256))
+        h = gated_multiply(gathered, up, routed, config, gate, None)[filled]
+        both = multiply(gathered, up, routed, config)
+        separate = gate_rows.gate_rows(both, routed.used, rows, gate, None)[filled].double()
+        assert ((h.double() - separate).abs() <= 2.0**-7 * separate.abs() + 2.0**-120).all()
+        for rounding in ((MXFP4, ScaleRule.EVEN), (MXINT8.with_block(64), ScaleRule.FLOOR)):
+            rounded = gated_multiply(gathered, up, routed, config, gate, rounding)[filled]
+            assert_same_bits(rounded.cpu(), reference.quantize_dequantize(h.cpu(), *rounding))
 
 
 ROUNDINGS = (None, (MXFP4, ScaleRule.EVEN), (MXINT8, ScaleRule.FLOOR), (MXFP8_E4M3.with_alignment(), ScaleRule.FLOOR))

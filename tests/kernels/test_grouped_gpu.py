@@ -68,8 +68,8 @@ def test_gates(gate: Gate, choices: int) -> None:
         0.2 * tokens(5, 500, "cuda"),
         choose(5, 4, 8, "cuda"),
     )
-    for out, slices in ((64, 4), (32, 1)):
-        config = kernels.Config(choices, out, slices)
+    for out, slices, held in ((64, 4, 0), (32, 1, 0), (64, 4, 1), (32, 2, 2)):
+        config = kernels.Config(choices, out, slices, held=held)
         h = kernels.gated_linear(x, experts, up.stack(kernels), gate, None, config)
         assert gated_over_bound(h, x, experts, up, gate) <= 1
 
@@ -100,8 +100,8 @@ def test_multiply_and_sum(fmt: MXFormat, slots: int) -> None:
     experts = with_numbers_of_none(choose(3, slots, 12, "cuda"), 12)
     h, weights = tokens(3 * slots, 1000, "cuda"), torch.rand(3, slots, device="cuda").to(torch.bfloat16)
     h[~down.chosen(experts)[0]] = torch.nan
-    for out, slices, parts in ((16, 8, 1), (64, 4, 4)):
-        config = kernels.Config(1, out, slices, parts)
+    for out, slices, parts, held in ((16, 8, 1, 0), (64, 4, 4, 0), (16, 8, 1, 8), (16, 8, 2, 2)):
+        config = kernels.Config(1, out, slices, parts, held=held)
         y = kernels.multiply_and_sum(h, experts, weights, down.stack(kernels), config)
         assert sum_over_bound(y, h, experts, weights, down) <= 1
 

@@ -33,6 +33,8 @@ def check(interpreted: SimpleNamespace, experts: Tensor, count: int, tile: int) 
     assert len(block_experts) <= blocks
     assert (len(routing.block_experts), routing.slots) == (blocks, blocks * tile)
     assert routing.block_experts.tolist() == block_experts + [-1] * (blocks - len(block_experts))
+    held = [sum(choice >= 0 for choice in choices[i * tile : (i + 1) * tile]) for i in range(blocks)]
+    assert routing.block_tokens.tolist() == held
     assert routing.choices.tolist() == choices + [-1] * (blocks * tile - len(choices))
     assert routing.position.shape == experts.shape
     assert routing.position.flatten().tolist() == position

@@ -24,6 +24,8 @@ def kernels(interpreted: SimpleNamespace) -> SimpleNamespace:
         (3, {"out": 32, "slices": 4}),
         (6, {"out": 32, "slices": 4}),
         (1, {"out": 128, "slices": 4, "parts": 4}),
+        (4, {"out": 16, "slices": 8, "parts": 2, "held": 2}),
+        (6, {"out": 32, "slices": 4, "held": 1}),
     ],
     ids=str,
 )

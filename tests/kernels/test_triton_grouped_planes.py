@@ -47,7 +47,13 @@ def some_of_none(experts: Tensor) -> Tensor:
     ("fmt", "options"),
     crossed(
         FORMATS.values(),
-        [{"out": 64, "slices": 2}, {"choices": 8, "out": 32, "slices": 4}, {"choices": 4, "out": 128, "slices": 1}],
+        [
+            {"out": 64, "slices": 2},
+            {"choices": 8, "out": 32, "slices": 4},
+            {"choices": 4, "out": 128, "slices": 1},
+            {"out": 32, "slices": 4, "held": 2},
+            {"choices": 8, "out": 64, "slices": 2, "held": 1},
+        ],
     ),
     ids=str,
 )

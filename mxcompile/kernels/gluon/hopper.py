@@ -50,9 +50,18 @@ def next_stage(stage, phase, STAGES: tl.constexpr):
 
 
 @jit
+def first_tokens(buffer, TOKENS: tl.constexpr):
+    """The first TOKENS rows of `buffer` `[tokens, columns]`."""
+    return buffer if buffer.shape[0] == TOKENS else buffer.slice(0, TOKENS, dim=0)
+
+
+@jit
 def store_tile(y, m, n, result, buffer):
-    """Store `result` `[out, tokens]` to y by TMA through `buffer` `[tokens, out]`, which is free again afterwards."""
-    buffer.permute((1, 0)).store(result)
+    """Store `result` `[out, tokens]` to y by TMA through `buffer` `[tokens, out]`, which is free again afterwards.
+
+    If `result` has fewer tokens, the others are stored as what `buffer` holds.
+    """
+    first_tokens(buffer, result.shape[1]).permute((1, 0)).store(result)
     fence_async_shared()
     send(y, [m, n], buffer)
     tma.store_wait(0)

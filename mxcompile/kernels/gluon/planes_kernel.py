@@ -17,8 +17,12 @@ consumers finish the current one.
 arrive at its share of a tile adds them in the order of the splits.
 
 **Grouped mode** (gluon/grouped_planes.py): every tile of tokens belongs to one expert, `block_experts[m_tile]`, whose
-weight and bias it is multiplied with; `used` tiles, a number in memory, hold tokens. `words` and `scales` then have the
-experts one after the other, and `n_size` is the number of outputs of one.
+weight and bias it is multiplied with, and holds `block_tokens[m_tile]` tokens; `used`, a number in memory, is that of
+tiles. `words` and `scales` then have the experts one after the other, and `n_size` is the number of outputs of one.
+
+**With a gate** (grouped mode only; tiles of 256 outputs) a consumer's share is 64 gates and the values that belong to
+them, and y0 is what gated_epilogue.py makes of them. Where gates and values are halves of the weight's rows (`PAIRED`),
+words and scales are viewed with a dimension of 2 in front.
 
 CONFIG is the tuple of `planes_linear.constants`: tokens and outputs of a tile, consumers, stages, group, whether there
 is a bias, split.
@@ -30,82 +34,51 @@ is a bias, split.
 
 import triton.language as tl
 
-from mxcompile.kernels.gluon.hopper import (
-    HAS_REINTERPRET,
-    fence_async_shared,
-    fetch,
-    from_coalesced,
-    gl,
-    jit,
-    mbarrier,
-    next_stage,
-    store_tile,
-    thread_barrier,
-    to_coalesced,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from mxcompile.kernels.gluon.hopper import fence_async_shared, fetch, gl, jit, mbarrier, next_stage, thread_barrier
+from mxcompile.kernels.gluon.planes_tile import k_range, multiply_tile
 from mxcompile.kernels.triton.planes_linear import _tile_position
 
 
 @jit
-def _values(w0, w1, s, plane: tl.constexpr, SHAPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """One plane of a K-step from its words and scales, `[n, 32]` in bfloat16."""
-    PLANES: tl.constexpr = SHAPE[0]
-    word = w1 if SHAPE[1] == 2 and 2 * plane >= PLANES else w0
-    pair = ((s >> (8 * (plane % 4))) & 0xFF) * 0x00800080
-    addend = pair
-    if SHAPE[3] != 0:
-        addend = gl.inline_asm_elementwise(ASSEMBLY[PLANES], "=r,r", [pair], dtype=gl.int32, is_pure=True, pack=1)
-    return gl.inline_asm_elementwise(
-        ASSEMBLY[plane],
-        "=r,r,r,r,r,r,r",
-        [word, w1, pair.expand_dims(1).broadcast_to(word.shape), addend.expand_dims(1).broadcast_to(word.shape)],
-        dtype=gl.bfloat16,
-        is_pure=True,
-        pack=2,
-    )
+def _first_position(n_size, CONFIG: tl.constexpr):
+    """Token and output tile of a program's first work item in grouped mode, where all output tiles of a token tile
+    follow each other."""
+    n_tiles = gl.cdiv(n_size, CONFIG[1])
+    return gl.program_id(0) // n_tiles, gl.program_id(0) % n_tiles
 
 
 @jit
-def _halves(xs):
-    """The x stages, each viewed as two of half the columns."""
-    if HAS_REINTERPRET:
-        view = xs.reinterpret(gl.bfloat16, [xs.shape[0] * 2, xs.shape[1], 64], xs.layout)
+def _next_position(m_tile, n_tile, n_size, CONFIG: tl.constexpr):
+    """The same of the next work item; no division by anything that changes."""
+    n_tiles = gl.cdiv(n_size, CONFIG[1])
+    m_tile += gl.num_programs(0) // n_tiles
+    n_tile += gl.num_programs(0) % n_tiles
+    beyond = n_tile >= n_tiles
+    return gl.where(beyond, m_tile + 1, m_tile), gl.where(beyond, n_tile - n_tiles, n_tile)
+
+
+@jit
+def _fetch_words(words, tile, word, bar, into, PAIRED: tl.constexpr):
+    """Load a word of a consumer's tiles, which begin at `tile`."""
+    if PAIRED:
+        fetch(words, [0, tile, word, 0, 0], bar, into)
     else:
-        view = xs._reinterpret(gl.bfloat16, [xs.shape[0] * 2, xs.shape[1], 64], xs.layout)
-    return view
+        fetch(words, [tile, word, 0, 0], bar, into)
 
 
 @jit
-def _load_stage(ws, ss, stage, consumer, WORDS: tl.constexpr, CONSUMERS: tl.constexpr, OPERAND_A: tl.constexpr):
-    """Words (the second is the first if there is only one) and scales of a stage, for the rows of `consumer`."""
-    ROWS: tl.constexpr = ws.shape[1] * 64
-    w0 = ws.index((stage * WORDS) * CONSUMERS + consumer).reshape([ROWS, 32]).load(OPERAND_A)
-    w1 = w0
-    if WORDS > 1:
-        w1 = ws.index((stage * WORDS + 1) * CONSUMERS + consumer).reshape([ROWS, 32]).load(OPERAND_A)
-    return w0, w1, ss.index(stage * CONSUMERS + consumer).reshape([ROWS]).load(gl.SliceLayout(1, OPERAND_A))
+def _fetch_scales(scales, tile, step, bar, into, PAIRED: tl.constexpr):
+    """Load the scales of 128 columns of a consumer's tiles, which begin at `tile`."""
+    if PAIRED:
+        fetch(scales, [0, tile, step, 0], bar, into)
+    else:
+        fetch(scales, [tile, step, 0], bar, into)
 
 
 @jit
-def _k_range(work_item, k_steps, SPLIT: tl.constexpr):
-    """First and end K-step of a work item; the splits of a tile are consecutive work items."""
-    part = work_item % SPLIT
-    return part * k_steps // SPLIT, (part + 1) * k_steps // SPLIT
-
-
-@jit
-def _expert(block_experts, m_tile):
-    """The expert that a tile of tokens belongs to; 0 where there is one weight."""
-    expert = 0
-    if block_experts is not None:
-        expert = gl.load(block_experts + m_tile)
-    return expert
-
-
-@jit
-def _produce(descriptors, buffers, bars, sizes, block_experts, SHAPE: tl.constexpr, CONFIG: tl.constexpr):
+def _produce(
+    descriptors, buffers, bars, sizes, blocks, SHAPE: tl.constexpr, CONFIG: tl.constexpr, PAIRED: tl.constexpr
+):
     """The producer warp: loads 128 columns at a time, tile after tile, into every stage that the consumers release."""
     x, words, scales = descriptors
     xs, ws, ss = buffers
@@ -123,10 +96,17 @@ def _produce(descriptors, buffers, bars, sizes, block_experts, SHAPE: tl.constex
     work_items = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, TILE_N) * SPLIT
     stage = 0
     phase = 1
+    grouped_m, grouped_n = _first_position(n_size, CONFIG)
     for work_item in range(gl.program_id(0), work_items, gl.num_programs(0)):
-        m_tile, n_tile = _tile_position(work_item // SPLIT, m_size, n_size, TILE_M, TILE_N, CONFIG[4])
-        first_tile = n_tile * (TILE_N // 64) + _expert(block_experts, m_tile) * (n_size // 64)
-        start, end = _k_range(work_item, k_steps, SPLIT)
+        if blocks[0] is None:
+            m_tile, n_tile = _tile_position(work_item // SPLIT, m_size, n_size, TILE_M, TILE_N, CONFIG[4])
+            first_tile = n_tile * (TILE_N // 64)
+        else:
+            m_tile = grouped_m
+            n_tile = grouped_n
+            first_tile = n_tile * (CONSUMERS if PAIRED else TILE_N // 64) + gl.load(blocks[0] + m_tile) * (n_size // 64)
+            grouped_m, grouped_n = _next_position(m_tile, n_tile, n_size, CONFIG)
+        start, end = k_range(work_item, k_steps, SPLIT)
         for k_step in range(start, end):
             for half in gl.static_range(HALVES):
                 bar = full.index(stage)
@@ -134,11 +114,15 @@ def _produce(descriptors, buffers, bars, sizes, block_experts, SHAPE: tl.constex
                 fence_async_shared()
                 mbarrier.expect(bar, BYTES)
                 for consumer in gl.static_range(CONSUMERS):
-                    first = first_tile + consumer * TILES
+                    first = first_tile + consumer * (1 if PAIRED else TILES)
                     for w in gl.static_range(WORDS):  # 6 bits: the word of this half, then the shared one
                         word = k_step * SHAPE[1] + (w if HALVES == 1 else half * (1 - w) + 2 * w)
-                        fetch(words, [first, word, 0, 0], bar, ws.index((stage * WORDS + w) * CONSUMERS + consumer))
-                    fetch(scales, [first, k_step * HALVES + half, 0], bar, ss.index(stage * CONSUMERS + consumer))
+                        _fetch_words(
+                            words, first, word, bar, ws.index((stage * WORDS + w) * CONSUMERS + consumer), PAIRED
+                        )
+                    _fetch_scales(
+                        scales, first, k_step * HALVES + half, bar, ss.index(stage * CONSUMERS + consumer), PAIRED
+                    )
                 fetch(x, [m_tile * TILE_M, (k_step * HALVES + half) * 128], bar, xs.index(stage))
                 stage, phase = next_stage(stage, phase, STAGES)
         for _ in gl.static_range((TILE_N + 127) // 128):  # stages for the result
@@ -148,153 +132,95 @@ def _produce(descriptors, buffers, bars, sizes, block_experts, SHAPE: tl.constex
 
 
 @jit
-def _multiply(values, columns, plane: tl.constexpr, acc):
-    """Issue the wgmma of a plane; `columns`: `[tokens, 128]` of x."""
-    return warpgroup_mma(values, columns.slice(32 * plane, 32, dim=1).permute((1, 0)), acc, is_async=True)
-
-
-@jit
-def _reduce_split_k(acc, partial, counter, work_item, consumer, MMA: tl.constexpr, CONFIG: tl.constexpr):
-    """Store this warpgroup's partial sums; returns the total over all splits and True if it is the last to arrive."""
-    SPLIT: tl.constexpr = CONFIG[6]
-    SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
-    COALESCED: tl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
-    offsets = gl.arange(0, SIZE // 512, gl.SliceLayout(1, COALESCED)).expand_dims(1) * 512
-    offsets += gl.arange(0, 512, gl.SliceLayout(0, COALESCED)).expand_dims(0)
-    step = CONFIG[2] * SIZE
-    gl.store(partial + (work_item.to(gl.int64) * step + consumer * SIZE) + offsets, to_coalesced(acc, COALESCED))
-    thread_barrier()
-    arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    if arrived == SPLIT - 1:
-        gl.store(counter, 0)
-        pointers = partial + ((work_item // SPLIT * SPLIT).to(gl.int64) * step + consumer * SIZE) + offsets
-        accumulators = gl.load(pointers, cache_modifier=".cg")
-        for _ in range(1, SPLIT):
-            pointers += step
-            accumulators += gl.load(pointers, cache_modifier=".cg")
-        acc = from_coalesced(accumulators, acc.shape[0], MMA)
-    return acc, arrived == SPLIT - 1
-
-
-@jit
-def _epilogue(
-    acc,
-    outputs,
-    xs,
-    bars,
-    sizes,
-    tensors,
-    lift,
-    work_item,
-    consumer,
-    pipeline_state,
-    MMA: tl.constexpr,
-    CONFIG: tl.constexpr,
-):
-    """Scale, add the bias, store through stages that the producer left free. Returns the next stage and its phase."""
-    stage, phase = pipeline_state
-    full, empty = bars
-    m_size, n_size, _ = sizes
-    bias, partial, counters, block_experts = tensors
-    TILE_N: tl.constexpr = CONFIG[1]
-    ROWS: tl.constexpr = TILE_N // CONFIG[2]
-    tile = work_item // CONFIG[6]
-    m_tile, n_tile = _tile_position(tile, m_size, n_size, CONFIG[0], TILE_N, CONFIG[4])
-    m, first = m_tile * CONFIG[0], n_tile * TILE_N + consumer * ROWS
-    complete = True
-    if CONFIG[6] > 1:
-        acc, complete = _reduce_split_k(
-            acc, partial, counters + (tile * CONFIG[2] + consumer), work_item, consumer, MMA, CONFIG
-        )
-    acc = acc * lift
-    if CONFIG[5]:
-        n = first + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
-        bias += _expert(block_experts, m_tile) * n_size
-        acc += gl.load(bias + n, mask=n < n_size, other=0.0).to(gl.float32).expand_dims(1)
-    result = acc.to(gl.bfloat16)
-    for i in gl.static_range((TILE_N + 127) // 128):
-        mbarrier.wait(full.index(stage), phase)
-        if complete:
-            if ROWS == 64:
-                _store_share(outputs, m, first, result, _halves(xs).index(stage * 2 + consumer))
-            elif i == consumer:
-                _store_share(outputs, m, first, result, xs.index(stage))
-        mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, CONFIG[3])
-    return stage, phase
-
-
-@jit
-def _store_share(outputs, m, n, result, buffer):
-    """Store a consumer's share of a tile to the output of the weight that it belongs to."""
-    ys, starts = outputs
-    for i in gl.static_range(len(ys)):
-        if len(ys) == 1 or (n >= starts[i] and n < starts[i + 1]):
-            store_tile(ys[i], m, n - starts[i], result, buffer)
-
-
-@jit
 def _consume(
     outputs,
     buffers,
     bars,
     sizes,
     tensors,
+    blocks,
     lift,
     consumer,
     SHAPE: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     CONFIG: tl.constexpr,
+    GATE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
-    """A consumer warpgroup: multiplies its share of the tile's outputs."""
-    xs, ws, ss = buffers
-    full, empty = bars
-    m_size, n_size, k_steps = sizes
+    """A consumer warpgroup: multiplies its share of the tile's outputs.
+
+    In grouped mode a tile with few tokens is multiplied as one of half or a quarter of the size. Which one, and with
+    which expert, is loaded one tile ahead.
+    """
     TILE_M: tl.constexpr = CONFIG[0]
-    TILE_N: tl.constexpr = CONFIG[1]
-    CONSUMERS: tl.constexpr = CONFIG[2]
-    STAGES: tl.constexpr = CONFIG[3]
-    SPLIT: tl.constexpr = CONFIG[6]
-    WORDS: tl.constexpr = min(SHAPE[1], 2)
-    HALVES: tl.constexpr = SHAPE[0] // 4
-    ROWS: tl.constexpr = TILE_N // CONSUMERS
-    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_M, 16])
-    OPERAND_A: tl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    work_items = gl.cdiv(m_size, TILE_M) * gl.cdiv(n_size, TILE_N) * SPLIT
+    QUARTER: tl.constexpr = max(TILE_M // 4, 16)
+    HALF: tl.constexpr = max(TILE_M // 2, 16)
+    work_items = gl.cdiv(sizes[0], TILE_M) * gl.cdiv(sizes[1], CONFIG[1]) * CONFIG[6]
+    share = (outputs, buffers, bars, sizes, tensors, lift, consumer)
     stage = 0
     phase = 0
-    for work_item in range(gl.program_id(0), work_items, gl.num_programs(0)):
-        start, end = _k_range(work_item, k_steps, SPLIT)
-        gl.assume(start < end)  # if the loop could be skipped, ptxas would serialize all wgmma
-        mbarrier.wait(full.index(stage), phase)
-        w0, w1, s = _load_stage(ws, ss, stage, consumer, WORDS, CONSUMERS, OPERAND_A)
-        even = _values(w0, w1, s, 0, SHAPE, ASSEMBLY)
-        acc = gl.zeros([ROWS, TILE_M], gl.float32, MMA)
-        for k_step in range(start, end):
-            for half in gl.static_range(HALVES):
-                columns = xs.index(stage)
-                release = empty.index(stage)
-                acc = _multiply(even, columns, 0, acc)
-                odd = _values(w0, w1, s, 4 * half + 1, SHAPE, ASSEMBLY)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                acc = _multiply(odd, columns, 1, acc)
-                even = _values(w0, w1, s, 4 * half + 2, SHAPE, ASSEMBLY)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                acc = _multiply(even, columns, 2, acc)
-                odd = _values(w0, w1, s, 4 * half + 3, SHAPE, ASSEMBLY)
-                stage, phase = next_stage(stage, phase, STAGES)
-                mbarrier.wait(full.index(stage), phase, pred=half < HALVES - 1 or k_step + 1 < end)
-                # After the last K-step this loads another tile's data, which is not multiplied.
-                w0, w1, s = _load_stage(ws, ss, stage, consumer, WORDS, CONSUMERS, OPERAND_A)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                acc = _multiply(odd, columns, 3, acc)
-                even = _values(w0, w1, s, 4 * ((half + 1) % HALVES), SHAPE, ASSEMBLY)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(release, count=1)
-        pipeline_state = (stage, phase)
-        stage, phase = _epilogue(
-            acc, outputs, xs, bars, sizes, tensors, lift, work_item, consumer, pipeline_state, MMA, CONFIG
-        )
+    if blocks[0] is None:
+        for item in range(gl.program_id(0), work_items, gl.num_programs(0)):
+            stage, phase = multiply_tile(
+                share, item, None, 0, (stage, phase), TILE_M, SHAPE, ASSEMBLY, CONFIG, GATE, INTERLEAVED, ROUNDING
+            )
+    else:
+        last = gl.maximum(sizes[0] // TILE_M - 1, 0)
+        next_m, next_n = _first_position(sizes[1], CONFIG)
+        next_expert = gl.load(blocks[0] + gl.minimum(next_m, last))
+        next_tokens = gl.load(blocks[1] + gl.minimum(next_m, last))
+        for item in range(gl.program_id(0), work_items, gl.num_programs(0)):
+            at = (next_m, next_n)
+            expert = next_expert
+            tokens = next_tokens
+            next_m, next_n = _next_position(next_m, next_n, sizes[1], CONFIG)
+            next_expert = gl.load(blocks[0] + gl.minimum(next_m, last))
+            next_tokens = gl.load(blocks[1] + gl.minimum(next_m, last))
+            if tokens <= QUARTER:
+                stage, phase = multiply_tile(
+                    share, item, at, expert, (stage, phase), QUARTER, SHAPE, ASSEMBLY, CONFIG, GATE, INTERLEAVED,
+                    ROUNDING,
+                )  # fmt: skip
+            elif tokens <= HALF:
+                stage, phase = multiply_tile(
+                    share, item, at, expert, (stage, phase), HALF, SHAPE, ASSEMBLY, CONFIG, GATE, INTERLEAVED, ROUNDING
+                )
+            else:
+                stage, phase = multiply_tile(
+                    share, item, at, expert, (stage, phase), TILE_M, SHAPE, ASSEMBLY, CONFIG, GATE, INTERLEAVED,
+                    ROUNDING,
+                )  # fmt: skip
+
+
+@jit
+def _allocate_stages(x, words, scales, WORDS: tl.constexpr, CONFIG: tl.constexpr, PAIRED: tl.constexpr):
+    """Shared memory for x, words and scales of all stages."""
+    CONSUMERS: tl.constexpr = CONFIG[2]
+    STAGES: tl.constexpr = CONFIG[3]
+    TILES: tl.constexpr = CONFIG[1] // 64 // CONSUMERS
+    xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, CONFIG[0], 128], x.layout)
+    if PAIRED:
+        ws = gl.allocate_shared_memory(gl.int16, [STAGES * WORDS * CONSUMERS, TILES, 1, 1, 64, 32], words.layout)
+        ss = gl.allocate_shared_memory(gl.int32, [STAGES * CONSUMERS, TILES, 1, 1, 64], scales.layout)
+    else:
+        ws = gl.allocate_shared_memory(gl.int16, [STAGES * WORDS * CONSUMERS, TILES, 1, 64, 32], words.layout)
+        ss = gl.allocate_shared_memory(gl.int32, [STAGES * CONSUMERS, TILES, 1, 64], scales.layout)
+    return xs, ws, ss
+
+
+@jit
+def _allocate_barriers(CONFIG: tl.constexpr):
+    """Barriers of full and of empty stages."""
+    STAGES: tl.constexpr = CONFIG[3]
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONFIG[2])
+    fence_async_shared()
+    thread_barrier()
+    return full, empty
 
 
 @jit(do_not_specialize=["lift", "m_size", "n_size", "k_steps", "second", "third"])
@@ -309,6 +235,7 @@ def _planes_kernel(
     partial,
     counters,
     block_experts,
+    block_tokens,
     used,
     lift,
     m_size,
@@ -319,29 +246,20 @@ def _planes_kernel(
     SHAPE: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     CONFIG: tl.constexpr,
+    GATE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
-    TILE_M: tl.constexpr = CONFIG[0]
     CONSUMERS: tl.constexpr = CONFIG[2]
-    STAGES: tl.constexpr = CONFIG[3]
-    TILES: tl.constexpr = CONFIG[1] // 64 // CONSUMERS
-    xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE_M, 128], x.layout)
-    WORDS: tl.constexpr = min(SHAPE[1], 2)
-    ws = gl.allocate_shared_memory(gl.int16, [STAGES * WORDS * CONSUMERS, TILES, 1, 64, 32], words.layout)
-    ss = gl.allocate_shared_memory(gl.int32, [STAGES * CONSUMERS, TILES, 1, 64], scales.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
-    fence_async_shared()
-    thread_barrier()
+    PAIRED: tl.constexpr = GATE is not None and not INTERLEAVED
+    buffers = _allocate_stages(x, words, scales, min(SHAPE[1], 2), CONFIG, PAIRED)
+    bars = _allocate_barriers(CONFIG)
     descriptors = (x, words, scales)
-    buffers = (xs, ws, ss)
-    bars = (full, empty)
+    blocks = (block_experts, block_tokens)
     if block_experts is not None:
-        m_size = gl.load(used) * TILE_M
+        m_size = gl.load(used) * CONFIG[0]
     sizes = (m_size, n_size, k_steps)
-    tensors = (bias, partial, counters, block_experts)
+    tensors = (bias, partial, counters)
     ys = (y0,)
     if y2 is not None:
         ys = (y0, y1, y2)
@@ -351,19 +269,28 @@ def _planes_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (outputs, buffers, bars, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
-                (_consume, (outputs, buffers, bars, sizes, tensors, lift, 1, SHAPE, ASSEMBLY, CONFIG)),
-                (_produce, (descriptors, buffers, bars, sizes, block_experts, SHAPE, CONFIG)),
+                (_consume, (
+                    outputs, buffers, bars, sizes, tensors, blocks, lift, 0, SHAPE, ASSEMBLY, CONFIG, GATE, INTERLEAVED,
+                    ROUNDING,
+                )),
+                (_consume, (
+                    outputs, buffers, bars, sizes, tensors, blocks, lift, 1, SHAPE, ASSEMBLY, CONFIG, GATE, INTERLEAVED,
+                    ROUNDING,
+                )),
+                (_produce, (descriptors, buffers, bars, sizes, blocks, SHAPE, CONFIG, PAIRED)),
             ],
             [4, 1],
             [240, 24],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consume, (outputs, buffers, bars, sizes, tensors, lift, 0, SHAPE, ASSEMBLY, CONFIG)),
-                (_produce, (descriptors, buffers, bars, sizes, block_experts, SHAPE, CONFIG)),
+                (_consume, (
+                    outputs, buffers, bars, sizes, tensors, blocks, lift, 0, SHAPE, ASSEMBLY, CONFIG, GATE, INTERLEAVED,
+                    ROUNDING,
+                )),
+                (_produce, (descriptors, buffers, bars, sizes, blocks, SHAPE, CONFIG, PAIRED)),
             ],
             [1],
             [24],
-        )
+        )  # fmt: skip

@@ -114,12 +114,16 @@ def linears(
                 padded[0] if counters is None else counters,
                 None,
                 None,
+                None,
                 2.0**planes.lift,
                 rows,
                 planes.out,
                 k_steps,
                 *(sum(outs[:i]) for i in range(1, MAX_WEIGHTS)),
                 **constants(planes.fmt, config, bias is not None),
+                GATE=None,
+                INTERLEAVED=False,
+                ROUNDING=None,
                 **options(config),
             )
     return [y.contiguous().view(*x.shape[:-1], y.shape[1]) for y in ys]
@@ -148,6 +152,9 @@ def block(name: str, config: Config) -> tuple[list[int], Any]:
         "words": ([part // 64, 1, 64, 32], gl.int16),
         "scales": ([part // 64, 1, 64], gl.int32),
         "y": ([config.rows, part], gl.bfloat16),
+        "paired_words": ([2, 1, 1, 64, 32], gl.int16),
+        "paired_scales": ([2, 1, 1, 64], gl.int32),
+        "gated": ([config.rows, 64], gl.bfloat16),
     }[name]
     return shape, gl.NVMMASharedLayout.get_default_for(shape, dtype)
 

@@ -30,8 +30,10 @@ from mxcompile.kernels.triton.planes_linear import concatenate_planes, multiply
 class Config:
     """A program computes `out` rows of a weight for up to `choices` choices; `slices` warps have a part of K each.
 
-    parts: how many slices have parts of the same choice in `multiply_and_sum`; in a grouped matmul all do. stages: of
-    the pipeline of loads. registers: limit per thread, 0 for the compiler's choice. dependent: see grouped_planes.py.
+    parts: how many slices have parts of the same choice in `multiply_and_sum`; in a grouped matmul all do. held: how
+    many K-steps of a slice are loaded into registers ahead (held_slices.py); 0: loads go through shared memory in a
+    pipeline of `stages`. registers: limit per thread, 0 for the compiler's choice. dependent, early: see
+    grouped_planes.py.
     """
 
     choices: int = 1
@@ -39,8 +41,10 @@ class Config:
     slices: int = 8
     parts: int = 1
     stages: int = 3
+    held: int = 0
     registers: int = 0
     dependent: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,18 @@ def constants(planes: PlanarWeight, config: Config, parts: int) -> dict[str, Any
     """The constexpr arguments of both kernels that follow from weight and config."""
     k_steps = planes.words.shape[1]
     uneven = k_steps % parts != 0
+    steps = -(-k_steps // parts)
     return {
         **layout_constants(planes.fmt),
         "TILE_M": config.choices,
         "TILE_N": config.out,
         "SLICES": config.slices,
+        "HELD": min(config.held, steps),
+        "STEPS": steps if config.held else 0,
         "UNEVEN": uneven,
         "PADDED": uneven or planes.size % plane_layout(planes.fmt).columns != 0,
         "DEPENDENT": config.dependent,
+        "EARLY": config.early,
     }
 
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.kernels.triton.elements import launch, narrow, widen
@@ -32,6 +32,7 @@ from mxcompile.kernels.triton.expert_slices import (
     multiply_slices,
     options,
 )
+from mxcompile.kernels.triton.held_slices import load_ahead, multiply_held, rows_of_slices, slice_of_rows
 
 _COLUMNS: Final = 512
 
@@ -126,16 +127,24 @@ def _multiply_and_sum_kernel(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     SLICES: tl.constexpr,
+    HELD: tl.constexpr,
+    STEPS: tl.constexpr,
     UNEVEN: tl.constexpr,
     PADDED: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """`TILE_N` outputs of one token; in a round, `PARTS` slices have the parts of one choice."""
     token = tl.program_id(1)
     first = token * slots
-    slice_of_row = tl.arange(0, SLICES * TILE_N) // TILE_N
-    row = tl.minimum(tl.program_id(0) * TILE_N + tl.arange(0, SLICES * TILE_N) % TILE_N, out - 1)
+    if HELD == 0:
+        slice_of_row = tl.arange(0, SLICES * TILE_N) // TILE_N
+        row = tl.program_id(0) * TILE_N + tl.arange(0, SLICES * TILE_N) % TILE_N
+    else:
+        slice_of_row = slice_of_rows(TILE_N, SLICES)
+        row = rows_of_slices(tl.program_id(0) * TILE_N + tl.arange(0, TILE_N), TILE_N, SLICES)
+    row = tl.minimum(row, out - 1)
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     total = tl.full((TILE_N,), 0.0, tl.float32)
     for round in tl.static_range(ROUNDS):
@@ -146,13 +155,11 @@ def _multiply_and_sum_kernel(
         expert = chosen_expert(experts, first + slot, slot < slots, expert_count)
         weight = widen(tl.load(weights + first + slot, mask=slot < slots, other=0.0))
         rows = x + (first + slot).to(tl.int64) * x_stride
-        if DEPENDENT and round == 0:
-            gdc_wait()
         tile = tl.maximum(expert_of_row, 0) * (out // 64) + row // 64
-        acc = multiply_slices(
+        acc = _products(
             rows[:, None, None], (expert >= 0)[:, None, None], words, scales, tile, row % 64, expert_of_row >= 0,
-            (k_steps + PARTS - 1) // PARTS, k_size, k_steps, PARTS, True,
-            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
+            k_size, k_steps, PARTS, DEPENDENT and round == 0, EARLY,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
         products = tl.reshape(acc, (SLICES, TILE_N)) * lift
         if HAS_BIAS:
@@ -162,6 +169,52 @@ def _multiply_and_sum_kernel(
         total += tl.reduce(products * weight[:, None], 0, _sum)
     result = narrow(total, y.dtype.element_ty) if INTERPRETED else total.to(y.dtype.element_ty)
     tl.store(y + token.to(tl.int64) * out + n, result, mask=n < out)
+
+
+@triton.jit
+def _products(
+    rows,
+    inside,
+    words,
+    scales,
+    tile,
+    row,
+    stored,
+    k_size,
+    k_steps,
+    PARTS: tl.constexpr,
+    WAITS: tl.constexpr,
+    EARLY: tl.constexpr,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    HELD: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNEVEN: tl.constexpr,
+    PADDED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The products of each slice; weights that are held are loaded before the wait for the previous kernel."""
+    if HELD > 0:
+        held = load_ahead(words, scales, tile, row, stored, k_steps, PARTS, True, SHAPE, TILE_N, SLICES, HELD, UNEVEN)
+    if WAITS:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    if HELD > 0:
+        acc = multiply_held(
+            held, rows, inside, words, scales, tile, row, stored, k_size, k_steps, PARTS, True,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
+        )  # fmt: skip
+    else:
+        acc = multiply_slices(
+            rows, inside, words, scales, tile, row, stored, (k_steps + PARTS - 1) // PARTS, k_size, k_steps, PARTS,
+            True, SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
+        )  # fmt: skip
+    return acc
 
 
 @triton.jit

@@ -16,7 +16,9 @@ Which choices a program has, columns of its product:
 
 **Programmatic dependent launch** (`Config.dependent`): a kernel waits for the previous one before it reads anything,
 and lets the next one start when it has its products. Earlier, programs of the next kernel would crowd on those
-multiprocessors that become free first: measured, that takes up to twice as long.
+multiprocessors that become free first: measured, that takes up to twice as long. With `Config.early` it lets the next
+one start when its first loads are on their way, which pays where no two programs of the next one fit on a
+multiprocessor.
 """
 
 # ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
@@ -46,6 +48,7 @@ from mxcompile.kernels.triton.expert_slices import (
     options,
 )
 from mxcompile.kernels.triton.gates import gate_constants, gated
+from mxcompile.kernels.triton.held_slices import load_ahead, multiply_held, rows_of_slices
 from mxcompile.kernels.triton.quantize import _maximum, fraction_limit, round_to_elements
 from mxcompile.numerics.gates import Gate
 
@@ -142,7 +145,7 @@ def _grouped(
         planes.words.shape[1],
         x.stride(0),
         MODE="table" if table is not None else "leader" if config.choices > 1 else "single",
-        RANKED=triton.next_power_of_2(experts.numel()) if table is None else 1,
+        RANKED=triton.next_power_of_2(experts.numel()) if table is None and config.choices > 1 else 1,
         HAS_BIAS=stack.bias is not None,
         **gate_constants(gate),
         **rounding_constants(rounding),
@@ -234,9 +237,12 @@ def _grouped_kernel(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     SLICES: tl.constexpr,
+    HELD: tl.constexpr,
+    STEPS: tl.constexpr,
     UNEVEN: tl.constexpr,
     PADDED: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """A block of choices times `TILE_N` rows: all of them, or with a gate in halves those of the same channels."""
@@ -256,9 +262,9 @@ def _grouped_kernel(
         weight_row = tl.minimum(weight_row, out - 1)
         acc = _product_of_block(
             x, words, scales, expert, choice, weight_row, slots, out, k_size, k_steps, x_stride,
-            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, DEPENDENT, EARLY, INTERPRETED,
         )  # fmt: skip
-        if DEPENDENT:
+        if DEPENDENT and not EARLY:
             gdc_launch_dependents()
         acc = acc * lift
         if HAS_BIAS:
@@ -289,20 +295,39 @@ def _product_of_block(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     SLICES: tl.constexpr,
+    HELD: tl.constexpr,
+    STEPS: tl.constexpr,
     UNEVEN: tl.constexpr,
     PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """`[TILE_N, TILE_M]`: rows of an expert's weight times the x of choices; zeros if there is no such expert."""
     inside = (tl.where(choice >= 0, expert, -1) >= 0)[None, None, :]
     rows = x + (tl.maximum(choice, 0) // slots).to(tl.int64)[None, None, :] * x_stride
-    row = tl.reshape(tl.broadcast_to(weight_row[None, :], (SLICES, TILE_N)), (SLICES * TILE_N,))
-    tile = tl.maximum(expert, 0) * (out // 64) + row // 64
-    count = tl.where(expert >= 0, (k_steps + SLICES - 1) // SLICES, 0)
-    acc = multiply_slices(
-        rows, inside, words, scales, tile, row % 64, row >= 0, count, k_size, k_steps, SLICES, False,
-        SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
-    )  # fmt: skip
+    if HELD == 0:
+        row = tl.reshape(tl.broadcast_to(weight_row[None, :], (SLICES, TILE_N)), (SLICES * TILE_N,))
+        tile = tl.maximum(expert, 0) * (out // 64) + row // 64
+        count = tl.where(expert >= 0, (k_steps + SLICES - 1) // SLICES, 0)
+        if DEPENDENT and EARLY:
+            gdc_launch_dependents()
+        acc = multiply_slices(
+            rows, inside, words, scales, tile, row % 64, row >= 0, count, k_size, k_steps, SLICES, False,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
+        )  # fmt: skip
+    else:
+        row = rows_of_slices(weight_row, TILE_N, SLICES)
+        tile = tl.maximum(expert, 0) * (out // 64) + row // 64
+        held = load_ahead(
+            words, scales, tile, row % 64, row >= 0, k_steps, SLICES, False, SHAPE, TILE_N, SLICES, HELD, UNEVEN
+        )
+        if DEPENDENT and EARLY:
+            gdc_launch_dependents()
+        acc = multiply_held(
+            held, rows, inside, words, scales, tile, row % 64, row >= 0, k_size, k_steps, SLICES, False,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
+        )  # fmt: skip
     return tl.reduce(acc, 0, _sum)
 
 

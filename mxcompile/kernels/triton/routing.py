@@ -6,6 +6,7 @@ belong to one expert:
 
     choices        int32 [blocks * tile]   the choice in a slot, -1 in padding
     block_experts  int32 [blocks]          the expert of a block, -1 if unused
+    block_tokens   int32 [blocks]          how many choices a block holds
     position       int32 [tokens, k]       the slot of a choice, -1 if its number is not that of an expert
     used           int32 [1]               blocks in use; they come first
 
@@ -43,6 +44,7 @@ class Routing:
 
     choices: Tensor
     block_experts: Tensor
+    block_tokens: Tensor
     position: Tensor
     used: Tensor
     tile: int
@@ -66,13 +68,15 @@ def route(experts: Tensor, count: int, tile: int) -> Routing:
     blocks, lanes = most_blocks(choices, count, tile), triton.next_power_of_2(count)
     chunk = _STEP * max(1, -(-choices // (_STEP * _CHUNKS)))
     chunks = -(-choices // chunk)
-    sizes = (blocks * tile, blocks, choices, 1, chunks * lanes)
+    sizes = (blocks * tile, blocks, blocks, choices, 1, chunks * lanes)
     # One allocation; its parts are aligned as tensors of their own are.
     padded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     parts = torch.empty(sum(padded), dtype=torch.int32, device=experts.device).split(padded)
-    slots, block_experts, position, used, counts = (part[:size] for part, size in zip(parts, sizes, strict=True))
+    slots, block_experts, block_tokens, position, used, counts = (
+        part[:size] for part, size in zip(parts, sizes, strict=True)
+    )
     if not choices:
-        return Routing(slots, block_experts, position.view(experts.shape), used.zero_(), tile)
+        return Routing(slots, block_experts, block_tokens, position.view(experts.shape), used.zero_(), tile)
     experts = experts.contiguous()
     constants = {"CHUNK": chunk, "STEP": _STEP, "EXPERTS": lanes, "num_warps": 4}
     launch(_count_kernel, chunks, experts, counts, choices, count, **constants)
@@ -83,6 +87,7 @@ def route(experts: Tensor, count: int, tile: int) -> Routing:
         counts,
         slots,
         block_experts,
+        block_tokens,
         position,
         used,
         choices,
@@ -91,7 +96,7 @@ def route(experts: Tensor, count: int, tile: int) -> Routing:
         TILE=tile,
         **constants,
     )
-    return Routing(slots, block_experts, position.view(experts.shape), used, tile)
+    return Routing(slots, block_experts, block_tokens, position.view(experts.shape), used, tile)
 
 
 def gather(x: Tensor, routing: Routing) -> Tensor:
@@ -171,6 +176,7 @@ def _place_kernel(
     counts,
     slots,
     block_experts,
+    block_tokens,
     position,
     used,
     choices,
@@ -204,7 +210,11 @@ def _place_kernel(
     for first in range(chunk * STEP, blocks, tl.num_programs(0) * STEP):
         block = first + tl.arange(0, STEP)
         expert = tl.reduce((ends[None, :] <= block[:, None]).to(tl.int32), 1, _sum)
+        filled = tl.where(lanes[None, :] == expert[:, None], ((ends - tiles) * TILE + total)[None, :], 0)
+        tokens = tl.reduce(filled, 1, _sum) - block * TILE
+        tokens = tl.where(block < blocks_in_use, tl.minimum(tokens, TILE), 0)
         tl.store(block_experts + block, tl.where(block < blocks_in_use, expert, -1), mask=block < blocks)
+        tl.store(block_tokens + block, tokens, mask=block < blocks)
     for expert in range(chunk, count, tl.num_programs(0)):
         end = tl.reduce(tl.where(lanes == expert, ends, 0), 0, _sum) * TILE
         unfilled = tl.reduce(tl.where(lanes == expert, tiles * TILE - total, 0), 0, _sum)

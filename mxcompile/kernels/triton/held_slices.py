@@ -1,0 +1,197 @@
+"""The product of expert_slices.py with the weight in registers: no K-step of it passes through shared memory.
+
+    acc[slice, out, choice] += plane[slice, out, 128] @ x[slice, 128, choice]
+
+A thread loads 16 bytes, eight words of a row, four threads a row. Those are the elements that it holds as the left
+operand of mma.sync if column 8 t + 4 h + i of a plane is taken as column 16 h + 4 t + i of the product; x is loaded in
+the same order. So loads, as many K-steps ahead as there are registers for, need neither a barrier nor the previous
+kernel, whose result only x is: `load_ahead` comes before the wait for it, `multiply_held` after.
+
+Rows of a program, `[SLICES * TILE_N]`: eight of a slice, eight of the next one, and so on, as mma.sync has them.
+"""
+
+# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
+# pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false
+# As in triton/elements.py: strict checking reports false errors in jit functions.
+
+import triton
+import triton.language as tl
+
+from mxcompile.kernels.triton.decode_planes import plane_values
+from mxcompile.kernels.triton.planes_linear import concatenate_planes, multiply
+
+
+@triton.jit
+def slice_of_rows(TILE_N: tl.constexpr, SLICES: tl.constexpr):
+    """The slice of each row, `[SLICES * TILE_N]`."""
+    return tl.arange(0, SLICES * TILE_N) // 8 % SLICES
+
+
+@triton.jit
+def rows_of_slices(row, TILE_N: tl.constexpr, SLICES: tl.constexpr):
+    """What each row of a slice has, `[TILE_N]`, for the rows of all slices."""
+    rows = tl.reshape(row, (TILE_N // 8, 1, 8))
+    return tl.reshape(tl.broadcast_to(rows, (TILE_N // 8, SLICES, 8)), (SLICES * TILE_N,))
+
+
+@triton.jit
+def _load(pointers, mask, POLICY: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        values = tl.load(pointers, mask=tl.broadcast_to(mask, pointers.shape), other=0, eviction_policy=POLICY)
+    else:
+        values = tl.load(pointers, eviction_policy=POLICY)
+    return values
+
+
+@triton.jit
+def _load_scales(scales, offsets, mask, MASKED: tl.constexpr, WARPS: tl.constexpr):
+    """Scales at offsets, `[rows]`. Triton loads what has fewer elements than threads where it is needed, without shared
+    memory; so in two halves."""
+    ROWS: tl.constexpr = offsets.shape[0]
+    if ROWS < 32 * WARPS:
+        result = _load(scales + offsets, mask, "", MASKED)
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(offsets, (2, ROWS // 2)), (1, 0)))
+        low_mask, high_mask = tl.split(tl.permute(tl.reshape(mask, (2, ROWS // 2)), (1, 0)))
+        both = tl.join(_load(scales + low, low_mask, "", MASKED), _load(scales + high, high_mask, "", MASKED))
+        result = tl.reshape(tl.permute(both, (1, 0)), (ROWS,))
+    return result
+
+
+@triton.jit
+def _load_k_step(
+    words,
+    scales,
+    first,
+    row,
+    stored,
+    k_steps,
+    step: tl.constexpr,
+    PARTS: tl.constexpr,
+    SHAPE: tl.constexpr,
+    SLICES: tl.constexpr,
+    MASKED: tl.constexpr,
+    UNEVEN: tl.constexpr,
+):
+    """Words and scales of K-step `step` of each slice; those that the format lacks repeat others."""
+    mask = stored & (first % k_steps + step * PARTS < k_steps) if UNEVEN else stored
+    k_step = first + step * PARTS
+    w = words + (k_step * (SHAPE[1] * 64 * 32) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
+    s = k_step * (SHAPE[0] // 4 * 64) + row
+    w0 = _load(w, mask[:, None], "evict_first", MASKED)
+    w1 = _load(w + 2048, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 1 else w0
+    w2 = _load(w + 4096, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 2 else w0
+    s0 = _load_scales(scales, s, mask, MASKED, SLICES)
+    s1 = _load_scales(scales, s + 64, mask, MASKED, SLICES) if SHAPE[0] > 4 else s0
+    return w0, w1, w2, s0, s1
+
+
+@triton.jit
+def load_ahead(
+    words,
+    scales,
+    tile,
+    row,
+    stored,
+    k_steps,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
+    SHAPE: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    HELD: tl.constexpr,
+    UNEVEN: tl.constexpr,
+):
+    """Words and scales of the first HELD K-steps of each slice, a tuple; slice s has K-steps `s % PARTS + i * PARTS`.
+
+    tile, row: position of each row of the weight, `[SLICES * TILE_N]`; stored: whether it is to be read, if only SOME
+    are.
+    """
+    first = tile.to(tl.int64) * k_steps + slice_of_rows(TILE_N, SLICES) % PARTS
+    held = ()
+    for step in tl.static_range(HELD):
+        held = held + _load_k_step(
+            words, scales, first, row, stored, k_steps, step, PARTS, SHAPE, SLICES, SOME or UNEVEN, UNEVEN
+        )
+    return held
+
+
+@triton.jit
+def multiply_held(
+    held,
+    rows,
+    inside,
+    words,
+    scales,
+    tile,
+    row,
+    stored,
+    k_size,
+    k_steps,
+    PARTS: tl.constexpr,
+    SOME: tl.constexpr,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    HELD: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNEVEN: tl.constexpr,
+    PADDED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The products `[SLICES, TILE_N, TILE_M]` of each slice; as K-steps are used, those after the first HELD of all
+    STEPS are loaded. rows, inside: as for `multiply_slices`; the rest as for `load_ahead`, which made `held`."""
+    first = tile.to(tl.int64) * k_steps + slice_of_rows(TILE_N, SLICES) % PARTS
+    acc = tl.full((SLICES, TILE_N, TILE_M), 0.0, tl.float32)
+    xs = ()
+    for step in tl.static_range(HELD):
+        xs = xs + _load_x(rows, inside, k_size, step, PARTS, SHAPE, SLICES, PADDED)
+    for step in tl.static_range(STEPS):
+        if step + HELD < STEPS:
+            held = held + _load_k_step(
+                words, scales, first, row, stored, k_steps, step + HELD, PARTS, SHAPE, SLICES, SOME or UNEVEN, UNEVEN
+            )
+            xs = xs + _load_x(rows, inside, k_size, step + HELD, PARTS, SHAPE, SLICES, PADDED)
+        w0, w1, w2 = held[5 * step], held[5 * step + 1], held[5 * step + 2]
+        s0, s1 = held[5 * step + 3], held[5 * step + 4]
+        for quad in tl.static_range(SHAPE[0] // 4):
+            values = concatenate_planes(
+                plane_values(w0, w1, w2, s0, s1, 4 * quad, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+                plane_values(w0, w1, w2, s0, s1, 4 * quad + 1, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+                plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+                plane_values(w0, w1, w2, s0, s1, 4 * quad + 3, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+            )
+            values = tl.reshape(values, (TILE_N // 8, SLICES, 8, 4, 4, 2, 4))
+            values = tl.reshape(tl.permute(values, (1, 0, 2, 3, 5, 4, 6)), (SLICES, TILE_N, 128))
+            acc = multiply(values, xs[2 * step + quad], acc, INTERPRETED)
+    return acc
+
+
+@triton.jit
+def _load_x(
+    rows,
+    inside,
+    k_size,
+    step: tl.constexpr,
+    PARTS: tl.constexpr,
+    SHAPE: tl.constexpr,
+    SLICES: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """The columns of K-step `step` of each slice in the order of the product, twice 128; the second may repeat them."""
+    part = (tl.arange(0, SLICES) % PARTS)[:, None, None]
+    column = tl.arange(0, 128)
+    column = column // 32 * 32 + column % 16 // 4 * 8 + column % 32 // 16 * 4 + column % 4
+    column = tl.max_contiguous(tl.multiple_of(column, 4), 4)[None, :, None]
+    k = (step * PARTS + part) * (SHAPE[0] * 32) + column
+    present = inside & (k < k_size) if PADDED else inside
+    pointers = rows + k
+    x0 = tl.load(pointers, mask=tl.broadcast_to(present, pointers.shape), other=0.0)
+    x1 = x0
+    if SHAPE[0] > 4:
+        present = inside & (k + 128 < k_size) if PADDED else inside
+        x1 = tl.load(pointers + 128, mask=tl.broadcast_to(present, pointers.shape), other=0.0)
+    return x0, x1
