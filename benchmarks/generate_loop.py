@@ -1,111 +1,155 @@
-"""How long a token of `generate` takes, beside the kernels of its decode step, with our loop and with transformers'.
+"""What `generate` adds to the kernels of a decode step: the host between two steps, and the choice of the token.
 
-    python benchmarks/generate_loop.py --layers 8 --out benchmarks/results/generate-loop-h200.jsonl
+    python benchmarks/generate_loop.py --out benchmarks/results/generate-loop-h200.jsonl
 
-Llama-3-8B's shape with random weights, `w4a8-mxint-quick`, a static cache, on a GPU. `token_ms` is the mean time
-between two tokens of one call, the best of three, with `max_new_tokens` of `--tokens` and no end token. `kernels_ms` is
-the time of the kernels of a step in a profile, `gaps_ms` that between them, `launches` how many they are.
-`transformers` is the loop of transformers with our decode step, as it was before our loop. Tokens of both loops are
-compared.
+`token`: microseconds between two tokens of a model of one tiny layer, the difference of a call of 240 and one of 40
+tokens, the least of three each; `call_ms` is the call of 40, prefill uncompiled. "ours" is our loop, "transformers"
+that of transformers with the same compiled, on a GPU captured step. `step`: of a profile, the distance of two steps,
+their kernels and launches. `after`: what follows the model for a vocabulary of 128256, captured and replayed 100 times
+(`gpu_us`, with the start of its graph), and what it adds behind a graph of 560 kernels (`added_us`). The last two need
+a GPU.
 """
 
 import argparse
 import json
 import time
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
-import triton
-from llama_8b import build, kernels, quantized, wait, write
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-GREEDY = {"do_sample": False}
-SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
+import mxcompile
+from mxcompile.inductor.captured_step import CudaGraph
+from mxcompile.inductor.generation.loop import Options, Sequences, follow
+from mxcompile.inductor.generation.scores import Scores
+from mxcompile.inductor.generation.sequences import Ends
+
+DEVICE: Final = "cuda" if torch.cuda.is_available() else "cpu"
+CHOICES: Final[dict[str, dict[str, Any]]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 1.5, "top_k": 40, "top_p": 0.9},
+}
+PROCESSORS: Final[dict[str, tuple[Any, ...]]] = {
+    "greedy": (),
+    "temperature, top-p": (TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)),
+    "temperature, top-k, top-p": (TemperatureLogitsWarper(0.8), TopKLogitsWarper(50), TopPLogitsWarper(0.9)),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=1900)
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
     arguments = parser.parse_args()
-    model = quantized(build(arguments.layers), "w4a8-mxint-quick")
-    for batch in map(int, arguments.batches.split(",")):
-        compare(model, batch, arguments)
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    about = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
+    rows = measure_tokens() + (measure_choices() if DEVICE == "cuda" else [])
+    for row in rows:
+        line = json.dumps({**row, **about})
+        print(line, flush=True)
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                file.write(line + "\n")
 
 
-def compare(model: Any, batch: int, arguments: argparse.Namespace) -> None:
-    generator = torch.Generator(device="cuda").manual_seed(batch)
-    ids = torch.randint(100, 100000, (batch, arguments.prompt), generator=generator, device="cuda")
-    ways = {"ours": model.generate, "transformers": type(model).generate.__get__(model)}
-    for options in (GREEDY, SAMPLED):
-        tokens = dict[str, torch.Tensor]()
-        for way, generate in ways.items():
-            row = {"layers": arguments.layers, "batch": batch, "way": way, "sampled": options["do_sample"]}
-            tokens[way] = call(generate, ids, arguments.tokens, options)
-            row |= measured(generate, ids, arguments.tokens, options)
-            row["equal"] = torch.equal(tokens[way], tokens["ours"])
-            row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-            write(row | {"transformers": transformers.__version__}, arguments.out)
-    check_ends(ways, ids, tokens["ours"][0, ids.shape[1] :], arguments.tokens)
-
-
-def call(generate: Any, ids: torch.Tensor, count: int, options: dict[str, Any]) -> torch.Tensor:
+def measure_tokens() -> list[dict[str, Any]]:
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     torch.manual_seed(0)
-    mask = torch.ones_like(ids)
-    ends = {"eos_token_id": None, **options}
-    return generate(ids, attention_mask=mask, max_new_tokens=count, cache_implementation="static", **ends)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    ids = torch.arange(64, device=DEVICE)[None] % 100 + 3
+    ready: Any = mxcompile.quantize_and_compile(
+        model.bfloat16().to(DEVICE), {"input_ids": ids[:, :8]}, recipe="w4a8-mxint-quick", probe=False
+    )
+    ready._compiled_call_impl = None  # prefill is not what is measured, and takes as long to compile
+    rows = list[dict[str, Any]]()
+    for choice, options in CHOICES.items():
+        for way, generate in {"ours": ready.generate, "transformers": type(ready).generate.__get__(ready)}.items():
+            call(generate, ids, 240, options)
+            long, short = (min(call(generate, ids, n, options) for _ in range(3)) for n in (240, 40))
+            row = {"measured": "token", "choice": choice, "way": way, "token_us": round((long - short) / 200 * 1e6)}
+            rows.append(row | {"call_ms": round(short * 1e3, 1)})
+    return rows + ([profiled(ready, ids)] if DEVICE == "cuda" else [])
 
 
-def measured(generate: Any, ids: torch.Tensor, count: int, options: dict[str, Any]) -> dict[str, float]:
-    """The difference of a long and a short call, so that neither prefill nor the start of the loop counts.
-
-    transformers makes the cache of a short call as long as that of a long one before it: both run the same step.
-    """
-    times = {tokens: min(seconds(generate, ids, tokens, options) for _ in range(3)) for tokens in (count, 8)}
-    row = {"token_ms": round(1e3 * (times[count] - times[8]) / (count - 8), 3)}
-    events = kernels(lambda: call(generate, ids, 24, options))
-    events = [event for event in events if "Memcpy DtoH" not in event.name]
-    spans = steps_of(events, 24)
-    busy = sorted(sum(e.time_range.elapsed_us() for e in step) for step in spans)
-    row["kernels_ms"] = round(busy[len(busy) // 2] / 1e3, 3)
-    whole = sorted(step[-1].time_range.end - step[0].time_range.start for step in spans)
-    row["gaps_ms"] = round(whole[len(whole) // 2] / 1e3 - row["kernels_ms"], 3)
-    return row | {"launches": len(spans[0])}
-
-
-def seconds(generate: Any, ids: torch.Tensor, count: int, options: dict[str, Any]) -> float:
-    """Of one call."""
+def call(generate: Callable[..., Any], ids: torch.Tensor, count: int, options: dict[str, Any]) -> float:
+    """Seconds of a call."""
     wait()
     began = time.perf_counter()
-    call(generate, ids, count, options)
+    fixed = {"attention_mask": torch.ones_like(ids), "eos_token_id": None, "cache_implementation": "static"}
+    generate(ids, max_new_tokens=count, **fixed, **options)
     wait()
     return time.perf_counter() - began
 
 
-def steps_of(events: list[Any], count: int) -> list[list[Any]]:
-    """The kernels of the last ten steps, from one launch of a kernel that runs once a step to the next."""
-    names = [event.name for event in events]
-    once = [name for name in dict.fromkeys(reversed(names)) if count - 2 <= names.count(name) <= count]
-    places = [i for i, name in enumerate(names) if name == once[0]][-11:]
-    return [events[first:last] for first, last in pairwise(places)]
+def wait() -> None:
+    """For what a GPU still computes."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
-def check_ends(ways: dict[str, Any], ids: torch.Tensor, tokens: torch.Tensor, count: int) -> None:
-    """Both ways stop at the same token, with the same padding, and leave the same random numbers."""
-    ends = {"eos_token_id": sorted({int(token) for token in tokens[[3, 9, 20]]}), "pad_token_id": 0}
-    for options in (GREEDY, SAMPLED):
-        results = []
-        for generate in ways.values():
-            result = call(generate, ids, count, {**options, **ends})
-            results.append((result, torch.rand(1, device="cuda")))
-        same = [torch.equal(*pair) for pair in zip(*results, strict=True)]
-        shape = [list(result.shape) for result, _ in results]
-        print(json.dumps({"batch": len(ids), "ends": True, **options, "equal": same, "shapes": shape}), flush=True)
+def profiled(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """The last ten steps of a greedy call, each from one launch of our last kernel to the next."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call(model.generate, ids, 40, CHOICES["greedy"])
+    events = sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
+    places = [i for i, event in enumerate(events) if "_append_kernel" in event.name]
+    first, last = places[-11], places[-1]
+    whole = (events[last].time_range.start - events[first].time_range.start) / 10
+    busy = sum(event.time_range.elapsed_us() for event in events[first:last]) / 10
+    row = {"measured": "step", "step_us": round(whole, 1), "kernels_us": round(busy, 1)}
+    return row | {"launches": (last - first) / 10}
+
+
+def measure_choices() -> list[dict[str, Any]]:
+    values = torch.zeros(64, device=DEVICE)
+
+    def many() -> None:
+        for _ in range(560):
+            values.add_(1)
+
+    many()
+    model, rows = CudaGraph(), list[dict[str, Any]]()
+    model.capture(many)
+    for batch in (1, 8):
+        logits = torch.randn(batch, 1, 128256, device=DEVICE, dtype=torch.bfloat16) * 3
+        for name, processors in PROCESSORS.items():
+            sequences, run = following(logits, processors)
+            run(logits)
+            after = CudaGraph()
+            after.capture(lambda run=run, logits=logits: run(logits))
+            replays = (after.replay,), (model.replay, after.replay), (model.replay,)
+            alone, both, only = (replayed(calls, sequences) for calls in replays)
+            row = {"measured": "after", "batch": batch, "scores": name, "gpu_us": round(alone, 1)}
+            rows.append(row | {"added_us": round(both - only, 1)})
+    return rows
+
+
+def following(logits: torch.Tensor, processors: tuple[Any, ...]) -> tuple[Sequences, Callable[[torch.Tensor], None]]:
+    batch = len(logits)
+    ends = Ends(torch.tensor([5, 9], device=DEVICE), torch.tensor(0, device=DEVICE))
+    options = Options(Scores(processors, 0, None), bool(processors), ends, 10, (), None)
+    sequences = Sequences(batch, 2048, logits.shape[-1], ends, logits.device)
+    inputs = {name: torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE) for name in ("input_ids", "position_ids")}
+    inputs["attention_mask"] = torch.zeros(batch, 1, 1, 2048, dtype=torch.bool, device=DEVICE)
+    return sequences, follow(sequences, inputs, torch.tensor(100, device=DEVICE), options)
+
+
+def replayed(calls: tuple[Callable[[], None], ...], sequences: Sequences) -> float:
+    """Microseconds on the GPU, the mean of 100."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for index in range(101):
+        if index == 1:
+            sequences.length.fill_(1)
+            torch.cuda.synchronize()
+            begin.record()
+        for replay in calls:
+            replay()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 10
 
 
 if __name__ == "__main__":

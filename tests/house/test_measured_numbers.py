@@ -384,6 +384,19 @@ def test_the_times_of_a_whole_model():
     assert words in page("docs/kernels.md")
 
 
+def test_the_host_between_two_decode_steps():
+    rows = results("generate-loop-h200.jsonl")
+    text = page("docs/kernels.md")
+    token = {(row["choice"], row["way"]): row["token_us"] for row in rows if row["measured"] == "token"}
+    greedy, sampled = ((token[choice, "ours"], token[choice, "transformers"]) for choice in ("greedy", "sampled"))
+    assert f"takes {greedy[0]} us, sampled {sampled[0]}, in place of {greedy[1]} and {sampled[1]} in" in text
+    (step,) = (row for row in rows if row["measured"] == "step")
+    assert f"{step['launches']:.0f} launches and {step['kernels_us']} us of kernels" in text
+    added = [round(row["added_us"]) for row in rows if row["measured"] == "after" and row["batch"] == 1]
+    assert f"takes {added[0]} us with a vocabulary of 128,256" in text
+    assert f"{added[1]} with temperature and top-p, {added[2]} with top-k too" in text
+
+
 def test_the_experts_on_a_gpu():
     text = page("docs/benchmarks.md")
     names = {"Qwen3-30B-A3B": "qwen3-moe", "gpt-oss": "gpt-oss"}

@@ -60,7 +60,7 @@ class Recording:
         with torch.inference_mode(False), torch.no_grad():
             self.sequences = _sequences(logits, room, options)
         self._step, self._graph = captured.graph, make_graph()
-        run = _after(self.sequences, captured.inputs, _cache_length(cache), options)
+        run = follow(self.sequences, captured.inputs, _cache_length(cache), options)
         with _kept_random_state(logits.device):
             run(logits)  # what is left to initialize is not captured
             try:
@@ -82,7 +82,7 @@ class Repeated:
         self.sequences = _sequences(logits, options.longest, options)
         self._call = call
         cache = next(inputs[name] for name in CACHE_NAMES if name in inputs)
-        self._run = _after(self.sequences, inputs, _cache_length(cache), options)
+        self._run = follow(self.sequences, inputs, _cache_length(cache), options)
         self._on_cores = alone_if_busy if logits.device.type == "cpu" else nullcontext
 
     def __call__(self) -> None:
@@ -173,7 +173,7 @@ def _recording(
     return recording
 
 
-def _after(
+def follow(
     state: Sequences, inputs: dict[str, Any], cache_length: Tensor | None, options: Options
 ) -> Callable[[Tensor], None]:
     """What follows the model in a step, as a function of its logits `[batch, 1, vocabulary]`."""
