@@ -20,7 +20,9 @@ from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-BYTES_A_SECOND, OPERATIONS_A_SECOND = 3.0e12, 795e12
+BYTES_A_SECOND = {"H200": 4.27e12, "": 3.0e12}
+"""What a copy was measured to move on a GPU whose name contains that; the last is an H100's."""
+OPERATIONS_A_SECOND = 795e12
 ROTATED_BYTES = 260e6
 DEVICE = "cuda"
 OURS = (TRITON, GLUON, DEQUANTIZED)
@@ -97,19 +99,19 @@ class Exact:
         return ((y.double() - self.y).norm() / self.y.norm()).nan_to_num(nan=torch.inf).item()
 
 
-def microseconds(call: Call, expected: float) -> float:
+def microseconds(call: Call, expected: float, replays: int = _REPLAYS) -> float:
     """Median us of a call, `call(i)` using copy i; `expected` us decides how many calls a CUDA graph holds."""
-    return in_turns([call], expected)[0]
+    return in_turns([call], expected, replays)[0]
 
 
-def in_turns(calls: Sequence[Call], expected: float) -> list[float]:
+def in_turns(calls: Sequence[Call], expected: float, replays: int = _REPLAYS) -> list[float]:
     """The same of several calls, whose replays alternate: clocks that fall as a GPU warms up slow down all of them."""
     count = max(8, min(60, int(3000 / expected)))
     graphs = [_captured(call, count) for call in calls]
     times: list[list[float]] = []
-    for _ in range(_REPLAYS + 1):
+    for _ in range(replays + 1):
         times.append([_replay(graph) * 1000 / count for graph in graphs])
-    return [sorted(turns)[_REPLAYS // 2] for turns in zip(*times[1:], strict=True)]
+    return [sorted(turns)[replays // 2] for turns in zip(*times[1:], strict=True)]
 
 
 def _captured(call: Call, count: int) -> torch.cuda.CUDAGraph:
@@ -136,7 +138,9 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
 def floor(fmt: MXFormat, n: int, k: int, m: int) -> float:
     """The least us that a bfloat16 matmul can take."""
     size = fmt.storage_bytes(n, k) + 2 * m * (n + k)
-    return max(size / BYTES_A_SECOND, 2 * m * n * k / OPERATIONS_A_SECOND) * 1e6
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    rate = next(rate for part, rate in BYTES_A_SECOND.items() if part in name)
+    return max(size / rate, 2 * m * n * k / OPERATIONS_A_SECOND) * 1e6
 
 
 def cublas_call(w: Weight, x: Tensor) -> Call:
@@ -201,21 +205,32 @@ class Run:
 
     def add(self, case: Case, path: str, call: Call, **more: Any) -> float | None:
         """Check, time and record one call of ours; its us, or None if it is wrong or cannot run."""
+        return self._add(case, path, call, lambda: case.times(call), more).get("us")
+
+    def add_quickly(self, case: Case, path: str, call: Call, **more: Any) -> float | None:
+        """The same, without cuBLAS beside it, and recorded as `quick_us`."""
+        return self._add(
+            case, path, call, lambda: {"quick_us": round(microseconds(call, case.cublas, 2), 2)}, more
+        ).get("quick_us")
+
+    def _add(
+        self, case: Case, path: str, call: Call, times: Callable[[], dict[str, Any]], more: dict[str, Any]
+    ) -> dict[str, Any]:
         line = case.name(path) | more
         try:
             results = [call(i) for i in range(3)]
-            error = max(case.exact.error(y) for y in results)
+            error = case.exact.error(results[0])
             line["error"] = round(error, 3)
             if not all(torch.equal(results[0], y) for y in results):
                 line["failed"] = "results differ between calls"
             elif error <= 1:
-                line |= case.times(call)
+                line |= times()
         except Exception as problem:  # whatever it is, the next call runs
             line["failed"] = reason(problem)
             torch.cuda.synchronize()  # raises again where the GPU is lost to this process
         finally:
             self.keep(line)
-        return line.get("us")
+        return line
 
     def keep(self, line: dict[str, Any]) -> None:
         if not self.lines:
@@ -286,6 +301,7 @@ def add_case_options(parser: argparse.ArgumentParser) -> None:
     option("--rows", lambda text: list(map(int, names(text))), "1,16,64,256,2048", "numbers of tokens")
     option("--shapes", names, ",".join(SHAPES), "shapes")
     parser.add_argument("--seconds", type=float, default=500.0, help="start no new case after that: %(default)s")
+    parser.add_argument("--kernels", type=Path, help="a folder of compiled kernels (tuning/carried_cache.py)")
     parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
 
 

@@ -2,9 +2,11 @@
 
     python -m tuning.sweep --out sweep.jsonl                                  in benchmarks/, on the GPU
     python -m tuning.sweep --out sweep.jsonl --formats mxint4 --rows 1,16     a part of it
+    python -m tuning.sweep --kernels FOLDER                                   without a GPU: compiles into FOLDER
 
 A result is compared with float64 first, and must be equal bit for bit when it is computed again; one that fails is
-recorded and not timed. `gemm_timing.py` says what a time is. README.md has the second command, which writes the table.
+recorded and not timed. All are timed quickly (`quick_us`), then the fastest with care (`us`). `gemm_timing.py` says
+what a time is. README.md has the second command, which writes the table.
 """
 
 import argparse
@@ -12,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from gemm_timing import (
@@ -38,10 +41,14 @@ from mxcompile.kernels.triton import dequantize
 from mxcompile.kernels.triton import planes_linear as triton_planes
 from mxcompile.kernels.triton.elements import multiprocessors
 from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, TRITON
+from tuning import carried_cache
 from tuning.candidates import Config, candidates
+from tuning.carried_cache import MULTIPROCESSORS
 from tuning.compile_ahead import compile_all
 from tuning.write_configs import fastest
 
+Candidates: TypeAlias = dict[tuple[MXFormat, int, int, int], list[Config]]
+_TIMED_AGAIN = 3
 _FEWEST_DEQUANTIZED = 256
 """Fewer tokens are not worth writing a dequantized weight to memory for."""
 
@@ -52,11 +59,17 @@ def main() -> int:
     parser.set_defaults(formats="mxint4,mxfp4,mxfp6_e2m3,mxint8,mxfp8_e4m3", rows="1,8,16,32,64,256,512,2048")
     parser.set_defaults(seconds=3600.0)
     arguments = parser.parse_args()
+    shapes = [SHAPES[shape] for shape in arguments.shapes]
     if not torch.cuda.is_available():
-        print("tuning.sweep needs a CUDA GPU, and this machine has none")
-        return 1
+        if arguments.kernels is None:
+            print("tuning.sweep needs a CUDA GPU, and this machine has none; with --kernels it compiles")
+            return 1
+        compile_candidates(
+            candidates_of_cases(arguments.formats, arguments.rows, shapes, MULTIPROCESSORS), arguments.kernels
+        )
+        return 0
     run = Run(" ".join(["python -m tuning.sweep", *sys.argv[1:]]), arguments.seconds, arguments.out)
-    sweep(run, arguments.formats, arguments.rows, [SHAPES[shape] for shape in arguments.shapes])
+    sweep(run, arguments.formats, arguments.rows, shapes, arguments.kernels)
     print(*totals(fastest(run.lines)), sep="\n")
     if arguments.out:
         name = "sm{}{}".format(*torch.cuda.get_device_capability())
@@ -64,44 +77,81 @@ def main() -> int:
     return 0
 
 
-def sweep(run: Run, formats: Sequence[MXFormat], rows: Sequence[int], shapes: Sequence[tuple[int, int]]) -> None:
-    """Time every candidate; cases that the time does not reach are missing."""
+def sweep(
+    run: Run,
+    formats: Sequence[MXFormat],
+    rows: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    kernels: Path | None = None,
+) -> None:
+    """Time every candidate; cases that the time does not reach are missing. kernels: a folder of compiled kernels."""
+    if kernels is not None:
+        carried_cache.use(kernels)
     warm_up()
     gluon = gluon_planes.supports(torch.zeros(1, 128, dtype=torch.bfloat16, device=DEVICE)) is None
     count = multiprocessors(torch.device(DEVICE, torch.cuda.current_device()))
-    configs = {(fmt, n, m): candidates(fmt, n, m, count, gluon) for fmt, (n, _), m in product(formats, shapes, rows)}
-    jobs = {(str(fmt), config) for (fmt, _, _), several in configs.items() for config in several}
-    timed = sum(len(configs[fmt, n, m]) for fmt, (n, _), m in product(formats, shapes, rows))
-    print(f"compiling {len(jobs)} kernels, to time {timed} candidates", flush=True)
-    compile_all(sorted(jobs, key=str), sorted({k for _, k in shapes}))
-    print(f"compiled after {run.elapsed:.0f} s", flush=True)
-    for fmt, (n, k) in product(formats, shapes):
-        w = make_weight(fmt, n, k)
-        for m in rows:
-            if run.out_of_time:
-                print(f"out of time before {fmt} {n} x {k}, {m} tokens", flush=True)
-                return
-            _sweep_case(run, make_case(w, m), configs[fmt, n, m])
-        del w
+    configs = candidates_of_cases(formats, rows, shapes, count, gluon)
+    if kernels is None:
+        compile_candidates(configs, None)
+        print(f"compiled after {run.elapsed:.0f} s", flush=True)
+    weights: dict[tuple[MXFormat, int, int], Weight] = {}
+    for m, fmt, (n, k) in product(rows, formats, shapes):
+        if run.out_of_time:
+            print(f"out of time before {fmt} {n} x {k}, {m} tokens", flush=True)
+            return
+        if (fmt, n, k) not in weights:
+            weights[fmt, n, k] = make_weight(fmt, n, k)
+        _sweep_case(run, make_case(weights[fmt, n, k], m), configs[fmt, n, k, m])
+
+
+def candidates_of_cases(
+    formats: Sequence[MXFormat],
+    rows: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    count: int,
+    gluon: bool = True,
+) -> Candidates:
+    """The candidates of each case, for a GPU of `count` multiprocessors."""
+    cases = product(formats, shapes, rows)
+    return {(fmt, n, k, m): candidates(fmt, n, m, count, gluon) for fmt, (n, k), m in cases}
+
+
+def compile_candidates(configs: Candidates, kernels: Path | None) -> None:
+    jobs = {(str(fmt), config) for (fmt, *_), several in configs.items() for config in several}
+    print(f"compiling {len(jobs)} kernels, to time {sum(map(len, configs.values()))} candidates", flush=True)
+    compile_all(sorted(jobs, key=str), sorted({k for _, _, k, _ in configs}), kernels)
 
 
 def _sweep_case(run: Run, case: Case, configs: Sequence[Config]) -> None:
+    """Every config alone, then the fastest ones again, each alternating with cuBLAS."""
     counters = torch.zeros(1 << 16, dtype=torch.int32, device=DEVICE)
-    first = len(run.lines)
-    for config in configs:
+    first, calls = len(run.lines), [fused_call(case.w, case.x, config, counters) for config in configs]
+    paths = [GLUON if isinstance(config, gluon_planes.Config) else TRITON for config in configs]
+    times: list[tuple[float, int]] = []
+    for i, (config, path, call) in enumerate(zip(configs, paths, calls, strict=True)):
         counters.zero_()
-        path = GLUON if isinstance(config, gluon_planes.Config) else TRITON
-        run.add(case, path, fused_call(case.w, case.x, config, counters), config=asdict(config))
+        us = run.add_quickly(case, path, call, config=changed(config))
+        times += [] if us is None else [(us, i)]
+    others = [time for time in times if paths[time[1]] != GLUON]
+    for _, i in dict.fromkeys([*sorted(times)[:_TIMED_AGAIN], *sorted(others)[:1]]):
+        run.add(case, paths[i], calls[i], config=changed(configs[i]))
     if len(case.x) >= _FEWEST_DEQUANTIZED:
         run.add(case, DEQUANTIZED, dequantized_call(case.w, case.x), config={})
     for line in fastest(run.lines[first:]):
         print(f"{run.elapsed:5.0f} s: {in_a_line(line)}, {line['config']}", flush=True)
 
 
+def changed(config: Config) -> dict[str, Any]:
+    """The fields of a config that are not the default."""
+    default = asdict(type(config)()) if isinstance(config, gluon_planes.Config) else asdict(type(config)(0, 0))
+    return {name: value for name, value in asdict(config).items() if value != default[name]}
+
+
 def fused_call(w: Weight, x: Tensor, config: Config, counters: Tensor) -> Call:
     copies = w.of("planes")
     linear: Any = (gluon_planes if isinstance(config, gluon_planes.Config) else triton_planes).linear
-    return lambda i: linear(x, copies[i % len(copies)], None, config, counters)
+    counters_of_split = counters if config.split > 1 else None  # else another kernel would be compiled
+    return lambda i: linear(x, copies[i % len(copies)], None, config, counters_of_split)
 
 
 def dequantized_call(w: Weight, x: Tensor) -> Call:

@@ -1,16 +1,17 @@
 """Tile configs for matmuls with planar weights, looked up in `configs/*.jsonl`. Nothing is tuned at run time.
 
-A line holds the fastest of many measured configs for one format, shape and number of tokens. A GPU whose compute
-capability has a file uses that file, any other GPU `sm90.jsonl`. `benchmarks/tuning/README.md` says how to measure
-another GPU.
+A line holds the fastest of many measured configs for one format, shape and number of tokens. A GPU uses the file of its
+compute capability and model, `sm90-h200.jsonl` for any whose name contains H200 (GH200 too, with the same memory), or
+else that of its compute capability, or else `sm90.jsonl`, which was measured on an H100. `benchmarks/tuning/README.md`
+says how to measure another GPU.
 
 A shape that is not in the table uses the config of the nearest shape, with split-K adjusted so that about as many
 programs run; a number of tokens uses that of the next larger one. Where the Gluon kernel is the fastest, the next line
-holds the fastest of the others, for GPUs and activations that Gluon does not support. For every measured config,
-split-K by all powers of two up to 16 was checked against float64: a compiler may get one of them wrong. A format that
-was not measured uses the configs of the most similar one; the GPU tests check every config of the table in all formats
-that use it. Without an entry, few tokens use a default config that these tests check in all formats, and many use
-cuBLAS.
+holds the fastest of the others, for GPUs and activations that Gluon does not support. For every config measured on an
+H100, split-K by all powers of two up to 16 was checked against float64: a compiler may get one of them wrong. A format
+that was not measured uses the configs of the most similar one; the GPU tests check every config of the table in all
+formats that use it. Without an entry, few tokens use a default config that these tests check in all formats, and many
+use cuBLAS.
 """
 
 import json
@@ -73,7 +74,7 @@ def config_for(fmt: MXFormat, n: int, k: int, m: int, device: torch.device, gluo
 
 def configs_for_format(device: torch.device, fmt: MXFormat) -> list[TunedConfig]:
     """The table's entries for a format, or for the most similar one."""
-    table = _table(_table_name(device))
+    table = _table(table_name(device))
     measured = {entry.fmt.name for entry in table}
     name = fmt.name if fmt.name in measured else _SIMILAR_FORMAT.get(fmt.name, fmt.name)
     return [entry for entry in table if entry.fmt.name == name]
@@ -115,7 +116,10 @@ def _parse_line(line: dict[str, Any]) -> TunedConfig:
 
 
 @cache
-def _table_name(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    name = f"sm{major}{minor}"
-    return name if files("mxcompile.kernels").joinpath("configs", f"{name}.jsonl").is_file() else _DEFAULT_TABLE
+def table_name(device: torch.device) -> str:
+    """The table of the device's model, or of its compute capability, or the default one."""
+    capability = "sm{}{}".format(*torch.cuda.get_device_capability(device))
+    model = torch.cuda.get_device_name(device).lower()
+    names = [file.name.removesuffix(".jsonl") for file in files("mxcompile.kernels").joinpath("configs").iterdir()]
+    of_model = [name for name in names if name.startswith(f"{capability}-") and name.split("-")[1] in model]
+    return next((name for name in (*of_model, capability) if name in names), _DEFAULT_TABLE)

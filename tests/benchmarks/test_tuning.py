@@ -3,6 +3,7 @@
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,15 +18,23 @@ from tuning.write_configs import fastest, table
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, TRITON
 
-SWEEP = Path(__file__).parents[2] / "benchmarks" / "results" / "gemm-sweep-h100.jsonl"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 8192)
 
 
-def test_the_table_in_the_package_is_written_from_the_recorded_sweep() -> None:
-    lines = read(SWEEP)
+def read_table(name: str) -> list[dict[str, Any]]:
+    text = files("mxcompile.kernels").joinpath("configs", f"{name}.jsonl").read_text()
+    return list(map(json.loads, text.splitlines()))
+
+
+def test_the_tables_in_the_package_are_written_from_the_recorded_sweeps() -> None:
+    """That of an H200 has its own configs for 8 and 32 tokens, and those of an H100 for the rest."""
+    lines = read(RESULTS / "gemm-sweep-h100.jsonl")
     assert all(line["error"] <= 1 for line in fastest(lines))
-    text = files("mxcompile.kernels").joinpath("configs", "sm90.jsonl").read_text()
-    assert list(map(json.loads, text.splitlines())) == table(lines)
+    assert read_table("sm90") == table(lines)
+    lines = [line for line in read(RESULTS / "gemm-sweep-h200.jsonl") if line["m"] in (8, 32)]
+    assert all(line["error"] <= 1 for line in lines)
+    assert read_table("sm90-h200") == table(lines, read_table("sm90"))
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
@@ -50,4 +59,23 @@ def test_the_fastest_correct_line_is_kept_and_one_for_gpus_without_gluon() -> No
     assert table(lines) == [
         case | {"path": GLUON, "config": {"rows": 16}},
         case | {"path": TRITON, "config": {"rows": 16, "out": 32}},
+    ]
+
+
+def test_a_case_that_was_measured_with_dependent_launch_alone_has_the_fastest_config_without_it() -> None:
+    case = {"weight": "mxint4", "n": 64, "k": 64, "path": TRITON}
+    few, many = case | {"m": 8}, case | {"m": 32}
+    dependent = {"dependent": 1, "prefetch": 4}
+    lines = [
+        few | {"config": {"rows": 8, "out": 64, **dependent}, "quick_us": 1.0},
+        few | {"config": {"rows": 8, "out": 32, **dependent}, "quick_us": 1.1, "us": 1.2},
+        many | {"config": {"rows": 32, "out": 64, **dependent}, "quick_us": 1.0},
+        many | {"config": {"rows": 32, "out": 128}, "quick_us": 2.0},
+        many | {"config": {"rows": 32, "out": 64, "slices": 4}, "quick_us": 1.0},
+    ]
+    rest = [few | {"config": {"rows": 8, "out": 128}}, case | {"m": 64, "config": {"rows": 64, "out": 64}}]
+    assert table(lines, rest) == [
+        few | {"config": {"rows": 8, "out": 32}},
+        many | {"config": {"rows": 32, "out": 128}},
+        rest[1],
     ]

@@ -316,6 +316,33 @@ def test_the_speeds_on_a_gpu():
     assert shown == {key: f"{ratio:.2f} x" for key, ratio in gpu_ratios().items()}
 
 
+def test_what_was_tried_on_an_h200():
+    best = {}
+    for line in results("gemm-sweep-h200.jsonl"):
+        if "quick_us" in line:
+            sliced, dependent = "slices" in line["config"], int(line["config"].get("dependent", 0))
+            case = line["path"], line["weight"], line["m"], sliced, dependent
+            shapes = best.setdefault(case, {})
+            shape = line["n"], line["k"]
+            shapes[shape] = min(line["quick_us"], shapes.get(shape, math.inf))
+    totals = {case: f"{sum(shapes.values()):.1f}" for case, shapes in best.items() if len(shapes) == 4}
+    text = page("docs/kernels.md")
+    for words, sliced, dependent in (
+        ("the kernel as it is, configs of an H100 among others", False, 0),
+        ("the same, dependent launch", False, 1),
+        ("K divided among the warps of a program", True, 0),
+        ("the same, dependent launch", True, 1),
+    ):
+        cells = " | ".join(totals["planes", weight, 1, sliced, dependent] for weight in ("mxint4", "mxfp4"))
+        assert f"| {words} | {cells} |" in text
+    assert f"at 32 tokens in MXINT4 {totals['planes', 'mxint4', 32, False, 0]}" in text
+    assert f"64 tokens took {totals['gluon', 'mxint4', 64, False, 1]} us in MXINT4" in text
+    today = [line for line in results("gemm-h200.jsonl") if (line.get("weight"), line.get("m")) == ("mxint4", 1)]
+    assert f"take {sum(line['us'] for line in today):.1f} us with the configs of the H100" in text
+    (wrong,) = (line for line in results("gemm-sweep-h200.jsonl") if "failed" in line)
+    assert (wrong["m"], wrong["n"], wrong["config"]) == (64, 28672, {"rows": 64, "out": 64, "split": 2, "stages": 3})
+
+
 def test_the_fp8_path():
     text = page("docs/kernels.md")
     for activation, words in (

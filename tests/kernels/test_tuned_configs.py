@@ -14,12 +14,14 @@ SHAPES = [(6144, 4096), (4096, 14336), (64, 32), (49152, 576), (1024, 4096), (12
 MEASURED_SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     from mxcompile.kernels import tuned_configs
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    tuned_configs.config_for.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: request.param)
+    for function in (tuned_configs.config_for, tuned_configs.table_name):
+        function.cache_clear()
 
 
 @pytest.mark.usefixtures("hopper")
@@ -85,10 +87,22 @@ def test_other_shapes_are_split_into_as_many_programs() -> None:
     assert config_for(MXINT4, 64, 256, 1, torch.device("cuda")).split == 1  # pyright: ignore[reportOptionalMemberAccess]
 
 
-@pytest.mark.usefixtures("hopper")
-def test_a_gpu_without_a_table_takes_the_one_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mxcompile.kernels.tuned_configs import config_for
+@pytest.mark.parametrize(
+    ("name", "capability", "table"),
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0), "sm90"),
+        ("NVIDIA H200", (9, 0), "sm90-h200"),
+        ("NVIDIA GH200 144G HBM3e", (9, 0), "sm90-h200"),
+        ("NVIDIA RTX A6000", (8, 6), "sm90"),
+    ],
+)
+def test_a_gpu_takes_the_table_of_its_model_or_the_default_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], table: str
+) -> None:
+    from mxcompile.kernels.tuned_configs import table_name
 
-    measured = config_for(MXINT4, 6144, 4096, 1, torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
-    assert config_for(MXINT4, 6144, 4096, 1, torch.device("cuda", 1)) == measured
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    table_name.cache_clear()
+    assert table_name(torch.device("cuda")) == table
+    table_name.cache_clear()
