@@ -30,21 +30,34 @@ def test_slots_that_overlap_in_part_are_refused():
         Recording([], [Slot(40, 80), Slot(72, 100)])
 
 
+@pytest.fixture(params=[1, 4])
+def threads(request):
+    """More of them than cores, maybe."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 3, 4])
 @pytest.mark.parametrize("rounding", [None, (MXINT8, ScaleRule.FLOOR)])
-def test_replayed_matmuls_have_the_bits_of_others(dtype, tokens, rounding):
+def test_replayed_matmuls_have_the_bits_of_others(dtype, tokens, rounding, threads):
     """Several weights of different heights, more rows than one task has, x and one output elsewhere than recorded."""
-    weights = [(*packed(MXINT4, rows, 96, rows)[:2], None) for rows in (1500, 7, 64)]
+    weights = [(*packed(MXINT4, rows, 96, rows)[:2], None) for rows in (6000, 7, 64)]
     weights[1] = (*weights[1][:2], torch.randn(7).to(dtype))
     outputs = [torch.empty(tokens, len(weight[0]), dtype=dtype) for weight in weights]
     x = torch.zeros(tokens, 96, dtype=dtype)
     call = LinearsCall(x, tuple(weights), tuple(outputs), MXINT4, rounding)
     recording = Recording([call], [Slot.of(x), Slot.of(outputs[0])])
-    for _ in range(2):
+    for _ in range(5):
         other, y = torch.randn(tokens, 96).to(dtype), torch.empty_like(outputs[0])
         addresses = [other.data_ptr(), y.data_ptr()]
         assert recording.replay(addresses, recording.moved(addresses))
+        at_once = linears.linears(other, weights, MXINT4, rounding)
+        torch.set_num_threads(1)
         expected = linears.linears(other, weights, MXINT4, rounding)
-        for actual, value in zip([y, *outputs[1:]], expected, strict=True):
+        torch.set_num_threads(threads)
+        for actual, same, value in zip([y, *outputs[1:]], at_once, expected, strict=True):
             assert torch.equal(actual, value)
+            assert torch.equal(same, value)
