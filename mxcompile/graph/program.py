@@ -168,8 +168,13 @@ class Program:
             setattr(self, name, value if name == "origin" else copy.copy(value))
 
     def track(self, items: Sequence[T]) -> Iterator[T]:
-        """Iterate over the items of a pass's work (segments, batches, matmuls), and report the progress."""
+        """Iterate over the items of a pass's work (segments, batches, matmuls), and report the progress.
+
+        A program whose tensors lie in files gives freed memory back to the system before each.
+        """
         for done, item in enumerate(items):
+            if self.mapped is not None:
+                self.mapped.return_freed()
             if self.report is not None:
                 self.report(done, len(items))
             yield item

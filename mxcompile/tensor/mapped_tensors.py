@@ -9,13 +9,16 @@ which is kept until it is released. Files have no name while they are in use: th
 gone, also if the process is killed.
 """
 
+import ctypes
 import mmap
 import os
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Final
+from typing import Any, Final
 from weakref import WeakValueDictionary, ref
 
 import torch
@@ -130,6 +133,11 @@ class MappedTensors:
         """Give up the memory of all mapped tensors until their next use."""
         self._release_down_to(0)
 
+    def return_freed(self) -> None:
+        """Give memory that tensors no longer need back to the system: glibc keeps it, in pieces, for later ones."""
+        if (trim := _malloc_trim()) is not None:
+            trim(0)
+
     def _release_down_to(self, limit: int) -> None:
         """Release tensors, those used longest ago first, but for the last one used, until they have `limit` bytes."""
         total = sum(use.bytes for use in self._used.values())
@@ -164,6 +172,12 @@ class MappedTensors:
 def _view(value: Tensor) -> _View:
     """Where a tensor's values lie, and how: another view of the same memory is another tensor."""
     return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
+
+
+@cache
+def _malloc_trim() -> Any:
+    """The function of glibc; None elsewhere."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def _release_pages(mapping: mmap.mmap) -> None:

@@ -1,6 +1,7 @@
 """MappedTensors: values lie in files, are in memory while they are used, and are the same to the bit."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,21 +126,35 @@ def test_a_copy_of_a_tensor_that_is_gone_is_not_that_of_another(tmp_path):
     assert len(addresses) < 20  # mappings have come to lie at the same address
 
 
+def resident(kind: str) -> int:
+    """Bytes of that kind of memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux counts the memory of mapped files")
 def test_released_pages_are_out_of_memory(tmp_path):
-    def resident() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) * 1024
-
     size = 64 << 20
     tensors = mapped(tmp_path)
     kept = tensors.keep(torch.ones(size, dtype=torch.uint8))
-    before = resident()
+    before = resident("RssFile")
     tensors.use(kept).amax()
-    assert resident() > before + size // 2
+    assert resident("RssFile") > before + size // 2
     tensors.release()
-    assert resident() < before + size // 4
+    assert resident("RssFile") < before + size // 4
     assert tensors.use(kept).sum() == size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is asked to return freed memory")
+def test_freed_memory_is_returned(tmp_path):
+    """Of small tensors between which others live on: as glibc would not return it by itself."""
+    tensors = [torch.ones(16_000) for _ in range(2000)]
+    kept = tensors[::50]
+    held = resident("RssAnon")
+    del tensors
+    mapped(tmp_path).return_freed()
+    assert held - resident("RssAnon") > 80e6
+    assert len(kept) == 40
 
 
 def test_a_tensor_of_a_file(tmp_path):
