@@ -8,6 +8,8 @@ with the gap before it. Attention reads caches of 400 MB in turn, more than the 
 a copy at `--bandwidth` takes to read one. Lines with `default` are what a model runs.
 """
 
+# pyright: basic
+
 import argparse
 import json
 import multiprocessing

@@ -490,3 +490,24 @@ def test_the_steps_of_served_models():
     measured = [[*row["step_ms"].values(), row["prompt_ms"]] for row in results("serving-h200.jsonl")]
     expected = [[f"{ms:.2f}" for ms in times] for times in measured]
     assert [[cell.strip() for cell in row.split("|")] for row in rows] == expected
+
+
+def test_small_kernels():
+    """The default config of attention is that of the table; `default` in the record is the one before it."""
+    text, rows = page("docs/kernels.md"), results("small-kernels-h200.jsonl")
+    attention = [row for row in rows if row["kernel"] == "attend_next"]
+    for batch, keys in {(row["batch"], row["keys"]): None for row in attention}:
+        parts = 16 if (batch, keys) == (1, 2048) else 32 if batch == 1 else 4
+        config = {"batch": batch, "keys": keys, "splits": parts, "block": 64, "warps": 8, "dependent": True}
+        (row,) = [row for row in attention if config.items() <= row.items()]
+        cells = f"{row['us']:.2f} | {row['floor']:.2f} | {percent(row['share'])}"
+        assert f"| {batch}, {keys} | {parts} | {cells} |" in text
+    (before,) = [row for row in attention if row.get("default") and (row["batch"], row["keys"]) == (1, 2048)]
+    assert f"8.9 us in place of {before['us']:.1f} for 2048 keys" in text
+    (norm, early), (wide, wide_early), (narrow, narrow_early) = (
+        [row["us"] for row in rows if row.get("rows") == 1 and row.get(name) == value]
+        for name, value in (("warps", 16), ("tile", 256), ("tile", 128))
+    )
+    assert f"{norm:.1f} us for a norm with its residual sum, {wide:.1f} for a gated product" in text
+    assert f"256 values and {narrow:.1f} in tiles of 128." in text
+    assert f"{early:.1f}, {wide_early:.1f} and {narrow_early:.1f}." in text

@@ -27,7 +27,7 @@ from torch import Tensor
 from mxcompile.errors import MXCompileError
 from mxcompile.kernels.triton import split_k_counters
 from mxcompile.kernels.triton.attention_kernel import attend_kernel
-from mxcompile.kernels.triton.elements import FLOAT_DTYPES, launch, unsupported_device, unsupported_dtype
+from mxcompile.kernels.triton.elements import FLOAT_DTYPES, launch, starts_early, unsupported_device, unsupported_dtype
 from mxcompile.kernels.triton.quantize import Rounding, rounding_constants, why_not_rounded
 
 _ROWS: Final = 16
@@ -49,7 +49,7 @@ class Config:
 
     splits: int
     block: int
-    warps: int = 4
+    warps: int = 8
     stages: int = 3
     dependent: bool = False
 
@@ -179,12 +179,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, new: NewToken | None) -> N
 
 
 def config_for(key: Tensor, head_groups: int) -> Config:
-    """As many programs as run concurrently, with equal numbers of key blocks; no program of a split is empty."""
+    """As many programs as run concurrently, with equal numbers of key blocks, two or more where there are several: then
+    combining their results takes less time. No program of a split is empty."""
     width = max(16, triton.next_power_of_2(key.shape[3])) * key.element_size()
     block = max(16, min(64, _BLOCK_BYTES // width))
     blocks = max(1, -(-key.shape[2] // block))
-    blocks_per_split = -(-blocks // max(1, _TARGET_PROGRAMS // head_groups))
-    return Config(-(-blocks // blocks_per_split), block)
+    blocks_per_split = max(min(blocks, 2), -(-blocks // max(1, _TARGET_PROGRAMS // head_groups)))
+    return Config(-(-blocks // blocks_per_split), block, dependent=starts_early(key))
 
 
 def _with_counters(query: Tensor, config: Config, head_groups: int) -> tuple[Config, Tensor | None]:

@@ -50,6 +50,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def starts_early(x: Tensor) -> bool:
+    """Whether kernels may start while the previous one still runs (programmatic dependent launch); they must then wait
+    for it before they read or write what another kernel writes."""
+    return x.is_cuda and capability(x.device) >= (9, 0)
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """The GPU's number of multiprocessors."""

@@ -23,7 +23,7 @@ from mxcompile.kernels.triton.gates import activated, gate_constants
 from mxcompile.kernels.triton.quantize import Rounding, rounded_rows, rounding_constants, why_not_rounded
 from mxcompile.numerics.gates import Gate
 
-_FEW_VALUES: Final = 65536
+_FEW_VALUES: Final = 131072
 """Up to so many values, small tiles spread the work over more multiprocessors."""
 
 
@@ -37,7 +37,7 @@ def multiply_and_round(
 ) -> Tensor:
     """gate and up `[..., inner]` of one dtype, of any strides. Returns the rounded product, contiguous.
 
-    function: without limit and shift.
+    function: without limit and shift. dependent: programmatic dependent launch, from 9.0 on.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise MXCompileError(f"a gate {gate.dtype} {[*gate.shape]} cannot gate {up.dtype} {[*up.shape]}")
@@ -47,7 +47,7 @@ def multiply_and_round(
     rows, inner, block = math.prod(gate.shape[:-1]), gate.shape[-1], rounding[0].block_size
     gate, up = (part.reshape(rows, inner) for part in (gate, up))
     gate, up = (part if part.stride(1) == 1 else part.contiguous() for part in (gate, up))
-    tile = max(block, tile or (256 if y.numel() <= _FEW_VALUES else 2048))
+    tile = max(block, tile or (128 if y.numel() <= _FEW_VALUES else 2048))
     launch(
         _multiply_and_round_kernel,
         -(-y.numel() // tile),

@@ -43,7 +43,10 @@ def add_norm(
     dependent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x and residual `[..., size]`, of any strides; weight and bias `[size]`. Returns `x + residual`, which is x
-    itself without a residual, and the rounded norm of it, both contiguous and in the dtype of x."""
+    itself without a residual, and the rounded norm of it, both contiguous and in the dtype of x.
+
+    dependent: programmatic dependent launch, from compute capability 9.0 on.
+    """
     size, rows = x.shape[-1], math.prod(x.shape[:-1])
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise MXCompileError(f"a residual {[*residual.shape]} cannot be added to {[*x.shape]}")
@@ -114,11 +117,11 @@ def _add_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < size
-    factor = widen(tl.load(weight + lane, mask=inside, other=0.0)) if HAS_WEIGHT else tl.full((LANES,), 1.0, tl.float32)
-    shift = widen(tl.load(bias + lane, mask=inside, other=0.0)) if HAS_BIAS else tl.full((LANES,), 0.0, tl.float32)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
+    factor = widen(tl.load(weight + lane, mask=inside, other=0.0)) if HAS_WEIGHT else tl.full((LANES,), 1.0, tl.float32)
+    shift = widen(tl.load(bias + lane, mask=inside, other=0.0)) if HAS_BIAS else tl.full((LANES,), 0.0, tl.float32)
     values = widen(tl.load(x + row * x_stride + lane, mask=inside, other=0.0))
     if HAS_RESIDUAL:
         values += widen(tl.load(residual + row * residual_stride + lane, mask=inside, other=0.0))
