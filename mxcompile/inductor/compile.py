@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -19,7 +18,6 @@ from mxcompile.inductor.generation.hook import use_our_loop
 from mxcompile.inductor.private_api import aot_autograd, make_boxed_func, mark_static_address, maybe_mark_dynamic
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.inductor.rewrites.join_linears import join_linears
-from mxcompile.kernels.cpu.cores import alone_if_busy
 from mxcompile.kernels.dispatch import prepare
 from mxcompile.tensor.modules import device_of
 from mxcompile.tensor.planar_layout import use_planar_layout
@@ -73,14 +71,12 @@ def _compile_call(module: nn.Module, backend: Callable[..., Any]) -> None:
     """
     forward = CompiledForward(module, backend)
     forward.prepare()
-    on_cpu = device_of(module).type == "cpu"
 
     def marked(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             for tensor in Inputs(args, kwargs).tensors():
                 maybe_mark_dynamic(tensor, list(range(tensor.dim())))
-        with alone_if_busy() if on_cpu and not torch.compiler.is_compiling() else nullcontext():
-            result = forward(*args, **kwargs)
+        result = forward(*args, **kwargs)
         if not torch.compiler.is_compiling():
             _fix_addresses(kwargs.get("cache", kwargs.get("past_key_values")))  # its name since transformers 5.24
         return result

@@ -87,8 +87,9 @@ class Repeated:
 
     def __call__(self) -> None:
         """Run a step."""
+        logits = self._call()
         with self._on_cores():
-            self._run(self._call())
+            self._run(logits)
 
 
 def decode(
