@@ -11,7 +11,7 @@ values. Rounding can raise the largest of a token to the next power of two; for 
 """
 
 # ruff: noqa: N803  (upper case marks constexpr arguments, as everywhere in Triton)
-# pyright: basic, reportGeneralTypeIssues=false
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 import math
