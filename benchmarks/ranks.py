@@ -117,7 +117,11 @@ def run_here(work: Path, device: str, recipe: str) -> None:
         whole = time.perf_counter() - began
         if is_first():
             result = {"gptq": watch.seconds["gptq"], "whole": whole, "tensors": digests(quantized)}
-            print(json.dumps(result | {"peak": torch.cuda.max_memory_allocated() if own.type == "cuda" else 0}))
+            print(
+                json.dumps(
+                    result | {"peak": torch.cuda.max_memory_allocated() if torch.device(own).type == "cuda" else 0}
+                )
+            )
 
 
 def digests(model: nn.Module) -> dict[str, str]:

@@ -36,6 +36,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.kernels.layout.planes import plane_layout
 from mxcompile.kernels.triton.elements import launch, narrow, widen
 from mxcompile.kernels.triton.expert_slices import (
     Config,
@@ -121,6 +122,8 @@ def _grouped(
         return y
     if table is None and config.choices > 1 and experts.numel() > MOST_RANKED:
         raise MXCompileError(f"more than {MOST_RANKED} choices need a table")
+    if config.held and plane_layout(stack.planes.fmt).planes > 4:
+        raise MXCompileError(f"weights in {stack.planes.fmt} cannot be held in registers: take a config with held=0")
     x = x if x.stride(1) == 1 else x.contiguous()
     experts, planes = experts.contiguous(), stack.planes
     tiles = -(-stack.out // config.out)
