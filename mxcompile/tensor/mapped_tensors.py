@@ -102,9 +102,7 @@ class MappedTensors:
     def use(self, value: Tensor) -> Tensor:
         """The values of a tensor that the program holds, on the device. The result is for reading."""
         if isinstance(value, MXWeight):
-            parts = [self.use(part) for part in value.parts]
-            same = all(one is other for one, other in zip(parts, value.parts, strict=True))
-            return value if same else MXWeight(parts[0], parts[1], value.layout_, value.dtype, *parts[2:])
+            return _with_parts(value, [self.use(part) for part in value.parts])
         if not self.holds(value):
             return value
         view = _view(value)
@@ -123,11 +121,9 @@ class MappedTensors:
     def fetch(self, value: Tensor) -> Tensor:
         """`use` of a tensor that may lie in memory: the result is on the device, and so are all parts of an MXWeight,
         of which small ones lie in memory while others are mapped."""
-        if not isinstance(value, MXWeight):
-            return self.use(value).to(self.device)
-        parts = [self.fetch(part) for part in value.parts]
-        same = all(one is other for one, other in zip(parts, value.parts, strict=True))
-        return value if same else MXWeight(parts[0], parts[1], value.layout_, value.dtype, *parts[2:])
+        if isinstance(value, MXWeight):
+            return _with_parts(value, [self.fetch(part) for part in value.parts])
+        return self.use(value).to(self.device)
 
     def release(self) -> None:
         """Give up the memory of all mapped tensors until their next use."""
@@ -172,6 +168,13 @@ class MappedTensors:
 def _view(value: Tensor) -> _View:
     """Where a tensor's values lie, and how: another view of the same memory is another tensor."""
     return value.data_ptr(), value.dtype, tuple(value.shape), value.stride()
+
+
+def _with_parts(weight: MXWeight, parts: list[Tensor]) -> MXWeight:
+    """The weight with these component tensors; itself if they are its own."""
+    if all(one is other for one, other in zip(parts, weight.parts, strict=True)):
+        return weight
+    return MXWeight(parts[0], parts[1], weight.layout_, weight.dtype, *parts[2:])
 
 
 @cache
