@@ -7,10 +7,10 @@
 
 A save replaces a checkpoint atomically (save_transaction.py). A load checks everything before it returns anything
 (reader.py). transformers reads these folders through a quantizer that `import mxcompile` registers
-(hf_registration.py). interop/ reads and writes other projects' formats.
+(hf/registration.py). interop/ reads and writes other projects' formats.
 """
 
-from mxcompile.checkpoint.hf_registration import mark_quantized, register
+from mxcompile.checkpoint.hf.registration import mark_quantized, register
 from mxcompile.checkpoint.interop.foreign import is_foreign, is_gguf, read_gguf, read_gguf_tokenizer
 from mxcompile.checkpoint.load import load
 from mxcompile.checkpoint.reader import Checkpoint

@@ -7,7 +7,7 @@ from typing import Final, TypeVar, overload
 
 from torch import Tensor, nn
 
-from mxcompile.checkpoint.hf_registration import mark_quantized
+from mxcompile.checkpoint.hf.registration import mark_quantized
 from mxcompile.checkpoint.hub import find_folder
 from mxcompile.checkpoint.interop import foreign
 from mxcompile.checkpoint.reader import Checkpoint
@@ -60,7 +60,7 @@ def _load(checkpoint: Checkpoint, model: nn.Module | None) -> nn.Module:
             f"{checkpoint.folder} holds a {checkpoint.config.class_name}, which is not a transformers model: build one "
             "yourself (on the meta device, if you like) and pass it: load(path, model=...)"
         )
-    from mxcompile.checkpoint.hf_models import build  # imports transformers
+    from mxcompile.checkpoint.hf.models import build  # imports transformers
 
     return build(checkpoint)
 

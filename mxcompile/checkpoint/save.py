@@ -165,10 +165,10 @@ def write_auxiliary(module: nn.Module, stage: Path, names: TensorNames, processo
             processor.save_pretrained(stage)
     if not is_pretrained(module):
         return dict(getattr(module, SOURCE_CONFIG, {}))
-    from mxcompile.checkpoint import hf_models  # imports transformers
+    from mxcompile.checkpoint.hf import models  # imports transformers
 
-    hf_models.save_generation(module, stage)  # pyright: ignore[reportArgumentType]
-    return hf_models.configuration(module, names, stage)  # pyright: ignore[reportArgumentType]
+    models.save_generation(module, stage)  # pyright: ignore[reportArgumentType]
+    return models.configuration(module, names, stage)  # pyright: ignore[reportArgumentType]
 
 
 def shard_bytes(size: int | str) -> int:

@@ -4,7 +4,7 @@
     source.model                                              # the module, its parameters on the meta device
     source.tensor("model.layers.0.mlp.experts.gate_up_proj")  # put together from the files, on the CPU
 
-transformers says how stored tensors become those of the model (hf_source.py). No more than one of them is in memory,
+transformers says how stored tensors become those of the model (hf/source.py). No more than one of them is in memory,
 with the parts that it is made of. Files that are quantized already are decoded (interop/quantized_sources.py).
 """
 
@@ -147,19 +147,19 @@ class SourceFiles:
         return next(other for other in same if other in self._assemblies)
 
     def _build(self) -> None:
-        from mxcompile.checkpoint import hf_source  # imports transformers
+        from mxcompile.checkpoint.hf import source  # imports transformers
 
-        kind = hf_source.model_class(self.folder, self.config)
+        kind = source.model_class(self.folder, self.config)
         if kind is None:
             return
-        config = hf_source.read_config(self.folder, kind)
-        empty = hf_source.empty_model(self.folder, config, kind)
-        self._assemblies, unused = hf_source.assemblies(empty, self.stored)
+        config = source.read_config(self.folder, kind)
+        empty = source.empty_model(self.folder, config, kind)
+        self._assemblies, unused = source.assemblies(empty, self.stored)
         self.unused = tuple(unused)
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else self._first_float()
-        stated = hf_source.stated_values(empty, self._assemblies, dtype, self._differ)
+        stated = source.stated_values(empty, self._assemblies, dtype, self._differ)
         self._check_complete(empty)
-        self.model = hf_source.model_without_values(self.folder, config, kind, dtype, stated)
+        self.model = source.model_without_values(self.folder, config, kind, dtype, stated)
 
     def _first_float(self) -> torch.dtype:
         """The dtype that `from_pretrained` takes for a model whose config states none."""

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 import transformers
 
-from mxcompile.checkpoint import hf_models
+from mxcompile.checkpoint.hf import models
 from mxcompile.checkpoint.interop.stored_names import published_names
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.serving.stored_experts import tensors_of
@@ -27,7 +27,7 @@ def renamed_tensors(checkpoint: Checkpoint) -> dict[str, str]:
     Empty for a model whose class is not at hand.
     """
     config = checkpoint.config
-    kind = hf_models.find_class(config.class_name, config.model_config.get("model_type"))
+    kind = models.find_class(config.class_name, config.model_config.get("model_type"))
     if kind is None:
         return {}
     with torch.device("meta"):

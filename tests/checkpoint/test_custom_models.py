@@ -143,7 +143,7 @@ def test_a_class_that_is_imported_is_found_and_its_code_missed(tiny, format, tmp
 def test_a_class_that_nobody_imports(tiny, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="the code of"):
         mxcompile.save(quantized(tiny), tmp_path / "out")
-    monkeypatch.setattr("mxcompile.checkpoint.hf_models._subclasses", lambda _: iter(()))
+    monkeypatch.setattr("mxcompile.checkpoint.hf.models._subclasses", lambda _: iter(()))
     with pytest.raises(CheckpointError, match=r"holds a TinyModel, .*import the module that defines it, or build one"):
         mxcompile.load(tmp_path / "out")
 

@@ -9,7 +9,7 @@ from interop_mixtures import EXPERTS, SIZES, quantized_mixture
 from torch import nn
 
 import mxcompile
-from mxcompile.checkpoint.hf_experts import use_mx_experts
+from mxcompile.checkpoint.hf.experts import use_mx_experts
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.errors import CheckpointError
 from mxcompile.serving import packed_experts

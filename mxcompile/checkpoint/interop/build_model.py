@@ -51,7 +51,7 @@ def build(source: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -
 
 
 def _kind(source: Path, config: Mapping[str, Any]) -> Any:
-    from mxcompile.checkpoint.hf_models import find_class  # imports transformers
+    from mxcompile.checkpoint.hf.models import find_class  # imports transformers
 
     names = config.get("architectures")
     name = cast(Any, names[0]) if isinstance(names, list) and names else None

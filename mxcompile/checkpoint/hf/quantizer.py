@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxcompile.checkpoint.config_json import METHOD
-from mxcompile.checkpoint.hf_experts import use_mx_experts
-from mxcompile.checkpoint.hf_methods import dequantize, replace_methods
+from mxcompile.checkpoint.hf.experts import use_mx_experts
+from mxcompile.checkpoint.hf.methods import dequantize, replace_methods
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.checkpoint.stored_tensors import check_fits
 from mxcompile.errors import CheckpointError

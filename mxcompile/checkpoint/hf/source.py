@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import logging
 
-from mxcompile.checkpoint.hf_models import find_class
+from mxcompile.checkpoint.hf.models import find_class
 from mxcompile.checkpoint.stored_files import StoredTensor
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.modules import named_tensors, set_tensors

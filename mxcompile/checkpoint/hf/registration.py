@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from mxcompile.checkpoint.config_json import METHOD
-from mxcompile.checkpoint.hf_experts import register_experts, use_mx_experts
+from mxcompile.checkpoint.hf.experts import register_experts, use_mx_experts
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.tensor.modules import is_pretrained
 
@@ -32,12 +32,12 @@ def register() -> None:
 def mark_quantized(model: nn.Module, provenance: Provenance | None) -> None:
     """Store the provenance on a quantized model; a transformers model is quantized for transformers too.
 
-    It gets the quantizer that a loaded one has, which training loops ask, and our methods (`hf_methods.py`).
+    It gets the quantizer that a loaded one has, which training loops ask, and our methods (`methods.py`).
     """
     if provenance is not None:
         provenance.write_on(model)
     if is_pretrained(model):
-        from mxcompile.checkpoint.hf_quantizer import MXCompileConfig, MXCompileQuantizer  # imports transformers
+        from mxcompile.checkpoint.hf.quantizer import MXCompileConfig, MXCompileQuantizer  # imports transformers
 
         MXCompileQuantizer(MXCompileConfig()).attach(model)
     use_mx_experts(model)
@@ -75,7 +75,7 @@ class _RegisteringLoader(Loader):
 
 
 def _register_in(table: ModuleType) -> None:
-    from mxcompile.checkpoint.hf_quantizer import MXCompileConfig, MXCompileQuantizer
+    from mxcompile.checkpoint.hf.quantizer import MXCompileConfig, MXCompileQuantizer
 
     if METHOD not in table.AUTO_QUANTIZER_MAPPING:
         table.register_quantization_config(METHOD)(MXCompileConfig)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.config_json import untie
-from mxcompile.checkpoint.hf_experts import use_default_experts
+from mxcompile.checkpoint.hf.experts import use_default_experts
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.checkpoint.save import SHARD_SIZE, save
 from mxcompile.errors import CheckpointError, MXCompileError

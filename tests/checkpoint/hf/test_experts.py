@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM
 
 import mxcompile
-from mxcompile.checkpoint.hf_experts import IMPLEMENTATION
+from mxcompile.checkpoint.hf.experts import IMPLEMENTATION
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.tensor.weight import MXWeight
 
