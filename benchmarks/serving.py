@@ -13,7 +13,8 @@ calls of `generate` that differ in `--steps` tokens, divided by that number. All
 `prompt_ms` is a call that makes one token from a prompt of `--long` tokens, at batch 1. Of both the best of `--rounds`.
 Sampling and scheduling are included, as a user of vLLM has them; prefix caching is off. `over_bf16` and `over_marlin`
 are times over times: above 1 the variant is faster. `compiled_late` names the kernels that were compiled while it
-served, as vLLM's monitor reports. vLLM makes the weights of the bfloat16 model up: 9 GB need not be written.
+served, as vLLM's monitor reports. `kernel_us` lists the kernels of a decode step at the batch sizes of `--profile`, and
+those of the prompt. vLLM makes the weights of the bfloat16 model up: 9 GB need not be written.
 
 `--tensor-parallel` divides each layer among so many GPUs of the machine. All-reduces do not use NVLink multicast
 (VLLM_ALLREDUCE_USE_SYMM_MEM=0), which hosts that are shared do not allow.
@@ -27,7 +28,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -97,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer")
+    parser.add_argument("--profile", type=_numbers, default=[], help="batch sizes whose kernels are listed")
     parser.add_argument("--eager", action="store_true", help="no torch.compile and no CUDA graphs")
     parser.add_argument("--seconds", type=float, default=350.0, help="start no engine after that: %(default)s")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds after which an engine is stopped")
@@ -149,7 +151,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
 
 def request(arguments: argparse.Namespace) -> dict[str, Any]:
     """What an engine's process is asked for, but for its model."""
-    names = ("batches", "prompt", "long", "steps", "rounds", "eager", "tensor_parallel")
+    names = ("batches", "prompt", "long", "steps", "rounds", "eager", "tensor_parallel", "profile")
     return {name: getattr(arguments, name) for name in names} | {
         "vocabulary": SIZES[arguments.size]["vocab_size"],
         "limit": arguments.limit,
@@ -210,10 +212,13 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
     long = ids(1, asked["long"], asked["vocabulary"])
     prompt = min(call_seconds(engine, long, 1) for _ in range(asked["rounds"] + 1))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    profiles = {str(batch): step_kernels(engine, asked, batch) for batch in asked["profile"]}
+    profiles |= {"prompt": kernels(lambda: call_seconds(engine, long, 1), 1)} if profiles else {}
     return {
         **{"step_ms": steps, "prompt_ms": round(prompt * 1e3, 2), "ready_seconds": round(ready, 1)},
         **{name: asked[name] for name in ("prompt", "long", "steps", "rounds", "eager", "tensor_parallel")},
         **{"device": device, "vllm": vllm.__version__, "torch": torch.__version__},
+        **({"kernel_us": profiles} if profiles else {}),
     }
 
 
@@ -226,6 +231,34 @@ def step_ms(engine: Any, asked: Mapping[str, Any], batch: int) -> float:
         count: min(call_seconds(engine, prompts, count) for _ in range(asked["rounds"])) for count in (short, long)
     }
     return (times[long] - times[short]) / asked["steps"] * 1e3
+
+
+def step_kernels(engine: Any, asked: Mapping[str, Any], batch: int) -> dict[str, float]:
+    """Microseconds of a decode step's kernels: of a long call less a short one."""
+    prompts = ids(batch, asked["prompt"], asked["vocabulary"])
+    short = kernels(lambda: call_seconds(engine, prompts, 2), 0)
+    long = kernels(lambda: call_seconds(engine, prompts, 2 + asked["steps"]), 0)
+    step = {name: round((us - short.get(name, 0.0)) / asked["steps"], 1) for name, us in long.items()}
+    return {name: us for name, us in sorted(step.items(), key=lambda each: -each[1]) if us >= 1}
+
+
+def kernels(call: Callable[[], Any], least: float) -> dict[str, float]:
+    """Microseconds by kernel of a GPU, or operator of a CPU, in a call, the longest first; `all` is their sum."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+    times = dict[str, float]()
+    for each in profiler.key_averages():
+        name = each.key[:60]
+        us = each.self_device_time_total if on_gpu else each.self_cpu_time_total
+        times[name] = times.get(name, 0.0) + us
+    longest = sorted(times.items(), key=lambda each: -each[1])
+    return {"all": round(sum(times.values()), 1)} | {name: round(us, 1) for name, us in longest if us >= least}
 
 
 def call_seconds(engine: Any, prompts: Sequence[Sequence[int]], tokens: int) -> float:
