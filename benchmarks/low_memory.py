@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -190,16 +191,15 @@ def of_smollm2(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     return [record | {"same bytes": same_weights(work / "files", work / "memory")} for record in records]
 
 
-def of_llama(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def of_llama(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rounding to nearest, and the first segments of gptq, from files."""
     source = write_checkpoint(options.folder, "8b", options.layers)
     tiny, ids = write_tiny(work)
     torch.save(torch.randint(0, 128256, (4, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     runs = {"w4a16-mxfp-quick": None, _GPTQ: options.segments}
-    records: list[dict[str, Any]] = []
-    for recipe, until in runs.items():
-        small = settings("files", tiny, work / f"tiny-{len(records)}", recipe, ids)
+    for number, (recipe, until) in enumerate(runs.items()):
+        small = settings("files", tiny, work / f"tiny-{number}", recipe, ids)
         out = options.folder.parent / "low-memory-out"
         real = settings("files", source, out, recipe, work / "ids.pt", until=until, memory=options.memory)
         what = {
@@ -207,24 +207,21 @@ def of_llama(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
             "model MB": round(size / 1e6),
             "weights": "files",
         }
-        records.append(what | {"recipe": recipe, "segments": until, **measured(small, real)})
-    return records
+        yield what | {"recipe": recipe, "segments": until, **measured(small, real)}
 
 
-def of_device(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def of_device(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """gptq on a device, from files and in memory."""
     source = write_checkpoint(options.folder, "8b", options.layers)
     tiny, ids = write_tiny(work)
     torch.save(torch.randint(0, 128256, (128, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
-    records: list[dict[str, Any]] = []
     for how in ("files", "memory"):
         small = settings(how, tiny, work / f"tiny-{how}", _GPTQ, ids, device=options.device)
         out = options.folder.parent / f"low-memory-{how}"
         real = settings(how, source, out, _GPTQ, work / "ids.pt", device=options.device, memory=2 * 10**9)
         device = torch.cuda.get_device_name(options.device)
         what = {"model": f"Llama-3-8B shape, {options.layers} layers", "weights": how, "device": device}
-        records.append(what | {"recipe": _GPTQ, **measured(small, real)})
-    return records
+        yield what | {"recipe": _GPTQ, **measured(small, real)}
 
 
 def main() -> None:
@@ -243,7 +240,7 @@ def main() -> None:
     run = {"smollm2": of_smollm2, "llama": of_llama, "device": of_device}[options.what]
     with TemporaryDirectory() as folder:
         for record in run(Path(folder), options):
-            print(json.dumps(record))
+            print(json.dumps(record), flush=True)
             if options.out is not None:
                 with options.out.open("a") as file:
                     file.write(json.dumps(record) + "\n")

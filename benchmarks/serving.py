@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt before the decode steps")
     parser.add_argument("--long", type=int, default=2048, help="tokens of the prompt that is timed itself")
     parser.add_argument("--steps", type=int, default=64, help="decode steps that are timed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer")
     parser.add_argument("--profile", type=_numbers, default=[], help="batch sizes whose kernels are listed")
     parser.add_argument("--eager", action="store_true", help="no torch.compile and no CUDA graphs")
