@@ -1,0 +1,224 @@
+"""Compare what the docs say about accuracy and coverage with the records of the measurements.
+
+The other numbers: `test_measured_numbers.py`.
+"""
+
+import importlib.util
+import math
+import re
+from statistics import mean
+
+from documents import ROOT
+from records import SMOLLM2, accuracy, page, percent, results
+
+ACCURACY = (
+    "rtn",
+    "smooth-quant",
+    "smooth-quant searched",
+    "awq-fold",
+    "awq-fold + gptq",
+    "awq-fold + gptq + tune-vectors",
+)
+
+
+def test_the_accuracy_of_algorithms():
+    """The gap of every pair of formats, and the shares closed; a dash where nothing was measured."""
+    records = results("accuracy.jsonl")
+    text = page("docs/accuracy.md")
+    for pair in dict.fromkeys((r["weight"], r["activation"]) for r in records if r["rtn_nll"]):
+        rows = {r["recipe"]: r for r in records if (r["weight"], r["activation"], r["model"]) == (*pair, SMOLLM2)}
+        first = next(iter(rows.values()))
+        shares = [percent(rows[name]["gap_closed"]) if name in rows else "-" for name in ACCURACY]
+        gap = first["rtn_nll"] - first["float_nll"]
+        assert f"| {pair[0]}, {pair[1]} | {gap:.3f} | {' | '.join(shares)} |" in text
+
+
+def test_what_is_said_about_accuracy():
+    text = page("docs/accuracy.md")
+    whole = "awq-fold + gptq + tune-vectors"
+    four = accuracy("mxint4", "mxint8", whole)
+    assert f"recipe closes {percent(accuracy('mxint4', 'mxint8', whole, f'{SMOLLM2} off-grid')['gap_closed'])}" in text
+    ocp, plain = math.exp(four["rtn_nll"]), math.exp(four["float_nll"])
+    assert f"is {ocp:.1f} rounded with OCP's scales and {four['perplexity']:.1f} by the recipe" in text
+    assert f"{plain:.2f} perplexity in float" in text
+    eight = accuracy("mxint8", "mxint8", whole)
+    assert f"is {100 * (math.exp(eight['nll'] - eight['float_nll']) - 1):.2f} % above float" in text
+    floating = accuracy("mxfp4", "mxfp8_e4m3", "gptq + tune-vectors")
+    assert f"alone close {percent(floating['gap_closed'])}" in text
+    rotated = accuracy("mxfp4", "mxfp4", "awq-fold + rotate + gptq + tune-vectors")
+    assert f"closes {percent(rotated['gap_closed'])} (perplexity {rotated['perplexity']:.2f})" in text
+    options = {
+        row["recipe"]: row["gap_closed"]
+        for row in results("gptq-options.jsonl")
+        if (row["weight"], row["activation"], row["tokens"]) == ("mxfp4", "mxfp4", 8192)
+    }
+    (turned,) = (gap for recipe, gap in options.items() if recipe.startswith("awq-fold{") and "rotate" in recipe)
+    assert f"rotating closes {percent(turned)} in place of {percent(options['awq-fold + gptq'])}" in text
+    off_grid = accuracy("mxint4", "mxint8", whole, f"{SMOLLM2} off-grid")
+    assert f"costs {off_grid['rtn_nll'] - off_grid['float_nll']:.3f} nats" in text
+
+
+def test_planted_outliers():
+    """What planting costs, and the share of it that each fold wins back."""
+    text, lost, back = page("docs/accuracy.md"), [], {"smooth-quant": [], "awq-fold": []}
+    for weight in ("mxint4", "mxint8"):
+        plain, planted = (accuracy(weight, "mxint8", "rtn", name)["nll"] for name in (SMOLLM2, f"{SMOLLM2} planted"))
+        lost.append(planted - plain)
+        for recipe, shares in back.items():
+            nll = accuracy(weight, "mxint8", recipe, f"{SMOLLM2} planted")["nll"]
+            shares.append((planted - nll) / (planted - plain))
+    assert "another {:.3f} nats at mxint4, mxint8 and {:.3f} at mxint8, mxint8".format(*lost) in text
+    for recipe, shares in back.items():
+        words = f"`{recipe}` wins back" if recipe == "smooth-quant" else f"`{recipe}`"
+        assert f"{words} {percent(shares[0])} and {percent(shares[1])}" in text
+
+
+def test_the_study():
+    text = page("docs/accuracy.md")
+    for row in results("study.jsonl"):
+        values = row["perplexity"].values()
+        cells = [f"**{value:.2f}**" if value == min(values) else f"{value:.2f}" for value in values]
+        assert f"| {row['weight']} | {row['gptq']} | {' | '.join(cells)} |" in text
+
+
+def test_what_is_said_about_the_study():
+    text, rows = page("docs/accuracy.md"), results("study.jsonl")
+    four = [row for row in rows if row["weight"].startswith(("mxint4", "mxfp4"))]
+    best = {
+        kind: [min(row["perplexity"], key=row["perplexity"].get) == "AWQ+GPTQ" for row in four if row["gptq"] == kind]
+        for kind in ("paper", "ours")
+    }
+    assert "in {} of {} formats and blocks with the paper's GPTQ".format(*_counts(best["paper"])) in text
+    assert "in {} of {} with ours".format(*_counts(best["ours"])) in text
+    smooth, awq = (
+        [row["perplexity"][f"GPTQ, {fold}"] > row["perplexity"][f"{fold}+GPTQ"] for row in rows]
+        for fold in ("SmoothQuant", "AWQ")
+    )
+    assert "SmoothQuant after GPTQ is worse than before it in {} of {} rows".format(*_counts(smooth)) in text
+    assert "AWQ after GPTQ is worse than before it in {} of {}:".format(*_counts(awq)) in text
+    ratios = [row["perplexity"]["GPTQ, SmoothQuant"] / row["perplexity"]["SmoothQuant+GPTQ"] for row in four]
+    assert f"with {min(ratios):.1f} to {max(ratios):.0f} times the perplexity at 4 bits" in text
+    eight = [max(row["perplexity"].values()) / row["float"] - 1 for row in rows if row["weight"].startswith("mxint8")]
+    assert f"all are within {100 * max(eight):.1f} % of float" in text
+
+
+def _counts(flags):
+    return sum(flags), len(flags)
+
+
+def test_other_projects():
+    """Every row of the table, the best first."""
+    rows = {row["row"]: row for row in results("peers.jsonl")}
+    text = page("docs/accuracy.md")
+    names = {
+        "mxfp4, mxcompile: `awq-fold`, `gptq`, `tune-vectors`": "mxcompile-tuned-mxfp4",
+        "mxfp4, mxcompile: `awq-fold`, `gptq`": "mxcompile-gptq-mxfp4",
+        "mxfp4, auto-round {version}": "auto-round-signed-gradient-mxfp4",
+        "mxfp4, llm-compressor {version}, GPTQ": "llm-compressor-gptq-mxfp4",
+        "int4 in groups of 32, llm-compressor {version}, GPTQ": "llm-compressor-gptq-int4",
+        "mxfp4, torchao {version}, rounded": "torchao-rtn-rceil-mxfp4",
+        "int4 in groups of 32, torchao {version}, rounded": "torchao-rtn-int4",
+    }
+    for name, key in names.items():
+        row = rows[key]
+        cells = (name.format(**row), f"{row['bits']:g}", f"{row['perplexity']:.2f}", f"{100 * row['gap_closed']:.0f} %")
+        assert f"| {' | '.join(cells)} |" in text
+        assert row["text"] == "wikitext2-validation.txt, second half"
+
+
+def test_the_costs_of_a_quantized_head():
+    scores = {(line["recipe"], line["variant"], line["head"]): line for line in results("head.jsonl")}
+    text = page("docs/recipes.md")
+    for recipe, variant in {key[:2] for key in scores}:
+        of_head = {head: line for (*key, head), line in scores.items() if key == [recipe, variant]}
+        perplexities = [
+            f"{of_head[head]['perplexity']:.2f}" for head in ("none", "mxint8", "mxfp8_e4m3") if head in of_head
+        ]
+        cells = [f"`{recipe}`", variant, *perplexities, *[""] * (3 - len(perplexities))]
+        cells += [f"{of_head[head]['kl']:.3f}" for head in ("none", "mxint8")]
+        assert "|".join((cell and f" {cell} ") or " " for cell in cells) in text, (recipe, variant)
+
+
+def test_the_accuracy_of_aligned_activations():
+    text, values, errors = page("docs/kernels.md"), {}, []
+    for row in results("aligned.jsonl"):
+        if "recipe" in row:
+            values[row["recipe"].split("weight=")[1].split(",")[0], "align" in row["recipe"], row["nudged"]] = row
+        else:
+            errors.append(100 * row["output_error"])
+    (plain, other), (aligned, other_aligned), (nudged, other_nudged) = (
+        [f"{values[weight, *kind]['perplexity']:.2f}" for weight in ("mxfp4", "mxint4")]
+        for kind in ((False, False), (True, False), (False, True))
+    )
+    assert f"{plain} without and {aligned} with alignment in `mxfp4`, {other} and {other_aligned} in `mxint4`" in text
+    assert f"gives {nudged} and {other_nudged}" in text
+    assert f"an error of {min(errors):.0f} to {max(errors):.0f} %" in text
+
+
+def test_experts_with_few_tokens():
+    text, lines = page("docs/accuracy.md"), results("expert-calibration.jsonl")
+    ways = ("own", "shrinkage 1", "shrinkage 2", "shrinkage 8", "all")
+    assert {line["test_tokens"] for line in lines} == {25400}
+    assert {(line["steps"], line["format"], line["model"]["num_experts"]) for line in lines} == {(2000, "mxfp4", 16)}
+    nearest, ratios, spread = {round(line["kl"], 4) for line in lines if line["way"] == "nearest"}, {}, []
+    assert f"to nearest it is {nearest.pop()} (" in text
+    for tokens in (256, 1024, 4096, 16384):
+        of_size = [line for line in lines if line["calibration_tokens"] == tokens]
+        counts = next(line["expert_tokens"] for line in of_size if line["way"] == "own")
+        kl = {way: mean(line["kl"] for line in of_size if line["way"] == way) for way in {r["way"] for r in of_size}}
+        row = f"| {tokens} | {', '.join(map(str, counts))} | {' | '.join(f'{kl[way]:.4f}' for way in ways)} |"
+        assert row in text
+        ratios[tokens] = kl["shrinkage 2"] / kl["own"], kl["all"] / kl["own"]
+        shrunk = [value for way, value in kl.items() if way.startswith("shrinkage")]
+        spread.append(max(shrunk) / min(shrunk))
+        assert tokens != 256 or kl["own"] > kl["nearest"]
+    assert max(abs(ratios[tokens][0] - 1) for tokens in (4096, 16384)) < 0.02
+    low, high = (ratios[tokens][1] - 1 for tokens in (4096, 16384))
+    assert f"each are {percent(low)} to {percent(high)} worse" in text
+    assert f"differ by at most {percent(math.ceil(100 * max(spread) - 100) / 100)}" in text
+
+
+def test_the_demo():
+    text = page("docs/benchmarks.md")
+    rows = {row["recipe"]: row for row in results("eval.jsonl")}
+    for recipe, row in rows.items():
+        quantized, plain = row["model"], row["reference"]
+        change = quantized["perplexity"] / plain["perplexity"] - 1
+        assert f"| float32 | 100 % | {plain['perplexity']:.2f} | | |" in text
+        kl = f"{row['kl']:.{3 if row['kl'] < 0.1 else 2}f}"
+        cells = (
+            f"`{recipe}`",
+            percent(quantized["bytes"] / plain["bytes"]),
+            f"{quantized['perplexity']:.2f} ({100 * change:+.{1 if change < 0.1 else 0}f} %)",
+            kl,
+            percent(row["top1"]),
+        )
+        assert f"| {' | '.join(cells)} |" in text
+        assert (row["tokens"], row["length"]) == (8188, 2048)
+    assert len(rows) == 2
+
+
+def test_the_table_of_architectures():
+    """As `python docs/folds_table.py` writes it."""
+    spec = importlib.util.spec_from_file_location("folds_table", ROOT / "docs" / "folds_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs" / "folds.md").read_text()
+    assert text.endswith(f"\n{module.folds_table()}\n")
+    records = results("folds.jsonl")
+    table = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    keys = ("architecture", "groups", "folded", "multiplied", "skipped")
+    assert table == [tuple(str(record[key]) for key in keys) for record in records]
+    assert min(min(record["sqnr_db_smooth"], record["sqnr_db_awq"]) for record in records) > 111
+    assert f"{len(records)} architectures, " in text
+
+
+def test_the_tables_of_the_zoo():
+    """As `python docs/architectures_table.py` writes them."""
+    spec = importlib.util.spec_from_file_location("architectures_table", ROOT / "docs" / "architectures_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "docs" / "architectures.md").read_text()
+    assert text.endswith(f"\n{module.BEGIN}{module.tables()}\n")
+    rows = re.findall(r"^\| (\w+) \| \d* \|", text, re.MULTILINE)
+    assert sorted(rows) == sorted(record["architecture"] for record in results("zoo.jsonl"))
