@@ -3,6 +3,7 @@
 from typing import Final
 
 from mxcompile.passes.awq_fold import AwqFold
+from mxcompile.passes.diagnose import Diagnose
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
@@ -13,6 +14,7 @@ from mxcompile.passes.tune_vectors import TuneVectors
 from mxcompile.pipeline.interfaces import Pass
 
 PASSES: Final[dict[str, type[Pass]]] = {
+    "diagnose": Diagnose,
     "smooth-quant": SmoothQuant,
     "awq-fold": AwqFold,
     "rotate": Rotate,

@@ -1,4 +1,4 @@
-"""The commands on models and checkpoints: `mxcompile convert | generate | inspect | lm-eval | explain`."""
+"""The commands on models and checkpoints: `mxcompile convert | generate | inspect | lm-eval | explain | diagnose`."""
 
 import sys
 from pathlib import Path
@@ -9,22 +9,25 @@ import typer
 from mxcompile.api import load
 from mxcompile.checkpoint import Checkpoint, check_destination, is_foreign, is_gguf
 from mxcompile.cli import smollm2
-from mxcompile.cli.arguments import (
-    Device,
-    Format,
-    Json,
-    Model,
-)
+from mxcompile.cli.arguments import Device, Format, Json, Length, Model, SpecialTokens, TextFile
 from mxcompile.cli.checkpoint_contents import CheckpointContents
+from mxcompile.cli.compare import EvalOptions, load_with_data
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.generation import generate_text
 from mxcompile.cli.model_source import load_model, load_tokenizer
-from mxcompile.cli.progress import waiting
+from mxcompile.cli.progress import Progress, waiting
 from mxcompile.cli.quantize_command import save_model
+from mxcompile.diagnostics.diagnosis import Diagnosis
+from mxcompile.diagnostics.dump import Dump
+from mxcompile.diagnostics.dump_reader import PAGE
 from mxcompile.diagnostics.explain import explain as find_kernels
 from mxcompile.errors import InputError
+from mxcompile.graph.trace import trace
 from mxcompile.inductor import compile_module
-from mxcompile.passes.recipes import QUICK
+from mxcompile.passes.diagnose import Diagnose
+from mxcompile.passes.lower_mx import LowerMX
+from mxcompile.passes.recipes import QUICK, as_pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.devices import find_device
 
 
@@ -136,6 +139,50 @@ def explain(
         explanation.print_to(results())
 
 
+def diagnose(
+    model: Model = None,
+    recipe: Annotated[str, typer.Option(help="a recipe or pipeline, for the planned formats")] = QUICK,
+    text: TextFile = None,
+    length: Length = 512,
+    windows: Annotated[int, typer.Option(min=1, help="number of windows")] = 8,
+    special_tokens: SpecialTokens = True,
+    every: Annotated[bool, typer.Option("--layers", help="all values, not only the worst")] = False,
+    dump: Annotated[Path | None, typer.Option(help="folder for the report page")] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Print what makes each layer's input hard to quantize, and the step that saves most; nothing is quantized.
+
+    --json: {"pass", "outliers": [layer], "values": [{"layers", "outliers", "advice": null or {"step", "reason",
+    "saves_db", "text"}, "numbers", "outputs": {layer: numbers}}]}.
+    """
+    options = EvalOptions(model, None, None, text, length, windows, device=device, special_tokens=special_tokens)
+    plan = planned_formats(recipe)
+    screen = messages()
+    loaded, _, data = load_with_data(screen, options)
+    probe = [{"input_ids": window.to(device)} for window in data.windows]
+    program = trace(loaded, {"input_ids": data.example()["input_ids"].to(device)})
+    dumps = [] if dump is None else [Dump(dump)]
+    with Progress(screen) as progress:
+        ledger = Pipeline([plan]).run(program, probe, [progress, *dumps]).ledger
+    diagnosis = Diagnosis.of(ledger)
+    assert diagnosis is not None
+    if as_json:
+        print_json(diagnosis.record())
+        return
+    diagnosis.print_to(results(), every)
+    if dump is not None:
+        results().print(f"the report page is {dump / PAGE}", markup=False)
+
+
+def planned_formats(recipe: str) -> Diagnose:
+    """The pass that diagnoses for the formats of a recipe; raises InputError for one that does not lower."""
+    lowering = next((each for each in as_pipeline(recipe).passes if isinstance(each, LowerMX)), None)
+    if lowering is None:
+        raise InputError(f"--recipe {recipe}: it has no lower-mx, which says the formats to diagnose for")
+    return Diagnose(lowering.weight, lowering.activation)
+
+
 def _streamer(tokenizer: Any) -> Any:
     from transformers import TextStreamer
 
@@ -144,7 +191,7 @@ def _streamer(tokenizer: Any) -> Any:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    for command in (convert, generate, inspect, explain):
+    for command in (convert, generate, inspect, explain, diagnose):
         app.command()(command)
     passed_on = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command("lm-eval", context_settings=passed_on, add_help_option=False)(lm_eval)

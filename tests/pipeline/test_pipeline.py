@@ -16,6 +16,7 @@ from mxcompile.graph.records import PassResult
 from mxcompile.numerics.column_rounding import ColumnOrder
 from mxcompile.passes import PASSES
 from mxcompile.passes.awq_fold import AwqFold
+from mxcompile.passes.diagnose import Diagnose
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
@@ -37,6 +38,7 @@ alphas, numbers = st.floats(0, 1), st.floats(allow_nan=False)
 flags, objectives, grids = st.booleans(), st.sampled_from(Objective), st.integers(1, 20)
 # in an order that is allowed
 BUILT_IN = {
+    "diagnose": st.builds(Diagnose, formats, st.none() | formats),
     "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),

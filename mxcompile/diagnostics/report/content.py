@@ -3,12 +3,14 @@
 passes   [{name, spec, diff, numbers: {layer: {weight, activation, weight_db, ...}}, distributions: {layer: ...}}]
 stages   [{name, nodes: [[name, op, call, dtype, shape, format, module], ...]}], the trace first
 layers   [{name, module, row, column}], in graph order
+diagnosis   [{name, layers, outliers, advice, numbers}] of the values that layers read, or null
 """
 
 import re
 from dataclasses import asdict, astuple
 from typing import Any
 
+from mxcompile.diagnostics.diagnosis import Diagnosis, ValueDiagnosis
 from mxcompile.diagnostics.dump_reader import DumpReader
 from mxcompile.diagnostics.ledger import Ledger, plain
 from mxcompile.diagnostics.report.nodes import read_graph
@@ -20,7 +22,7 @@ _WEIGHT = re.compile(r"\.weight( \(\d+\))?$")
 _SPACES = re.compile(r"(?<=\S) {2,}")
 
 
-def page_content(dump: DumpReader, ledger: Ledger) -> dict[str, Any]:
+def page_content(dump: DumpReader, ledger: Ledger, diagnosis: Diagnosis | None) -> dict[str, Any]:
     """Plain values, for JSON."""
     histograms = dump.distributions().passes
     stages = dump.stages()
@@ -29,7 +31,9 @@ def page_content(dump: DumpReader, ledger: Ledger) -> dict[str, Any]:
         for record, stage, layers in zip(ledger.passes, stages[1:], histograms, strict=True)
     ]
     graphs = [{"name": stage, "nodes": list(map(astuple, read_graph(dump.text(stage))))} for stage in stages]
-    return {"passes": passes, "stages": graphs, "layers": list(map(_layer, ledger.layers()))}
+    values = None if diagnosis is None else list(map(_diagnosed, diagnosis.values))
+    layers = list(map(_layer, ledger.layers()))
+    return {"passes": passes, "stages": graphs, "layers": layers, "diagnosis": values}
 
 
 def owner(layer: str) -> str:
@@ -54,6 +58,16 @@ def _pass(record: PassRecord, diff: str, distributions: dict[str, HistogramChang
     numbers = {name: plain(asdict(layer)) for name, layer in layers.items()}
     histograms = {name: asdict(change) for name, change in distributions.items()}
     return {"name": record.name, "spec": record.spec, "diff": diff, "numbers": numbers, "distributions": histograms}
+
+
+def _diagnosed(value: ValueDiagnosis) -> dict[str, Any]:
+    return {
+        "name": value.name,
+        "layers": value.layers,
+        "outliers": value.has_outliers,
+        "advice": None if value.advice is None else str(value.advice),
+        "numbers": plain(dict(value.numbers)),
+    }
 
 
 def _layer(name: str) -> dict[str, str]:

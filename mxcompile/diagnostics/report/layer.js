@@ -15,6 +15,7 @@ function drawLayer() {
   if (numbers) {
     article.append("p").attr("class", "remark").text(`weight ${numbers.weight ?? "float"}, input ${numbers.activation ?? "float"} after ${passTitle(pass)}`);
   }
+  appendDiagnosis(article, name);
   drawPassLinks(article, name);
   drawDistributions(article, name, pass);
   drawNumbers(article, name);

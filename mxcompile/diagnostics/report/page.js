@@ -58,6 +58,7 @@ addEventListener("DOMContentLoaded", () => {
     drawMaps();
     drawLayer();
   }
+  if (report.diagnosis) drawDiagnosis();
   prepareGraph();
   prepareSearch();
   route();

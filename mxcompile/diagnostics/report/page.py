@@ -15,13 +15,14 @@ from math import isinf
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from jinja2.filters import do_filesizeformat
 
+from mxcompile.diagnostics.diagnosis import Diagnosis, three_digits
 from mxcompile.diagnostics.dump_reader import DumpReader
 from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.diagnostics.report.content import page_content
 from mxcompile.graph.records import ModelMeasurements
 
 _LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "vendor/diff2html.min.js")
-_SCRIPTS = ("page.js", "search.js", "heat.js", "layer.js", "passes.js", "graph.js")
+_SCRIPTS = ("page.js", "search.js", "heat.js", "layer.js", "diagnosis.js", "passes.js", "graph.js")
 _STYLES = ("vendor/diff2html.min.css", "page.css")
 _FOLDER = files("mxcompile.diagnostics.report")
 
@@ -38,13 +39,14 @@ class Tile:
 def print_page(dump: DumpReader) -> str:
     """The text of the page; the same dump always makes the same page."""
     ledger = dump.ledger()
-    failure = dump.failure()
+    failure, diagnosis = dump.failure(), Diagnosis.of(ledger.passes)
     return _template().render(
         ledger=ledger,
         pipeline=dump.pipeline(),
         tiles=_tiles(ledger),
         failure=failure,
-        content=page_content(dump, ledger),
+        diagnosis=diagnosis,
+        content=page_content(dump, ledger, diagnosis),
         scripts=_scripts(),
         hashes=" ".join(f"'sha256-{_digest(script)}'" for script in _scripts()),
         styles=list(map(_asset, _STYLES)),
@@ -62,7 +64,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters |= {"db": _db, "nats": _nats, "share": _share}
+    environment.filters |= {"db": _db, "nats": _nats, "share": _share, "short": three_digits}
     return environment.get_template("page.html")
 
 
