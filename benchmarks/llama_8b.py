@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--prompt", type=int, default=1900, help="tokens before the generated ones")
     speed.add_argument("--tokens", type=int, default=128, help="tokens to generate")
     speed.add_argument("--prefill", type=int, default=2048, help="tokens of the timed prefill")
+    speed.add_argument("--alone", action="store_true", help="without the model in bfloat16")
     speed.add_argument("--profile", action="store_true", help="print the kernels of one decode step and of prefill")
     cost = commands.add_parser("quantize", help="seconds and peak memory of quantizing")
     cost.set_defaults(run=measure_quantizing)
@@ -131,7 +132,7 @@ def quantizing(layers: int, recipe: str, windows: int, length: int) -> tuple[flo
 def compare_speed(arguments: argparse.Namespace) -> None:
     model = build(arguments.layers)
     rows: list[dict[str, Any]] = []
-    for recipe in (FLOAT, *arguments.recipes.split(";")):
+    for recipe in ([] if arguments.alone else [FLOAT]) + arguments.recipes.split(";"):
         began = time.perf_counter()
         ready = model if recipe == FLOAT else quantized(model, recipe)
         sizes = [stored_bytes(part) / 2**30 for part in (ready, ready.model.layers)]
@@ -139,9 +140,10 @@ def compare_speed(arguments: argparse.Namespace) -> None:
         row |= {"gib": round(sizes[0], 3), "decoder_gib": round(sizes[1], 3)}
         row |= measured(ready, arguments)
         row["seconds_to_prepare"] = round(time.perf_counter() - began, 1)
-        row |= {"ratio": round(rows[0]["token_ms"] / row["token_ms"], 2) if rows else 1.0}
-        row |= {"step_ratio": round(rows[0]["step_ms"] / row["step_ms"], 2) if rows else 1.0}
-        row |= {"prefill_ratio": round(rows[0]["prefill_ms"] / row["prefill_ms"], 2) if rows else 1.0}
+        if not arguments.alone:
+            baseline = rows[0] if rows else row
+            for ratio, time_ms in (("ratio", "token_ms"), ("step_ratio", "step_ms"), ("prefill_ratio", "prefill_ms")):
+                row[ratio] = round(baseline[time_ms] / row[time_ms], 2)
         row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
         rows.append(row | {"transformers": transformers.__version__})
         write(rows[-1], arguments.out)

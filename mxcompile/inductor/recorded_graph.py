@@ -190,7 +190,9 @@ class _Recorder(TorchDispatchMode):
             names.update(kernels)
 
     def _note_kernel(self, kernel: Any, args: tuple[Any, ...]) -> None:
-        if len(args) > recording.MAX_ARGUMENTS:
+        if kernel.__self__ is torch._C:  # pyright: ignore[reportPrivateUsage]
+            self._refuse(f"it calls {kernel.__name__}, as a graph of a GPU does")  # also one without inputs on the GPU
+        elif len(args) > recording.MAX_ARGUMENTS:
             self._refuse(f"a kernel has {len(args)} arguments")
         elif not all(isinstance(arg, Tensor | int) for arg in args):
             self._refuse("a kernel takes a float")

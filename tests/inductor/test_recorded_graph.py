@@ -148,6 +148,16 @@ def test_other_operators_are_not_recorded():
     assert all(value.tolist() == [1.0, 2.0] for value in calls)
 
 
+def test_a_graph_of_a_gpu_without_inputs_there_is_not_recorded():
+    """A mask is one. What its module calls of torch itself is no kernel, and has no address."""
+    namespace = {"get_raw_stream": torch._C.get_num_threads}
+    exec("def call(inputs):\n    get_raw_stream()\n    return inputs[:]", namespace)
+    graph = RecordedGraph(namespace["call"])
+    for _ in range(3):
+        graph([torch.ones(1)])
+    assert graph.refusal == "it calls get_num_threads, as a graph of a GPU does"
+
+
 def test_floats_are_not_recorded():
     graph = RecordedGraph(globals_of({}, "def call(inputs):\n return (inputs[1],)"))
     with torch.no_grad():

@@ -176,7 +176,7 @@ ROUNDINGS = (None, (MXFP4, ScaleRule.EVEN), (MXINT8, ScaleRule.FLOOR), (MXFP8_E4
 @on_hopper
 @pytest.mark.parametrize(("rounding", "gate"), crossed(ROUNDINGS, GATES), ids=str)
 def test_experts(rounding: tuple[MXFormat, ScaleRule] | None, gate: Gate) -> None:
-    """Against float64, rounded to bfloat16 after the gate; capturable, bit-identical on repeat."""
+    """Against float64, rounded to bfloat16 after either matmul and the gate; capturable, bit-identical on repeat."""
     from mxcompile.kernels.gluon.grouped_planes import experts
 
     up, up_dense = stack(MXFP4, 6, 2 * 192, 256, "cuda")
@@ -184,14 +184,15 @@ def test_experts(rounding: tuple[MXFormat, ScaleRule] | None, gate: Gate) -> Non
     x = (torch.randn(300, 256, device="cuda") / 16).to(torch.bfloat16)
     numbers, weights = chosen(300, 4, 6, "cuda"), torch.rand(300, 4, device="cuda")
     y = experts(x, numbers, weights, up, down, gate, rounding)
-    hidden = gate(reference_grouped_linear(x.double(), numbers, 6, 384, _multiplied(up_dense, up.bias)))
-    hidden = hidden.to(torch.bfloat16)
+    up_products = reference_grouped_linear(x.double(), numbers, 6, 384, _multiplied(up_dense, up.bias))
+    hidden = gate(up_products.to(torch.bfloat16).double()).to(torch.bfloat16)
     if rounding is not None:
         hidden = reference.quantize_dequantize(hidden, *rounding)
     choices = numbers.reshape(-1, 1)
     products = reference_grouped_linear(hidden.double(), choices, 6, 320, _multiplied(down_dense, down.bias))
+    products = products.to(torch.bfloat16).double()
     expected = (products.view(300, 4, 320) * weights[..., None]).sum(1)
-    # Two roundings to bfloat16; rounding to an element turns differences of 2**-8 into whole steps for a few elements.
+    # The last rounding to bfloat16; rounding to an element turns differences of 2**-8 into whole steps of a few.
     assert (y.double() - expected).norm() <= (0.004 if rounding is None else 0.03) * expected.norm()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
