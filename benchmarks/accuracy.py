@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from variants import plant, take_off_grid
+from variants import plant, plant_hidden, take_off_grid
 
 import mxcompile
 from mxcompile.calibration.data.windows import token_ids, token_windows
@@ -52,6 +52,7 @@ HALVES: Final = {"first": slice(None, 1), "second": slice(1, None), "all": slice
 VARIANTS: Final[dict[str, Callable[[nn.Module], nn.Module]]] = {
     "": lambda model: model,
     "planted": plant,
+    "planted-hidden": plant_hidden,
     "off-grid": take_off_grid,
 }
 

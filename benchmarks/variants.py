@@ -3,6 +3,8 @@
 `plant`: in front of every attention and MLP, 1 % of the norm's channels are multiplied by 8 to 64, and the matching
 columns of the linears that read them divided by as much: the outliers that make large models hard to quantize.
 
+`plant_hidden`: the same with 1 % of the channels of the MLPs' inner value.
+
 `take_off_grid`: the channels of every norm and of the MLPs' inner value are multiplied by random factors in [1/2, 2],
 and the linears that read them divide: weights read from a 4-bit file no longer lie on the levels of its format.
 """
@@ -22,6 +24,18 @@ def plant(model: nn.Module, seed: int = 0) -> nn.Module:
         for layer in model.model.layers:  # pyright: ignore
             for norm, readers in _norms(layer):
                 _plant(norm, readers, generator)
+    return model
+
+
+def plant_hidden(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Change a model in place and return it. The factors are those of `plant`."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.model.layers:  # pyright: ignore
+            up, down = layer.mlp.up_proj, layer.mlp.down_proj
+            chosen, factors = _outliers(up.out_features, generator)
+            up.weight[chosen] *= factors.to(up.weight.device).unsqueeze(1)
+            down.weight[:, chosen] /= factors.to(down.weight.device)
     return model
 
 
@@ -55,10 +69,15 @@ def _spread(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _plant(norm: nn.Module, readers: list[nn.Linear], generator: torch.Generator) -> None:
-    channels = norm.weight.numel()
-    chosen = torch.randperm(channels, generator=generator)[: math.ceil(SHARE * channels)]
-    exponents = torch.randint(3, int(math.log2(LARGEST)) + 1, (len(chosen),), generator=generator)
-    factors = torch.exp2(exponents.float()).to(norm.weight.device)
+    chosen, factors = _outliers(norm.weight.numel(), generator)
+    factors = factors.to(norm.weight.device)
     norm.weight[chosen] *= factors
     for reader in readers:
         reader.weight[:, chosen] /= factors
+
+
+def _outliers(channels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(chosen channels, their factors)."""
+    chosen = torch.randperm(channels, generator=generator)[: math.ceil(SHARE * channels)]
+    exponents = torch.randint(3, int(math.log2(LARGEST)) + 1, (len(chosen),), generator=generator)
+    return chosen, torch.exp2(exponents.float())

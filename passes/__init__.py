@@ -7,6 +7,7 @@ from mxcompile.passes.diagnose import Diagnose
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
+from mxcompile.passes.permute import Permute
 from mxcompile.passes.rotate import Rotate
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
@@ -15,6 +16,7 @@ from mxcompile.pipeline.interfaces import Pass
 
 PASSES: Final[dict[str, type[Pass]]] = {
     "diagnose": Diagnose,
+    "permute": Permute,
     "smooth-quant": SmoothQuant,
     "awq-fold": AwqFold,
     "rotate": Rotate,

@@ -82,6 +82,7 @@ class PassAllocations(Instrument):
         ),
         ("lower-mx{weight=mxint8}", 1.7),
         ("smooth-quant", 2.2),
+        ("permute", 3.2),
         pytest.param("rotate{weight=mxfp4,activation=mxfp4}", 3.2, marks=pytest.mark.slow),
         pytest.param("awq-fold{weight=mxint4,grid=1,objective=block}", 2.2, marks=pytest.mark.slow),
         pytest.param("awq-fold{weight=mxint4,grid=1}", 2.2, marks=pytest.mark.slow),

@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -10,7 +11,8 @@ import typer
 from rich.text import Text
 
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
+from mxcompile.analysis.folds.groups import ScaleGroup, UnfoldableInput, find_groups
+from mxcompile.analysis.folds.orders import OrderGroup, find_orders
 from mxcompile.cli.arguments import Json, Model
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.model_source import load_model
@@ -109,20 +111,32 @@ def show_formats(as_json: Json = False) -> None:
 
 
 def show_groups(model: Model = None, as_json: Json = False) -> None:
-    """Print the matmul inputs of a language model that a fold can scale, the tensors involved, and why others cannot.
+    """Print the matmul inputs of a language model that a fold can scale, the tensors involved, and why others cannot;
+    and those whose channels can change places.
 
-    --json: {"groups": [{"value", "factors", "divided", "multiplied"}], "unfoldable": [{"where", "reason"}]}; the lists
+    --json: {"groups": [{"value", "factors", "divided", "multiplied"}], "unfoldable": [{"where", "reason"}],
+    "orders": [{"value", "kind", "channels", "cells", "parameters"}], "unordered": [{"where", "reason"}]}; the lists
     hold parameter names.
     """
     with waiting(messages(), "loading"):
         loaded, tokenizer = load_model(model)
     with waiting(messages(), "tracing"):
         program = trace(loaded, {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids})
-        groups, unfoldable = find_groups(program, choose(program).matmuls)
-    skipped = [{"where": where(miss.matmul.node), "reason": miss.reason} for miss in unfoldable]
+        matmuls = choose(program).matmuls
+        (groups, unfoldable), (orders, unordered) = find_groups(program, matmuls), find_orders(program, matmuls)
     if as_json:
-        print_json({"groups": [_group_record(group) for group in groups], "unfoldable": skipped})
+        lists = {"groups": [_group_record(group) for group in groups], "unfoldable": _miss_records(unfoldable)}
+        lists |= {"orders": [_order_record(order) for order in orders], "unordered": _miss_records(unordered)}
+        print_json(lists)
         return
+    _print_groups(groups)
+    _print_misses(unfoldable, "cannot be scaled")
+    rows = [(str(order), order.kind.value, _cells(order), str(order.count)) for order in orders]
+    results().print(table(("value", "kind", "change places"), ("channels",), rows, f"{len(orders)} order groups"))
+    _print_misses(unordered, "cannot be reordered")
+
+
+def _print_groups(groups: Sequence[ScaleGroup]) -> None:
     rows: list[tuple[str, str, str, str]] = []
     for group in groups:
         one_plus = {a.parameter for a in group.absorbers if a.offset}
@@ -132,11 +146,19 @@ def show_groups(model: Model = None, as_json: Json = False) -> None:
             for part in ("divided", "multiplied")
         )
         rows.append((f"%{group.value.name}", divided, multiplied, str(group.count)))
-    screen = results()
-    screen.print(table(("value", "divided in", "multiplied in"), ("factors",), rows, f"{len(groups)} scale groups"))
-    if skipped:
-        misses = [(miss["where"], miss["reason"]) for miss in skipped]
-        screen.print(table(("skipped", "reason"), (), misses, f"{len(skipped)} matmul inputs cannot be scaled"))
+    results().print(table(("value", "divided in", "multiplied in"), ("factors",), rows, f"{len(groups)} scale groups"))
+
+
+def _print_misses(misses: Sequence[UnfoldableInput], what: str) -> None:
+    if misses:
+        rows = [(miss["where"], miss["reason"]) for miss in _miss_records(misses)]
+        results().print(table(("skipped", "reason"), (), rows, f"{len(misses)} matmul inputs {what}"))
+
+
+def _cells(order: OrderGroup) -> str:
+    sizes = {len(cell) for cell in order.cells}
+    size = str(sizes.pop()) if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+    return "all" if len(order.cells) == 1 else f"in {len(order.cells)} sets of {size}"
 
 
 def _describe(kind: type[Pass]) -> None:
@@ -176,6 +198,22 @@ def _rewrite(kind: type[Pass]) -> str:
 def _group_record(group: ScaleGroup) -> dict[str, Any]:
     divided, multiplied = ([a.parameter for a in group.absorbers if a.power == power] for power in (-1, 1))
     return {"value": group.value.name, "factors": group.count, "divided": divided, "multiplied": multiplied}
+
+
+def _order_record(order: OrderGroup) -> dict[str, Any]:
+    names = sorted({name for name, _ in order.parameters})
+    cells = [len(cell) for cell in order.cells]
+    return {
+        "value": order.value.name,
+        "kind": order.kind.value,
+        "channels": order.count,
+        "cells": cells,
+        "parameters": names,
+    }
+
+
+def _miss_records(misses: Sequence[UnfoldableInput]) -> list[dict[str, str]]:
+    return [{"where": where(miss.matmul.node), "reason": miss.reason} for miss in misses]
 
 
 def register(app: typer.Typer) -> None:

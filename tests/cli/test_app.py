@@ -106,11 +106,15 @@ def test_a_pass_with_all_that_its_options_may_be():
 def test_groups_prints_who_divides_and_who_multiplies(gpt2):
     output = run("groups")
     assert "3 scale groups" in output
+    assert "3 order groups" in output
     names = r"transformer.h.0.ln_1.weight +transformer.h.0.attn.c_attn.weight"
     assert re.search(rf"^ %\w+ +{names} +64 *$", output, re.MULTILINE)
     assert re.search(r"%addmm_3 in transformer.h.0.mlp.c_proj +%view_9 is read by %pow_1, aten.pow", output)
     found = run_json("groups")
-    assert set(found) == {"groups", "unfoldable"}
+    assert set(found) == {"groups", "unfoldable", "orders", "unordered"}
+    assert {order["kind"] for order in found["orders"]} == {"hidden", "heads", "stream"}
+    assert set(found["orders"][0]) == {"value", "kind", "channels", "cells", "parameters"}
+    assert found["unordered"] == []
     assert len(found["groups"]) == 3
     assert set(found["groups"][0]) == {"value", "factors", "divided", "multiplied"}
     assert found["groups"][0]["divided"] == ["transformer.h.0.ln_1.weight", "transformer.h.0.ln_1.bias"]

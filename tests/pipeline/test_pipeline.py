@@ -20,6 +20,7 @@ from mxcompile.passes.diagnose import Diagnose
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
+from mxcompile.passes.permute import OrderedValues, Permute, SortedBy
 from mxcompile.passes.recipes import RECIPES, as_pipeline, recipes
 from mxcompile.passes.rotate import Rotate
 from mxcompile.passes.round_weights import RoundWeights
@@ -39,6 +40,7 @@ flags, objectives, grids = st.booleans(), st.sampled_from(Objective), st.integer
 # in an order that is allowed
 BUILT_IN = {
     "diagnose": st.builds(Diagnose, formats, st.none() | formats),
+    "permute": st.builds(Permute, st.sampled_from(SortedBy), st.sampled_from(OrderedValues)),
     "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),
@@ -166,7 +168,7 @@ def test_recipes_are_pipelines():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lowermx", "unknown pass 'lowermx': did you mean lower-mx?"),
+        ("lowermx", "unknown pass 'lowermx': did you mean lower-mx or permute?"),
         ("zzz", f"unknown pass 'zzz': known: {', '.join(sorted(PASSES))}"),
         ("smooth-quant{alpa=1}", "unknown option of smooth-quant 'alpa': did you mean alpha?"),
         ("lower-mx{weight=mxin5}", "unknown format 'mxin5': did you mean mxint8 or mxint6 or mxint4?"),

@@ -38,7 +38,7 @@ _SHAPE_ONLY = frozenset(
         *(aten.new_zeros.default, aten.new_empty.default, aten.new_ones.default, aten.new_full.default),
     }
 )
-_SIZE_QUERIES = frozenset(
+SIZE_QUERIES = frozenset(
     {
         *(aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten._assert_tensor_metadata.default),
         *(aten.sym_storage_offset.default, aten.sym_is_contiguous.default),
@@ -51,12 +51,12 @@ _REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim})
 def constraint_of(node: Node) -> Constraint | None:
     """The constraint that a node puts on its operands and result; None for one that reads no tensor's values."""
     if node.op == "get_attr":
-        return _parameter
+        return parameter_constraint
     if node.op != "call_function":
         return _refuse
     if node.target in _SHAPE_ONLY or node.target in SPLITS:
         return _created if node.target in _SHAPE_ONLY else None
-    if node.target in _SIZE_QUERIES or not any(map(_is_tensor, (node, *node.all_input_nodes))):
+    if node.target in SIZE_QUERIES or not any(map(is_tensor, (node, *node.all_input_nodes))):
         return None
     if str(node.target) == "transformers.grouped_mm_fallback.default":
         return GROUPED_FALLBACK
@@ -66,7 +66,7 @@ def constraint_of(node: Node) -> Constraint | None:
 def tie(region: Region, out: Node, *operands: Any) -> None:
     """Elementwise with broadcasting: result and operands carry the same factors to the same power."""
     rank = len(region.sizes.shape(out))
-    values = [out, *(value for value in operands if _is_tensor(value))]
+    values = [out, *(value for value in operands if is_tensor(value))]
     labelled = [(value, labels) for value in values if (labels := region.get(value)) is not None]
     powers = {region.power[value] for value, _ in labelled}
     if len(powers) > 1:
@@ -82,7 +82,7 @@ def tie(region: Region, out: Node, *operands: Any) -> None:
         region.assign(value, to_shape(region.factors, joint, region.sizes.shape(value)), power)
 
 
-def _parameter(region: Region, node: Node) -> None:
+def parameter_constraint(region: Region, node: Node) -> None:
     """A parameter absorbs the factors; all its names and readers must agree."""
     labels = region.get(node)
     assert labels is not None
@@ -114,7 +114,8 @@ def _refuse(region: Region, node: Node) -> None:
             region.pin(value, labels, f"is {what}" if value is node else f"is read by %{node.name}, {what}")
 
 
-def _is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> bool:
+    """True for a node whose result is a tensor."""
     return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)
 
 
@@ -127,10 +128,10 @@ def _unary(region: Region, node: Node) -> None:
 
 def _add(region: Region, node: Node) -> None:
     one, other = node.args[:2]
-    if _is_tensor(one) and _is_tensor(other):
+    if is_tensor(one) and is_tensor(other):
         tie(region, node, one, other)
         return
-    value, number = (one, other) if _is_tensor(one) else (other, one)
+    value, number = (one, other) if is_tensor(one) else (other, one)
     assert isinstance(value, Node)
     if isinstance(number, int | float) and number == 0:
         tie(region, node, value)
@@ -160,7 +161,7 @@ def _own_parameter(region: Region, node: Node) -> Node | None:
 def _mul(region: Region, node: Node) -> None:
     """Both operands' factors multiply; which operand takes a factor of the result is a choice."""
     one, other = node.args[:2]
-    if not (isinstance(one, Node) and isinstance(other, Node) and _is_tensor(one) and _is_tensor(other)):
+    if not (isinstance(one, Node) and isinstance(other, Node) and is_tensor(one) and is_tensor(other)):
         tie(region, node, one, other)
         return
     labelled = [value for value in (node, one, other) if region.get(value) is not None]
@@ -239,7 +240,7 @@ def _div(region: Region, node: Node) -> None:
 
 
 def _where(region: Region, node: Node) -> None:
-    if _is_tensor(node.args[2]) or node.args[2] == 0:
+    if is_tensor(node.args[2]) or node.args[2] == 0:
         tie(region, node, node.args[1], node.args[2])
     else:
         _refuse(region, node)

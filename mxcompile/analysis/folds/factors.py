@@ -35,6 +35,10 @@ class Factors:
         self._parent = torch.cat((self._parent, ids))
         return ids
 
+    def __len__(self) -> int:
+        """The number of ids, ONE included."""
+        return len(self._parent)
+
     def find(self, labels: Tensor) -> Tensor:
         """The labels with every id replaced by the name of its set."""
         return torch.where(labels == UNKNOWN, UNKNOWN, self._parent[labels.clamp(min=0)])

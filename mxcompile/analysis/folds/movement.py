@@ -98,10 +98,27 @@ def _mapped(region: Region, node: Node, call: Node, sources: list[Node], power: 
     for source in sources:
         size = torch.Size(shapes[source]).numel()
         labels = region.factors.find(back[start : start + size]).view(shapes[source])
+        whole: Tensor | None = labels
         if _reads_by_size(call) and is_constant(source) and bool((labels == UNKNOWN).any()):
+            whole = region.for_all_sizes(labels)
+        if whole is None:
             region.pin(node, labels, f"reads as much of %{source.name} as the input is long")
-        region.assign(source, compact(labels), power)
+        region.assign(source, compact(labels if whole is None else whole), power)
         start += size
+
+
+def moved_from(region: Region, node: Node) -> tuple[Tensor, Tensor]:
+    """Of an op that moves elements: the index of every result element's source (-1: padding), and the sources' labels.
+
+    The sources of one op are counted through, and so are their labels `[elements]`.
+    """
+    call = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(call, Node)
+    operands: Any = call.args[0] if isinstance(call.args[0], list | tuple) else [call.args[0]]
+    shapes = {source: region.sizes.shape(source) for source in operands}
+    return _origin(region, node, call, shapes), torch.cat(
+        [_full(region, source, shape).flatten() for source, shape in shapes.items()]
+    )
 
 
 def _reads_by_size(call: Node) -> bool:

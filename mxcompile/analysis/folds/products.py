@@ -4,7 +4,6 @@ A matmul out = a @ w is linear in both operands. A factor on a's inner dimension
 on out's channels n must come from w's.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -71,14 +70,14 @@ def relate(region: Region, node: Node, axes: list[ChannelAxis], batch: int = 0) 
         return
     power = powers.pop() if powers else 0
     for _, dim, _, labels in labelled:
-        frame = _frame(region, labels, dim, batch)
+        frame = channels_of(region, labels, dim, batch)
         joint = frame if joint is None else merged(region.factors, joint, frame)
     for value, dim, sign in axes if joint is not None else ():
         assert joint is not None
-        region.assign(value, _unframe(region, joint, region.sizes.shape(value), dim, batch), power * sign)
+        region.assign(value, from_channels(region, joint, region.sizes.shape(value), dim, batch), power * sign)
 
 
-def _frame(region: Region, labels: Tensor, dim: int, batch: int) -> Tensor:
+def channels_of(region: Region, labels: Tensor, dim: int, batch: int) -> Tensor:
     """Labels as `[channels]`, or `[..., channels]` with the batch dimensions in front."""
     rank = labels.dim()
     dim %= rank
@@ -90,15 +89,16 @@ def _frame(region: Region, labels: Tensor, dim: int, batch: int) -> Tensor:
     return labels.reshape(-1)
 
 
-def _unframe(region: Region, frame: Tensor, shape: tuple[int, ...], dim: int, batch: int) -> Tensor:
+def from_channels(region: Region, channels: Tensor, shape: tuple[int, ...], dim: int, batch: int) -> Tensor:
+    """The labels of a value of that shape whose channels along `dim` have these; `channels_of` undone."""
     rank = len(shape)
     dim %= rank
     if batch:
         other = rank - 1 if dim == rank - 2 else rank - 2
         kept = tuple(size for axis, size in enumerate(shape) if axis != other)
-        frame = to_shape(region.factors, frame, kept)
-        return frame.expand(*frame.shape[:-1], kept[-1]).unsqueeze(other)
-    return frame.expand(shape[dim]).reshape([shape[dim] if axis == dim else 1 for axis in range(rank)])
+        channels = to_shape(region.factors, channels, kept)
+        return channels.expand(*channels.shape[:-1], kept[-1]).unsqueeze(other)
+    return channels.expand(shape[dim]).reshape([shape[dim] if axis == dim else 1 for axis in range(rank)])
 
 
 def _added(region: Region, node: Node, bias: Node) -> None:
@@ -117,7 +117,7 @@ def _pin_all(region: Region, node: Node, reason: str) -> None:
             region.pin(node, labels, reason)
 
 
-def _attention(region: Region, node: Node) -> None:
+def attention(region: Region, node: Node) -> None:
     """A head's result is a weighted sum of its values over tokens: channel d of v is channel d of the result."""
     value = node.args[2]
     assert isinstance(value, Node)
@@ -186,18 +186,22 @@ def _embedding(region: Region, node: Node) -> None:
     relate(region, node, [(node, -1, 1), (node.args[0], -1, 1)])
 
 
-_MATMUL: Callable[..., Constraint] = partial(partial, _matmul)  # pyright: ignore[reportAssignmentType]
 _TWO_OPERANDS = {"a": 0, "w": 1, "k": -2, "n": -1}
 _WITH_BIAS = {"a": 1, "w": 2, "k": -2, "n": -1, "bias": 0}
-MATMUL_CONSTRAINTS: Final[dict[Any, Constraint]] = {
-    aten.linear.default: _MATMUL(a=0, w=1, k=-1, n=-2, bias=2),
-    **dict.fromkeys([aten.mm.default, aten.bmm.default, aten.matmul.default], _MATMUL(**_TWO_OPERANDS)),
-    **dict.fromkeys([aten.addmm.default, aten.baddbmm.default], _MATMUL(**_WITH_BIAS)),
-    aten._grouped_mm.default: _MATMUL(**_TWO_OPERANDS, grouped=True),
+MATMUL_OPERANDS: Final[dict[Any, dict[str, int]]] = {
+    aten.linear.default: {"a": 0, "w": 1, "k": -1, "n": -2, "bias": 2},
+    **dict.fromkeys([aten.mm.default, aten.bmm.default, aten.matmul.default], _TWO_OPERANDS),
+    **dict.fromkeys([aten.addmm.default, aten.baddbmm.default], _WITH_BIAS),
+    aten._grouped_mm.default: _TWO_OPERANDS | {"grouped": True},
 }
-GROUPED_FALLBACK: Final = _MATMUL(**_TWO_OPERANDS, grouped=True)
+"""Of each op that multiplies: the positions of its operands, and the right one's dimensions k and n."""
+GROUPED_OPERANDS: Final = _TWO_OPERANDS | {"grouped": True}
 """For `transformers.grouped_mm_fallback`, an op that exists only once transformers has been imported."""
-ATTENTION_CONSTRAINTS: Final[dict[Any, Constraint]] = {aten.scaled_dot_product_attention.default: _attention}
+MATMUL_CONSTRAINTS: Final[dict[Any, Constraint]] = {
+    target: partial(_matmul, **operands) for target, operands in MATMUL_OPERANDS.items()
+}
+GROUPED_FALLBACK: Final[Constraint] = partial(_matmul, **GROUPED_OPERANDS)
+ATTENTION_CONSTRAINTS: Final[dict[Any, Constraint]] = {aten.scaled_dot_product_attention.default: attention}
 NORM_CONSTRAINTS: Final[dict[Any, Constraint]] = {
     aten.layer_norm.default: partial(_norm, bias_at=3),
     aten.rms_norm.default: partial(_norm, bias_at=None),

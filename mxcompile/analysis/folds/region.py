@@ -20,7 +20,8 @@ from mxcompile.graph.program import Program
 
 MAXIMUM_VALUES = 400
 MAXIMUM_ATTEMPTS = 64
-Constraint = Callable[["Region", Node], None]
+Constraint = Callable[[Any, Node], None]
+"""Takes the region, of the class that has this constraint, and the node."""
 Option = Callable[["Region"], None]
 
 
@@ -69,6 +70,8 @@ class ConcreteSizes:
 class Region:
     """Labels and powers of values: a value of power -1 is divided by its factors, one of power 1 multiplied."""
 
+    maximum_values = MAXIMUM_VALUES
+
     def __init__(
         self, program: Program, sizes: ConcreteSizes, constraints: Callable[[Node], Constraint | None]
     ) -> None:
@@ -109,8 +112,8 @@ class Region:
                 return None
         self.labels[node] = after
         self._touch(node)
-        if len(self.labels) > MAXIMUM_VALUES:
-            self.pin(node, after, f"is one of more than {MAXIMUM_VALUES} values that would have to be scaled together")
+        if len(self.labels) > self.maximum_values:
+            self.pin(node, after, f"is one of more than {self.maximum_values} values that would change together")
         return None
 
     def get(self, node: Any) -> Tensor | None:
@@ -121,6 +124,11 @@ class Region:
     def pin(self, node: Node, labels: Tensor, reason: str) -> None:
         """Require that these factors are 1; reason: the predicate of a sentence about the node."""
         self.factors.pin(labels, f"%{node.name} {reason}")
+
+    def for_all_sizes(self, labels: Tensor) -> Tensor | None:
+        """Labels of all of a value of which the example's sizes read a part only; None if they cannot be known."""
+        del labels
+        return None
 
     def choose(self, node: Node, options: list[Option]) -> None:
         """Add alternatives of which one must hold; they are tried after all certain constraints."""

@@ -1,5 +1,7 @@
 """Random graphs: folding all groups that are found preserves the function, and finding them never fails.
 
+The same of order groups: channels in a random order, one group at a time and all after each other.
+
 More than the 40 examples: MXCOMPILE_EXAMPLES=500 python -m pytest tests/analysis/folds/test_random_graphs.py
 """
 
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import find_groups, fold
+from mxcompile.analysis.folds.orders import find_orders, reorder
 from mxcompile.graph.trace import trace
 from mxcompile.numerics.metrics import sqnr_db
 
@@ -166,6 +169,33 @@ def assert_folds_keep_the_function(steps, left_out):
     before = [program(call) for call in calls]
     for group in find_groups(program, chosen)[0]:
         fold(program, group, torch.exp2(whole_exponents(group.count)))
+    for call, outputs in zip(calls, before, strict=True):
+        for wanted, found in zip(outputs, program(call), strict=True):
+            assert not wanted.isfinite().all() or sqnr_db(wanted, found) >= REQUIRED_DB
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=12)
+@given(steps)
+def test_some_random_graphs_compute_the_same_in_another_order(steps):
+    assert_orders_keep_the_function(steps)
+
+
+@pytest.mark.slow
+@settings(derandomize=EXAMPLES == 40, deadline=None, database=None, max_examples=EXAMPLES)
+@given(steps)
+def test_random_graphs_compute_the_same_in_another_order(steps):
+    assert_orders_keep_the_function(steps)
+
+
+def assert_orders_keep_the_function(steps):
+    torch.manual_seed(0)
+    calls = [torch.randn(batch, length, C).double() for batch, length in SHAPES]
+    program = trace(Graph(steps).double().eval(), calls[0])
+    before = [program(call) for call in calls]
+    for group in find_orders(program, choose(program).matmuls)[0]:
+        order = group.sorted_by(torch.rand(group.count))
+        assert sorted(order.tolist()) == list(range(group.count))
+        reorder(program, group, order)
     for call, outputs in zip(calls, before, strict=True):
         for wanted, found in zip(outputs, program(call), strict=True):
             assert not wanted.isfinite().all() or sqnr_db(wanted, found) >= REQUIRED_DB

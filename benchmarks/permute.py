@@ -1,0 +1,100 @@
+"""What an order of channels changes, with random orders as the control, and paired over test windows.
+
+    python benchmarks/permute.py --variant planted --behind "gptq{format=W,activation=A}" --out FILE
+
+SmolLM2-135M, texts as in `accuracy.py`. `behind` are the passes between the permutation and `lower-mx`. `kl` is the
+mean KL(float || quantized) in nats; `change` the mean over windows of its difference to the same passes without a
+permutation, and `standard_error` that of this mean. `random{seed=N}` puts channels in a random order.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from accuracy import LOWER, VARIANTS, described, parser, texts, write
+from torch import Tensor, nn
+
+import mxcompile
+from mxcompile.analysis.choice import choose
+from mxcompile.analysis.folds.orders import find_orders, reorder
+from mxcompile.cli import smollm2
+from mxcompile.diagnostics.evaluation import evaluate
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import PassResult
+from mxcompile.passes import PASSES
+from mxcompile.pipeline.interfaces import Pass
+from mxcompile.pipeline.pipeline import Pipeline
+
+ORDERS: Final = "none,random{seed=0},random{seed=1},random{seed=2},permute{by=weight},permute{by=activation}"
+
+
+@dataclass(frozen=True)
+class RandomOrder(Pass):
+    """The control: every group in a random order. kind: of groups, or all."""
+
+    seed: int
+    values: str = "all"
+    name = "random"
+    preserves_function = True
+
+    def run(self, program: Program) -> PassResult:
+        generator = torch.Generator().manual_seed(self.seed)
+        groups = [g for g in find_orders(program, choose(program).matmuls)[0] if self.values in ("all", g.kind.value)]
+        for group in groups:
+            reorder(program, group, group.sorted_by(torch.rand(group.count, generator=generator)))
+        return PassResult(len(groups))
+
+
+def main() -> int:
+    arguments = options()
+    model, tokenizer = smollm2.load()
+    model = VARIANTS[arguments.variant](model).to(arguments.device)
+    batches, test = texts(arguments, tokenizer)
+    program = mxcompile.trace(model, {"input_ids": batches[0]["input_ids"][:1, :64]})
+    exact = torch.tensor([evaluate(model, window).nll for window in test])
+    weight, activation = arguments.formats.split(":")
+    plain: Tensor | None = None
+    for order in arguments.orders.split(","):
+        first = "" if order == "none" else f"{order} | "
+        text = (first + arguments.behind + LOWER).replace("=W", f"={weight}").replace("=A", f"={activation}")
+        pipeline = Pipeline.parse(text.replace(";", ","), passes=[RandomOrder, *PASSES.values()])
+        began = time.perf_counter()
+        quantized = mxcompile.deploy(pipeline.run(program, batches), model, check=False)
+        seconds = time.perf_counter() - began
+        scores = per_window(quantized, model, test)
+        plain = scores if plain is None else plain
+        row: dict[str, Any] = {"model": f"SmolLM2-135M-Instruct {arguments.variant}".strip(), "order": order}
+        row |= {"behind": arguments.behind, "weight": weight, "activation": activation}
+        row |= measured(scores, plain) | {"float_nll": round(float(exact.mean()), 4)}
+        write(row | described(arguments, batches, test) | {"seconds": round(seconds, 1)}, arguments.out)
+    return 0
+
+
+def per_window(quantized: nn.Module, model: nn.Module, test: Sequence[Tensor]) -> Tensor:
+    """(negative log-likelihood, KL) of every window, `[windows, 2]`."""
+    results = [evaluate(quantized, window, model) for window in test]
+    return torch.tensor([[result.nll, result.kl] for result in results], dtype=torch.float64)
+
+
+def measured(scores: Tensor, plain: Tensor) -> dict[str, float]:
+    nll, kl = scores.mean(0).tolist()
+    change = scores[:, 1] - plain[:, 1]
+    error = change.std().item() / len(change) ** 0.5 if len(change) > 1 else 0.0
+    rounded = {"nll": nll, "kl": kl, "change": change.mean().item(), "standard_error": error}
+    return {name: round(number, 4) for name, number in rounded.items()}
+
+
+def options() -> argparse.Namespace:
+    options = parser(__doc__)
+    options.add_argument("--orders", default=ORDERS, help="comma-separated; ; between options of a pass")
+    options.add_argument("--behind", default="round-weights{format=W}", help="passes, ; or , between options")
+    options.set_defaults(windows=8, length=512, calibration=16)
+    return options.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
