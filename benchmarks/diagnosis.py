@@ -10,23 +10,29 @@ layer if that SQNR is higher.
 
 import argparse
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
 from variants import plant, take_off_grid
 
-import mxcompile
 from mxcompile.calibration.data.windows import token_ids, token_windows
 from mxcompile.cli import smollm2
 from mxcompile.cli.texts import help_text
 from mxcompile.diagnostics.diagnosis import Diagnosis
 from mxcompile.diagnostics.measure import Measure
 from mxcompile.graph.program import Program
+from mxcompile.graph.trace import trace
 from mxcompile.pipeline.pipeline import Pipeline
 
-VARIANTS: Final = {"": lambda model: model, "planted": plant, "off-grid": take_off_grid}
+VARIANTS: Final[dict[str, Callable[[nn.Module], nn.Module]]] = {
+    "": lambda model: model,
+    "planted": plant,
+    "off-grid": take_off_grid,
+}
 ROUND: Final = "round-weights{{format={weight}}} | lower-mx{{weight={weight},activation={activation}}}"
 STEPS: Final = {
     "fold": "awq-fold{{weight={weight},activation={activation},through_linears=true}} | " + ROUND,
@@ -50,7 +56,7 @@ def main() -> None:
     windows = islice(token_windows(first, arguments.length, tokenizer=tokenizer), arguments.windows)
     batches = [{"input_ids": torch.cat(list(windows))}]
     probe = {"input_ids": next(iter(token_windows(second, arguments.length, tokenizer=tokenizer)))}
-    program = mxcompile.trace(model, {"input_ids": probe["input_ids"][:, :64]})
+    program = trace(model, {"input_ids": probe["input_ids"][:, :64]})
     formats = {"weight": arguments.weight, "activation": arguments.activation}
     diagnosed = Pipeline.parse("diagnose{{weight={weight},activation={activation}}}".format(**formats))
     diagnosis = Diagnosis.of(diagnosed.run(program, batches).ledger)
@@ -65,8 +71,8 @@ def main() -> None:
     row: dict[str, Any] = {"model": f"{smollm2.NAME} {arguments.variant}".strip(), **formats}
     row |= {"layers": sum(len(value.layers) for value in diagnosis.values), "planted": len(planted)}
     row |= {"named": len(diagnosis.outliers), "named_planted": len(planted.intersection(diagnosis.outliers))}
-    row |= {"least_planted_imbalance": min(imbalances[True], default=None)}
-    row |= {"largest_other_imbalance": max(imbalances[False])}
+    row |= {"least_planted_imbalance": round(min(imbalances[True]), 1) if planted else None}
+    row |= {"largest_other_imbalance": round(max(imbalances[False]), 1)}
     row |= {f"{name}_{key}": number for name, counts in steps.items() for key, number in counts.items()}
     row |= {"text": "help topics", "tokens": arguments.windows * arguments.length}
     print(json.dumps(row), flush=True)

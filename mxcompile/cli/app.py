@@ -1,7 +1,7 @@
 """The command line app, with the commands `demo`, `eval` and `bisect`.
 
-Commands on models and checkpoints: `quantize_command.py`, `model_commands.py`; servers: `serve_command.py`; on dumps:
-`dump_commands.py`; lists: `list_commands.py`.
+Commands on models and checkpoints: `quantize_command.py`, `model_commands.py`; servers: `serve_command.py`; studies:
+`study_command.py`; on dumps: `dump_commands.py`; lists: `list_commands.py`.
 """
 
 import sys
@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 from mxcompile.calibration.ranks import is_first, launched
-from mxcompile.cli import dump_commands, list_commands, model_commands, quantize_command, serve_command
+from mxcompile.cli import dump_commands, list_commands, model_commands, quantize_command, serve_command, study_command
 from mxcompile.cli.arguments import (
     Calibration,
     CalibrationLength,
@@ -151,6 +151,7 @@ def bisect(
 quantize_command.register(app)
 model_commands.register(app)
 serve_command.register(app)
+study_command.register(app)
 dump_commands.register(app)
 list_commands.register(app)
 

@@ -18,7 +18,7 @@ from mxcompile.calibration.data.batches import (
     windows_in_words,
 )
 from mxcompile.calibration.data.self_generated import check_new, generate_documents, save_documents
-from mxcompile.calibration.data.sources import Documents, SourceName, read_documents
+from mxcompile.calibration.data.sources import Documents, SourceName, read_documents, shuffled
 from mxcompile.cli.progress import waiting
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import WeightedBatch
@@ -32,6 +32,7 @@ class CalibrationOptions:
 
     length: tokens of a window, one number or several. like: a file whose lengths they get. own: the file for a text
     that the model writes itself; if it is there, it is read, so that a command that is started again goes on.
+    seed: another than 0 shuffles the source's documents, or the paragraphs of a text, so that windows are others.
     """
 
     source: SourceName | None = None
@@ -39,6 +40,7 @@ class CalibrationOptions:
     length: tuple[int, ...] = (LENGTH,)
     like: Path | None = None
     own: Path | None = None
+    seed: int = 0
 
     @classmethod
     def parse(
@@ -79,7 +81,10 @@ class CalibrationOptions:
         """The documents of the source, if a file or name is there to read; raises InputError if there are none."""
         if self.own is not None and self.own.exists():
             return read_documents(SourceName(str(self.own)))
-        return None if self.source is None else read_documents(self.source)
+        if self.source is None:
+            return None
+        documents = read_documents(self.source)
+        return shuffled(documents, self.seed) if self.seed else documents
 
     def batches(
         self, documents: Documents, tokenizer: Any, special_tokens: bool, device: str

@@ -26,9 +26,11 @@ from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import WeightedBatch
 from mxcompile.passes.recipes import RECIPES, as_pipeline
+from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.devices import find_device
 from mxcompile.tensor.modules import device_of, stored_bytes
 
+_HALVES = ("first", "second")
 _EXAMPLE, _CAUSAL_PROBE = 64, 16  # tokens: to trace with, to test causality with
 
 
@@ -43,17 +45,19 @@ class EvalOptions:
     calibration: the data for a recipe that calibrates. If they are not named, or named the same file, it calibrates on
         the first half of the text and is evaluated on the second.
     special_tokens: whether every window begins with what the tokenizer puts before a text, such as BOS.
+    half: evaluate on the "first" or "second" half of the text's tokens alone; calibration data must then be named.
     """
 
     model: str | None = None
     against: str | None = None
-    recipe: str | None = None
+    recipe: str | Pipeline | None = None
     text: Path | None = None
     length: int = 2048
     windows: int = 4
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     device: str = "cpu"
     special_tokens: bool = True
+    half: str | None = None
 
     def __post_init__(self) -> None:
         if self.recipe is not None and self.against is not None:
@@ -62,6 +66,9 @@ class EvalOptions:
             raise InputError("--calibration needs a --recipe")
         if self.recipe is not None:
             as_pipeline(self.recipe)
+        own_text = self.calibration.source is None or self.calibration.same_file(self.text)
+        if self.half is not None and self.calibrates and own_text:
+            raise InputError("calibration on the first half of the text leaves its second half: name other data")
         find_device(self.device)
 
     @property
@@ -134,7 +141,7 @@ class Comparison:
 def compare(console: Console, options: EvalOptions) -> Comparison:
     """Load a model, quantize it if there is a recipe, and evaluate it; progress goes to the console."""
     if options.recipe is not None:
-        return quantize_and_compare(console, options, options.recipe)[2]
+        return quantize_and_compare(console, options, str(options.recipe))[2]
     text, documents = _read_texts(options)
     model, tokenizer, data = _load_with_data(console, options, text, documents)
     if options.against is None:
@@ -144,7 +151,7 @@ def compare(console: Console, options: EvalOptions) -> Comparison:
     if not same_ids or (options.special_tokens and start_tokens(other_tokenizer) != start_tokens(tokenizer)):
         names = f"{options.model_name} and {options.against}"
         raise InputError(f"{names} cannot be compared: they split the text into different tokens")
-    _check_model(options.against, reference, data)
+    check_data(options.against, reference, data)
     return score(console, options, data, model, options.against, reference)
 
 
@@ -224,7 +231,8 @@ def score(
     scores = evaluate(model, track(console, data.windows, "evaluating"), reference)
     reference_bytes = 0 if reference is None else stored_bytes(reference)
     name, size = options.model_name, stored_bytes(model)
-    return Comparison(data, name, options.recipe, size, reference_name, reference_bytes, scores)
+    recipe = None if options.recipe is None else str(options.recipe)
+    return Comparison(data, name, recipe, size, reference_name, reference_bytes, scores)
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
@@ -262,7 +270,7 @@ def _load_with_data(
             documents = _own_text(console, options, model, tokenizer, documents) if ranks.first else None
             documents = ranks.from_first(documents)
     data = _make_data(options, tokenizer, token_ids(tokenizer, text), documents)
-    _check_model(options.model_name, model, data)
+    check_data(options.model_name, model, data)
     return model, tokenizer, data
 
 
@@ -279,7 +287,10 @@ def _own_text(
 def _make_data(options: EvalOptions, tokenizer: Any, ids: Tensor, documents: Documents | None) -> EvalData:
     """Windows and batches from the token ids `[tokens]` of the text, and from the documents to calibrate on."""
     start = tokenizer if options.special_tokens else None
+    if options.half is not None:
+        ids = ids.tensor_split(2)[_HALVES.index(options.half)]
     name = HELP_TOPICS if options.text is None else options.text.name
+    name = name if options.half is None else f"the {options.half} half of {name}"
     if not options.calibrates:
         return EvalData(name, text_windows(name, ids, options.length, options.windows, start))
     if documents is None:
@@ -296,7 +307,7 @@ def _load(console: Console, source: str | None, device: str) -> tuple[Any, Any]:
     return model.to(device), tokenizer
 
 
-def _check_model(name: str, model: Any, data: EvalData) -> None:
+def check_data(name: str, model: Any, data: EvalData) -> None:
     """Raise InputError if the windows are too long for a model, or if it is not causal."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     calibrated = max((batch["input_ids"].shape[1] for batch in data.batches or ()), default=0)

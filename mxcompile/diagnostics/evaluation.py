@@ -63,6 +63,14 @@ class Evaluation:
         return {Metric.TOP1: self.top1, Metric.PERPLEXITY: ratio, Metric.KL: math.exp(-self.kl)}[Metric(metric)]
 
 
+@dataclass(frozen=True)
+class WindowScores:
+    """Sums over the scored tokens of one window, in nats: nll, KL, positions predicted alike, nll of the reference."""
+
+    tokens: int
+    sums: tuple[float, float, float, float]
+
+
 @checked
 def evaluate(
     model: nn.Module,
@@ -81,24 +89,40 @@ def evaluate(
     a visible one. A window of one token has none. Raises InputError if no window has two tokens, if a model fails,
     returns no such logits or NaN, or if the vocabularies differ.
     """
+    return total_scores(score_windows(model, windows, reference), reference is not None)
+
+
+def total_scores(scores: Iterable[WindowScores], compared: bool) -> Evaluation:
+    """The evaluation of all windows together; raises InputError if there is nothing. compared: with a reference."""
+    sums = [0.0] * 4
+    tokens = 0
+    for each in scores:
+        sums = [total + score for total, score in zip(sums, each.sums, strict=True)]
+        tokens += each.tokens
+    if tokens == 0:
+        raise InputError("nothing to evaluate: every window has fewer than two tokens")
+    nll, kl, top1, reference_nll = (total / tokens for total in sums)
+    return Evaluation(tokens, nll, kl, top1, reference_nll) if compared else Evaluation(tokens, nll)
+
+
+def score_windows(
+    model: nn.Module,
+    windows: Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]],
+    reference: nn.Module | None = None,
+) -> list[WindowScores]:
+    """The scores of each window that has a token to score, for statistics over windows; arguments as of `evaluate`."""
     if isinstance(windows, Tensor) and windows.dim() != 2:
         raise InputError(f"a window is [batch, length], not {list(windows.shape)}")
     models = [model] if reference is None else [model, reference]
-    sums = [0.0] * 4
-    tokens = 0
+    scores: list[WindowScores] = []
     with torch.no_grad(), ExitStack() as modes:
         for each in models:
             modes.enter_context(eval_mode(each))
         for index, window in enumerate(map(_Window.of, _one_by_one(windows))):
-            if not (count := int(window.predicted.sum())):
-                continue
-            scores = _scores(models, window, index)
-            sums = [total + score for total, score in zip(sums, scores, strict=True)]
-            tokens += count
-    if tokens == 0:
-        raise InputError("nothing to evaluate: every window has fewer than two tokens")
-    nll, kl, top1, reference_nll = (total / tokens for total in sums)
-    return Evaluation(tokens, nll) if reference is None else Evaluation(tokens, nll, kl, top1, reference_nll)
+            if count := int(window.predicted.sum()):
+                nll, kl, top1, reference_nll = _scores(models, window, index)
+                scores.append(WindowScores(count, (nll, kl, top1, reference_nll)))
+    return scores
 
 
 def check_causal(model: nn.Module, window: Tensor) -> None:

@@ -282,3 +282,20 @@ def test_small_kernels():
     assert f"{norm:.1f} us for a norm with its residual sum, {wide:.1f} for a gated product" in text
     assert f"256 values and {narrow:.1f} in tiles of 128." in text
     assert f"{early:.1f}, {wide_early:.1f} and {narrow_early:.1f}." in text
+
+
+def test_the_diagnosis():
+    text, (planted, plain) = page("docs/diagnosis.md"), results("diagnosis.jsonl")
+    assert planted["named"] == planted["named_planted"] == planted["planted"]
+    assert plain["named"] == 0
+    assert f"of {planted['planted']} of its {planted['layers']} layers" in text
+    assert f"no layer exceeds {plain['largest_other_imbalance']:.0f}" in text
+    assert f"these have at least {planted['least_planted_imbalance']:.0f}" in text
+    improved, advised = zip(*(_steps(row) for row in (planted, plain)), strict=True)
+    assert f"improves {improved[0]} of {advised[0]} layers of the planted" in text
+    assert f"and {improved[1]} of {advised[1]} of the model as it is" in text
+    assert min(a / b for a, b in zip(improved, advised, strict=True)) > 0.9
+
+
+def _steps(row):
+    return [sum(row[f"{step}_{kind}"] for step in ("fold", "rotate", "bits")) for kind in ("improved", "advised")]

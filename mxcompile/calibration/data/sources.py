@@ -12,6 +12,7 @@ A text file is one document. `datasets` reads folders and names of the hub; .par
 """
 
 import json
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -82,6 +83,15 @@ def documents_of(items: Iterable[object], label: str) -> Documents:
     if first is None:
         raise InputError(f"{label} is empty: there is nothing to calibrate on")
     return Documents(label, chain([first], documents))
+
+
+def shuffled(documents: Documents, seed: int) -> Documents:
+    """The documents in another order; the paragraphs of a single text. All are read."""
+    items = list(documents.items)
+    if len(items) == 1 and isinstance(items[0], str):
+        items = [part for part in items[0].split("\n\n") if part.strip()]
+    random.Random(seed).shuffle(items)
+    return Documents(f"{documents.label}, seed {seed}", items)
 
 
 def document_of(item: object, place: str) -> Document:

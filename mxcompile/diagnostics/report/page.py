@@ -7,12 +7,14 @@ scripts set text, never HTML. The content security policy of the page forbids re
 import hashlib
 from base64 import b64encode
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from math import isinf
+from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.filters import do_filesizeformat
 
 from mxcompile.diagnostics.diagnosis import Diagnosis, three_digits
@@ -40,22 +42,39 @@ def print_page(dump: DumpReader) -> str:
     """The text of the page; the same dump always makes the same page."""
     ledger = dump.ledger()
     failure, diagnosis = dump.failure(), Diagnosis.of(ledger.passes)
-    return _template().render(
+    return render(
+        "page.html",
+        (_LIBRARIES, _SCRIPTS),
+        _STYLES,
         ledger=ledger,
         pipeline=dump.pipeline(),
         tiles=_tiles(ledger),
         failure=failure,
         diagnosis=diagnosis,
         content=page_content(dump, ledger, diagnosis),
-        scripts=_scripts(),
-        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in _scripts()),
-        styles=list(map(_asset, _STYLES)),
-        licenses=_asset("vendor/LICENSES.txt"),
+    )
+
+
+def render(
+    template: str, scripts: tuple[tuple[str, ...], tuple[str, ...]], styles: Sequence[str], **values: Any
+) -> str:
+    """The text of a page that needs no other file. scripts: the libraries, and those that draw the page."""
+    texts = _joined(*scripts)
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            scripts=texts,
+            hashes=" ".join(f"'sha256-{_digest(script)}'" for script in texts),
+            styles=list(map(_asset, styles)),
+            licenses=_asset("vendor/LICENSES.txt"),
+            **values,
+        )
     )
 
 
 @cache
-def _template() -> Template:
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("mxcompile.diagnostics.report", ""),
         autoescape=True,
@@ -65,13 +84,12 @@ def _template() -> Template:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters |= {"db": _db, "nats": _nats, "share": _share, "short": three_digits}
-    return environment.get_template("page.html")
+    return environment
 
 
 @cache
-def _scripts() -> tuple[str, str]:
-    """The libraries, and the scripts that draw the page."""
-    return ";\n".join(map(_asset, _LIBRARIES)), '"use strict";\n' + "\n".join(map(_asset, _SCRIPTS))
+def _joined(libraries: tuple[str, ...], scripts: tuple[str, ...]) -> tuple[str, str]:
+    return ";\n".join(map(_asset, libraries)), '"use strict";\n' + "\n".join(map(_asset, scripts))
 
 
 def _asset(name: str) -> str:

@@ -1,0 +1,1 @@
+"""Studies: cells of a cross product of models, pipelines, formats and data, from one TOML file."""

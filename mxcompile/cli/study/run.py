@@ -1,0 +1,205 @@
+"""Run the cells of a study that are not finished, and keep each one's record as a line of `cells.jsonl`.
+
+A model is loaded and traced once, and folds that begin the pipelines of several cells run once. A study that was killed
+goes on with the first cell that has no record.
+"""
+
+import json
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from mxcompile.atomic_files import folder_lock
+from mxcompile.checkpoint.provenance import installed_versions
+from mxcompile.cli.compare import EvalData, check_data, data_without_model
+from mxcompile.cli.memory_in_use import peak_bytes
+from mxcompile.cli.model_source import load_model
+from mxcompile.cli.progress import waiting
+from mxcompile.cli.study.cell import Cell
+from mxcompile.cli.study.results import label
+from mxcompile.cli.study.study_file import StudyFile
+from mxcompile.deploy import deploy
+from mxcompile.diagnostics.evaluation import score_windows, total_scores
+from mxcompile.errors import InputError, MXCompileError
+from mxcompile.graph.program import Program, Stage
+from mxcompile.graph.trace import trace
+from mxcompile.pipeline.interfaces import Pass
+from mxcompile.pipeline.pipeline import Pipeline
+from mxcompile.tensor.modules import stored_bytes
+
+CELLS = "cells.jsonl"
+Record = dict[str, Any]
+
+
+class Finished:
+    """The records of finished cells in a folder. A line that a killed run has left half is as if it were not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / CELLS
+        text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
+        self.records: dict[str, Record] = {}
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            self.records[record["key"]] = record
+        self._starts_line = not text or text.endswith("\n")
+
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(f"{'' if self._starts_line else chr(10)}{json.dumps(record)}\n")
+        self._starts_line = True
+        self.records[record["key"]] = record
+
+
+def run_study(console: Console, study: StudyFile, folder: Path, device: str | None = None) -> list[Record]:
+    """Run what is not finished, and return the records of all cells in order.
+
+    Raises InputError if another run is working in the folder, or if a cell fails: its error says which.
+    """
+    cells = study.cells(device)
+    with _alone(folder):
+        finished = Finished(folder)
+        left = [cell for cell in cells if cell.key not in finished.records]
+        console.print(f"{len(cells)} cells, {len(cells) - len(left)} of them finished in {folder}", markup=False)
+        for model in dict.fromkeys(cell.model for cell in left):
+            own = [cell for cell in left if cell.model == model]
+            _ModelCells(console, study, own).run(finished)
+        return [finished.records[cell.key] for cell in cells]
+
+
+class _ModelCells:
+    """The unfinished cells of one model."""
+
+    def __init__(self, console: Console, study: StudyFile, cells: Sequence[Cell]) -> None:
+        self._console, self._study, self._cells = console, study, cells
+        first = cells[0]
+        with waiting(console, f"loading {first.model.name}"):
+            model, self._tokenizer = load_model(first.model.source)
+        change = study.change_of(first.model)
+        model = model if change is None else change(model)
+        self._model: nn.Module = model.to(first.device)
+        self._data: dict[tuple[Any, ...], EvalData] = {}
+        self._programs: dict[bytes, Program] = {}
+
+    def run(self, finished: Finished) -> None:
+        """Run the cells, those with the same data and the same first passes one after the other."""
+        ordered = sorted(self._cells, key=lambda cell: (_data_key(cell), str(cell.pipeline)))
+        shared = SharedFolds()
+        for number, cell in enumerate(ordered, start=1):
+            following = ordered[number] if number < len(ordered) else None
+            followed = following is not None and _data_key(following) == _data_key(cell)
+            try:
+                with waiting(self._console, f"cell {number} of {len(ordered)}: {label(cell.described())}"):
+                    record = self._record(cell, shared, following.pipeline if following and followed else None)
+            except MXCompileError as error:
+                error.add_note(f"in the cell {cell.described()}; finished cells are kept")
+                raise
+            finished.add(record)
+            if not followed:
+                shared = SharedFolds()
+            kl = f"KL {record['kl']:.4f}, {record['seconds']:.1f} s"
+            self._console.print(f"  {cell.model.name} {label(record)}: {kl}", markup=False)
+
+    def _record(self, cell: Cell, shared: "SharedFolds", following: Pipeline | None) -> Record:
+        data = self._data_of(cell)
+        program = self._program_of(cell, data)
+        started = time.perf_counter()
+        with peak_bytes() as peak:
+            lowered = shared.run(program, cell.pipeline, data.batches, following)
+            quantized = deploy(lowered, self._model)
+        seconds = time.perf_counter() - started
+        scores = score_windows(quantized, data.windows, self._model)
+        total = total_scores(scores, compared=True)
+        text = f"{data.text}, {len(data.windows)} x {data.windows[0].shape[1]}"
+        return {
+            "key": cell.key,
+            **cell.described(),
+            "evaluation": text,
+            "calibrated_on": data.calibration,
+            **asdict(total),
+            "perplexity": total.perplexity,
+            "bytes": stored_bytes(quantized),
+            "reference_bytes": stored_bytes(self._model),
+            "windows": [[each.tokens, *each.sums] for each in scores],
+            "seconds": seconds,
+            "peak_bytes": peak(),
+            "versions": dict(installed_versions()),
+        }
+
+    def _data_of(self, cell: Cell) -> EvalData:
+        key = _data_key(cell)
+        if key not in self._data:
+            data = data_without_model(cell.options, self._tokenizer)
+            check_data(cell.model.name, self._model, data)
+            self._data = {key: data}
+        return self._data[key]
+
+    def _program_of(self, cell: Cell, data: EvalData) -> Program:
+        """The traced model; it is traced again only for other example tokens, with which folds are checked."""
+        example = data.example()["input_ids"].to(cell.device)
+        key = example.cpu().numpy().tobytes()
+        if key not in self._programs:
+            self._programs = {key: trace(self._model, {"input_ids": example})}
+        return self._programs[key]
+
+
+class SharedFolds:
+    """Runs pipelines on one program and the same batches; passes with which the next one begins too run once.
+
+    Only up to where the program is still float, as a pipeline starts from there.
+    """
+
+    def __init__(self) -> None:
+        self._passes: tuple[Pass, ...] = ()
+        self._program: Program | None = None
+
+    def run(self, program: Program, pipeline: Pipeline, batches: object, following: Pipeline | None) -> Program:
+        """The program after a pipeline. following: the one that will be run next."""
+        passes = pipeline.passes
+        if self._program is None or passes[: len(self._passes)] != self._passes:
+            self._passes, self._program = (), program
+        known = len(self._passes)
+        common = 0 if following is None else common_folds(pipeline, following)
+        if common > known:
+            self._program = Pipeline(passes[known:common]).run(self._program, batches)
+            self._passes = passes[:common]
+        start = self._program
+        if common < known:
+            self._passes, self._program = (), None
+        return Pipeline(passes[max(known, common) :]).run(start, batches)
+
+
+def common_folds(first: Pipeline, second: Pipeline) -> int:
+    """With how many equal passes two pipelines begin that leave the program float; each keeps one pass at least."""
+    best, stage = 0, Stage.FLOAT
+    for count, (one, other) in enumerate(zip(first.passes[:-1], second.passes[:-1], strict=False), start=1):
+        if one != other:
+            break
+        stage = stage if one.gives is None else one.gives
+        if stage is Stage.FLOAT:
+            best = count
+    return best
+
+
+def _data_key(cell: Cell) -> tuple[Any, ...]:
+    """Cells with an equal key have the same windows and batches."""
+    return str(cell.evaluation), str(cell.evaluation.text), str(cell.calibration)
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Hold the folder; raises InputError if it cannot be written or another run holds it."""
+    try:
+        with folder_lock(folder, wait=False):
+            yield
+    except BlockingIOError as error:
+        raise InputError(f"another study is running in {folder}: name another folder with --resume") from error

@@ -1,0 +1,40 @@
+"""The studies in benchmarks/ and in the guide are read; there is a cell for every record that a script made before."""
+
+from documents import ROOT, blocks
+from records import results
+
+from mxcompile.cli.study.study_file import StudyFile
+
+OWN = {"": "smollm2", "planted": "smollm2 planted", "off-grid": "smollm2 off-grid"}
+
+
+def cells(name):
+    return StudyFile.load(ROOT / "benchmarks" / name).cells()
+
+
+def test_the_study_of_accuracy():
+    found = {(cell.model.name, cell.recipe, cell.weight, cell.activation) for cell in cells("accuracy.toml")}
+    for row in results("accuracy.jsonl"):
+        model = OWN[row["model"].removeprefix("SmolLM2-135M-Instruct").strip()]
+        assert (model, row["recipe"], row["weight"], row["activation"]) in found
+
+
+def test_the_study_of_the_paper():
+    every = cells("study.toml")
+    names = {(cell.recipe, cell.weight) for cell in every}
+    for row in results("study.jsonl"):
+        weight = row["weight"].removesuffix(":32")
+        for algorithm in row["perplexity"]:
+            recipe = f"{algorithm} ({row['gptq']})" if "GPTQ" in algorithm else algorithm
+            assert (recipe, weight) in names
+    late = [cell for cell in every if cell.recipe == "GPTQ, AWQ (paper)"]
+    assert all("| as-float | awq-fold" in str(cell.pipeline) for cell in late)
+    assert {cell.evaluation.half for cell in every} == {"second"}
+
+
+def test_the_study_of_the_guide(tmp_path):
+    (text,) = blocks(ROOT / "docs/studies.md", "toml")
+    file = tmp_path / "formats.toml"
+    file.write_text(text)
+    found = StudyFile.load(file).cells()
+    assert len(found) == 1 + 4 * 4  # a recipe without data; formats, blocks, windows and seeds of the pipeline
