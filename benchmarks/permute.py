@@ -4,13 +4,14 @@
 
 SmolLM2-135M, texts as in `accuracy.py`. `behind` are the passes between the permutation and `lower-mx`. `kl` is the
 mean KL(float || quantized) in nats; `change` the mean over windows of its difference to the same passes without a
-permutation, and `standard_error` that of this mean. `random{seed=N}` puts channels in a random order.
+permutation, and `standard_error` that of this mean. `random{seed=N}` puts channels in a random order. `orders` may be
+other passes too: `fine-blocks{element=W}`; `bits` are those of a weight, with scales.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.orders import find_orders, reorder
 from mxcompile.cli import smollm2
 from mxcompile.diagnostics.evaluation import evaluate
+from mxcompile.formats import MXFormat, parse_format
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassResult
 from mxcompile.passes import PASSES
@@ -56,22 +58,32 @@ def main() -> int:
     batches, test = texts(arguments, tokenizer)
     program = mxcompile.trace(model, {"input_ids": batches[0]["input_ids"][:1, :64]})
     exact = torch.tensor([evaluate(model, window).nll for window in test])
-    weight, activation = arguments.formats.split(":")
+    weight, activation = arguments.formats.split("/" if "/" in arguments.formats else ":")
     plain: Tensor | None = None
     for order in arguments.orders.split(","):
         first = "" if order == "none" else f"{order} | "
         text = (first + arguments.behind + LOWER).replace("=W", f"={weight}").replace("=A", f"={activation}")
         pipeline = Pipeline.parse(text.replace(";", ","), passes=[RandomOrder, *PASSES.values()])
         began = time.perf_counter()
-        quantized = mxcompile.deploy(pipeline.run(program, batches), model, check=False)
+        lowered = pipeline.run(program, batches)
+        quantized = mxcompile.deploy(lowered, model, check=False)
         seconds = time.perf_counter() - began
         scores = per_window(quantized, model, test)
         plain = scores if plain is None else plain
         row: dict[str, Any] = {"model": f"SmolLM2-135M-Instruct {arguments.variant}".strip(), "order": order}
         row |= {"behind": arguments.behind, "weight": weight, "activation": activation}
+        row |= {"bits": round(bits_a_weight(program, lowered.formats, parse_format(weight)), 3)}
         row |= measured(scores, plain) | {"float_nll": round(float(exact.mean()), 4)}
         write(row | described(arguments, batches, test) | {"seconds": round(seconds, 1)}, arguments.out)
     return 0
+
+
+def bits_a_weight(program: Program, chosen: Mapping[str, MXFormat | None], default: MXFormat) -> float:
+    """Bits of all quantized weights, with scales, over their number."""
+    shapes = {matmul.parameter: program.stored(matmul.parameter).shape for matmul in choose(program).matmuls}
+    formats = {name: chosen.get(name, default) or default for name in shapes}
+    total = sum(formats[name].storage_bytes(shape[:-1].numel(), shape[-1]) for name, shape in shapes.items())
+    return 8 * total / sum(shape.numel() for shape in shapes.values())
 
 
 def per_window(quantized: nn.Module, model: nn.Module, test: Sequence[Tensor]) -> Tensor:

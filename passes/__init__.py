@@ -4,6 +4,7 @@ from typing import Final
 
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.diagnose import Diagnose
+from mxcompile.passes.fine_blocks import FineBlocks
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
@@ -20,6 +21,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
     "smooth-quant": SmoothQuant,
     "awq-fold": AwqFold,
     "rotate": Rotate,
+    "fine-blocks": FineBlocks,
     "gptq": Gptq,
     "round-weights": RoundWeights,
     "tune-vectors": TuneVectors,

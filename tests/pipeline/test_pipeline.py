@@ -17,6 +17,7 @@ from mxcompile.numerics.column_rounding import ColumnOrder
 from mxcompile.passes import PASSES
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.diagnose import Diagnose
+from mxcompile.passes.fine_blocks import FineBlocks
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
@@ -45,6 +46,7 @@ BUILT_IN = {
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),
     "rotate": st.builds(Rotate, formats, st.none() | formats, st.sampled_from([None, 2, 32, 128])),
+    "fine-blocks": st.builds(FineBlocks, formats, st.sampled_from([16, 32]), st.sampled_from([32, 128])),
     "gptq": st.builds(
         Gptq, formats, st.none() | formats, alphas, st.sampled_from(ColumnOrder), rules, grids, alphas, flags
     )

@@ -221,6 +221,8 @@ def _collected(cells: _Cells, value: Node, wanted: Iterable[Matmul]) -> OrderGro
     region = cells.region
     matmuls: list[tuple[Matmul, Tensor]] = []
     for matmul in wanted:
+        if region.get(matmul.activation) is None:
+            continue
         channels = region.channels((matmul.activation, -1))
         if channels is not None and bool((cells.numbered(channels) >= 0).any()):
             matmuls.append((matmul, cells.numbered(channels).expand(matmul.in_features)))
