@@ -162,13 +162,22 @@ def write_auxiliary(module: nn.Module, stage: Path, names: TensorNames, processo
     """
     for processor in processors:
         if processor is not None:
-            processor.save_pretrained(stage)
+            _save_processor(processor, stage)
     if not is_pretrained(module):
         return dict(getattr(module, SOURCE_CONFIG, {}))
     from mxcompile.checkpoint.hf import models  # imports transformers
 
     models.save_generation(module, stage)  # pyright: ignore[reportArgumentType]
     return models.configuration(module, names, stage)  # pyright: ignore[reportArgumentType]
+
+
+def _save_processor(processor: Any, folder: Path) -> None:
+    try:
+        processor.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # tokenizers, written in Rust, raises no OSError where it cannot write
 
 
 def shard_bytes(size: int | str) -> int:

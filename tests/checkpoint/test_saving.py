@@ -319,6 +319,20 @@ def test_a_file_is_no_folder(folders, tmp_path):
         mxcompile.save(mxcompile.load(folders[0]), tmp_path / "file")
 
 
+class TokenizerOnAFullDisk:
+    """Raises what the library tokenizers does."""
+
+    def save_pretrained(self, to):
+        raise Exception("No space left on device (os error 28)")
+
+
+def test_a_tokenizer_on_a_full_disk_is_explained(folders, tmp_path):
+    model = mxcompile.load(folders[0])
+    with pytest.raises(CheckpointError, match=r"new cannot be written \(No space left .*: nothing is saved"):
+        mxcompile.save(model, tmp_path / "new", tokenizer=TokenizerOnAFullDisk())
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_full_disk_is_explained_and_leaves_the_old_one(folders, tmp_path, monkeypatch):
     old, new = folders
     mxcompile.save(mxcompile.load(old), tmp_path)
