@@ -222,3 +222,23 @@ def test_the_tables_of_the_zoo():
     assert text.endswith(f"\n{module.BEGIN}{module.tables()}\n")
     rows = re.findall(r"^\| (\w+) \| \d* \|", text, re.MULTILINE)
     assert sorted(rows) == sorted(record["architecture"] for record in results("zoo.jsonl"))
+
+
+def test_what_calibration_data_are_worth():
+    """KL by row and text; the shares that the text says."""
+    rows = {row["calibration"]: [text["kl"] for text in row["texts"]] for row in results("calibration-data.jsonl")}
+    text = page("docs/calibration.md")
+    names = {
+        "file": "C4, windows of 512",
+        "help topics": "other help topics, windows of 512",
+        "own text": "the model's own text, windows of 512",
+    }
+    assert list(rows) == list(names)
+    for key, name in names.items():
+        assert f"| {name} | {' | '.join(f'{kl:.3f}' for kl in rows[key])} |" in text
+    (short, long, topics), of_topics, own = rows["file"], rows["help topics"], rows["own text"]
+    assert f"lose {percent(1 - of_topics[2] / topics)} less than with web text" in text
+    low, high = sorted((of_topics[0] / short - 1, of_topics[1] / long - 1))
+    assert f"plain text then loses {100 * low:.0f} to {percent(high)} more" in text
+    assert f"within {percent(max(own[0] / short, own[1] / long) - 1)}, and better on help topics" in text
+    assert own[2] < topics

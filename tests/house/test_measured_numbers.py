@@ -299,3 +299,14 @@ def test_the_diagnosis():
 
 def _steps(row):
     return [sum(row[f"{step}_{kind}"] for step in ("fold", "rotate", "bits")) for kind in ("improved", "advised")]
+
+
+def test_models_larger_than_memory():
+    text = page("docs/large_models.md")
+    (gpu,) = [row for row in results("large.jsonl") if row["benchmark"] == "model-free" and row["device"] == "cuda"]
+    assert f"{gpu['source bytes'] / 1e9:.0f} GB in Llama-3-8B's shape took {gpu['seconds']:.0f} s on an H200" in text
+    assert f"{gpu['device peak bytes'] / 2**30:.1f} GiB on the GPU" in text
+    large = [row for row in results("low-memory.jsonl") if row["model"] == "Llama-3-8B shape, 24 layers"]
+    rounded, learned = (row["anonymous MB"] / 1000 for row in large[-2:])  # in a control group with 3 GB
+    assert f"A model of {large[-1]['model MB'] / 1000:.0f} GB" in text
+    assert f"the process itself held at most {rounded:.1f} and {learned:.2f} GB" in text
