@@ -30,7 +30,7 @@ from mxcompile.cli.arguments import (
 )
 from mxcompile.cli.calibration import CalibrationOptions
 from mxcompile.cli.compare import EvalOptions, compare, load_with_data, print_comparison
-from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.console import messages, print_json, results, warnings_as_messages
 from mxcompile.cli.demo import run_demo
 from mxcompile.cli.progress import Progress
 from mxcompile.diagnostics.bisect import bisect as find_culprits
@@ -163,7 +163,8 @@ def main() -> None:
             raise InputError("torchrun is for mxcompile quantize: start other commands without it")
         if not is_first():
             warnings.simplefilter("ignore")  # the first process gives the same
-        app()
+        with warnings_as_messages():
+            app()
     except MXCompileError as error:
         screen = messages()
         screen.print(Text(f"error: {error}", style="red"))

@@ -1,8 +1,10 @@
 """Consoles of the commands: results on stdout, messages on stderr, colors on a terminal, full width elsewhere."""
 
 import json
-from collections.abc import Iterable
-from typing import Any
+import warnings
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -49,6 +51,29 @@ def results() -> Console:
 def messages() -> Console:
     """The console for progress and errors, apart from results that are piped."""
     return _console(stderr=True)
+
+
+@contextmanager
+def warnings_as_messages() -> Generator[None]:
+    """Print each UserWarning as a message, without the line of code that gave it."""
+    with warnings.catch_warnings():  # puts the function back
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if category is UserWarning:
+                messages().print(f"warning: {message}", markup=False)
+            else:
+                others(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def _console(stderr: bool) -> Console:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import mxcompile
 from mxcompile import Ledger, Pass, Pipeline
 from mxcompile.cli.app import app, main
 from mxcompile.diagnostics.dump import Dump
-from mxcompile.errors import PassError, UnknownNameError
+from mxcompile.errors import PassError, UnknownNameError, warn
 from mxcompile.formats import FORMATS, parse_format
 from mxcompile.passes import PASSES
 from mxcompile.passes.recipes import RECIPES
@@ -123,6 +124,7 @@ def test_groups_prints_who_divides_and_who_multiplies(gpt2):
 
 LISTS = """
 import sys
+import warnings
 from mxcompile.cli.app import app
 for command in ("--help", "recipes", "passes", "formats"):
     app([command], standalone_mode=False)
@@ -268,3 +270,17 @@ def test_notes_of_other_errors_are_printed(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err == "error: no more\nnote: seen at noon\n"
+
+
+def test_warnings_are_messages(monkeypatch, capsys):
+    """Ours, and others' of that kind; those for programmers stay as Python shows them."""
+
+    def give():
+        warn("a part is damaged [again]")
+        warnings.warn("old", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr("mxcompile.cli.app.app", give)
+    with pytest.warns(FutureWarning, match="old") as others:
+        main()
+    assert [str(other.message) for other in others] == ["old"]
+    assert capsys.readouterr().err == "warning: a part is damaged [again]\n"
