@@ -139,6 +139,7 @@ class Gptq(Pass):
         tally, ranks = TokenTally(readers[0], self.min_tokens), ranks_of(program)
         owners, refused = list[int | None](), dict[int, str]()
         for index, of_expert in enumerate(moments):
+            program.return_freed()
             owners.append(of_expert.owner)
             usable = tally.add(of_expert)
             if of_expert.owner not in (None, ranks.number):
@@ -160,6 +161,7 @@ class Gptq(Pass):
         for weight in weights:
             weight.receive(ranks, owners)
             weight.store(program, fmt)
+        program.return_freed()
         if self.correction and any(tally.counts) and not tally.compared:
             reasons.insert(0, _UNCORRECTED)
         reasons += tally.remarks()

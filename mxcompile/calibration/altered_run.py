@@ -43,6 +43,10 @@ class AlteredRun(Runner):
         replacement = self.tensors.get(str(node.target))
         return super().parameter(node) if replacement is None else replacement
 
+    def _end_run(self) -> None:
+        super()._end_run()
+        self._last = None
+
     def _prepared(self, value: Tensor, function: Prepare) -> Tensor:
         """prepare(value), computed once for matmuls that share value and function (q, k, v)."""
         if self._last is None or self._last[0] is not value or self._last[1] is not function:

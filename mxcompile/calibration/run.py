@@ -107,7 +107,9 @@ class Runner(Interpreter):
 
         values: of one batch; without a BoundBatch, all rows count and buffers are as traced.
         on_value: called with each node and its value. A value is freed after its last use among the nodes.
+        A program whose tensors lie in files first gives freed memory back to the system.
         """
+        self._program.return_freed()
         outputs = dict.fromkeys(outputs)
         last = {source: index for index, node in enumerate(nodes) for source in node.all_input_nodes}
         batch = values if isinstance(values, BoundBatch) else BoundBatch.of(self._program, values)
@@ -126,8 +128,12 @@ class Runner(Interpreter):
                     if last.get(source, index) == index and source not in outputs:
                         self.env.pop(source, None)
         results = {node: self.env[node] for node in outputs}
-        self.env = {}
+        self._end_run()
         return results
+
+    def _end_run(self) -> None:
+        """Free the values of the last run."""
+        self.env = {}
 
     def parameter(self, node: Node) -> Tensor:
         """The tensor that a `get_attr` node reads; a copy if autograd cannot save it (made in inference mode)."""

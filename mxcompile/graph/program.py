@@ -173,11 +173,15 @@ class Program:
         A program whose tensors lie in files gives freed memory back to the system before each.
         """
         for done, item in enumerate(items):
-            if self.mapped is not None:
-                self.mapped.return_freed()
+            self.return_freed()
             if self.report is not None:
                 self.report(done, len(items))
             yield item
+
+    def return_freed(self) -> None:
+        """Give freed memory back to the system, if tensors lie in files: then memory is short."""
+        if self.mapped is not None:
+            self.mapped.return_freed()
 
     def parameter_names(self) -> Iterator[str]:
         """Names of the parameters, buffers and constants that the graph reads, in order of appearance."""

@@ -97,6 +97,17 @@ def test_states_are_in_files_above_the_limit(tmp_path):
     assert False in in_files
 
 
+def test_freed_memory_is_returned_before_each_batch_runs(tmp_path, monkeypatch):
+    program = trace(llama(2), inputs("llama"))
+    program.keep_in_files(mapped(tmp_path, copies=False))
+    sweep = Sweep(program, batches("llama"))
+    first = find_segments(program, choose(program).matmuls)[0]
+    calls = []
+    monkeypatch.setattr(program.mapped, "return_freed", lambda: calls.append(len(calls)))
+    sweep.advance(first)
+    assert len(calls) == 3
+
+
 class Counter(nn.Module):
     """Counts its calls in a buffer, and adds the count."""
 

@@ -2,6 +2,8 @@
 AlteredRun: the same program with replaced tensors and prepared inputs, without being changed.
 """
 
+from weakref import ref
+
 import pytest
 import torch
 from models import inputs, llama, output
@@ -265,6 +267,20 @@ def test_a_prepared_input_is_prepared_once_for_all_its_readers(program):
     assert all(torch.equal(found[node], plain[node] / 2) for node in nodes)
     altered.run_nodes(first.nodes, given)
     assert len(calls) == 2
+
+
+def test_a_prepared_input_is_freed_at_the_end_of_a_run(program):
+    first, *_ = cut(program)
+    prepared = []
+
+    def halved(x: Tensor) -> Tensor:
+        result = x / 2
+        prepared.append(ref(result))
+        return result
+
+    altered = AlteredRun(program, dict.fromkeys(first.readers_of(first.inputs[0]), halved))
+    altered.run_nodes(first.nodes, bind_inputs(program, program.example))
+    assert [value() for value in prepared] == [None]
 
 
 def test_a_replaced_tensor(program):
