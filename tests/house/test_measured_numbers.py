@@ -306,6 +306,13 @@ def test_models_larger_than_memory():
     (gpu,) = [row for row in results("large.jsonl") if row["benchmark"] == "model-free" and row["device"] == "cuda"]
     assert f"{gpu['source bytes'] / 1e9:.0f} GB in Llama-3-8B's shape took {gpu['seconds']:.0f} s on an H200" in text
     assert f"{gpu['device peak bytes'] / 2**30:.1f} GiB on the GPU" in text
+    files, memory = (row for row in results("low-memory.jsonl") if row["model"] == "SmolLM2-135M")
+    assert (files["weights"], memory["weights"], files["same bytes"]) == ("files", "memory", True)
+    assert f"SmolLM2 in float32 has {files['model MB']} MB" in text
+    own, share = files["anonymous MB"], files["anonymous over model"]
+    assert f"on {files['calibration']} windows of 512 tokens, needed {own} MB beside" in text
+    assert f"cache of files, {share} of that; with the model in memory they needed {memory['anonymous MB']} MB" in text
+    assert share <= 0.6
     large = [row for row in results("low-memory.jsonl") if row["model"] == "Llama-3-8B shape, 24 layers"]
     rounded, learned = (row["anonymous MB"] / 1000 for row in large[-2:])  # in a control group with 3 GB
     assert f"A model of {large[-1]['model MB'] / 1000:.0f} GB" in text
