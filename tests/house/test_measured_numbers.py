@@ -317,3 +317,28 @@ def test_models_larger_than_memory():
     rounded, learned = (row["anonymous MB"] / 1000 for row in large[-2:])  # in a control group with 3 GB
     assert f"A model of {large[-1]['model MB'] / 1000:.0f} GB" in text
     assert f"the process itself held at most {rounded:.1f} and {learned:.2f} GB" in text
+
+
+def test_the_parts_of_a_prompt():
+    text, (few, many) = page("docs/kernels.md"), results("prefill-parts-cpu.jsonl")
+    assert (few["tokens"], many["tokens"]) == (512, 1024)
+    last = "output head, all tokens (`generate` asks for the last one's: {} and {})"
+    rows = {
+        "matmuls of 30 layers, by torch": "matmuls",
+        "decoding their weights, MXINT4": "decoding",
+        "rounding their inputs, MXINT8": "rounding",
+        last.format(few["head of the last token"], many["head of the last token"]): "head of all tokens",
+        "attention, torch's kernel with a mask": "attention",
+        "attention as two matmuls and a softmax, 64 queries at a time": "attention in rows",
+        "the same without the keys after them": "attention in rows, with the keys before",
+    }
+    for words, name in rows.items():
+        assert f"| {words} | {few[name]} | {many[name]} |" in text
+    added = [(row["decoding"] + row["rounding"]) / row["matmuls"] for row in (many, few)]
+    assert "adds {} to the matmuls of 1024 tokens ({} at 512)".format(*map(percent, added)) in text
+    assert f"and {many['attention'] / many['matmuls']:.1f} times as long at 1024" in text
+    saved = few["attention"] - few["attention in rows"]
+    whole = sum(few[name] for name in ("matmuls", "decoding", "rounding", "head of all tokens", "attention"))
+    assert f"save {saved:.0f} ms of 512 tokens, {percent(saved / whole)} of these parts" in text
+    errors = few["error of attention in rows"], few["error of attention"]
+    assert "error from float64 is {} of it in place of {}".format(*errors) in text
