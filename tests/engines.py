@@ -30,7 +30,8 @@ SETTINGS: Final = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
-OUR_KERNELS: Final = {"VLLM_DISABLED_KERNELS": "MarlinMxFp4LinearKernel,MarlinMxfp8LinearKernel"}
+_VLLMS_KERNELS: Final = ("MarlinMxFp4", "HummingMxFp4", "MarlinMxfp8", "EmulationMxfp8", "HummingMxfp8")
+OUR_KERNELS: Final = {"VLLM_DISABLED_KERNELS": ",".join(f"{name}LinearKernel" for name in _VLLMS_KERNELS)}
 """Settings with which a GPU runs folders of compressed-tensors on our kernels."""
 _SHARE_OF_GPU: Final = 0.08  # of its memory, for an engine: several run at a time
 why_no_engine: Final = "" if find_spec("vllm") is not None else "vLLM is not installed in this environment"

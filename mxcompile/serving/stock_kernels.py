@@ -1,8 +1,9 @@
 """mxcompile's kernels for vLLM's own MXFP4 and MXFP8 layers, of folders in the format of compressed-tensors.
 
 On a CPU vLLM has no kernel for them and takes these. On a GPU it takes the first of its list that runs, and these are
-at the end: `VLLM_DISABLED_KERNELS=MarlinMxFp4LinearKernel` chooses them. Activations stay float, whatever the folder
-says, as with vLLM's own kernels on Hopper: the format does not store the rule by which they are to be rounded.
+at the end: `VLLM_DISABLED_KERNELS` with the names of the others chooses them (docs/serving.md). Activations stay float,
+whatever the folder says, as with vLLM's own kernels on Hopper: the format does not store the rule by which they are to
+be rounded.
 """
 
 from typing import Any
