@@ -324,6 +324,10 @@ def test_models_larger_than_memory():
     rounded, learned = (row["anonymous MB"] / 1000 for row in large[-2:])  # in a control group with 3 GB
     assert f"A model of {large[-1]['model MB'] / 1000:.0f} GB" in text
     assert f"the process itself held at most {rounded:.1f} and {learned:.2f} GB" in text
+    files, memory = (row for row in results("low-memory.jsonl") if row.get("device", "").startswith("NVIDIA"))
+    gib, other = (row["device MB"] * 1e6 / 2**30 for row in (files, memory))
+    assert f"took {files['seconds']} s from files with at most {gib:.1f} GiB of the" in text
+    assert f"and {memory['seconds']} s in memory with {other:.1f} GiB" in text
 
 
 def test_the_parts_of_a_prompt():
