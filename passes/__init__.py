@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from mxcompile.passes.allocate import Allocate
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.diagnose import Diagnose
 from mxcompile.passes.fine_blocks import FineBlocks
@@ -22,6 +23,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
     "awq-fold": AwqFold,
     "rotate": Rotate,
     "fine-blocks": FineBlocks,
+    "allocate": Allocate,
     "gptq": Gptq,
     "round-weights": RoundWeights,
     "tune-vectors": TuneVectors,

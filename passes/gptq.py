@@ -10,7 +10,6 @@ error of earlier layers (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -20,8 +19,9 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
+from mxcompile.calibration.altered_run import Prepare
 from mxcompile.calibration.expert_moments import ExpertStatistics, ExpertTokens, TokenTally
-from mxcompile.calibration.quantizers import round_input
+from mxcompile.calibration.quantizers import input_roundings
 from mxcompile.calibration.ranks import Ranks, ranks_of
 from mxcompile.calibration.second_moments import SecondMoments
 from mxcompile.calibration.twin_run import TwinRun
@@ -96,10 +96,10 @@ class Gptq(Pass):
         todo = [m for m in choice.matmuls if choice.owns_weight(m) and m.parameter not in program.rounded]
         if not todo:
             return PassResult(0, tuple(misses))
-        prepare = partial(round_input, self.activation)
+        prepare = input_roundings(program, choice.matmuls, self.activation)
         twin_run = TwinRun(program, choice.matmuls, prepare, self.correction > 0)
         for index, segment in enumerate(program.track(twin_run.segments)):
-            readings = _by_input(program, segment, todo, formats)
+            readings = _by_input(program, segment, todo, formats, prepare)
             weights = [matmul for readers in readings for matmul in readers]
             before = {m.parameter: program.tensor(m.parameter) for m in weights}
             remarks = _restored(program, index, weights, formats)
@@ -293,14 +293,18 @@ def _keep(program: Program, index: int, names: Iterable[str], remarks: _Remarks)
 
 
 def _by_input(
-    program: Program, segment: Segment, todo: list[Matmul], formats: Mapping[Node, MXFormat]
+    program: Program,
+    segment: Segment,
+    todo: list[Matmul],
+    formats: Mapping[Node, MXFormat],
+    prepare: Mapping[Matmul, Prepare],
 ) -> list[list[Matmul]]:
-    """The matmuls of a segment to round, grouped by input value and format; each weight once."""
-    groups: dict[tuple[Node, int, MXFormat], list[Matmul]] = {}
+    """The matmuls of a segment to round, grouped by input value and the formats of both; each weight once."""
+    groups: dict[tuple[Node, int, MXFormat, Prepare], list[Matmul]] = {}
     seen = set(program.rounded)
     for matmul in segment.matmuls:
         if matmul in todo and matmul.parameter not in seen:
             seen.add(matmul.parameter)
-            key = matmul.activation, matmul.root.meta["val"].dim(), formats[matmul.node]
+            key = matmul.activation, matmul.root.meta["val"].dim(), formats[matmul.node], prepare[matmul]
             groups.setdefault(key, []).append(matmul)
     return list(groups.values())

@@ -1,8 +1,8 @@
 """matmul(x, w) -> matmul(dequantize(quantize(x)), dequantize(w_elements, w_scales)).
 
 Every chosen weight is packed. The input of its matmul gets an `mx::quantize` / `mx::dequantize` pair, shared by all
-matmuls that read the same value. Without `activation`, inputs stay float (weight-only). An embedding that was included
-by name looks up packed rows. In eager mode, the lowered graph runs the reference implementation on any device.
+matmuls that read the same value in the same format. Without `activation`, inputs stay float (weight-only). An embedding
+that was included by name looks up packed rows. In eager mode, the lowered graph runs the reference implementation.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from torch.fx import Node
 from mxcompile.analysis.choice import MatmulChoice, check_coverage, choose, exclude_shared_weights, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows, replace_activation
 from mxcompile.calibration.finished_parts import load_part, save_part
+from mxcompile.calibration.quantizers import input_format
 from mxcompile.calibration.ranks import ranks_of
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
@@ -69,7 +70,7 @@ class LowerMX(Pass):
         _check_rounded_weights_are_lowered(program, choice)
         check_coverage(program, choice)
         weights: dict[str, Node] = {}
-        inputs: dict[Node, Node] = {}
+        inputs: dict[tuple[Node, MXFormat], Node] = {}
         todo = [matmul for matmul in choice.matmuls if not matmul.is_lowered]
         for matmul in program.track(todo):
             if matmul.parameter not in weights:
@@ -78,10 +79,12 @@ class LowerMX(Pass):
                 matmul.reader.replace_input_with(matmul.root, weights[matmul.parameter])
                 if not matmul.root.users:
                     program.erase_tensor_node(matmul.root)
-            if self.activation is not None:
-                if matmul.activation not in inputs:
-                    inputs[matmul.activation] = self._lower_input(program, matmul, self.activation)
-                replace_activation(matmul.node, inputs[matmul.activation])
+            fmt = input_format(program, matmul, self.activation)
+            if fmt is not None:
+                key = matmul.activation, fmt
+                if key not in inputs:
+                    inputs[key] = self._lower_input(program, matmul, fmt)
+                replace_activation(matmul.node, inputs[key])
         embeddings = self._lower_embeddings(program, choice, formats)
         program.graph.eliminate_dead_code()
         program.drop_unread()
@@ -105,7 +108,7 @@ class LowerMX(Pass):
     def _lower_input(self, program: Program, matmul: Matmul, fmt: MXFormat) -> Node:
         """Insert the dequantized activation before the first matmul that reads it."""
         x, before = matmul.activation, matmul.node
-        rule = self.activation_rule or activation_rule(fmt)
+        rule = (self.activation_rule if fmt == self.activation else None) or activation_rule(fmt)
         quantized = insert_call(program, before, QUANTIZE, (x, str(fmt), str(rule)), f"{x.name}_quantized")
         elements = insert_call(program, before, operator.getitem, (quantized, 0), f"{x.name}_elements")
         scales = insert_call(program, before, operator.getitem, (quantized, 1), f"{x.name}_scales")

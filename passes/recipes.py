@@ -3,13 +3,15 @@
 from typing import Final
 
 from mxcompile.errors import PipelineError, UnknownNameError
-from mxcompile.formats import MXFormat
-from mxcompile.passes import PASSES, LowerMX
+from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat
+from mxcompile.passes import PASSES, Allocate, LowerMX
 from mxcompile.pipeline.pipeline import Pipeline
 
 DEFAULT: Final = "w4a8-mxint"
 QUICK: Final = "w4a8-mxint-quick"
 """The default without calibration data: a single example is too little for passes that learn."""
+_INTEGERS: Final = (MXINT4, MXINT6, MXINT8)
+_FLOATS: Final = (MXFP4, MXFP6_E2M3, MXFP8_E4M3)
 
 
 def _rounded(weight: str, activation: str | None) -> str:
@@ -76,7 +78,33 @@ def as_pipeline(recipe: str | Pipeline) -> Pipeline:
     raise UnknownNameError("recipe", recipe, RECIPES)
 
 
+def with_bits(recipe: str | Pipeline, bits: float) -> Pipeline:
+    """A recipe that gives each weight one of several formats, `bits` stored bits a weight on average.
+
+    `allocate` goes in front of the first pass that rounds, with integer or floating formats of 4, 6 and 8 bits as the
+    recipe has them. Inputs have the recipe's format, but at least the bits of their weights. Raises PipelineError for a
+    recipe that chooses formats already or does not lower.
+    """
+    pipeline = as_pipeline(recipe)
+    lowering = next((current for current in pipeline.passes if isinstance(current, LowerMX)), None)
+    if lowering is None or any(isinstance(current, Allocate) for current in pipeline.passes):
+        reason = "has no lower-mx" if lowering is None else "chooses formats already"
+        raise PipelineError(f"{bits:g} bits a weight: the recipe {reason}; add allocate{{...}} to its text yourself")
+    kind = _INTEGERS if lowering.weight.is_integer else _FLOATS
+    formats = tuple(fmt.with_block(lowering.weight.block_size) for fmt in kind)
+    activation = lowering.activation
+    if activation is None or activation.bits >= 8:
+        allocate = Allocate(formats, bits=bits, activation=activation)
+    else:  # 8-bit weights are multiplied no faster with inputs of 4 bits
+        inputs = tuple(activation if fmt.bits <= activation.bits else fmt for fmt in formats)
+        allocate = Allocate(formats, bits=bits, activations=inputs)
+    place = next(i for i, current in enumerate(pipeline.passes) if "overrides" in vars(current))
+    return Pipeline([*pipeline.passes[:place], allocate, *pipeline.passes[place:]])
+
+
 def weight_formats(pipeline: Pipeline) -> set[MXFormat]:
     """The formats in which a pipeline leaves weights; empty if it does not lower."""
     lowerings = [current for current in pipeline.passes if isinstance(current, LowerMX)]
-    return {fmt for step in lowerings for fmt in (step.weight, *step.overrides.values()) if fmt is not None}
+    chosen = [fmt for current in pipeline.passes if isinstance(current, Allocate) for fmt in current.formats]
+    named = [fmt for step in lowerings for fmt in (step.weight, *step.overrides.values())]
+    return {fmt for fmt in (*named, *(chosen if lowerings else ())) if fmt is not None}

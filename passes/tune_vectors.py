@@ -17,7 +17,7 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.distillation import Distillation, straight_through
-from mxcompile.calibration.quantizers import round_input
+from mxcompile.calibration.quantizers import input_roundings
 from mxcompile.calibration.run import visible_batches
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
@@ -63,8 +63,9 @@ class TuneVectors(Pass):
         batches = visible_batches(program, program.batches)
         if len(batches) < 2:
             return _unchanged(names, "training needs a held-out batch: give two or more calibration batches", [])
-        prepare = partial(straight_through, partial(round_input, self.activation))
-        student = AlteredRun(program, dict.fromkeys(matmuls, prepare))
+        roundings = input_roundings(program, matmuls, self.activation)
+        prepare = {function: partial(straight_through, function) for function in {*roundings.values()}}
+        student = AlteredRun(program, {matmul: prepare[function] for matmul, function in roundings.items()})
         distillation = Distillation(program, student, program.origin)
         best, losses = self._trained(distillation, vectors, batches)
         left_out = [Miss(f"output {name}", f"not compared: {why}") for name, why in distillation.left_out.items()]

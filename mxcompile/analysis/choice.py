@@ -95,7 +95,7 @@ def override_formats(
     Raises UnknownNameError for a pattern that matches nothing that would be quantized, and PipelineError if one weight
     would get different formats for different readers.
     """
-    names: dict[Node, tuple[str, ...]] = {m.node: _names(program, m) for m in choice.matmuls}
+    names: dict[Node, tuple[str, ...]] = {m.node: pattern_names(program, m) for m in choice.matmuls}
     names |= {node: tuple(_embedding_names(program, node)) for node in choice.embeddings}
     matched = {node: last_match(overrides, aliases) for node, aliases in names.items()}
     _check_patterns(choice, overrides, [name for aliases in names.values() for name in aliases])
@@ -113,7 +113,7 @@ def override_formats(
             skipped.append(UnquantizedNode.of(program, matmul.node, reason, [matmul.parameter]))
     by_weight: dict[str, set[MXFormat | None]] = {}
     for matmul in choice.matmuls:
-        by_weight.setdefault(_names(program, matmul)[0], set()).add(formats[matmul.node])
+        by_weight.setdefault(pattern_names(program, matmul)[0], set()).add(formats[matmul.node])
     if mixed := [name for name, weight_formats in by_weight.items() if len(weight_formats) > 1]:
         raise PipelineError(f"overrides give {mixed[0]!r} two formats: match its name instead of its readers' modules")
     kept = tuple(m for m in choice.matmuls if m.is_lowered or formats[m.node] is not None)
@@ -122,7 +122,7 @@ def override_formats(
     return replace(choice, matmuls=kept, embeddings=embeddings, skipped=tuple(skipped)), chosen
 
 
-def _names(program: Program, matmul: Matmul) -> tuple[str, ...]:
+def pattern_names(program: Program, matmul: Matmul) -> tuple[str, ...]:
     """The names that patterns are matched against: the weight's name and its module's path."""
     return name_in_module(program, matmul.name, matmul.node) or matmul.name, matmul.module_path
 

@@ -9,11 +9,12 @@ program (a computed weight, a buffer, a convolution, a recurrent layer, an unkno
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from mxcompile.analysis.tensor_reads import Sources, ancestors, contracts, read_tensors, tensor_sources
 from mxcompile.errors import WeightError
@@ -183,6 +184,30 @@ def activation_of(node: Node) -> Node | None:
     """The left operand of a node that multiplies, None for another node."""
     signature = _SIGNATURES.get(str(node.target))
     return None if signature is None else operand(node, signature.activation)
+
+
+def multiply(matmul: Matmul, values: Mapping[Node, Any], activation: Tensor, weight: Tensor) -> Tensor:
+    """The result of a matmul for another input and another weight, in their dtype.
+
+    values: of all nodes that the matmul's node reads. weight: as the parameter is, `[..., out, in]` or transposed.
+    """
+    right = operand(matmul.node, _SIGNATURES[str(matmul.node.target)].weight)
+    path: list[Node] = []
+    step = right
+    while step is not matmul.root:
+        path.append(step)
+        step = operand(step, 0)
+    for node in reversed(path):
+        weight = weight if node.target in CASTS else cast(Any, node.target)(weight, *node.args[1:], **node.kwargs)
+    replaced = {**values, matmul.activation: activation, right: weight}
+
+    def value(node: Node) -> Any:
+        other = replaced[node]
+        is_float = isinstance(other, Tensor) and other.is_floating_point()
+        return other.to(activation.dtype) if is_float else other
+
+    args, kwargs = map_arg((matmul.node.args, matmul.node.kwargs), value)
+    return cast(Any, matmul.node.target)(*args, **kwargs)
 
 
 def _candidates(program: Program, sources: Sources) -> dict[Node, Matmul | str]:

@@ -23,9 +23,13 @@ class AlteredRun(Runner):
         self, program: Program, prepare: Mapping[Matmul, Prepare], tensors: Mapping[str, Tensor] | None = None
     ) -> None:
         super().__init__(program)
-        self.prepare = {matmul.node: (matmul.activation, function) for matmul, function in prepare.items()}
-        self.tensors = dict(tensors or {})
+        self.change(prepare, tensors or {})
         self._last: tuple[Any, Any, Tensor] | None = None
+
+    def change(self, prepare: Mapping[Matmul, Prepare], tensors: Mapping[str, Tensor]) -> None:
+        """Transform other inputs and replace other tensors from now on."""
+        self.prepare = {matmul.node: (matmul.activation, function) for matmul, function in prepare.items()}
+        self.tensors = dict(tensors)
 
     def run_node(self, n: Node) -> Any:
         """Compute a node; a matmul reads its prepared input."""

@@ -1,21 +1,18 @@
 """Knowledge distillation: train some tensors of a Program towards the outputs of another Program."""
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import SymInt, Tensor
-from torch.fx import Node
 
-from mxcompile.analysis.matmuls import find_matmuls
-from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.calibration.altered_run import AlteredRun
+from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
 from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import BoundBatch, Runner
-from mxcompile.graph.agreement import output_leaves
 from mxcompile.graph.binding import NodeValues, bind_inputs
 from mxcompile.graph.dataflow import compute_nodes, mutated_tensors
 from mxcompile.graph.inputs import Inputs
@@ -31,41 +28,49 @@ class Distillation:
 
     student: runs `program`, whose tensors are trained. exact: the teacher, run unchanged.
 
-    outputs: names of the outputs that are compared: logits of the output head, else all float tensors. left_out: why
-    others are not, by name; batches add to it.
+    outputs: names of the outputs that are compared (`compared_outputs.py`). left_out: why others are not, by name;
+    batches add to it.
     """
 
     def __init__(self, program: Program, student: AlteredRun, exact: Program) -> None:
         self._program, self._student, self._exact = program, student, exact
-        matmuls = [matmul for matmul in find_matmuls(exact)[0] if matmul.parameter in exact.output_heads]
-        self._heads = {matmul.node.meta["val"].shape[-1] for matmul in matmuls}
         self._ranks = ranks_of(program)
-        self.left_out: dict[str, str] = {}
-        self.outputs = self._comparable()
+        self._compared = ComparedOutputs(exact)
+        self.outputs = tuple(self._compared.nodes)
         self._rows = self._dealt_rows() if self._ranks.count > 1 else None
 
-    def loss(self, batch: Inputs) -> Tensor | None:
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why outputs are not compared, by name."""
+        return self._compared.left_out
+
+    def loss(self, batch: Inputs, expected: Mapping[str, Tensor] | None = None) -> Tensor | None:
         """Mean KL(exact || student) for logits; relative squared error for other outputs. Summed over the outputs.
 
         Times the weight of the batch. None if no output of it can be compared (all zeros, NaN, or other tokens than
-        the teacher's). Its gradient is that of the rows that this process has run.
+        the teacher's). Its gradient is that of the rows that this process has run. expected: what `expected` returns,
+        to compare several students on one batch.
         """
-        expected = self._values(self._exact, Runner(self._exact), batch)
+        expected = self.expected(batch) if expected is None else expected
         actual = self._values(self._program, self._student, batch)
         distances = {name: self._distance(name, value, actual[name]) for name, value in expected.items()}
         known = self._known(distances) if self._ranks.count == 1 else self._known_together(distances)
         return torch.stack(known).sum() * batch.weight if known else None
+
+    def expected(self, batch: Inputs) -> dict[str, Tensor]:
+        """The teacher's outputs by name."""
+        return self._values(self._exact, Runner(self._exact), batch)
 
     def _known(self, distances: "Mapping[str, _Distance | str]") -> list[Tensor]:
         """The distances of the outputs that can be compared; the reasons against the others go to `left_out`."""
         known: list[Tensor] = []
         for name, distance in distances.items():
             if isinstance(distance, str):
-                self._leave_out(name, distance)
+                self._compared.leave_out(name, distance)
             elif isinstance(distance.unit, int):
                 known.append(distance.error / max(1, distance.unit))
             elif not distance.unit:
-                self._leave_out(name, _ZEROS)
+                self._compared.leave_out(name, _ZEROS)
             else:
                 known.append(distance.error / distance.unit)
         return known
@@ -80,9 +85,9 @@ class Distillation:
             sums = [report for report in reports if not isinstance(report, str)]
             unit = sum(unit for _, unit in sums)
             if reasons := [report for report in reports if isinstance(report, str)]:
-                self._leave_out(name, reasons[0])
+                self._compared.leave_out(name, reasons[0])
             elif not unit:
-                self._leave_out(name, _ZEROS)
+                self._compared.leave_out(name, _ZEROS)
             else:
                 total, part = sum(error for error, _ in sums) / unit, distances.get(name)
                 value = torch.tensor(total, dtype=torch.float32, device=self._ranks.device)
@@ -113,7 +118,8 @@ class Distillation:
             left_out = training.load(self._program, f"{end:05}")
             if left_out is None:
                 break
-            self.left_out, finished = left_out | self.left_out, end
+            self.left_out.update(left_out | self.left_out)
+            finished = end
             yield training.detached()
         for step, batch in enumerate(self._program.track(list(islice(cycle(batches), steps))), 1):
             if step <= finished:
@@ -147,7 +153,7 @@ class Distillation:
 
         None if the outputs have none in common, or a graph writes to buffers: each process then runs all of a batch.
         """
-        outputs = _outputs(self._exact)
+        outputs = output_nodes(self._exact)
         firsts = [outputs[name].meta["val"].shape[0] for name in self.outputs]
         inputs = [node.meta.get("val") for node in self._exact.graph.find_nodes(op="placeholder")]
         shapes = [list(map(str, value.shape)) for value in inputs if isinstance(value, Tensor)]
@@ -175,25 +181,9 @@ class Distillation:
             for n, value in inputs.items()
         }
 
-    def _comparable(self) -> tuple[str, ...]:
-        """Names of the outputs that say what the model predicts; the reasons against the others go to `left_out`."""
-        selected = values_with_selected_rows(self._exact)
-        floats: dict[str, Node] = {}
-        for name, node in _outputs(self._exact).items():
-            reason = _why_not_compared(node, selected)
-            if reason is None:
-                floats[name] = node
-            else:
-                self.left_out[name] = reason
-        heads = tuple(name for name, node in floats.items() if self._is_logits(node.meta["val"].shape))
-        return heads or tuple(floats)
-
-    def _is_logits(self, shape: Sequence[int | SymInt]) -> bool:
-        return isinstance(shape[-1], int) and any(shape[-1] == size for size in self._heads)
-
     def _values(self, program: Program, runner: Runner, batch: Inputs) -> dict[str, Tensor]:
         """The compared outputs by name, without the rows that a mask hides."""
-        every = _outputs(program)
+        every = output_nodes(program)
         outputs = {name: every[name] for name in self.outputs}
         inputs = {n: _for_autograd(value) for n, value in self._own_rows(bind_inputs(program, batch)).items()}
         if any(isinstance(value, Tensor) and value.dim() and not len(value) for value in inputs.values()):
@@ -208,15 +198,12 @@ class Distillation:
             return f"{list(expected.shape)} in the float model, {list(actual.shape)} rounded"
         if expected.isnan().any():
             return "NaN in the float model"
-        if self._is_logits(expected.shape):
+        if self._compared.is_logits(expected.shape):
             rows = zip(expected.flatten(0, -2).split(_ROWS), actual.flatten(0, -2).split(_ROWS), strict=True)
             return _Distance(torch.stack([_kl_divergence(*pair) for pair in rows]).sum(), expected[..., 0].numel())
         finite = expected.isfinite()
         energy = torch.where(finite, expected, 0.0).float().square().sum()
         return _Distance(torch.where(finite, actual - expected, 0.0).float().square().sum(), energy)
-
-    def _leave_out(self, name: str, reason: str) -> None:
-        self.left_out.setdefault(name, f"{reason}, for one batch or more")
 
 
 class _Distance(NamedTuple):
@@ -271,26 +258,6 @@ class _Training:
         self.schedule.load_state_dict(state["schedule"])
         self.optimizer.param_groups[0]["lr"] = state["lr"]
         return left_out
-
-
-def _outputs(program: Program) -> dict[str, Node]:
-    """The nodes that a graph returns, by their paths in the model's output (`logits`, `hidden_states.1`)."""
-    leaves = cast(Sequence[Any], program.graph.output_node().args[0])
-    nodes = [leaf for leaf in leaves if isinstance(leaf, Node)]
-    values = tuple(leaf.meta.get("val") if isinstance(leaf, Node) else leaf for leaf in leaves)
-    paths = {id(leaf): path for path, leaf in output_leaves(program.graph.process_outputs(values))}
-    return {paths.get(id(node.meta["val"])) or str(index): node for index, node in enumerate(nodes)}
-
-
-def _why_not_compared(node: Node, selected: Container[Node]) -> str | None:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return "not a float tensor"
-    if value.dim() == 0:
-        return "one number, such as a loss"
-    if node.op != "call_function":
-        return "not computed"
-    return "the model selects its rows, which may be others in the quantized model" if node in selected else None
 
 
 def _for_autograd(value: Any) -> Any:

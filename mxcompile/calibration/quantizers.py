@@ -1,10 +1,14 @@
 """Quantize-dequantize of weights and matmul inputs as in the lowered model, for searches and training."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
+from mxcompile.analysis.matmuls import Matmul
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
+from mxcompile.graph.program import Program
 from mxcompile.kernels import dispatch
 from mxcompile.numerics.importance import round_rows
 
@@ -32,3 +36,17 @@ def round_input(activation: MXFormat | None, x: Tensor) -> Tensor:
     if activation is None:
         return x
     return dispatch.quantize_dequantize(x, activation, activation_rule(activation))
+
+
+def input_format(program: Program, matmul: Matmul, default: MXFormat | None) -> MXFormat | None:
+    """The format of a matmul's input: the one that a pass has chosen (`program.input_formats`), or the default."""
+    return program.input_formats.get(matmul.parameter, default)
+
+
+def input_roundings(
+    program: Program, matmuls: Iterable[Matmul], default: MXFormat | None
+) -> dict[Matmul, Callable[[Tensor], Tensor]]:
+    """For each matmul the function that rounds its input as at run time, the same object for the same format."""
+    formats = {matmul: input_format(program, matmul, default) for matmul in matmuls}
+    functions = {fmt: partial(round_input, fmt) for fmt in {*formats.values()}}
+    return {matmul: functions[fmt] for matmul, fmt in formats.items()}

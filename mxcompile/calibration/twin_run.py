@@ -31,11 +31,13 @@ class TwinRun:
     with_exact: also run a copy of the program as it is now, without rounding, to measure the quantization error.
     """
 
-    def __init__(self, program: Program, matmuls: Sequence[Matmul], prepare: Prepare, with_exact: bool) -> None:
+    def __init__(
+        self, program: Program, matmuls: Sequence[Matmul], prepare: Mapping[Matmul, Prepare], with_exact: bool
+    ) -> None:
         self.segments = find_segments(program, matmuls)
         self._program, self._selected = program, values_with_selected_rows(program)
         self._prepare = prepare
-        runner = AlteredRun(program, dict.fromkeys(matmuls, self._prepare))
+        runner = AlteredRun(program, {matmul: prepare[matmul] for matmul in matmuls})
         self._rounded = Sweep(program, program.batches, runner)
         self._twins: dict[Segment, Segment] = {}
         self._nodes: dict[str, Node] = {}
@@ -114,7 +116,7 @@ class TwinRun:
     def _plain_moments(self, segment: Segment, matmul: Matmul) -> SecondMoments:
         moments = SecondMoments(matmul.in_features, self._program.device(matmul.parameter))
         for values, visible in self._visible_values(segment, [matmul.activation]):
-            rows = _rows(self._prepare(visible.rows(matmul.activation, values[matmul.activation])))
+            rows = _rows(self._prepare[matmul](visible.rows(matmul.activation, values[matmul.activation])))
             moments.update(rows, weight=visible.weight)
         return moments
 
@@ -129,7 +131,7 @@ class TwinRun:
         value, nodes = matmul.activation, list(added.values())
         for values, visible, exact in self._pairs(segment, [value, *nodes], [exact_node, *nodes]):
             mask = visible.mask(value, values[value])
-            rows = _rows(self._prepare(values[value]))
+            rows = _rows(self._prepare[matmul](values[value]))
             exact_rows = _rows(exact[self._nodes[exact_node.name]])
             pairs = {n: (_rows(exact[self._nodes[node.name]]), _rows(values[node])) for n, node in added.items()}
             if any(len(other) != len(rows) for other in (exact_rows, *chain.from_iterable(pairs.values()))):
@@ -170,7 +172,7 @@ class TwinRun:
         """For every batch, the rows `[tokens, in]` that each expert multiplies, and their weight."""
         offsets = expert_offsets(matmul)
         for values, visible in self._visible_values(segment, [matmul.activation, *([offsets] if offsets else [])]):
-            x = self._prepare(values[matmul.activation])
+            x = self._prepare[matmul](values[matmul.activation])
             ends = None if offsets is None else values[offsets]
             yield expert_rows(x, ends, experts, visible.mask(matmul.activation, x)), visible.weight
 

@@ -3,8 +3,8 @@
 A model is compared with the float model that a recipe quantized, or with any model that has the same tokenizer.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,14 @@ from mxcompile.cli.model_source import load_model
 from mxcompile.cli.progress import Progress, track, waiting
 from mxcompile.cli.texts import HELP_TOPICS, help_text, read_text, text_windows
 from mxcompile.diagnostics.evaluation import Evaluation, check_causal, evaluate
+from mxcompile.diagnostics.ledger import plain
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import WeightedBatch
+from mxcompile.graph.program import Program
+from mxcompile.graph.records import Allocation, PassRecord
 from mxcompile.passes.recipes import RECIPES, as_pipeline
+from mxcompile.pipeline.interfaces import Instrument, PipelineStep
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.devices import find_device
 from mxcompile.tensor.modules import device_of, stored_bytes
@@ -100,7 +104,7 @@ class EvalData:
 class Comparison:
     """The scores of a model, quantized if there is a recipe, and against the reference if there is one.
 
-    bytes, reference_bytes: as stored.
+    bytes, reference_bytes: as stored. allocation: the formats that a pass of the recipe has chosen under a budget.
     """
 
     data: EvalData
@@ -110,6 +114,7 @@ class Comparison:
     reference: str | None
     reference_bytes: int
     scores: Evaluation
+    allocation: Allocation | None = None
 
     @property
     def label(self) -> str:
@@ -135,7 +140,7 @@ class Comparison:
             "windows": len(windows),
             "tokens": scores.tokens,
             "calibration": self.data.calibration,
-        }
+        } | ({} if self.allocation is None else {"allocation": plain(asdict(self.allocation))})
 
 
 def compare(console: Console, options: EvalOptions) -> Comparison:
@@ -169,8 +174,21 @@ def quantize_and_compare(
     model, tokenizer, data = load_with_data(console, options)
     if check is not None:
         check(model)
-    quantized = quantize(console, model, data, recipe, resume=resume)
-    return quantized, tokenizer, score(console, options, data, quantized, options.model_name, model)
+    chosen = _Allocations()
+    quantized = quantize(console, model, data, recipe, resume=resume, watchers=[chosen])
+    comparison = score(console, options, data, quantized, options.model_name, model)
+    return quantized, tokenizer, replace(comparison, allocation=chosen.last)
+
+
+class _Allocations(Instrument):
+    """last: the formats that the last pass that chose any has chosen under a budget."""
+
+    def __init__(self) -> None:
+        self.last: Allocation | None = None
+
+    def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
+        """Keep what a pass has chosen."""
+        self.last = record.allocation or self.last
 
 
 def quantize_with_others(console: Console, options: EvalOptions, recipe: str, resume: Path | None = None) -> None:
@@ -201,6 +219,7 @@ def quantize(
     dump: Path | None = None,
     probe: dict[str, Tensor] | None = None,
     resume: Path | None = None,
+    watchers: Sequence[Instrument] = (),
 ) -> nn.Module:
     """Quantize a model without compiling it, traced with the first tokens of the data, calibrated on its batches."""
     console.print(f"quantizing: {as_pipeline(recipe)}", markup=False)
@@ -214,7 +233,7 @@ def quantize(
             dump=dump,
             probe=probe,
             compile=False,
-            instruments=[progress],
+            instruments=[progress, *watchers],
             resume=resume,
         )
 

@@ -17,6 +17,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from mxcompile.cli.memory_in_use import memory_in_use
+from mxcompile.diagnostics.allocation_table import allocation_lines
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import ModelMeasurements, PassRecord, PassResult
 from mxcompile.pipeline.interfaces import Instrument, PipelineStep
@@ -70,6 +71,8 @@ class Progress(Instrument):
         self.console.print(
             f"  {record.name}: {_counted(record.rewrites, 'rewrite')}{misses}, {record.seconds:.1f} s{preserved}"
         )
+        for line in () if record.allocation is None else allocation_lines(record.allocation):
+            self.console.print(f"    {line}", markup=False)
 
     def failed(self, program: Program, step: PipelineStep, error: Exception) -> None:
         """Remove the bar."""

@@ -32,6 +32,7 @@ from mxcompile.cli.low_memory import LowMemoryOptions, quantize_low_memory
 from mxcompile.cli.model_free import ModelFreeOptions, quantize_model_free
 from mxcompile.cli.progress import waiting
 from mxcompile.cli.quantize_options import (
+    Bits,
     DryRun,
     Exclude,
     Include,
@@ -45,7 +46,7 @@ from mxcompile.cli.quantize_options import (
 )
 from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.errors import InputError, RecoveryError
-from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats
+from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats, with_bits
 
 
 def quantize(
@@ -53,6 +54,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="folder for the checkpoint, or a .gguf file")] = Path("out/quantized"),
     format: Format = None,
     recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
+    bits: Bits = None,
     min_recovery: MinRecovery = None,
     metric: Annotated[Metric, typer.Option(help="the measure of recovery")] = Metric.TOP1,
     force: Annotated[bool, typer.Option("--force", help="write it anyway")] = False,
@@ -82,6 +84,8 @@ def quantize(
     Recovery compares the quantized with the float model: the fraction of tokens predicted alike (top1), the float
     perplexity over the quantized one (perplexity), or exp(-KL) (kl).
 
+    --bits 4.5: weights get formats of 4, 6 and 8 bits, 4.5 with scales on average, by what each costs the model.
+
     --low-memory: weights are read from the model's files when they are used, and written to files when they change.
     The result has the same bytes. Finished parts are always kept until it is written (--resume names their folder).
 
@@ -90,33 +94,36 @@ def quantize(
     --model-free: the model is never in memory, and nothing is compared; the recipe must round to nearest. What will be
     done to each tensor is printed first.
 
-    --json: as for eval, and "recovery", "metric", "out" (null if nothing is written); --model-free: {"source",
-    "module", "recipe", "notes", "before", "after", "out", "tensors": [{"name", "shape", "format", "input", "reason",
-    "before", "after"}]}, in bytes; --low-memory: {"model", "recipe", "calibration", "out"}.
+    --json: as for eval, and "recovery", "metric", "out" (null if nothing is written), "allocation" (with --bits; as in
+    ledger.json); --model-free: {"source", "module", "recipe", "notes", "before", "after", "out", "tensors": [{"name",
+    "shape", "format", "input", "reason", "before", "after"}]}, in bytes; --low-memory: {"model", "recipe",
+    "calibration", "out"}.
     """
     if launched() and (model_free or low_memory):
         raise InputError("--model-free and --low-memory run in one process: start them without torchrun")
     if model_free:
-        _check_model_free(min_recovery, resume)
+        _check_model_free(min_recovery, resume, bits)
         chosen = ModelFreeOptions(out, format, recipe, device, workers, dry_run, include or (), exclude or ())
-        with interruption_explained(messages(), out):
-            quantize_model_free(model, chosen, as_json)
-        return
+        return _without_model(model, chosen, as_json)
     if dry_run or workers > 1 or include or exclude:
         raise InputError("--dry-run, --workers, --include and --exclude are options of --model-free: give that too")
+    recipe = recipe if bits is None else str(with_bits(recipe, bits))
     check_destination(out, format)
     check_apart(resume, out)
-    data = CalibrationOptions.parse(
-        calibration, calibration_text, calibration_length, calibration_like, calibration_self
-    )
+    sources = calibration, calibration_text, calibration_length, calibration_like, calibration_self
+    data = CalibrationOptions.parse(*sources)
     options = EvalOptions(model, None, recipe, text, length, windows, data, device, special_tokens)
     if low_memory:
         _check_low_memory(out, format, min_recovery)
-        quantize_low_memory(options, recipe, LowMemoryOptions(out, resume, scratch, memory), as_json)
-        return
+        return quantize_low_memory(options, recipe, LowMemoryOptions(out, resume, scratch, memory), as_json)
     if scratch is not None:
         raise InputError("--scratch is an option of --low-memory: give that too")
-    _compare_and_save(options, recipe, resume, SaveOptions(out, format, min_recovery, metric, force), as_json)
+    return _compare_and_save(options, recipe, resume, SaveOptions(out, format, min_recovery, metric, force), as_json)
+
+
+def _without_model(model: str | None, chosen: ModelFreeOptions, as_json: bool) -> None:
+    with interruption_explained(messages(), chosen.out):
+        quantize_model_free(model, chosen, as_json)
 
 
 @dataclass(frozen=True)
@@ -170,8 +177,12 @@ def _report(
     screen.print(f"{verdict}; written to {written} (mxcompile generate {written} --prompt ...)", markup=False)
 
 
-def _check_model_free(min_recovery: float | None, resume: Path | None) -> None:
+def _check_model_free(min_recovery: float | None, resume: Path | None, bits: float | None) -> None:
     """Raise InputError for options that --model-free does not have."""
+    if bits is not None:
+        raise InputError(
+            "--bits runs the model to choose formats, which --model-free does not load: leave one of them out"
+        )
     if min_recovery is not None:
         raise InputError("--min-recovery compares models, which --model-free does not load: leave one of them out")
     if resume is not None:

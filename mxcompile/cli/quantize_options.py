@@ -6,6 +6,10 @@ from typing import Annotated
 import typer
 
 MinRecovery = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="write nothing if recovery is below this")]
+Bits = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="stored bits a weight: each gets one of several formats, where they matter most"),
+]
 Resume = Annotated[
     Path | None, typer.Option(help="folder for finished parts: the same command, started again, goes on from there")
 ]

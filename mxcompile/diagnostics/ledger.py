@@ -18,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mxcompile.arguments import checked
+from mxcompile.diagnostics.allocation_table import print_allocation
 from mxcompile.diagnostics.tables import graded, table
 from mxcompile.errors import DumpError
-from mxcompile.graph.records import LayerMeasurements, Miss, ModelMeasurements, PassRecord
+from mxcompile.graph.records import Allocation, ItemFormat, LayerMeasurements, Miss, ModelMeasurements, PassRecord
 
 SCHEMA = 3
 FILE = "ledger.json"
@@ -120,6 +121,11 @@ class Ledger:
         titles = ("experts", "without\ntokens", "least", "median", "most")
         return table(("layer",), titles, rows, "calibration tokens of an expert")
 
+    def allocation(self) -> Allocation | None:
+        """The formats that the last pass that chose any has chosen under a budget."""
+        chosen = (record.allocation for record in reversed(self.passes))
+        return next((allocation for allocation in chosen if allocation is not None), None)
+
     def to_miss_table(self) -> Table:
         """What was skipped, why, by which passes, and the size of the tensors that stay float because of it."""
         rows = [
@@ -134,6 +140,8 @@ class Ledger:
         console.print(self.to_table())
         if self.layers():
             console.print(self.to_layer_table(worst))
+        if (allocation := self.allocation()) is not None:
+            print_allocation(console, allocation)
         if self.expert_tokens():
             console.print(self.to_expert_table())
         if self.misses():
@@ -162,7 +170,19 @@ def _record(content: dict[str, Any]) -> PassRecord:
     read = _read(content, "name", "spec")
     tokens = {name: tuple(map(int, counts)) for name, counts in content["expert_tokens"].items()}
     return PassRecord(
-        **read | {"misses": misses, "measured": measured and _measured(measured), "expert_tokens": tokens}
+        **read
+        | {"misses": misses, "measured": measured and _measured(measured), "expert_tokens": tokens}
+        | {"allocation": _allocation(content.get("allocation"))}
+    )
+
+
+def _allocation(content: dict[str, Any] | None) -> Allocation | None:
+    if content is None:
+        return None
+    items = (_read(item, "weights", "format", "activation") for item in content["items"])
+    return Allocation(
+        **_read(content, "score", "solver", "limit", "unit")
+        | {"items": tuple(ItemFormat(**item | {"weights": tuple(item["weights"])}) for item in items)}
     )
 
 

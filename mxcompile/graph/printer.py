@@ -108,11 +108,11 @@ def _line(program: Program, node: Node, symbols: dict[str, str], owner: str) -> 
 
 
 def _tensor(program: Program, name: str) -> str:
-    fmt = ""
+    fmt = f" input={program.input_formats[name] or 'float'}" if name in program.input_formats else ""
     if name in program.rounded:
-        fmt = f" format={program.rounded[name].format}"
+        fmt += f" format={program.rounded[name].format}"
     elif name in program.formats:
-        fmt = f" chosen={program.formats[name] or 'float'}"
+        fmt += f" chosen={program.formats[name] or 'float'}"
     return f'tensor "{name}" {summarize(program.tensor(name))}{fmt}'
 
 

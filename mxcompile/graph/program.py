@@ -73,7 +73,7 @@ class Program:
     batches: calibration data, while a pipeline runs. statistics: (value name, observer name) -> the observed statistic.
     importance: weight name -> mean square of each of its input channels `[in]`, where a pass has measured it.
     formats: weight name -> the format that a pass has chosen for it, None for float. Later passes use it instead of
-        their default, unless their overrides match the weight.
+        their default, unless their overrides match the weight. input_formats: likewise for the input of its matmuls.
     origin: the program as traced, once passes have run. outputs: the output tensors on the example inputs, kept while
         passes preserve the function.
     ranks: the processes that share a running pipeline (`calibration/ranks.py`), None for one.
@@ -102,6 +102,7 @@ class Program:
         self.statistics: dict[tuple[str, str], Tensor] = {}
         self.importance: dict[str, Tensor] = {}
         self.formats: dict[str, MXFormat | None] = {}
+        self.input_formats: dict[str, MXFormat | None] = {}
         self.origin: Program | None = None
         self.outputs: dict[str, Tensor] | None = None
         self.ranks: object = None
@@ -159,7 +160,17 @@ class Program:
 
     def state(self) -> dict[str, Any]:
         """Everything except the graph, its tensors, and what a running pipeline sets; later changes do not show."""
-        kept = ("stage", "ledger", "rounded", "statistics", "importance", "formats", "origin", "outputs")
+        kept = (
+            "stage",
+            "ledger",
+            "rounded",
+            "statistics",
+            "importance",
+            "formats",
+            "input_formats",
+            "origin",
+            "outputs",
+        )
         return {name: copy.copy(getattr(self, name)) if name != "origin" else self.origin for name in kept}
 
     def set_state(self, state: Mapping[str, Any]) -> None:

@@ -20,12 +20,50 @@ class Miss:
 
 
 @dataclass(frozen=True)
+class ItemFormat:
+    """The format chosen for weights that get one together (`analysis/format_items.py`), as text; None: float.
+
+    weights: their names. bytes: theirs in a file. cost: its estimated cost, in nats of KL a token. costs: what each
+    format would cost. fixed: an override or an earlier pass has given the format, and there are no costs.
+    """
+
+    weights: tuple[str, ...]
+    format: str | None
+    activation: str | None
+    bytes: int
+    cost: float | None = None
+    costs: dict[str, float] = field(default_factory=dict[str, float])
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Formats chosen under a budget.
+
+    score: how costs were estimated. solver: how the choice was made. limit: the budget, in words. bits: stored bits a
+    weight of all items, with scales. microseconds: of all matmuls, None without a budget of time. kl: the sum of the
+    costs. price: KL in nats that one more `unit` would save, a bit a weight or a microsecond.
+    """
+
+    score: str
+    solver: str
+    limit: str
+    bits: float
+    kl: float
+    price: float
+    items: tuple[ItemFormat, ...]
+    unit: str = "bit"
+    microseconds: float | None = None
+
+
+@dataclass(frozen=True)
 class PassResult:
     """What `Pass.run` returns.
 
     numbers: measurements of each layer, `{"model.layers.0.mlp.up_proj": {"weight_sqnr_db": 18.3}}`. folds: the steps of
     a pass that preserves the function; if the outputs do not agree, they are replayed one by one to find the cause.
     expert_tokens: calibration tokens of each expert, by the names of the experts' weights, where the pass counts them.
+    allocation: the formats that a pass has chosen under a budget.
     """
 
     rewrites: int
@@ -33,6 +71,7 @@ class PassResult:
     numbers: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     folds: "tuple[Fold, ...]" = ()
     expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    allocation: Allocation | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +121,8 @@ class PassRecord:
     """A pass that ran. spec: the pass with its options, in a pipeline's text form.
 
     preserved_db: for a pass that preserves the function, SQNR of the outputs after it with respect to those before.
-    bytes: of all tensors that the graph reads after it. measured: None if no measurement was made. expert_tokens: as in
-    `PassResult`.
+    bytes: of all tensors that the graph reads after it. measured: None if no measurement was made. expert_tokens,
+    allocation: as in `PassResult`.
     """
 
     name: str
@@ -96,3 +135,4 @@ class PassRecord:
     bytes: int = 0
     measured: ModelMeasurements | None = None
     expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    allocation: Allocation | None = None

@@ -6,7 +6,7 @@ Every pass is checked when it is made. A format, a scale rule or an enum may als
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from numbers import Integral, Real
@@ -91,6 +91,10 @@ def _accepted(value: Any, hint: Any) -> Any:
         return _named(value, kind)
     if get_origin(kind) is Mapping:
         return value if isinstance(value, Overrides) else Overrides(value)
+    if get_origin(kind) is tuple:
+        _require(isinstance(value, tuple | list))
+        items = tuple(_accepted(item, get_args(kind)[0]) for item in cast(Iterable[Any], value))
+        return value if items == value else items
     if kind in (bool, str):
         _require(isinstance(value, kind))
     elif kind in (int, float):
@@ -130,6 +134,8 @@ def _parts(hint: Any) -> tuple[Any, Range | None, bool]:
 def _kind_in_words(kind: Any) -> str:
     if get_origin(kind) is Mapping:
         return "[pattern=format,...]"
+    if get_origin(kind) is tuple:
+        return f"[{in_words(get_args(kind)[0], ' or ')},...]"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return ", ".join(str(choice.value) for choice in kind)
     words = {MXFormat: "a format", bool: "true, false", int: "an integer", float: "a number", str: "a word"}

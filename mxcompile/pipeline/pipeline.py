@@ -241,6 +241,7 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
         program.stored_bytes(),
         measured[-1] if measured else None,
         result.expert_tokens,
+        result.allocation,
     )
     record = ranks_of(program).from_first(record)  # it alone has measured, and times differ
     program.ledger.append(record)

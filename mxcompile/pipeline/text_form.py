@@ -1,14 +1,15 @@
 """Text form of a frozen dataclass: `name{option=value,option=value}`.
 
 Only options that differ from their defaults are printed. A value is a number, true/false, none, a word, a format, a
-scale rule, or formats by name pattern, `[*.down_proj=mxfp8,model.layers.0.*=none]`; the field's type says which.
+scale rule, a list of them, `[mxfp4,mxfp8]`, or formats by name pattern, `[*.down_proj=mxfp8,model.layers.0.*=none]`;
+the field's type says which.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass
 from enum import Enum
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from mxcompile.errors import MXCompileError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFormat, ScaleRule, check_name, parse_format, parse_scale_rule
@@ -72,10 +73,13 @@ def check_formats(value: Any) -> None:
     an activation's.
     """
     for name, option in ((field.name, getattr(value, field.name)) for field in option_fields(value)):
-        for fmt in option.values() if isinstance(option, Overrides) else (option,):
+        listed = (
+            option.values() if isinstance(option, Overrides) else option if isinstance(option, tuple) else (option,)
+        )
+        for fmt in cast(Iterable[object], listed):
             if isinstance(fmt, MXFormat):
                 check_name(fmt)
-                if fmt.aligned and name != "activation":
+                if fmt.aligned and name not in ("activation", "activations"):
                     raise MXCompileError(f"{name}={fmt}: only activations can be aligned")
 
 
@@ -102,12 +106,17 @@ def _split(text: str) -> list[str]:
 def _print(value: Any) -> str:
     if isinstance(value, Overrides):
         return f"[{','.join(f'{pattern}={_print(fmt)}' for pattern, fmt in value.items())}]"
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_print, cast(tuple[Any, ...], value)))}]"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return str(value.value) if isinstance(value, Enum) else str(value)
 
 
 def _parse(text: str, hint: Any, option: str) -> Any:
+    if get_origin(hint) is tuple:
+        items = _inside_brackets(text, option, "[value,value]")
+        return tuple(_parse(item, get_args(hint)[0], option) for item in items)
     choices = get_args(hint) if type(None) in get_args(hint) else ()
     if choices:
         return None if text == "none" else _parse(text, next(c for c in choices if c is not type(None)), option)
@@ -136,12 +145,17 @@ def _parse(text: str, hint: Any, option: str) -> Any:
 
 
 def _parse_overrides(text: str, option: str) -> Overrides:
-    if not (text.startswith("[") and text.endswith("]")):
-        raise PipelineError(f"{option}: {text!r} is not a list [pattern=format,pattern=none]")
     formats: dict[str, MXFormat | None] = {}
-    for part in filter(str.strip, _split(text[1:-1])):
+    for part in _inside_brackets(text, option, "[pattern=format,pattern=none]"):
         pattern, equals, fmt = (piece.strip() for piece in part.partition("="))
         if not equals:
-            raise PipelineError(f"{option}: cannot read {part.strip()!r}; write pattern=format or pattern=none")
+            raise PipelineError(f"{option}: cannot read {part!r}; write pattern=format or pattern=none")
         formats[pattern] = None if fmt == "none" else parse_format(fmt)
     return Overrides(formats)
+
+
+def _inside_brackets(text: str, option: str, form: str) -> list[str]:
+    """The parts between brackets. form: of such a text, for the error."""
+    if not (text.startswith("[") and text.endswith("]")):
+        raise PipelineError(f"{option}: {text!r} is not a list {form}")
+    return [part.strip() for part in _split(text[1:-1]) if part.strip()]

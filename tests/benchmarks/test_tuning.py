@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from gemm_timing import read
 from tuning.candidates import candidates
 from tuning.write_configs import fastest, table
+from tuning.write_times import times
 
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, TRITON
@@ -35,6 +36,11 @@ def test_the_tables_in_the_package_are_written_from_the_recorded_sweeps() -> Non
     lines = [line for line in read(RESULTS / "gemm-sweep-h200.jsonl") if line["m"] in (8, 32)]
     assert all(line["error"] <= 1 for line in lines)
     assert read_table("sm90-h200") == table(lines, read_table("sm90"))
+
+
+def test_the_times_in_the_package_are_written_from_the_recorded_measurements() -> None:
+    text = files("mxcompile.kernels").joinpath("times", "sm90.jsonl").read_text()
+    assert list(map(json.loads, text.splitlines()))[1:] == times(read(RESULTS / "gemm-h100.jsonl"))
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)

@@ -128,7 +128,7 @@ def test_groups_of_experts_have_the_moments_of_all_at_once(monkeypatch, tokens):
     def gathered(at_once: int) -> list[SecondMoments]:
         monkeypatch.setattr("mxcompile.calibration.twin_run._experts_at_once", lambda _: at_once)
         (matmul,) = mxcompile.analysis.choice.choose(program).matmuls
-        run = TwinRun(program, [matmul], lambda x: x, with_exact=False)
+        run = TwinRun(program, [matmul], {matmul: lambda x: x}, with_exact=False)
         (segment,) = (each for each in run.segments if matmul in each.matmuls)
         return list(run.moments(segment, [matmul], False, ExpertStatistics(tokens)))
 

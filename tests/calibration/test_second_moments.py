@@ -1,7 +1,6 @@
 """Second moments: the corrected target is the least-squares weight, and the residual of a matmul's output is found."""
 
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from models import build, inputs, llama
 
 import mxcompile
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.quantizers import round_input
+from mxcompile.calibration.quantizers import input_roundings
 from mxcompile.calibration.second_moments import SecondMoments, residual_operand
 from mxcompile.calibration.twin_run import TwinRun
 from mxcompile.formats import MXINT8
@@ -102,7 +101,8 @@ def test_streams_agree_until_something_is_rounded(activation):
     batches = [inputs("llama", 4, 16, seed=seed) for seed in range(2)]
     program = mxcompile.trace(llama(2), batches[0])
     program.batches = tuple(as_inputs(batch) for batch in batches)
-    twin_run = TwinRun(program, choose(program).matmuls, partial(round_input, activation), with_exact=True)
+    matmuls = choose(program).matmuls
+    twin_run = TwinRun(program, matmuls, input_roundings(program, matmuls, activation), with_exact=True)
     for segment in twin_run.segments:
         (moments,) = twin_run.moments(segment, segment.readers_of(segment.inputs[0]), residual=True)
         assert moments.input_error is not None
@@ -118,7 +118,8 @@ def test_exact_weights_are_let_go_behind_their_segment():
     for name in names:
         program.set_tensor(name, program.tensor(name).detach() * 2)
     held = [weakref.ref(program.tensor(name)) for name in names]
-    twin_run = TwinRun(program, choose(program).matmuls, partial(round_input, None), with_exact=True)
+    matmuls = choose(program).matmuls
+    twin_run = TwinRun(program, matmuls, input_roundings(program, matmuls, None), with_exact=True)
     for segment in twin_run.segments:
         for matmul in segment.matmuls:
             program.set_tensor(matmul.parameter, program.tensor(matmul.parameter).detach() * 3)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import mxcompile
 from mxcompile.cli.app import app
 from mxcompile.cli.model_source import load_model
-from mxcompile.errors import CheckpointError, InputError, RecoveryError, UnknownNameError
+from mxcompile.errors import CheckpointError, InputError, PipelineError, RecoveryError, UnknownNameError
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
@@ -95,6 +95,24 @@ def test_other_metrics(quantize, tmp_path, metric):
     ratio = answer["reference"]["perplexity"] / answer["model"]["perplexity"]
     wanted = {"top1": answer["top1"], "perplexity": ratio, "kl": torch.tensor(-answer["kl"]).double().exp().item()}
     assert answer["recovery"] == pytest.approx(wanted[metric], rel=1e-6)
+
+
+def test_bits_mix_formats_and_say_which(quantize, tmp_path):
+    options = ("--bits", 6, "--calibration", 4, "--calibration-length", 32)
+    result = quantize(tmp_path / "out", *options)
+    assert re.search(
+        r"^ +[5-6][.\d]* bits a weight with scales \((\d+ in mxint\d(, )?)+\); costs by fisher", result.stderr, re.M
+    )
+    answer = json.loads(quantize(tmp_path / "again", *options, "--json").stdout)
+    chosen = {name: item["format"] for item in answer["allocation"]["items"] for name in item["weights"]}
+    assert len(set(chosen.values())) > 1
+    model, _ = load_model(str(tmp_path / "out"))
+    stored = {name: weight.layout_.format for name, weight in model.named_parameters() if name in chosen}
+    assert stored == chosen
+    with pytest.raises(InputError, match="--bits runs the model"):
+        quantize(tmp_path / "files", "--bits", 6, "--model-free")
+    with pytest.raises(PipelineError, match="no lower-mx"):
+        quantize(tmp_path / "none", "--bits", 6, "--recipe", "smooth-quant")
 
 
 def test_what_cannot_be_is_said_before_the_work(quantize, tmp_path, monkeypatch):

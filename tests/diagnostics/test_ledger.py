@@ -14,7 +14,7 @@ import mxcompile
 from mxcompile import Ledger, Miss
 from mxcompile.diagnostics.ledger import SCHEMA
 from mxcompile.errors import DumpError
-from mxcompile.graph.records import LayerMeasurements, ModelMeasurements, PassRecord
+from mxcompile.graph.records import Allocation, ItemFormat, LayerMeasurements, ModelMeasurements, PassRecord
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 numbers = st.none() | st.floats(allow_nan=False)
@@ -66,10 +66,32 @@ FILE = {
             "bytes": 106,
             "measured": {"output_db": 17.5, "kl": 0.25, "top1": 0.5, "layers": {"up.weight": LAYER}},
             "expert_tokens": {"experts.up": [3, 0, 5]},
+            "allocation": {
+                "score": "fisher",
+                "solver": "scipy.optimize.milp",
+                "limit": "4.5 bits a weight",
+                "bits": 4.25,
+                "kl": 0.5,
+                "price": 0.25,
+                "items": [
+                    {
+                        "weights": ["up.weight"],
+                        "format": "mxint4",
+                        "activation": None,
+                        "bytes": 106,
+                        "cost": 0.5,
+                        "costs": {"mxint4": 0.5, "float": 0.0},
+                        "fixed": False,
+                    }
+                ],
+                "unit": "bit",
+                "microseconds": None,
+            },
         }
     ],
 }
 UP = LayerMeasurements("mxint4", "mxint8", 18.5, 17.25, math.inf, 0.0)
+ITEM = ItemFormat(("up.weight",), "mxint4", None, 106, 0.5, {"mxint4": 0.5, "float": 0.0})
 READ = Ledger(
     "lower-mx{weight=mxint4}",
     800,
@@ -85,6 +107,7 @@ READ = Ledger(
             106,
             ModelMeasurements(17.5, 0.25, 0.5, {"up.weight": UP}),
             {"experts.up": (3, 0, 5)},
+            Allocation("fisher", "scipy.optimize.milp", "4.5 bits a weight", 4.25, 0.5, 0.25, (ITEM,)),
         ),
     ),
 )

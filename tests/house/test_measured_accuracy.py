@@ -33,6 +33,19 @@ def test_the_accuracy_of_algorithms():
         assert f"| {pair[0]}, {pair[1]} | {gap:.3f} | {' | '.join(shares)} |" in text
 
 
+def test_the_times_by_which_formats_are_chosen():
+    rows = results("gemm-h100.jsonl")
+    us = {
+        row["weight"]: row["us"]
+        for row in rows
+        if (row.get("m"), row.get("n"), row.get("k"), row.get("path")) == (1, 6144, 4096, "planes")
+    }
+    times = (
+        f"takes {us['mxint4']:.1f} us at one token in mxint4, {us['mxint6']:.1f} us in mxint6 and {us['mxint8']:.1f}"
+    )
+    assert times in page("docs/recipes.md")
+
+
 def test_what_is_said_about_accuracy():
     text = page("docs/accuracy.md")
     whole = "awq-fold + gptq + tune-vectors"

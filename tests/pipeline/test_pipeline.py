@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxcompile.calibration.factor_search import Objective
+from mxcompile.calibration.format_costs.budgets import Latency
 from mxcompile.errors import PipelineError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides
@@ -15,6 +16,7 @@ from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassResult
 from mxcompile.numerics.column_rounding import ColumnOrder
 from mxcompile.passes import PASSES
+from mxcompile.passes.allocate import Allocate, FormatScore
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.diagnose import Diagnose
 from mxcompile.passes.fine_blocks import FineBlocks
@@ -47,6 +49,17 @@ BUILT_IN = {
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),
     "rotate": st.builds(Rotate, formats, st.none() | formats, st.sampled_from([None, 2, 32, 128])),
     "fine-blocks": st.builds(FineBlocks, formats, st.sampled_from([16, 32]), st.sampled_from([32, 128])),
+    "allocate": st.builds(
+        Allocate,
+        st.lists(formats, min_size=1, max_size=3, unique=True).map(tuple),
+        st.floats(0.5, 64),
+        st.none(),
+        st.just(Latency.DECODE),
+        st.floats(1, 1e6),
+        st.sampled_from([None, "sm90"]),
+        st.sampled_from(FormatScore),
+        st.none() | formats,
+    ),
     "gptq": st.builds(
         Gptq, formats, st.none() | formats, alphas, st.sampled_from(ColumnOrder), rules, grids, alphas, flags
     )
@@ -170,7 +183,7 @@ def test_recipes_are_pipelines():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lowermx", "unknown pass 'lowermx': did you mean lower-mx or permute?"),
+        ("gptqq", "unknown pass 'gptqq': did you mean gptq?"),
         ("zzz", f"unknown pass 'zzz': known: {', '.join(sorted(PASSES))}"),
         ("smooth-quant{alpa=1}", "unknown option of smooth-quant 'alpa': did you mean alpha?"),
         ("lower-mx{weight=mxin5}", "unknown format 'mxin5': did you mean mxint8 or mxint6 or mxint4?"),

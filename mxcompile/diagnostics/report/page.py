@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.filters import do_filesizeformat
 
+from mxcompile.diagnostics.allocation_table import allocation_lines, item_name
 from mxcompile.diagnostics.diagnosis import Diagnosis, three_digits
 from mxcompile.diagnostics.dump_reader import DumpReader
 from mxcompile.diagnostics.ledger import Ledger
@@ -41,7 +42,7 @@ class Tile:
 def print_page(dump: DumpReader) -> str:
     """The text of the page; the same dump always makes the same page."""
     ledger = dump.ledger()
-    failure, diagnosis = dump.failure(), Diagnosis.of(ledger.passes)
+    failure, diagnosis, allocation = dump.failure(), Diagnosis.of(ledger.passes), ledger.allocation()
     return render(
         "page.html",
         (_LIBRARIES, _SCRIPTS),
@@ -50,6 +51,8 @@ def print_page(dump: DumpReader) -> str:
         pipeline=dump.pipeline(),
         tiles=_tiles(ledger),
         failure=failure,
+        allocation=allocation,
+        allocation_lines=() if allocation is None else allocation_lines(allocation),
         diagnosis=diagnosis,
         content=page_content(dump, ledger, diagnosis),
     )
@@ -83,7 +86,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters |= {"db": _db, "nats": _nats, "share": _share, "short": three_digits}
+    environment.filters |= {"item_name": item_name, "db": _db, "nats": _nats, "share": _share, "short": three_digits}
     return environment
 
 
