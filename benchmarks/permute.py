@@ -92,12 +92,13 @@ def per_window(quantized: nn.Module, model: nn.Module, test: Sequence[Tensor]) -
     return torch.tensor([[result.nll, result.kl] for result in results], dtype=torch.float64)
 
 
-def measured(scores: Tensor, plain: Tensor) -> dict[str, float]:
+def measured(scores: Tensor, plain: Tensor) -> dict[str, Any]:
     nll, kl = scores.mean(0).tolist()
     change = scores[:, 1] - plain[:, 1]
     error = change.std().item() / len(change) ** 0.5 if len(change) > 1 else 0.0
     rounded = {"nll": nll, "kl": kl, "change": change.mean().item(), "standard_error": error}
-    return {name: round(number, 4) for name, number in rounded.items()}
+    by_window = [round(number, 4) for number in scores[:, 1].tolist()]
+    return {name: round(number, 4) for name, number in rounded.items()} | {"kl_by_window": by_window}
 
 
 def options() -> argparse.Namespace:

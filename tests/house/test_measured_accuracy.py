@@ -226,6 +226,58 @@ def test_the_table_of_architectures():
     assert f"{len(records)} architectures, " in text
 
 
+def test_orders_of_architectures():
+    text, records = page("docs/folds.md"), results("orders.jsonl")
+    worst = min(record["sqnr_db"] for record in records)
+    assert f"in the same {len(records)} architectures" in text
+    assert f"agree to {int(worst)} dB or better" in text
+    whole = [record for record in records if not record["fixed"]]
+    streams = [record for record in records if record["stream"]]
+    assert f"In {len(streams)} of them the residual stream has an order, in {len(whole)} every matmul input" in text
+
+
+ORDERS = ("none", "permute", "permute{by=activation}", "random{seed=0}")
+
+
+def test_the_order_of_channels():
+    """A line for each model and rounding: KL, its change and the change's standard error; a dash if not measured."""
+    text, records = page("docs/accuracy.md"), [r for r in results("permute.jsonl") if "fine" not in r["order"]]
+    assert {(r["tokens"], r["length"], r["weight"], r["activation"]) for r in records} == {
+        (2048, 512, "mxint4", "mxint8")
+    }
+    for model, behind in dict.fromkeys((r["model"], r["behind"]) for r in records):
+        rows = {r["order"]: r for r in records if (r["model"], r["behind"]) == (model, behind)}
+        changed = {name: "{kl:.3f} ({change:+.3f} ± {standard_error:.3f})".format(**row) for name, row in rows.items()}
+        cells = [f"{rows['none']['kl']:.3f}", *(changed.get(name, "-") for name in ORDERS[1:])]
+        variant = model.removeprefix(SMOLLM2).strip() or "original"
+        assert f"| {variant}, `{behind.partition('{')[0]}` | {' | '.join(cells)} |" in text
+
+
+def test_what_sorting_wins_back():
+    text = page("docs/accuracy.md")
+    records = [record for record in results("permute.jsonl") if record["behind"].startswith("round-weights")]
+    kl = {(r["model"].removeprefix(SMOLLM2).strip(), r["order"]): r["kl"] for r in records}
+    assert f"as much on the original: {kl['', 'permute{values=hidden}']:.3f}" in text
+
+    def won_back(variant, order):
+        return percent((kl[variant, "none"] - kl[variant, order]) / (kl[variant, "none"] - kl["", "none"]))
+
+    assert f"sorting wins back {won_back('planted-hidden', 'permute')} of what the planting took" in text
+    by_activation = won_back("planted", "permute{by=activation}")
+    assert f"{won_back('planted', 'permute')} is won back, by activations {by_activation}." in text
+
+
+def test_block_sizes_by_matrix():
+    """fine-blocks, and one block size for all; blocks of 32 were measured with the orders of channels."""
+    text, records = page("docs/accuracy.md"), results("fine-blocks.jsonl")
+    uniform = [r for r in results("permute.jsonl") if r["order"] == "none" and r["behind"].startswith("round-weights")]
+    for row in (*records, *(r for r in uniform if r["model"] in {records[0]["model"], records[-1]["model"]})):
+        variant = row["model"].removeprefix(SMOLLM2).strip() or "original"
+        block = row["weight"].partition(":")[2] or 32
+        what = "`fine-blocks`" if row["order"].startswith("fine-blocks") else f"blocks of {block}"
+        assert f"| {variant}, {what} | {row['bits']:.3f} | {row['kl']:.3f} |" in text
+
+
 def test_the_tables_of_the_zoo():
     """As `python docs/architectures_table.py` writes them."""
     spec = importlib.util.spec_from_file_location("architectures_table", ROOT / "docs" / "architectures_table.py")

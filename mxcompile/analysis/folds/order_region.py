@@ -21,7 +21,12 @@ from mxcompile.graph.dataflow import CASTS, SAME_VALUE, TRANSPOSES, effective_re
 from mxcompile.tensor.weight import MXWeight
 
 aten = torch.ops.aten
-CONVOLUTIONS: Final = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+CONVOLUTIONS: Final = frozenset(
+    {
+        *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+        *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    }
+)
 MATRIX_OPERAND: Final[dict[str, int]] = {
     **{str(target): operands["w"] for target, operands in MATMUL_OPERANDS.items()},
     **{str(target): 1 for target in CONVOLUTIONS},

@@ -102,7 +102,8 @@ class Convolved(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.each = nn.Conv1d(SIZE, 24, 3, padding=1), nn.Conv1d(24, 24, 3, padding=1, groups=24)
+        self.one = nn.Conv1d(SIZE, 24, 3, padding=1)
+        self.each = nn.Conv1d(24, 24, 3, padding="same", groups=24)
         self.out = nn.Linear(24, SIZE)
 
     def forward(self, x):
