@@ -222,6 +222,30 @@ def test_a_model_of_experts_on_a_gpu():
     assert f"{first['prefill_ms']:.1f} ms on a quiet host, compiled bfloat16 {first_plain['prefill_ms']:.1f}:" in text
 
 
+def test_experts_of_one_token_in_one_launch():
+    text = " ".join(page("docs/kernels.md").split())
+    rows = [r for r in results("experts-configs-h200.jsonl") if (r.get("shape"), r.get("tokens")) == ("qwen3-moe", 1)]
+    two = rows[0]
+    tried = next(r for r in rows if "M12" in r.get("us", {}))
+    held, beside = (next(r for r in rows if r.get("timeline_of") == name) for name in ("M12", "M8"))
+    once = min(us for name, us in tried["us"].items() if tried["configs"][name]["launches"] == 1)
+    assert f"Measured: {once:.1f} at best, where two launches took {tried['us']['Bd']:.1f} in the same run" in text
+    together = [us for name, us in tried["us"].items() if name.startswith("B128")]
+    assert f"two launches took {min(together):.2f} to {max(together):.2f} us" in text
+    first, _, last = held["gated_stored"]
+    assert f"the last gated value from {last:.1f} to {beside['gated_stored'][2]:.1f} us" in text
+    assert f"takes {held['sum_stored'][1] - held['sum_saw_counter'][1]:.1f} us after its wait" in text
+    assert f"it takes {held['counted'][1] - held['gated_stored'][1]:.1f} us, the wait" in text
+    choices = held["gated_stored_by_choice"]
+    assert f"is over {held['waited'][1]:.2f} us after" in text
+    assert f"choices are read after {held['choices_read'][1]:.2f}, the gated values stored" in text
+    assert f"after {first:.2f} to {last:.2f}, those of the first choice after {choices[0]:.1f}" in text
+    assert f"of the seventh after {choices[6]:.1f}" in text
+    gpt_oss = next(r for r in results("experts-configs-h200.jsonl") if r.get("shape") == "gpt-oss")
+    shares = percent(two["floor_us"] / two["us"]["Bd"]), percent(gpt_oss["floor_us"] / gpt_oss["us"]["Aa"])
+    assert f"reach {shares[0]} of the floor's speed for Qwen3-30B-A3B and {shares[1]} for gpt-oss" in text
+
+
 def test_other_projects_experts_on_a_gpu():
     lines = [row for row in results("experts-peers-h200.jsonl") if row.get("weight") == "mxfp4" and "times_ours" in row]
     text = page("docs/benchmarks.md")
