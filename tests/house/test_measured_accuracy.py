@@ -297,6 +297,8 @@ def test_what_calibration_data_are_worth():
         "file": "C4, windows of 512",
         "help topics": "other help topics, windows of 512",
         "own text": "the model's own text, windows of 512",
+        "file, mixed": "C4, windows of 128, 512 and 2048, each window alike",
+        "file, [mixed]": "C4, the same windows, each token alike",
     }
     assert list(rows) == list(names)
     for key, name in names.items():
@@ -304,6 +306,10 @@ def test_what_calibration_data_are_worth():
     (short, long, topics), of_topics, own = rows["file"], rows["help topics"], rows["own text"]
     assert f"lose {percent(1 - of_topics[2] / topics)} less than with web text" in text
     low, high = sorted((of_topics[0] / short - 1, of_topics[1] / long - 1))
-    assert f"plain text then loses {100 * low:.0f} to {percent(high)} more" in text
-    assert f"within {percent(max(own[0] / short, own[1] / long) - 1)}, and better on help topics" in text
+    assert f"Wikipedia then loses {100 * low:.0f} to {percent(high)} more" in text
+    assert f"within {percent(max(own[0] / short, own[1] / long) - 1)}, and better for help topics" in text
     assert own[2] < topics
+    changes = [100 - 100 * mixed / plain for mixed, plain in zip(rows["file, [mixed]"], rows["file"], strict=True)]
+    assert f"with each token alike {min(changes):.0f} to {max(changes):.0f} % less is lost" in text
+    assert f"with each window alike up to {percent(rows['file, mixed'][1] / long - 1)} more on long windows" in text
+    assert {row["calibration_tokens"] for row in results("calibration-data.jsonl")} == {6144}
