@@ -58,7 +58,7 @@ from mxcompile.kernels import gpu_linears
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout.planes import PlanarScaling, to_bytes
 from mxcompile.kernels.triton import align, quantize
-from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, TRITON, Config, config_for
+from mxcompile.kernels.tuned_configs import DEQUANTIZED, Config, config_for, path_name
 from mxcompile.numerics import reference
 
 _GRACE = 60
@@ -80,7 +80,7 @@ def path_of(case: Case) -> tuple[str, Config | None]:
     config = config_for(case.w.fmt, case.w.n, case.w.k, len(case.x), case.x.device, gluon)
     if config is None:
         return DEQUANTIZED, None
-    return (GLUON if isinstance(config, gluon_planes.Config) else TRITON), config
+    return path_name(config), config
 
 
 def time_ours(run: Run, arguments: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule, parse_format
 from mxcompile.kernels.layout.planes import PlanarWeight, to_planes
-from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, TRITON
+from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, HELD, TRITON
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
 
@@ -25,7 +25,7 @@ BYTES_A_SECOND = {"H200": 4.27e12, "": 3.0e12}
 OPERATIONS_A_SECOND = 795e12
 ROTATED_BYTES = 260e6
 DEVICE = "cuda"
-OURS = (TRITON, GLUON, DEQUANTIZED)
+OURS = (TRITON, HELD, GLUON, DEQUANTIZED)
 """Paths of our kernels with float activations."""
 _REPLAYS = 5
 Call = Callable[[int], Tensor]

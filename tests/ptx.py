@@ -33,6 +33,9 @@ def execute(ptx: str, registers: dict[str, Register]) -> Tensor:
         if name == "mov.b32" and names[0].startswith("{"):
             low, high = (value(part) for part in names[0].strip("{}").split(", "))
             values[target] = low | (high << 16)
+        elif name == "mov.b32" and target.startswith("{"):
+            low, high = target.strip("{}").split(", ")
+            values |= {low: value(names[0]) & 0xFFFF, high: value(names[0]) >> 16}
         else:
             values[target] = _result(name, [value(n) for n in names])
     return values["$0"]

@@ -24,7 +24,7 @@ from mxcompile.formats import MXINT8, MXFormat, ScaleRule
 from mxcompile.kernels.gluon import fp8_linear, planes_kernel
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout
-from mxcompile.kernels.triton import attention, expert_slices, expert_sums, grouped_planes, quantize
+from mxcompile.kernels.triton import attention, expert_slices, expert_sums, grouped_planes, held_planes, quantize
 from mxcompile.kernels.triton import planes_linear as triton_planes
 from mxcompile.kernels.triton.gates import gate_constants
 from mxcompile.numerics.gates import Gate
@@ -60,6 +60,27 @@ class Report:
         return self.count("WARPGROUP.DEPBAR")
 
     @property
+    def overwritten(self) -> list[str]:
+        """Instructions of the loop, run twice, that write a register which a wgmma that still runs reads as its left
+        operand. PTX forbids it: a wgmma may read such registers until a wait."""
+        running: list[set[int]] = []
+        problems: list[str] = []
+        for line in self.loop * 2:
+            text = re.sub(r"^.*?\*/ +(@!?U?P\d+ )?", "", line)
+            name, _, operands = text.partition(" ")
+            numbers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
+            if name.startswith("HGMMA"):
+                left = re.match(r"R\d+, R(\d+)", operands)
+                running.append(set(range(int(left[1]), int(left[1]) + 4)) if left else set())
+            elif wait := re.match(r"WARPGROUP.DEPBAR.LE gsb0, 0x([0-9a-f]+)", text):
+                running = running[max(0, len(running) - int(wait[1], 16)) :]
+            elif re.match(r"R\d", operands):
+                width = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+                written = set(range(numbers[0], numbers[0] + width))
+                problems += [text] if any(written & registers for registers in running) else []
+        return problems
+
+    @property
     def decoding(self) -> tuple[int, int]:
         """(instructions of the loop that decode while wgmma runs, all that decode)."""
         decode, overlapped, running = 0, 0, False
@@ -77,7 +98,20 @@ def planes_report(fmt: MXFormat, config: triton_planes.Config) -> Report:
     types |= {"partial": "*bf16" if config.split == 1 else "*fp32"}
     types |= {"biases": ("*bf16",), "ys": ("*bf16",), "outs": ("i32",)}
     kernel, options = triton_planes._planes_kernel, triton_planes.options(config)
-    compiled = _compiled(kernel, constants, types, options, other_than_16={"m_size"})
+    compiled = _compiled(kernel, constants, types, options, other_than_16={"m_size", "early"})
+    return _report(compiled, lambda loops: max(loops, key=len, default=[]))
+
+
+def held_report(fmt: MXFormat, size: int, config: held_planes.Config) -> Report:
+    """triton/held_planes.py: one weight of `size` columns, no bias."""
+    layout = plane_layout(fmt)
+    words = torch.empty(1, -(-size // layout.columns), layout.words, 64, 32, dtype=torch.int16)
+    constants = held_planes.constants(PlanarWeight(words, words, fmt, 64, size, 0), config)
+    constants |= {"HAS_BIAS": False, "ORDERED": True, "INTERPRETED": False}
+    types: dict[str, Any] = {"x": "*bf16", "words": "*i16", "scales": "*i32", "lift": "fp32"}
+    types |= {"biases": ("*bf16",), "ys": ("*bf16",), "outs": ("i32",)}
+    kernel, options = held_planes._held_kernel, held_planes.options(config)
+    compiled = _compiled(kernel, constants, types, options, other_than_16={"m_size", "early"})
     return _report(compiled, lambda loops: max(loops, key=len, default=[]))
 
 

@@ -1,4 +1,4 @@
-"""The tile configs that are worth timing, for each number of tokens: of the Triton kernel, and of the Gluon kernel.
+"""The tile configs that are worth timing, for each number of tokens: of the Triton kernels, and of the Gluon kernel.
 
 The lists come from reading SASS: a config that spills registers or cannot fit into shared memory on Hopper is left out.
 One that does not fit on the GPU that is measured fails to launch, and is recorded as failed.
@@ -12,14 +12,18 @@ from typing import Final
 from mxcompile.formats import MXFormat
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout.planes import plane_layout
+from mxcompile.kernels.triton import held_planes
 from mxcompile.kernels.triton import planes_linear as triton_planes
 
-Config = triton_planes.Config | gluon_planes.Config
+Config = triton_planes.Config | held_planes.Config | gluon_planes.Config
 
 # (out, warps, joined): mma.sync with one or two warps or 32 rows a program, wgmma with four or more.
 _MMA_8: Final = [(64, 2, False), (32, 1, False), (32, 2, False), (64, 4, False), (128, 4, False), (64, 1, False)]
-_MMA_16: Final = [(64, 2, False), (32, 2, False), (32, 1, False)]
-_WGMMA_16: Final = [(64, 4, True), (128, 4, True), (128, 8, True), (64, 4, False)]
+_MMA_16: Final = [(64, 2, False)]
+_WGMMA: Final = [(64, 4, True), (128, 4, True)]
+# More outputs a program, or more K-steps ahead, take too many registers; more tokens read x too often.
+_HELD: Final = [(4, 2), (4, 3), (4, 4), (8, 2), (8, 4), (16, 2)]
+_MOST_HELD_TOKENS: Final = 4
 
 _GLUON_ROWS: Final = {16: (16,), 32: (32,), 64: (64,), 128: (64, 128), 256: (64, 128, 256), 512: (128, 256)}
 _FEWEST_GLUON_TOKENS: Final = min(_GLUON_ROWS)
@@ -31,6 +35,8 @@ _SHARED_BYTES_OF_TWO: Final = 115000
 def candidates(fmt: MXFormat, n: int, m: int, multiprocessors: int, gluon: bool) -> list[Config]:
     """Configs for `m` tokens and `n` outputs. gluon: whether the GPU runs the Gluon kernel."""
     configs: list[Config] = list(_triton(m, n, plane_layout(fmt).columns, multiprocessors))
+    if m <= _MOST_HELD_TOKENS:
+        configs += [held_planes.Config(1 << (m - 1).bit_length(), 16, warps, held) for warps, held in _HELD]
     if gluon and m >= _FEWEST_GLUON_TOKENS:
         configs += _gluon(fmt, n, m, multiprocessors)
     return configs
@@ -40,7 +46,7 @@ def _triton(m: int, n: int, columns: int, multiprocessors: int) -> Iterator[trit
     """Tiles with K split into as many parts as give the GPU 1 to 20 programs a multiprocessor."""
     for config in _tiles(m, (3, 4) if columns <= 128 else (2, 3)):
         tiles = -(-m // config.rows) * -(-n // config.out)
-        splits = (1,) if m >= 1024 else (1, 2, 4, 8, 16)
+        splits = (1,) if m >= 1024 else (1, 2, 4, 8) if m >= 16 else (1, 2, 4, 8, 16)
         for split in splits:
             if split == 1 or multiprocessors <= tiles * split <= 20 * multiprocessors:
                 yield replace(config, split=split)
@@ -50,14 +56,14 @@ def _tiles(m: int, stages: tuple[int, ...]) -> Iterator[triton_planes.Config]:
     if m <= 8:
         yield from _each(8, _MMA_8, (3, 5))
         yield from _each(8, [(64, 2, True)], (3,))
-        yield from _each(16, [(64, 4, True), (128, 4, True)], stages)
+        yield from _each(16, _WGMMA, stages)
     elif m <= 16:
         yield from _each(16, _MMA_16, (3, 5))
-        yield from _each(16, _WGMMA_16, stages)
+        yield from _each(16, _WGMMA, stages)
     elif m <= 32:
-        yield from _each(32, [(64, 4, True), (128, 8, True), (128, 4, True), (64, 2, False)], stages)
+        yield from _each(32, _WGMMA, stages)
     elif m <= 64:
-        yield from _each(64, [(64, 4, True), (64, 4, False), (128, 8, True), (128, 4, True), (256, 8, True)], stages)
+        yield from _each(64, _WGMMA, stages)
     elif m < 1024:
         yield from _each(64, [(128, 8, True), (256, 8, True)], stages)
         yield from _each(128, [(128, 8, True), (128, 8, False), (256, 8, True), (256, 16, True)], stages)

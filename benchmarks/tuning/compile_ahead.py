@@ -59,7 +59,7 @@ def _run(planes: "PlanarWeight", config: "Config | None") -> None:
     import torch
 
     from mxcompile.kernels.gluon import planes_linear as gluon_planes
-    from mxcompile.kernels.triton import dequantize
+    from mxcompile.kernels.triton import dequantize, held_planes
     from mxcompile.kernels.triton import planes_linear as triton_planes
 
     if config is None:
@@ -68,6 +68,8 @@ def _run(planes: "PlanarWeight", config: "Config | None") -> None:
     x = torch.zeros(config.rows, planes.size, dtype=torch.bfloat16, device=_device())
     if isinstance(config, triton_planes.Config):
         triton_planes.linear(x, planes, None, config)
+    elif isinstance(config, held_planes.Config):
+        held_planes.linear(x, planes, None, config)
     elif _device() == "cpu" or gluon_planes.supports(x) is None:
         gluon_planes.linear(x, planes, None, config)
 

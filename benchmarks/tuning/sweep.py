@@ -12,7 +12,7 @@ what a time is. README.md has the second command, which writes the table.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +29,7 @@ from gemm_timing import (
     in_a_line,
     make_case,
     make_weight,
+    names,
     totals,
     warm_up,
 )
@@ -37,10 +38,10 @@ from torch.nn import functional as F
 
 from mxcompile.formats import MXFormat
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
-from mxcompile.kernels.triton import dequantize
+from mxcompile.kernels.triton import dequantize, held_planes
 from mxcompile.kernels.triton import planes_linear as triton_planes
 from mxcompile.kernels.triton.elements import multiprocessors
-from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, TRITON
+from mxcompile.kernels.tuned_configs import DEQUANTIZED, GLUON, path_name
 from tuning import carried_cache
 from tuning.candidates import Config, candidates
 from tuning.carried_cache import MULTIPROCESSORS
@@ -58,18 +59,21 @@ def main() -> int:
     add_case_options(parser)
     parser.set_defaults(formats="mxint4,mxfp4,mxfp6_e2m3,mxint8,mxfp8_e4m3", rows="1,8,16,32,64,256,512,2048")
     parser.set_defaults(seconds=3600.0)
+    parser.add_argument("--paths", type=names, help="the only kernels to time, comma-separated: planes, held, gluon")
+    parser.add_argument("--dependent", action="store_true", help="time the kernel `held` with dependent launch, too")
     arguments = parser.parse_args()
-    shapes = [SHAPES[shape] for shape in arguments.shapes]
+    shapes, options = [SHAPES[shape] for shape in arguments.shapes], (arguments.paths, arguments.dependent)
     if not torch.cuda.is_available():
         if arguments.kernels is None:
             print("tuning.sweep needs a CUDA GPU, and this machine has none; with --kernels it compiles")
             return 1
         compile_candidates(
-            candidates_of_cases(arguments.formats, arguments.rows, shapes, MULTIPROCESSORS), arguments.kernels
+            candidates_of_cases(arguments.formats, arguments.rows, shapes, MULTIPROCESSORS, True, *options),
+            arguments.kernels,
         )
         return 0
     run = Run(" ".join(["python -m tuning.sweep", *sys.argv[1:]]), arguments.seconds, arguments.out)
-    sweep(run, arguments.formats, arguments.rows, shapes, arguments.kernels)
+    sweep(run, arguments.formats, arguments.rows, shapes, arguments.kernels, *options)
     print(*totals(fastest(run.lines)), sep="\n")
     if arguments.out:
         name = "sm{}{}".format(*torch.cuda.get_device_capability())
@@ -83,14 +87,17 @@ def sweep(
     rows: Sequence[int],
     shapes: Sequence[tuple[int, int]],
     kernels: Path | None = None,
+    paths: Sequence[str] | None = None,
+    dependent: bool = False,
 ) -> None:
-    """Time every candidate; cases that the time does not reach are missing. kernels: a folder of compiled kernels."""
+    """Time every candidate; cases that the time does not reach are missing. kernels: a folder of compiled kernels.
+    paths, dependent: as for `candidates_of_cases`."""
     if kernels is not None:
         carried_cache.use(kernels)
     warm_up()
     gluon = gluon_planes.supports(torch.zeros(1, 128, dtype=torch.bfloat16, device=DEVICE)) is None
     count = multiprocessors(torch.device(DEVICE, torch.cuda.current_device()))
-    configs = candidates_of_cases(formats, rows, shapes, count, gluon)
+    configs = candidates_of_cases(formats, rows, shapes, count, gluon, paths, dependent)
     if kernels is None:
         compile_candidates(configs, None)
         print(f"compiled after {run.elapsed:.0f} s", flush=True)
@@ -110,10 +117,20 @@ def candidates_of_cases(
     shapes: Sequence[tuple[int, int]],
     count: int,
     gluon: bool = True,
+    paths: Sequence[str] | None = None,
+    dependent: bool = False,
 ) -> Candidates:
-    """The candidates of each case, for a GPU of `count` multiprocessors."""
-    cases = product(formats, shapes, rows)
-    return {(fmt, n, k, m): candidates(fmt, n, m, count, gluon) for fmt, (n, k), m in cases}
+    """The candidates of each case, for a GPU of `count` multiprocessors. paths: the only kernels. dependent: those of
+    `held` also with dependent launch."""
+
+    def of_case(fmt: MXFormat, n: int, m: int) -> list[Config]:
+        configs = [
+            config for config in candidates(fmt, n, m, count, gluon) if paths is None or path_name(config) in paths
+        ]
+        held = [config for config in configs if dependent and isinstance(config, held_planes.Config)]
+        return [*configs, *(replace(config, dependent=True) for config in held)]
+
+    return {(fmt, n, k, m): of_case(fmt, n, m) for fmt, (n, k), m in product(formats, shapes, rows)}
 
 
 def compile_candidates(configs: Candidates, kernels: Path | None) -> None:
@@ -126,7 +143,7 @@ def _sweep_case(run: Run, case: Case, configs: Sequence[Config]) -> None:
     """Every config alone, then the fastest ones again, each alternating with cuBLAS."""
     counters = torch.zeros(1 << 16, dtype=torch.int32, device=DEVICE)
     first, calls = len(run.lines), [fused_call(case.w, case.x, config, counters) for config in configs]
-    paths = [GLUON if isinstance(config, gluon_planes.Config) else TRITON for config in configs]
+    paths = [path_name(config) for config in configs]
     times: list[tuple[float, int]] = []
     for i, (config, path, call) in enumerate(zip(configs, paths, calls, strict=True)):
         counters.zero_()
@@ -149,6 +166,8 @@ def changed(config: Config) -> dict[str, Any]:
 
 def fused_call(w: Weight, x: Tensor, config: Config, counters: Tensor) -> Call:
     copies = w.of("planes")
+    if isinstance(config, held_planes.Config):
+        return lambda i: held_planes.linear(x, copies[i % len(copies)], None, config)
     linear: Any = (gluon_planes if isinstance(config, gluon_planes.Config) else triton_planes).linear
     counters_of_split = counters if config.split > 1 else None  # else another kernel would be compiled
     return lambda i: linear(x, copies[i % len(copies)], None, config, counters_of_split)

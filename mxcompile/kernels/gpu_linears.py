@@ -16,7 +16,7 @@ from mxcompile.kernels.gluon import fp8_linear
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout import fp8_eligibility
 from mxcompile.kernels.layout.planes import PlanarScaling, PlanarWeight, from_bytes
-from mxcompile.kernels.triton import align, dequantize, split_k_counters
+from mxcompile.kernels.triton import align, dequantize, held_planes, split_k_counters
 from mxcompile.kernels.triton import planes_linear as triton_planes
 from mxcompile.kernels.tuned_configs import Config, config_for
 
@@ -90,6 +90,8 @@ def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, scaling: 
     outs, biases = _out_sizes(group), [bias for _, _, bias in group]
     planes = _planes(group, fmt, x.shape[-1], scaling)
     config = _config(x, group, fmt)
+    if isinstance(config, held_planes.Config):
+        return held_planes.linears(x, planes, outs, biases, config)
     if isinstance(config, triton_planes.Config):
         counters, config = _take_counters(x, planes, config)
         return triton_planes.linears(x, planes, outs, biases, config, counters)
@@ -111,7 +113,8 @@ def _planes(group: Sequence[PackedWeight], fmt: MXFormat, size: int, scaling: Pl
 def _fits_one_launch(config: Config | None, outs: Sequence[int]) -> bool:
     """Whether one launch is best. A kernel that writes one joint output needs copies to split it, which pay off if an
     output is small."""
-    small = not isinstance(config, triton_planes.Config) and min(outs) < _SMALL_OUT
+    separate = isinstance(config, triton_planes.Config | held_planes.Config)
+    small = not separate and min(outs) < _SMALL_OUT
     return small or _writes_separate_outputs(config, outs)
 
 

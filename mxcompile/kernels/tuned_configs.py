@@ -19,17 +19,20 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import torch
 
 from mxcompile.formats import MXFormat, parse_format
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout.planes import plane_layout
+from mxcompile.kernels.triton import held_planes
 from mxcompile.kernels.triton import planes_linear as triton_planes
 
-Config: TypeAlias = triton_planes.Config | gluon_planes.Config
-TRITON, GLUON, DEQUANTIZED = "planes", "gluon", "dequantize+cublas"
+Config: TypeAlias = triton_planes.Config | held_planes.Config | gluon_planes.Config
+TRITON, HELD, GLUON, DEQUANTIZED = "planes", "held", "gluon", "dequantize+cublas"
+_SplitConfig = TypeVar("_SplitConfig", triton_planes.Config, gluon_planes.Config)
+_KINDS: Final = {TRITON: triton_planes.Config, HELD: held_planes.Config, GLUON: gluon_planes.Config}
 _DEFAULT_TABLE: Final = "sm90"
 _MIN_K_STEPS: Final = 4
 _MAX_SPLIT: Final = 16
@@ -69,6 +72,8 @@ def config_for(fmt: MXFormat, n: int, k: int, m: int, device: torch.device, gluo
     nearest = min((entry for entry in entries if entry.m == rows), key=lambda entry: _distance(entry, n, k))
     if nearest.config is None or (nearest.n, nearest.k) == (n, k) or rows >= _MANY_TOKENS:
         return nearest.config
+    if isinstance(nearest.config, held_planes.Config):
+        return held_planes.for_k_steps(nearest.config, k_steps)
     return _with_rescaled_split(nearest, nearest.config, n, k_steps)
 
 
@@ -86,6 +91,11 @@ def token_counts(device: torch.device, fmt: MXFormat) -> list[int]:
     return sorted(measured | {rows for rows, _ in _DEFAULT_CONFIGS})
 
 
+def path_name(config: Config) -> str:
+    """The name of a config's kernel in the table."""
+    return next(name for name, kind in _KINDS.items() if isinstance(config, kind))
+
+
 def _default_config(m: int, k_steps: int) -> Config | None:
     config = next((config for rows, config in _DEFAULT_CONFIGS if m <= rows), None)
     return config if config is not None and config.split <= k_steps else None
@@ -95,7 +105,7 @@ def _distance(entry: TunedConfig, n: int, k: int) -> float:
     return abs(math.log2(entry.n / n)) + abs(math.log2(entry.k / k))
 
 
-def _with_rescaled_split(entry: TunedConfig, config: Config, n: int, k_steps: int) -> Config:
+def _with_rescaled_split(entry: TunedConfig, config: _SplitConfig, n: int, k_steps: int) -> _SplitConfig:
     """The config with split-K by a power of two such that about as many programs run as in the measurement."""
     target_split = config.split * -(-entry.n // config.out) / -(-n // config.out)
     max_split = min(_MAX_SPLIT, max(1, k_steps // _MIN_K_STEPS))
@@ -110,8 +120,7 @@ def _table(name: str) -> tuple[TunedConfig, ...]:
 
 
 def _parse_line(line: dict[str, Any]) -> TunedConfig:
-    kinds = {TRITON: triton_planes.Config, GLUON: gluon_planes.Config}
-    config = None if line["path"] == DEQUANTIZED else kinds[line["path"]](**line["config"])
+    config = None if line["path"] == DEQUANTIZED else _KINDS[line["path"]](**line["config"])
     return TunedConfig(parse_format(line["weight"]), line["n"], line["k"], line["m"], config)
 
 

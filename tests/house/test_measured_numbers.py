@@ -146,6 +146,22 @@ def test_what_was_tried_on_an_h200():
     assert (wrong["m"], wrong["n"], wrong["config"]) == (64, 28672, {"rows": 64, "out": 64, "split": 2, "stages": 3})
 
 
+def test_one_token_on_an_h200():
+    best = {}
+    for line in results("gemm-configs-h200.jsonl"):
+        if line.get("path") == "held" and "quick_us" in line and not line["config"].get("dependent"):
+            shapes, shape = best.setdefault((line["weight"], line["m"]), {}), (line["n"], line["k"])
+            shapes[shape] = min(line["quick_us"], shapes.get(shape, math.inf))
+    totals = {case: f"{sum(shapes.values()):.1f}" for case, shapes in best.items() if len(shapes) == 4}
+    text = page("docs/kernels.md")
+    cells = " | ".join(totals[weight, 1] for weight in ("mxint4", "mxfp4", "mxint8"))
+    assert f"| held_planes.py | {cells} |" in text
+    six = list(best["mxfp6_e2m3", 1].values())
+    assert "**6 bits**: {}, {} and {} us for the first three".format(*six) in text
+    assert f"**4 tokens**: {totals['mxint4', 4]} us in MXINT4" in text
+    assert f"Measured: {best['mxint4', 1][28672, 4096]:.1f} in place of" in text
+
+
 def test_the_fp8_path():
     text = page("docs/kernels.md")
     for activation, words in (

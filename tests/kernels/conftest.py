@@ -34,6 +34,7 @@ _MODULES = (
     "quantize",
     "gates",
     "held_slices",
+    "held_planes",
     "expert_slices",
     "expert_sums",
     "grouped_planes",
@@ -62,10 +63,18 @@ def interpreted() -> Iterator[SimpleNamespace]:
         standard = importlib.import_module("triton.language.standard")
         for name in ("quantize", "align", "attention_kernel", "grouped_planes", "gate_rows"):
             patch.setattr(copies[name], "_maximum", standard._elementwise_max)
-        for name in ("attention_kernel", "expert_slices", "expert_sums", "grouped_planes", "routing", "norm"):
+        for name in (
+            "attention_kernel",
+            "expert_slices",
+            "expert_sums",
+            "grouped_planes",
+            "held_planes",
+            "routing",
+            "norm",
+        ):
             patch.setattr(copies[name], "_sum", standard._sum_combine)
         names = ("align", "attention", "dequantize", "grouped_planes", "expert_sums", "routing", "gate_rows")
-        names += ("norm", "gate_product", "append_token")
+        names += ("norm", "gate_product", "append_token", "held_planes")
         others = {name: copies[name] for name in names}
         yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)
 

@@ -193,6 +193,7 @@ def test_compiles_for_hopper(fmt: MXFormat, k_chunked: bool) -> None:
 
     report = fp8_report(fmt, Config(), k_chunked, has_bias=True)
     assert not report.serialized
+    assert report.overwritten == []
     assert report.shared_bytes <= SHARED_BYTES
     assert report.count("GMMA") == 16
     assert report.waits == 4

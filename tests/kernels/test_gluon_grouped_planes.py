@@ -75,6 +75,7 @@ def test_compiles_for_hopper(
     config = Config(rows, 256, stages_that_fit(fmt, rows, 256))
     report = gluon_report(fmt, config, has_bias=True, grouped=True, gate=gate, rounding=rounding)
     assert not report.serialized
+    assert report.overwritten == []
     assert report.spilled_bytes == 0
     assert report.shared_bytes <= SHARED_BYTES
     assert (report.count("HGMMA"), report.waits) == (16, 4)

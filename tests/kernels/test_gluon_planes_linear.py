@@ -49,6 +49,7 @@ def test_compiles_for_hopper(fmt: MXFormat, tile: TileConfig) -> None:
     rows, out, stages, split = tile
     report = gluon_report(fmt, Config(rows=rows, out=out, stages=stages, split=split), has_bias=True)
     assert not report.serialized
+    assert report.overwritten == []
     assert report.spilled_bytes == 0
     assert report.shared_bytes <= (SHARED_BYTES if out > 64 else 115712)
     k_steps = 2 if fmt.bits == 6 else 1

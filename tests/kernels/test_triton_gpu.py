@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT8, MXFormat, ScaleRule
+from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack, unpack
 
@@ -27,8 +27,10 @@ ErrorOverBound = Callable[..., float]
 SameBits = Callable[[Tensor, Tensor], None]
 
 
-def random_weight(fmt: MXFormat, out: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    values = torch.randn(out, size, generator=torch.Generator().manual_seed(out))
+def random_weight(
+    fmt: MXFormat, out: int, size: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = torch.randn(out, size, generator=torch.Generator().manual_seed(out)).to(device)
     codes, scales = reference.quantize(values, fmt, ScaleRule.FLOOR)
     dense = reference.dequantize(codes, scales, fmt, size, dtype)
     return pack(codes, fmt).cuda(), scales.cuda(), dense.cuda()
@@ -246,6 +248,44 @@ def test_planes(
         for _ in range(3):
             assert torch.equal(planes_linear.linear(x, planes, bias, config, counters), y), f"{m} rows: repeated"
         assert not counters.any()
+
+
+def test_wgmma_has_read_its_registers_before_they_are_written(error_over_bound: ErrorOverBound) -> None:
+    """With this many programs, half of all calls were wrong when Triton let wgmma run into the next K-step."""
+    from mxcompile.kernels.layout.planes import to_planes
+    from mxcompile.kernels.triton import planes_linear
+
+    elements, scales, w = random_weight(MXINT4, 28672, 4096, torch.bfloat16, "cuda")
+    planes, x = to_planes(elements, scales, MXINT4, 4096), torch.randn(64, 4096, device="cuda").to(torch.bfloat16)
+    for options in ({"out": 64, "stages": 3}, {"out": 128, "warps": 8, "stages": 3}):
+        config = planes_linear.Config(64, split=2, **options)
+        y = planes_linear.linear(x, planes, None, config)
+        assert error_over_bound(y, x, w, None) <= 1
+        for _ in range(50):
+            assert torch.equal(planes_linear.linear(x, planes, None, config), y)
+
+
+HELD_OPTIONS = [{}, {"warps": 4, "held": 2, "dependent": True}, {"rows": 4, "out": 32, "warps": 2}]
+
+
+@pytest.mark.parametrize("options", HELD_OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_held_planes(
+    error_over_bound: ErrorOverBound, fmt: MXFormat, shape: tuple[int, int], options: dict[str, Any]
+) -> None:
+    from mxcompile.kernels.layout.planes import to_planes
+    from mxcompile.kernels.triton import held_planes
+
+    elements, scales, w = random_weight(fmt, *shape, torch.bfloat16)
+    planes = to_planes(elements, scales, fmt, shape[1])
+    config = held_planes.for_k_steps(held_planes.Config(**options), planes.words.shape[1])
+    for m in ROWS:
+        x = torch.randn(m, shape[1], device="cuda").to(torch.bfloat16)
+        bias = torch.randn(shape[0], device="cuda").to(torch.bfloat16) if m % 2 else None
+        y = held_planes.linear(x, planes, bias, config)
+        assert error_over_bound(y, x, w, bias) <= 1, f"{m} rows"
+        assert torch.equal(held_planes.linear(x, planes, bias, config), y), f"{m} rows: repeated"
 
 
 ATTENTION_SHAPES = [

@@ -6,29 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from crossed import crossed
+from planar import tokens, weight
 from ptx import execute, join, pairs
-from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT6, MXFormat, ScaleRule
-from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout, to_planes
+from mxcompile.kernels.layout.planes import plane_layout, to_planes
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack
 
 ErrorOverBound = Callable[..., float]
-
-
-def weight(fmt: MXFormat, out: int, size: int) -> tuple[PlanarWeight, Tensor]:
-    """A random planar weight, and its values."""
-    values = torch.randn(out, size, generator=torch.Generator().manual_seed(out * 1000 + size))
-    codes, scales = reference.quantize(values, fmt, ScaleRule.FLOOR)
-    return to_planes(pack(codes, fmt), scales, fmt, size), reference.dequantize(
-        codes, scales, fmt, size, torch.bfloat16
-    )
-
-
-def tokens(rows: int, size: int) -> Tensor:
-    return torch.randn(rows, size, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +138,8 @@ def test_assembly_decodes_every_code_in_every_plane(interpreted: SimpleNamespace
     assembly = interpreted.planes.layout_constants(fmt)["ASSEMBLY"]
     registers = join(planes.words[:, 0].unflatten(-1, (-1, 2)), 16).unbind(1)
     for plane in range(layout.planes):
-        byte = (planes.scales[:, 0, plane // 4].long() >> (8 * (plane % 4))) & 0xFF
-        scale = (byte * 0x00800080).unsqueeze(-1)
+        bytes_ = planes.scales[:, 0, plane // 4].long() & 0xFFFFFFFF
+        scale = ((bytes_ << 7 if plane % 2 == 0 else bytes_ >> 1) & 0x7F807F80).unsqueeze(-1)
         addend = execute(assembly[-1], {"$1": scale}) if layout.offset else scale
         words = {"$1": registers[layout.fields[plane][0].word], "$2": registers[-1]}
         result = pairs(execute(assembly[plane], {**words, "$3": scale, "$5": addend}), torch.bfloat16)

@@ -29,8 +29,10 @@ def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("fmt", [*FORMATS.values(), MXFP4.with_block(128)], ids=str)
 def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
     """A fused kernel, except for many tokens with 6 bits; Gluon beyond 64 tokens. Without Gluon, a fused kernel up to
-    64 tokens. split-K is a power of two, except for shapes that were measured."""
+    64 tokens. split-K is a power of two, except for shapes that were measured. A program has no more warps than there
+    are K-steps."""
     from mxcompile.kernels.layout.planes import plane_layout
+    from mxcompile.kernels.triton import held_planes
     from mxcompile.kernels.triton import planes_linear as triton_planes
     from mxcompile.kernels.tuned_configs import config_for
 
@@ -39,6 +41,10 @@ def test_cuts_are_those_that_were_checked(fmt: MXFormat, rows: int) -> None:
         if config is None:
             assert rows > 64
             assert fmt.bits == 6 or not gluon
+        elif isinstance(config, held_planes.Config):
+            assert rows <= config.rows <= 4
+            assert config.warps <= -(-k // plane_layout(fmt).columns)
+            continue
         elif isinstance(config, triton_planes.Config):
             assert rows <= 64 or not gluon
             assert config.split <= -(-k // plane_layout(fmt).columns)
@@ -54,6 +60,7 @@ def test_every_cut_of_the_table_is_right(error_over_bound: Callable[..., float],
     """In every format that may use it: against float64, and equal on repeat."""
     from mxcompile.kernels.gluon import planes_linear as gluon_planes
     from mxcompile.kernels.layout.planes import to_planes
+    from mxcompile.kernels.triton import held_planes
     from mxcompile.kernels.triton import planes_linear as triton_planes
     from mxcompile.kernels.tuned_configs import configs_for_format
     from mxcompile.numerics import reference
@@ -64,8 +71,9 @@ def test_every_cut_of_the_table_is_right(error_over_bound: Callable[..., float],
     planes = to_planes(pack(codes, fmt).cuda(), scales.cuda(), fmt, 4352)
     for config in {entry.config for entry in configs_for_format(torch.device("cuda"), fmt)} - {None}:
         x = torch.randn(config.rows + 3, 4352, generator=generator(config.rows)).to("cuda", torch.bfloat16)
-        fused = triton_planes if isinstance(config, triton_planes.Config) else gluon_planes
-        if fused.supports(x) is None:
+        kernels = {triton_planes.Config: triton_planes, held_planes.Config: held_planes}
+        fused = kernels.get(type(config), gluon_planes)
+        if fused is not gluon_planes or gluon_planes.supports(x) is None:
             y = fused.linear(x, planes, None, config)
             assert error_over_bound(y, x, dense, None) <= 1, config
             assert torch.equal(fused.linear(x, planes, None, config), y), config
@@ -80,11 +88,11 @@ def test_other_shapes_are_split_into_as_many_programs() -> None:
     from mxcompile.kernels.tuned_configs import config_for
 
     def programs(n: int, k: int) -> int:
-        config = config_for(MXINT4, n, k, 1, torch.device("cuda"))
+        config = config_for(MXINT4, n, k, 8, torch.device("cuda"))
         return config.split * n // config.out  # pyright: ignore[reportOptionalMemberAccess]
 
     assert 0.5 <= programs(4096, 4096) / programs(2048, 4096) <= 2
-    assert config_for(MXINT4, 64, 256, 1, torch.device("cuda")).split == 1  # pyright: ignore[reportOptionalMemberAccess]
+    assert config_for(MXINT4, 64, 256, 8, torch.device("cuda")).split == 1  # pyright: ignore[reportOptionalMemberAccess]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from mxcompile.kernels.gluon.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from mxcompile.kernels.triton.decode_planes import scale_pairs
 from mxcompile.kernels.triton.planes_linear import _tile_position
 
 
@@ -34,7 +35,7 @@ def _values(w0, w1, s, plane: tl.constexpr, SHAPE: tl.constexpr, ASSEMBLY: tl.co
     """One plane of a K-step from its words and scales, `[n, 32]` in bfloat16."""
     PLANES: tl.constexpr = SHAPE[0]
     word = w1 if SHAPE[1] == 2 and 2 * plane >= PLANES else w0
-    pair = ((s >> (8 * (plane % 4))) & 0xFF) * 0x00800080
+    pair = scale_pairs(s, plane)
     addend = pair
     if SHAPE[3] != 0:
         addend = gl.inline_asm_elementwise(ASSEMBLY[PLANES], "=r,r", [pair], dtype=gl.int32, is_pure=True, pack=1)

@@ -48,11 +48,15 @@ def shift_instruction(field: BitField) -> str | None:
 
 
 def _assembly(layout: PlaneLayout, plane: int) -> str:
-    """PTX that decodes two adjacent elements: $0 = value, $1 = first word, $2 = last word, $3 = scale, $5 = addend.
+    """PTX that decodes two adjacent elements: $0 = value, $1 = first word, $2 = last word, $3 = scales, $5 = addends.
 
-    Scale and addend are bfloat16 pairs in 32-bit registers; Triton passes one for each of the two elements.
+    Scales and addends are bfloat16 pairs in 32-bit registers, of which `scale_pairs` says which half is used; Triton
+    passes one for each of the two elements. ptxas needs no instruction to use a half twice.
     """
-    lines = [f"mov.b32 p, {in_both_halves(layout.constant)};"] if layout.constant else []
+    half = "l" if plane % 4 < 2 else "h"
+    lines = [f"mov.b32 {{l, h}}, $3; mov.b32 s, {{{half}, {half}}};"]
+    lines += [f"mov.b32 {{l, h}}, $5; mov.b32 a, {{{half}, {half}}};"] if layout.offset else []
+    lines += [f"mov.b32 p, {in_both_halves(layout.constant)};"] if layout.constant else []
     for field in layout.fields[plane]:
         source, shift = "$2" if field.word == 2 else "$1", shift_instruction(field)
         if shift is not None:
@@ -62,13 +66,12 @@ def _assembly(layout: PlaneLayout, plane: int) -> str:
             lines.append(f"and.b32 p, {source}, {in_both_halves(field.mask)};")
         else:
             lines.append(f"lop3.b32 p, {source}, {in_both_halves(field.mask)}, p, 0xEA;")
-    addend = "$5" if layout.offset else "z"
-    zero = "" if layout.offset else "mov.b32 z, 0x80008000; "
-    return f"{{ .reg .b32 p, t, z; {' '.join(lines)} {zero}fma.rn.bf16x2 $0, p, $3, {addend}; }}"
+    lines += [] if layout.offset else ["mov.b32 a, 0x80008000;"]
+    return f"{{ .reg .b32 p, t, s, a; .reg .b16 l, h; {' '.join(lines)} fma.rn.bf16x2 $0, p, s, a; }}"
 
 
 def _addend_assembly(layout: PlaneLayout) -> str:
-    """PTX that puts `offset * scale` in both halves of a bfloat16 pair."""
+    """PTX that multiplies both scales of a bfloat16 pair by the offset."""
     offset = int(torch.tensor(float(layout.offset)).to(torch.bfloat16).view(torch.int16)) & 0xFFFF
     return (
         f"{{ .reg .b32 c, z; mov.b32 c, {in_both_halves(offset)}; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, c, z; }}"
@@ -93,6 +96,14 @@ def _decode(first, last, scales, plane, FIELDS: tl.constexpr, CONSTANT: tl.const
 
 
 @triton.jit
+def scale_pairs(scales, plane: tl.constexpr):
+    """Two scales as bfloat16 in the halves of a 32-bit register: of four planes those of 0 and 2, or of 1 and 3.
+    `_assembly` uses the half that belongs to `plane`."""
+    shifted = scales << 7 if plane % 2 == 0 else scales >> 1
+    return shifted & 0x7F807F80
+
+
+@triton.jit
 def plane_values(
     w0,
     w1,
@@ -114,7 +125,7 @@ def plane_values(
     if INTERPRETED:
         values = _decode(word, w2, scales, plane, FIELDS, SHAPE[2], OFFSET)
     else:
-        pair = ((scales >> (8 * (plane % 4))) & 0xFF) * 0x00800080
+        pair = scale_pairs(scales, plane)
         addend = pair
         if OFFSET != 0:
             addend = tl.inline_asm_elementwise(ASSEMBLY[PLANES], "=r,r", [pair], dtype=tl.int32, is_pure=True, pack=1)

@@ -35,7 +35,8 @@ def rows_of_slices(row, TILE_N: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, mask, POLICY: tl.constexpr, MASKED: tl.constexpr):
+def load_words(pointers, mask, POLICY: tl.constexpr, MASKED: tl.constexpr):
+    """A load that is masked if it must be."""
     if MASKED:
         values = tl.load(pointers, mask=tl.broadcast_to(mask, pointers.shape), other=0, eviction_policy=POLICY)
     else:
@@ -44,16 +45,16 @@ def _load(pointers, mask, POLICY: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _load_scales(scales, offsets, mask, MASKED: tl.constexpr, WARPS: tl.constexpr):
+def load_scales(scales, offsets, mask, MASKED: tl.constexpr, WARPS: tl.constexpr):
     """Scales at offsets, `[rows]`. Triton loads what has fewer elements than threads where it is needed, without shared
     memory; so in two halves."""
     ROWS: tl.constexpr = offsets.shape[0]
     if ROWS < 32 * WARPS:
-        result = _load(scales + offsets, mask, "", MASKED)
+        result = load_words(scales + offsets, mask, "", MASKED)
     else:
         low, high = tl.split(tl.permute(tl.reshape(offsets, (2, ROWS // 2)), (1, 0)))
         low_mask, high_mask = tl.split(tl.permute(tl.reshape(mask, (2, ROWS // 2)), (1, 0)))
-        both = tl.join(_load(scales + low, low_mask, "", MASKED), _load(scales + high, high_mask, "", MASKED))
+        both = tl.join(load_words(scales + low, low_mask, "", MASKED), load_words(scales + high, high_mask, "", MASKED))
         result = tl.reshape(tl.permute(both, (1, 0)), (ROWS,))
     return result
 
@@ -78,11 +79,11 @@ def _load_k_step(
     k_step = first + step * PARTS
     w = words + (k_step * (SHAPE[1] * 64 * 32) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
     s = k_step * (SHAPE[0] // 4 * 64) + row
-    w0 = _load(w, mask[:, None], "evict_first", MASKED)
-    w1 = _load(w + 2048, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 1 else w0
-    w2 = _load(w + 4096, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 2 else w0
-    s0 = _load_scales(scales, s, mask, MASKED, SLICES)
-    s1 = _load_scales(scales, s + 64, mask, MASKED, SLICES) if SHAPE[0] > 4 else s0
+    w0 = load_words(w, mask[:, None], "evict_first", MASKED)
+    w1 = load_words(w + 2048, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 1 else w0
+    w2 = load_words(w + 4096, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 2 else w0
+    s0 = load_scales(scales, s, mask, MASKED, SLICES)
+    s1 = load_scales(scales, s + 64, mask, MASKED, SLICES) if SHAPE[0] > 4 else s0
     return w0, w1, w2, s0, s1
 
 
@@ -148,30 +149,48 @@ def multiply_held(
     acc = tl.full((SLICES, TILE_N, TILE_M), 0.0, tl.float32)
     xs = ()
     for step in tl.static_range(HELD):
-        xs = xs + _load_x(rows, inside, k_size, step, PARTS, SHAPE, SLICES, PADDED)
+        xs = xs + load_x(rows, inside, k_size, step, PARTS, SHAPE, SLICES, PADDED)
     for step in tl.static_range(STEPS):
         if step + HELD < STEPS:
             held = held + _load_k_step(
                 words, scales, first, row, stored, k_steps, step + HELD, PARTS, SHAPE, SLICES, SOME or UNEVEN, UNEVEN
             )
-            xs = xs + _load_x(rows, inside, k_size, step + HELD, PARTS, SHAPE, SLICES, PADDED)
-        w0, w1, w2 = held[5 * step], held[5 * step + 1], held[5 * step + 2]
-        s0, s1 = held[5 * step + 3], held[5 * step + 4]
-        for quad in tl.static_range(SHAPE[0] // 4):
-            values = concatenate_planes(
-                plane_values(w0, w1, w2, s0, s1, 4 * quad, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
-                plane_values(w0, w1, w2, s0, s1, 4 * quad + 1, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
-                plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
-                plane_values(w0, w1, w2, s0, s1, 4 * quad + 3, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
-            )
-            values = tl.reshape(values, (TILE_N // 8, SLICES, 8, 4, 4, 2, 4))
-            values = tl.reshape(tl.permute(values, (1, 0, 2, 3, 5, 4, 6)), (SLICES, TILE_N, 128))
-            acc = multiply(values, xs[2 * step + quad], acc, INTERPRETED)
+            xs = xs + load_x(rows, inside, k_size, step + HELD, PARTS, SHAPE, SLICES, PADDED)
+        acc = multiply_k_step(acc, held, xs, step, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, INTERPRETED)
     return acc
 
 
 @triton.jit
-def _load_x(
+def multiply_k_step(
+    acc,
+    held,
+    xs,
+    step: tl.constexpr,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """acc plus the product of K-step `step` of each slice, of those that are loaded."""
+    w0, w1, w2 = held[5 * step], held[5 * step + 1], held[5 * step + 2]
+    s0, s1 = held[5 * step + 3], held[5 * step + 4]
+    for quad in tl.static_range(SHAPE[0] // 4):
+        values = concatenate_planes(
+            plane_values(w0, w1, w2, s0, s1, 4 * quad, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+            plane_values(w0, w1, w2, s0, s1, 4 * quad + 1, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+            plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+            plane_values(w0, w1, w2, s0, s1, 4 * quad + 3, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+        )
+        values = tl.reshape(values, (TILE_N // 8, SLICES, 8, 4, 4, 2, 4))
+        values = tl.reshape(tl.permute(values, (1, 0, 2, 3, 5, 4, 6)), (SLICES, TILE_N, 128))
+        acc = multiply(values, xs[2 * step + quad], acc, INTERPRETED)
+    return acc
+
+
+@triton.jit
+def load_x(
     rows,
     inside,
     k_size,

@@ -5,7 +5,8 @@ One kernel from decode to prefill: the weight is the left operand, `acc[out, tok
 Hopper wgmma reads it from registers. A `Config` holds the tile sizes.
 
 With 4 or 8 warps and at least 64 rows per warpgroup Triton uses wgmma; else mma.sync, which needs neither descriptors
-nor waits and takes 8 tokens. Joined planes form one chain of wgmma that runs while the next K-step is decoded.
+nor waits and takes 8 tokens. Joined planes form one chain of wgmma. A K-step ends with a wait for it: Triton would let
+it run while the next K-step is decoded, into registers that it still reads.
 
 **Split-K** without atomic adds: each program stores its partial sums. The last program to arrive at a tile, found with
 a counter (semaphore) per tile, adds them in the order of the splits, casts, and resets the counter to zero. So results
@@ -13,7 +14,8 @@ are bit-identical on repeat, and nothing needs clearing between calls. Calls tha
 counters.
 
 **Programmatic dependent launch** (`Config.dependent`, compute capability 9.0): the kernel may start while the previous
-one in the stream still runs. It prefetches weights, which no kernel of the stream writes, into L2 and only then waits.
+one in the stream still runs. It prefetches weights into L2, waits, and only then lets the next kernel start: a queue of
+kernels that wait would take up the multiprocessors.
 
 The interpreter supports neither inline PTX nor bfloat16 matmuls: there the bit fields (planes.py) are decoded with
 integer operations and the same values are multiplied as float32.
@@ -93,7 +95,7 @@ def linears(
 
     Either all have a bias or none. With several weights, `outs` are multiples of `config.out`. See `linear`.
     """
-    _check(x, planes, outs, biases, config)
+    check_linears(x, planes, outs, biases, config.out)
     ys = [torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device) for out in outs]
     x = x.reshape(math.prod(x.shape[:-1]), planes.size)
     if x.shape[0] == 0:
@@ -131,8 +133,8 @@ def linears(
     return ys
 
 
-def _check(
-    x: Tensor, planes: PlanarWeight, outs: Sequence[int], biases: Sequence[Tensor | None], config: Config
+def check_linears(
+    x: Tensor, planes: PlanarWeight, outs: Sequence[int], biases: Sequence[Tensor | None], tile: int
 ) -> None:
     """Shapes that disagree would make the kernel read or write out of bounds."""
     if x.shape[-1] != planes.size or sum(outs) != planes.out or len(outs) != len(biases):
@@ -143,8 +145,8 @@ def _check(
     several = len(outs) > 1
     if len(outs) > MAX_WEIGHTS or len({bias is None for bias in biases}) > 1:
         raise MXCompileError(f"one launch takes up to {MAX_WEIGHTS} weights, all with a bias or all without")
-    if several and any(out % config.out for out in outs):
-        raise MXCompileError(f"weights of {list(outs)} outputs are not divisible into tiles of {config.out}")
+    if several and any(out % tile for out in outs):
+        raise MXCompileError(f"weights of {list(outs)} outputs are not divisible into tiles of {tile}")
 
 
 def counters_needed(rows: int, planes: PlanarWeight, config: Config) -> int:
@@ -163,6 +165,7 @@ def constants(fmt: MXFormat, config: Config) -> dict[str, Any]:
         "JOINED": config.joined,
         "DEPENDENT": config.dependent,
         "PREFETCH": config.prefetch,
+        "WGMMA": config.warps % 4 == 0 and config.out >= 16 * config.warps,
         "POLICY": "evict_first" if config.rows <= 64 else "",
     }
 
@@ -193,6 +196,14 @@ def multiply(values, tokens, acc, INTERPRETED: tl.constexpr):
     else:
         result = tl.dot(values, tokens, acc)
     return result
+
+
+@triton.jit
+def _wait_for_wgmma(acc, WGMMA: tl.constexpr):
+    """acc. Triton waits for wgmma before an instruction that uses its result, even one that does nothing."""
+    if WGMMA:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
 
 
 @triton.jit
@@ -239,8 +250,8 @@ def _wait_for_previous_kernel(
 ):
     if PREFETCH > 0:
         _prefetch(words, row, n_size, k_steps, first, TILE_N, WORDS, PREFETCH)
-    gdc_launch_dependents()
     gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -317,6 +328,7 @@ def _planes_kernel(
     PADDED: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PREFETCH: tl.constexpr,
+    WGMMA: tl.constexpr,
     POLICY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -345,6 +357,7 @@ def _planes_kernel(
         acc = _accumulate_k_step(
             acc, w, s, rows, column, k_size, m_inside, SHAPE, FIELDS, ASSEMBLY, JOINED, PADDED, POLICY, INTERPRETED
         )
+        acc = _wait_for_wgmma(acc, WGMMA and not INTERPRETED)
         w += WORDS * 64 * 32
         s += PLANES // 4 * 64
     if SPLIT > 1:
