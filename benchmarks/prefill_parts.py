@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 def parts_of_matmuls(tokens: int, repeats: int) -> dict[str, float]:
     """Milliseconds of all layers' matmuls, of decoding their weights and rounding their inputs, and of the head."""
-    total = dict.fromkeys(("matmuls", "decoding", "rounding"), 0.0)
+    total: dict[str, float] = dict.fromkeys(("matmuls", "decoding", "rounding"), 0.0)
     for out, size in MATMULS.values():
         x, weight = (torch.randn(rows, size, dtype=torch.bfloat16) for rows in (tokens, out))
         elements = torch.randint(256, (out, size // 2), dtype=torch.uint8)
