@@ -3,9 +3,9 @@
     python benchmarks/diagnosis.py --variant planted --out benchmarks/results/diagnosis.jsonl
 
 SmolLM2-135M on Python's help topics, diagnosed on windows of their first half. A recommended step is then taken by the
-pass itself (`awq-fold`, `rotate`, or 8-bit formats), for the whole model, and the SQNR of each layer's output on its
-input in the float model is compared with rounding to nearest, on a window of the second half. A step has improved a
-layer if that SQNR is higher.
+pass itself (`awq-fold`, `permute`, `rotate`, 8-bit formats) for the whole model, and the SQNR of each layer's output
+on its input in the float model is compared with rounding to nearest, on a window of the second half. A step improves
+a layer if that SQNR is higher.
 """
 
 import argparse
@@ -36,6 +36,7 @@ VARIANTS: Final[dict[str, Callable[[nn.Module], nn.Module]]] = {
 ROUND: Final = "round-weights{{format={weight}}} | lower-mx{{weight={weight},activation={activation}}}"
 STEPS: Final = {
     "fold": "awq-fold{{weight={weight},activation={activation},through_linears=true}} | " + ROUND,
+    "permute": "permute | " + ROUND,
     "rotate": "rotate{{weight={weight},activation={activation}}} | " + ROUND,
 }
 PLANTED: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

@@ -2,9 +2,9 @@
 
 For the input and the output of every matmul: the profile of their energy over channels, blocks and tokens
 (`value_profile.py`). For the input and the weights that it is multiplied with: the SQNR of the outputs in the planned
-formats, and the dB that a fold, a rotation and 8-bit elements would save (`remedies.py`). The numbers go to the ledger
-and the report page; `mxcompile diagnose` prints them with a recommendation (Nrusimha et al., arXiv 2404.03605, for
-kurtosis and outlier channels).
+formats, and the dB that a fold, sorted channels, a rotation and 8-bit elements would save (`remedies.py`). The numbers
+go to the ledger and the report page; `mxcompile diagnose` prints them with a recommendation (Nrusimha et al., arXiv
+2404.03605, for kurtosis and outlier channels).
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
+from mxcompile.analysis.folds.order_region import moved
+from mxcompile.analysis.folds.orders import find_orders
 from mxcompile.analysis.folds.rotation import rotation_of
 from mxcompile.analysis.layers import find_layers
 from mxcompile.analysis.matmuls import Matmul, finite_rows
@@ -31,8 +33,10 @@ from mxcompile.formats import MXINT4, MXINT8, MXFormat
 from mxcompile.graph.dataflow import effective_readers
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Miss, PassResult
+from mxcompile.numerics.row_slices import column_wise
 from mxcompile.pipeline.interfaces import FLOATING, Pass
 
+_SMALLEST = 1e-12
 _Folds = dict[Node, tuple[ScaleGroup, Tensor]]
 """By value: the scale group whose factors divide it alone, and the index of each channel's factor."""
 
@@ -52,14 +56,14 @@ class Diagnose(Pass):
         """Observe every value, segment by segment; nothing is changed."""
         matmuls = choose(program).matmuls
         names = {layer.node: name for name, layer in find_layers(program).items()}
-        folds = _folds(program, matmuls)
+        steps = _Steps(_folds(program, matmuls), _orders(program, matmuls))
         sweep = Sweep(program, program.batches)
         numbers: dict[str, dict[str, float]] = {}
         misses: list[Miss] = []
         for segment in program.track(find_segments(program, matmuls)):
             seen = _observe(sweep, segment)
             savings = ranks_of(program).map(
-                lambda value, of=segment, seen=seen: self._savings(program, value, of, seen, folds), seen.inputs
+                lambda value, of=segment, seen=seen: self._savings(program, value, of, seen, steps), seen.inputs
             )
             by_value = dict(zip(seen.inputs, savings, strict=True))
             for matmul in segment.matmuls:
@@ -76,7 +80,7 @@ class Diagnose(Pass):
         return PassResult(0, tuple(misses), numbers)
 
     def _savings(
-        self, program: Program, value: Node, segment: Segment, seen: "_Observed", folds: _Folds
+        self, program: Program, value: Node, segment: Segment, seen: "_Observed", steps: "_Steps"
     ) -> dict[str, float]:
         """SQNR and savings in dB of the matmuls that read a value, by the names of the ledger."""
         readers = segment.readers_of(value)
@@ -88,12 +92,22 @@ class Diagnose(Pass):
             "sqnr_db": sampled.db(quantizers),
             "bits_db": sampled.saved_by_bits(quantizers),
         }
-        if value in folds:
-            result["fold_db"] = sampled.saved_by_fold(quantizers, *folds[value])
+        if value in steps.folds:
+            result["fold_db"] = sampled.saved_by_fold(quantizers, *steps.folds[value])
+        if value in steps.orders:
+            result["permute_db"] = sampled.saved_by_order(quantizers, steps.orders[value])
         block = (self.activation or self.weight).block_size
         if _can_rotate(value, readers, block):
             result["rotate_db"] = sampled.saved_by_rotation(quantizers, block)
         return result
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """folds: values that can be folded. orders: the order `[in]` in which `permute` would put a value's channels."""
+
+    folds: _Folds
+    orders: dict[Node, Tensor]
 
 
 @dataclass
@@ -125,6 +139,18 @@ def _folds(program: Program, matmuls: Sequence[Matmul]) -> _Folds:
     groups, _ = find_groups(program, matmuls)
     alone = [group for group in groups if len({matmul.activation for matmul, _ in group.matmuls}) == 1]
     return {group.matmuls[0][0].activation: (group, group.matmuls[0][1]) for group in alone}
+
+
+def _orders(program: Program, matmuls: Sequence[Matmul]) -> dict[Node, Tensor]:
+    def energies(matmul: Matmul) -> Tensor:
+        columns = column_wise(lambda rows: rows.double().square().sum(0), finite_rows(program, matmul))
+        return columns.clamp(min=_SMALLEST * columns.amax().clamp(min=_SMALLEST))
+
+    orders: dict[Node, Tensor] = {}
+    for group in find_orders(program, matmuls)[0]:
+        source = group.sorted_by(group.mean_log(energies))
+        orders |= {matmul.activation: moved(channels, source) for matmul, channels in group.matmuls}
+    return orders
 
 
 def _can_rotate(value: Node, readers: Sequence[Matmul], block: int) -> bool:

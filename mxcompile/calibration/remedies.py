@@ -1,6 +1,7 @@
 """What steps of a recipe would save of the error of the matmuls that read one value, measured on a sample of tokens.
 
     fold      x / s, w * s       factors of channels, as `awq-fold` searches them
+    permute   x[p], w[:, p]      channels sorted by the energy of the weights' columns, as `permute` does
     rotate    H x, w H           a Hadamard rotation of each block, as `rotate` does
     bits      8-bit elements, in weights and input
 
@@ -73,6 +74,15 @@ class SampledValue:
         )
         best = search_factors(candidates, choosing, group.count).factors
         return _ratio_db(judging(torch.ones_like(best)), judging(best))
+
+    def saved_by_order(self, quantizers: Quantizers, order: Tensor) -> float:
+        """dB that another order of channels saves. order: for each place `[in]`, the channel that comes there."""
+        plain = self._operand(self._judging)
+        order = order.to(self.tokens.device)
+        sorted_weights = [weight[:, order] for weight in self.weights]
+        other = SampledValue(self.tokens[:, order], self.importance[order], sorted_weights)
+        errors = [output_error([each], quantizers)(_NO_FACTORS) for each in (plain, other._operand(other._judging))]
+        return _ratio_db(*errors)
 
     def saved_by_rotation(self, quantizers: Quantizers, block: int) -> float:
         """dB that a rotation of blocks of 2^n channels saves."""

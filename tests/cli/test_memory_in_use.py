@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mxcompile.cli import memory_in_use as module
-from mxcompile.cli.memory_in_use import host_bytes, memory_in_use
+from mxcompile.cli.memory_in_use import host_bytes, memory_in_use, peak_bytes
 
 SIZE = 256 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -24,6 +24,18 @@ def test_tensors_count_and_mapped_files_do_not(tmp_path):
     mapped = load_file(tmp_path / "mapped.safetensors")["tensor"]
     assert mapped.sum() == SIZE
     assert host_bytes() - before < SIZE * 0.5
+
+
+@linux
+def test_the_peak_of_a_block_is_its_own():
+    """What was larger before the block does not count, where the system lets the peak be reset."""
+    larger = torch.ones(2 * SIZE, dtype=torch.uint8)
+    del larger
+    before = host_bytes()
+    with peak_bytes() as peak:
+        tensor = torch.ones(SIZE, dtype=torch.uint8)
+        del tensor
+    assert peak() is None or SIZE * 0.9 < peak() - before < SIZE * 1.9
 
 
 @pytest.mark.parametrize(

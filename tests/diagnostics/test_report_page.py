@@ -13,6 +13,7 @@ from models import build, inputs, llama
 from reports import HOSTILE, ROUND, TEXT, Hostile, dump, fail
 
 import mxcompile
+from mxcompile.diagnostics.report.study_page import write_study_page
 from mxcompile.errors import PassError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -213,6 +214,29 @@ def test_hostile_names(browser, tmp_path):
             page.get_by_role("link", name="Changes by lower-mx").click()
             expect(page.locator("#pass-3 .diff")).to_contain_text(f"# {name}")
         assert page.locator("main img, main script").count() == 0
+
+
+def test_a_diagnosis(browser, tmp_path):
+    dump(tmp_path, llama(2), inputs("llama"), "diagnose", ROUND)
+    with opened(browser, tmp_path) as page:
+        assert page.locator("#profiles svg").count() == 3
+        assert page.locator("#profiles svg").first.locator("circle").count() == 8
+        assert page.locator("#diagnosis tbody tr").count() == 8
+        cell(page, 2, "model.layers.1.mlp.up_proj").click()
+        expect(page.locator("#layer .diagnosed")).to_contain_text("Diagnosis of the input: channel ratio")
+
+
+def test_a_study(browser, tmp_path):
+    cells = [
+        {"label": f"{name} {HOSTILE[0]}", "bytes": size, "kl": kl, "perplexity": 9.0, "top1": 0.5, "front": name == "a"}
+        | {"calibration": "", "difference": "best", "clear": True}
+        for name, size, kl in (("a", 1e6, 0.1), ("b", 2e6, 4.0))
+    ]
+    write_study_page(tmp_path, {"name": "s", "groups": [{"title": "m", "float": 8.0, "cells": cells}]})
+    with opened(browser, tmp_path) as page:
+        assert page.locator("figure.front circle").count() == 2
+        assert page.locator("tbody tr").count() == 2
+        assert page.locator("tbody th").first.inner_text() == f"a {HOSTILE[0]}"
 
 
 def test_runs_that_are_not_whole(browser, tmp_path):

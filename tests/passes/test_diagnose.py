@@ -136,6 +136,7 @@ def test_recommended_steps_improve_the_layers_that_they_are_for(harder):
         for step, text in {
             "": ROUND,
             "fold": f"awq-fold{{{FORMATS},through_linears=true}} | {ROUND}",
+            "permute": f"permute | {ROUND}",
             "rotate": f"rotate{{{FORMATS}}} | {ROUND}",
         }.items()
     }

@@ -73,6 +73,10 @@ class Cell:
             self.evaluation.half,
         )
 
+    def check(self) -> None:
+        """Raise InputError, before any model is loaded, for data or a device that cannot be used."""
+        _ = self.options
+
     @property
     def key(self) -> str:
         """A hash of all that the numbers depend on, but for versions and hardware."""

@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from torch import nn
@@ -49,7 +49,9 @@ class Finished:
                 record = json.loads(line)
             except ValueError:
                 continue
-            self.records[record["key"]] = record
+            if not isinstance(record, dict) or "key" not in record:
+                raise InputError(f"{self._file} is not of a study: name another folder with --resume")
+            self.records[str(record["key"])] = cast(Record, record)
         self._starts_line = not text or text.endswith("\n")
 
     def add(self, record: Record) -> None:

@@ -83,6 +83,8 @@ class StudyFile:
                 found.setdefault(cell.key, cell)
         if not found:
             raise InputError(f"{self.path}: skip leaves no cell")
+        for cell in found.values():
+            cell.check()
         return list(found.values())
 
     def change_of(self, model: StudiedModel) -> Any:

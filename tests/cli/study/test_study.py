@@ -255,6 +255,7 @@ windows = 2
         ('recipes = ["w4a8-mxint-quik"]', "w4a8-mxint-quik"),
         ('pipelines = {a = "lower-mx{weight=W}"}', "there are no formats to fill in"),
         ('recipes = ["w4a8-mxint"]\n[[evaluation]]\nhalf = "third"', "neither first nor second"),
+        ('recipes = ["w4a8-mxint"]\n[[evaluation]]\nhalf = "first"', "leaves its second half"),
         ('recipes = ["w4a8-mxint"]\n[[calibration]]\nseed = 1', "name one"),
         ('recipes = ["w4a8-mxint"]\nskip = [{recipe = "*"}]', "skip leaves no cell"),
         ('recipes = ["w4a8-mxint"]\npasses = ["nowhere.py:A"]', "is not FILE.py:NAME"),
@@ -266,6 +267,12 @@ def test_what_is_no_study(text, message, tmp_path):
     file.write_text(text)
     with pytest.raises(MXCompileError, match=message.replace("[", r"\[")):
         StudyFile.load(file).cells()
+
+
+def test_a_folder_of_something_else_is_refused(finished, tmp_path):
+    (tmp_path / "cells.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(InputError, match="is not of a study"):
+        run("study", finished[0], "--resume", tmp_path)
 
 
 def test_one_study_at_a_time_in_a_folder(finished):
