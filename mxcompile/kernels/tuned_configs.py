@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -31,7 +31,7 @@ from mxcompile.kernels.triton import planes_linear as triton_planes
 
 Config: TypeAlias = triton_planes.Config | held_planes.Config | gluon_planes.Config
 TRITON, HELD, GLUON, DEQUANTIZED = "planes", "held", "gluon", "dequantize+cublas"
-_SplitConfig = TypeVar("_SplitConfig", triton_planes.Config, gluon_planes.Config)
+_SplitConfig: TypeAlias = triton_planes.Config | gluon_planes.Config
 _KINDS: Final = {TRITON: triton_planes.Config, HELD: held_planes.Config, GLUON: gluon_planes.Config}
 _DEFAULT_TABLE: Final = "sm90"
 _MIN_K_STEPS: Final = 4
@@ -93,7 +93,7 @@ def token_counts(device: torch.device, fmt: MXFormat) -> list[int]:
 
 def path_name(config: Config) -> str:
     """The name of a config's kernel in the table."""
-    return next(name for name, kind in _KINDS.items() if isinstance(config, kind))
+    return next(name for name, kind in _KINDS.items() if type(config) is kind)
 
 
 def _default_config(m: int, k_steps: int) -> Config | None:
@@ -105,7 +105,7 @@ def _distance(entry: TunedConfig, n: int, k: int) -> float:
     return abs(math.log2(entry.n / n)) + abs(math.log2(entry.k / k))
 
 
-def _with_rescaled_split(entry: TunedConfig, config: _SplitConfig, n: int, k_steps: int) -> _SplitConfig:
+def _with_rescaled_split(entry: TunedConfig, config: _SplitConfig, n: int, k_steps: int) -> Config:
     """The config with split-K by a power of two such that about as many programs run as in the measurement."""
     target_split = config.split * -(-entry.n // config.out) / -(-n // config.out)
     max_split = min(_MAX_SPLIT, max(1, k_steps // _MIN_K_STEPS))
