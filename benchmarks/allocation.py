@@ -126,7 +126,7 @@ class Comparison:
         matmuls = [matmul for item in self.items for matmul in item.matmuls]
         requests = {m: Request(m.activation.name, ChannelImportance) for m in matmuls}
         statistics = self.program.copy()
-        gather_statistics(statistics, [*requests.values()], statistics.batches[:4] or None)
+        gather_statistics(statistics, [*requests.values()], [Inputs((), dict(batch)) for batch in self.batches[:4]])
         low = self.formats[0]
 
         def db(matmul: Any) -> float:
