@@ -33,6 +33,15 @@ def test_the_accuracy_of_algorithms():
         assert f"| {pair[0]}, {pair[1]} | {gap:.3f} | {' | '.join(shares)} |" in text
 
 
+def test_mixed_formats_at_equal_bytes():
+    text, rows = page("docs/accuracy.md"), results("allocation.jsonl")
+    assert [row["bits"] for row in rows] == [4.5] * 4
+    for row in rows:
+        name = "`allocate`" if row["choice"] == "allocate" else row["choice"]
+        assert f"| {name} | {row['bytes'] / 1e6:.2f} | {row['perplexity']:.2f} | {row['kl']:.3f} |" in text
+    assert f"The expected KL was {rows[0]['predicted_kl']:.3f}" in text
+
+
 def test_the_times_by_which_formats_are_chosen():
     rows = results("gemm-h100.jsonl")
     us = {
