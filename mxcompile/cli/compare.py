@@ -3,7 +3,7 @@
 A model is compared with the float model that a recipe quantized, or with any model that has the same tokenizer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mxcompile.cli.calibration import CalibrationOptions
 from mxcompile.cli.model_source import load_model
 from mxcompile.cli.progress import Progress, track, waiting
 from mxcompile.cli.texts import HELP_TOPICS, help_text, read_text, text_windows
-from mxcompile.diagnostics.evaluation import Evaluation, check_causal, evaluate
+from mxcompile.diagnostics.evaluation import Evaluation, check_causal, evaluate, evaluate_several
 from mxcompile.diagnostics.ledger import plain
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
@@ -252,6 +252,19 @@ def score(
     name, size = options.model_name, stored_bytes(model)
     recipe = None if options.recipe is None else str(options.recipe)
     return Comparison(data, name, recipe, size, reference_name, reference_bytes, scores)
+
+
+def score_recipes(
+    console: Console, options: EvalOptions, data: EvalData, quantized: Mapping[str, nn.Module], reference: nn.Module
+) -> dict[str, Comparison]:
+    """`score` of a model that recipes quantized, by the recipe, against the float model, which runs once for all."""
+    windows = track(console, data.windows, "evaluating")
+    scores = evaluate_several(list(quantized.values()), windows, reference)
+    name, size = options.model_name, stored_bytes(reference)
+    return {
+        recipe: Comparison(data, name, recipe, stored_bytes(model), name, size, each)
+        for (recipe, model), each in zip(quantized.items(), scores, strict=True)
+    }
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:

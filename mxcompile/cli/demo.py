@@ -3,21 +3,22 @@
 It runs the code of the commands `eval` and `generate`.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from mxcompile.cli.compare import Comparison, EvalOptions, load_with_data, quantize, score
+from mxcompile.cli.compare import Comparison, EvalOptions, load_with_data, quantize, score_recipes
 from mxcompile.cli.generation import Generation, generate_text
 from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.dump import Dump
+from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.diagnostics.tables import table
 from mxcompile.inductor import compile_module
 
 _PROBE = 256
+_FLOAT = "float"
 RECIPES = ("w8a8-mxint", "w4a8-mxint-quick")
 PROMPT = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is"
 _CAPTION = """\
@@ -37,14 +38,14 @@ def run_demo(
     for recipe in RECIPES:
         Dump(folder / recipe)  # refuses a folder that it cannot write to
     model, tokenizer, data = load_with_data(messages, options)
-    comparisons = {"float": score(messages, options, data, model)}
-    generations = {"float": _generate(messages, model, tokenizer, new_tokens, compile=False)}
+    generations = {_FLOAT: _generate(messages, model, tokenizer, new_tokens, compile=False)}
     probe = {"input_ids": data.windows[0][:, :_PROBE]}
+    quantized = {
+        recipe: quantize(messages, model, data, recipe, dump=folder / recipe, probe=probe) for recipe in RECIPES
+    }
+    comparisons = score_recipes(messages, options, data, quantized, model)
     for recipe in RECIPES:
-        quantized = quantize(messages, model, data, recipe, dump=folder / recipe, probe=probe)
-        with_recipe = replace(options, recipe=recipe)
-        comparisons[recipe] = score(messages, with_recipe, data, quantized, options.model_name, model)
-        generations[recipe] = _generate(messages, quantized, tokenizer, new_tokens, compile)
+        generations[recipe] = _generate(messages, quantized[recipe], tokenizer, new_tokens, compile)
     _print_results(results, comparisons, generations)
     last = folder / RECIPES[-1]
     results.print(f"report of every pass: {last / 'index.html'} (or mxcompile show {last})", markup=False)
@@ -61,27 +62,31 @@ def _generate(messages: Console, model: Any, tokenizer: Any, new_tokens: int, co
 
 
 def _print_results(console: Console, comparisons: dict[str, Comparison], generations: dict[str, Generation]) -> None:
-    before = comparisons["float"]
-    rows: list[tuple[str, ...]] = []
+    data, rows = comparisons[RECIPES[0]].data, [_float_row(comparisons[RECIPES[0]])]
     for name, comparison in comparisons.items():
-        scores, generation = comparison.scores, generations[name]
+        scores = comparison.scores
         rows.append(
             (
                 name,
                 f"{comparison.bytes / 1e6:.1f}",
-                f"{comparison.bytes / before.bytes:.0%}",
+                f"{comparison.bytes / comparison.reference_bytes:.0%}",
                 f"{scores.perplexity:.3f}",
-                f"{scores.perplexity / before.scores.perplexity - 1:+.2%}",
-                "" if scores.kl is None else f"{scores.kl:.4f}",
-                "" if scores.top1 is None else f"{scores.top1:.1%}",
-                f"{generation.tokens / generation.seconds:.1f}",
+                f"{1 / scores.recovery(Metric.PERPLEXITY) - 1:+.2%}",
+                f"{scores.kl:.4f}",
+                f"{scores.top1:.1%}",
             )
         )
-    data = before.data
-    title = f"{before.scores.tokens} tokens of {data.text}, {len(data.windows)} windows of {data.windows[0].shape[1]}"
+    rows = [(*row, f"{generations[row[0]].tokens / generations[row[0]].seconds:.1f}") for row in rows]
+    title = f"{comparisons[RECIPES[0]].scores.tokens} tokens of {data.text}, "
+    title += f"{len(data.windows)} windows of {data.windows[0].shape[1]}"
     numbers = ("MB", "size", "perplexity", "change", "KL", "top-1", "tokens/s")
     console.print(table(("model",), numbers, rows, title))
     console.print(_CAPTION)
     for name, generation in generations.items():
         continuation = (generation.continuation.rstrip(), "green")
         console.print(Text.assemble((name, "bold"), f": {PROMPT}", continuation))
+
+
+def _float_row(comparison: Comparison) -> tuple[str, ...]:
+    size, perplexity = comparison.reference_bytes, comparison.scores.reference_perplexity
+    return _FLOAT, f"{size / 1e6:.1f}", "100%", f"{perplexity:.3f}", "+0.00%", "", ""

@@ -1,7 +1,7 @@
 """Evaluate a language model alone or against a reference: perplexity, KL divergence, top-1 agreement."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
@@ -111,17 +111,36 @@ def score_windows(
     reference: nn.Module | None = None,
 ) -> list[WindowScores]:
     """The scores of each window that has a token to score, for statistics over windows; arguments as of `evaluate`."""
+    return _score_models([model], windows, reference)[0]
+
+
+def evaluate_several(
+    models: Sequence[nn.Module],
+    windows: Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]],
+    reference: nn.Module | None = None,
+) -> list[Evaluation]:
+    """Score models on the same windows, as `evaluate` scores one; the reference runs once for all of them."""
+    return [total_scores(scores, reference is not None) for scores in _score_models(models, windows, reference)]
+
+
+def _score_models(
+    models: Sequence[nn.Module],
+    windows: Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]],
+    reference: nn.Module | None,
+) -> list[list[WindowScores]]:
     if isinstance(windows, Tensor) and windows.dim() != 2:
         raise InputError(f"a window is [batch, length], not {list(windows.shape)}")
-    models = [model] if reference is None else [model, reference]
-    scores: list[WindowScores] = []
+    scores: list[list[WindowScores]] = [[] for _ in models]
     with torch.no_grad(), ExitStack() as modes:
-        for each in models:
+        for each in (*models, *([] if reference is None else [reference])):
             modes.enter_context(eval_mode(each))
         for index, window in enumerate(map(_Window.of, _one_by_one(windows))):
-            if count := int(window.predicted.sum()):
-                nll, kl, top1, reference_nll = _scores(models, window, index)
-                scores.append(WindowScores(count, (nll, kl, top1, reference_nll)))
+            if not (count := int(window.predicted.sum())):
+                continue
+            expected = None if reference is None else (reference, _logits(reference, window.arguments))
+            for model, own in zip(models, scores, strict=True):
+                nll, kl, top1, reference_nll = _scores(model, expected, window, index)
+                own.append(WindowScores(count, (nll, kl, top1, reference_nll)))
     return scores
 
 
@@ -176,24 +195,26 @@ def _one_by_one(
     return windows.split(1) if isinstance(windows, Tensor) else windows
 
 
-def _scores(models: list[nn.Module], window: _Window, index: int) -> list[float]:
-    """Sums over the scored tokens of a window: nll, KL, top-1 agreement, nll of the reference."""
+def _scores(model: nn.Module, reference: tuple[nn.Module, Tensor] | None, window: _Window, index: int) -> list[float]:
+    """Sums over the scored tokens of a window: nll, KL, top-1 agreement, nll of the reference.
+
+    reference: with its logits, as `_logits` returns them.
+    """
     targets = window.arguments[_IDS][:, 1:][window.predicted]
-    logits, *others = [_logits(model, window.arguments) for model in models]
-    for other in others:
-        if other.shape != logits.shape:
-            sizes = f"{logits.shape[-1]} and {other.shape[-1]}"
-            raise InputError(f"the models cannot be compared: their vocabularies have {sizes} tokens")
+    logits = _logits(model, window.arguments)
+    if reference is not None and reference[1].shape != logits.shape:
+        sizes = f"{logits.shape[-1]} and {reference[1].shape[-1]}"
+        raise InputError(f"the models cannot be compared: their vocabularies have {sizes} tokens")
     scored = window.predicted.flatten().nonzero().flatten()
     sums = [0.0] * 4
     for rows, each in zip(scored.split(_ROWS), targets.split(_ROWS), strict=True):
         own = logits[rows.to(logits.device)]
-        sums[0] += _nll(models[0], own, each, index)
-        for other in others:
-            expected = other[rows.to(other.device)].to(logits.device)
+        sums[0] += _nll(model, own, each, index)
+        if reference is not None:
+            expected = reference[1][rows.to(reference[1].device)].to(logits.device)
             sums[1] += kl_divergence(expected, own) * len(rows)
             sums[2] += top1_agreement(expected, own) * len(rows)
-            sums[3] += _nll(models[1], expected, each, index)
+            sums[3] += _nll(reference[0], expected, each, index)
     return sums
 
 
