@@ -5,8 +5,9 @@ setting changes.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +24,10 @@ from mxcompile.inductor.private_api import (
     get_cpp_compiler,
     get_hash_for_files,
     has_triton,
+    innermost_function,
+    pick_vec_isa,
 )
-from mxcompile.inductor.recorded_graph import recorded
+from mxcompile.inductor.recorded_graph import recorded, recorded_as_one
 from mxcompile.inductor.rewrites.decompose_attention import decompose_attention
 from mxcompile.inductor.rewrites.decompose_rounding import decompose_rounding
 from mxcompile.inductor.rewrites.fuse import fuse
@@ -34,6 +37,7 @@ from mxcompile.inductor.rewrites.fuse_next_token import fuse_next_token
 from mxcompile.inductor.rewrites.fuse_norm import fuse_norms
 from mxcompile.inductor.rewrites.join_counters import join_counters
 from mxcompile.inductor.rewrites.join_linears import join_linears
+from mxcompile.inductor.split_graph import compile_in_pieces
 
 _PACKAGE: Final = Path(__file__).parents[1]
 _HASHED: Final = ("formats.py", "ops", "numerics", "kernels", "tensor", "graph", "inductor")
@@ -45,8 +49,8 @@ class FuseMX(CustomGraphPass):
     """Fuses MX matmuls in the graphs that Inductor compiles, fuses or decomposes single-token attention, and on a GPU
     decomposes the rounding of activations so that Inductor fuses it with their producers.
 
-    `results` has one entry per graph compiled in this process; graphs that Inductor takes from its cache were fused
-    when they were first compiled and have none.
+    `results` has one entry per graph, or piece of one, compiled in this process; those that Inductor takes from its
+    cache were fused when they were first compiled and have none.
     """
 
     def __init__(self) -> None:
@@ -101,6 +105,21 @@ def why_no_compiler(device: torch.device) -> str | None:
     return None
 
 
+def start_probing(device: torch.device) -> threading.Thread | None:
+    """Let Inductor find the processor's vector instructions while Dynamo traces: for a CPU, it compiles and loads a
+    program for each kind, in seconds, and remembers the result. Returns the thread that waits for these programs."""
+
+    def probe() -> None:
+        with suppress(OSError):  # torch's cache folder was removed: who needs the result asks again
+            pick_vec_isa()
+
+    if device.type != "cpu":
+        return None
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    return thread
+
+
 class MXBackend(InductorBackend):
     """`torch.compile`'s Inductor backend, for graphs that take the component tensors of MX weights as inputs.
 
@@ -112,11 +131,20 @@ class MXBackend(InductorBackend):
         self._inputs_seen: list[torch.Tensor] | None = None
 
     def __call__(self, model_: GraphModule, inputs_: list[Any], **options: Any) -> Callable[..., Any]:
-        """Compile a Dynamo graph; see `unwrap_weights`."""
+        """Compile a Dynamo graph; see `unwrap_weights`, and `split_graph` for equal layers, which are compiled once on
+        a CPU, where no gradients are wanted."""
         module, flat = unwrap_weights.unwrap_weights(model_, inputs_, AttrSource)
-        compiled: Any = super().__call__(module, flat, **options)
-        if all(value.device.type == "cpu" for value in flat if isinstance(value, torch.Tensor)):
-            compiled = recorded(compiled)
+
+        def compile_(piece: GraphModule, inputs: list[Any]) -> Any:
+            made: Any = super(MXBackend, self).__call__(piece, inputs, **options)
+            return innermost_function(made)  # without the wrapper that Dynamo puts around the whole anyway
+
+        is_on_cpu = all(value.device.type == "cpu" for value in flat if isinstance(value, torch.Tensor))
+        # On a GPU the pieces are not checked against the whole yet; torch's CUDA graphs would record each layer again.
+        layers = compile_in_pieces(module, flat, compile_) if is_on_cpu and not torch.is_grad_enabled() else None
+        compiled: Any = super().__call__(module, flat, **options) if layers is None else layers
+        if is_on_cpu:
+            compiled = recorded(compiled) if layers is None else recorded_as_one(layers)
 
         def run(*args: Any) -> Any:
             inputs = unwrap_weights.unwrapped(args)

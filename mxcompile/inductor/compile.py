@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from mxcompile.errors import warn
 from mxcompile.graph.inputs import Inputs
-from mxcompile.inductor.backend import MXBackend, compile_options, why_no_compiler
+from mxcompile.inductor.backend import MXBackend, compile_options, start_probing, why_no_compiler
 from mxcompile.inductor.compiled_forward import CompiledForward
 from mxcompile.inductor.decode_step import DecodeStep
 from mxcompile.inductor.generation.hook import use_our_loop
@@ -36,6 +36,7 @@ def compile_fused(module: nn.Module) -> None:
         for name, why_not in use_planar_layout(module).items():
             logger.info("%s keeps the row-major layout: %s", name, why_not)
     if reason is None:
+        start_probing(device)
         _compile_call(module, MXBackend({**compile_options(), **_without_bad_checks(device)}))
         _compile_generate(module, device)
     else:

@@ -4,6 +4,8 @@ The rest of this room imports them from here, so that a torch without one of the
 `mxcompile.inductor.supported` turns into a sentence.
 """
 
+from typing import Any
+
 import torch
 from torch._dynamo import eval_frame, mark_static_address, maybe_mark_dynamic, optimize
 from torch._dynamo.backends.common import aot_autograd
@@ -12,6 +14,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import aoti_compile_and_package
 from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.output_code import CompiledFxGraph
@@ -41,4 +44,11 @@ __all__ = [
     "mark_static_address",
     "maybe_mark_dynamic",
     "optimize",
+    "own_symbol",
+    "pick_vec_isa",
 ]
+
+
+def own_symbol(number: torch.SymInt) -> Any:
+    """The symbol of a dynamic size itself, also where another one is known to be equal and stands for it."""
+    return number.node._expr  # pyright: ignore[reportPrivateUsage]

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
@@ -138,8 +138,13 @@ class _Recorder(TorchDispatchMode):
 
     def run(self, call: Callable[[list[Any]], Any], inputs: list[Any]) -> Any:
         """The graph's outputs."""
-        with self, self._noting_kernels(getattr(call, "__func__", call).__globals__):
+        with self, self._noting_kernels(_names(call)), _graphs_called(self._noting_graph):
             return call(inputs)
+
+    def _noting_graph(self, graph: CompiledFxGraph, run: Callable[[], Any]) -> Any:
+        """Run one of the graphs that the recorded one consists of."""
+        with self._noting_kernels(_names(graph.current_callable)):
+            return run()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run an operator, and note it."""
@@ -320,19 +325,45 @@ def recorded(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@contextmanager
-def _graphs_replaced() -> Generator[None]:
+def recorded_as_one(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs several of Inductor's graphs in turn, as one `RecordedGraph`."""
+
+    def call(inputs: list[Any]) -> Any:
+        values = list(inputs)
+        inputs.clear()
+        return compiled(*values)
+
+    graph = RecordedGraph(call)
+    return lambda *inputs: graph(list(inputs))
+
+
+def _graphs_replaced() -> AbstractContextManager[None]:
     """Give each graph that this thread runs a callable that records it."""
+
+    def replaced(graph: CompiledFxGraph, run: Callable[[], Any]) -> Any:
+        made = graph.current_callable
+        if made is not None and not isinstance(made, RecordedGraph):
+            graph.current_callable = RecordedGraph(made)
+        return run()
+
+    return _graphs_called(replaced)
+
+
+@contextmanager
+def _graphs_called(how: Callable[[CompiledFxGraph, Callable[[], Any]], Any]) -> Generator[None]:
+    """Each graph that this thread runs is run by `how(graph, what runs it)`."""
     original, thread = CompiledFxGraph.__call__, threading.get_ident()
 
     def call(self: CompiledFxGraph, inputs: Sequence[Any]) -> Any:
-        made = self.current_callable
-        if threading.get_ident() == thread and made is not None and not isinstance(made, RecordedGraph):
-            self.current_callable = RecordedGraph(made)
-        return original(self, inputs)
+        return how(self, lambda: original(self, inputs)) if threading.get_ident() == thread else original(self, inputs)
 
     CompiledFxGraph.__call__ = call
     try:
         yield
     finally:
         CompiledFxGraph.__call__ = original
+
+
+def _names(call: Any) -> dict[str, Any]:
+    """The global names of the module that a function comes from."""
+    return getattr(call, "__func__", call).__globals__

@@ -47,7 +47,7 @@ def unwrap_weights(
     for node in module.graph.nodes:
         if node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    return _like(module, graph), unwrapped(values)
+    return like(module, graph), unwrapped(values)
 
 
 def unwrapped(values: Sequence[Any]) -> list[Any]:
@@ -84,7 +84,7 @@ def _source(node: Node) -> Any:
     return getattr(node, "_dynamo_source", None)
 
 
-def _like(module: GraphModule, graph: Graph) -> GraphModule:
+def like(module: GraphModule, graph: Graph) -> GraphModule:
     """A graph module with the attributes of `module`, and with what AOTAutograd reads from a Dynamo module."""
     like: Any = GraphModule(module, graph)
     like.meta = dict(module.meta)

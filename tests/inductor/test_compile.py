@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import build, inputs, output
 from torch import nn
+from torch._inductor import cpu_vec_isa
 
 import mxcompile
 from mxcompile.analysis.choice import choose
@@ -193,6 +194,15 @@ def test_without_a_compiler_the_model_runs_fused_and_says_so(monkeypatch):
     with torch.no_grad():
         assert torch.equal(module(**x), reference(**x))
     assert [len([n for n in graph.nodes if n.target in (LINEAR, CPU_LINEARS)]) for graph in seen] == [2]
+
+
+@pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
+def test_the_processor_is_probed_while_dynamo_traces():
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    thread = backend.start_probing(torch.device("cpu"))
+    thread.join(120)
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 1
+    assert backend.start_probing(torch.device("cuda")) is None
 
 
 def test_with_a_compiler_nothing_is_said():
