@@ -34,7 +34,8 @@ def test_the_accuracy_of_algorithms():
 
 
 def test_mixed_formats_at_equal_bytes():
-    text, rows = page("docs/accuracy.md"), results("allocation.jsonl")
+    text, (*rows, drawn) = page("docs/accuracy.md"), results("allocation.jsonl")
+    assert f"(Spearman) of {drawn['spearman']:.2f}, and the measured is {drawn['slope']:.2f} times the expected" in text
     assert [row["bits"] for row in rows] == [4.5] * 4
     for row in rows:
         name = "`allocate`" if row["choice"] == "allocate" else row["choice"]
