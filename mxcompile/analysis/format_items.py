@@ -99,7 +99,7 @@ def _joined(matmuls: tuple[Matmul, ...]) -> tuple[FormatItem, ...]:
         if matmul.root.meta["val"].dim() == 2:
             links.add_edge(matmul, ("value", matmul.activation))
         else:
-            links.add_edge(matmul, ("experts", matmul.parameter.rpartition(".")[0]))
+            links.add_edge(matmul, ("module", matmul.parameter.rpartition(".")[0]))
     groups = (
         sorted((each for each in group if isinstance(each, Matmul)), key=position.__getitem__)
         for group in networkx.connected_components(links)

@@ -29,13 +29,13 @@ def test_tensors_count_and_mapped_files_do_not(tmp_path):
 @linux
 def test_the_peak_of_a_block_is_its_own():
     """What was larger before the block does not count, where the system lets the peak be reset."""
-    larger = torch.ones(2 * SIZE, dtype=torch.uint8)
+    larger = torch.ones(4 * SIZE, dtype=torch.uint8)
     del larger
     before = host_bytes()
     with peak_bytes() as peak:
         tensor = torch.ones(SIZE, dtype=torch.uint8)
         del tensor
-    assert peak() is None or SIZE * 0.9 < peak() - before < SIZE * 1.9
+    assert peak() is None or SIZE * 0.9 < peak() - before < SIZE * 3
 
 
 @pytest.mark.parametrize(
