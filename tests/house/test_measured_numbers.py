@@ -93,7 +93,7 @@ def test_the_tokens_a_second_on_the_cpu():
         "float, compiled": "float compiled",
         "`w4a8-mxint-quick`": "w4a8-mxint-quick",
         "the same, output head in `mxint8`": "w4a8-mxint-quick, head mxint8",
-        "`w8a8-mxint` (an earlier version)": "w8a8-mxint",
+        "`w8a8-mxint`": "w8a8-mxint",
     }
     text = (ROOT / "docs/benchmarks.md").read_text()
     shown = re.findall(r"^\| (.*) \| (b?float\d+) \| (.*) \| (.*) \|$", text, re.MULTILINE)
@@ -106,6 +106,17 @@ def test_the_tokens_a_second_on_the_cpu():
             assert cell == f"{value:.{digits}f}{ratio}"
     llama = rows["llama.cpp", "q4_1"]
     assert f"| llama.cpp, Q4_1, output head in 8 bits | | {llama['decode']:.1f} | {llama['prefill']:.0f} |" in text
+    ours = rows["w4a8-mxint-quick, head mxint8", "bfloat16"]
+    assert f"generates {ours['decode'] / llama['decode']:.2f} times as many tokens a second" in text
+    assert f"reads a prompt {ours['prefill'] / llama['prefill']:.2f} times as fast" in text
+
+
+def test_the_seconds_to_the_first_token():
+    (row,) = results("first-token-cpu.jsonl")
+    assert (row["caches"], row["way"]) == ("cold", "layers once")
+    text = page("docs/faq.md")
+    assert f"gave its first token after {row['first_s']:.0f} s" in text
+    assert f"is compiled, after {row['second_s']:.0f} s" in text
 
 
 def test_the_speeds_on_a_gpu():
