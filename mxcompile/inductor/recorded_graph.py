@@ -3,7 +3,8 @@
 A decode step of a small model calls some hundred kernels, and between two of them Inductor's Python takes as long as a
 kernel. Like a CUDA graph, a recording has fixed shapes and buffers of its own: it is made for the sizes of one call and
 serves calls with the same sizes, whose inputs may lie anywhere. Outputs are new tensors at each call. A graph that does
-anything but call kernels and `mx::cpu_linears` runs as before, and so does a call with other sizes.
+anything but call kernels, `mx::cpu_linears` and matmuls of float weights runs as before, and so does a call with other
+sizes.
 """
 
 import ctypes
@@ -24,12 +25,13 @@ from torch import Tensor
 from mxcompile.inductor.private_api import CompiledFxGraph, TorchDispatchMode
 from mxcompile.kernels.cpu import linears, recording
 from mxcompile.kernels.cpu.linears import MAX_TOKENS
-from mxcompile.kernels.cpu.recording import KernelCall, LinearsCall, Recording, Slot
+from mxcompile.kernels.cpu.recording import KernelCall, LinearsCall, OperatorCall, Recording, Slot
 from mxcompile.ops import CPU_LINEARS
 from mxcompile.ops.library import format_of, rounding_of
 
 _MOST_RECORDINGS: Final = 4
 _BYTES_WORTH_THREADS: Final = 1 << 19
+_MATMULS: Final = {torch.ops.aten.mm.out, torch.ops.aten.addmm.out}
 _runs = threading.local()
 logger = logging.getLogger(__name__)
 
@@ -131,7 +133,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, inputs: list[Any]) -> None:
         super().__init__()
         self.inputs = list(inputs)
-        self.calls: list[KernelCall | LinearsCall] = []
+        self.calls: list[KernelCall | LinearsCall | OperatorCall] = []
         self.refusal: str | None = None
         if any(isinstance(value, float) for value in inputs):
             self.refusal = "it takes a float"
@@ -149,7 +151,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run an operator, and note it."""
         results = func(*args, **(kwargs or {}))
-        if func is not CPU_LINEARS:
+        if func in _MATMULS and set(kwargs or {}) == {"out"}:
+            self.calls.append(OperatorCall(func, args, results))
+        elif func is not CPU_LINEARS:
             self._refuse(f"it calls {func}")
         elif not 0 < args[0].numel() <= MAX_TOKENS * args[0].shape[-1]:
             self._refuse(f"it has more than {MAX_TOKENS} tokens")
@@ -237,7 +241,7 @@ class _Replay:
         moved = self._recording.moved(addresses)
         if moved is None or any(tensors[i].stride() != self._strides[i] for i in moved if i < len(tensors)):
             return None
-        return outputs if self._recording.replay(addresses, moved) else None
+        return outputs if self._recording.replay(addresses, moved, (*tensors, *made)) else None
 
 
 @dataclass(frozen=True)

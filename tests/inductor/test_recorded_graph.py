@@ -9,6 +9,7 @@ from torch import nn
 import mxcompile
 from mxcompile.inductor import recorded_graph, why_no_inductor
 from mxcompile.inductor.recorded_graph import RecordedGraph
+from mxcompile.kernels.cpu.recording import OperatorCall
 
 pytestmark = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
@@ -136,6 +137,50 @@ def test_many_tokens_are_not_recorded(net, graphs):
         for _ in range(3):
             net(torch.arange(6), torch.ones(6, 64))
     assert graphs[-1].refusal == "it has more than 4 tokens"
+
+
+class FloatHead(nn.Module):
+    """A quantized linear between two in float, whose results a kernel reads and the graph returns."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.first, self.middle = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.head = nn.Linear(64, 512, bias=bias)
+
+    def forward(self, x):
+        hidden = self.middle(torch.relu(self.first(x))).sin()
+        return hidden, self.head(hidden)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matmuls_of_float_weights_are_recorded(bias, dtype, monkeypatch):
+    made = []
+    init = RecordedGraph.__init__
+    monkeypatch.setattr(RecordedGraph, "__init__", lambda self, call: (init(self, call), made.append(self))[0])
+    torch.manual_seed(0)
+    example = (torch.randn(1, 64, dtype=dtype),)
+    module = mxcompile.quantize_and_compile(
+        FloatHead(bias).to(dtype), example, recipe="w4a8-mxint-quick", exclude=["first", "head"]
+    )
+    with torch.no_grad():
+        for _ in range(4):
+            module(*example)
+        assert [graph.refusal for graph in made] == [None]
+        assert replays(made) == 1
+        kept = [(value, value.clone()) for value in module(*example)]
+        for number in range(3):
+            if number == 2:  # a weight that moves
+                module.head.weight.data = module.head.weight.data * 2
+            x = (torch.randn(1, 64, dtype=dtype),)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(RecordedGraph, "__call__", lambda self, inputs: self.call(inputs))
+                expected = module(*x)
+            for actual, value in zip(module(*x), expected, strict=True):
+                assert torch.equal(actual, value)
+        assert all(torch.equal(value, copy) for value, copy in kept)
+    assert made[0].refusal is None
+    assert any(isinstance(part, OperatorCall) for part in made[0]._replays[0]._recording._parts)
 
 
 def test_other_operators_are_not_recorded():

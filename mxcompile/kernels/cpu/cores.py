@@ -23,9 +23,9 @@ def alone_if_busy() -> Generator[None]:
     """Run torch's parallel regions of this thread on one core, if others want the cores.
 
     Not for matmuls of torch: oneDNN divides its work among the threads that it expects, and a region with fewer leaves
-    some of it undone. Recorded graphs have none, and after a call replay on one core for a while by themselves.
-    Others do if so many threads are runnable, or if the last replays of a recording waited for threads without a core.
-    Nothing changes that Dynamo guards on, unlike with `torch.set_num_threads`.
+    some of it undone. Recorded graphs call theirs as they come, and for a while after a call replay kernels on one core
+    by themselves. Others do if so many threads are runnable, or if the last replays of a recording waited for threads
+    without a core. Nothing changes that Dynamo guards on, unlike with `torch.set_num_threads`.
     """
     try:
         library = recording_library()

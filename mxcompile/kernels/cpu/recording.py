@@ -1,15 +1,17 @@
 """Recorded kernel calls, replayed in C++ (mx_cpu_recording.cpp): no Python between the kernels of a graph.
 
+Between them operators of torch may be called, such as the matmul of an output head that stays in float.
+
 A recording has slots, which are tensors that differ between replays: their addresses are written into the calls before
 a replay. All other tensors of the calls are kept alive, at their addresses, by the recording.
 """
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby, pairwise
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -46,18 +48,45 @@ class LinearsCall:
 
 
 @dataclass(frozen=True)
+class OperatorCall:
+    """A call of an operator of torch that writes its result into `out`."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    out: Tensor
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A tensor within a slot: a view of the slot's tensor. offset: elements after the slot's first one."""
+
+    slot: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The view of this replay's tensor."""
+        base = tensors[self.slot]
+        return base.as_strided(self.shape, self.stride, base.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True)
 class Slot:
     """A tensor whose address differs between replays: the bytes [begin, end) when it was recorded."""
 
     begin: int
     end: int
+    dtype: torch.dtype | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Slot":
         """The bytes from the tensor's first element to its last."""
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         begin = tensor.data_ptr()
-        return cls(begin, begin + (last + 1) * tensor.element_size() if tensor.numel() else begin)
+        end = begin + (last + 1) * tensor.element_size() if tensor.numel() else begin
+        return cls(begin, end, tensor.dtype)
 
 
 def why_not() -> str | None:
@@ -72,10 +101,10 @@ def why_not() -> str | None:
 class Recording:
     """Calls to be replayed. slots: where a tensor of a call lies within one, its address follows that slot's.
 
-    Raises ValueError for slots that overlap in part.
+    Raises ValueError for slots that overlap in part, and for operators that read or write one in another dtype.
     """
 
-    def __init__(self, calls: Sequence[KernelCall | LinearsCall], slots: Sequence[Slot]) -> None:
+    def __init__(self, calls: Sequence[KernelCall | LinearsCall | OperatorCall], slots: Sequence[Slot]) -> None:
         self._slots = sorted(range(len(slots)), key=lambda index: slots[index].begin)
         self._ends = [slots[index].end for index in self._slots]
         self._begins = [slots[index].begin for index in self._slots]
@@ -83,7 +112,8 @@ class Recording:
         self._addresses = [slot.begin for slot in slots]
         self._uses: list[list[tuple[ctypes.Array[ctypes.c_int64], int, int]]] = [[] for _ in slots]
         self._kept: list[object] = [calls]
-        self._steps = (_Step * len(calls))(*(self._step(call) for call in calls))
+        self._dtypes = [slot.dtype for slot in slots]
+        self._parts = [self._part(group) for group in _divided(calls)]
         matmuls = [call for call in calls if isinstance(call, LinearsCall)]
         self._values = sum(weight[0].shape[0] * call.x.shape[-1] for call in matmuls for weight in call.weights)
         self._replay = recording_library().mx_replay
@@ -97,13 +127,39 @@ class Recording:
             return None
         return [i for i, (now, before) in enumerate(zip(addresses, self._addresses, strict=True)) if now != before]
 
-    def replay(self, addresses: list[int], moved: list[int]) -> bool:
-        """Run the calls, with the slots at these addresses. False if one of them threw an exception."""
+    def replay(self, addresses: list[int], moved: list[int], tensors: Sequence[Tensor] = ()) -> bool:
+        """Run the calls, with the slots at these addresses. False if a kernel threw an exception. tensors: those of the
+        slots, for operators."""
         for index in moved:
             for words, position, offset in self._uses[index]:
                 words[position] = addresses[index] + offset
         self._addresses = addresses
-        return bool(self._replay(self._steps, len(self._steps), self._values, torch.get_num_threads()))
+        for part in self._parts:
+            if isinstance(part, OperatorCall):
+                with torch.no_grad():
+                    arguments = [value.of(tensors) if isinstance(value, _Placed) else value for value in part.arguments]
+                    part.function(*arguments[:-1], out=arguments[-1])
+            elif not self._replay(part, len(part), self._values, torch.get_num_threads()):
+                return False
+        return True
+
+    def _part(self, calls: Sequence[KernelCall | LinearsCall | OperatorCall]) -> "ctypes.Array[_Step] | OperatorCall":
+        """Steps of C++, or an operator, whose last argument is `out`."""
+        first = calls[0]
+        if isinstance(first, OperatorCall):
+            values = (*first.arguments, first.out)
+            return replace(first, arguments=tuple(self._placed(value) for value in values))
+        steps = [self._step(call) for call in calls if not isinstance(call, OperatorCall)]
+        return (_Step * len(steps))(*steps)
+
+    def _placed(self, value: Any) -> Any:
+        """An operator's argument; where it lies, if that is within a slot."""
+        if not isinstance(value, Tensor) or (slot := self._slot_of(value.data_ptr())) is None:
+            return value
+        if value.dtype != self._dtypes[slot]:
+            raise ValueError(f"an operator takes {self._dtypes[slot]} as {value.dtype}")
+        bytes_before = value.data_ptr() - self._addresses[slot]
+        return _Placed(slot, value.dtype, value.shape, value.stride(), bytes_before // value.element_size())
 
     def _step(self, call: KernelCall | LinearsCall) -> "_Step":
         if isinstance(call, LinearsCall):
@@ -125,9 +181,13 @@ class Recording:
         return words
 
     def _follow(self, words: ctypes.Array[ctypes.c_int64], position: int, address: int) -> None:
+        if (slot := self._slot_of(address)) is not None:
+            self._uses[slot].append((words, position, address - self._addresses[slot]))
+
+    def _slot_of(self, address: int) -> int | None:
+        """The number of the slot in which an address lies."""
         index = bisect_right(self._begins, address) - 1
-        if index >= 0 and address < self._ends[index]:
-            self._uses[self._slots[index]].append((words, position, address - self._begins[index]))
+        return self._slots[index] if index >= 0 and address < self._ends[index] else None
 
     def _linears(self, call: LinearsCall) -> ctypes.Array[ctypes.c_int64]:
         """`Linears` of mx_cpu_linears.h, as words."""
@@ -158,6 +218,13 @@ class Recording:
         for (elements, scales, bias), y in zip(call.weights, call.outputs, strict=True):
             words += [elements, scales, bias, y, elements.shape[0], wide]
         return self._words(words, len(words))
+
+
+def _divided(calls: Sequence[KernelCall | LinearsCall | OperatorCall]) -> Iterator[list[Any]]:
+    """Calls in a row that C++ makes; each operator alone."""
+    for is_operator, group in groupby(calls, lambda call: isinstance(call, OperatorCall)):
+        together = list(group)
+        yield from ([call] for call in together) if is_operator else [together]
 
 
 def _equal_neighbors(slots: Sequence[Slot], numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
