@@ -36,8 +36,8 @@ def real():
 
 
 def test_w8a8_mxint_with_plain_rounding_is_within_a_percent_and_a_half(real):
-    """8188 tokens of Python's help topics in windows of 2048; measured: +1.02 % perplexity."""
-    model, windows = real
+    """4094 tokens of Python's help topics in windows of 2048; measured: +1.24 % perplexity."""
+    model, windows = real[0], real[1][:2]
     quantized = mxcompile.quantize_and_compile(model, {"input_ids": windows[0]}, recipe="w8a8-mxint", compile=False)
     before, after = evaluate(model, windows), evaluate(quantized, windows, model)
     assert after.perplexity < 1.015 * before.perplexity
