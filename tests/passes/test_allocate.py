@@ -18,7 +18,7 @@ from mxcompile.graph.printer import print_changes
 from mxcompile.kernels.measured_times import times_of
 from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.passes.allocate import Allocate, FormatScore
-from mxcompile.passes.recipes import weight_formats, with_bits
+from mxcompile.passes.recipes import with_bits
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.weight import MXWeight
 
@@ -376,18 +376,6 @@ def test_a_mixed_model_saves_loads_and_compiles(tmp_path: Path):
     assert kl_divergence(expected, compiled) < 1e-5
 
 
-def test_with_bits_puts_it_in_front_of_the_rounding():
-    assert str(with_bits("w4a8-mxint", 4.5)).startswith(
-        "awq-fold{weight=mxint4,activation=mxint8} | "
-        "allocate{formats=[mxint4,mxint6,mxint8],bits=4.5,activation=mxint8} | gptq{"
-    )
-    assert "formats=[mxfp4:64,mxfp6_e2m3:64,mxfp8_e4m3:64],bits=5}" in str(with_bits("lower-mx{weight=mxfp4:64}", 5))
-    assert weight_formats(with_bits("w4a16-mxint-quick", 5)) == {MXINT4, MXINT6, MXINT8}
-    for text, reason in (("awq-fold{weight=mxfp4}", "has no lower-mx"), (str(with_bits("w4a16-mxfp", 5)), "already")):
-        with pytest.raises(PipelineError, match=reason):
-            with_bits(text, 5)
-
-
 def test_the_ledger_keeps_and_prints_the_choice(program, tmp_path: Path):
     model = hard_to_round()
     recipe = f"allocate{{{LISTED},bits=5,activation=mxint8,overrides=[*.0.mlp.down_proj=mxfp4]}} | {ROUND}"
@@ -428,30 +416,6 @@ def test_inputs_have_the_formats_that_their_weights_were_paired_with(program):
         assert torch.equal(output(deployed(**BATCHES[0])), output(after(**BATCHES[0])))
 
 
-def test_inputs_of_a_format_of_their_own_are_rounded_to_it(program):
-    """Every matmul's input in another format than lower-mx has: the same bits as with that format in lower-mx."""
-    chosen = program.copy()
-    chosen.input_formats = dict.fromkeys(find_layers(program), MXFP8_E4M3)
-    one = Pipeline.parse("round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxfp4}").run(chosen)
-    other = Pipeline.parse("round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxfp8_e4m3}").run(program)
-    assert torch.equal(output(one(**BATCHES[0])), output(other(**BATCHES[0])))
-
-
-def test_readers_of_one_value_may_have_inputs_of_different_formats():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.Linear(64, 32), nn.Linear(64, 32)
-
-        def forward(self, x):
-            return self.one(x), self.two(x)
-
-    program = mxcompile.trace(Shared(), torch.randn(8, 64))
-    program.input_formats = {"two.weight": MXFP4}
-    lowered = Pipeline.parse("lower-mx{weight=mxint4,activation=mxint8}").run(program)
-    assert [str(layer.input_rounding) for layer in find_layers(lowered).values()] == ["mxint8", "mxfp4"]
-
-
 def test_the_text_shows_chosen_formats_of_inputs(program):
     after = allocated(program, "formats=[mxfp4,mxfp8_e4m3],activations=[mxfp4,mxfp8_e4m3],bits=5.5")
     changed = [line for line in print_changes(program, after).splitlines() if line.startswith("+")]
@@ -463,13 +427,6 @@ def test_the_cost_of_an_input_format_is_its_share(program):
     for item in after.ledger[0].allocation.items:
         assert item.costs["mxint4/mxfp4"] > item.costs["mxint4/mxint8"]
         assert item.activation == "mxint8"
-
-
-def test_with_bits_gives_inputs_the_bits_of_their_weights():
-    formats = "[mxfp4,mxfp6_e2m3,mxfp8_e4m3]"
-    text = str(with_bits("w4a4-mxfp", 4.75))
-    assert f"allocate{{formats={formats},bits=4.75,activations={formats}}} | gptq" in text
-    assert "activations=[mxint6,mxint6,mxint8]" in str(with_bits("w6a6-mxint", 5))
 
 
 @pytest.mark.parametrize(

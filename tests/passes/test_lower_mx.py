@@ -9,9 +9,10 @@ from torch import nn
 import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.multiplier import insert_multiplier, multiplier_of
+from mxcompile.analysis.layers import find_layers
 from mxcompile.analysis.matmuls import find_matmuls
 from mxcompile.errors import CoverageError, PassError, PipelineError, WeightError
-from mxcompile.formats import FORMATS, MXFP4, MXINT4, MXINT8, ScaleRule
+from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Stage
 from mxcompile.numerics import reference
@@ -253,3 +254,29 @@ def test_rounding_after_lowering_is_refused():
         PipelineError, match=r"round-weights cannot run after lower-mx.*Move round-weights before lower-mx"
     ):
         Pipeline([LowerMX(MXINT4), RoundWeights(MXINT4)])
+
+
+def test_inputs_of_a_format_of_their_own_are_rounded_to_it():
+    """Every matmul's input in another format than lower-mx has: the same bits as with that format in lower-mx."""
+    x = torch.randn(8, 64)
+    program = mxcompile.trace(Branches(), x)
+    chosen = program.copy()
+    chosen.input_formats = dict.fromkeys(find_layers(program), MXFP8_E4M3)
+    one = Pipeline.parse("round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxfp4}").run(chosen)
+    other = Pipeline.parse("round-weights{format=mxint4} | lower-mx{weight=mxint4,activation=mxfp8_e4m3}").run(program)
+    assert torch.equal(one(x), other(x))
+
+
+def test_readers_of_one_value_may_have_inputs_of_different_formats():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(64, 32), nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.one(x), self.two(x)
+
+    program = mxcompile.trace(Shared(), torch.randn(8, 64))
+    program.input_formats = {"two.weight": MXFP4}
+    lowered = Pipeline.parse("lower-mx{weight=mxint4,activation=mxint8}").run(program)
+    assert [str(layer.input_rounding) for layer in find_layers(lowered).values()] == ["mxint8", "mxfp4"]

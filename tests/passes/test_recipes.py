@@ -1,0 +1,26 @@
+"""recipes: allocate in front of a recipe's rounding, for a budget of bits."""
+
+import pytest
+
+from mxcompile.errors import PipelineError
+from mxcompile.formats import MXINT4, MXINT6, MXINT8
+from mxcompile.passes.recipes import weight_formats, with_bits
+
+
+def test_with_bits_puts_it_in_front_of_the_rounding():
+    assert str(with_bits("w4a8-mxint", 4.5)).startswith(
+        "awq-fold{weight=mxint4,activation=mxint8} | "
+        "allocate{formats=[mxint4,mxint6,mxint8],bits=4.5,activation=mxint8} | gptq{"
+    )
+    assert "formats=[mxfp4:64,mxfp6_e2m3:64,mxfp8_e4m3:64],bits=5}" in str(with_bits("lower-mx{weight=mxfp4:64}", 5))
+    assert weight_formats(with_bits("w4a16-mxint-quick", 5)) == {MXINT4, MXINT6, MXINT8}
+    for text, reason in (("awq-fold{weight=mxfp4}", "has no lower-mx"), (str(with_bits("w4a16-mxfp", 5)), "already")):
+        with pytest.raises(PipelineError, match=reason):
+            with_bits(text, 5)
+
+
+def test_with_bits_gives_inputs_the_bits_of_their_weights():
+    formats = "[mxfp4,mxfp6_e2m3,mxfp8_e4m3]"
+    text = str(with_bits("w4a4-mxfp", 4.75))
+    assert f"allocate{{formats={formats},bits=4.75,activations={formats}}} | gptq" in text
+    assert "activations=[mxint6,mxint6,mxint8]" in str(with_bits("w6a6-mxint", 5))
