@@ -24,9 +24,10 @@ from mxcompile.kernels.layout import fp8_eligibility, rows_to_planes
 from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.kernels.triton import split_k_counters
 from mxcompile.numerics import experts as experts_reference
-from mxcompile.numerics import fast_rounding, next_token, packing, reference
+from mxcompile.numerics import fast_rounding, next_token, packed_attention, packing, reference
 from mxcompile.numerics.gates import Gate
 from mxcompile.numerics.norms import Norm
+from mxcompile.numerics.packed_attention import PackedStates
 
 TRITON_MISSING = "triton is not installed"
 
@@ -203,6 +204,11 @@ def attend_next(
         return kernel.attend(query, keys, values, mask, scale, None, kernel.NewToken(*new), rounding)
     y = next_token.attend_next(query, keys, values, new, mask, scale)
     return y if rounding is None else quantize_dequantize(y, *rounding)
+
+
+def attend_packed(query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, scale: float) -> Tensor:
+    """See `numerics/packed_attention.py`."""
+    return packed_attention.attend_packed(query, keys, values, mask, scale)
 
 
 def add_norm(

@@ -15,6 +15,8 @@
     mx::gate_product(gate, up, function, format, rule) -> y          f(gate) * up, with the rounding after it
     mx::attend_next(query, key, value, keys, values, position, cos, sin, mask, scale, format, rule) -> y
                                                                      RoPE, write to the cache, `attend`, and rounding
+    mx::attend_packed(query, keys, key_scales, values, value_scales, mask, scale, key_format, value_format, size) -> y
+                                                                     of a few queries, over packed keys and values
     mx::grouped_linear(x, experts, elements, scales, bias, format, planes) -> y
                                                                      rows of x times the experts chosen for them
     mx::experts(x, experts, weights, up, up_bias, down, down_bias, up_format, down_format, gate, activation, rule,
@@ -44,9 +46,9 @@ inside `torch.compile` only the digest shows that they are equal and one multipl
 
 import torch
 
-from mxcompile.ops import experts, gradients, linears, small
+from mxcompile.ops import cached, experts, gradients, linears, small
 
-__all__ = ["experts", "gradients", "linears", "small"]
+__all__ = ["cached", "experts", "gradients", "linears", "small"]
 
 QUANTIZE = torch.ops.mx.quantize.default
 DEQUANTIZE = torch.ops.mx.dequantize.default
@@ -63,3 +65,4 @@ NORM = torch.ops.mx.norm.default
 ADD_NORM = torch.ops.mx.add_norm.default
 GATE_PRODUCT = torch.ops.mx.gate_product.default
 ATTEND_NEXT = torch.ops.mx.attend_next.default
+ATTEND_PACKED = torch.ops.mx.attend_packed.default

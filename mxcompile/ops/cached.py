@@ -1,0 +1,62 @@
+"""Attention over a key/value cache that holds packed MX elements and scales."""
+
+from torch import Tensor
+from torch import _check as check  # pyright: ignore[reportPrivateUsage] - documented API
+
+from mxcompile.kernels import dispatch
+from mxcompile.numerics.packed_attention import PackedStates
+from mxcompile.ops.library import define, format_of
+
+
+def attend_packed(
+    query: Tensor,
+    keys: Tensor,
+    key_scales: Tensor,
+    values: Tensor,
+    value_scales: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    key_format: str,
+    value_format: str,
+    size: int,
+) -> Tensor:
+    """Attention of a few queries; see `numerics/packed_attention.py`. size: of a value head."""
+    packed_keys = PackedStates(keys, key_scales, format_of(key_format), query.shape[3])
+    packed_values = PackedStates(values, value_scales, format_of(value_format), size)
+    return dispatch.attend_packed(query, packed_keys, packed_values, mask, scale)
+
+
+def _fake_attend_packed(
+    query: Tensor,
+    keys: Tensor,
+    key_scales: Tensor,
+    values: Tensor,
+    value_scales: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    key_format: str,
+    value_format: str,
+    size: int,
+) -> Tensor:
+    del mask, scale
+    check(query.dim() == keys.dim() == values.dim() == 4, lambda: "mx::attend_packed takes 4-D tensors")
+    _check_packed(keys, key_scales, key_format, query.shape[3])
+    _check_packed(values, value_scales, value_format, size)
+    heads, kv_heads = query.shape[1], keys.shape[1]
+    check(heads % kv_heads == 0, lambda: f"{heads} query heads cannot share {kv_heads} KV heads")
+    return query.new_empty((*query.shape[:3], size))
+
+
+def _check_packed(elements: Tensor, scales: Tensor, format: str, size: int) -> None:
+    fmt = format_of(format)
+    blocks = fmt.blocks(size)
+    fits = (elements.shape[-1], scales.shape[-1]) == (blocks * fmt.block_bytes, blocks)
+    check(fits, lambda: f"elements and scales are not heads of {size} values in {fmt}")
+
+
+define(
+    "attend_packed(Tensor query, Tensor keys, Tensor key_scales, Tensor values, Tensor value_scales, Tensor? mask, "
+    "float scale, str key_format, str value_format, int size) -> Tensor",
+    attend_packed,
+    _fake_attend_packed,
+)
