@@ -1,9 +1,10 @@
 """Several processes begin a run with the same model and data, and end it with the same program."""
 
+import re
 import zlib
 from collections.abc import Iterable
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from mxcompile.calibration.dealing import warn_if_idle
 from mxcompile.calibration.ranks import Ranks
@@ -23,7 +24,11 @@ def start_together(ranks: Ranks, pipeline: str, program: Program) -> None:
     program.ranks = ranks
     if ranks.count > 1:
         samples = {name: program.stored(name) for name in program.parameter_names()}
-        same = {"pipeline": pipeline, "calibration data": digest_of(program.batches), "graph": str(program.graph)}
+        same = {
+            "pipeline": pipeline,
+            "calibration data": digest_of(program.batches),
+            "graph": graph_text(program.graph),
+        }
         ranks.check_same(same | {"model": _checksum(samples.items(), _SAMPLE)}, "before the first pass")
         warn_if_idle(ranks, len(program.batches))
 
@@ -31,10 +36,15 @@ def start_together(ranks: Ranks, pipeline: str, program: Program) -> None:
 def end_together(ranks: Ranks, program: Program) -> None:
     """Raise RankError if the processes have come to other programs."""
     if ranks.count > 1:
-        same = {"graph": str(program.graph)}
+        same = {"graph": graph_text(program.graph)}
         sums = {f"tensor {name!r}": _checksum([(name, program.stored(name))]) for name in program.parameter_names()}
         ranks.check_same(same | sums, "after the last pass")
     program.ranks = None
+
+
+def graph_text(graph: fx.Graph) -> str:
+    """The graph's text without the index of a device: each process has a GPU of its own."""
+    return re.sub(r"\b(cuda|xpu):\d+\b", r"\1", str(graph))
 
 
 def _checksum(tensors: Iterable[tuple[str, Tensor]], numbers: int | None = None) -> int:
