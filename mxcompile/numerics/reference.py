@@ -148,6 +148,15 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat | str, rule: ScaleRule | str) -
     return align(values) if fmt.aligned else values
 
 
+def block_exponents(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor]:
+    """Exponents of the scales that `quantize` gives x `[..., size]`, and whether a block is finite.
+
+    int32 and bool `[..., blocks, 1]`.
+    """
+    _, exponent, finite = _quantize_blocks(x, fmt, rule)
+    return exponent, finite
+
+
 def align(x: Tensor) -> Tensor:
     """Make every token e4m3 numbers times one power of two, 2**(floor(log2(max|x|)) - 7), at least 2**-127.
 

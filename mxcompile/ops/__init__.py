@@ -32,8 +32,8 @@ call (`kernels.dispatch`) and are defined as the composition of the first two wi
 contain `cpu_linears` in place of `linears`: it is C++, because calling a small matmul through Python takes longer than
 the matmul. It does not check sizes, which a compiled graph cannot get wrong.
 
-Gradients pass `quantize_dequantize` unchanged (the straight-through estimator); those of `linear`, `grouped_linear`,
-`rotate` and `multiply` are exact. Packed weights have none. No gradient passes the bytes between `quantize` and
+Gradients pass `quantize_dequantize` unchanged, but not its saturated elements (`numerics/straight_through.py`); those of
+`linear`, `grouped_linear`, `rotate` and `multiply` are exact. Packed weights have none. No gradient passes the bytes between `quantize` and
 `dequantize`, or the operators that are only in finished graphs (`linears`, `cpu_linears`, `attend`, `experts`): a graph
 to be trained has the others.
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from mxcompile.numerics import experts as experts_reference
+from mxcompile.numerics.straight_through import straight_through
 from mxcompile.ops import experts, linears
-from mxcompile.ops.library import LIBRARY
+from mxcompile.ops.library import LIBRARY, format_of, rule_of
 
 __all__ = ["experts", "linears"]  # which define the operators
 
@@ -31,9 +32,14 @@ def _multiply_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.mx.multiply.default(gradient, ctx.saved_tensors[0], ctx.digest), None, None
 
 
-def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    del ctx
-    return gradient, None, None
+def _setup_quantize_dequantize(ctx: Any, inputs: tuple[Tensor, str, str], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(inputs[0])  # not the mask: other operators mostly keep the same x
+    ctx.rounding = format_of(inputs[1]), rule_of(inputs[2])
+
+
+def _quantize_dequantize_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return straight_through(gradient, ctx.saved_tensors[0], *ctx.rounding), None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,7 +86,7 @@ def _register_gradients() -> None:
     gradients: dict[str, tuple[Any, Any]] = {
         "rotate": (_rotate_back, _setup_rotate),
         "multiply": (_multiply_back, _setup_multiply),
-        "quantize_dequantize": (_straight_through, None),
+        "quantize_dequantize": (_quantize_dequantize_back, _setup_quantize_dequantize),
         "linear": (_linear_back, _setup_linear),
         "grouped_linear": (_grouped_linear_back, _setup_grouped_linear),
     }

@@ -315,9 +315,9 @@ def test_results_with_and_without_gradients_are_equal(rows, x):
 
 def test_the_backward_pass_keeps_no_float_weight(rows, x):
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.dtype) or tensor, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
         F.linear(x.clone().requires_grad_(), pack(rows, "mxint8"))
-    assert set(kept) == {torch.uint8}
+    assert [tensor.shape for tensor in kept if tensor.dtype != torch.uint8] == [x.shape]  # where x saturates
 
 
 def test_checkpointing_and_autocast(rows, x):
