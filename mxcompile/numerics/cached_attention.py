@@ -67,17 +67,20 @@ def cached_attention(
     added = None if mask is None else _additive(mask).expand(*_broadcast(mask, query, keys))
     grouped = query.float().unflatten(1, (kv_heads, heads // kv_heads))
     parts: list[Tensor] = []
+    is_mixed = cache.has_exact_tokens or prompt_length > 0
     for start in range(0, queries, _QUERIES):
         rows = grouped[..., start : start + _QUERIES, :]
         at = torch.arange(first + start, first + start + rows.shape[-2], device=key.device).unsqueeze(1)
         is_exact = (at - places < cache.window) | (places < cache.sink) | (at < prompt_length)
-        scores = torch.where(is_exact, rows @ exact[0].mT, rows @ rounded[0].mT) * scale
+        scores = rows @ rounded[0].mT
+        scores = (torch.where(is_exact, rows @ exact[0].mT, scores) if is_mixed else scores) * scale
         if added is not None:
             scores = scores + added[..., start : start + _QUERIES, :].unflatten(1, (kv_heads, -1))
         if is_causal:
             scores = scores.masked_fill(places > at, -torch.inf)
         weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
-        parts.append(weights.where(is_exact, 0.0) @ exact[1] + weights.masked_fill(is_exact, 0.0) @ rounded[1])
+        output = (weights.masked_fill(is_exact, 0.0) if is_mixed else weights) @ rounded[1]
+        parts.append(output + weights.where(is_exact, 0.0) @ exact[1] if is_mixed else output)
     return torch.cat(parts, -2).flatten(1, 2).to(query.dtype)
 
 
