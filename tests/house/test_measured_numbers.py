@@ -130,6 +130,18 @@ def test_the_speeds_on_a_gpu():
     assert shown == {key: f"{ratio:.2f} x" for key, ratio in gpu_ratios().items()}
 
 
+def test_matmuls_on_an_h200():
+    measured = {}
+    for line in results("gemm-tuned-h200.jsonl"):
+        if "us" in line:
+            measured.setdefault(line["weight"], {}).setdefault(line["m"], []).append(line)
+    assert set(measured) == {"mxint4", "mxfp4"}
+    for weight, by_tokens in measured.items():
+        assert list(by_tokens) == [1, 4, 16, 32, 64, 256, 2048]
+        cells = " | ".join(f"{layer_ratio(lines):.2f} x" for lines in by_tokens.values())
+        assert f"| {weight} | {cells} |" in page("docs/benchmarks.md")
+
+
 def test_what_was_tried_on_an_h200():
     best = {}
     for line in results("gemm-sweep-h200.jsonl"):
