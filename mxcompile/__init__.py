@@ -1,5 +1,7 @@
 """mxcompile: post-training quantization of PyTorch models to Microscaling formats, as passes over exported graphs."""
 
+from typing import TYPE_CHECKING, Any
+
 from mxcompile import formats
 from mxcompile.analysis.choice import choose
 from mxcompile.api import load, quantize_and_compile, quantize_checkpoint
@@ -32,11 +34,15 @@ from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.weight import MXWeight
 
+if TYPE_CHECKING:
+    from mxcompile.tensor.cache import MXCache
+
 __all__ = [
     "Bisection",
     "Evaluation",
     "Explanation",
     "Ledger",
+    "MXCache",
     "MXWeight",
     "Measure",
     "Miss",
@@ -73,5 +79,14 @@ __all__ = [
     "token_windows",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MXCache":
+        from mxcompile.tensor.cache import MXCache  # imports transformers
+
+        return MXCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()  # so that transformers reads quantized checkpoints

@@ -118,8 +118,11 @@ def llama(layers: int) -> nn.Module:
     return _filled(lambda: _llama(layers=layers), torch.float32)
 
 
-def two_layers(model_type: str, auto: str = "AutoModelForCausalLM") -> nn.Module:
-    """An architecture of transformers with two layers, in an encoder and a decoder two each, without a cache."""
+def two_layers(model_type: str, auto: str = "AutoModelForCausalLM", **changes: Any) -> nn.Module:
+    """An architecture of transformers with two layers, in an encoder and a decoder two each, without a cache.
+
+    changes: other values of its config.
+    """
     import transformers
 
     sizes = {**_decoder(), "num_hidden_layers": 2, "use_cache": False, "image_size": IMAGE, "patch_size": 8}
@@ -128,7 +131,7 @@ def two_layers(model_type: str, auto: str = "AutoModelForCausalLM") -> nn.Module
     sizes |= {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 2 * HIDDEN}
     sizes |= {"num_key_value_heads": 2, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
     sizes |= {"moe_intermediate_size": HIDDEN, "shared_expert_intermediate_size": HIDDEN}
-    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, **changes}
     default = transformers.AutoConfig.for_model(model_type)
     config = transformers.AutoConfig.for_model(
         model_type, **{name: size for name, size in sizes.items() if hasattr(default, name)}
