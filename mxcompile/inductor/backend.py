@@ -29,12 +29,14 @@ from mxcompile.inductor.private_api import (
 )
 from mxcompile.inductor.recorded_graph import recorded, recorded_as_one
 from mxcompile.inductor.rewrites.decompose_attention import decompose_attention
+from mxcompile.inductor.rewrites.decompose_packing import decompose_packing
 from mxcompile.inductor.rewrites.decompose_rounding import decompose_rounding
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.inductor.rewrites.fuse_attention import fuse_attention
 from mxcompile.inductor.rewrites.fuse_gate import fuse_gates
 from mxcompile.inductor.rewrites.fuse_next_token import fuse_next_token
 from mxcompile.inductor.rewrites.fuse_norm import fuse_norms
+from mxcompile.inductor.rewrites.fuse_packed_attention import fuse_packed_attention
 from mxcompile.inductor.rewrites.join_counters import join_counters
 from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.inductor.split_graph import compile_in_pieces
@@ -60,6 +62,8 @@ class FuseMX(CustomGraphPass):
         """Rewrite the graph in place."""
         result = fuse(graph)
         join_linears(graph)
+        fuse_packed_attention(graph)
+        decompose_packing(graph)
         decompose_attention(graph)
         fuse_attention(graph)
         fuse_next_token(graph)

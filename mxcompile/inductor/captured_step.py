@@ -95,7 +95,7 @@ class StepInputs:
     @property
     def cache_tensors(self) -> list[Tensor]:
         """The tensors of the cache that a step reads and writes."""
-        return [t for layer in self.cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
+        return [tensor for layer in self.cache.layers for tensor in _layer_tensors(layer)]
 
     def roll_back(self, steps: int = 1) -> None:
         """Shorten the cache by the tokens of so many steps; the next step overwrites what was written for them."""
@@ -104,22 +104,31 @@ class StepInputs:
 
 
 def is_plain_static(value: Any, *, initialized: bool = True) -> bool:
-    """Whether this is a transformers static cache whose layers keep keys, values and length where the model is.
+    """Whether this is a static cache, of transformers or an MXCache, whose tensors stay where they are.
 
     initialized: whether they must exist already, as they do after the first call.
     """
     from transformers.cache_utils import StaticCache, StaticLayer  # only for transformers models
 
+    from mxcompile.tensor.cache import MXCache
+    from mxcompile.tensor.cache_layers import FixedLayer
+
+    kinds = {StaticCache: StaticLayer, MXCache: FixedLayer}
     return (
-        type(value) is StaticCache
+        type(value) in kinds
         and not getattr(value, "offloading", False)
         and all(
-            type(layer) is StaticLayer
+            type(layer) is kinds[type(value)]
             and (layer.is_initialized or not initialized)
             and isinstance(getattr(layer, "cumulative_length", None), Tensor)
             for layer in value.layers
         )
     )
+
+
+def _layer_tensors(layer: Any) -> list[Tensor]:
+    own = getattr(layer, "tensors", None)  # of an MXCache
+    return [layer.keys, layer.values, layer.cumulative_length] if own is None else own
 
 
 class CapturedStep:

@@ -194,7 +194,10 @@ def _why_not_this_cache(cache: Any, device: torch.device, longest: int) -> str |
     """On a CPU, where no step is started before the last one has ended, a cache may also grow."""
     from transformers.cache_utils import DynamicCache  # only for transformers models
 
-    if type(cache) is DynamicCache and device.type == "cpu":
+    from mxcompile.tensor.cache import MXCache
+
+    grows = type(cache) is DynamicCache or (type(cache) is MXCache and cache.max_length is None)
+    if grows and device.type == "cpu":
         return "the cache is offloaded" if getattr(cache, "offloading", False) else None
     if not is_plain_static(cache, initialized=False):
         return "the layers of the cache are not all plain static ones"

@@ -19,7 +19,7 @@ from mxcompile.kernels.dispatch import why_no_attention
 from mxcompile.ops import ATTEND
 
 aten = torch.ops.aten
-_ATTENTIONS = (
+ATTENTIONS = (
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention.default,
@@ -31,7 +31,7 @@ _EXPAND = aten.expand.default
 
 def fuse_attention(graph: Graph) -> int:
     """Fuse all single-token attention of the graph in place, on a GPU. Returns the number of rewrites."""
-    nodes = [node for target in _ATTENTIONS for node in graph.find_nodes(op="call_function", target=target)]
+    nodes = [node for target in ATTENTIONS for node in graph.find_nodes(op="call_function", target=target)]
     return sum(_rewrite(graph, node) for node in nodes)
 
 
@@ -41,18 +41,18 @@ def _rewrite(graph: Graph, node: Node) -> bool:
         return False
     options = call.kwargs
     tensors = [options[name] for name in ("query", "key", "value")]
-    mask, scale = _unexpanded(options.get("attn_bias")), options["scale"]
+    mask, scale = unexpanded(options.get("attn_bias")), options["scale"]
     known = scale is None or isinstance(scale, float)
-    if options["dropout_p"] or options["is_causal"] or not known or not _has_one_query(tensors):
+    if options["dropout_p"] or options["is_causal"] or not known or not has_one_query(tensors):
         return False
     query, *pair = tensors
-    short = [_unrepeated(part) for part in pair]
-    key, value = short if shapes_are_equal(*(_shape(part)[:3] for part in short)) else pair
+    short = [unrepeated(part) for part in pair]
+    key, value = short if shapes_are_equal(*(shape_of(part)[:3] for part in short)) else pair
     values: list[Any] = [None if part is None else part.meta["val"] for part in (query, key, value, mask)]
-    if not _fits(*values) or why_no_attention(*values) is not None:
+    if not fits(*values) or why_no_attention(*values) is not None:
         return False
     with graph.inserting_before(node):
-        args = (query, key, value, mask, 1 / math.sqrt(_shape(query)[3]) if scale is None else scale)
+        args = (query, key, value, mask, 1 / math.sqrt(shape_of(query)[3]) if scale is None else scale)
         result = create_call(graph, ATTEND, *args, name=f"{node.name}_single_token")
     replace_output(graph, node, result)
     for part in (*pair, options.get("attn_bias")):
@@ -60,14 +60,14 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     return True
 
 
-def _has_one_query(tensors: list[Node]) -> bool:
+def has_one_query(tensors: list[Node]) -> bool:
     """Whether each head has one query, and all sizes but batch and cache length are static."""
-    shapes = [_shape(part) for part in tensors]
+    shapes = [shape_of(part) for part in tensors]
     known = all(isinstance(size, int) for shape in shapes for size in (shape[1], shape[3]))
     return known and isinstance(shapes[0][2], int) and shapes[0][2] == 1
 
 
-def _fits(query: Any, key: Any, value: Any, mask: Any) -> bool:
+def fits(query: Any, key: Any, value: Any, mask: Any) -> bool:
     """Whether the sizes are known to be what `mx::attend` takes."""
     scores = (*query.shape[:3], key.shape[2])
     sizes = () if mask is None else tuple(mask.shape)
@@ -82,7 +82,7 @@ def _fits(query: Any, key: Any, value: Any, mask: Any) -> bool:
     )
 
 
-def _unrepeated(node: Node) -> Node:
+def unrepeated(node: Node) -> Node:
     """The keys or values `[batch, shared, keys, size]` whose heads `node` repeats `n` times; `node` if it repeats none.
 
     reshape(expand(unsqueeze(x, 2), [batch, shared, n, keys, size]), [batch, shared * n, keys, size])
@@ -93,33 +93,35 @@ def _unrepeated(node: Node) -> Node:
     single = None if single is None else _uncopied(single)
     if single is None or single.target not in _VIEWS:
         return node
-    source, n = single.args[0], _shape(repeated)[2]
-    if not isinstance(source, Node) or len(_shape(source)) != 4 or len(_shape(repeated)) != 5:
+    source, n = single.args[0], shape_of(repeated)[2]
+    if not isinstance(source, Node) or len(shape_of(source)) != 4 or len(shape_of(repeated)) != 5:
         return node
-    batch, shared, keys, size = _shape(source)
+    batch, shared, keys, size = shape_of(source)
     is_repeat = (
         isinstance(n, int)
-        and shapes_are_equal(_shape(single), (batch, shared, 1, keys, size))
-        and shapes_are_equal(_shape(repeated), (batch, shared, n, keys, size))
-        and shapes_are_equal(_shape(node), (batch, shared * n, keys, size))
+        and shapes_are_equal(shape_of(single), (batch, shared, 1, keys, size))
+        and shapes_are_equal(shape_of(repeated), (batch, shared, n, keys, size))
+        and shapes_are_equal(shape_of(node), (batch, shared * n, keys, size))
     )
     return source if is_repeat else node
 
 
 def _uncopied(node: Any) -> Node:
     """The node behind copies, aliases and slices that take everything."""
-    while node.target in _COPIES and shapes_are_equal(_shape(node), _shape(node.args[0])):
+    while node.target in _COPIES and shapes_are_equal(shape_of(node), shape_of(node.args[0])):
         node = node.args[0]
     return node
 
 
-def _unexpanded(mask: Any) -> Any:
+def unexpanded(mask: Any) -> Any:
+    """The mask behind expansions."""
     while isinstance(mask, Node) and mask.target is _EXPAND:
         mask = mask.args[0]
     return mask
 
 
-def _shape(node: Node) -> tuple[Any, ...]:
+def shape_of(node: Node) -> tuple[Any, ...]:
+    """The sizes of a node's value."""
     return tuple(node.meta["val"].shape)
 
 

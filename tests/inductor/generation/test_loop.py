@@ -8,6 +8,7 @@ import inspect
 import pickle
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -185,12 +186,18 @@ def test_a_recording_serves_other_ends_minima_and_lengths(model, monkeypatch):
         assert torch.equal(tokens, wanted)
 
 
+def static(config, **formats):
+    """A static cache; with formats, one that is an MXCache."""
+    return mxcompile.MXCache(config, **formats, max_length=64) if formats else StaticCache(config, max_cache_len=64)
+
+
+@pytest.mark.parametrize("formats", [{}, {"value": "mxint4"}, {"key": "mxint4", "window": 3, "sink": 6}])
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED])
-def test_surplus_steps_leave_no_trace_in_a_cache_that_goes_on(model, options):
+def test_surplus_steps_leave_no_trace_in_a_cache_that_goes_on(model, options, formats):
     results = []
     for generate in (model.generate, type(model).generate.__get__(model)):
         torch.manual_seed(5)
-        cache = StaticCache(config=model.config, max_cache_len=64)
+        cache = static(model.config, **formats)
         how = {"max_new_tokens": 20, **options, CACHE_NAME: cache, "return_dict_in_generate": True}
         first = generate(PROMPT[1:2], **how, eos_token_id=list(range(0, 128, 5)), pad_token_id=0)
         length = int(cache.layers[0].cumulative_length)
@@ -200,6 +207,8 @@ def test_surplus_steps_leave_no_trace_in_a_cache_that_goes_on(model, options):
         results.append((first.sequences.tolist(), length, second.sequences.tolist()))
     assert results[0] == results[1]
     assert results[0][1] == len(results[0][0][0]) - 1
+    assert RecordedCall.captured == 3  # the step, and what follows it in each of two calls
+    assert model._compiled_call.refusal is None
 
 
 def test_probabilities_that_are_no_numbers_are_an_error_as_in_torch(model):
@@ -252,18 +261,22 @@ def test_a_cache_that_grows_on_a_cpu(deployed, monkeypatch, options, mask):
     assert_equal(both(module, monkeypatch, **how))
 
 
-def test_a_cache_that_grows_goes_on_in_a_second_call(deployed):
-    results = []
+@pytest.mark.parametrize("formats", [None, {"key": "mxint4", "window": 3, "sink": 6}])
+def test_a_cache_that_grows_goes_on_in_a_second_call(deployed, formats, monkeypatch):
+    results, runs, decode = [], [], loop.decode
+    monkeypatch.setattr(hook, "decode", lambda *args: runs.append(1) or decode(*args))
     module = copy.deepcopy(deployed)
     use_our_loop(module)
     for generate in (module.generate, type(module).generate.__get__(module)):
-        cache = DynamicCache(config=module.config)
+        made = DynamicCache if formats is None else partial(mxcompile.MXCache, **formats)
+        cache = made(config=module.config)
         how = {"max_new_tokens": 12, **GREEDY, CACHE_NAME: cache, "return_dict_in_generate": True}
         first = generate(PROMPT[1:2], **how, eos_token_id=list(range(0, 128, 5)), pad_token_id=0)
         second = generate(torch.cat([first.sequences, PROMPT[2:]], 1), **how, eos_token_id=None)
         assert second[CACHE_NAME] is cache
         results.append((first.sequences.tolist(), second.sequences.tolist(), cache.get_seq_length()))
     assert results[0] == results[1]
+    assert len(runs) == 2  # of our loop
 
 
 def test_a_cache_that_grows_on_a_gpu_is_transformers_loop(model, monkeypatch):

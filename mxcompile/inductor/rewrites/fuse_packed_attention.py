@@ -1,0 +1,78 @@
+"""attention(q, repeat(dequantize(k, ...)), repeat(dequantize(v, ...)), mask) with few queries, on a GPU ->
+mx::attend_packed(q, k, ..., v, ..., mask).
+
+A decode step with an MXCache: the kernel reads packed bytes, one exponent for a block, and decodes them in registers. A
+cache that rotates keys has `rotate(dequantize(k))`; a rotation of the query gives the same scores.
+"""
+
+import math
+from typing import Any, Final
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.operator_schemas import normalize_function
+
+from mxcompile.graph.dataflow import shapes_are_equal
+from mxcompile.graph.edit import create_call
+from mxcompile.inductor.rewrites.decompose_attention import erase_unread, replace_output, uses_only_output
+from mxcompile.inductor.rewrites.fuse_attention import ATTENTIONS, fits, has_one_query, shape_of, unexpanded, unrepeated
+from mxcompile.ops import ATTEND_PACKED, DEQUANTIZE, ROTATE
+
+aten = torch.ops.aten
+_FACTORS: Final = (1, 2)
+
+
+def fuse_packed_attention(graph: Graph) -> int:
+    """Fuse all single-token attention over packed keys and values, in place. Returns the number of rewrites."""
+    nodes = [node for target in ATTENTIONS for node in graph.find_nodes(op="call_function", target=target)]
+    return sum(_rewrite(graph, node) for node in nodes)
+
+
+def _rewrite(graph: Graph, node: Node) -> bool:
+    call = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)  # pyright: ignore[reportArgumentType]
+    if call is None or not uses_only_output(node):
+        return False
+    options = call.kwargs
+    query, key, value = (options[name] for name in ("query", "key", "value"))
+    mask, scale = unexpanded(options.get("attn_bias")), options["scale"]
+    known = scale is None or isinstance(scale, float)
+    if options["dropout_p"] or options["is_causal"] or not known or not has_one_query([query, key, value]):
+        return False
+    key, value = unrepeated(key), unrepeated(value)
+    rotation, key = _rotation(key)
+    if not _is_packed(key) or not _is_packed(value) or not shapes_are_equal(shape_of(key)[:3], shape_of(value)[:3]):
+        return False
+    if not fits(*(None if part is None else part.meta["val"] for part in (query, key, value, mask))):
+        return False
+    _insert(graph, node, query, key, value, mask, scale, rotation)
+    return True
+
+
+def _insert(
+    graph: Graph, node: Node, query: Node, key: Any, value: Any, mask: Any, scale: Any, rotation: tuple[int, int]
+) -> None:
+    with graph.inserting_before(node):
+        scale = 1 / math.sqrt(shape_of(query)[3]) if scale is None else scale
+        block, factor = rotation
+        if block > 1:
+            query, scale = create_call(graph, ROTATE, query, block), scale * factor
+        parts = (query, *key.args[:2], *value.args[:2], mask, scale, key.args[2], value.args[2], value.args[3])
+        result = create_call(graph, ATTEND_PACKED, *parts, name=f"{node.name}_packed")
+    sources = [part for part in node.all_input_nodes if part is not query]
+    replace_output(graph, node, result)
+    for source in sources:
+        erase_unread(graph, source)
+
+
+def _is_packed(node: Node) -> bool:
+    return node.target is DEQUANTIZE and len(node.args) == 5 and not node.kwargs and node.meta["val"].dim() == 4
+
+
+def _rotation(key: Any) -> tuple[tuple[int, int], Node]:
+    """Block and factor of `rotate(x, block) * factor`, and x; a block of 1 and the key itself if it is not rotated."""
+    factor, rotated = 1, key
+    if key.target is aten.mul.Tensor and key.args[1] in _FACTORS:
+        factor, rotated = key.args[1], key.args[0]
+    if rotated.target is not ROTATE:
+        return (1, 1), key
+    return (rotated.args[1], factor), rotated.args[0]
