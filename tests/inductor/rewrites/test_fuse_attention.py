@@ -3,14 +3,9 @@
 That the kernel runs, and is right, on a GPU: `test_cuda.py` and `kernels/test_triton_gpu.py`.
 """
 
-import operator
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_map_only
+from attention_steps import BATCH, HEADS, KEYS, SHARED, SIZE, Step
 
 from mxcompile.inductor import backend, why_no_inductor
 from mxcompile.inductor.rewrites import fuse_attention
@@ -21,63 +16,12 @@ aten = torch.ops.aten
 CUDNN = aten._scaled_dot_product_cudnn_attention.default
 EFFICIENT = aten._scaled_dot_product_efficient_attention.default
 FLASH = aten._scaled_dot_product_flash_attention.default
-BATCH, HEADS, SHARED, KEYS, SIZE = 2, 8, 2, 48, 16
 
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
     """A GPU that is asked for its capability, and for nothing else."""
     monkeypatch.setattr(triton_elements, "capability", lambda device: (9, 0))
-
-
-class Step:
-    """A graph of one decode step as Inductor sees it, built call by call; `values` are tensors without data."""
-
-    def __init__(self):
-        self.graph, self.mode, self.unknown = Graph(), FakeTensorMode(shape_env=ShapeEnv()), {}
-
-    def sizes(self, *hints):
-        """Sizes that are not known when a graph is compiled, inputs of it."""
-        sizes = self.mode.from_tensor(torch.empty(hints), static_shapes=False).shape
-        for size in sizes:
-            self.unknown[str(size)] = self.graph.placeholder(f"size_{size}")
-            self.unknown[str(size)].meta["val"] = size
-        return sizes
-
-    def given(self, name, *shape, dtype=torch.bfloat16):
-        node = self.graph.placeholder(name)
-        with self.mode:
-            node.meta["val"] = torch.empty(shape, dtype=dtype, device="cuda")
-        return node
-
-    def call(self, target, *args, **kwargs):
-        args = tree_map_only(torch.SymInt, lambda size: self.unknown[str(size)], args)
-        node = self.graph.call_function(target, args, kwargs)
-        values = torch.fx.node.map_arg((args, kwargs), lambda part: part.meta["val"])
-        with self.mode:
-            node.meta["val"] = target(*values[0], **values[1])
-        return node
-
-    def repeated(self, node, heads=HEADS, copied=True):
-        batch, shared, keys, size = node.meta["val"].shape
-        node = self.call(aten.unsqueeze.default, node, 2)
-        node = self.call(aten.expand.default, node, [batch, shared, heads // shared, keys, size])
-        if copied:
-            node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-        return self.call(aten.reshape.default, node, [batch, heads, keys, size])
-
-    def attention(self, target, *args, index=0, **kwargs):
-        """Its result at `index`, in the shape that a model gives it next, and the graph's output."""
-        node = self.call(target, *args, **kwargs)
-        node = self.call(operator.getitem, node, index)
-        if index == 0:
-            node = self.call(aten.permute.default, node, [0, 2, 1, 3])
-        self.graph.output(node)
-
-    def rewritten(self):
-        count = fuse_attention.fuse_attention(self.graph)
-        self.graph.lint()
-        return count, [node for node in self.graph.nodes if node.op == "call_function"]
 
 
 def step(queries=1, size=SIZE, dtype=torch.bfloat16, heads=SHARED):
@@ -98,7 +42,7 @@ def test_the_cache_is_taken_as_it_is(target, args, copied):
     made.attention(
         target, query, made.repeated(key, copied=copied), made.repeated(value, copied=copied), *args, scale=0.5
     )
-    count, calls = made.rewritten()
+    count, calls = made.rewritten(fuse_attention.fuse_attention)
     assert count == 1
     assert [node.target for node in calls] == [ATTEND, aten.permute.default]
     assert calls[0].args == (query, key, value, None, 0.5)
@@ -113,7 +57,7 @@ def test_a_mask_is_taken_as_it_is_before_it_is_expanded(target, shape):
     mask = made.given("mask", *shape)
     expanded = made.call(aten.expand.default, mask, [BATCH, HEADS, 1, KEYS])
     made.attention(target, query, made.repeated(key), made.repeated(value), expanded, False)
-    count, calls = made.rewritten()
+    count, calls = made.rewritten(fuse_attention.fuse_attention)
     assert count == 1
     assert [node.target for node in calls] == [ATTEND, aten.permute.default]
     assert calls[0].args == (query, key, value, mask, SIZE**-0.5)
@@ -122,7 +66,7 @@ def test_a_mask_is_taken_as_it_is_before_it_is_expanded(target, shape):
 def test_heads_that_are_not_repeated():
     made, query, key, value = step(heads=HEADS)
     made.attention(FLASH, query, key, value)
-    count, calls = made.rewritten()
+    count, calls = made.rewritten(fuse_attention.fuse_attention)
     assert count == 1
     assert calls[0].args[:3] == (query, key, value)
 
@@ -134,7 +78,7 @@ def test_heads_in_another_order_stay_as_they_were_made():
     several = made.call(aten.reshape.default, several, [BATCH, HEADS, KEYS, SIZE])
     repeated = made.repeated(value)
     made.attention(FLASH, query, several, repeated)
-    count, calls = made.rewritten()
+    count, calls = made.rewritten(fuse_attention.fuse_attention)
     assert count == 1
     assert calls[-2].args[:3] == (query, several, repeated)
 
@@ -144,7 +88,7 @@ def test_another_reader_keeps_the_repeated_keys():
     repeated = made.repeated(key)
     made.call(aten.neg.default, repeated)
     made.attention(FLASH, query, repeated, made.repeated(value))
-    count, calls = made.rewritten()
+    count, calls = made.rewritten(fuse_attention.fuse_attention)
     assert count == 1
     assert repeated in calls
     assert calls[-2].args[:3] == (query, key, value)
@@ -157,7 +101,7 @@ def test_sizes_of_batch_and_cache_may_be_unknown():
     key, value = (made.given(name, batch, SHARED, keys, SIZE) for name in ("key", "value"))
     mask = made.given("mask", batch, 1, 1, keys)
     made.attention(CUDNN, query, made.repeated(key), made.repeated(value), mask, False)
-    count, calls = made.rewritten()
+    count, calls = made.rewritten(fuse_attention.fuse_attention)
     assert count == 1
     assert calls[-2].args[:4] == (query, key, value, mask)
     assert not made.mode.shape_env.guards
@@ -179,7 +123,7 @@ def test_other_attention_is_left_alone(what, options):
     made, query, key, value = step(**what)
     made.attention(FLASH, query, made.repeated(key), made.repeated(value), **options)
     before = list(made.graph.nodes)
-    assert made.rewritten()[0] == 0
+    assert made.rewritten(fuse_attention.fuse_attention)[0] == 0
     assert list(made.graph.nodes) == before
 
 
@@ -187,7 +131,7 @@ def test_an_old_gpu_keeps_its_kernels(monkeypatch):
     monkeypatch.setattr(triton_elements, "capability", lambda device: (7, 5))
     made, query, key, value = step()
     made.attention(EFFICIENT, query, made.repeated(key), made.repeated(value), None, False)
-    assert made.rewritten()[0] == 0
+    assert made.rewritten(fuse_attention.fuse_attention)[0] == 0
 
 
 def test_it_is_part_of_what_a_graph_is_compiled_with():
