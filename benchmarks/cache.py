@@ -92,7 +92,7 @@ def main() -> None:
         exact = [run(model, window) for window in windows]
         for text in (FLOAT, *(arguments.formats or FORMATS)):
             attention.format = CacheFormat.parse(text.removesuffix(VALUES))
-            row = measured(models[text.endswith(VALUES)], model, windows, exact, needles)
+            row = measured(models[text.endswith(VALUES)], windows, exact, needles)
             row = {"cache": text, "context": length, "bytes": token_bytes(model.config, attention.format), **row}
             write(
                 {"model": smollm2.NAME, **row, "text": arguments.text.name, "device": arguments.device}, arguments.out
