@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mxcompile.analysis.attentions import with_exact_cache
 from mxcompile.analysis.choice import name_in_module
 from mxcompile.analysis.folds.multiplier import multiplier_digest, multiplier_of
 from mxcompile.analysis.folds.rotation import rotation_of
@@ -128,7 +129,7 @@ def _mark(program: Program, deployed: nn.Module) -> None:
 
 
 def _provenance(program: Program) -> Provenance:
-    return Provenance(" | ".join(record.spec for record in program.ledger))
+    return Provenance(" | ".join(record.spec for record in program.ledger), cache=program.cache)
 
 
 def _replacements(
@@ -303,8 +304,9 @@ def _check_agreement(program: Program, deployed: nn.Module) -> None:
 
     The trace may have an attention mask where the module has none, and torch then runs different SDPA kernels. With
     quantized activations their rounding differences grow from layer to layer. So if outputs differ, both are compared
-    again with the math backend of SDPA.
+    again with the math backend of SDPA. The module's own forward has no cache, so keys and values are compared exact.
     """
+    program = with_exact_cache(program)
     agreement, name = _agreement(program, deployed)
     if agreement < _AGREEMENT_DB:
         with sdpa_kernel(SDPBackend.MATH):

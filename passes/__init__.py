@@ -10,6 +10,7 @@ from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.permute import Permute
+from mxcompile.passes.quantize_cache import QuantizeCache
 from mxcompile.passes.rotate import Rotate
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
@@ -24,6 +25,7 @@ PASSES: Final[dict[str, type[Pass]]] = {
     "rotate": Rotate,
     "fine-blocks": FineBlocks,
     "allocate": Allocate,
+    "quantize-cache": QuantizeCache,
     "gptq": Gptq,
     "round-weights": RoundWeights,
     "tune-vectors": TuneVectors,

@@ -14,6 +14,7 @@ from mxcompile.checkpoint.checked_json import file_name, read_json, relative_pat
 from mxcompile.checkpoint.index import SCHEMA
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import CheckpointError
+from mxcompile.numerics.cache_format import CacheFormat
 
 CONFIG: Final = "config.json"
 METHOD: Final = "mxcompile"
@@ -66,6 +67,7 @@ class CheckpointConfig:
             "module": self.class_name,
             "recipe": self.provenance and self.provenance.recipe,
             "versions": dict(self.provenance.versions) if self.provenance else {},
+            **({"cache": str(self.provenance.cache)} if self.provenance and self.provenance.cache else {}),
             "index_sha256": self.index_sha256,
             "files": {relative_path(name): digest for name, digest in self.files.items()},
             "sha256": _BLANK,
@@ -105,9 +107,10 @@ def _is_unchanged(data: bytes, digest: str) -> bool:
 
 def _parse(content: dict[str, Any], ours: dict[str, Any]) -> CheckpointConfig:
     recipe = None if ours.get("recipe") is None else take(ours, "recipe", str)
+    cache = None if ours.get("cache") is None else CacheFormat.parse(take(ours, "cache", str))
     return CheckpointConfig(
         take(ours, "module", str),
-        None if recipe is None else Provenance(recipe, take_map(ours, "versions", str)),
+        None if recipe is None else Provenance(recipe, take_map(ours, "versions", str), cache),
         file_name(take(content, _WEIGHTS, str), ".safetensors.index.json"),
         take(ours, "index_sha256", str),
         {relative_path(name): digest for name, digest in take_map(ours, "files", str).items()},

@@ -7,6 +7,8 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
+from mxcompile.numerics.cache_format import CacheFormat
+
 _ATTRIBUTE = "_mxcompile_provenance"
 
 
@@ -18,10 +20,14 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Provenance:
-    """recipe: the passes that ran, in a pipeline's text form. versions: of the packages when they ran."""
+    """recipe: the passes that ran, in a pipeline's text form. versions: of the packages when they ran.
+
+    cache: the format of the key/value cache that `generate` makes; None: transformers' own, in float.
+    """
 
     recipe: str
     versions: Mapping[str, str] = field(default_factory=installed_versions)
+    cache: CacheFormat | None = None
 
     def write_on(self, module: nn.Module) -> None:
         """Store it on the module."""

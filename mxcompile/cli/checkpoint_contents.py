@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from mxcompile.checkpoint.cache_sizes import cache_line
 from mxcompile.checkpoint.interop.gguf_architectures import class_name
 from mxcompile.checkpoint.interop.gguf_file import GGUFFile
 from mxcompile.checkpoint.reader import Checkpoint
@@ -35,7 +36,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """What a checkpoint holds. module: name of the class. bytes: of the files with weights."""
+    """What a checkpoint holds. module: name of the class. bytes: of the files with weights.
+
+    cache: the format of the key/value cache that the model generates with, and its bytes a token; None: float.
+    """
 
     path: Path
     module: str
@@ -44,6 +48,7 @@ class CheckpointContents:
     bytes: int
     files: tuple[str, ...]
     entries: tuple[StoredTensor, ...]
+    cache: str | None = None
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> Self:
@@ -61,6 +66,7 @@ class CheckpointContents:
                 _entry(name, tensor, names.weights.get(name), name in names.aliases)
                 for name, tensor in checkpoint.tensors().items()
             ),
+            cache_line(config.model_config, made.cache) if made and made.cache else None,
         )
 
     @classmethod
@@ -100,6 +106,7 @@ class CheckpointContents:
             "recipe": self.recipe,
             "versions": dict(self.versions),
             "bytes": self.bytes,
+            "cache": self.cache,
             "files": list(self.files),
             "tensors": [asdict(entry) for entry in self.entries],
         }
@@ -115,6 +122,8 @@ class CheckpointContents:
         )
         console.print(f"recipe: {record['recipe'] or 'unknown'}", markup=False)
         console.print(f"made by: {versions or 'unknown'}", markup=False)
+        if self.cache is not None:
+            console.print(self.cache, markup=False)
         console.print(self._tensor_table() if every else self._format_table())
 
     def _format_table(self) -> Table:

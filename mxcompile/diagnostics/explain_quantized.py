@@ -6,9 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from mxcompile.checkpoint.cache_sizes import cache_line
 from mxcompile.checkpoint.interop.compressed_layers import by_reason, named_format, vllm_notes
 from mxcompile.checkpoint.interop.element_layouts import STORED
 from mxcompile.checkpoint.interop.joined_layers import different_by_name
+from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.diagnostics.explanation import (
     CPU,
     CPU_DECODED,
@@ -39,7 +41,17 @@ def explain_quantized(model: nn.Module, device: torch.device) -> Explanation:
     layers, packed = tuple(_select_kernels(model, device)), stored_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
     uncompiled, notes = why_no_inductor(device), (notes_for_vllm(layers), notes_for_generate(model, device))
-    return Explanation(str(device), None, group_similar(layers), packed + saved, packed, uncompiled, *notes)
+    vllm, generate = notes
+    generate = (*_cache_lines(model), *generate)
+    return Explanation(str(device), None, group_similar(layers), packed + saved, packed, uncompiled, vllm, generate)
+
+
+def _cache_lines(model: nn.Module) -> tuple[str, ...]:
+    """The format and size of the cache that `generate` makes, if it is not transformers' own."""
+    provenance, config = Provenance.of(model), getattr(model, "config", None)
+    if provenance is None or provenance.cache is None or config is None:
+        return ()
+    return (cache_line(config.get_text_config().to_dict(), provenance.cache),)
 
 
 def notes_for_vllm(layers: Iterable[SelectedKernel]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.name_patterns import Selection
 from mxcompile.graph.records import PassRecord
 from mxcompile.graph.run_by_node import run_by_node
+from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.numerics.exact_packing import pack_exactly
 from mxcompile.tensor.mapped_tensors import MappedTensors
 from mxcompile.tensor.weight import MXLayout, MXWeight
@@ -74,6 +75,7 @@ class Program:
     importance: weight name -> mean square of each of its input channels `[in]`, where a pass has measured it.
     formats: weight name -> the format that a pass has chosen for it, None for float. Later passes use it instead of
         their default, unless their overrides match the weight. input_formats: likewise for the input of its matmuls.
+    cache: the format of the key/value cache that the graph computes with; None: float.
     origin: the program as traced, once passes have run. outputs: the output tensors on the example inputs, kept while
         passes preserve the function.
     ranks: the processes that share a running pipeline (`calibration/ranks.py`), None for one.
@@ -103,6 +105,7 @@ class Program:
         self.importance: dict[str, Tensor] = {}
         self.formats: dict[str, MXFormat | None] = {}
         self.input_formats: dict[str, MXFormat | None] = {}
+        self.cache: CacheFormat | None = None
         self.origin: Program | None = None
         self.outputs: dict[str, Tensor] | None = None
         self.ranks: object = None
@@ -168,6 +171,7 @@ class Program:
             "importance",
             "formats",
             "input_formats",
+            "cache",
             "origin",
             "outputs",
         )

@@ -17,6 +17,8 @@
                                                                      RoPE, write to the cache, `attend`, and rounding
     mx::attend_packed(query, keys, key_scales, values, value_scales, mask, scale, key_format, value_format, size) -> y
                                                                      of a few queries, over packed keys and values
+    mx::cached_attention(query, key, value, mask, scale, is_causal, cache, prompt_length) -> y
+                                                                     of whole texts, as a cache of that format gives it
     mx::grouped_linear(x, experts, elements, scales, bias, format, planes) -> y
                                                                      rows of x times the experts chosen for them
     mx::experts(x, experts, weights, up, up_bias, down, down_bias, up_format, down_format, gate, activation, rule,
@@ -32,10 +34,10 @@ call (`kernels.dispatch`) and are defined as the composition of the first two wi
 contain `cpu_linears` in place of `linears`: it is C++, because calling a small matmul through Python takes longer than
 the matmul. It does not check sizes, which a compiled graph cannot get wrong.
 
-Gradients pass `quantize_dequantize` unchanged, but not its saturated elements (`numerics/straight_through.py`); those of
-`linear`, `grouped_linear`, `rotate` and `multiply` are exact. Packed weights have none. No gradient passes the bytes between `quantize` and
-`dequantize`, or the operators that are only in finished graphs (`linears`, `cpu_linears`, `attend`, `experts`): a graph
-to be trained has the others.
+Gradients pass `quantize_dequantize` unchanged, but not its saturated elements (`numerics/straight_through.py`); those
+of `linear`, `grouped_linear`, `rotate` and `multiply` are exact. Packed weights have none. No gradient passes the bytes
+between `quantize` and `dequantize`, or the operators that are only in finished graphs (`linears`, `cpu_linears`,
+`attend`, `experts`): a graph to be trained has the others.
 
 An expert is one of the weights `[out, in]` of a 3-D one (`numerics/experts.py`); none is decoded that no token chose.
 `gate` is the text of a `Gate` (`numerics/gates.py`).
@@ -66,3 +68,4 @@ ADD_NORM = torch.ops.mx.add_norm.default
 GATE_PRODUCT = torch.ops.mx.gate_product.default
 ATTEND_NEXT = torch.ops.mx.attend_next.default
 ATTEND_PACKED = torch.ops.mx.attend_packed.default
+CACHED_ATTENTION = torch.ops.mx.cached_attention.default

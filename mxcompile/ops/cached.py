@@ -1,9 +1,11 @@
-"""Attention over a key/value cache that holds packed MX elements and scales."""
+"""Attention over a key/value cache in MX formats: over what it has packed, and as a lowered graph states it."""
 
 from torch import Tensor
 from torch import _check as check  # pyright: ignore[reportPrivateUsage] - documented API
 
 from mxcompile.kernels import dispatch
+from mxcompile.numerics.cache_format import CacheFormat
+from mxcompile.numerics.cached_attention import cached_attention as reference
 from mxcompile.numerics.packed_attention import PackedStates
 from mxcompile.ops.library import define, format_of
 
@@ -54,9 +56,49 @@ def _check_packed(elements: Tensor, scales: Tensor, format: str, size: int) -> N
     check(fits, lambda: f"elements and scales are not heads of {size} values in {fmt}")
 
 
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    cache: str,
+    prompt_length: int,
+) -> Tensor:
+    """See `numerics/cached_attention.py`; cache: the text of a `CacheFormat`."""
+    return reference(query, key, value, mask, scale, is_causal, CacheFormat.parse(cache), prompt_length)
+
+
+def _fake_cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    cache: str,
+    prompt_length: int,
+) -> Tensor:
+    del mask, scale, is_causal, prompt_length
+    CacheFormat.parse(cache)
+    check(
+        query.dim() == key.dim() == value.dim() == 4, lambda: "mx::cached_attention takes [batch, heads, tokens, size]"
+    )
+    check(query.shape[-1] == key.shape[-1], lambda: "queries and keys of mx::cached_attention have one size")
+    check(query.shape[1] % key.shape[1] == 0, lambda: "every KV head belongs to as many query heads")
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
 define(
     "attend_packed(Tensor query, Tensor keys, Tensor key_scales, Tensor values, Tensor value_scales, Tensor? mask, "
     "float scale, str key_format, str value_format, int size) -> Tensor",
     attend_packed,
     _fake_attend_packed,
+)
+define(
+    "cached_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal, str cache, "
+    "int prompt_length) -> Tensor",
+    cached_attention,
+    _fake_cached_attention,
 )

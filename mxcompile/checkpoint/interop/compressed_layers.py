@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mxcompile.checkpoint.interop.element_layouts import STORED, check_scales
 from mxcompile.checkpoint.interop.joined_layers import different_by_data_flow, different_by_name
 from mxcompile.checkpoint.interop.stored_names import StoredParts
+from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import CheckpointError
 from mxcompile.formats import FORMATS, parse_format
 from mxcompile.tensor.weight import MXWeight
@@ -63,7 +64,15 @@ def notes(module: nn.Module, values: Mapping[str, Tensor]) -> list[str]:
         for name, value in values.items()
         if isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Linear) and name.endswith(".weight")
     }
-    return [*vllm_notes(pairs), *by_reason(different_by_data_flow(module, linears))]
+    return [*_cache_notes(module), *vllm_notes(pairs), *by_reason(different_by_data_flow(module, linears))]
+
+
+def _cache_notes(module: nn.Module) -> list[str]:
+    """What `kv_cache_scheme` cannot state: it knows FP8 numbers with one float scale for a tensor or a head."""
+    provenance = Provenance.of(module)
+    if provenance is None or provenance.cache is None:
+        return []
+    return [f"kv_cache_scheme has no caches in MX formats ({provenance.cache}), so other programs cache in float"]
 
 
 def by_reason(reasons: Iterable[tuple[str, str]]) -> list[str]:

@@ -467,3 +467,14 @@ def test_targets_may_be_regular_expressions(tmp_path):
 
     edit_config(tmp_path / "out", match)
     assert_same_values(mxcompile.load(tmp_path / "out"), plain)
+
+
+def test_a_cache_in_mx_formats_is_named_once(tmp_path):
+    """The file says nothing of it, and a warning says so."""
+    model = build("llama")
+    pipeline = mxcompile.Pipeline.parse("quantize-cache | lower-mx{weight=mxfp4,activation=mxfp4}")
+    deployed = mxcompile.deploy(pipeline.run(mxcompile.trace(model, inputs("llama"))), model)
+    with pytest.warns(UserWarning, match=r"kv_cache_scheme has no caches in MX formats \(key=mxint8,value=mxint8\)"):
+        mxcompile.save(deployed, tmp_path / "written", format="compressed-tensors")
+    config = json.loads((tmp_path / "written" / "config.json").read_text())
+    assert config["quantization_config"]["kv_cache_scheme"] is None
