@@ -97,7 +97,8 @@ def _measuring(errors: dict[Attention, CacheErrors], cache: CacheFormat) -> Call
             kept[node] = value
         if (attention := by_node.get(node)) is not None:
             operands = (attention.query, attention.key.node, attention.value.node)
-            errors[attention].add(*(kept[operand] for operand in operands), cache)
+            query, key, value = (kept[operand] for operand in operands)
+            errors[attention].add(query, key, value, cache)
             for operand in operands:
                 readers[operand] -= 1
                 if not readers[operand]:

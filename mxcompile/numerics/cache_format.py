@@ -92,12 +92,12 @@ class CacheFormat:
             if name not in _NAMES:
                 raise UnknownNameError("part of a cache format", name, _NAMES)
             given[name] = content
-        formats = [_format(given.get(name, str(MXINT8))) for name in ("key", "value")]
-        counts = [_count(text, name, given.get(name, "0")) for name in ("window", "sink")]
+        key, value = (_format(given.get(name, str(MXINT8))) for name in ("key", "value"))
+        window, sink = (_count(text, name, given.get(name, "0")) for name in ("window", "sink"))
         rotate = given.get("rotate", _NONE)
         if rotate not in (_NONE, _ROTATED):
             raise UnknownNameError("rotation of a cache", rotate, (_NONE, _ROTATED))
-        return cls(*formats, *counts, rotate == _ROTATED)
+        return cls(key, value, window, sink, rotate == _ROTATED)
 
 
 def head_rotation(head_dim: int) -> int:
