@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from variants import plant, take_off_grid
+from variants import plant, plant_hidden, take_off_grid
 
 from mxcompile.calibration.data.windows import token_ids, token_windows
 from mxcompile.cli import smollm2
@@ -31,6 +31,7 @@ from mxcompile.pipeline.pipeline import Pipeline
 VARIANTS: Final[dict[str, Callable[[nn.Module], nn.Module]]] = {
     "": lambda model: model,
     "planted": plant,
+    "planted-hidden": plant_hidden,
     "off-grid": take_off_grid,
 }
 ROUND: Final = "round-weights{{format={weight}}} | lower-mx{{weight={weight},activation={activation}}}"

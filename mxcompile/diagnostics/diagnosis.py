@@ -28,7 +28,8 @@ _LISTED = 12
 
 @dataclass(frozen=True)
 class Advice:
-    """A step: `fold`, `rotate` or `bits`. reason: the number that speaks for it. saves_db: of the layer's error."""
+    """A step: `fold`, `permute`, `rotate` or `bits`. reason: the number that speaks for it. saves_db: of the layer's
+    error."""
 
     step: str
     reason: str
@@ -131,6 +132,7 @@ class Diagnosis:
 
 _STEPS = {
     "fold": "fold (awq-fold; a linear's output needs through_linears=true)",
+    "permute": "sort channels (permute)",
     "rotate": "rotate (rotate)",
     "bits": "keep 8 bits (overrides)",
 }
@@ -156,10 +158,14 @@ def _values(numbers: Mapping[str, Mapping[str, float]]) -> Iterable[ValueDiagnos
 
 def advise(numbers: Mapping[str, float], typical_db: float) -> Advice | None:
     """The step that is worth most for a value. typical_db: the SQNR of the model's median value."""
-    fold, rotation = numbers.get("fold_db", 0.0), numbers.get("rotate_db", 0.0)
+    fold, order, rotation = (numbers.get(key, 0.0) for key in ("fold_db", "permute_db", "rotate_db"))
+    free = max(fold, order)
     best: Advice | None = None
-    if fold >= _WORTH and fold >= rotation - _WORTH:
-        best = Advice("fold", f"imbalance {three_digits(numbers['imbalance'])}", fold)
+    if free >= _WORTH and free >= rotation - _WORTH:
+        if fold >= _WORTH and fold >= order - _WORTH:
+            best = Advice("fold", f"imbalance {three_digits(numbers['imbalance'])}", fold)
+        else:
+            best = Advice("permute", f"in-block ratio {three_digits(numbers['input_in_block'])}", order)
     elif rotation >= _WORTH:
         best = Advice("rotate", f"in-block ratio {three_digits(numbers['input_in_block'])}", rotation)
     reached = numbers["sqnr_db"] + (best.saves_db if best else 0.0)

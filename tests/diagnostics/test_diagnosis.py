@@ -55,6 +55,9 @@ def test_layers_that_read_the_same_value_are_one_entry():
         ({}, 15.0, Advice("fold", "imbalance 900", 6.0)),
         ({"rotate_db": 6.9}, 15.0, Advice("fold", "imbalance 900", 6.0)),  # costs no run time
         ({"rotate_db": 7.1}, 15.0, Advice("rotate", "in-block ratio 28", 7.1)),
+        ({"permute_db": 6.9}, 15.0, Advice("fold", "imbalance 900", 6.0)),
+        ({"permute_db": 7.1, "rotate_db": 8.0}, 15.0, Advice("permute", "in-block ratio 28", 7.1)),
+        ({"fold_db": 0.9, "permute_db": 1.1}, 15.0, Advice("permute", "in-block ratio 28", 1.1)),
         ({"fold_db": 0.9}, 15.0, None),
         ({"fold_db": 0.9}, 21.0, Advice("bits", "SQNR 14.0 dB at best, 21.0 in the median", 20.0)),
         ({}, 27.0, Advice("bits", "SQNR 20.0 dB at best, 27.0 in the median", 20.0)),

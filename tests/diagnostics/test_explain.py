@@ -67,8 +67,8 @@ def test_layers_alike_are_one_row_with_kernel_formats_and_bytes():
 @pytest.mark.parametrize(("name", "include"), [("llama", ()), ("mixtral", ("lm_head",)), ("gpt2", ())])
 def test_sizes_are_those_of_the_quantized_model_and_so_says_the_quantized_model(name, include):
     model, example = build(name), inputs(name)
-    before = mxcompile.explain(model, example, recipe="w8a8-mxfp", include=include)
-    quantized = mxcompile.quantize_and_compile(model, example, recipe="w8a8-mxfp", include=include, compile=False)
+    before = mxcompile.explain(model, example, recipe="w8a8-mxfp-quick", include=include)
+    quantized = mxcompile.quantize_and_compile(model, example, recipe="w8a8-mxfp-quick", include=include, compile=False)
     after = mxcompile.explain(quantized)
     assert before.bytes_after == after.bytes_after == stored_bytes(quantized)
     assert before.bytes_before == after.bytes_before == stored_bytes(model)
@@ -80,9 +80,9 @@ def test_sizes_are_those_of_the_quantized_model_and_so_says_the_quantized_model(
 
 def test_a_tied_table_that_stays_float_is_not_saved():
     model = build("gemma")
-    found = mxcompile.explain(model, inputs("gemma"), recipe="w8a8-mxfp", include=["lm_head"])
+    found = mxcompile.explain(model, inputs("gemma"), recipe="w8a8-mxfp-quick", include=["lm_head"])
     quantized = mxcompile.quantize_and_compile(
-        model, inputs("gemma"), recipe="w8a8-mxfp", include=["lm_head"], compile=False
+        model, inputs("gemma"), recipe="w8a8-mxfp-quick", include=["lm_head"], compile=False
     )
     assert found.layers[-1].pattern == "lm_head"
     assert found.layers[-1].bytes_before == 0
@@ -211,14 +211,16 @@ def test_layers_of_different_reasons_stay_apart():
 
 
 def test_the_command_on_a_model_and_on_its_checkpoint(local_model, tmp_path):
-    result = CliRunner().invoke(app, ["explain", str(local_model), "--recipe", "w8a8-mxint"], env={"COLUMNS": "160"})
+    result = CliRunner().invoke(
+        app, ["explain", str(local_model), "--recipe", "w8a8-mxint-quick"], env={"COLUMNS": "160"}
+    )
     assert result.exit_code == 0, result.output
     assert re.search(r"self_attn\.q_proj +mxint8 +mxint8", result.output)
     record = json.loads(CliRunner().invoke(app, ["explain", str(local_model), "--json"]).stdout)
     assert record["layers"][0]["pattern"] == "model.layers.*.self_attn.q_proj"
     assert record["conclusions"]
     model = mxcompile.cli.model_source.load_model(str(local_model))
-    quantized = mxcompile.quantize_and_compile(model[0], inputs("llama"), recipe="w8a8-mxint", compile=False)
+    quantized = mxcompile.quantize_and_compile(model[0], inputs("llama"), recipe="w8a8-mxint-quick", compile=False)
     mxcompile.save(quantized, tmp_path / "saved", tokenizer=model[1])
     saved = json.loads(CliRunner().invoke(app, ["explain", str(tmp_path / "saved"), "--json"]).stdout)
     assert saved["recipe"] is None
