@@ -54,6 +54,7 @@ class Comparison:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.model, tokenizer = smollm2.load()
+        self.model.to(arguments.device)
         self.exact: list[Tensor] = []
         self.batches, self.test = accuracy.texts(arguments, tokenizer)
         self.formats = [parse_format(name) for name in arguments.formats.split(",")]

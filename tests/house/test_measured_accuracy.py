@@ -36,11 +36,26 @@ def test_the_accuracy_of_algorithms():
 def test_mixed_formats_at_equal_bytes():
     text, (*rows, drawn) = page("docs/accuracy.md"), results("allocation.jsonl")
     assert f"(Spearman) of {drawn['spearman']:.2f}, and the measured is {drawn['slope']:.2f} times the expected" in text
-    assert [row["bits"] for row in rows] == [4.5] * 4
-    for row in rows:
-        name = "`allocate`" if row["choice"] == "allocate" else row["choice"]
-        assert f"| {name} | {row['bytes'] / 1e6:.2f} | {row['perplexity']:.2f} | {row['kl']:.3f} |" in text
-    assert f"The expected KL was {rows[0]['predicted_kl']:.3f}" in text
+    measured = {(row["choice"], row["behind"], row["bits"]): row for row in rows}
+    columns = [(behind, bits) for behind in ("rtn", "recipe") for bits in (4.5, 5.0, 6.0)]
+    assert {(row["behind"], row["bits"]) for row in rows} == {*columns}
+    for choice in dict.fromkeys(row["choice"] for row in rows):
+        of_choice = [measured.get((choice, *column)) for column in columns]
+        cells = [f"{row['perplexity']:.2f} ({row['kl']:.3f})" if row else "-" for row in of_choice]
+        assert f"| {'`allocate`' if choice == 'allocate' else choice} | {' | '.join(cells)} |" in text
+    for column in columns:
+        others = [row for row in rows if (row["behind"], row["bits"]) == column and row["choice"] != "allocate"]
+        best = measured["allocate", *column]
+        assert others
+        assert all(best["kl"] < row["kl"] and best["perplexity"] < row["perplexity"] for row in others)
+        assert all(abs(best["bytes"] / row["bytes"] - 1) < 2e-3 for row in others)
+    expected = {
+        behind: [measured["allocate", behind, bits]["predicted_kl"] for bits in (4.5, 5.0, 6.0)]
+        for behind in ("rtn", "recipe")
+    }
+    assert "the expected KL was {:.3f}, {:.3f} and {:.3f}:".format(*expected["rtn"]) in text
+    assert "it was {:.3f}, {:.3f} and {:.3f}.".format(*expected["recipe"]) in text
+    assert f"float: {math.exp(rows[0]['float_nll']):.2f}" in text
 
 
 def test_the_times_by_which_formats_are_chosen():
