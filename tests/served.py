@@ -7,10 +7,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from mxcompile.analysis.folds.multiplier import multiplier_digest
 from mxcompile.checkpoint import mark_quantized
+from mxcompile.numerics.block_transforms import undo_in_weight
 from mxcompile.numerics.hadamard import rotate_weight
 from mxcompile.ops import QUANTIZE
-from mxcompile.tensor.digest import tensor_sha256
 from mxcompile.tensor.layout import MXLayout
 from mxcompile.tensor.modules import set_tensors
 from mxcompile.tensor.weight import MXWeight
@@ -26,6 +27,7 @@ class Spec:
     activation: str | None = "mxint8"
     rotation: int | None = None
     multiplier: int | None = None  # a seed: equal seeds, equal values
+    run: int | None = None  # the multiplier is a matrix for each run of so many channels
 
 
 def tiny_llama(seed: int = 0, **sizes: Any) -> nn.Module:
@@ -54,16 +56,24 @@ def mx_weight(values: Tensor, spec: Spec) -> MXWeight:
     """A float weight `[out, in]` as the spec says."""
     size, multiplier = values.shape[1], None
     rows = values.float()
-    if spec.multiplier is not None:
+    if spec.run is not None:
+        multiplier = _matrices(size // spec.run, spec.run, spec.multiplier or 0).to(values.dtype)
+        rows = undo_in_weight(rows, multiplier)
+    elif spec.multiplier is not None:
         generator = torch.Generator().manual_seed(spec.multiplier)
         multiplier = torch.exp2(torch.randint(-2, 3, (size,), generator=generator).float()).to(values.dtype)
         rows = rows / multiplier.float()
     rows = rows if spec.rotation is None else rotate_weight(rows, spec.rotation)
     elements, scales = QUANTIZE(rows, spec.weight, "floor")
-    digest = None if multiplier is None else tensor_sha256(multiplier)
+    digest = None if multiplier is None else multiplier_digest(multiplier)
     rule = None if spec.activation is None else "floor"
     layout = MXLayout(spec.weight, size, False, spec.activation, rule, digest, spec.rotation)
     return MXWeight(elements, scales, layout, values.dtype, multiplier)
+
+
+def _matrices(count: int, run: int, seed: int) -> Tensor:
+    noise = torch.randn(count, run, run, generator=torch.Generator().manual_seed(seed))
+    return torch.eye(run) + 0.1 * noise
 
 
 def with_float_inputs(model: nn.Module) -> nn.Module:
@@ -101,7 +111,7 @@ PREPARED = {
     **_alike(*QKV, spec=Spec(multiplier=1)),  # in both layers the same, stored once
     **_alike(*UP, spec=Spec(multiplier=2, rotation=64)),
     "o_proj": Spec(rotation=128),
-    "down_proj": Spec(multiplier=3),
+    "down_proj": Spec(multiplier=3, run=32),
 }
 UNEQUAL = {**_alike("q", "k", spec=Spec()), "v_proj": Spec("mxint8")}
 COMPRESSED = "compressed-tensors"

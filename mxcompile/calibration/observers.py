@@ -129,6 +129,24 @@ class ChannelImportance(_ChannelMean):
         return torch.stack([(part.float().square() * counts).double().sum(0) for part, counts in slices]).sum(0)
 
 
+class BlockMoments(_ChannelMean):
+    """Mean of x_b x_b^T over tokens for each run of channels, float32 `[channels / run, run, run]`.
+
+    High-energy tokens are capped as in `ChannelImportance`.
+    """
+
+    def __init__(self, run: int) -> None:
+        super().__init__()
+        self.run = run
+
+    def _total(self, rows: Tensor) -> Tensor:
+        def of(part: Tensor, counts: Tensor) -> Tensor:
+            runs = part.float().unflatten(-1, (-1, self.run))
+            return torch.einsum("tbi,tbj->bij", runs * counts.unsqueeze(-1), runs).double()
+
+        return torch.stack([of(*each) for each in row_slices(rows, token_weights(rows.float()))]).sum(0)
+
+
 class RotatedObserver:
     """Feeds another observer with the value rotated over blocks of channels (`hadamard.py`)."""
 

@@ -193,8 +193,9 @@ def _weight(name: str, packing: WeightPacking, parts: list[Tensor]) -> MXWeight:
     if elements.dtype != torch.uint8 or list(elements.shape) != expected:
         raise CheckpointError(f"{name} has elements {list(elements.shape)}, its scales need {expected}")
     for multiplier in parts[2:]:
-        if multiplier.dtype != packing.dtype or list(multiplier.shape) != [layout.size]:
-            raise CheckpointError(f"{name} has a multiplier that is not {layout.size} values of {packing.dtype}")
+        if multiplier.dtype != packing.dtype or (*multiplier.shape,) != layout.multiplier_shape:
+            expected = list(layout.multiplier_shape)
+            raise CheckpointError(f"{name} has a multiplier that is not {expected} values of {packing.dtype}")
     return MXWeight(elements.flatten(-2), scales, layout, packing.dtype, *parts[2:])
 
 

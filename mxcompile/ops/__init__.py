@@ -9,6 +9,7 @@
     mx::cpu_linears(the same except planes)                          the same, in C++ for few tokens
     mx::rotate(x, block) -> runs of block channels times Hadamard    input of a matmul; see `hadamard.py`
     mx::multiply(x, multiplier, digest) -> x * multiplier            input of a matmul of a deployed module
+                                           or T x for runs of channels (`block_transforms.py`)
     mx::attend(query, key, value, mask, scale) -> y                  single-token attention; see `fuse_attention.py`
     mx::norm(x, weight, bias, norm, format, rule) -> y               of rows, with the rounding after it
     mx::add_norm(x, residual, weight, bias, norm, format, rule) -> (x + residual, y)

@@ -29,7 +29,9 @@ def _setup_multiply(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: Tensor
 
 
 def _multiply_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.mx.multiply.default(gradient, ctx.saved_tensors[0], ctx.digest), None, None
+    (multiplier,) = ctx.saved_tensors
+    transposed = multiplier if multiplier.dim() == 1 else multiplier.transpose(-1, -2)
+    return torch.ops.mx.multiply.default(gradient, transposed, ctx.digest), None, None
 
 
 def _setup_quantize_dequantize(ctx: Any, inputs: tuple[Tensor, str, str], output: Tensor) -> None:

@@ -11,7 +11,7 @@ from mxcompile.kernels import dispatch
 from mxcompile.kernels.layout import planes as plane_layouts
 from mxcompile.kernels.layout import rows_to_planes
 from mxcompile.kernels.layout.planes import PlanarScaling
-from mxcompile.numerics import hadamard, packing, reference
+from mxcompile.numerics import block_transforms, hadamard, packing, reference
 from mxcompile.numerics.row_slices import row_wise
 from mxcompile.ops.library import define, format_of, rounding_of, rule_of, scaling_of
 
@@ -84,9 +84,9 @@ def linears(
 
 
 def multiply(x: Tensor, multiplier: Tensor, digest: str) -> Tensor:
-    """`x * multiplier`: x `[..., in]`, multiplier `[in]`."""
+    """`x * multiplier`: x `[..., in]`, multiplier `[in]`; or T x for every run of n channels, T `[in / n, n, n]`."""
     del digest
-    return x * multiplier
+    return x * multiplier if multiplier.dim() == 1 else block_transforms.apply_to_blocks(x, multiplier)
 
 
 def rotate(x: Tensor, block: int) -> Tensor:

@@ -2,7 +2,7 @@
 
     weight             uint8 [out, blocks, bytes]   divided along out (column parallel) or blocks (row parallel)
     weight_scales      uint8 [out, blocks]          likewise
-    weight_multiplier  float [in]                   whole in column parallel layers, divided in row parallel ones
+    weight_multiplier  float [in] or [in / n, n, n] whole in column parallel layers, divided in row parallel ones
 
 Dimensions count rows and blocks, so vLLM's loaders need no packing factor. q, k and v, or gate and up, become rows of
 one matrix, with the one multiplier that they share. After loading, a GPU's weights are converted to the planar layout;
@@ -66,7 +66,7 @@ class MXCompileLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", ModelWeightParameter(data=elements, **dims))
         layer.register_parameter("weight_scales", ModelWeightParameter(data=scales, **dims))
         if self.layout.multiplier is not None:
-            values = torch.full((input_size_per_partition,), torch.nan, dtype=params_dtype)
+            values = torch.full(self.layout.multiplier_shape, torch.nan, dtype=params_dtype)
             parameter = RowvLLMParameter(data=values, input_dim=0, weight_loader=load)
             layer.register_parameter("weight_multiplier", parameter)
 
@@ -92,7 +92,7 @@ class MXCompileLinearMethod(LinearMethodBase):
         parameter = getattr(layer, "weight_multiplier", None)
         if parameter is None or not bool(parameter.isnan().any()):
             return
-        values, size = self.stored.multiplier(self.parts[0]), self.layout.size
+        values, size = self.stored.multiplier(self.parts[0]), len(parameter)
         start = 0 if len(values) == size else layer.tp_rank * size
         parameter.data.copy_(values[start : start + size])
 

@@ -16,7 +16,7 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
 from mxcompile.kernels import dispatch
 from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
-from mxcompile.ops import LINEARS, ROTATE
+from mxcompile.ops import LINEARS, MULTIPLY, ROTATE
 from mxcompile.tensor.layout import MXLayout
 from mxcompile.tensor.weight import MXWeight
 
@@ -34,7 +34,8 @@ def linear(
     x: Tensor, layout: MXLayout, multiplier: Tensor | None, parts: Sequence[PackedPart], bias: Tensor | None
 ) -> Tensor:
     """`x` prepared as the layout says, times the dequantized parts: x `[..., in]`, returns `[..., out]`."""
-    x = x if multiplier is None else x * multiplier
+    if multiplier is not None:  # a vector's product can be fused with what makes x
+        x = x * multiplier if multiplier.dim() == 1 else MULTIPLY(x, multiplier, str(layout.multiplier))
     x = x if layout.rotation is None else ROTATE(x, layout.rotation)
     outputs: list[Tensor] = []
     start = 0

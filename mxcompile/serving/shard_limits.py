@@ -33,8 +33,9 @@ def why_not_divided(layout: MXLayout, size: int, shard: int) -> str | None:
     block = parse_format(layout.format).block_size
     if shard % block:
         return f"its share of {size} inputs, {shard}, cuts a block of {block} values"
-    if layout.rotation is not None and shard % layout.rotation:
-        return f"its share of {size} inputs, {shard}, cuts a rotation of {layout.rotation} values"
+    rotation = layout.rotation or (layout.multiplier_shape[-1] if len(layout.multiplier_shape) > 1 else 1)
+    if shard % rotation:
+        return f"its share of {size} inputs, {shard}, cuts a rotation of {rotation} values"
     if layout.activation is None:
         return None
     activation = parse_format(layout.activation)

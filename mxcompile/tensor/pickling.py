@@ -59,8 +59,8 @@ def _why_unfit(parts: tuple[Tensor, ...], layout: MXLayout, dtype: torch.dtype) 
         return f"{fmt} rows of {size} values have no elements {[*elements.shape]} with scales {[*scales.shape]}"
     if (elements.dtype, scales.dtype) != (torch.uint8, torch.uint8) or dtype not in FLOAT_DTYPES.values():
         return f"it is {dtype} of {elements.dtype} elements and {scales.dtype} scales"
-    if any((part.dtype, [*part.shape]) != (dtype, [size]) for part in multiplier):
-        return f"its multiplier is not {size} values of {dtype}"
+    if any((part.dtype, (*part.shape,)) != (dtype, layout.multiplier_shape) for part in multiplier):
+        return f"its multiplier is not {layout.multiplier_shape} values of {dtype}"
     return _why_wrong_input(layout)
 
 

@@ -49,7 +49,8 @@ LOW_LEVEL: Final[dict[Any, Callable[..., Any]]] = {}
 class MXWeight(Tensor):
     """elements: uint8 `[..., out, bytes]`, scales: uint8 `[..., out, blocks]`; see `packing.py`.
 
-    multiplier: `[in]`, in the weight's dtype, multiplied with the input; None if `layout.multiplier` is.
+    multiplier: `[in]`, in the weight's dtype, multiplied with the input, or matrices `[in / n, n, n]` for runs of its
+        channels; None if `layout.multiplier` is.
     """
 
     elements: Tensor
@@ -144,7 +145,9 @@ class MXWeight(Tensor):
             return values
         rows = (values.transpose(-1, -2) if self.layout_.transposed else values).float()
         rows = rows if self.layout_.rotation is None else rotate_input(rows, self.layout_.rotation)
-        rows = rows if self.multiplier is None else rows * self.multiplier.float()
+        if self.multiplier is not None:
+            back = self.multiplier.float() if self.multiplier.dim() == 1 else self.multiplier.float().transpose(-1, -2)
+            rows = MULTIPLY(rows, back, str(self.layout_.multiplier))
         return (rows.transpose(-1, -2) if self.layout_.transposed else rows).to(self.dtype)
 
     def prepare(self, x: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ SPECS = {
     "aligned": Spec("mxfp4", "mxfp8_e4m3+aligned"),
     "prepared": Spec("mxfp8_e4m3", "mxfp8_e4m3", rotation=64, multiplier=1),
     "weight-only": Spec("mxint6", None),
+    "matrices": Spec("mxfp4", "mxfp4", multiplier=1, run=32),
 }
+ROW_PARALLEL = ["w4a8", "prepared", "matrices"]
 TOKENS = 5
 SUM_TOLERANCE = 2e-6  # of the largest output, in float32: the order of 256 additions
 
@@ -58,7 +60,7 @@ def test_rows_of_column_parallel_shares_are_rows_of_the_whole(spec):
     assert (together - whole).abs().max() <= SUM_TOLERANCE * largest
 
 
-@pytest.mark.parametrize("spec", [SPECS["w4a8"], SPECS["prepared"]], ids=["w4a8", "prepared"])
+@pytest.mark.parametrize("spec", [SPECS[name] for name in ROW_PARALLEL], ids=ROW_PARALLEL)
 def test_row_parallel_shares_add_up_to_the_whole(spec):
     x, weight, _ = example(spec)
     whole = packed_linear.linear(x, weight.layout_, weight.multiplier, [part(weight)], None)
@@ -67,7 +69,9 @@ def test_row_parallel_shares_add_up_to_the_whole(spec):
         blocks = slice(start // fmt.block_size, (start + size) // fmt.block_size)
         elements = weight.elements.unflatten(1, (-1, fmt.block_bytes))[:, blocks].flatten(1)
         share = PackedPart(elements, weight.scales[:, blocks])
-        multiplier = None if weight.multiplier is None else weight.multiplier[start : start + size]
+        multiplier = weight.multiplier
+        if multiplier is not None:
+            multiplier = multiplier.chunk(256 // size)[start // size]
         layout = replace(weight.layout_, size=size)
         total += packed_linear.linear(x[:, start : start + size], layout, multiplier, [share], None)
     assert (total - whole).abs().max() <= SUM_TOLERANCE * whole.abs().max()

@@ -1,5 +1,7 @@
 """Which shares of a layer are refused, with its name and what to do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,6 +25,8 @@ def layout(activation: str | None = "mxint8", rotation: int | None = None, fmt: 
         (layout("mxint8:64"), 32, "its share of 256 inputs, 32, cuts a block of 64 values of its input"),
         (layout(rotation=64), 128, None),
         (layout(rotation=128), 64, "its share of 256 inputs, 64, cuts a rotation of 128 values"),
+        (replace(layout(), multiplier="128:0a"), 64, "its share of 256 inputs, 64, cuts a rotation of 128 values"),
+        (replace(layout(), multiplier="32:0a"), 64, None),
         (
             layout("mxfp8_e4m3+aligned"),
             128,

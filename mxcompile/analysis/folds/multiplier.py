@@ -15,12 +15,13 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose, exclude_shared_weights
 from mxcompile.analysis.folds.groups import ScaleGroup, UnfoldableInput, find_groups, fold
-from mxcompile.analysis.folds.rotation import rotation_of
+from mxcompile.analysis.folds.rotation import is_rotated
 from mxcompile.analysis.matmuls import Matmul, replace_activation
 from mxcompile.errors import MXCompileError
 from mxcompile.graph.dataflow import effective_readers
 from mxcompile.graph.edit import insert_call, insert_tensor
 from mxcompile.graph.program import Program, where
+from mxcompile.ops import MULTIPLY
 from mxcompile.tensor.digest import tensor_sha256
 
 _MULTIPLIED = "mx_multiplied"  # key of `Node.meta` on an inserted multiply; the user's own multiplies have none
@@ -54,7 +55,7 @@ def insert_multiplier(program: Program, matmuls: Sequence[Matmul]) -> Node:
 
 def _insert(program: Program, x: Node, matmul: Matmul, before: Node) -> Node:
     """Insert x * m in front of a node, m being `[in]` ones of the matmul's size."""
-    name = _unused(program, f"{matmul.parameter}_input_multiplier")
+    name = unused_name(program, f"{matmul.parameter}_input_multiplier")
     device = program.device(matmul.parameter)
     ones = torch.ones(matmul.in_features, dtype=x.meta["val"].dtype, device=device)
     program.set_tensor(name, nn.Parameter(ones, requires_grad=False))
@@ -87,7 +88,7 @@ def multiplier_groups(program: Program, misses: Iterable[UnfoldableInput]) -> li
             by_value.setdefault(miss.matmul.activation, []).append(miss.matmul)
     groups: list[ScaleGroup] = []
     for value, matmuls in by_value.items():
-        if rotation_of(value) is not None:
+        if is_rotated(value):
             continue  # an input is multiplied before it is rotated
         if any(effective_readers(matmul.root) - {m.node for m in matmuls} for matmul in matmuls):
             continue  # the weight is multiplied with other values too: they would all need this multiplier
@@ -100,7 +101,7 @@ def multiplier_groups(program: Program, misses: Iterable[UnfoldableInput]) -> li
 
 def multiplier_of(program: Program, value: Node) -> str | None:
     """Full name of the multiplier if the value is a product that `insert_multiplier` inserted."""
-    if value.target is not _MUL or _MULTIPLIED not in value.meta:
+    if value.target is not MULTIPLY and (value.target is not _MUL or _MULTIPLIED not in value.meta):
         return None
     multiplier = cast(Node, value.args[1])
     is_held = multiplier.op == "get_attr" and program.has_tensor(str(multiplier.target))
@@ -108,11 +109,16 @@ def multiplier_of(program: Program, value: Node) -> str | None:
 
 
 def multiplier_digest(multiplier: Tensor) -> str:
-    """The `digest` argument of `mx::multiply`: the first 16 hexadecimal digits of the values' SHA-256."""
-    return tensor_sha256(multiplier)[:16]
+    """The `digest` argument of `mx::multiply`: the first 16 hexadecimal digits of the values' SHA-256.
+
+    Of matrices for runs of n channels, with `n:` in front.
+    """
+    run = f"{multiplier.shape[-1]}:" if multiplier.dim() > 1 else ""
+    return f"{run}{tensor_sha256(multiplier)[:16]}"
 
 
-def _unused(program: Program, name: str) -> str:
+def unused_name(program: Program, name: str) -> str:
+    """The name, with a number behind it if the program has a tensor of that name."""
     candidate, count = name, 1
     while program.has_tensor(candidate):
         count += 1

@@ -14,7 +14,7 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows, replace_activation
 from mxcompile.graph.edit import insert_call
 from mxcompile.graph.program import Program
 from mxcompile.numerics.hadamard import rotate_weight
-from mxcompile.ops import ROTATE
+from mxcompile.ops import MULTIPLY, ROTATE
 
 
 def rotate(program: Program, names: Collection[str], block: int, importance: Tensor | None = None) -> None:
@@ -34,6 +34,11 @@ def rotate(program: Program, names: Collection[str], block: int, importance: Ten
     for matmul in matmuls:
         replace_activation(matmul.node, rotated)
     program.graph_module.recompile()
+
+
+def is_rotated(value: Node) -> bool:
+    """Whether `rotate` or `transform` made a value."""
+    return value.target is ROTATE or value.target is MULTIPLY
 
 
 def rotation_of(value: Node) -> int | None:

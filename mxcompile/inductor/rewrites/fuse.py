@@ -85,6 +85,14 @@ def _fuse_round_trip(graph: Graph, match: Match) -> None:
     match.replace(QUANTIZE_DEQUANTIZE, *args, name=f"{match['x'].name}_mx")
 
 
+class _Vector(Wildcard):
+    """A tensor of one dimension: matrices for runs of channels (`block_transforms.py`) stay an operator."""
+
+    def match(self, value: Any, bindings: dict[str, Any]) -> bool:
+        """Bind the name."""
+        return value.meta["val"].dim() == 1 and super().match(value, bindings)
+
+
 def _decompose_multiply(graph: Graph, match: Match) -> None:
     match.replace(aten.mul.Tensor, match["x"], match["multiplier"], name=f"{match['x'].name}_multiplied")
 
@@ -116,7 +124,7 @@ def _linear_rule(name: str, pattern: Pattern) -> Rule:
 
 RULES = (
     Rule(
-        "decompose-multiply", Call(MULTIPLY, Wildcard("x"), Wildcard("multiplier")), lambda _: None, _decompose_multiply
+        "decompose-multiply", Call(MULTIPLY, Wildcard("x"), _Vector("multiplier")), lambda _: None, _decompose_multiply
     ),
     Rule("fuse-activation", _ROUND_TRIP, _check_round_trip, _fuse_round_trip),
     _linear_rule("fuse-linear", Call(aten.linear.default, Wildcard("x"), WEIGHT, Wildcard("bias"))),
