@@ -1,6 +1,6 @@
 """What quantizing costs: seconds of every stage, and the peak memory of the process.
 
-    python benchmarks/costs.py --recipe w8a8-mxint --out benchmarks/results/costs.jsonl
+    python benchmarks/costs.py --recipe w8a8-mxint-quick --out benchmarks/results/costs.jsonl
     python benchmarks/costs.py --recipe "awq-fold{weight=mxint4,activation=mxint8} | ..." --calibration 128
 
 SmolLM2-135M (or `--model`, a local path or hub id), traced with 64 tokens; nothing is compiled. Calibration: windows of

@@ -44,7 +44,7 @@ WAYS: Final = (
     ("w4a8-mxint-quick", "float32"),
     ("w4a8-mxint-quick", "bfloat16"),
     (HEAD, "bfloat16"),
-    ("w8a8-mxint", "bfloat16"),
+    ("w8a8-mxint-quick", "bfloat16"),
     ("w4a8-mxfp-quick", "bfloat16"),
 )
 LLAMA: Final = ("llama.cpp", "q4_1")

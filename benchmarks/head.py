@@ -24,7 +24,7 @@ from mxcompile.cli.texts import help_text
 from mxcompile.diagnostics.evaluation import evaluate
 
 HEADS: Final = ("none", "mxint8", "mxfp8_e4m3", "mxint6", "mxint4")
-RECIPES: Final = "w4a8-mxint-quick,w4a8-mxfp-quick,w8a8-mxint,w4a16-mxint-quick"
+RECIPES: Final = "w4a8-mxint-quick,w4a8-mxfp-quick,w8a8-mxint-quick,w4a16-mxint-quick"
 
 
 def main() -> None:

@@ -4,12 +4,12 @@
 
 Tiny models with random weights (`zoo_models.py`). Each runs in a process of its own with a time limit, and gets a line
 in `results/zoo.jsonl` (`--again`: also those that have one). `quantized`: share of matmul weight bytes in an MX format,
-without the output head and routers. `w8a8_db`: SQNR of the output of the module that `w8a8-mxint` deploys, on inputs of
-another batch size and length than traced, where the graph allows it; `w4a8_db` is that of the default recipe with four
-tiny calibration batches, `w4a8_quick_db` that of rounding alone. `saved`: the outputs of the saved and loaded module
-are equal bit for bit. `generated`: `w8a16-mxint` generates the tokens of the same weights in float; `as_float`: share
-of generated tokens in which w8a8 agrees with the float model. Null: not tried. `reasons`: why a stage failed, or left a
-matmul in float. `seconds`: CPU seconds of the trace, on one thread.
+without the output head and routers. `w8a8_db`: SQNR of the output of the module that `w8a8-mxint-quick` deploys, on
+inputs of another batch size and length than traced, where the graph allows it; `w4a8_db` is that of the default recipe
+with four tiny calibration batches, `w4a8_quick_db` that of rounding alone. `saved`: the outputs of the saved and loaded
+module are equal bit for bit. `generated`: `w8a16-mxint` generates the tokens of the same weights in float; `as_float`:
+share of generated tokens in which w8a8 agrees with the float model. Null: not tried. `reasons`: why a stage failed, or
+left a matmul in float. `seconds`: CPU seconds of the trace, on one thread.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def eight_bits(specimen: Specimen) -> dict[str, Any]:
     specimen.record["quantized"] = round(covered / (covered + missed), 4) if covered + missed else 0.0
     by_size = sorted((miss for miss in choice.unsupported if miss.bytes), key=lambda miss: -miss.bytes)
     specimen.record["misses"] = list(dict.fromkeys(miss.reason for miss in by_size))[:3]
-    specimen.deployed = specimen.quantized("w8a8-mxint")
+    specimen.deployed = specimen.quantized("w8a8-mxint-quick")
     return {"w8a8_db": specimen.sqnr_db(specimen.deployed)}
 
 

@@ -44,17 +44,20 @@ _FOUR_BITS: Final[dict[str, tuple[str, str | None]]] = {
     "w4a16-mxint": ("mxint4", None),
     "w4a16-mxfp": ("mxfp4", None),
 }
-_MORE_BITS: Final[dict[str, tuple[str, str | None]]] = {
+_EIGHT_BITS: Final[dict[str, tuple[str, str | None]]] = {
     "w8a8-mxint": ("mxint8", "mxint8"),
     "w8a8-mxfp": ("mxfp8_e4m3", "mxfp8_e4m3"),
+}
+_MORE_BITS: Final[dict[str, tuple[str, str | None]]] = {
     "w6a6-mxint": ("mxint6", "mxint6"),
     "w6a6-mxfp": ("mxfp6_e2m3", "mxfp6_e2m3"),
     "w8a16-mxint": ("mxint8", None),
     "w6a16-mxfp": ("mxfp6_e2m3", None),
 }
+_CALIBRATED: Final = {**_FOUR_BITS, **_EIGHT_BITS}
 RECIPES: Final[dict[str, str]] = {
-    **{name: _learned(*formats) for name, formats in _FOUR_BITS.items()},
-    **{f"{name}-quick": _rounded(*formats) for name, formats in _FOUR_BITS.items()},
+    **{name: _learned(*formats) for name, formats in _CALIBRATED.items()},
+    **{f"{name}-quick": _rounded(*formats) for name, formats in _CALIBRATED.items()},
     **{name: _rounded(*formats) for name, formats in _MORE_BITS.items()},
 }
 

@@ -87,7 +87,7 @@ def test_one_of_several_weights_in_a_parameter(recipe):
 
 def test_folds_reach_the_norms_of_the_module():
     model, example = build("llama"), inputs("llama")
-    program = Pipeline.parse(f"smooth-quant | {RECIPES['w8a8-mxint']}").run(mxcompile.trace(model, example))
+    program = Pipeline.parse(f"smooth-quant | {RECIPES['w8a8-mxint-quick']}").run(mxcompile.trace(model, example))
     deployed = mxcompile.deploy(program, model)
     name = "model.layers.0.input_layernorm.weight"
     assert torch.equal(deployed.get_parameter(name), program.tensor(name))
@@ -321,7 +321,7 @@ class Stateful(nn.Module):
         return self.down(h) + self.calls
 
 
-@pytest.mark.parametrize("recipe", ["w8a8-mxint", "smooth-quant | lower-mx{weight=mxint8,activation=mxint8}"])
+@pytest.mark.parametrize("recipe", ["w8a8-mxint-quick", "smooth-quant | lower-mx{weight=mxint8,activation=mxint8}"])
 def test_state_is_that_of_the_users_module(recipe):
     """Tracing, calibrating and checking run the model; the result has not run, and neither has the user's module."""
     model, batches = Stateful().eval(), [torch.randn(4, 64) for _ in range(3)]
@@ -348,7 +348,7 @@ class Clamped(nn.Module):
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
-@pytest.mark.parametrize("recipe", ["w8a8-mxint", "smooth-quant | lower-mx{weight=mxint8,activation=mxint8}"])
+@pytest.mark.parametrize("recipe", ["w8a8-mxint-quick", "smooth-quant | lower-mx{weight=mxint8,activation=mxint8}"])
 def test_inputs_are_the_users(shift, recipe, tmp_path):
     """What forward writes to its inputs it writes to copies, wherever mxcompile runs it."""
     model, batches = Clamped(shift).eval(), [torch.randn(4, 64) * 3 for _ in range(2)]

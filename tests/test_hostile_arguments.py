@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig
 import mxcompile
 from mxcompile.errors import ArgumentError, MXCompileError
 
-RECIPE = "w8a8-mxint"
+RECIPE = "w8a8-mxint-quick"
 OTHERS = {  # no functions that take arguments: values, classes of values, modules, and what a user subclasses
     *("Bisection", "Evaluation", "Explanation", "MXWeight", "Miss", "Pass", "PassResult", "Program", "Request", "Rule"),
     *("alone", "observers", "recipes", "reference"),

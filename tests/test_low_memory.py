@@ -57,7 +57,7 @@ def from_files(source: Path, out: Path, recipe: str, kind: str = "llama", **opti
     )
 
 
-@pytest.mark.parametrize("recipe", ["w4a8-mxint", "w4a4-mxfp", "w4a16-mxfp-quick", "w8a8-mxint"])
+@pytest.mark.parametrize("recipe", ["w4a8-mxint", "w4a4-mxfp", "w4a16-mxfp-quick", "w8a8-mxint-quick"])
 def test_the_same_bytes(source, tmp_path, recipe):
     in_memory(source, tmp_path / "expected", recipe)
     from_files(source, tmp_path / "out", recipe)
@@ -78,7 +78,7 @@ def test_the_same_bytes_of_other_models(tmp_path, kind):
 
 
 def test_the_result_loads(source, tmp_path):
-    from_files(source, tmp_path / "out", "w8a8-mxint")
+    from_files(source, tmp_path / "out", "w8a8-mxint-quick")
     loaded = mxcompile.load(tmp_path / "out")
     assert loaded(**inputs("llama")).logits.isfinite().all()
 
@@ -109,19 +109,19 @@ def test_a_damaged_source_is_named(source, tmp_path, damage):
     else:
         shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=shard.name):
-        from_files(source, tmp_path / "out", "w8a8-mxint")
+        from_files(source, tmp_path / "out", "w8a8-mxint-quick")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_source_without_a_class_is_refused(source, tmp_path):
     (source / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no model of a class that transformers knows.* --model-free"):
-        from_files(source, tmp_path / "out", "w8a8-mxint")
+        from_files(source, tmp_path / "out", "w8a8-mxint-quick")
 
 
 def test_the_destination_is_checked_first(source, tmp_path):
     with pytest.raises(MXCompileError, match="holds"):
-        from_files(source, source, "w8a8-mxint")
+        from_files(source, source, "w8a8-mxint-quick")
 
 
 def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(mapped_tensors.os, "write", full)
     with pytest.raises(InputError, match=r"scratch cannot hold .*No space left on device.*: make room there"):
-        from_files(source, tmp_path / "out", "w8a8-mxint", scratch=tmp_path / "scratch")
+        from_files(source, tmp_path / "out", "w8a8-mxint-quick", scratch=tmp_path / "scratch")
     assert not (tmp_path / "out").exists()
     assert list((tmp_path / "scratch").iterdir()) == []
 

@@ -21,7 +21,7 @@ from mxcompile.graph.program import Program
 from mxcompile.tensor.weight import MXWeight
 
 _ENDS = (type, ModuleType, CodeType, FrameType)
-RECIPE = "w8a8-mxint"
+RECIPE = "w8a8-mxint-quick"
 
 
 class Patched(nn.Module):

@@ -201,9 +201,9 @@ def test_tensors_of_odd_shapes_and_dtypes(tmp_path):
 
 
 def test_what_made_it_is_kept(tmp_path):
-    model = copy.deepcopy(deployed("mlp", "w8a8-mxint"))
+    model = copy.deepcopy(deployed("mlp", "w8a8-mxint-quick"))
     provenance = Provenance.of(model)
-    assert provenance.recipe == RECIPES["w8a8-mxint"]
+    assert provenance.recipe == RECIPES["w8a8-mxint-quick"]
     assert provenance.versions["torch"] == torch.__version__
     mxcompile.save(model, tmp_path)
     loaded = mxcompile.load(tmp_path, model=build("mlp"))

@@ -80,7 +80,7 @@ def folders(tmp_path_factory, local_model) -> tuple[Path, Path]:
 
     old, new = tmp_path_factory.mktemp("old"), tmp_path_factory.mktemp("new")
     tokenizer = AutoTokenizer.from_pretrained(local_model)
-    for folder, recipe, size in ((old, "w8a8-mxint", "40KB"), (new, "w4a8-mxint-quick", "10KB")):
+    for folder, recipe, size in ((old, "w8a8-mxint-quick", "40KB"), (new, "w4a8-mxint-quick", "10KB")):
         model = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe=recipe, compile=False)
         model.generation_config.max_new_tokens = len(recipe)
         tokenizer.add_tokens([recipe])

@@ -165,7 +165,7 @@ def test_transformers_may_have_been_imported_before(tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
     from transformers.quantizers import auto
 
-    mxcompile.save(deployed("llama", "w8a8-mxint"), tmp_path)
+    mxcompile.save(deployed("llama", "w8a8-mxint-quick"), tmp_path)
     monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
     monkeypatch.setattr(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING))
     del auto.AUTO_QUANTIZER_MAPPING["mxcompile"], auto.AUTO_QUANTIZATION_CONFIG_MAPPING["mxcompile"]
@@ -173,7 +173,7 @@ def test_transformers_may_have_been_imported_before(tmp_path, monkeypatch):
         LlamaForCausalLM.from_pretrained(tmp_path)
     for _ in range(2):
         register()
-    assert_same(LlamaForCausalLM.from_pretrained(tmp_path), deployed("llama", "w8a8-mxint"))
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path), deployed("llama", "w8a8-mxint-quick"))
 
 
 @pytest.mark.slow

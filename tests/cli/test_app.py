@@ -75,7 +75,7 @@ def test_recipes():
         assert set(record) == {"name", "pipeline", "reads_calibration", "default"}
         assert record["pipeline"] == RECIPES[record["name"]]
         assert record["reads_calibration"] == ("gptq" in record["pipeline"])
-    assert re.search(rf"^ w8a8-mxint +{re.escape(RECIPES['w8a8-mxint'])} *$", run("recipes"), re.MULTILINE)
+    assert re.search(rf"^ w8a8-mxint-quick +{re.escape(RECIPES['w8a8-mxint-quick'])} *$", run("recipes"), re.MULTILINE)
 
 
 def test_formats():

@@ -77,8 +77,8 @@ def test_ctrl_c_says_what_is_kept(local_model, tmp_path, monkeypatch):
 
 
 def test_python_and_the_command_do_the_same(local_model, tmp_path):
-    run(local_model, "--out", tmp_path / "one", "--model-free", "--recipe", "w8a8-mxint")
-    mxcompile.quantize_files(local_model, tmp_path / "two", recipe="w8a8-mxint")
+    run(local_model, "--out", tmp_path / "one", "--model-free", "--recipe", "w8a8-mxint-quick")
+    mxcompile.quantize_files(local_model, tmp_path / "two", recipe="w8a8-mxint-quick")
 
     def files(folder: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -38,7 +38,9 @@ def real():
 def test_w8a8_mxint_with_plain_rounding_is_within_a_percent_and_a_half(real):
     """4094 tokens of Python's help topics in windows of 2048; measured: +1.24 % perplexity."""
     model, windows = real[0], real[1][:2]
-    quantized = mxcompile.quantize_and_compile(model, {"input_ids": windows[0]}, recipe="w8a8-mxint", compile=False)
+    quantized = mxcompile.quantize_and_compile(
+        model, {"input_ids": windows[0]}, recipe="w8a8-mxint-quick", compile=False
+    )
     before, after = evaluate(model, windows), evaluate(quantized, windows, model)
     assert after.perplexity < 1.015 * before.perplexity
     assert after.top1 > 0.93
@@ -121,7 +123,7 @@ def test_saved_and_loaded_in_another_process(real, w4a8, tmp_path):
     (weights,) = folder.glob("*.safetensors")
     assert 0 < weights.stat().st_size - stored_bytes(w4a8) < 60_000
     torch.save(real[1][0][:, :64], ids)
-    tiny = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe="w8a8-mxint", compile=False)
+    tiny = mxcompile.quantize_and_compile(build("llama"), inputs("llama"), recipe="w8a8-mxint-quick", compile=False)
     tiny.save_pretrained(tmp_path / "tiny")
     command = [sys.executable, "-c", LOADED, tmp_path / "tiny", folder, ids, logits]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -189,7 +189,7 @@ def test_a_quantized_model_is_the_same_whatever_its_experts_are_computed_with():
     for implementation in ("eager", "grouped_mm"):
         model = build("mixtral")
         model.set_experts_implementation(implementation)
-        quantized = mxcompile.quantize_and_compile(model, inputs("mixtral"), recipe="w8a8-mxfp", compile=False)
+        quantized = mxcompile.quantize_and_compile(model, inputs("mixtral"), recipe="w8a8-mxfp-quick", compile=False)
         packed.append({name: p for name, p in quantized.named_parameters() if isinstance(p, MXWeight)})
     assert packed[0].keys() == packed[1].keys()
     assert "model.layers.0.mlp.experts.down_proj" in packed[0]
@@ -273,7 +273,7 @@ def test_weights_without_values():
     with pytest.raises(
         InputError, match=r"0\.weight, 0\.bias, 1\.weight and 1 more of the model is on the meta device"
     ):
-        mxcompile.recipes()["w8a8-mxint"].run(program)
+        mxcompile.recipes()["w8a8-mxint-quick"].run(program)
 
 
 def test_inputs_that_are_no_tensors():

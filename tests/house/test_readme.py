@@ -51,7 +51,7 @@ def test_the_first_example_prints_what_is_said(tmp_path, monkeypatch, capsys):
     model, tokenizer = smollm2.load()
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda name: model)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: tokenizer)
-    text = block(README, "python", 'recipe="w8a8-mxint"').replace("dump=", "compile=False, dump=")
+    text = block(README, "python", 'recipe="w8a8-mxint-quick"').replace("dump=", "compile=False, dump=")
     capsys.readouterr()
     run_python(text, "README.md", {}, tmp_path)
     assert block(README, "text", "capital").strip() in capsys.readouterr().out
@@ -70,9 +70,9 @@ def test_demo_runs_on_a_local_model(local_model, tmp_path):
     result = CliRunner().invoke(app, ["demo", str(local_model), *shlex.split(options)], env=WIDE)
     assert result.exit_code == 0, result.output
     rows = re.findall(
-        r"^ +(float|w8a8-mxint|w4a8-mxint-quick) +([\d.]+) +(\d+)% +([\d.]+) ", result.output, re.MULTILINE
+        r"^ +(float|w8a8-mxint-quick|w4a8-mxint-quick) +([\d.]+) +(\d+)% +([\d.]+) ", result.output, re.MULTILINE
     )
-    assert [row[0] for row in rows] == ["float", "w8a8-mxint", "w4a8-mxint-quick"]
+    assert [row[0] for row in rows] == ["float", "w8a8-mxint-quick", "w4a8-mxint-quick"]
     assert 100 == int(rows[0][2]) > int(rows[1][2]) > int(rows[2][2])
     assert (tmp_path / "demo" / "w4a8-mxint-quick" / "02-lower-mx.txt").exists()
 

@@ -26,7 +26,7 @@ def quantized(recipe, seed=0):
 def test_another_weight_in_its_place_is_seen():
     module, x = compile_module(quantized("w4a8-mxint-quick")), torch.randn(5, 64)
     module(x)
-    for recipe, seed in (("w8a8-mxint", 1), ("w4a8-mxfp-quick", 2), ("w4a8-mxint-quick", 3)):
+    for recipe, seed in (("w8a8-mxint-quick", 1), ("w4a8-mxfp-quick", 2), ("w4a8-mxint-quick", 3)):
         other = quantized(recipe, seed)
         module[0].weight, module[0].bias = other[0].weight, other[0].bias
         torch.testing.assert_close(module(x), other(x), rtol=0, atol=1e-5)
@@ -57,7 +57,7 @@ def test_values_of_a_known_layout_need_no_new_graph():
 
 
 def test_layouts_are_those_of_all_weights():
-    module = nn.ModuleList([quantized("w4a8-mxint-quick"), nn.Linear(2, 2), quantized("w8a8-mxint")])
+    module = nn.ModuleList([quantized("w4a8-mxint-quick"), nn.Linear(2, 2), quantized("w8a8-mxint-quick")])
     module.register_module("nothing", None)
     found = weight_guards.WeightLayouts(module)
     assert [layout.format for layout in found.layouts] == ["mxint4", "mxint8"]

@@ -65,7 +65,7 @@ def test_the_bytes_are_those_of_the_traced_recipe(name, tmp_path):
     ("recipe", "options"),
     [
         ("w4a16-mxfp-quick", {"include": ["lm_head", "model.embed_tokens"], "exclude": ["*.q_proj"]}),
-        ("w8a8-mxfp", {"overrides": {"*.down_proj": "mxfp4", "*.o_proj": None}}),
+        ("w8a8-mxfp-quick", {"overrides": {"*.down_proj": "mxfp4", "*.o_proj": None}}),
         ("round-weights{format=mxint6,rule=floor} | lower-mx{weight=mxint6}", {}),
         ("lower-mx{weight=mxint4,weight_rule=even}", {}),
     ],

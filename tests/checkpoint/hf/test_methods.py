@@ -114,7 +114,7 @@ def test_a_quantized_head_is_never_tied_to_a_float_embedding(quantized):
 
 
 def test_a_head_tied_to_its_embedding_keeps_its_activation_format(quantized):
-    model = quantized(recipe="w8a8-mxint", name="llama-tied", include=("*",))
+    model = quantized(recipe="w8a8-mxint-quick", name="llama-tied", include=("*",))
     head, expected = model.lm_head.weight, logits(model)
     assert torch.equal(head.elements, model.model.embed_tokens.weight.elements)
     assert model.config.tie_word_embeddings
