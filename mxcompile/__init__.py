@@ -33,6 +33,8 @@ from mxcompile.passes.recipes import recipes
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.weight import MXWeight
+from mxcompile.training.adapters import merge_adapters
+from mxcompile.training.prepare import finish_training, prepare_training
 
 if TYPE_CHECKING:
     from mxcompile.tensor.cache import MXCache
@@ -63,10 +65,13 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "finish_training",
     "formats",
     "generate_calibration",
     "load",
+    "merge_adapters",
     "observers",
+    "prepare_training",
     "print_changes",
     "print_program",
     "quantize_and_compile",

@@ -92,6 +92,10 @@ class DeployError(MXCompileError):
     """A lowered Program cannot be applied to the module."""
 
 
+class TrainingError(MXCompileError):
+    """A model cannot be prepared for training, or a trained one cannot be deployed or merged."""
+
+
 class CheckpointError(MXCompileError):
     """A model cannot be saved, or a folder does not hold an intact saved model."""
 

@@ -25,7 +25,7 @@ FLOORS = (
     {"calibration", "deploy", "export", "serving"},
     {"pipeline"},
     {"passes"},
-    {"diagnostics", "model_free"},
+    {"diagnostics", "model_free", "training"},
     {"api"},
     {"cli"},
     {"__init__"},

@@ -14,7 +14,8 @@ def not_defined(operator: str) -> str:
     if operator.split(".")[1:2] and operator.split(".")[1].endswith("_"):
         return (
             f"{operator} is not defined on an MXWeight and would change it in place, as merging an adapter does: call "
-            "dequantize() of the transformers model first, merge then, and quantize the result again"
+            "mxcompile.merge_adapters(model), which rounds the sum again, or dequantize() of the transformers model "
+            "before the merge"
         )
     return (
         f"{operator} is not defined on an MXWeight, which supports only matmuls (as right operand) and embeddings; use "
