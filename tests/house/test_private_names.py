@@ -34,6 +34,8 @@ NAMES = {
     "_parameters": (nn.Module(), "a module's own parameters"),
     "_buffers": (nn.Module(), "a module's own buffers"),
     "_modules": (nn.Module(), "a module's own children"),
+    "_forward_pre_hooks": (nn.Module(), "a module's own hooks"),
+    "_forward_pre_hooks_with_kwargs": (nn.Module(), "those of them that take keyword arguments"),
     "_non_persistent_buffers_set": (nn.Module(), "buffers outside of the state dict"),
 }
 GENERATION = {
