@@ -44,6 +44,7 @@ GENERATION = {
     "_update_model_kwargs_for_generation": "outputs model_kwargs is_encoder_decoder num_new_tokens",
     "_optimize_model_for_decode": "",
     "_prepare_generation_config": "generation_config kwargs",
+    "_prepare_cache_for_generation": "generation_config model_kwargs generation_mode batch_size max_cache_length",
 }
 OPTIONAL = {
     "_empty_nn_module_stack_from_metadata_hook": "what torch.export writes for the lack of a module path",

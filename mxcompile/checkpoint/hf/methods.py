@@ -5,6 +5,7 @@
     dequantize                float weights in place of the MX weights
     tie_weights, resize_token_embeddings      never replace an MX weight
     half, float               cast the values that MX weights dequantize to
+    _prepare_cache_for_generation             makes an MXCache if the pipeline had quantize-cache
 
 They are set on the instance, so that the model keeps its class; a copy has its own.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.config_json import untie
+from mxcompile.checkpoint.hf.cache import prepare_cache
 from mxcompile.checkpoint.hf.experts import use_default_experts
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.checkpoint.save import SHARD_SIZE, save
@@ -153,6 +155,7 @@ _METHODS: Final[dict[str, Callable[..., Any]]] = {
     "resize_token_embeddings": resize_token_embeddings,
     "half": half,
     "float": to_float,
+    "_prepare_cache_for_generation": prepare_cache,
 }
 
 

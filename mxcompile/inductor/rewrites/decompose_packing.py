@@ -32,9 +32,10 @@ def decompose_packing(graph: Graph) -> int:
 
 
 def _is_of_a_cache(node: Node) -> bool:
-    values = [_value(part) for part in node.args[: _TENSORS[node.target]]]
+    target: Any = node.target
+    values = [_value(part) for part in node.args[: _TENSORS[target]]]
     return not node.kwargs and all(
-        value is not None and value.dim() == _OF_A_CACHE and all(isinstance(size, int) and size for size in value.shape)
+        value is not None and value.dim() == _OF_A_CACHE and all(type(size) is int and size for size in value.shape)
         for value in values
     )
 
