@@ -9,7 +9,7 @@ module is there. `first_s`: the first token, which prefill gives. `second_s`: th
 is compiled; on a GPU the decode loop reports both together. `cpu_s`: processor seconds of the process and its children
 up to the second token. `call_ms`: a later call, of `--tokens` tokens. Each row is a process of its own: one with caches
 of torch and Triton in an empty folder (cold), then one that finds them there (warm). `whole`: graphs are compiled as a
-whole, with equal layers again and again, as they are on a GPU in any case.
+whole, with equal layers again and again.
 """
 
 import argparse

@@ -20,7 +20,7 @@ GREEDY, SAMPLED = {"do_sample": False}, {"do_sample": True, "temperature": 1.5, 
 @pytest.fixture(scope="module")
 def model():
     example = {name: value.cuda() for name, value in inputs("llama").items()}
-    return mxcompile.quantize_and_compile(llama(2).bfloat16().cuda(), example, recipe="w4a8-mxint-quick")
+    return mxcompile.quantize_and_compile(llama(5).bfloat16().cuda(), example, recipe="w4a8-mxint-quick")
 
 
 class Recorder(BaseStreamer):

@@ -71,7 +71,7 @@ def explain(
     layers = tuple(_select_kernels(program, _empty_lowering(pipeline), target))
     before = stored_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
-    uncompiled, notes = why_no_inductor(target), (notes_for_vllm(layers), notes_for_generate(model, target))
+    uncompiled, notes = why_no_inductor(target), (notes_for_vllm(layers), notes_for_generate(model))
     return Explanation(str(target), str(recipe), group_similar(layers), before, before - saved, uncompiled, *notes)
 
 

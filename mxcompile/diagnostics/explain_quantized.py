@@ -40,7 +40,7 @@ def explain_quantized(model: nn.Module, device: torch.device) -> Explanation:
     """Explain a module that has MX weights."""
     layers, packed = tuple(_select_kernels(model, device)), stored_bytes(model)
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
-    uncompiled, notes = why_no_inductor(device), (notes_for_vllm(layers), notes_for_generate(model, device))
+    uncompiled, notes = why_no_inductor(device), (notes_for_vllm(layers), notes_for_generate(model))
     vllm, generate = notes
     generate = (*_cache_lines(model), *generate)
     return Explanation(str(device), None, group_similar(layers), packed + saved, packed, uncompiled, vllm, generate)

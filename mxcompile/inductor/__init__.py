@@ -15,7 +15,6 @@ from mxcompile.arguments import checked
 from mxcompile.errors import CompileError, warn
 
 M = TypeVar("M", bound=nn.Module)
-_EACH_LAYER = "the first tokens take longer on a GPU: every layer is compiled; a CPU compiles equal layers once"
 
 
 @cache
@@ -37,16 +36,14 @@ def why_no_inductor(device: torch.device) -> str | None:
     return why_no_compiler(device)
 
 
-def notes_for_generate(module: nn.Module, device: torch.device) -> tuple[str, ...]:
-    """Which loop decodes in the `generate` of a model compiled for a device, and on a GPU how it is compiled, each in a
-    sentence; none for a module without `generate`."""
+def notes_for_generate(module: nn.Module) -> tuple[str, ...]:
+    """Which loop decodes in the `generate` of a compiled model, in a sentence; none for a module without `generate`."""
     if not hasattr(module, "generation_config") or supported() is not None:
         return ()
     from mxcompile.inductor.generation.hook import SERVED, why_not_this_model
 
     reason = why_not_this_model(module)
-    note = SERVED if reason is None else f"generate decodes in transformers' own loop: {reason}"
-    return (note,) if device.type == "cpu" else (note, _EACH_LAYER)
+    return (SERVED if reason is None else f"generate decodes in transformers' own loop: {reason}",)
 
 
 @checked

@@ -133,21 +133,22 @@ class MXBackend(InductorBackend):
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(None, {**options, "unsafe_marked_cacheable_functions": unwrap_weights.CACHEABLE}, None)
         self._inputs_seen: list[torch.Tensor] | None = None
+        # torch's CUDA graphs hold fixed addresses of weights, so that one for each layer would be recorded again
+        self._may_split = not options.get("triton.cudagraphs")
 
     def __call__(self, model_: GraphModule, inputs_: list[Any], **options: Any) -> Callable[..., Any]:
-        """Compile a Dynamo graph; see `unwrap_weights`, and `split_graph` for equal layers, which are compiled once on
-        a CPU, where no gradients are wanted."""
+        """Compile a Dynamo graph; see `unwrap_weights`, and `split_graph` for equal layers, which are compiled once
+        where no gradients are wanted."""
         module, flat = unwrap_weights.unwrap_weights(model_, inputs_, AttrSource)
 
         def compile_(piece: GraphModule, inputs: list[Any]) -> Any:
             made: Any = super(MXBackend, self).__call__(piece, inputs, **options)
             return innermost_function(made)  # without the wrapper that Dynamo puts around the whole anyway
 
-        is_on_cpu = all(value.device.type == "cpu" for value in flat if isinstance(value, torch.Tensor))
-        # On a GPU the pieces are not checked against the whole yet; torch's CUDA graphs would record each layer again.
-        layers = compile_in_pieces(module, flat, compile_) if is_on_cpu and not torch.is_grad_enabled() else None
-        compiled: Any = super().__call__(module, flat, **options) if layers is None else layers
-        if is_on_cpu:
+        is_whole = torch.is_grad_enabled() or not self._may_split
+        layers = None if is_whole else compile_in_pieces(module, flat, compile_)
+        compiled: Any = compile_(module, flat) if layers is None else layers
+        if all(value.device.type == "cpu" for value in flat if isinstance(value, torch.Tensor)):
             compiled = recorded(compiled) if layers is None else recorded_as_one(layers)
 
         def run(*args: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from mxcompile.inductor.private_api import own_symbol
 from mxcompile.inductor.repeated_layers import find_repetition, sources
+from mxcompile.inductor.rewrites.join_counters import postpone_counters
 from mxcompile.inductor.rewrites.share_masks import share_masks
 from mxcompile.inductor.unwrap_weights import like, weight_of
 
@@ -64,7 +65,7 @@ def compile_in_pieces(module: GraphModule, inputs: Sequence[Any], compile_: Comp
 
     inputs: example inputs of the graph. compile_: compiles one piece.
     """
-    if share_masks(module.graph):
+    if postpone_counters(module.graph) + share_masks(module.graph):
         module.recompile()
     run = find_repetition(module.graph, _is_input)
     if run is None:

@@ -2,6 +2,9 @@
 
 Similar weights of one module (q, k and v; gate and up) become adjacent in memory, so that one launch runs them where
 they share an input; experts are not joined. Embedding tables, and weights that the layout cannot hold, stay row-major.
+
+Weights at the same place in every layer share one scaling where that costs none of them a kernel: it is a constant of
+compiled graphs, and layers with equal constants are compiled once.
 """
 
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ import torch
 from torch import nn
 
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import parse_format
+from mxcompile.formats import MXFormat, parse_format
 from mxcompile.kernels.dispatch import choices, prepare
 from mxcompile.kernels.layout import rows_to_planes
 from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
@@ -24,6 +27,7 @@ def use_planar_layout(module: nn.Module) -> dict[str, str]:
     """Convert a module's MX weights to the planar layout, in place; returns name -> reason for those not converted."""
     reasons: dict[str, str] = {}
     groups: dict[tuple[str, MXLayout], list[tuple[MXWeight, ScaleRange]]] = {}
+    of_all_layers: dict[tuple[str, MXLayout], list[ScaleRange]] = {}
     looked_up = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     for name, weight in module.named_parameters():
         if not isinstance(weight, MXWeight) or weight.layout_.planes is not None:
@@ -36,18 +40,33 @@ def use_planar_layout(module: nn.Module) -> dict[str, str]:
             reasons[name] = str(error)
             continue
         parent = name.removesuffix(".weight").rpartition(".")[0] if weight.dim() == 2 else name
-        groups.setdefault((parent, replace(weight.layout_, transposed=False)), []).append((weight, scale_range))
+        layout = replace(weight.layout_, transposed=False)
+        groups.setdefault((parent, layout), []).append((weight, scale_range))
+        of_all_layers.setdefault((_in_any_layer(parent), layout), []).append(scale_range)
     names: dict[int, list[str]] = {}
     for name, weight in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
+    shared = {key: _shared_scaling(ranges, parse_format(key[1].format)) for key, ranges in of_all_layers.items()}
     while groups:  # a group's row-major weights are freed before the next one is converted
-        _convert(module, names, groups.pop(next(iter(groups))))
+        parent, layout = next(iter(groups))
+        _convert(module, names, groups.pop((parent, layout)), shared[_in_any_layer(parent), layout])
     return reasons
 
 
-def _convert(module: nn.Module, names: dict[int, list[str]], group: list[tuple[MXWeight, ScaleRange]]) -> None:
-    """Replace a group of weights, under all their names, by planar ones."""
-    for weights, scaling in _groups_with_one_scaling(group):
+def _in_any_layer(name: str) -> str:
+    """The name of a module without the numbers of layers."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _convert(
+    module: nn.Module,
+    names: dict[int, list[str]],
+    group: list[tuple[MXWeight, ScaleRange]],
+    shared: PlanarScaling | None,
+) -> None:
+    """Replace a group of weights, under all their names, by planar ones. shared: the scaling of all layers."""
+    one = None if shared is None else [([weight for weight, _ in group], shared)]
+    for weights, scaling in one or _groups_with_one_scaling(group):
         prepare(weights[0].device)
         for weight, planar in zip(weights, _place_adjacently(weights, scaling), strict=True):
             set_tensors(module, [(name, planar) for name in names[id(weight)]])
@@ -70,16 +89,21 @@ def _groups_with_one_scaling(
 ) -> Iterator[tuple[list[MXWeight], PlanarScaling]]:
     """Weights that share one scaling, as one launch requires: the whole group, or each weight alone if a shared scaling
     would make one of them ineligible for the planar layout or for FP8."""
-    fmt = parse_format(group[0][0].layout_.format)
-    separate = [scaling_for(*scale_range, fmt) for _, scale_range in group]
-    try:
-        common = scaling_for(min(low for _, (low, _) in group), max(high for _, (_, high) in group), fmt)
-    except MXCompileError:
-        common = None
-    if common is not None and (common.top or not any(scaling.top for scaling in separate)):
-        yield [weight for weight, _ in group], common
+    ranges, fmt = [scale_range for _, scale_range in group], parse_format(group[0][0].layout_.format)
+    if (shared := _shared_scaling(ranges, fmt)) is not None:
+        yield [weight for weight, _ in group], shared
     else:
-        yield from (([weight], scaling) for (weight, _), scaling in zip(group, separate, strict=True))
+        yield from (([weight], scaling_for(*scale_range, fmt)) for weight, scale_range in group)
+
+
+def _shared_scaling(ranges: list[ScaleRange], fmt: MXFormat) -> PlanarScaling | None:
+    """The scaling for weights with these ranges together; None if it would make one of them ineligible for the planar
+    layout or for FP8."""
+    try:
+        shared = scaling_for(min(low for low, _ in ranges), max(high for _, high in ranges), fmt)
+    except MXCompileError:
+        return None
+    return shared if shared.top or not any(scaling_for(*scale_range, fmt).top for scale_range in ranges) else None
 
 
 def _place_adjacently(weights: list[MXWeight], scaling: PlanarScaling) -> list[MXWeight]:

@@ -16,7 +16,6 @@ from mxcompile.cli.app import app
 from mxcompile.diagnostics.explanation import SelectedKernel, group_similar
 from mxcompile.errors import InputError, PipelineError
 from mxcompile.formats import MXFP8_E4M3
-from mxcompile.inductor import notes_for_generate
 from mxcompile.kernels import dispatch
 from mxcompile.kernels.cpu import build as cpu_build
 from mxcompile.tensor.modules import stored_bytes
@@ -149,13 +148,6 @@ def test_a_gpu_and_a_machine_without_a_compiler(monkeypatch):
     text = words(mxcompile.explain(build("llama"), inputs("llama")))
     assert f"{missing}: the model runs uncompiled, nothing is fused" in text
     assert f"no cpu: {missing}" in text
-
-
-def test_where_equal_layers_are_compiled_once():
-    on_cpu, on_gpu = (notes_for_generate(build("llama"), torch.device(name)) for name in ("cpu", "cuda"))
-    assert on_gpu[:-1] == on_cpu
-    assert "every layer is compiled" in on_gpu[-1]
-    assert notes_for_generate(nn.Linear(2, 2), torch.device("cuda")) == ()
 
 
 def test_fp8_matmuls_are_explained(monkeypatch):

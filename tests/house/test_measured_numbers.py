@@ -120,6 +120,28 @@ def test_the_seconds_to_the_first_token():
     assert f"is compiled, after {row['second_s']:.0f} s" in text
 
 
+def test_the_first_token_on_a_gpu():
+    rows = {(row["way"], row["caches"]): row for row in results("first-token-h200.jsonl")}
+    text = page("docs/benchmarks.md")
+    cold, warm = rows["layers once", "cold"], rows["layers once", "warm"]
+    assert f"| compiled as a whole | {rows['whole', 'cold']['second_s']:.1f} s | |" in text
+    assert f"| equal layers compiled once | {cold['second_s']:.1f} s | {warm['second_s']:.1f} s |" in text
+    assert all((row["layers"], row["prompt"]) == (32, 512) for row in rows.values())
+
+
+def test_layers_once_are_as_accurate_as_whole_graphs():
+    rows = results("layers-once-h200.jsonl")
+    text = page("docs/benchmarks.md")
+    for recipe in ("w4a16-mxint-quick", "w4a8-mxint-quick"):
+        plain = {
+            row["way"]: row["from_float32"]
+            for row in rows
+            if row["recipe"] == recipe and not row.get("emulate_precision_casts")
+        }
+        cells = " | ".join(f"{plain[way]:.4f}" for way in ("layers once", "whole", "uncompiled"))
+        assert f"| `{recipe}` | {cells} |" in text
+
+
 def test_the_speeds_on_a_gpu():
     """All that were measured, ours and others'."""
     text = (ROOT / "docs/benchmarks.md").read_text()

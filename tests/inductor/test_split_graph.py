@@ -11,6 +11,7 @@ import mxcompile
 from mxcompile.inductor import backend, compile_module, recorded_graph, why_no_inductor
 from mxcompile.inductor.backend import FuseMX
 from mxcompile.inductor.repeated_layers import find_repetition
+from mxcompile.inductor.rewrites import join_counters
 from mxcompile.inductor.split_graph import compile_in_pieces
 from mxcompile.numerics.metrics import sqnr_db
 
@@ -113,6 +114,32 @@ def test_what_precedes_and_follows_the_equal_layers_stays():
     result, made, _ = in_pieces(model, IDS)
     assert torch.equal(result, expected)
     assert made.repetitions == 5  # from the matmul of the layer before
+
+
+def test_counters_advance_after_the_equal_layers_on_a_gpu(monkeypatch):
+    class Counting(Layer):
+        """Adds how often it was called before."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.tensor(3))
+
+        def forward(self, h):
+            h = h + self.count
+            self.count.add_(1)
+            return super().forward(h)
+
+    monkeypatch.setattr(join_counters, "DEVICE", "cpu")
+    model = Stack(*(Counting() for _ in range(5)))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = [other(IDS) for _ in range(2)]
+    for wanted in expected:
+        result, made, sizes = in_pieces(model, IDS)
+        assert torch.equal(result, wanted)
+        assert made.repetitions == 4
+        assert sizes == [7, 7, 2 + 5]
+    assert [layer.count for layer in model.layers] == [5] * 5
 
 
 @pytest.mark.parametrize("widths", [(16, 16), (16, 32, 48, 64, 80)])

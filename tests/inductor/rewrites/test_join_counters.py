@@ -5,6 +5,7 @@ import torch
 from fused_steps import compiled
 
 from mxcompile.inductor import why_no_inductor
+from mxcompile.inductor.rewrites import join_counters
 
 pytestmark = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 JOINED = torch.ops.aten._foreach_add.Scalar
@@ -51,3 +52,45 @@ def test_a_counter_that_is_read_after_it_advanced_stays():
     (a, b), calls = compiled(step, *args)
     assert JOINED not in calls
     assert (a.item(), b.item(), args[0].item(), args[1].item()) == (8, 6, 4, 3)
+
+
+def postponed(monkeypatch, function, *args):
+    """(how many counters advance at the end, names of the calls)"""
+    monkeypatch.setattr(join_counters, "DEVICE", "cpu")
+    results = []
+
+    def backend(module, _):
+        results.append(join_counters.postpone_counters(module.graph))
+        module.graph.lint()
+        module.recompile()
+        results.append([getattr(node.target, "__name__", node.target) for node in module.graph.nodes])
+        return module
+
+    torch.compiler.reset()
+    wanted_args = [arg.clone() for arg in args]
+    given, wanted = torch.compile(function, backend=backend, fullgraph=True)(*args), function(*wanted_args)
+    torch.testing.assert_close((given, args), (wanted, tuple(wanted_args)), rtol=0, atol=0)
+    return results
+
+
+def test_counters_advance_at_the_end(monkeypatch):
+    def step(x, a, b):
+        x = x * a
+        a.add_(1)
+        x = x * b
+        b.add_(1)
+        return x + 1
+
+    count, names = postponed(monkeypatch, step, torch.ones(3), torch.tensor(3), torch.tensor(5))
+    assert count == 2
+    assert names[-4:] == ["add", "add_", "add_", "output"]
+
+
+def test_a_counter_that_is_read_later_or_has_a_view_does_not_wait(monkeypatch):
+    def step(x, a, b):
+        view = b.view(1)
+        a.add_(1)
+        b.add_(1)
+        return x * a + view
+
+    assert postponed(monkeypatch, step, torch.ones(3), torch.tensor(3), torch.tensor(5))[0] == 0
