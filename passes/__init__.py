@@ -5,9 +5,11 @@ from typing import Final
 from mxcompile.passes.allocate import Allocate
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.diagnose import Diagnose
+from mxcompile.passes.distill import Distill
 from mxcompile.passes.fine_blocks import FineBlocks
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
+from mxcompile.passes.learn_rounding import LearnRounding
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.permute import Permute
 from mxcompile.passes.quantize_cache import QuantizeCache
@@ -27,8 +29,10 @@ PASSES: Final[dict[str, type[Pass]]] = {
     "allocate": Allocate,
     "quantize-cache": QuantizeCache,
     "gptq": Gptq,
+    "learn-rounding": LearnRounding,
     "round-weights": RoundWeights,
     "tune-vectors": TuneVectors,
+    "distill": Distill,
     "lower-mx": LowerMX,
     "fuse-mx-gemm": FuseMXGemm,
 }

@@ -20,6 +20,7 @@ import mxcompile
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.distillation import Distillation
 from mxcompile.calibration.ranks import alone, joined, ranks_of
+from mxcompile.calibration.trained_tensors import TrainedVectors
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
@@ -84,7 +85,7 @@ def trained() -> dict[str, Any]:
         distillation = Distillation(rounded, AlteredRun(rounded, {}), program)
         inputs = [Inputs((), batch) for batch in data]
         losses = [distillation.mean_loss(vectors, [batch]) for batch in inputs]
-        (after,) = distillation.train(vectors, inputs, 4, 4e-3, 1)
+        (after,) = distillation.train(TrainedVectors(vectors), inputs, 4, 4e-3, 1)
     return {"losses": losses, "vectors": after}
 
 

@@ -1,26 +1,25 @@
 """Knowledge distillation: train some tensors of a Program towards the outputs of another Program."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import SymInt, Tensor
 
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
-from mxcompile.calibration.finished_parts import load_part, save_part
+from mxcompile.calibration.losses import kl_divergence_sum
 from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import BoundBatch, Runner
+from mxcompile.calibration.run import BoundBatch, Runner, for_autograd
+from mxcompile.calibration.trained_tensors import TrainedTensors, Training
 from mxcompile.graph.binding import NodeValues, bind_inputs
 from mxcompile.graph.dataflow import compute_nodes, mutated_tensors
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 
-_ROWS, _SMALLEST_UNIT = 1024, 1e-3
 _ZEROS = "zeros only in the float model"
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Distillation:
@@ -104,14 +103,14 @@ class Distillation:
         return sum(loss for loss, _ in losses) / sum(weight for _, weight in losses) if losses else math.nan
 
     def train(
-        self, tensors: Mapping[str, Tensor], batches: Iterable[Inputs], steps: int, rate: float, snapshots: int
+        self, trained: TrainedTensors, batches: Iterable[Inputs], steps: int, rate: float, snapshots: int
     ) -> Iterator[dict[str, Tensor]]:
-        """Train `tensors` with Adam on a cosine schedule; each moves in units of its mean magnitude.
+        """Train tensors with Adam on a cosine schedule.
 
         Yields the trained tensors `snapshots` times, at equal distances, the last time after the last step. With a
         resume folder, training goes on after the last snapshot of an interrupted run.
         """
-        training = _Training(tensors, steps, rate)
+        training = Training(trained, steps, rate)
         ends = [steps * (index + 1) // snapshots for index in range(snapshots)]
         finished = 0
         for end in ends:
@@ -120,25 +119,34 @@ class Distillation:
                 break
             self.left_out.update(left_out | self.left_out)
             finished = end
-            yield training.detached()
+            yield trained.detached()
         for step, batch in enumerate(self._program.track(list(islice(cycle(batches), steps))), 1):
             if step <= finished:
                 continue
-            with torch.enable_grad():
-                self._student.tensors, self._student.gradients = training.moved(), True
-                loss = self.loss(batch)
-                training.optimizer.zero_grad()
-                if loss is not None and self._ranks.any(loss.requires_grad):
-                    if not torch.isfinite(loss):
-                        return  # diverged: what was yielded before is all that training gives
-                    if loss.requires_grad:
-                        loss.backward()  # pyright: ignore[reportUnknownMemberType]
-                    self._sum_gradients(training.trained)
-                training.optimizer.step()
-            training.schedule.step()
+            if not self._step(training, batch):
+                return  # diverged: what was yielded before is all that training gives
             if step in ends:
                 training.save(self._program, f"{step:05}", self.left_out)
-                yield training.detached()
+                yield trained.detached()
+
+    def _step(self, training: Training, batch: Inputs) -> bool:
+        """One step on one batch; returns whether the loss was finite."""
+        trained = training.trained
+        with torch.enable_grad():
+            self._student.tensors, self._student.gradients = trained.tensors(), True
+            loss = self.loss(batch)
+            training.optimizer.zero_grad()
+            if loss is not None and self._ranks.any(loss.requires_grad):
+                if not torch.isfinite(loss):
+                    return False
+                if loss.requires_grad:
+                    loss.backward()  # pyright: ignore[reportUnknownMemberType]
+                trained.collect_gradients()
+                self._sum_gradients(trained.parameters)
+            training.optimizer.step()
+        trained.keep_bounds()
+        training.schedule.step()
+        return True
 
     def _sum_gradients(self, tensors: Sequence[Tensor]) -> None:
         if self._ranks.count > 1:
@@ -185,7 +193,7 @@ class Distillation:
         """The compared outputs by name, without the rows that a mask hides."""
         every = output_nodes(program)
         outputs = {name: every[name] for name in self.outputs}
-        inputs = {n: _for_autograd(value) for n, value in self._own_rows(bind_inputs(program, batch)).items()}
+        inputs = {n: for_autograd(value) for n, value in self._own_rows(bind_inputs(program, batch)).items()}
         if any(isinstance(value, Tensor) and value.dim() and not len(value) for value in inputs.values()):
             return {}
         bound = BoundBatch.of(program, inputs)
@@ -199,8 +207,7 @@ class Distillation:
         if expected.isnan().any():
             return "NaN in the float model"
         if self._compared.is_logits(expected.shape):
-            rows = zip(expected.flatten(0, -2).split(_ROWS), actual.flatten(0, -2).split(_ROWS), strict=True)
-            return _Distance(torch.stack([_kl_divergence(*pair) for pair in rows]).sum(), expected[..., 0].numel())
+            return _Distance(kl_divergence_sum(expected, actual), expected[..., 0].numel())
         finite = expected.isfinite()
         energy = torch.where(finite, expected, 0.0).float().square().sum()
         return _Distance(torch.where(finite, actual - expected, 0.0).float().square().sum(), energy)
@@ -211,66 +218,3 @@ class _Distance(NamedTuple):
 
     error: Tensor
     unit: Tensor | int
-
-
-class _Training:
-    """Tensors in training: each is moved in units of its mean magnitude."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], steps: int, rate: float) -> None:
-        self._tensors = tensors
-        self._units = {name: t.abs().float().mean().clamp(min=_SMALLEST_UNIT) for name, t in tensors.items()}
-        self._moves = {n: torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for n, t in tensors.items()}
-        self.optimizer = torch.optim.Adam(self._moves.values(), lr=rate)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """The moves, which get gradients."""
-        return list(self._moves.values())
-
-    def moved(self) -> dict[str, Tensor]:
-        """The tensors as they are trained so far; gradients reach the moves."""
-        return {n: (t.float() + self._units[n] * self._moves[n]).to(t.dtype) for n, t in self._tensors.items()}
-
-    def detached(self) -> dict[str, Tensor]:
-        """The same without gradients."""
-        return {name: tensor.detach() for name, tensor in self.moved().items()}
-
-    def save(self, program: Program, part: str, left_out: Mapping[str, str]) -> None:
-        """Save the state in the resume folder. left_out: to be saved with it."""
-        tensors: dict[str, Tensor] = {f"move.{name}": move for name, move in self._moves.items()}
-        for name, move in self._moves.items():
-            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[move].items()}
-        rate = self.optimizer.param_groups[0]["lr"]
-        save_part(program, part, tensors, [{"lr": rate, "schedule": self.schedule.state_dict()}, left_out])
-
-    def load(self, program: Program, part: str) -> dict[str, str] | None:
-        """Go back to a saved state; returns what was saved with it, None if there is none."""
-        saved = load_part(program, part)
-        if saved is None:
-            return None
-        tensors, (state, left_out) = saved
-        for name, move in self._moves.items():
-            with torch.no_grad():
-                move.copy_(tensors[f"move.{name}"])
-            own = {key: tensors[f"{key}.{name}"] for key in _ADAM if f"{key}.{name}" in tensors}
-            self.optimizer.state[move] = {k: v if k == "step" else v.to(move.device) for k, v in own.items()}
-        self.schedule.load_state_dict(state["schedule"])
-        self.optimizer.param_groups[0]["lr"] = state["lr"]
-        return left_out
-
-
-def _for_autograd(value: Any) -> Any:
-    """A copy of a tensor that was made in inference mode, which autograd cannot save."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def straight_through(prepare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """prepare(x) in the forward pass, the identity in the backward pass (straight-through estimator)."""
-    return x + (prepare(x.detach()) - x.detach())
-
-
-def _kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
-    """KL(expected || actual) in nats, summed over rows of logits `[tokens, vocabulary]`."""
-    log_p, log_q = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
-    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum()

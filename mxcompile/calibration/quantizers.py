@@ -1,6 +1,6 @@
 """Quantize-dequantize of weights and matmul inputs as in the lowered model, for searches and training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,3 +50,16 @@ def input_roundings(
     formats = {matmul: input_format(program, matmul, default) for matmul in matmuls}
     functions = {fmt: partial(round_input, fmt) for fmt in {*formats.values()}}
     return {matmul: functions[fmt] for matmul, fmt in formats.items()}
+
+
+def trainable_roundings(
+    roundings: Mapping[Matmul, Callable[[Tensor], Tensor]],
+) -> dict[Matmul, Callable[[Tensor], Tensor]]:
+    """The same functions with gradients that pass the rounding (`straight_through`), one object for each of them."""
+    functions = {function: partial(straight_through, function) for function in {*roundings.values()}}
+    return {matmul: functions[function] for matmul, function in roundings.items()}
+
+
+def straight_through(prepare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """prepare(x) in the forward pass, the identity in the backward pass (straight-through estimator)."""
+    return x + (prepare(x.detach()) - x.detach())

@@ -149,6 +149,11 @@ class Runner(Interpreter):
         return value.clone() if self.gradients and value.is_inference() else value.detach()
 
 
+def for_autograd(value: Any) -> Any:
+    """A copy of a tensor that was made in inference mode, which autograd cannot save; any other value as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
 def feed_observers(observers: Observers, visibility: Visibility) -> Callable[[Node, Any], None]:
     """An `on_value` callback for `Runner.run_nodes` that updates the observers of each node with its visible rows."""
 

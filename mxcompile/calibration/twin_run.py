@@ -17,6 +17,7 @@ from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.expert_moments import ExpertStatistics, expert_offsets, expert_rows, rows_of_all
 from mxcompile.calibration.not_finite import check_statistics
 from mxcompile.calibration.ranks import ranks_of
+from mxcompile.calibration.run import BoundBatch
 from mxcompile.calibration.second_moments import SecondMoments, residual_operand, sum_moments
 from mxcompile.calibration.sweep import Sweep
 from mxcompile.graph.binding import NodeValues
@@ -42,6 +43,7 @@ class TwinRun:
         self._twins: dict[Segment, Segment] = {}
         self._nodes: dict[str, Node] = {}
         self._exact: Sweep | None = None
+        self._exact_passed: Segment | None = None
         if with_exact:
             self._copy = copy = program.copy()
             names = {matmul.node.name for matmul in matmuls}
@@ -53,9 +55,38 @@ class TwinRun:
     def advance(self, segment: Segment) -> None:
         """Run all batches through a segment, with its weights as they are now."""
         self._rounded.advance(segment)
-        if self._exact is not None:
+        self._advance_exact(segment)
+
+    def _advance_exact(self, segment: Segment) -> None:
+        if self._exact is not None and self._exact_passed is not segment:
+            self._exact_passed = segment
             self._exact.advance(self._twins[segment])
             self._free_weights(self._twins[segment])
+
+    @property
+    def batches(self) -> list[BoundBatch]:
+        """The batches of this process in the quantized model, behind the last segment or where `moments` has advanced
+        them to; `ready` brings them to the device."""
+        return list(self._rounded.batches)
+
+    def exact_batches(self, segment: Segment) -> list[BoundBatch]:
+        """The same batches in the exact model, behind a segment; there are no `moments` of it afterwards."""
+        assert self._exact is not None
+        self._advance_exact(segment)
+        return list(self._exact.batches)
+
+    def ready(self, batch: BoundBatch) -> BoundBatch:
+        """A batch with its values on the device."""
+        return self._rounded.ready(batch)
+
+    @property
+    def exact(self) -> Program:
+        """The exact model, without the weights of passed segments."""
+        return self._copy
+
+    def exact_node(self, node: Node) -> Node:
+        """The node of the exact model that computes the same value."""
+        return self._nodes[node.name]
 
     def moments(
         self,

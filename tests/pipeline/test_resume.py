@@ -191,6 +191,8 @@ EVERY_PASS = {
     "awq-fold": f"awq-fold{{{FORMATS},through_linears=true}}",
     "rotate": "rotate{weight=mxfp4,activation=mxfp4}",
     "tune-vectors": "round-weights{format=mxint4} | tune-vectors{steps=8,rate=1e-4}",
+    "learn-rounding": "learn-rounding{format=mxint4,start=nearest,steps=2}",
+    "distill": "round-weights{format=mxint4} | distill{train=weights,steps=4,snapshots=2}",
     "lower-mx": f"lower-mx{{{FORMATS}}}",
     "gptq": f"awq-fold{{{FORMATS}}} | gptq{{format=mxint4,activation=mxint8}} | lower-mx{{{FORMATS}}}",
 }

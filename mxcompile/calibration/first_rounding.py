@@ -1,0 +1,63 @@
+"""How weights are rounded before they are trained: by GPTQ, or to nearest with scales weighted by importance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxcompile.analysis.matmuls import Matmul
+from mxcompile.calibration.second_moments import SecondMoments
+from mxcompile.formats import MXFormat, ScaleRule
+from mxcompile.numerics.column_rounding import ColumnOrder, ColumnRounding, IllConditionedError
+from mxcompile.numerics.importance import floored, round_rows
+from mxcompile.numerics.reference import largest_exponent
+
+
+@dataclass(frozen=True)
+class FirstRounding:
+    """gptq: round column by column, later columns compensate earlier ones; otherwise to nearest. damping, correction:
+    as of the pass `gptq`.
+    """
+
+    gptq: bool
+    damping: float
+    correction: float
+
+    def round(
+        self, weights: Mapping[Matmul, Tensor], moments: SecondMoments, fmt: MXFormat
+    ) -> tuple[dict[Matmul, tuple[Tensor, Tensor]], Tensor, str | None]:
+        """Round all weights `[out, in]` that read one value.
+
+        Returns values and scales of each, the importance of their input channels `[in]`, and why they have been rounded
+        to nearest although GPTQ was asked for, or None.
+        """
+        importance = floored(moments.inputs.diagonal() / max(1, moments.tokens))
+        reason, pair = None, None
+        if self.gptq and moments.tokens:
+            try:
+                pair = self._columns(weights, moments, fmt)
+            except IllConditionedError as error:
+                reason = str(error)
+        pair = pair or round_rows(torch.cat([*weights.values()]), fmt, ScaleRule.MSE, importance)
+        sizes = [len(rows) for rows in weights.values()]
+        parts = zip(weights, *(part.split(sizes) for part in pair), strict=True)
+        return {m: (v.to(weights[m].dtype), scales) for m, v, scales in parts}, importance, reason
+
+    def _columns(
+        self, weights: Mapping[Matmul, Tensor], moments: SecondMoments, fmt: MXFormat
+    ) -> tuple[Tensor, Tensor]:
+        named = {matmul.node.name: rows for matmul, rows in weights.items()}
+        largest = min(largest_exponent(rows.dtype) for rows in named.values())
+        rounding = ColumnRounding(fmt, self.damping, ColumnOrder.BLOCKS, None, 0, 0, largest)
+        return rounding.round(moments.target(named, self.damping, self.correction), moments.inputs)
+
+
+def by_input(
+    weights: Sequence[Matmul], formats: Mapping[Matmul, MXFormat], prepare: Mapping[Matmul, object]
+) -> list[list[Matmul]]:
+    """Matmuls grouped by input value and the formats of both."""
+    groups: dict[tuple[object, ...], list[Matmul]] = {}
+    for matmul in weights:
+        groups.setdefault((matmul.activation, formats[matmul], prepare[matmul]), []).append(matmul)
+    return list(groups.values())

@@ -1,0 +1,221 @@
+"""Train the weights of one segment, rounded at every step, towards the outputs of the exact model.
+
+Batches enter the segment as the quantized model has them (`TwinRun`). The target is the exact model's output, or what
+the float weights would make of the same input, or a value between the two; for the last segment it may be the model's
+predictions. An eighth of the batches is held out, and decides which state is kept.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LinearLR
+
+from mxcompile.analysis.matmuls import Matmul
+from mxcompile.analysis.segments import Segment
+from mxcompile.calibration.altered_run import AlteredRun, Prepare
+from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
+from mxcompile.calibration.latent_weights import LatentWeight, Trained
+from mxcompile.calibration.losses import capped_error, kl_divergence_sum
+from mxcompile.calibration.run import BoundBatch, Runner, for_autograd
+from mxcompile.calibration.twin_run import TwinRun
+from mxcompile.graph.dataflow import compute_nodes
+from mxcompile.graph.program import Program
+
+_CHECKS = 4  # how often the held-out batches are looked at
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """steps: of `batch` calibration batches each. rate: of the optimizer at first; it falls to zero linearly.
+
+    target: 1: the exact model's outputs; 0: those of the float weights on the quantized model's inputs. dropped: share
+    of the tokens, those with the largest errors, that a step ignores. choices: how often scales are chosen anew.
+    """
+
+    trained: Trained
+    steps: int
+    rate: float
+    batch: int
+    target: float
+    dropped: float
+    choices: int
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The loss on the held-out batches before and after training, NaN without such batches."""
+
+    before: float
+    after: float
+
+
+class SegmentOutputs:
+    """What a segment is trained towards: the values that later nodes read.
+
+    `expect` gathers the targets; before it, the weights that `float_weights` names must not have been trained.
+    """
+
+    def __init__(self, program: Program, twin_run: TwinRun, segment: Segment) -> None:
+        self.nodes: Sequence[Node] = segment.nodes
+        self._program, self._twin_run, self._segment = program, twin_run, segment
+        self.outputs: Sequence[Node] = tuple(n for n in segment.outputs if _is_float(n))
+        self._targets: list[dict[Node, Tensor]] = []
+
+    def expect(self, batches: Sequence[BoundBatch], float_weights: Mapping[str, Tensor], share: float) -> None:
+        """Compute the targets of all batches. share: as `TrainingPlan.target`."""
+        exact = self._twin_run.exact_batches(self._segment)
+        runner = AlteredRun(self._program, {}, float_weights)
+        for batch, other in zip(batches, exact, strict=True):
+            ready, targets = self._twin_run.ready(batch), self._twin_run.ready(other).values
+            exact_values = {node: targets.get(self._twin_run.exact_node(node)) for node in self.outputs}
+            if share < 1:
+                own = runner.run_nodes(self.nodes, ready.fork(self.nodes), None, self.outputs)
+                self._targets.append({n: _between(own[n], exact_values[n], share) for n in self.outputs})
+            else:
+                self._targets.append({n: value for n, value in exact_values.items() if value is not None})
+
+    def ready(self, batch: BoundBatch) -> BoundBatch:
+        """A batch to be run with gradients, its values on the device."""
+        ready = self._twin_run.ready(batch).fork(self.nodes)
+        return replace(ready, values={node: for_autograd(value) for node, value in ready.values.items()})
+
+    def loss(self, index: int, batch: BoundBatch, values: Mapping[Node, Tensor], dropped: float) -> Tensor:
+        """The loss of one batch; `values`: of the outputs, of a run of the nodes."""
+        losses: list[Tensor] = []
+        for node, target in self._targets[index].items():
+            if target.shape == values[node].shape:
+                rows = [batch.visibility.rows(node, value) for value in (target, values[node])]
+                losses.append(capped_error(rows[0], rows[1], dropped))
+        return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+class Predictions(SegmentOutputs):
+    """What the last segment is trained towards: the logits of the model."""
+
+    def __init__(self, program: Program, twin_run: TwinRun, segment: Segment) -> None:
+        super().__init__(program, twin_run, segment)
+        compared = ComparedOutputs(twin_run.exact)
+        passed = {node for other in twin_run.segments for node in other.nodes}
+        tail = [node for node in compute_nodes(program.graph.nodes) if node not in passed]
+        self.nodes = (*segment.nodes, *tail)
+        names = [name for name, node in compared.nodes.items() if compared.is_logits(node.meta["val"].shape)]
+        self.outputs = tuple(output_nodes(program)[name] for name in names)
+        self._tail = [twin_run.exact_node(node) for node in tail]
+        self._exact: list[BoundBatch] = []
+
+    def expect(self, batches: Sequence[BoundBatch], float_weights: Mapping[str, Tensor], share: float) -> None:
+        """Keep the exact model's batches behind the segment."""
+        del batches, float_weights, share
+        self._exact = self._twin_run.exact_batches(self._segment)
+
+    def loss(self, index: int, batch: BoundBatch, values: Mapping[Node, Tensor], dropped: float) -> Tensor:
+        """Mean KL(exact || now) of the visible tokens."""
+        del dropped
+        exact, twins = self._twin_run.ready(self._exact[index]), map(self._twin_run.exact_node, self.outputs)
+        expected = Runner(self._twin_run.exact).run_nodes(self._tail, exact.fork(self._tail), None, twins)
+        losses: list[Tensor] = []
+        for node, target in zip(self.outputs, expected.values(), strict=True):
+            rows = [batch.visibility.rows(node, value) for value in (target, values[node])]
+            losses.append(kl_divergence_sum(rows[0], rows[1]) / max(1, rows[0][..., 0].numel()))
+        return torch.stack(losses).sum()
+
+
+class SegmentTraining:
+    """weights: those in training, by matmul. importance: of their input channels, by the weights' names.
+
+    batches: as they enter the segment. aim: what they are trained towards, which has its targets.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[Matmul, LatentWeight],
+        importance: Mapping[str, Tensor],
+        prepare: Mapping[Matmul, Prepare],
+        batches: Sequence[BoundBatch],
+        aim: SegmentOutputs,
+        plan: TrainingPlan,
+    ) -> None:
+        self._weights, self._importance, self._aim, self._plan = weights, importance, aim, plan
+        self._batches = list(batches)
+        self._student, self._prepare = AlteredRun(program, prepare), prepare
+
+    def train(self) -> HeldOutLoss:
+        """Train, and leave the weights in the state with the least loss on the held-out batches."""
+        held = range(len(self._batches) - max(1, len(self._batches) // 8), len(self._batches))
+        if len(self._batches) < 2:
+            return HeldOutLoss(math.nan, math.nan)
+        before = least = self._mean_loss(held)
+        best = {matmul: weight.state() for matmul, weight in self._weights.items()}
+        for _ in self._steps(held.start):
+            loss = self._mean_loss(held)
+            if loss < least:
+                least, best = loss, {matmul: weight.state() for matmul, weight in self._weights.items()}
+        for matmul, weight in self._weights.items():
+            weight.restore(best[matmul])
+        return HeldOutLoss(before, least)
+
+    def _steps(self, count: int) -> Iterator[int]:
+        """Train on the first `count` batches; yields the steps done, `_CHECKS` times."""
+        plan, parameters = self._plan, [weight.parameter for weight in self._weights.values()]
+        optimizer = (SGD if plan.trained is Trained.ROUNDING else Adam)(parameters, lr=plan.rate)
+        schedule = LinearLR(optimizer, 1.0, 0.0, plan.steps)
+        order = cycle(range(count))
+        checks, choices = _ends(plan.steps, _CHECKS), _ends(plan.steps, plan.choices + 1)[:-1]
+        for step in range(1, plan.steps + 1):
+            self._backward(list(islice(order, plan.batch)))
+            optimizer.step()
+            schedule.step()
+            for matmul, weight in self._weights.items():
+                weight.keep_bound()
+                if step in choices:
+                    weight.choose_exponents(self._importance[matmul.parameter])
+            if step in checks:
+                yield step
+
+    def _backward(self, indices: Sequence[int]) -> None:
+        """Give all weights the gradient of the loss on some batches."""
+        rounded = {matmul: weight.values().requires_grad_() for matmul, weight in self._weights.items()}
+        for index in indices:
+            loss = self._loss(index, rounded, gradients=True)
+            if loss.requires_grad:
+                loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        for matmul, weight in self._weights.items():
+            values = rounded[matmul]
+            weight.backward(torch.zeros_like(values) if values.grad is None else values.grad)
+
+    def _mean_loss(self, indices: Sequence[int]) -> float:
+        """The weighted mean of the losses on some batches."""
+        rounded = {matmul: weight.values() for matmul, weight in self._weights.items()}
+        total = sum(self._loss(index, rounded, gradients=False).item() for index in indices)
+        return total / sum(self._batches[index].visibility.weight for index in indices)
+
+    def _loss(self, index: int, rounded: Mapping[Matmul, Tensor], *, gradients: bool) -> Tensor:
+        tensors = {matmul.parameter: matmul.rows(values) for matmul, values in rounded.items()}
+        self._student.change(self._prepare, tensors)
+        self._student.gradients = gradients
+        with torch.set_grad_enabled(gradients):
+            batch = self._aim.ready(self._batches[index])
+            values = self._student.run_nodes(self._aim.nodes, batch, None, self._aim.outputs)
+            dropped = self._plan.dropped if gradients else 0.0
+            return self._aim.loss(index, batch, values, dropped) * batch.visibility.weight
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _between(own: Tensor, exact: Tensor | None, share: float) -> Tensor:
+    return own if exact is None or exact.shape != own.shape else own.lerp(exact, share)
+
+
+def _ends(steps: int, parts: int) -> list[int]:
+    """The steps at the ends of so many equal parts."""
+    return [steps * (index + 1) // parts for index in range(parts)]
