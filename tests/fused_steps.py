@@ -9,7 +9,14 @@ import torch
 from torch._inductor.utils import fresh_cache
 
 from mxcompile.inductor import backend
-from mxcompile.inductor.rewrites import fuse_gate, fuse_next_token, fuse_norm, join_counters, join_linears
+from mxcompile.inductor.rewrites import (
+    fuse_gate,
+    fuse_next_token,
+    fuse_norm,
+    fuse_packed_next,
+    join_counters,
+    join_linears,
+)
 
 
 class Recorded(backend.FuseMX):
@@ -32,6 +39,7 @@ def as_on_a_gpu() -> Iterator[None]:
         for module in (fuse_norm, fuse_gate):
             patch.setattr(module, "why_no_small_kernel", lambda *_: None)
         patch.setattr(fuse_next_token, "why_no_attention", lambda *_: None)
+        patch.setattr(fuse_packed_next, "why_no_packed_attention", lambda *_: None)
         patch.setattr(join_counters, "DEVICE", "cpu")
         patch.setattr(join_linears, "_on_cpu", lambda _: False)  # whose call does the rounding itself
         yield

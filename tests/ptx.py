@@ -55,8 +55,7 @@ def _result(name: str, operands: list[Tensor]) -> Tensor:
         case "add.u32":
             result = a + b
         case "lop3.b32":
-            assert table == 0xEA
-            result = (a & b) | c
+            result = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c}[int(table)]
         case "prmt.b32":
             result = _permuted(a, b, c)
         case "fma.rn.bf16x2":

@@ -24,10 +24,19 @@ from mxcompile.formats import MXINT8, MXFormat, ScaleRule
 from mxcompile.kernels.gluon import fp8_linear, planes_kernel
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout
-from mxcompile.kernels.triton import attention, expert_slices, expert_sums, grouped_planes, held_planes, quantize
+from mxcompile.kernels.triton import (
+    attention,
+    expert_slices,
+    expert_sums,
+    grouped_planes,
+    held_planes,
+    packed_attention,
+    quantize,
+)
 from mxcompile.kernels.triton import planes_linear as triton_planes
 from mxcompile.kernels.triton.gates import gate_constants
 from mxcompile.numerics.gates import Gate
+from mxcompile.numerics.packed_attention import PackedStates
 
 SHARED_BYTES: Final = 232448
 """Shared memory that one program may have on an H100."""
@@ -171,6 +180,23 @@ def attention_report(dtype: str, size: int, group: int, next_token: bool = False
     types |= {"query_strides": ("i32",) * 2}
     compiled = _compiled(attention.attend_kernel, constants, types, attention.options(config))
     return _report(compiled, lambda _: []), config
+
+
+def packed_attention_report(fmt: MXFormat) -> tuple[Report, attention.Config]:
+    """triton/packed_attention.py for Llama-3-8B's heads and 32768 tokens, with a mask, and its own config."""
+    sizes = (fmt.blocks(128) * fmt.block_bytes, fmt.blocks(128))
+    parts = [torch.empty(0, 8, 32768, size, dtype=torch.uint8) for size in sizes]
+    states = PackedStates(*parts, fmt, 128)
+    config = packed_attention.config_for(32768, 8, states, states, True)
+    constants = packed_attention.constants(fmt, fmt, (128, 128), (8, 4, 1), config, (True, True))
+    constants |= {"MASK": "bool", "MASK_OF_ROWS": False, "INTERPRETED": False}
+    constants |= quantize.rounding_constants(None, torch.bfloat16)
+    types: dict[str, Any] = {"query": "*bf16", "result": "*bf16", "mask": "*u8", "scratch": "*fp32", "counters": "*i32"}
+    types |= {"states": ("*i16", "*i32", "*i16", "*i32"), "scale": "fp32", "query_strides": ("i32",) * 3}
+    types |= {"batch_strides": ("i32",) * 4, "head_strides": ("i32",) * 4}
+    types |= {"strides": ("i32", "constexpr") * 2, "mask_strides": ("i32", "i32", "i32", "constexpr")}
+    compiled = _compiled(packed_attention.attend_packed_kernel, constants, types, attention.options(config))
+    return _report(compiled, lambda loops: max(loops, key=len, default=[])), config
 
 
 def grouped_report(

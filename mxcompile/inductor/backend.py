@@ -37,6 +37,7 @@ from mxcompile.inductor.rewrites.fuse_gate import fuse_gates
 from mxcompile.inductor.rewrites.fuse_next_token import fuse_next_token
 from mxcompile.inductor.rewrites.fuse_norm import fuse_norms
 from mxcompile.inductor.rewrites.fuse_packed_attention import fuse_packed_attention
+from mxcompile.inductor.rewrites.fuse_packed_next import fuse_packed_next
 from mxcompile.inductor.rewrites.join_counters import join_counters
 from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.inductor.split_graph import compile_in_pieces
@@ -63,6 +64,7 @@ class FuseMX(CustomGraphPass):
         result = fuse(graph)
         join_linears(graph)
         fuse_packed_attention(graph)
+        fuse_packed_next(graph)
         decompose_packing(graph)
         decompose_attention(graph)
         fuse_attention(graph)

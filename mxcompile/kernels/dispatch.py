@@ -208,7 +208,50 @@ def attend_next(
 
 def attend_packed(query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, scale: float) -> Tensor:
     """See `numerics/packed_attention.py`."""
+    if why_no_packed_attention(query, keys, values, mask) is None:
+        kernel: Any = _triton("triton.packed_attention", query)
+        return kernel.attend(query, keys, values, mask, scale)
     return packed_attention.attend_packed(query, keys, values, mask, scale)
+
+
+def why_no_packed_attention(
+    query: Tensor,
+    keys: PackedStates,
+    values: PackedStates,
+    mask: Tensor | None,
+    rounding: tuple[MXFormat, ScaleRule] | None = None,
+) -> str | None:
+    """None if a kernel runs `attend_packed`, with that rounding of the result, else the reason."""
+    kernel = _triton("triton.packed_attention", query)
+    if kernel is None:
+        return "runs on a GPU" if query.device.type == "cpu" else TRITON_MISSING
+    return kernel.supports(query, keys, values, mask, rounding)
+
+
+def attend_packed_next(
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    states: tuple[PackedStates, PackedStates],
+    rules: tuple[ScaleRule, ScaleRule],
+    position: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    scale: float,
+    rounding: tuple[MXFormat, ScaleRule] | None,
+) -> Tensor:
+    """`append_packed` and `attend_packed` of `numerics/packed_attention.py`, two launches on a GPU; the result is then
+    quantized and dequantized."""
+    append = _triton("triton.append_packed", query)
+    pairs = zip(states, rules, strict=True)
+    if append is not None and all(append.supports(query, side, rule) is None for side, rule in pairs):
+        query = append.append(query, new, states, rules, position, rotation)
+    else:
+        query = packed_attention.append_packed(query, new, states, rules, position, rotation)
+    if why_no_packed_attention(query, *states, mask, rounding) is None:
+        kernel: Any = _triton("triton.packed_attention", query)
+        return kernel.attend(query, *states, mask, scale, None, rounding)
+    y = attend_packed(query, *states, mask, scale)
+    return y if rounding is None else quantize_dequantize(y, *rounding)
 
 
 def add_norm(

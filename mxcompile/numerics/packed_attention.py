@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFormat
+from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.numerics import packing, reference
+from mxcompile.numerics.next_token import rotate
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,30 @@ def attend_packed(query: Tensor, keys: PackedStates, values: PackedStates, mask:
         scores = scores + added.expand(batch, heads, queries, tokens).reshape(scores.shape)
     weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
     return (weights @ values.values(torch.float32)).reshape(batch, heads, queries, values.size).to(query.dtype)
+
+
+def append_packed(
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    states: tuple[PackedStates, PackedStates],
+    rules: tuple[ScaleRule, ScaleRule],
+    position: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Round a key and a value, `[batch, kv_heads, 1, size]`, and write them to packed ones at `position`, in place.
+
+    rotation: cos and sin `[batch or 1, 1, 1, size]`, by which the query `[batch, heads, 1, size]` and the key are
+    rotated first; None if they are already. Returns the query.
+    """
+    key, value = new
+    if rotation is not None:
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
+    index = position.reshape(1).to(torch.int64)
+    for part, side, rule in zip((key, value), states, rules, strict=True):
+        codes, scales = reference.quantize(part, side.fmt, rule)
+        side.elements.index_copy_(2, index, packing.pack(codes, side.fmt))
+        side.scales.index_copy_(2, index, scales)
+    return query
 
 
 def check_shapes(query: Tensor, keys: PackedStates, values: PackedStates) -> None:

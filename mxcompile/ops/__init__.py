@@ -20,6 +20,9 @@
                                                                      of a few queries, over packed keys and values
     mx::cached_attention(query, key, value, mask, scale, is_causal, cache, prompt_length) -> y
                                                                      of whole texts, as a cache of that format gives it
+    mx::attend_packed_next(query, key, value, keys, key_scales, values, value_scales, position, cos, sin, mask, scale,
+                           key_format, key_rule, value_format, value_rule, format, rule) -> y
+                                                                     RoPE, rounding and write to the cache, then that
     mx::grouped_linear(x, experts, elements, scales, bias, format, planes) -> y
                                                                      rows of x times the experts chosen for them
     mx::experts(x, experts, weights, up, up_bias, down, down_bias, up_format, down_format, gate, activation, rule,
@@ -70,3 +73,4 @@ GATE_PRODUCT = torch.ops.mx.gate_product.default
 ATTEND_NEXT = torch.ops.mx.attend_next.default
 ATTEND_PACKED = torch.ops.mx.attend_packed.default
 CACHED_ATTENTION = torch.ops.mx.cached_attention.default
+ATTEND_PACKED_NEXT = torch.ops.mx.attend_packed_next.default

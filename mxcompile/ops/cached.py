@@ -7,7 +7,7 @@ from mxcompile.kernels import dispatch
 from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.numerics.cached_attention import cached_attention as reference
 from mxcompile.numerics.packed_attention import PackedStates
-from mxcompile.ops.library import define, format_of
+from mxcompile.ops.library import define, format_of, rounding_of, rule_of
 
 
 def attend_packed(
@@ -26,6 +26,41 @@ def attend_packed(
     packed_keys = PackedStates(keys, key_scales, format_of(key_format), query.shape[3])
     packed_values = PackedStates(values, value_scales, format_of(value_format), size)
     return dispatch.attend_packed(query, packed_keys, packed_values, mask, scale)
+
+
+def attend_packed_next(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    key_scales: Tensor,
+    values: Tensor,
+    value_scales: Tensor,
+    position: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    key_format: str,
+    key_rule: str,
+    value_format: str,
+    value_rule: str,
+    format: str | None,
+    rule: str | None,
+) -> Tensor:
+    """Round the key and value of the next token, write them to the cache, then attend to all of it, its own included.
+
+    position: one integer. cos, sin: of RoPE on halves, for query and key; None if they are rotated. The result is
+    quantized and dequantized as `format` and `rule` say, if given. See `numerics/packed_attention.py`.
+    """
+    states = (
+        PackedStates(keys, key_scales, format_of(key_format), key.shape[3]),
+        PackedStates(values, value_scales, format_of(value_format), value.shape[3]),
+    )
+    rotation = None if cos is None or sin is None else (cos, sin)
+    rules = (rule_of(key_rule), rule_of(value_rule))
+    new, rounding = (key, value), rounding_of(format, rule)
+    return dispatch.attend_packed_next(query, new, states, rules, position, rotation, mask, scale, rounding)
 
 
 def _fake_attend_packed(
@@ -47,6 +82,39 @@ def _fake_attend_packed(
     heads, kv_heads = query.shape[1], keys.shape[1]
     check(heads % kv_heads == 0, lambda: f"{heads} query heads cannot share {kv_heads} KV heads")
     return query.new_empty((*query.shape[:3], size))
+
+
+def _fake_attend_packed_next(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    key_scales: Tensor,
+    values: Tensor,
+    value_scales: Tensor,
+    position: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    key_format: str,
+    key_rule: str,
+    value_format: str,
+    value_rule: str,
+    format: str | None,
+    rule: str | None,
+) -> Tensor:
+    del key_rule, value_rule
+    check((cos is None) == (sin is None), lambda: "cos and sin must be given together")
+    check((format is None) == (rule is None), lambda: "format and rule must be given together")
+    check(query.dim() == 4 and query.shape[2] == 1, lambda: "mx::attend_packed_next takes one query per head")
+    for new, cache in ((key, keys), (value, values)):
+        fits = new.dim() == 4 and new.shape[2] == 1 and new.shape[1] == cache.shape[1]
+        check(fits, lambda: "the next token's keys and values do not fit the cache")
+    check(position.numel() == 1, lambda: "the position of the next token is one number")
+    size = value.shape[3]
+    packed = (keys, key_scales, values, value_scales)
+    return _fake_attend_packed(query, *packed, mask, scale, key_format, value_format, size)
 
 
 def _check_packed(elements: Tensor, scales: Tensor, format: str, size: int) -> None:
@@ -101,4 +169,11 @@ define(
     "int prompt_length) -> Tensor",
     cached_attention,
     _fake_cached_attention,
+)
+define(
+    "attend_packed_next(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) key_scales, "
+    "Tensor(c!) values, Tensor(d!) value_scales, Tensor position, Tensor? cos, Tensor? sin, Tensor? mask, float scale, "
+    "str key_format, str key_rule, str value_format, str value_rule, str? format, str? rule) -> Tensor",
+    attend_packed_next,
+    _fake_attend_packed_next,
 )

@@ -43,6 +43,10 @@ _MODULES = (
     "norm",
     "gate_product",
     "append_token",
+    "packed_states",
+    "packed_attention_kernel",
+    "packed_attention",
+    "append_packed",
 )
 
 
@@ -61,10 +65,19 @@ def interpreted() -> Iterator[SimpleNamespace]:
         _round_to_e4m3(patch)
         # The interpreter recognizes Triton's own maximum and sum; it calls others once per element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
-        for name in ("quantize", "align", "attention_kernel", "grouped_planes", "gate_rows"):
+        for name in (
+            "quantize",
+            "align",
+            "attention_kernel",
+            "packed_attention_kernel",
+            "append_packed",
+            "grouped_planes",
+            "gate_rows",
+        ):
             patch.setattr(copies[name], "_maximum", standard._elementwise_max)
         for name in (
             "attention_kernel",
+            "packed_attention_kernel",
             "expert_slices",
             "expert_sums",
             "grouped_planes",
@@ -74,7 +87,15 @@ def interpreted() -> Iterator[SimpleNamespace]:
         ):
             patch.setattr(copies[name], "_sum", standard._sum_combine)
         names = ("align", "attention", "dequantize", "grouped_planes", "expert_sums", "routing", "gate_rows")
-        names += ("norm", "gate_product", "append_token", "held_planes")
+        names += (
+            "norm",
+            "gate_product",
+            "append_token",
+            "held_planes",
+            "packed_attention",
+            "packed_states",
+            "append_packed",
+        )
         others = {name: copies[name] for name in names}
         yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)
 

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, MXINT4, MXINT8, MXFormat, activation_rule
+from mxcompile.numerics.next_token import rotate
 from mxcompile.numerics.packed_attention import PackedStates, attend_packed
-from mxcompile.ops import ATTEND_PACKED, DEQUANTIZE, QUANTIZE
+from mxcompile.ops import ATTEND_PACKED, ATTEND_PACKED_NEXT, DEQUANTIZE, QUANTIZE, QUANTIZE_DEQUANTIZE
 
 
 def packed(states: Tensor, fmt: MXFormat) -> PackedStates:
@@ -79,6 +80,29 @@ def test_the_operator_is_its_definition_in_every_dtype() -> None:
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(y, attend_packed(query, keys, values, None, 0.2), rtol=2 * eps, atol=1e-6)
         torch.library.opcheck(ATTEND_PACKED, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_the_next_token_is_rotated_rounded_written_and_attended_to(turns: bool) -> None:
+    query, key, value = tensors(2, 4, 2, 1, 12, 64)
+    keys, values = packed(key, MXINT8), packed(value, MXINT4)
+    new = [part[:, :, 3:4] + 1 for part in (key, value)]
+    angles = torch.linspace(0, 3, 32).repeat(2).view(1, 1, 1, 64)
+    rotation = (angles.cos(), angles.sin()) if turns else (None, None)
+    states = [part for each in (keys, values) for part in (each.elements, each.scales)]
+    expected = [part.clone() for part in states]
+    turned = [rotate(part, angles.cos(), angles.sin()) if turns else part for part in (query, new[0])]
+    for i, (part, fmt) in enumerate(((turned[1], "mxint8"), (new[1], "mxint4"))):
+        for into, rows in zip(expected[2 * i : 2 * i + 2], QUANTIZE(part, fmt, "floor"), strict=True):
+            into[:, :, 7] = rows[:, :, 0]
+    mask = torch.arange(12) <= 7
+    formats = ("mxint8", "floor", "mxint4", "floor", "mxfp8_e4m3", "even")
+    args = (query, *new, *states, torch.tensor([7]), *rotation, mask, 0.2, *formats)
+    torch.library.opcheck(ATTEND_PACKED_NEXT, args, test_utils=("test_schema", "test_faketensor"))
+    y = ATTEND_PACKED_NEXT(*args)
+    assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
+    plain = ATTEND_PACKED(turned[0], *expected, mask, 0.2, "mxint8", "mxint4", 64)
+    assert torch.equal(y, QUANTIZE_DEQUANTIZE(plain, "mxfp8_e4m3", "even"))
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

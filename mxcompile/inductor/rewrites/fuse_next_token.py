@@ -8,13 +8,14 @@ The operator writes to the cache where the graph has a functional `index_put` an
 nothing else may read the cache in between.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from mxcompile.formats import parse_format, parse_scale_rule
+from mxcompile.formats import MXFormat, ScaleRule, parse_format, parse_scale_rule
 from mxcompile.graph.dataflow import operand, shapes_are_equal
 from mxcompile.graph.edit import create_call
 from mxcompile.inductor.rewrites.decompose_attention import erase_unread
@@ -27,7 +28,7 @@ _IOTA = torch.ops.prims.iota.default
 
 
 @dataclass(frozen=True)
-class _Write:
+class Write:
     """`cache[:, :, position] = value`: the functional write, and the node that copies its result to the cache."""
 
     cache: Node
@@ -45,15 +46,20 @@ def fuse_next_token(graph: Graph) -> int:
 def _rewrite(graph: Graph, node: Node) -> bool:
     args: Any = node.args
     query, keys, values, mask, scale = args
-    key_write, value_write = _write(keys, node), _write(values, node)
+    key_write, value_write = write_of(keys, node), write_of(values, node)
     if key_write is None or value_write is None or key_write.position is not value_write.position:
         return False
     if not _fits(query, key_write, value_write):
         return False
-    query, key, rotation = _rotation(query, key_write.value)
-    rounding, roundings = _rounding(node)
+    query, key, rotation = rotation_of(query, key_write.value)
+    operands: Any = [part and part.meta["val"] for part in (query, keys, values, mask)]
+
+    def why_not(rounding: tuple[MXFormat, ScaleRule]) -> str | None:
+        return why_no_attention(operands[0], operands[1], operands[2], operands[3], rounding)
+
+    rounding, roundings = rounding_behind(node, operands[2].shape[3], why_not)
     with graph.inserting_before(node):
-        position = _position(key_write.position)
+        position = position_of(key_write.position)
         args = (query, key, value_write.value, key_write.cache, value_write.cache, position, *rotation)
         result = create_call(graph, ATTEND_NEXT, *args, mask, scale, *rounding, name=f"{node.name}_next")
     for rounded in roundings:
@@ -66,7 +72,7 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     return True
 
 
-def _write(part: Any, reader: Node) -> _Write | None:
+def write_of(part: Any, reader: Node) -> Write | None:
     """The write of one token to a cache that only `reader` reads, if that is what a node is."""
     if part.target is not aten.index_put.default or operand(part, 3):
         return None
@@ -78,10 +84,10 @@ def _write(part: Any, reader: Node) -> _Write | None:
         return None
     index = indices[2].meta["val"]
     one = index.dtype == torch.int64 and tuple(index.shape) == (1,)
-    return _Write(cache, indices[2], value, part, copies[0]) if one else None
+    return Write(cache, indices[2], value, part, copies[0]) if one else None
 
 
-def _fits(query: Any, key: _Write, value: _Write) -> bool:
+def _fits(query: Any, key: Write, value: Write) -> bool:
     for write in (key, value):
         cache, new = write.cache.meta["val"], write.value.meta["val"]
         sizes = (cache.shape[0], cache.shape[1], 1, cache.shape[3])
@@ -90,7 +96,7 @@ def _fits(query: Any, key: _Write, value: _Write) -> bool:
     return query.meta["val"].dtype == key.cache.meta["val"].dtype
 
 
-def _position(index: Node) -> Node:
+def position_of(index: Node) -> Node:
     """The number behind an index of one element: `length` of `arange(1) + length`."""
     terms: Any = index.args if index.target is aten.add.Tensor and not index.kwargs else ()
     for first, second in (terms, terms[::-1]) if len(terms) == 2 else ():
@@ -100,7 +106,7 @@ def _position(index: Node) -> Node:
     return index
 
 
-def _rotation(query: Node, key: Node) -> tuple[Node, Node, tuple[Node | None, Node | None]]:
+def rotation_of(query: Node, key: Node) -> tuple[Node, Node, tuple[Node | None, Node | None]]:
     """Query and key before RoPE, and its cos and sin; as they are, and None, if they are not rotated alike."""
     queries, keys = _rotated(query), _rotated(key)
     if queries is None or keys is None or queries[1:] != keys[1:]:
@@ -151,20 +157,19 @@ def _are_of_rows(x: Node, cos: Any, sin: Any) -> bool:
     return x.meta["val"].dtype == cos.meta["val"].dtype == sin.meta["val"].dtype
 
 
-def _rounding(node: Node) -> tuple[tuple[str | None, str | None], list[Node]]:
-    """Format and rule by which the result of attention is rounded, in whole heads, if all that reads it is rounded;
-    and the nodes that do so."""
-    operands: Any = node.args[:4]
-    query, keys, values, mask = (part and part.meta["val"] for part in operands)
+def rounding_behind(
+    node: Node, size: int, why_not: Callable[[tuple[MXFormat, ScaleRule]], str | None]
+) -> tuple[tuple[str | None, str | None], list[Node]]:
+    """Format and rule by which the result of attention is rounded, in whole heads of `size`, if all that reads it is
+    rounded; and the nodes that do so. why_not: a reason why the kernel of attention cannot round so."""
     current, merged = node, False
     while len(current.users) == 1:
         user = next(iter(current.users))
         if user.target is QUANTIZE_DEQUANTIZE:
             fmt, rule = map(str, user.args[1:])
-            rounding = (parse_format(fmt), parse_scale_rule(rule))
-            size = user.meta["val"].shape[-1]
-            whole = merged and isinstance(size, int) and size % values.shape[3] == 0
-            if whole and why_no_attention(query, keys, values, mask, rounding) is None:
+            width = user.meta["val"].shape[-1]
+            whole = merged and isinstance(width, int) and width % size == 0
+            if whole and why_not((parse_format(fmt), parse_scale_rule(rule))) is None:
                 return (fmt, rule), [user]
             break
         is_permute = not merged and user.target is aten.permute.default and [*operand(user, 1)] == [0, 2, 1, 3]

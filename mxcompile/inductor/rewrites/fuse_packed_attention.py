@@ -12,10 +12,13 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.operator_schemas import normalize_function
 
+from mxcompile.formats import parse_format
 from mxcompile.graph.dataflow import shapes_are_equal
 from mxcompile.graph.edit import create_call
 from mxcompile.inductor.rewrites.decompose_attention import erase_unread, replace_output, uses_only_output
 from mxcompile.inductor.rewrites.fuse_attention import ATTENTIONS, fits, has_one_query, shape_of, unexpanded, unrepeated
+from mxcompile.kernels.dispatch import why_no_packed_attention
+from mxcompile.numerics.packed_attention import PackedStates
 from mxcompile.ops import ATTEND_PACKED, DEQUANTIZE, ROTATE
 
 aten = torch.ops.aten
@@ -42,7 +45,8 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     rotation, key = _rotation(key)
     if not _is_packed(key) or not _is_packed(value) or not shapes_are_equal(shape_of(key)[:3], shape_of(value)[:3]):
         return False
-    if not fits(*(None if part is None else part.meta["val"] for part in (query, key, value, mask))):
+    values: list[Any] = [None if part is None else part.meta["val"] for part in (query, key, value, mask)]
+    if not fits(*values) or why_no_packed_attention(values[0], _states(key), _states(value), values[3]) is not None:
         return False
     _insert(graph, node, query, key, value, mask, scale, rotation)
     return True
@@ -66,6 +70,12 @@ def _insert(
 
 def _is_packed(node: Node) -> bool:
     return node.target is DEQUANTIZE and len(node.args) == 5 and not node.kwargs and node.meta["val"].dim() == 4
+
+
+def _states(node: Node) -> PackedStates:
+    """The packed states of a `mx::dequantize`."""
+    elements, scales, fmt, size = node.args[:4]
+    return PackedStates(elements.meta["val"], scales.meta["val"], parse_format(str(fmt)), size)  # pyright: ignore
 
 
 def _rotation(key: Any) -> tuple[tuple[int, int], Node]:

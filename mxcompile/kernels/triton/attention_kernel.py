@@ -33,7 +33,8 @@ def _sum(a, b):
 
 
 @triton.jit
-def _multiply(a, b, acc, INTERPRETED: tl.constexpr):
+def multiply(a, b, acc, INTERPRETED: tl.constexpr):
+    """`a @ b + acc`; the interpreter multiplies bfloat16 as float32."""
     if INTERPRETED:
         result = tl.dot(widen(a), widen(b), acc, input_precision="ieee")
     else:
@@ -50,7 +51,7 @@ def _load_rows(pointer, index, stride, inside, SIZE: tl.constexpr, LANES: tl.con
 
 
 @triton.jit
-def _load_rotated(
+def load_rotated(
     pointer,
     index,
     stride,
@@ -81,13 +82,14 @@ def _wait_for_previous_kernel(cache, strides, first, keys, BLOCK: tl.constexpr, 
     """Prefetch the first keys and values into L2, which the previous kernel does not write, and wait for it."""
     gdc_launch_dependents()
     k = tl.minimum(first + tl.arange(0, BLOCK), keys - 1).to(tl.int64)[:, None]
-    _prefetch(cache[0] + k * strides[1] + tl.arange(0, (SIZES[2] + 63) // 64)[None, :] * 64)
-    _prefetch(cache[1] + k * strides[2] + tl.arange(0, (SIZES[3] + 63) // 64)[None, :] * 64)
+    prefetch(cache[0] + k * strides[1] + tl.arange(0, (SIZES[2] + 63) // 64)[None, :] * 64)
+    prefetch(cache[1] + k * strides[2] + tl.arange(0, (SIZES[3] + 63) // 64)[None, :] * 64)
     gdc_wait()
 
 
 @triton.jit
-def _prefetch(pointers):
+def prefetch(pointers):
+    """Prefetch the cache lines of addresses into L2."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
         "=r,l",
@@ -123,7 +125,7 @@ def _softmax_step(scores, values, running_max, denominators, acc, INTERPRETED: t
     rescale = tl.exp(running_max - new_max)
     denominators = denominators * rescale[:, None] + exponentials
     rounded = narrow(exponentials, values.dtype) if INTERPRETED else exponentials.to(values.dtype)
-    return new_max, denominators, _multiply(rounded, values, acc * rescale[:, None], INTERPRETED)
+    return new_max, denominators, multiply(rounded, values, acc * rescale[:, None], INTERPRETED)
 
 
 @triton.jit
@@ -177,10 +179,10 @@ def _attend_to_cache(
         inside = k < keys
         # Loop-invariant, but hidden from the compiler: the load overlaps with that of the keys instead of preceding it.
         pointer = query + (block >> 30) * 16
-        q = _load_rotated(pointer, heads[0], strides[0], heads[1], rotation, SIZES[0], SIZES[2], ROTATE, INTERPRETED)
+        q = load_rotated(pointer, heads[0], strides[0], heads[1], rotation, SIZES[0], SIZES[2], ROTATE, INTERPRETED)
         key_block = _load_rows(cache[0], k, strides[1], inside, SIZES[0], SIZES[2])
         value_block = _load_rows(cache[1], k, strides[2], inside, SIZES[1], SIZES[3])
-        scores = _multiply(q, tl.trans(key_block), tl.full((16, BLOCK), 0.0, tl.float32), INTERPRETED) * scale
+        scores = multiply(q, tl.trans(key_block), tl.full((16, BLOCK), 0.0, tl.float32), INTERPRETED) * scale
         if APPEND:
             inside &= k != place
         scores = _masked(scores, mask, heads[0], k, heads[1], inside, strides[3], MASK, MASK_OF_HEADS)
@@ -209,8 +211,8 @@ def _attend_to_new(
 ):
     """Write the new key, rotated, and the new value to the cache at `place`, and attend to them; otherwise as above."""
     one = tl.arange(0, 1)
-    q = _load_rotated(query, heads[0], strides[0], heads[1], rotation, SIZES[0], SIZES[2], ROTATE, INTERPRETED)
-    k = _load_rotated(new[0], one, 0, one == 0, rotation, SIZES[0], SIZES[2], ROTATE, INTERPRETED)
+    q = load_rotated(query, heads[0], strides[0], heads[1], rotation, SIZES[0], SIZES[2], ROTATE, INTERPRETED)
+    k = load_rotated(new[0], one, 0, one == 0, rotation, SIZES[0], SIZES[2], ROTATE, INTERPRETED)
     v = _load_rows(new[1], one, 0, one == 0, SIZES[1], SIZES[3])
     inside = (place + one >= 0) & (place + one < keys)
     _store_row(cache[0] + place * strides[1], k, inside, SIZES[0], SIZES[2])
@@ -313,19 +315,19 @@ def _finish(
     if SPLIT:
         _store_partial(scratch, partial[0], partial[1], partial[2], SIZES[1], SIZES[3], ROWS)
         if arrives_last(counters + tl.program_id(0), tl.num_programs(1)):
-            full_denominator, full_acc = _combine(scratch, SIZES[1], SIZES[3], ROWS, CHUNK)
+            full_denominator, full_acc = combine_partials(scratch, SIZES[1], SIZES[3], ROWS, CHUNK)
             row = first + tl.arange(0, ROWS)
             inside = row < HEADS[1]
             head = group * HEADS[1] + row
-            _store(result, head, inside, full_denominator, full_acc, SIZES[1], SIZES[3], ROUNDING, INTERPRETED)
+            store_rows(result, head, inside, full_denominator, full_acc, SIZES[1], SIZES[3], ROUNDING, INTERPRETED)
     else:
         row = first + tl.arange(0, 16)
         head = group * HEADS[1] + row
-        _store(result, head, row < HEADS[1], partial[1], partial[2], SIZES[1], SIZES[3], ROUNDING, INTERPRETED)
+        store_rows(result, head, row < HEADS[1], partial[1], partial[2], SIZES[1], SIZES[3], ROUNDING, INTERPRETED)
 
 
 @triton.jit
-def _partial_pointers(scratch, row, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.constexpr):
+def partial_pointers(scratch, row, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.constexpr):
     """Scratch pointers to the weighted sums, maximum scores and denominators of rows, numbered across all programs."""
     rows = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * ROWS
     numerator_pointers = scratch + tl.expand_dims(row * VSIZE, -1) + tl.arange(0, VLANES)
@@ -339,7 +341,7 @@ def _store_partial(
     """Store the partial result of a program for the last one to combine."""
     row = tl.arange(0, 16)
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    numerator_pointers, max_pointers, denominator_pointers = _partial_pointers(
+    numerator_pointers, max_pointers, denominator_pointers = partial_pointers(
         scratch, program * ROWS + row, VSIZE, VLANES, ROWS
     )
     tl.store(numerator_pointers, acc, mask=(row < ROWS)[:, None] & (tl.arange(0, VLANES) < VSIZE)[None, :])
@@ -348,7 +350,7 @@ def _store_partial(
 
 
 @triton.jit
-def _combine(scratch, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+def combine_partials(scratch, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Denominators and weighted sums of `ROWS` rows over all programs of a head group, in the order of the keys.
 
     All loads of a chunk are independent of each other, and nothing moves between threads.
@@ -362,14 +364,14 @@ def _combine(scratch, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.conste
     for begin in range(0, splits, CHUNK):
         new_max = running_max
         for i in tl.static_range(CHUNK):
-            _, max_pointers, _ = _partial_pointers(
+            _, max_pointers, _ = partial_pointers(
                 scratch, (first + tl.minimum(begin + i, splits - 1)) * ROWS + tl.arange(0, ROWS), VSIZE, VLANES, ROWS
             )
             new_max = tl.maximum(new_max, tl.load(max_pointers, cache_modifier=".cg"))
         rescale = tl.exp(running_max - new_max)
         denominator, acc, running_max = denominator * rescale, acc * rescale[:, None], new_max
         for i in tl.static_range(CHUNK):
-            numerator_pointers, max_pointers, denominator_pointers = _partial_pointers(
+            numerator_pointers, max_pointers, denominator_pointers = partial_pointers(
                 scratch, (first + tl.minimum(begin + i, splits - 1)) * ROWS + tl.arange(0, ROWS), VSIZE, VLANES, ROWS
             )
             part = tl.load(numerator_pointers, mask=inside, other=0.0, cache_modifier=".cg")
@@ -381,7 +383,7 @@ def _combine(scratch, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def _store(
+def store_rows(
     result,
     head,
     in_bounds,

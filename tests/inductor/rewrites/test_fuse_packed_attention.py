@@ -10,10 +10,17 @@ from mxcompile.formats import parse_format
 from mxcompile.inductor.rewrites.fuse_packed_attention import fuse_packed_attention
 from mxcompile.ops import ATTEND_PACKED, DEQUANTIZE, ROTATE
 
+triton_elements = pytest.importorskip("mxcompile.kernels.triton.elements")
 aten = torch.ops.aten
 EFFICIENT = aten._scaled_dot_product_efficient_attention.default
 FLASH = aten._scaled_dot_product_flash_attention.default
 SIZE = 64
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """A GPU that is asked for its capability, and for nothing else."""
+    monkeypatch.setattr(triton_elements, "capability", lambda device: (9, 0))
 
 
 def packed(made, name, fmt, tokens=KEYS):
@@ -75,5 +82,12 @@ def test_other_attention_is_for_the_other_rewrite():
     made = Step()
     query = made.given("query", BATCH, HEADS, 1, SIZE)
     key, value = (made.given(name, BATCH, SHARED, KEYS, SIZE) for name in ("key", "value"))
+    made.attention(FLASH, query, made.repeated(key), made.repeated(value))
+    assert made.rewritten(fuse_packed_attention)[0] == 0
+
+
+def test_what_no_kernel_takes_is_decoded_by_inductor(monkeypatch):
+    monkeypatch.setattr(triton_elements, "capability", lambda device: (7, 5))
+    made, query, (_, key), (_, value) = step()
     made.attention(FLASH, query, made.repeated(key), made.repeated(value))
     assert made.rewritten(fuse_packed_attention)[0] == 0

@@ -1,0 +1,202 @@
+"""Attention of a few queries over packed keys and values: y = softmax(query @ keys.T * scale + mask) @ values.
+
+Keys and values are decoded in registers (`packed_states.py`), so their packed bytes are all that is read. A program
+handles the query heads that share keys and values, and a range of the tokens; the last program to arrive combines the
+results in the order of the tokens, as in `attention.py`. Matmuls are in bfloat16 with float32 sums: elements are exact,
+exponentials are rounded to bfloat16 and then multiplied by the scales of values, which are powers of two.
+
+A scale of 2**-127 counts as zero.
+"""
+
+# pyright: basic, reportGeneralTypeIssues=false
+# As in triton/elements.py: strict checking reports false errors where jit functions are. Host code is fully typed.
+
+from functools import cache
+from typing import Any, Final
+
+import torch
+import triton
+from torch import Tensor
+
+from mxcompile.errors import MXCompileError
+from mxcompile.formats import MXFormat, why_no_kernel
+from mxcompile.kernels.triton import split_k_counters
+from mxcompile.kernels.triton.attention import Config, options
+from mxcompile.kernels.triton.elements import FLOAT_DTYPES, launch, starts_early, unsupported_device
+from mxcompile.kernels.triton.packed_attention_kernel import attend_packed_kernel
+from mxcompile.kernels.triton.packed_states import plane_constants
+from mxcompile.kernels.triton.quantize import Rounding, rounding_constants, why_not_rounded
+from mxcompile.numerics.packed_attention import PackedStates, check_shapes
+
+_MOST_ROWS: Final = 64
+_MAX_HEAD_SIZE: Final = 256
+_TARGET_PROGRAMS: Final = 528
+"""Four per multiprocessor of an H100 or H200."""
+_FEW_TOKENS: Final = 132 * 128
+_MAX_COMBINED_VALUES: Final = 16384
+_COMBINED: Final = 16
+"""Parts whose partial results are loaded at a time; for fewer parts the last is loaded again."""
+
+
+def supports(
+    query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, rounding: Rounding | None = None
+) -> str | None:
+    """None if `attend` supports the call, else the reason."""
+    for states in (keys, values):
+        reason = why_no_kernel(states.fmt)
+        if reason is not None:
+            return reason
+        if states.size > _MAX_HEAD_SIZE:
+            return f"the kernel of packed attention takes head sizes up to {_MAX_HEAD_SIZE}, not {states.size}"
+    if query.dtype != torch.bfloat16:
+        return f"the kernel of packed attention takes bfloat16, not {str(query.dtype).removeprefix('torch.')}"
+    rows = _rows(query, keys, values)
+    if max(rows[1:]) > _MOST_ROWS:
+        return f"{query.shape[2]} queries of {query.shape[1] // keys.elements.shape[1]} heads are too many rows"
+    if mask is not None and mask.dtype not in (torch.bool, *FLOAT_DTYPES):
+        return f"the mask must be bool or float, not {str(mask.dtype).removeprefix('torch.')}"
+    reason = None if rounding is None else why_not_rounded(values.size, rounding)
+    return reason or unsupported_device(query)
+
+
+def attend(
+    query: Tensor,
+    keys: PackedStates,
+    values: PackedStates,
+    mask: Tensor | None,
+    scale: float,
+    config: Config | None = None,
+    rounding: Rounding | None = None,
+) -> Tensor:
+    """See `numerics.packed_attention.attend_packed`. Any strides; rows that are not contiguous are copied.
+
+    rounding: of the result.
+    """
+    check_shapes(query, keys, values)
+    (batch, heads, queries, _), (kv_heads, tokens) = query.shape, keys.elements.shape[1:3]
+    result = torch.empty((batch, heads, queries, values.size), dtype=query.dtype, device=query.device)
+    if result.numel() == 0:
+        return result
+    rows = _rows(query, keys, values)
+    if max(rows[1:]) > _MOST_ROWS:
+        raise MXCompileError(f"{queries} queries of {heads // kv_heads} heads are too many rows for one program")
+    programs = batch * kv_heads
+    config = config or config_for(tokens, programs, keys, values, starts_early(query))
+    if query.is_cuda:
+        counters = split_k_counters.stream_counters(query.device, programs)
+        if counters is None:
+            counters = torch.zeros(programs, dtype=torch.int32, device=query.device)
+    else:
+        counters = torch.zeros(programs, dtype=torch.int32)
+    query = query if query.stride(3) == 1 else query.contiguous()
+    mask = None if mask is None else mask.expand(batch, heads, queries, tokens)
+    tensors = [part for states in (keys, values) for part in (_words(states), _scales(states))]
+    scratch = torch.empty(
+        programs * config.splits * rows[0] * (values.size + 2), dtype=torch.float32, device=query.device
+    )
+    launch(
+        attend_packed_kernel,
+        (programs, config.splits),
+        query,
+        tuple(tensors),
+        query if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
+        result,
+        scratch,
+        counters,
+        scale,
+        tokens,
+        -(-tokens // (config.splits * config.block)),
+        query.stride()[:3],
+        *(tuple(part.stride(i) for part in tensors) for i in range(3)),
+        (0, 0, 0, 0) if mask is None else mask.stride(),
+        MASK="" if mask is None else "bool" if mask.dtype == torch.bool else "float",
+        MASK_OF_ROWS=mask is not None and any(mask.stride(i) for i in (1, 2)),
+        INTERPRETED=not query.is_cuda,
+        **rounding_constants(rounding, query.dtype),
+        **constants(
+            keys.fmt,
+            values.fmt,
+            (keys.size, values.size),
+            (kv_heads, heads // kv_heads, queries),
+            config,
+            tuple(part.dtype == torch.int32 for part in tensors[1::2]),
+        ),
+        **options(config),
+    )
+    return result
+
+
+def config_for(tokens: int, programs: int, keys: PackedStates, values: PackedStates, dependent: bool) -> Config:
+    """Measured for Llama-3-8B's heads: at least 256 tokens a program, 128 where few programs run, in equal numbers of
+    blocks; and no more programs than run concurrently. programs: batch entries times KV heads."""
+    bits, few = max(keys.fmt.bits, values.fmt.bits), tokens * programs <= _FEW_TOKENS
+    block, stages = (128, 2) if bits == 4 or (few and bits == 8) else (64, 3)
+    blocks, least = max(1, -(-tokens // block)), (128 if few else 256) // block
+    per_split = max(min(blocks, least), -(-blocks // max(1, _TARGET_PROGRAMS // programs)))
+    return Config(-(-blocks // per_split), block, 4, stages, dependent)
+
+
+@cache
+def constants(
+    key: MXFormat,
+    value: MXFormat,
+    sizes: tuple[int, int],
+    heads: tuple[int, int, int],
+    config: Config,
+    in_words: tuple[bool, ...],
+) -> dict[str, Any]:
+    """The constexpr arguments of the kernel that follow from formats, sizes and config.
+
+    sizes: of a key and a value. heads: KV heads, query heads that share one, queries. in_words: whether scales of keys,
+    and of values, are read four at a time.
+    """
+    lanes = triton.next_power_of_2(sizes[1])
+    blocks = [fmt.blocks(size) for fmt, size in zip((key, value), sizes, strict=True)]
+    rows = _row_counts(heads[1] * heads[2], blocks)
+    sides: list[tuple[Any, ...]] = []
+    for fmt, size, count, words in zip((key, value), sizes, blocks, in_words, strict=True):
+        plane = plane_constants(fmt, size)
+        scales = (count, triton.next_power_of_2(count), words)
+        sides.append((plane["FORMAT"], plane["COLUMNS"], scales, plane["ELEMENT"], plane["UNIT"], *plane["ASSEMBLY"]))
+    return {
+        "KEY": sides[0],
+        "VALUE": sides[1],
+        "SIZES": (*sizes, lanes),
+        "HEADS": heads,
+        "ROWS": rows,
+        "BLOCK": config.block,
+        "CHUNK": max(1, min(_COMBINED, _MAX_COMBINED_VALUES // (rows[0] * lanes))),
+        "DEPENDENT": config.dependent,
+    }
+
+
+def _rows(query: Tensor, keys: PackedStates, values: PackedStates) -> tuple[int, int, int]:
+    group = query.shape[1] // keys.elements.shape[1] * query.shape[2]
+    return _row_counts(group, [states.fmt.blocks(states.size) for states in (keys, values)])
+
+
+def _row_counts(group: int, blocks: list[int]) -> tuple[int, int, int]:
+    """Query rows, and those of keys and of values, at least the 16 of a tensor core."""
+    powers = [triton.next_power_of_2(count) for count in blocks]
+    rows = max(triton.next_power_of_2(group), 16 // min(powers))
+    return rows, rows * powers[0], rows * powers[1]
+
+
+def _words(states: PackedStates) -> Tensor:
+    return _viewed(states.elements, torch.int16)
+
+
+def _scales(states: PackedStates) -> Tensor:
+    """In words of four where heads have a multiple of four blocks."""
+    scales = states.scales
+    fits = scales.shape[3] % 4 == 0 and scales.shape[3] & (scales.shape[3] - 1) == 0
+    return _viewed(scales, torch.int32) if fits else scales if scales.stride(3) == 1 else scales.contiguous()
+
+
+def _viewed(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bytes as larger integers; a copy where strides do not allow it."""
+    size = dtype.itemsize
+    aligned = part.stride(3) == 1 and part.storage_offset() % size == 0
+    if not aligned or any(stride % size for stride in part.stride()[:3]):
+        part = part.contiguous()
+    return part.view(dtype)
