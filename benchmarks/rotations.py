@@ -52,7 +52,7 @@ def main() -> None:
         of_all = {name: [each[rounding, kind] for kind in KINDS] for name, each in errors.items()}
         row[f"{rounding} wins"] = sum(wush < hadamard for _, hadamard, wush in of_all.values())
         row[f"{rounding} over_hadamard"] = round(mean(wush / hadamard for _, hadamard, wush in of_all.values()), 4)
-        row[f"{rounding} by_value"] = {name: [round(error, 5) for error in each] for name, each in of_all.items()}
+        row[f"{rounding} by_value"] = {name: [round(error, 8) for error in each] for name, each in of_all.items()}
     write(row, arguments.out)
     print(json.dumps({key: value for key, value in row.items() if "by_value" not in key}))
 

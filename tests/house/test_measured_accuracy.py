@@ -292,6 +292,18 @@ def test_what_sorting_wins_back():
     assert f"{won_back('planted', 'permute')} is won back, by activations {by_activation}." in text
 
 
+def test_a_matrix_for_each_block():
+    text = page("docs/accuracy.md")
+    for row in results("rotations.jsonl"):
+        cells = [f"{row['weight']}, {row['activation']}"]
+        for rounding in ("rtn", "gptq"):
+            errors = row[f"{rounding} by_value"].values()
+            wins = sum(wush < hadamard for _, hadamard, wush in errors)  # of errors with five digits
+            assert abs(row[f"{rounding} wins"] - wins) <= 1
+            cells += [f"{row[f'{rounding} wins']} of {row['values']}", f"{row[f'{rounding} over_hadamard']:.2f}"]
+        assert f"| {' | '.join(cells)} |" in text
+
+
 def test_block_sizes_by_matrix():
     """fine-blocks, and one block size for all; blocks of 32 were measured with the orders of channels."""
     text, records = page("docs/accuracy.md"), results("fine-blocks.jsonl")
