@@ -54,9 +54,15 @@ _MORE_BITS: Final[dict[str, tuple[str, str | None]]] = {
     "w8a16-mxint": ("mxint8", None),
     "w6a16-mxfp": ("mxfp6_e2m3", None),
 }
+_STUDIED: Final = (
+    "smooth-quant | gptq{format=mxfp8_e4m3,activation=mxfp8_e4m3,order=none,rule=floor,microblock=128}"
+    " | lower-mx{weight=mxfp8_e4m3,activation=mxfp8_e4m3}"
+)
+"""The best pipeline for FP8 weights and activations in `benchmarks/study.toml`, in every block size."""
 _CALIBRATED: Final = {**_FOUR_BITS, **_EIGHT_BITS}
 RECIPES: Final[dict[str, str]] = {
     **{name: _learned(*formats) for name, formats in _CALIBRATED.items()},
+    "w8a8-mxfp": _STUDIED,
     **{f"{name}-quick": _rounded(*formats) for name, formats in _CALIBRATED.items()},
     **{name: _rounded(*formats) for name, formats in _MORE_BITS.items()},
 }

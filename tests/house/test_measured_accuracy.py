@@ -6,10 +6,14 @@ The other numbers: `test_measured_numbers.py`.
 import importlib.util
 import math
 import re
+import tomllib
 from statistics import mean
 
 from documents import ROOT
 from records import SMOLLM2, accuracy, page, percent, results
+
+from mxcompile.passes.recipes import RECIPES
+from mxcompile.pipeline.pipeline import Pipeline
 
 ACCURACY = (
     "rtn",
@@ -138,6 +142,21 @@ def test_what_is_said_about_the_study():
     assert f"with {min(ratios):.1f} to {max(ratios):.0f} times the perplexity at 4 bits" in text
     eight = [max(row["perplexity"].values()) / row["float"] - 1 for row in rows if row["weight"].startswith("mxint8")]
     assert f"all are within {100 * max(eight):.1f} % of float" in text
+
+
+def test_the_recipe_of_8_bit_floats():
+    """What the study found best, and its numbers in blocks of 32."""
+    rows = {row["weight"]: row for row in results("study.jsonl") if row["weight"].startswith("mxfp8_e4m3")}
+    for row in rows.values():
+        assert row["gptq"] == "paper"
+        assert min(row["perplexity"], key=row["perplexity"].get) == "SmoothQuant+GPTQ"
+    row = rows["mxfp8_e4m3:32"]
+    best, nearest = row["perplexity"]["SmoothQuant+GPTQ"], row["perplexity"]["RTN"]
+    words = f"perplexity {best:.2f} there, {nearest:.2f} rounded to nearest, {row['float']:.2f} in float"
+    assert words in page("docs/accuracy.md")
+    studied = tomllib.loads((ROOT / "benchmarks" / "study.toml").read_text())["pipelines"]["SmoothQuant+GPTQ (paper)"]
+    filled = studied.replace("=W", "=mxfp8_e4m3").replace("=A", "=mxfp8_e4m3")
+    assert str(Pipeline.parse(RECIPES["w8a8-mxfp"])) == str(Pipeline.parse(" ".join(filled.split())))
 
 
 def _counts(flags):
