@@ -108,8 +108,8 @@ def finish_training(prepared: M) -> M:
         value = rounded_weights.packed(full_name, module, name, step)
         replaced[id(rounded_weights.latent(module, name))] = nn.Parameter(value, requires_grad=False)
     deployed = copy_module(prepared, replaced=replaced)
-    for module, name, _ in rounded_weights.rounded_weights(deployed).values():
-        rounded_weights.detach(module, name)
+    for module in {id(owner): owner for owner, _, _ in rounded_weights.rounded_weights(deployed).values()}.values():
+        rounded_weights.detach(module)
     mark_quantized(deployed.requires_grad_(False).eval(), Provenance.of(prepared))
     return deployed
 

@@ -78,7 +78,8 @@ def attach(module: nn.Module, name: str, weight: MXWeight, rule: str) -> None:
 
     Raises TrainingError if the module has other parametrizations.
     """
-    if parametrize.is_parametrized(module):
+    others: dict[str, Any] = getattr(module, "parametrizations", {})
+    if not all(isinstance(step, RoundedWeight) for steps in others.values() for step in steps):
         raise TrainingError(
             f"a {type(module).__name__} has parametrizations of its own (torch.nn.utils.parametrize): remove them "
             "(remove_parametrizations) before the model is prepared"
@@ -125,15 +126,16 @@ def latent(module: nn.Module, name: str) -> Tensor:
     return steps.original
 
 
-def detach(module: nn.Module, name: str) -> None:
-    """Undo `attach`: the module has its parameter again, and its input is as it was.
+def detach(module: nn.Module) -> None:
+    """Undo `attach`: the module has its parameters again, and its input is as it was.
 
     `parametrize.remove_parametrizations` would also change the class, which copies of the module share.
     """
-    original = latent(module, name)
+    originals = {name: latent(module, name) for name in getattr(module, "parametrizations")}  # noqa: B009 - for pyright
     del module._modules["parametrizations"]  # pyright: ignore[reportPrivateUsage]
     module.__class__ = type(module).__bases__[0]
-    module.register_parameter(name, cast(nn.Parameter, original))
+    for name, original in originals.items():
+        module.register_parameter(name, cast(nn.Parameter, original))
     hooks = module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
     for key in [key for key, hook in hooks.items() if isinstance(hook, RoundedInput)]:
         del hooks[key]

@@ -58,6 +58,19 @@ def test_adapters_train_through_every_layer_with_and_without_checkpointing():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_gives_adapters_the_same_gradients():
+    gradients = []
+    for compiled in (False, True):
+        model, x = adapted(init_lora_weights=False), inputs("llama")
+        if compiled:
+            mxcompile.compile_module(model.base_model.model)
+        model.train()(**x, labels=x["input_ids"]).loss.backward()
+        gradients.append([value.grad for value in model.parameters() if value.requires_grad])
+    for actual, expected in zip(*gradients[::-1], strict=True):
+        assert (actual - expected).norm() < 1e-4 * expected.norm()
+
+
 def test_the_loss_falls_and_packed_weights_stay():
     model, x = adapted(), inputs("llama")
     packed = {n: p.elements.clone() for n, p in model.named_parameters() if isinstance(p, MXWeight)}

@@ -134,6 +134,17 @@ def test_experts_whose_input_is_rounded_are_refused_by_name():
     assert torch.equal(logits(mxcompile.finish_training(prepared), x), logits(prepared, x))
 
 
+def test_experts_train_where_only_weights_are_rounded():
+    model, x = made("mixtral")
+    prepared = mxcompile.prepare_training(model, x, "w4a16-mxfp-quick")
+    experts = prepared.model.layers[0].mlp.experts
+    train(prepared, x, logits(model, x), steps=1)
+    assert all(steps.original.grad.abs().max() > 0 for steps in experts.parametrizations.values())
+    deployed = mxcompile.finish_training(prepared)
+    assert torch.equal(logits(deployed, x), logits(prepared, x))
+    assert type(deployed.model.layers[0].mlp.experts) is type(model.model.layers[0].mlp.experts)
+
+
 class Ids(nn.Module):
     def __init__(self) -> None:
         super().__init__()
