@@ -5,8 +5,11 @@ import torch
 from models import build, inputs, llama, output
 
 import mxcompile
-from mxcompile.errors import PipelineError
+from mxcompile.calibration.ranks import Ranks
+from mxcompile.errors import PassError, PipelineError
+from mxcompile.formats import MXINT4
 from mxcompile.numerics.metrics import kl_divergence
+from mxcompile.passes.learn_rounding import LearnRounding
 from mxcompile.pipeline.pipeline import Pipeline
 
 FORMATS = "format=mxint4,activation=mxint8"
@@ -105,3 +108,10 @@ def test_half_precision_stays_so():
 def test_wrong_options_are_named(options):
     with pytest.raises(PipelineError, match=options.split("=")[0]):
         Pipeline.parse(f"learn-rounding{{format=mxint4,{options}}}")
+
+
+def test_several_processes_are_refused():
+    program = mxcompile.trace(build("mlp"), inputs("mlp"))
+    program.ranks = Ranks(0, 2)
+    with pytest.raises(PassError, match="runs in one process"):
+        LearnRounding(MXINT4).run(program)
