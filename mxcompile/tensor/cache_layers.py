@@ -50,6 +50,11 @@ class GrowingLayer(DynamicLayer):
         self._keep_exact(new)
         return states
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Start with no tokens. transformers 5.17 gives values the dtype of the keys."""
+        super().lazy_initialization(key_states, value_states)
+        self.values = value_states.new_empty(0)
+
     def _read(self, new: tuple[Tensor, Tensor], start: int) -> tuple[Tensor, Tensor]:
         is_exact = self.form.window > 0 or (new[0].shape[TOKENS] > 1 and not self.record_past)
         packed = zip(_pair(self), _pair(self.scales), new, strict=True)
@@ -157,6 +162,7 @@ class FixedLayer(StaticLayer):
             room = self.newest.max_cache_len
             self.places = torch.full((room,), -1, dtype=torch.int64, device=key_states.device)
         super().lazy_initialization(*(elements for elements, _ in empty))
+        self.values = _pair(self)[1].to(empty[1][0].dtype)  # transformers 5.17 gives them the dtype of the keys
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the keys and values of some tokens, `[batch, kv heads, tokens, size]`. Returns those to attend to.
