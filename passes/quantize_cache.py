@@ -159,8 +159,8 @@ def _is_rounded(attention: Attention) -> bool:
 def _why_not_one_operator(attention: Attention) -> str | None:
     if not attention.is_fused or attention.scale is None:
         return (
-            "exact tokens and rotated keys need attention as one operator: load the model with "
-            "attn_implementation='sdpa', or take window=0, sink=0, rotate=none, prompt=0"
+            "exact tokens and rotated keys need attention as one operator: load the model with sdpa as its attention, "
+            "or take window=0, sink=0, rotate=none, prompt=0"
         )
     sources = (attention.query, attention.key.node, attention.value.node)
     if not all(node.meta["val"].dim() == 4 for node in sources):

@@ -14,13 +14,12 @@ from torch.fx import Node
 from mxcompile.graph.dataflow import CASTS, SAME_VALUE, operand, shapes_are_equal, swapped_axes
 from mxcompile.graph.program import Program, module_path, where
 from mxcompile.graph.records import Miss
-from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.ops import CACHED_ATTENTION
 
 aten = torch.ops.aten
 _FUSED: Final = aten.scaled_dot_product_attention.default
 _MATMULS: Final = {aten.matmul.default: (0, 1), aten.bmm.default: (0, 1), aten.baddbmm.default: (1, 2)}
-_CACHE: Final = 6  # the argument of mx::cached_attention that is the cache's format
+_CACHE: Final = 6  # the argument of mx::cached_attention that is the cache's format; before it are those of attention
 _SOFTMAX: Final = frozenset({aten.softmax.int, aten._softmax.default})
 _VIEWS: Final = frozenset(
     {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.expand.default}
@@ -192,7 +191,18 @@ def with_exact_cache(program: Program) -> Program:
             quantize = cast(Node, cast(Node, node.args[0]).args[0])
             node.replace_all_uses_with(cast(Node, quantize.args[0]))
         elif node.target is CACHED_ATTENTION:
-            node.args = (*node.args[:_CACHE], str(CacheFormat(None, None)), *node.args[_CACHE + 1 :])
+            _restore(exact, node)
     exact.graph.eliminate_dead_code()
     exact.graph_module.recompile()
     return exact
+
+
+def _restore(program: Program, node: Node) -> None:
+    """mx::cached_attention -> the model's own operator: inputs rounded behind it magnify differences of float sums."""
+    query, key, value, mask, scale, is_causal = node.args[:_CACHE]
+    with program.graph.inserting_before(node):
+        args = (query, key, value, mask, 0.0, is_causal)
+        attention = program.graph.call_function(_FUSED, args, {"scale": scale, "enable_gqa": True})
+    attention.meta = dict(node.meta)
+    node.replace_all_uses_with(attention)
+    program.graph.erase_node(node)
