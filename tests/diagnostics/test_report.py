@@ -103,6 +103,29 @@ def test_the_content_is_all_of_the_dump(folder):
     }
 
 
+def test_cached_keys_and_values_are_cells_behind_the_layers(tmp_path):
+    """Of each attention, with the numbers of the pass that rounded them, in that pass and all after it."""
+    dump(tmp_path, llama(2), inputs("llama"), "smooth-quant", "quantize-cache{key=none,value=mxint4}", ROUND)
+    content, ledger = page(tmp_path).content, DumpReader(tmp_path).ledger()
+    names = [f"model.layers.{index}.self_attn.cached_values" for index in range(2)]
+    assert [layer["name"] for layer in content["layers"]] == [*ledger.layers(), *names]
+    assert content["layers"][-1] == {
+        "name": names[1],
+        "module": "model.layers.1.self_attn",
+        "row": "model.layers.1",
+        "column": "self_attn.cached_values",
+    }
+    assert names[0] not in content["passes"][0]["numbers"]
+    db = ledger.passes[1].numbers["model.layers.1.self_attn"]["value_sqnr_db"]
+    for record in content["passes"][1:]:
+        assert record["numbers"][names[1]] == {
+            "cache": "quantize-cache{key=none,value=mxint4}",
+            "weight_db": None,
+            "local_db": db,
+            "accumulated_db": None,
+        }
+
+
 @pytest.mark.parametrize(
     ("layer", "module", "row", "column"),
     [
@@ -208,6 +231,13 @@ def test_a_run_that_was_not_measured_says_what_is_not_there(tmp_path):
     assert "Output SQNR 1" not in found.text
     assert found.content["layers"] == []
     assert len(found.content["stages"]) == 4
+
+
+def test_a_cache_that_was_not_measured_has_no_cells(tmp_path):
+    Pipeline.parse("quantize-cache").run(mxcompile.trace(llama(2), inputs("llama")), instruments=[Dump(tmp_path)])
+    found = page(tmp_path)
+    assert found.content["passes"][0]["numbers"] == {}
+    assert found.content["layers"] == []
 
 
 def test_a_pipeline_without_passes(tmp_path):

@@ -226,6 +226,20 @@ def test_a_diagnosis(browser, tmp_path):
         expect(page.locator("#layer .diagnosed")).to_contain_text("Diagnosis of the input: channel ratio")
 
 
+def test_a_cache(browser, tmp_path):
+    dump(tmp_path, llama(2), inputs("llama"), "quantize-cache{value=mxint4}", ROUND)
+    numbers = mxcompile.Ledger.load(tmp_path).passes[0].numbers["model.layers.1.self_attn"]
+    with opened(browser, tmp_path) as page:
+        found = page.locator("#maps figure").nth(1).get_by_role("link", name="model.layers.1.self_attn.cached_values,")
+        assert found.locator("rect").get_attribute("aria-label").endswith(f": {numbers['value_sqnr_db']:.1f} dB")
+        found.click()
+        expect(page.locator("#layer-title")).to_have_text("model.layers.1.self_attn.cached_values")
+        expect(page.locator("#layer")).to_contain_text("rounded by quantize-cache{value=mxint4} after 2 round-weights")
+        expect(page.locator("#layer")).to_contain_text("No histograms: a cache has none.")
+        page.get_by_label("output, accumulated", exact=True).check()
+        assert found.locator("rect").get_attribute("aria-label").endswith(": not measured")
+
+
 def test_a_study(browser, tmp_path):
     cells = [
         {"label": f"{name} {HOSTILE[0]}", "bytes": size, "kl": kl, "perplexity": 9.0, "top1": 0.5, "front": name == "a"}

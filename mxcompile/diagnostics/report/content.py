@@ -1,12 +1,14 @@
 """The data of the report page: measurements, histograms, graphs and diffs of a dump, as one JSON value.
 
 passes   [{name, spec, diff, numbers: {layer: {weight, activation, weight_db, ...}}, distributions: {layer: ...}}]
+         A measured pass also has the keys and values that are cached rounded, by `quantize-cache` or before it.
 stages   [{name, nodes: [[name, op, call, dtype, shape, format, module], ...]}], the trace first
-layers   [{name, module, row, column}], in graph order
+layers   [{name, module, row, column}], in graph order, then cached keys and values
 diagnosis   [{name, layers, outliers, advice, numbers}] of the values that layers read, or null
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from typing import Any
 
@@ -20,20 +22,40 @@ from mxcompile.numerics.histogram import HistogramChange
 _COUNT = re.compile(r" \(\d+\)$")
 _WEIGHT = re.compile(r"\.weight( \(\d+\))?$")
 _SPACES = re.compile(r"(?<=\S) {2,}")
+_CACHED = {"key_sqnr_db": "cached_keys", "value_sqnr_db": "cached_values"}
 
 
 def page_content(dump: DumpReader, ledger: Ledger, diagnosis: Diagnosis | None) -> dict[str, Any]:
     """Plain values, for JSON."""
     histograms = dump.distributions().passes
     stages = dump.stages()
+    cached = cached_numbers(ledger.passes)
     passes = [
-        _pass(record, collapse_columns((dump.folder / f"{stage}.diff").read_text(encoding="utf-8")), layers)
-        for record, stage, layers in zip(ledger.passes, stages[1:], histograms, strict=True)
+        _pass(record, collapse_columns((dump.folder / f"{stage}.diff").read_text(encoding="utf-8")), layers, caches)
+        for record, stage, layers, caches in zip(ledger.passes, stages[1:], histograms, cached, strict=True)
     ]
     graphs = [{"name": stage, "nodes": list(map(astuple, read_graph(dump.text(stage))))} for stage in stages]
     values = None if diagnosis is None else list(map(_diagnosed, diagnosis.values))
-    layers = list(map(_layer, ledger.layers()))
+    rounded = dict.fromkeys(name for caches in cached for name in caches)
+    layers = list(map(_layer, (*ledger.layers(), *rounded)))
     return {"passes": passes, "stages": graphs, "layers": layers, "diagnosis": values}
+
+
+def cached_numbers(records: Sequence[PassRecord]) -> list[dict[str, dict[str, Any]]]:
+    """Numbers of keys and values that are cached rounded, after each pass: rounding them is their own error.
+
+    A pass that was not measured has none, like its layers. `cache` is the pass that rounded them.
+    """
+    found: list[dict[str, dict[str, Any]]] = []
+    cached: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for layer, numbers in record.numbers.items():
+            for number, name in _CACHED.items():
+                if number in numbers:
+                    errors = {"weight_db": None, "local_db": numbers[number], "accumulated_db": None}
+                    cached = cached | {f"{layer}.{name}": {"cache": record.spec, **errors}}
+        found.append(cached if record.measured is not None else {})
+    return found
 
 
 def owner(layer: str) -> str:
@@ -53,9 +75,11 @@ def collapse_columns(text: str) -> str:
     return _SPACES.sub("  ", text)
 
 
-def _pass(record: PassRecord, diff: str, distributions: dict[str, HistogramChange]) -> dict[str, Any]:
+def _pass(
+    record: PassRecord, diff: str, distributions: dict[str, HistogramChange], cached: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     layers = {} if record.measured is None else record.measured.layers
-    numbers = {name: plain(asdict(layer)) for name, layer in layers.items()}
+    numbers = {name: plain(asdict(layer)) for name, layer in layers.items()} | plain(cached)
     histograms = {name: asdict(change) for name, change in distributions.items()}
     return {"name": record.name, "spec": record.spec, "diff": diff, "numbers": numbers, "distributions": histograms}
 

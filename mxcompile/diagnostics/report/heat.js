@@ -2,7 +2,7 @@
 // Darker cells have a larger error.
 
 const MEANINGS = {
-  local_db: "Each layer’s output on its input in the float model: the error of the layer itself.",
+  local_db: "Each layer’s output on its input in the float model: the error of the layer itself. Of cached keys and values: the error of rounding them.",
   accumulated_db: "Each layer’s output in the current model: the error accumulated up to it.",
   weight_db: "Each weight against the float model’s. Not measured for passes that preserve the function.",
 };

@@ -12,9 +12,7 @@ function drawLayer() {
   const article = d3.select("#layer").html("");
   appendPath(article.append("h3").attr("id", "layer-title"), name);
   const numbers = report.passes[pass].numbers[name];
-  if (numbers) {
-    article.append("p").attr("class", "remark").text(`weight ${numbers.weight ?? "float"}, input ${numbers.activation ?? "float"} after ${passTitle(pass)}`);
-  }
+  if (numbers) article.append("p").attr("class", "remark").text(`${formats(numbers)} after ${passTitle(pass)}`);
   appendDiagnosis(article, name);
   drawPassLinks(article, name);
   drawDistributions(article, name, pass);
@@ -24,6 +22,10 @@ function drawLayer() {
   const change = links.append("a").attr("href", `#pass/${pass + 1}`).text(`Changes by ${report.passes[pass].name}`);
   nodes.on("click", () => showStage(pass + 1));
   for (const link of [nodes, change]) link.on("click.search", () => searchFor(module));
+}
+
+function formats({ cache, weight, activation }) {
+  return cache ? `rounded by ${cache}` : `weight ${weight ?? "float"}, input ${activation ?? "float"}`;
 }
 
 function drawPassLinks(article, name) {
@@ -39,7 +41,8 @@ function drawDistributions(article, name, pass) {
   const box = article.append("div").attr("class", "distributions");
   const change = report.passes[pass].distributions[name];
   if (!change) {
-    box.append("p").attr("class", "absent").text("No histograms: this layer could not be compared after this pass.");
+    const what = report.passes[pass].numbers[name]?.cache ? "a cache has none." : "this layer could not be compared after this pass.";
+    box.append("p").attr("class", "absent").text(`No histograms: ${what}`);
     return;
   }
   const first = measured.find((each) => report.passes[each].distributions[name]);
