@@ -89,7 +89,9 @@ class LearnRounding(Pass):
         misses += [choice.shared_weight_miss(m) for m in choice.matmuls if not choice.owns_weight(m)]
         owned = [m for m in choice.matmuls if choice.owns_weight(m) and m.parameter not in program.rounded]
         todo = {m.parameter: m for m in reversed(owned) if m.root.meta["val"].dim() == 2}
-        misses += [Miss(where(m.node), "experts are not trained: left to a pass behind") for m in owned if _experts(m)]
+        misses += [
+            Miss(where(m.node), "stacked weights are not trained: left to a pass behind") for m in owned if _stacked(m)
+        ]
         if not todo:
             return PassResult(0, tuple(misses))
         numbers: dict[str, dict[str, float]] = {}
@@ -112,5 +114,5 @@ class LearnRounding(Pass):
         return TrainingPlan(self.train, self.steps, rate, self.batch, self.target, self.dropped, self.choices)
 
 
-def _experts(matmul: Matmul) -> bool:
+def _stacked(matmul: Matmul) -> bool:
     return matmul.root.meta["val"].dim() != 2
