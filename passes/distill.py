@@ -88,7 +88,7 @@ class Distill(Pass):
         matmuls = {matmul.parameter: matmul for matmul in reversed(choose(program).matmuls)}
         rounded = {name: m for name, m in matmuls.items() if name in program.rounded}
         misses = [Miss(n, "not rounded: a pass such as gptq must come first") for n in matmuls if n not in rounded]
-        misses += [Miss(n, "experts are not trained") for n in rounded if program.stored(n).dim() != 2]
+        misses += [Miss(n, "stacked weights are not trained") for n in rounded if program.stored(n).dim() != 2]
         return {name: matmul for name, matmul in rounded.items() if program.stored(name).dim() == 2}, misses
 
     def _trained(
