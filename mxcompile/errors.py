@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-_LISTED = 12
+_LISTED = 24
 _NOT_THE_CALLER = ("mxcompile", "passes", "torch", "transformers", "contextlib")  # packages that a call may go through
 
 

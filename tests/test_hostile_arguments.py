@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, LlamaConfig, PretrainedConfig
 
 import mxcompile
 from mxcompile.errors import ArgumentError, MXCompileError
@@ -152,6 +152,25 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
         ),
         "WeightedBatch": (mxcompile.WeightedBatch, {"arguments": {"x": x}, "weight": 1.0}),
         "choose": (mxcompile.choose, {"program": program}),
+        "MXCache": (
+            mxcompile.MXCache,
+            {
+                **{"config": LlamaConfig(num_hidden_layers=2), "key": "mxint8", "value": None, "window": 0, "sink": 0},
+                **{"max_length": 8, "rotate": False},
+            },
+        ),
+        "prepare_training": (
+            mxcompile.prepare_training,
+            {
+                **which,
+                **{"recipe": RECIPE, "calibration": None, "include": (), "exclude": (), "allow_partial": False},
+            },
+        ),
+        "finish_training": (
+            mxcompile.finish_training,
+            {"prepared": mxcompile.prepare_training(model, x, RECIPE)},
+        ),
+        "merge_adapters": (mxcompile.merge_adapters, {"model": deployed, "batches": [x]}),
         "print_program": (mxcompile.print_program, {"program": program}),
         "print_changes": (mxcompile.print_changes, {"before": program, "after": lowered}),
         "apply_rules": (mxcompile.apply_rules, {"graph": program.copy().graph, "rules": ()}),
@@ -190,6 +209,7 @@ NAMES = (
     *("trace", "explain", "bisect", "deploy", "save", "load", "export", "read_gguf"),
     *("calibration_batches", "generate_calibration", "WeightedBatch"),
     *("evaluate", "token_windows", "choose", "print_program", "print_changes", "apply_rules", "compile_module"),
+    *("MXCache", "prepare_training", "finish_training", "merge_adapters"),
     *("Pipeline", "Pipeline.parse", "Pipeline.run", "Pipeline.with_overrides", "Measure", "Ledger.load"),
     *("formats.integer", "formats.floating", "formats.parse_format", "formats.as_format"),
     *("formats.parse_scale_rule", "formats.activation_rule", "formats.with_block"),

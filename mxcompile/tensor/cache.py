@@ -5,8 +5,10 @@ This file imports transformers, so it is imported only where a cache is made or 
 
 from typing import Any, Final, Self
 
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
+from mxcompile.arguments import checked
 from mxcompile.errors import InputError
 from mxcompile.formats import MXINT8, MXFormat, as_format
 from mxcompile.numerics.cache_format import CacheFormat
@@ -28,9 +30,10 @@ class MXCache(Cache):
     Raises InputError for a model with layers that have other states than keys and values.
     """
 
+    @checked
     def __init__(
         self,
-        config: Any,
+        config: PreTrainedConfig,
         key: MXFormat | str | None = MXINT8,
         value: MXFormat | str | None = MXINT8,
         window: int = 0,

@@ -70,6 +70,8 @@ def prepare_training(
     program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
     start = _FloatWeights()
     program = pipeline.run(program, calibration, [start])
+    example = program.example.cloned()
+    program(*example.args, **example.kwargs)  # raises InputError for an example that only shapes were right of
     deployed = placed(program, model)
     prepared = _rounding(deployed, start.values, str(lowering.weight_rule))
     _check_outputs(program.example, prepared, deployed)

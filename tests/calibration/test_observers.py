@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mxcompile.calibration import observers
 from mxcompile.calibration.observers import (
+    BlockMoments,
     ChannelAbsMax,
     ChannelImportance,
     ChannelMeanAbs,
@@ -20,6 +21,7 @@ from mxcompile.numerics.hadamard import rotate_input
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 KINDS = {
+    "BlockMoments": lambda: BlockMoments(4),
     "ChannelAbsMax": ChannelAbsMax,
     "ChannelMeanAbs": ChannelMeanAbs,
     "ChannelImportance": ChannelImportance,

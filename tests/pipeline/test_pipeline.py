@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mxcompile.calibration.factor_search import Objective
 from mxcompile.calibration.format_costs.budgets import Latency
+from mxcompile.calibration.latent_weights import Trained
 from mxcompile.errors import PipelineError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides
@@ -19,13 +20,16 @@ from mxcompile.passes import PASSES
 from mxcompile.passes.allocate import Allocate, FormatScore
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.diagnose import Diagnose
+from mxcompile.passes.distill import Distill, Parts
 from mxcompile.passes.fine_blocks import FineBlocks
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
+from mxcompile.passes.learn_rounding import Last, LearnRounding, Start
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.permute import OrderedValues, Permute, SortedBy
+from mxcompile.passes.quantize_cache import QuantizeCache, Rotation
 from mxcompile.passes.recipes import RECIPES, as_pipeline, recipes
-from mxcompile.passes.rotate import Rotate
+from mxcompile.passes.rotate import Rotate, RotationKind
 from mxcompile.passes.round_weights import RoundWeights
 from mxcompile.passes.smooth_quant import SmoothQuant
 from mxcompile.passes.tune_vectors import TuneVectors
@@ -47,7 +51,9 @@ BUILT_IN = {
     "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),
-    "rotate": st.builds(Rotate, formats, st.none() | formats, st.sampled_from([None, 2, 32, 128])),
+    "rotate": st.builds(
+        Rotate, formats, st.none() | formats, st.sampled_from([None, 2, 32, 128]), st.sampled_from(RotationKind)
+    ),
     "fine-blocks": st.builds(FineBlocks, formats, st.sampled_from([16, 32]), st.sampled_from([32, 128])),
     "allocate": st.builds(
         Allocate,
@@ -60,11 +66,22 @@ BUILT_IN = {
         st.sampled_from(FormatScore),
         st.none() | formats,
     ),
+    "quantize-cache": st.builds(
+        QuantizeCache, st.none() | formats, st.none() | formats, grids, grids, st.sampled_from(Rotation), grids
+    ),
     "gptq": st.builds(
         Gptq, formats, st.none() | formats, alphas, st.sampled_from(ColumnOrder), rules, grids, alphas, flags
     )
     | st.builds(Gptq, formats, rule=st.none(), order=st.just(ColumnOrder.NONE)),
+    "learn-rounding": st.builds(
+        LearnRounding,
+        *(formats, st.none() | formats, st.sampled_from(Trained), grids, st.none() | st.floats(1e-9, 1e9), grids),
+        *(st.sampled_from(Start), st.sampled_from(Last), alphas, st.floats(0, 0.5), grids, alphas, alphas),
+    ),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
+    "distill": st.builds(
+        Distill, st.none() | formats, st.sampled_from(Parts), grids, *[st.none() | st.floats(1e-9, 1e9)] * 2, grids
+    ),
     "tune-vectors": st.builds(TuneVectors, st.none() | formats, grids, st.floats(1e-9, 1e9)),
     "lower-mx": st.builds(LowerMX, formats, st.none() | formats, rules, st.none() | rules),
 }

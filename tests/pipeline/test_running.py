@@ -174,9 +174,17 @@ def test_a_pass_that_raises(error, message, program):
 
 def test_which_pipelines_read_calibration_data():
     learned = {name for name, pipeline in recipes().items() if pipeline.reads_calibration}
-    assert learned == {"w4a8-mxint", "w4a8-mxfp", "w4a4-mxfp", "w4a16-mxint", "w4a16-mxfp"}
+    assert learned == {f"{formats}-{kind}" for formats in ("w8a8", "w4a8", "w4a16") for kind in ("mxint", "mxfp")} | {
+        "w4a4-mxfp"
+    }
     lower = "lower-mx{weight=mxint4}"
     assert not Pipeline.parse(f"{lower} | fuse-mx-gemm").reads_calibration
     assert Pipeline.parse(f"round-weights{{format=mxint4,weighted=true}} | {lower}").reads_calibration
-    for name in ("smooth-quant", "awq-fold{weight=mxint4}", "gptq{format=mxint4}", "tune-vectors"):
+    for name in (
+        "smooth-quant",
+        "awq-fold{weight=mxint4}",
+        "gptq{format=mxint4}",
+        "learn-rounding{format=mxint4}",
+        "distill",
+    ):
         assert Pipeline.parse(f"{name} | {lower}").reads_calibration
