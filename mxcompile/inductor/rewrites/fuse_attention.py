@@ -35,16 +35,25 @@ def fuse_attention(graph: Graph) -> int:
     return sum(_rewrite(graph, node) for node in nodes)
 
 
-def _rewrite(graph: Graph, node: Node) -> bool:
+def single_query_operands(node: Node) -> tuple[list[Node], Any, float | None] | None:
+    """Query, key and value, the mask and the scale of a call that rewrites know how to replace, else None."""
     call = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)  # pyright: ignore[reportArgumentType]
     if call is None or not uses_only_output(node):
-        return False
+        return None
     options = call.kwargs
     tensors = [options[name] for name in ("query", "key", "value")]
-    mask, scale = unexpanded(options.get("attn_bias")), options["scale"]
+    scale = options["scale"]
     known = scale is None or isinstance(scale, float)
-    if options["dropout_p"] or options["is_causal"] or not known or not has_one_query(tensors):
+    if options["dropout_p"] or options["is_causal"] or not known or not _has_one_query(tensors):
+        return None
+    return tensors, options.get("attn_bias"), scale
+
+
+def _rewrite(graph: Graph, node: Node) -> bool:
+    if (operands := single_query_operands(node)) is None:
         return False
+    tensors, bias, scale = operands
+    mask = unexpanded(bias)
     query, *pair = tensors
     short = [unrepeated(part) for part in pair]
     key, value = short if shapes_are_equal(*(shape_of(part)[:3] for part in short)) else pair
@@ -55,12 +64,12 @@ def _rewrite(graph: Graph, node: Node) -> bool:
         args = (query, key, value, mask, 1 / math.sqrt(shape_of(query)[3]) if scale is None else scale)
         result = create_call(graph, ATTEND, *args, name=f"{node.name}_single_token")
     replace_output(graph, node, result)
-    for part in (*pair, options.get("attn_bias")):
+    for part in (*pair, bias):
         _erase_unused(graph, part)
     return True
 
 
-def has_one_query(tensors: list[Node]) -> bool:
+def _has_one_query(tensors: list[Node]) -> bool:
     """Whether each head has one query, and all sizes but batch and cache length are static."""
     shapes = [shape_of(part) for part in tensors]
     known = all(isinstance(size, int) for shape in shapes for size in (shape[1], shape[3]))

@@ -10,13 +10,19 @@ from typing import Any, Final
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.operator_schemas import normalize_function
 
 from mxcompile.formats import parse_format
 from mxcompile.graph.dataflow import shapes_are_equal
 from mxcompile.graph.edit import create_call
-from mxcompile.inductor.rewrites.decompose_attention import erase_unread, replace_output, uses_only_output
-from mxcompile.inductor.rewrites.fuse_attention import ATTENTIONS, fits, has_one_query, shape_of, unexpanded, unrepeated
+from mxcompile.inductor.rewrites.decompose_attention import erase_unread, replace_output
+from mxcompile.inductor.rewrites.fuse_attention import (
+    ATTENTIONS,
+    fits,
+    shape_of,
+    single_query_operands,
+    unexpanded,
+    unrepeated,
+)
 from mxcompile.kernels.dispatch import why_no_packed_attention
 from mxcompile.numerics.packed_attention import PackedStates
 from mxcompile.ops import ATTEND_PACKED, DEQUANTIZE, ROTATE
@@ -32,15 +38,10 @@ def fuse_packed_attention(graph: Graph) -> int:
 
 
 def _rewrite(graph: Graph, node: Node) -> bool:
-    call = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)  # pyright: ignore[reportArgumentType]
-    if call is None or not uses_only_output(node):
+    if (operands := single_query_operands(node)) is None:
         return False
-    options = call.kwargs
-    query, key, value = (options[name] for name in ("query", "key", "value"))
-    mask, scale = unexpanded(options.get("attn_bias")), options["scale"]
-    known = scale is None or isinstance(scale, float)
-    if options["dropout_p"] or options["is_causal"] or not known or not has_one_query([query, key, value]):
-        return False
+    (query, key, value), bias, scale = operands
+    mask = unexpanded(bias)
     key, value = unrepeated(key), unrepeated(value)
     rotation, key = _rotation(key)
     if not _is_packed(key) or not _is_packed(value) or not shapes_are_equal(shape_of(key)[:3], shape_of(value)[:3]):
