@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from small_kernels import time_of
 
 from mxcompile.formats import MXINT8, ScaleRule, activation_rule, parse_format
 from mxcompile.kernels import dispatch
@@ -247,25 +248,6 @@ def check_next(name: str) -> None:
         error = ((y.double() - expected.double()).norm() / expected.double().norm()).item()
         if not same or not error < 1e-2:
             print(f"WRONG next {name}, batch {batch}: equal bytes {same}, error {error}", flush=True)
-
-
-def time_of(call: Callable[[int], Any], launches: int) -> float:
-    """Microseconds of a launch among many in a CUDA graph, the median of five replays."""
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(launches):
-            call(number)
-    times: list[float] = []
-    for _ in range(5):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[2] * 1e3 / launches
 
 
 if __name__ == "__main__":

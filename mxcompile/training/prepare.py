@@ -71,7 +71,7 @@ def prepare_training(
     start = _FloatWeights()
     program = pipeline.run(program, calibration, [start])
     example = program.example.cloned()
-    program(*example.args, **example.kwargs)  # raises InputError for an example that only shapes were right of
+    program(*example.args, **example.kwargs)  # raises InputError where tracing, by shapes alone, did not
     deployed = placed(program, model)
     prepared = _rounding(deployed, start.values, str(lowering.weight_rule))
     _check_outputs(program.example, prepared, deployed)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import build, inputs, llama, output
+from models import build, inputs
+from trained_programs import divergence, small_run
 
 import mxcompile
 from mxcompile.errors import PassError, PipelineError
-from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.passes.distill import Distill
 from mxcompile.pipeline.pipeline import Pipeline
 
@@ -21,18 +21,7 @@ def distill(**options) -> str:
 
 @pytest.fixture(scope="module")
 def run():
-    """(model, its trace, calibration batches, pipeline text -> Program)."""
-    model = llama(2)
-    batches = [inputs("llama", 8, 32, seed=seed) for seed in range(16)]
-    program = mxcompile.trace(model, batches[0])
-    return model, program, batches, lambda text: Pipeline.parse(text).run(program, batches)
-
-
-def divergence(model, program) -> float:
-    """KL of the predictions on inputs that calibration has not seen."""
-    x = inputs("llama", 8, 32, seed=99)
-    with torch.no_grad():
-        return kl_divergence(output(model(**x)), output(program(**x)))
+    return small_run()
 
 
 @pytest.mark.slow

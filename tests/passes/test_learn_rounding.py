@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from models import build, inputs, llama, output
+from models import build, inputs, output
+from trained_programs import divergence, small_run
 
 import mxcompile
 from mxcompile.calibration.ranks import Ranks
 from mxcompile.errors import PassError, PipelineError
 from mxcompile.formats import MXINT4
-from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.passes.learn_rounding import LearnRounding
 from mxcompile.pipeline.pipeline import Pipeline
 
@@ -19,18 +19,7 @@ NEAREST = f"learn-rounding{{{FORMATS},start=nearest,steps=%d}}"
 
 @pytest.fixture(scope="module")
 def run():
-    """(model, its trace, calibration batches, pipeline text -> Program)."""
-    model = llama(2)
-    batches = [inputs("llama", 8, 32, seed=seed) for seed in range(16)]
-    program = mxcompile.trace(model, batches[0])
-    return model, program, batches, lambda text: Pipeline.parse(text).run(program, batches)
-
-
-def divergence(model, program) -> float:
-    """KL of the predictions on inputs that calibration has not seen."""
-    x = inputs("llama", 8, 32, seed=99)
-    with torch.no_grad():
-        return kl_divergence(output(model(**x)), output(program(**x)))
+    return small_run()
 
 
 def test_training_comes_nearer_to_the_float_model(run):
