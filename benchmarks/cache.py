@@ -2,10 +2,12 @@
 
     python benchmarks/cache.py --text validation.txt --out benchmarks/results/cache.jsonl
 
-SmolLM2-135M-Instruct, weights in float. Attention is `numerics.cached_attention`, so one forward over a window is
-teacher-forced generation: every token reads the cache as it would have been after generating all tokens before it.
-`kl` is the mean KL(float || cache) a token in nats. `+values` behind a format rotates values, folded into the weights
-of v_proj and o_proj. A needle is a five-digit number in the text, found if all its tokens are the most likely ones.
+SmolLM2-135M-Instruct, weights in float, or as `--recipes` quantize them on `--calibration`. Attention is
+`numerics.cached_attention`, so one forward over a window is teacher-forced generation: every token reads the cache as
+it would have been after generating all tokens before it. `kl` is the mean KL(float || cache) a token in nats,
+`kl_recipe` that from the quantized model with a float cache. `+values` behind a format rotates values, folded into the
+weights of v_proj and o_proj. A needle is a five-digit number in the text, found if all its tokens are the most likely
+ones.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +23,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import mxcompile
 from mxcompile.calibration.data.windows import token_ids, token_windows
 from mxcompile.cli import smollm2
 from mxcompile.cli.texts import read_text
@@ -50,6 +53,7 @@ FORMATS: Final = (
     "key=mxint4,value=mxint4,rotate=head+values",
     "key=mxint4,value=mxint4,window=32,rotate=head+values",
     "key=mxint4,value=mxint4,window=64,rotate=head+values",
+    "key=mxint4,value=mxint4,window=128,rotate=head+values",
     "key=mxint4,value=mxint4,window=32,sink=4,rotate=head+values",
     "key=mxfp4,value=mxfp4,window=32,rotate=head+values",
     "key=mxint4:16,value=mxint4:16,window=32,rotate=head+values",
@@ -82,45 +86,78 @@ def main() -> None:
     transformers.AttentionInterface.register(NAME, lambda *args, **kwargs: attention(*args, **_named(kwargs)))
     model, tokenizer = smollm2.load()
     model = model.to(arguments.device).eval()
-    model.set_attn_implementation(NAME)
-    models = {False: model, True: rotated_values(model)}
     ids = token_ids(tokenizer, read_text(arguments.text)).to(arguments.device)
+    models = {(None, False): model, (None, True): rotated_values(model)}
+    formats = (FLOAT, *(arguments.formats or FORMATS))
+    for recipe in arguments.recipes:
+        for rotated in {False, any(text.endswith(VALUES) for text in formats)}:
+            models[recipe, rotated] = quantized(models[None, rotated], recipe, tokenizer, arguments)
+    for one in models.values():
+        one.set_attn_implementation(NAME)
     for length in arguments.lengths:
         windows = list(token_windows(ids, length, max(1, arguments.tokens // length), tokenizer=tokenizer))
+        batches = list(torch.cat(windows).split(max(1, arguments.at_once // length)))
         needles = list(hidden_needles(tokenizer, ids, length, arguments.needles))
         attention.format = CacheFormat.parse(FLOAT)
-        exact = [run(model, window) for window in windows]
-        for text in (FLOAT, *(arguments.formats or FORMATS)):
-            attention.format = CacheFormat.parse(text.removesuffix(VALUES))
-            row = measured(models[text.endswith(VALUES)], windows, exact, needles)
-            row = {"cache": text, "context": length, "bytes": token_bytes(model.config, attention.format), **row}
-            write(
-                {"model": smollm2.NAME, **row, "text": arguments.text.name, "device": arguments.device}, arguments.out
-            )
+        exact = [run(model, batch) for batch in batches]
+        for recipe in arguments.recipes or [None]:
+            attention.format = CacheFormat.parse(FLOAT)
+            plain = [run(models[recipe, False], batch) for batch in batches] if recipe else exact
+            for text in formats:
+                attention.format = CacheFormat.parse(text.removesuffix(VALUES))
+                row = {"model": smollm2.NAME, "cache": text, "context": length}
+                row |= {"bytes": token_bytes(model.config, attention.format)}
+                row |= {"recipe": recipe} if recipe else {}
+                row |= measured(models[recipe, text.endswith(VALUES)], batches, exact, plain, needles)
+                write({**row, "text": arguments.text.name, "device": arguments.device}, arguments.out)
+
+
+def quantized(model: Any, recipe: str, tokenizer: Any, arguments: argparse.Namespace) -> Any:
+    """The model as a recipe quantizes it, on windows of the calibration text."""
+    example = {"input_ids": torch.arange(64, device=arguments.device)[None]}
+    batches = None
+    if not recipe.endswith("-quick"):
+        ids = token_ids(tokenizer, read_text(arguments.calibration)).to(arguments.device)
+        windows = torch.cat(list(token_windows(ids, 512, arguments.windows, tokenizer=tokenizer)))
+        batches = [{"input_ids": part} for part in windows.split(16)]
+    return mxcompile.quantize_and_compile(model, example, recipe=recipe, calibration=batches, compile=False)
 
 
 def measured(
     model: nn.Module,
-    windows: list[Tensor],
+    batches: list[Tensor],
     exact: list[Tensor],
+    plain: list[Tensor],
     needles: list[tuple[Tensor, Tensor]],
 ) -> dict[str, Any]:
-    """KL and perplexity over windows of one length, given the float model's logits, and how many needles are found."""
-    began, kl, nll = time.perf_counter(), 0.0, 0.0
-    for window, expected in zip(windows, exact, strict=True):
-        logits = run(model, window)
-        kl += kl_divergence(expected, logits)
-        nll += negative_log_likelihood(logits[0, :-1], window[0, 1:]) / (window.shape[1] - 1)
-    found = [bool((run(model, text)[0, -len(answer) - 1 : -1].argmax(-1) == answer).all()) for text, answer in needles]
-    row: dict[str, Any] = {"kl": round(kl / len(windows), 5), "perplexity": round(perplexity(nll / len(windows)), 4)}
-    row |= {"tokens": sum(window.shape[1] for window in windows), "needles": f"{sum(found)}/{len(found)}"}
-    return row | {"seconds": round(time.perf_counter() - began, 1)}
+    """KL and perplexity over windows `[windows, tokens]` of one length, and how many needles are found.
+
+    exact: logits of the float model. plain: those of the model with a float cache; the same list if it is that model.
+    """
+    began, kl, beside, nll, count = time.perf_counter(), 0.0, 0.0, 0.0, 0
+    for batch, expected, own in zip(batches, exact, plain, strict=True):
+        logits = run(model, batch)
+        kl += kl_divergence(expected, logits) * len(batch)
+        beside += kl_divergence(own, logits) * len(batch) if plain is not exact else 0.0
+        for window, scores in zip(batch, logits, strict=True):
+            nll += negative_log_likelihood(scores[:-1], window[1:]) / (len(window) - 1)
+        count += len(batch)
+    found = sum(is_found(lambda text, kept: run(model, text, kept), *needle) for needle in needles)
+    row: dict[str, Any] = {"kl": round(kl / count, 5)}
+    row |= {} if plain is exact else {"kl_recipe": round(beside / count, 5)}
+    row |= {"perplexity": round(perplexity(nll / count), 4), "tokens": sum(batch.numel() for batch in batches)}
+    return row | {"needles": f"{found}/{len(needles)}", "seconds": round(time.perf_counter() - began, 1)}
 
 
-def run(model: nn.Module, window: Tensor) -> Tensor:
-    """Logits `[1, tokens, vocabulary]`."""
+def is_found(logits: Callable[[Tensor, int], Tensor], text: Tensor, answer: Tensor) -> bool:
+    """Whether the last tokens of a text `[1, tokens]`, the answer, are each the most likely one."""
+    return bool((logits(text, len(answer) + 1)[0, :-1].argmax(-1) == answer).all())
+
+
+def run(model: Any, tokens: Tensor, kept: int = 0) -> Tensor:
+    """Logits `[windows, tokens, vocabulary]`, of the last `kept` tokens if that is not 0."""
     with torch.no_grad():
-        return model(input_ids=window, use_cache=False).logits
+        return model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits
 
 
 def rotated_values(model: Any) -> Any:
@@ -176,6 +213,10 @@ def write(row: dict[str, Any], out: Path | None) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--formats", nargs="*", help="cache formats; default: a list")
+    parser.add_argument("--recipes", nargs="*", default=[], help="quantize the weights so; default: float")
+    parser.add_argument("--calibration", type=Path, help="a .txt file, for recipes without -quick")
+    parser.add_argument("--windows", type=int, default=128, help="calibration windows of 512 tokens")
+    parser.add_argument("--at-once", type=int, default=4096, help="tokens in a forward pass, at least a window")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192], help="tokens of context")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of all windows of a length")
     parser.add_argument("--needles", type=int, default=16, help="texts of each length with a number to find")
