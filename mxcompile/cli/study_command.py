@@ -7,8 +7,9 @@ import typer
 
 from mxcompile.cli.arguments import Json
 from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.study.processes import run_study
 from mxcompile.cli.study.results import page_content, print_study
-from mxcompile.cli.study.run import CELLS, run_study
+from mxcompile.cli.study.run import CELLS
 from mxcompile.cli.study.study_file import StudyFile
 from mxcompile.diagnostics.report.study_page import write_study_page
 
@@ -19,6 +20,7 @@ def study(
         Path | None, typer.Option(help="folder for the results, out/NAME by default; cells in it are not run again")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; instead of the file's")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="how many run combinations side by side")] = 1,
     as_json: Json = False,
 ) -> None:
     """Quantize and evaluate models in all combinations that a file names, and compare them.
@@ -29,7 +31,7 @@ def study(
     --json: {"name", "folder", "cells": [...]}; a cell is a line of cells.jsonl.
     """
     folder = resume or Path("out") / file.stem
-    records = run_study(messages(), StudyFile.load(file), folder, device)
+    records = run_study(messages(), StudyFile.load(file), folder, device, processes)
     page = write_study_page(folder, page_content(file.stem, records))
     if as_json:
         print_json({"name": file.stem, "folder": str(folder), "cells": records})

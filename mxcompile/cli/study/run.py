@@ -1,13 +1,13 @@
 """Run the cells of a study that are not finished, and keep each one's record as a line of `cells.jsonl`.
 
-A model is loaded and traced once, and folds that begin the pipelines of several cells run once. A study that was killed
-goes on with the first cell that has no record.
+A model is loaded and traced once, and folds that begin the pipelines of several cells run once: such cells are a
+bundle, which one process runs. A study that was killed goes on with the first cell that has no record.
 """
 
 import json
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from mxcompile.cli.compare import EvalData, check_data, data_without_model
 from mxcompile.cli.memory_in_use import peak_bytes
 from mxcompile.cli.model_source import load_model
 from mxcompile.cli.progress import waiting
-from mxcompile.cli.study.cell import Cell
+from mxcompile.cli.study.cell import Cell, StudiedModel
 from mxcompile.cli.study.results import label
 from mxcompile.cli.study.study_file import StudyFile
 from mxcompile.deploy import deploy
@@ -38,10 +38,13 @@ Record = dict[str, Any]
 
 
 class Finished:
-    """The records of finished cells in a folder. A line that a killed run has left half is as if it were not there."""
+    """The records of finished cells in a folder. A line that a killed run has left half is as if it were not there.
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / CELLS
+    turns: a folder that all processes which add records have in common, and in which they take turns.
+    """
+
+    def __init__(self, folder: Path, turns: Path | None = None) -> None:
+        self._file, self._turns = folder / CELLS, turns
         text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
         self.records: dict[str, Record] = {}
         for line in text.splitlines():
@@ -52,62 +55,69 @@ class Finished:
             if not isinstance(record, dict) or "key" not in record:
                 raise InputError(f"{self._file} is not of a study: name another folder with --resume")
             self.records[str(record["key"])] = cast(Record, record)
-        self._starts_line = not text or text.endswith("\n")
 
     def add(self, record: Record) -> None:
         """Append a record."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(f"{'' if self._starts_line else chr(10)}{json.dumps(record)}\n")
-        self._starts_line = True
+        with nullcontext() if self._turns is None else folder_lock(self._turns):
+            ends = not self._file.exists() or self._file.read_bytes()[-1:] in (b"", b"\n")
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(f"{'' if ends else chr(10)}{json.dumps(record)}\n")
         self.records[record["key"]] = record
 
 
-def run_study(console: Console, study: StudyFile, folder: Path, device: str | None = None) -> list[Record]:
-    """Run what is not finished, and return the records of all cells in order.
+def run_cells(
+    console: Console, study: StudyFile, cells: Sequence[Cell], finished: Finished, take: Callable[[Cell], bool]
+) -> None:
+    """Run cells bundle by bundle. take: whether a bundle, named by its first cell, is to be run here.
 
-    Raises InputError if another run is working in the folder, or if a cell fails: its error says which.
+    Raises MXCompileError if a cell fails; its notes say which.
     """
-    cells = study.cells(device)
-    with _alone(folder):
-        finished = Finished(folder)
-        left = [cell for cell in cells if cell.key not in finished.records]
-        console.print(f"{len(cells)} cells, {len(cells) - len(left)} of them finished in {folder}", markup=False)
-        for model in dict.fromkeys(cell.model for cell in left):
-            own = [cell for cell in left if cell.model == model]
-            _ModelCells(console, study, own).run(finished)
-        return [finished.records[cell.key] for cell in cells]
+    for model in dict.fromkeys(cell.model for cell in cells):
+        loaded: _ModelCells | None = None
+        for bundle in bundles([cell for cell in cells if cell.model == model]):
+            if take(bundle[0]):
+                loaded = loaded or _ModelCells(console, study, model, bundle[0].device)
+                loaded.run(bundle, finished)
+
+
+def bundles(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of one model; those with the same data and equal first passes are a list, one after the other."""
+    ordered = sorted(cells, key=lambda cell: (_data_key(cell), str(cell.pipeline)))
+    found: list[list[Cell]] = []
+    for cell in ordered:
+        previous = found[-1][-1] if found else None
+        together = previous is not None and _data_key(previous) == _data_key(cell)
+        if previous is not None and together and common_folds(previous.pipeline, cell.pipeline):
+            found[-1].append(cell)
+        else:
+            found.append([cell])
+    return found
 
 
 class _ModelCells:
-    """The unfinished cells of one model."""
+    """A model, loaded once for several bundles."""
 
-    def __init__(self, console: Console, study: StudyFile, cells: Sequence[Cell]) -> None:
-        self._console, self._study, self._cells = console, study, cells
-        first = cells[0]
-        with waiting(console, f"loading {first.model.name}"):
-            model, self._tokenizer = load_model(first.model.source)
-        change = study.change_of(first.model)
-        model = model if change is None else change(model)
-        self._model: nn.Module = model.to(first.device)
+    def __init__(self, console: Console, study: StudyFile, model: StudiedModel, device: str) -> None:
+        self._console = console
+        with waiting(console, f"loading {model.name}"):
+            loaded, self._tokenizer = load_model(model.source)
+        change = study.change_of(model)
+        loaded = loaded if change is None else change(loaded)
+        self._model: nn.Module = loaded.to(device)
         self._data: dict[tuple[Any, ...], EvalData] = {}
         self._programs: dict[bytes, Program] = {}
 
-    def run(self, finished: Finished) -> None:
-        """Run the cells, those with the same data and the same first passes one after the other."""
-        ordered = sorted(self._cells, key=lambda cell: (_data_key(cell), str(cell.pipeline)))
+    def run(self, bundle: Sequence[Cell], finished: Finished) -> None:
+        """Run the cells of a bundle."""
         shared = SharedFolds()
-        for number, cell in enumerate(ordered, start=1):
-            following = ordered[number] if number < len(ordered) else None
-            followed = following is not None and _data_key(following) == _data_key(cell)
+        for cell, following in zip(bundle, [*(cell.pipeline for cell in bundle[1:]), None], strict=True):
             try:
-                with waiting(self._console, f"cell {number} of {len(ordered)}: {label(cell.described())}"):
-                    record = self._record(cell, shared, following.pipeline if following and followed else None)
+                with waiting(self._console, f"{cell.model.name}: {label(cell.described())}"):
+                    record = self._record(cell, shared, following)
             except MXCompileError as error:
                 error.add_note(f"in the cell {cell.described()}; finished cells are kept")
                 raise
             finished.add(record)
-            if not followed:
-                shared = SharedFolds()
             kl = f"KL {record['kl']:.4f}, {record['seconds']:.1f} s"
             self._console.print(f"  {cell.model.name} {label(record)}: {kl}", markup=False)
 
@@ -195,13 +205,3 @@ def common_folds(first: Pipeline, second: Pipeline) -> int:
 def _data_key(cell: Cell) -> tuple[Any, ...]:
     """Cells with an equal key have the same windows and batches."""
     return str(cell.evaluation), str(cell.evaluation.text), str(cell.calibration)
-
-
-@contextmanager
-def _alone(folder: Path) -> Generator[None]:
-    """Hold the folder; raises InputError if it cannot be written or another run holds it."""
-    try:
-        with folder_lock(folder, wait=False):
-            yield
-    except BlockingIOError as error:
-        raise InputError(f"another study is running in {folder}: name another folder with --resume") from error

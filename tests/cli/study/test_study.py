@@ -10,14 +10,28 @@ from models import build
 from typer.testing import CliRunner
 
 import mxcompile
+from mxcompile.atomic_files import folder_lock
 from mxcompile.cli.app import app
 from mxcompile.cli.study import run as run_module
+from mxcompile.cli.study.processes import gpu_of, take, threads
 from mxcompile.cli.study.results import Difference, groups
-from mxcompile.cli.study.run import SharedFolds, common_folds
+from mxcompile.cli.study.run import Finished, SharedFolds, bundles, common_folds
 from mxcompile.cli.study.study_file import StudyFile
 from mxcompile.errors import InputError, MXCompileError
 from mxcompile.pipeline.pipeline import Pipeline
 
+FAILS = """
+from dataclasses import dataclass
+from mxcompile.errors import PassError
+from mxcompile.pipeline.interfaces import Pass
+
+@dataclass(frozen=True)
+class Fails(Pass):
+    name = "fails"
+
+    def run(self, program):
+        raise PassError("this one fails")
+"""
 WORDS = ["The", "capital", "of", "France", "is", "Germany", "Italy", "Paris", "Berlin", "."]
 FORMATS = "weight=mxint4,activation=mxint8"
 LEARNED = f"awq-fold{{{FORMATS}}} | gptq{{format=mxint4,activation=mxint8}} | lower-mx{{{FORMATS}}}"
@@ -277,5 +291,66 @@ def test_a_folder_of_something_else_is_refused(finished, tmp_path):
 
 def test_one_study_at_a_time_in_a_folder(finished):
     file, folder, _ = finished
-    with run_module.folder_lock(folder), pytest.raises(InputError, match="another study is running"):
+    with folder_lock(folder), pytest.raises(InputError, match="another study is running"):
         run("study", file, "--resume", folder)
+
+
+def test_cells_that_share_folds_are_a_bundle(finished):
+    cells = StudyFile.load(finished[0]).cells()
+    names = [[(cell.recipe, cell.weight) for cell in bundle] for bundle in bundles(cells)]
+    assert sorted(names) == [
+        [("learned", "mxint4"), ("folded", "mxint4")],
+        [("learned", "mxint8"), ("folded", "mxint8")],
+        [("rtn", "mxint4")],
+        [("rtn", "mxint8")],
+    ]
+
+
+def test_a_bundle_is_taken_once_and_none_after_a_failure(finished, tmp_path):
+    first, second, *_ = StudyFile.load(finished[0]).cells()
+    assert [take(tmp_path, first), take(tmp_path, first), take(tmp_path, second)] == [True, False, True]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "failed").touch()
+    assert not take(other, first)
+
+
+def test_processes_add_their_records_in_turns(tmp_path):
+    one, other = (Finished(tmp_path, tmp_path / "turns") for _ in range(2))
+    one.add({"key": "a"})
+    with (tmp_path / "cells.jsonl").open("a") as file:
+        file.write('{"key": "ha')  # what a killed process has left
+    other.add({"key": "b"})
+    one.add({"key": "c"})
+    assert [*Finished(tmp_path).records] == ["a", "b", "c"]
+
+
+def test_a_process_has_its_share_of_cores_and_gpus(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 14)
+    assert [threads(4), threads(20)] == [3, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert threads(4) == 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert gpu_of(1) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [gpu_of(number) for number in range(3)] == ["5", "7", "5"]
+
+
+@pytest.mark.slow  # each process imports everything and loads the model
+def test_several_processes_make_the_same_cells(finished, tmp_path):
+    file, _, records = finished
+    shared = json.loads(run("study", file, "--resume", tmp_path, "--processes", 2, "--json").stdout)["cells"]
+    assert [(r["key"], r["bytes"]) for r in shared] == [(r["key"], r["bytes"]) for r in records]
+    assert [r["kl"] for r in shared] == pytest.approx([r["kl"] for r in records], rel=1e-4)  # other numbers of threads
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == len(records)
+
+
+@pytest.mark.slow
+def test_the_cell_that_fails_in_a_process_is_named(local_model, texts, tmp_path):
+    file = tmp_path / "failing.toml"
+    file.write_text(study_text(local_model, texts, "passes = ['fails.py:Fails']").replace('rtn = "', 'rtn = "fails | '))
+    (tmp_path / "fails.py").write_text(FAILS)
+    with pytest.raises(InputError, match=r"this one fails.*in the cell .*'recipe': 'rtn'"):
+        run("study", file, "--resume", tmp_path / "out", "--processes", 2)
