@@ -4,10 +4,11 @@ Each process loads the models of its bundles itself. With several GPUs, processe
 """
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,21 +40,21 @@ def run_study(
         left = [cell for cell in cells if cell.key not in finished.records]
         console.print(f"{len(cells)} cells, {len(cells) - len(left)} of them finished in {folder}", markup=False)
         if processes == 1 or not left:
-            run_cells(console, study, left, finished, lambda _: True)
+            run_cells(console, study, left, finished)
         else:
-            _run_in_processes(study, folder, device, processes)
+            _run_in_processes(study, folder, device, [cell.key for cell in left], processes)
             finished = Finished(folder)
         return [finished.records[cell.key] for cell in cells]
 
 
-def _run_in_processes(study: StudyFile, folder: Path, device: str | None, processes: int) -> None:
-    """Raises InputError with the errors of the processes."""
+def _run_in_processes(study: StudyFile, folder: Path, device: str | None, keys: Sequence[str], processes: int) -> None:
+    """Run the cells of these keys. Raises InputError with the errors of the processes."""
     with (
         TemporaryDirectory(prefix="mxcompile-study-") as claims,
         ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
     ):
-        shares = [(threads(processes), gpu_of(number)) for number in range(processes)]
-        started = [pool.submit(_take_part, study.path, folder, Path(claims), device, *share) for share in shares]
+        part = _Part(study.path, folder, Path(claims), device, frozenset(keys), max(1, len(keys) // (2 * processes)))
+        started = [pool.submit(part.run, threads(processes), gpu_of(number)) for number in range(processes)]
         try:
             errors = [error for part in started if (error := part.result()) is not None]
         except BrokenProcessPool as error:
@@ -78,22 +79,34 @@ def gpu_of(number: int) -> str | None:
     return visible.split(",")[number % gpus]
 
 
-def _take_part(
-    file: Path, folder: Path, claims: Path, device: str | None, thread_count: int, gpu: str | None
-) -> str | None:
-    """Run the bundles that no other process has taken; returns what went wrong."""
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # this process has not begun to use CUDA
-    torch.set_num_threads(thread_count)
-    study = StudyFile.load(file)
-    finished = Finished(folder, claims)
-    left = [cell for cell in study.cells(device) if cell.key not in finished.records]
-    try:
-        run_cells(messages(), study, left, finished, lambda first: take(claims, first))
-    except MXCompileError as error:
-        (claims / _FAILED).touch()
-        return "; ".join([str(error), *getattr(error, "__notes__", ())])
-    return None
+@dataclass(frozen=True)
+class _Part:
+    """What every process is told. keys: of the cells to run, the same for all, whatever is finished when one starts.
+
+    most: cells of a bundle, so that all processes are busy to the end.
+    """
+
+    file: Path
+    folder: Path
+    claims: Path
+    device: str | None
+    keys: frozenset[str]
+    most: int
+
+    def run(self, thread_count: int, gpu: str | None) -> str | None:
+        """Run the bundles that no other process has taken; returns what went wrong."""
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # this process has not begun to use CUDA
+        torch.set_num_threads(thread_count)
+        study = StudyFile.load(self.file)
+        cells = [cell for cell in study.cells(self.device) if cell.key in self.keys]
+        finished = Finished(self.folder, self.claims)
+        try:
+            run_cells(messages(), study, cells, finished, self.most, lambda first: take(self.claims, first))
+        except MXCompileError as error:
+            (self.claims / _FAILED).touch()
+            return "; ".join([str(error), *getattr(error, "__notes__", ())])
+        return None
 
 
 def take(claims: Path, first: Cell) -> bool:

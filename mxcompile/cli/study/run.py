@@ -66,27 +66,32 @@ class Finished:
 
 
 def run_cells(
-    console: Console, study: StudyFile, cells: Sequence[Cell], finished: Finished, take: Callable[[Cell], bool]
+    console: Console,
+    study: StudyFile,
+    cells: Sequence[Cell],
+    finished: Finished,
+    most: int | None = None,
+    take: Callable[[Cell], bool] = lambda _: True,
 ) -> None:
     """Run cells bundle by bundle. take: whether a bundle, named by its first cell, is to be run here.
 
-    Raises MXCompileError if a cell fails; its notes say which.
+    most: cells of a bundle. Raises MXCompileError if a cell fails; its notes say which.
     """
     for model in dict.fromkeys(cell.model for cell in cells):
         loaded: _ModelCells | None = None
-        for bundle in bundles([cell for cell in cells if cell.model == model]):
+        for bundle in bundles([cell for cell in cells if cell.model == model], most):
             if take(bundle[0]):
                 loaded = loaded or _ModelCells(console, study, model, bundle[0].device)
                 loaded.run(bundle, finished)
 
 
-def bundles(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells of one model; those with the same data and equal first passes are a list, one after the other."""
+def bundles(cells: Sequence[Cell], most: int | None = None) -> list[list[Cell]]:
+    """The cells of one model; those with the same data and equal first passes are a list, of at most `most` cells."""
     ordered = sorted(cells, key=lambda cell: (_data_key(cell), str(cell.pipeline)))
     found: list[list[Cell]] = []
     for cell in ordered:
         previous = found[-1][-1] if found else None
-        together = previous is not None and _data_key(previous) == _data_key(cell)
+        together = previous is not None and _data_key(previous) == _data_key(cell) and len(found[-1]) != most
         if previous is not None and together and common_folds(previous.pipeline, cell.pipeline):
             found[-1].append(cell)
         else:

@@ -304,6 +304,7 @@ def test_cells_that_share_folds_are_a_bundle(finished):
         [("rtn", "mxint4")],
         [("rtn", "mxint8")],
     ]
+    assert [len(bundle) for bundle in bundles(cells, most=1)] == [1] * 6
 
 
 def test_a_bundle_is_taken_once_and_none_after_a_failure(finished, tmp_path):
