@@ -5,11 +5,12 @@
 
 Random bfloat16 weights, `--layers` of its 32 decoder layers.
 
-`generate`: MX weights beside the same model in bfloat16, batch 1, through `generate` with a static cache; the decode
-step is compiled and replayed as a CUDA graph, for the bfloat16 model by transformers itself. `token_ms` is the mean
-time between two tokens of one call, after a prompt of `--prompt` tokens, without the first step, which captures the
-CUDA graph; `call_ms` is the whole call, `step_ms` the kernels of one decode step alone. `prefill_ms` is one compiled
-forward of `--prefill` tokens. "head mxint8": the output head is quantized, too.
+`generate`: MX weights beside the same model in bfloat16, through `generate` with a static cache, for `--batch` prompts
+of equal length; the decode step is compiled and replayed as a CUDA graph, for the bfloat16 model by transformers
+itself. `token_ms` is the mean time between two tokens of one call, after a prompt of `--prompt` tokens, without the
+first step, which captures the CUDA graph; `call_ms` is the whole call, `step_ms` the kernels of one decode step alone;
+`sampled_token_ms`, with `--sample`, is a token drawn with a temperature and top-p. `prefill_ms` is one compiled forward
+of `--prefill` tokens, for batch 1 alone. "head mxint8": the output head is quantized, too.
 
 `quantize`: seconds from the model to its deployed copy, calibrated on random tokens in batches of four windows, and the
 peak of GPU memory. Both are extrapolated to 32 layers: one layer takes `(t(n) - t(1)) / (n - 1)`, and each layer left
@@ -39,6 +40,7 @@ from mxcompile.tensor.modules import stored_bytes
 
 FLOAT: Final = "bfloat16"
 HEAD: Final = ", head mxint8"
+SAMPLED: Final = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
 LISTED: Final = 14
 LAYERS: Final = 32
 FORMATS: Final = "weight=mxint4,activation=mxint8"
@@ -67,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--prompt", type=int, default=1900, help="tokens before the generated ones")
     speed.add_argument("--tokens", type=int, default=128, help="tokens to generate")
     speed.add_argument("--prefill", type=int, default=2048, help="tokens of the timed prefill")
+    speed.add_argument("--batch", type=int, default=1, help="prompts of one call")
+    speed.add_argument("--sample", action="store_true", help="time sampling, too")
     speed.add_argument("--alone", action="store_true", help="without the model in bfloat16")
     speed.add_argument("--profile", action="store_true", help="print the kernels of one decode step and of prefill")
     cost = commands.add_parser("quantize", help="seconds and peak memory of quantizing")
@@ -137,13 +141,14 @@ def compare_speed(arguments: argparse.Namespace) -> None:
         ready = model if recipe == FLOAT else quantized(model, recipe)
         sizes = [stored_bytes(part) / 2**30 for part in (ready, ready.model.layers)]
         row = {"model": "Llama-3-8B shape, random", "layers": arguments.layers, "recipe": recipe}
-        row |= {"gib": round(sizes[0], 3), "decoder_gib": round(sizes[1], 3)}
+        row |= {"batch": arguments.batch, "gib": round(sizes[0], 3), "decoder_gib": round(sizes[1], 3)}
         row |= measured(ready, arguments)
         row["seconds_to_prepare"] = round(time.perf_counter() - began, 1)
         if not arguments.alone:
             baseline = rows[0] if rows else row
             for ratio, time_ms in (("ratio", "token_ms"), ("step_ratio", "step_ms"), ("prefill_ratio", "prefill_ms")):
-                row[ratio] = round(baseline[time_ms] / row[time_ms], 2)
+                if time_ms in row:
+                    row[ratio] = round(baseline[time_ms] / row[time_ms], 2)
         row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
         rows.append(row | {"transformers": transformers.__version__})
         write(rows[-1], arguments.out)
@@ -160,12 +165,25 @@ def quantized(model: Any, recipe: str) -> Any:
 
 @torch.no_grad()
 def measured(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    ids = torch.randint(100, 100000, (1, arguments.prefill), generator=generator, device="cuda")
-    prompt = ids[:, : arguments.prompt]
+    prompts = random_ids(arguments.batch, arguments.prompt)
+    runs = [generated(model, prompts, arguments.tokens) for _ in range(6)][3:]
+    times = {name: min(run[name] for run in runs) for name in runs[0]} | {"step_ms": step_seconds(model, arguments)}
+    if arguments.sample:
+        tokens = [generated(model, prompts, arguments.tokens, **SAMPLED)["token_ms"] for _ in range(6)]
+        times["sampled_token_ms"] = min(tokens[3:])
+    if arguments.batch == 1:
+        times["prefill_ms"] = prefill_seconds(model, arguments)
+    return {name: round(value * 1e3, 3) for name, value in times.items()}
 
-    runs = [generated(model, prompt, arguments.tokens) for _ in range(6)][3:]
-    step = step_seconds(model, arguments)
+
+def random_ids(batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    return torch.randint(100, 100000, (batch, length), generator=generator, device="cuda")
+
+
+def prefill_seconds(model: Any, arguments: argparse.Namespace) -> float:
+    """Time of one compiled forward of `--prefill` tokens."""
+    ids = random_ids(1, arguments.prefill)
     if model._compiled_call_impl is None:
         compile_module(model)  # the float model's prefill, compiled the way ours is
     for _ in range(2):
@@ -174,8 +192,7 @@ def measured(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.profile:
         print(f"prefill of {arguments.prefill}: {prefill * 1e3:.2f} ms", flush=True)
         show(kernels(lambda: model(ids, use_cache=False, logits_to_keep=1)))
-    times = {name: min(run[name] for run in runs) for name in runs[0]} | {"step_ms": step, "prefill_ms": prefill}
-    return {name: round(value * 1e3, 3) for name, value in times.items()}
+    return prefill
 
 
 def wait() -> None:
@@ -195,10 +212,10 @@ class Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def generated(model: Any, prompt: torch.Tensor, count: int) -> dict[str, float]:
+def generated(model: Any, prompt: torch.Tensor, count: int, **sampling: Any) -> dict[str, float]:
     """Seconds of one call of `generate`, of a token in it, and of its first decode step."""
     clock = Clock()
-    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+    options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, **sampling}
     wait()
     began = time.perf_counter()
     model.generate(prompt, cache_implementation="static", stopping_criteria=StoppingCriteriaList([clock]), **options)
@@ -209,7 +226,7 @@ def generated(model: Any, prompt: torch.Tensor, count: int) -> dict[str, float]:
 
 def step_seconds(model: Any, arguments: argparse.Namespace) -> float:
     """Time of the kernels of one decode step, from a profile of `generate`."""
-    ids = torch.arange(arguments.prompt, device="cuda")[None] + 100
+    ids = (torch.arange(arguments.prompt, device="cuda") + 100).expand(arguments.batch, -1)
     count = arguments.tokens
     options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
     steps = by_step(kernels(lambda: model.generate(ids, cache_implementation="static", **options)), count)
