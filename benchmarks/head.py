@@ -1,11 +1,12 @@
 """What the output head in 8 bits costs: perplexity and KL of SmolLM2-135M with its head in float and quantized.
 
     python benchmarks/head.py --out benchmarks/results/head.jsonl
+    python benchmarks/head.py --text validation.txt --calibration train-1000.jsonl --recipes w4a8-mxint,w8a8-mxint
 
-Text: Python's help topics, second half. `nll` is the mean negative log-likelihood a token in nats, `kl` and `top1`
-compare with the float model. The file of SmolLM2 holds its head in 8 bits; `--variant off-grid` takes all weights off
-the levels of the file, the head's by random factors in the norm before it. Recipes that learn take 128 windows of 512
-tokens of the first half.
+Text: Python's help topics, second half, or `--text`. `nll` is the mean negative log-likelihood a token in nats, `kl`
+and `top1` compare with the float model. The file of SmolLM2 holds its head in 8 bits; `--variant off-grid` takes all
+weights off the levels of the file, the head's by random factors in the norm before it. Recipes that learn take 128
+windows of 512 tokens of the first half of the help topics, or of `--calibration`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from variants import take_off_grid
 import mxcompile
 from mxcompile.calibration.data.windows import token_ids, token_windows
 from mxcompile.cli import smollm2
-from mxcompile.cli.texts import help_text
+from mxcompile.cli.texts import HELP_TOPICS, help_text, read_text
 from mxcompile.diagnostics.evaluation import evaluate
 from mxcompile.passes.recipes import as_pipeline
 
@@ -33,7 +34,10 @@ def main() -> None:
     arguments = parser().parse_args()
     loaded, tokenizer = smollm2.load()
     model = (head_off_grid(take_off_grid(loaded)) if arguments.variant else loaded).to(arguments.device)
-    halves = token_ids(tokenizer, help_text()).chunk(2)
+    halves = list(token_ids(tokenizer, help_text()).chunk(2))
+    for half, path in enumerate((arguments.calibration, arguments.text)):
+        halves[half] = token_ids(tokenizer, read_text(path)) if path else halves[half]
+    text = arguments.text.name if arguments.text else HELP_TOPICS
     learned, test = (
         [window.to(arguments.device) for window in islice(token_windows(ids, length, tokenizer=tokenizer), count)]
         for ids, length, count in zip(halves, (512, 1024), (128, arguments.windows), strict=True)
@@ -41,7 +45,8 @@ def main() -> None:
     batches = [{"input_ids": part} for part in torch.cat(learned).split(16)]
     for recipe in arguments.recipes.split(","):
         for head in arguments.heads.split(","):
-            write(measured(model, test, batches, recipe, head) | {"variant": arguments.variant}, arguments.out)
+            row = measured(model, test, batches, recipe, head) | {"variant": arguments.variant, "text": text}
+            write(row | {"device": arguments.device}, arguments.out)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", default=",".join(HEADS[:3]), help="comma-separated formats, or none for float")
     parser.add_argument("--windows", type=int, default=8, help="test windows of 1024 tokens")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--text", type=Path, help="test on this file, .txt or .jsonl, in place of the help topics")
+    parser.add_argument("--calibration", type=Path, help="calibrate on this file in place of the help topics")
     parser.add_argument("--variant", default="", choices=("", "off-grid"))
     parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
     return parser
