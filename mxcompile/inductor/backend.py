@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from mxcompile.graph.records import PassResult
 from mxcompile.inductor import unwrap_weights
 from mxcompile.inductor.private_api import (
     AttrSource,
+    CacheBase,
     CustomGraphPass,
     InductorBackend,
     InvalidCxxCompiler,
@@ -26,6 +28,7 @@ from mxcompile.inductor.private_api import (
     has_triton,
     innermost_function,
     pick_vec_isa,
+    torch_key,
 )
 from mxcompile.inductor.recorded_graph import recorded, recorded_as_one
 from mxcompile.inductor.rewrites.decompose_attention import decompose_attention
@@ -87,6 +90,7 @@ class FuseMX(CustomGraphPass):
         return self
 
 
+@cache
 def _hashed_files() -> tuple[str, ...]:
     paths = [_PACKAGE / name for name in _HASHED]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
@@ -111,16 +115,18 @@ def why_no_compiler(device: torch.device) -> str | None:
     return None
 
 
-def start_probing(device: torch.device) -> threading.Thread | None:
-    """Let Inductor find the processor's vector instructions while Dynamo traces: for a CPU, it compiles and loads a
-    program for each kind, in seconds, and remembers the result. Returns the thread that waits for these programs."""
+def start_probing(device: torch.device) -> threading.Thread:
+    """Let Inductor find what its cache's keys hold while Dynamo traces, and remember it: hashes of the files of torch
+    and Triton, half a second of reading, and for a CPU the processor's vector instructions, for each kind of which it
+    compiles and loads a program, in seconds. Returns the thread that does this."""
 
     def probe() -> None:
-        with suppress(OSError):  # torch's cache folder was removed: who needs the result asks again
-            pick_vec_isa()
+        with suppress(OSError):  # a file cannot be read, or torch's cache folder was removed: who needs it asks again
+            torch_key()
+            CacheBase.get_system()
+            if device.type == "cpu":
+                pick_vec_isa()
 
-    if device.type != "cpu":
-        return None
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     return thread

@@ -1,5 +1,6 @@
 """A module's forward, compiled under a code object of its own, with cheap guards in place of Dynamo's on MX weights."""
 
+import gc
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -34,9 +35,11 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
-        if self._compiled is None or not torch.compiler.is_compiling():
+        is_traced = torch.compiler.is_compiling()
+        if self._compiled is None or not is_traced:
             self.prepare()
-        with _without_fast_path() if self._has_fast_path else nullcontext():
+        paused = nullcontext() if is_traced else _collection_paused()
+        with _without_fast_path() if self._has_fast_path else nullcontext(), paused:
             return self._compiled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
 
     def prepare(self) -> None:
@@ -101,6 +104,19 @@ def _guard_filter(module: nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
         return keep(entries)
 
     return keep_cleared
+
+
+@contextmanager
+def _collection_paused() -> Generator[None]:
+    """Do not look for cyclic garbage: while Dynamo traces, millions of objects are made and kept, and each search looks
+    at all of them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

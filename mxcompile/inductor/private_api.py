@@ -13,6 +13,7 @@ from torch._dynamo.source import AttrSource
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import aoti_compile_and_package
 from torch._inductor import config as inductor_config
+from torch._inductor.codecache import CacheBase, torch_key
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -28,6 +29,7 @@ innermost_function = eval_frame.innermost_fn
 
 __all__ = [
     "AttrSource",
+    "CacheBase",
     "CompiledFxGraph",
     "CustomGraphPass",
     "InductorBackend",
@@ -48,6 +50,7 @@ __all__ = [
     "own_symbol",
     "pick_vec_isa",
     "select_decomp_table",
+    "torch_key",
 ]
 
 

@@ -4,6 +4,7 @@ Compiling a language model takes seconds, so the models have one layer and each 
 """
 
 import copy
+import gc
 import io
 import shutil
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from models import build, inputs, output
 from torch import nn
-from torch._inductor import cpu_vec_isa
+from torch._inductor import codecache, cpu_vec_isa
 
 import mxcompile
 from mxcompile.analysis.choice import choose
@@ -21,6 +22,7 @@ from mxcompile.analysis.folds.multiplier import insert_multiplier, multiplier_of
 from mxcompile.errors import CompileError
 from mxcompile.inductor import backend, compile_module, why_no_inductor
 from mxcompile.inductor.compile import _compile_generate
+from mxcompile.inductor.compiled_forward import CompiledForward
 from mxcompile.inductor.decode_step import DecodeStep
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.numerics.metrics import sqnr_db
@@ -197,12 +199,30 @@ def test_without_a_compiler_the_model_runs_fused_and_says_so(monkeypatch):
 
 
 @pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
-def test_the_processor_is_probed_while_dynamo_traces():
+def test_what_the_keys_of_the_cache_hold_is_found_while_dynamo_traces():
     cpu_vec_isa.valid_vec_isa_list.cache_clear()
-    thread = backend.start_probing(torch.device("cpu"))
-    thread.join(120)
+    codecache.CacheBase.get_system.cache_clear()
+    backend.start_probing(torch.device("cuda")).join(120)
+    assert codecache.CacheBase.get_system.cache_info().currsize == 1
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
+    backend.start_probing(torch.device("cpu")).join(120)
     assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 1
-    assert backend.start_probing(torch.device("cuda")) is None
+
+
+def test_no_garbage_is_collected_while_a_graph_is_traced():
+    enabled: list[bool] = []
+
+    class Looks(torch.nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    def looking(graph, _):
+        enabled.append(gc.isenabled())
+        return graph.forward
+
+    forward = CompiledForward(Looks(), looking)
+    assert torch.equal(forward(torch.ones(3)), torch.full((3,), 2.0))
+    assert (enabled, gc.isenabled()) == ([False], True)
 
 
 def test_with_a_compiler_nothing_is_said():

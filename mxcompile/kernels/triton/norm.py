@@ -45,7 +45,8 @@ def add_norm(
     """x and residual `[..., size]`, of any strides; weight and bias `[size]`. Returns `x + residual`, which is x
     itself without a residual, and the rounded norm of it, both contiguous and in the dtype of x.
 
-    dependent: programmatic dependent launch, from compute capability 9.0 on.
+    dependent: programmatic dependent launch, from compute capability 9.0 on. In a CUDA graph, whose kernels write no
+    weights, weight and bias are then loaded before the previous kernel has ended.
     """
     size, rows = x.shape[-1], math.prod(x.shape[:-1])
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -72,6 +73,7 @@ def add_norm(
         size,
         flat.stride(0),
         added.stride(0),
+        int(dependent and x.is_cuda and torch.cuda.is_current_stream_capturing()),
         LANES=lanes,
         CENTERED=norm.centered,
         NARROWED=norm.narrowed,
@@ -92,7 +94,7 @@ def _sum(a, b):
     return a + b
 
 
-@triton.jit(do_not_specialize=["eps"])
+@triton.jit(do_not_specialize=["eps", "early"])
 def _add_norm_kernel(
     x,
     residual,
@@ -104,6 +106,7 @@ def _add_norm_kernel(
     size,
     x_stride,
     residual_stride,
+    early,
     LANES: tl.constexpr,
     CENTERED: tl.constexpr,
     NARROWED: tl.constexpr,
@@ -119,9 +122,12 @@ def _add_norm_kernel(
     inside = lane < size
     if DEPENDENT:
         gdc_launch_dependents()
-        gdc_wait()
+        if early == 0:
+            gdc_wait()
     factor = widen(tl.load(weight + lane, mask=inside, other=0.0)) if HAS_WEIGHT else tl.full((LANES,), 1.0, tl.float32)
     shift = widen(tl.load(bias + lane, mask=inside, other=0.0)) if HAS_BIAS else tl.full((LANES,), 0.0, tl.float32)
+    if DEPENDENT:
+        gdc_wait()
     values = widen(tl.load(x + row * x_stride + lane, mask=inside, other=0.0))
     if HAS_RESIDUAL:
         values += widen(tl.load(residual + row * residual_stride + lane, mask=inside, other=0.0))
