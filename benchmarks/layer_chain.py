@@ -122,7 +122,8 @@ class Layers:
         outs, config = self.shape.matmuls()[role][0], variant.config(role, self.usual[role])
         if isinstance(config, Held):
             return held_planes.linears(x, weights[role], outs, [None] * len(outs), config)
-        counters = split_k_counters.stream_counters(x.device, 4096) if config.split > 1 else None
+        needed = planes_linear.counters_needed(len(x), weights[role], config)
+        counters = split_k_counters.stream_counters(x.device, needed) if config.split > 1 else None
         return planes_linear.linears(x, weights[role], outs, [None] * len(outs), config, counters)
 
 
