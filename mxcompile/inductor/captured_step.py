@@ -1,9 +1,7 @@
 """One decode step captured as a CUDA graph: the tensors it reads and writes, and whether they are still in place."""
 
-import gc
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mxcompile.inductor.compiled_forward import CompiledForward
+from mxcompile.inductor.compiled_forward import CompiledForward, collection_paused
 from mxcompile.tensor.weight import MXWeight
 
 
@@ -31,7 +29,7 @@ class CudaGraph:
         current = torch.cuda.current_stream()
         stream = _capture_stream(current.device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream), _no_collection():
+        with torch.cuda.stream(stream), collection_paused():
             self._graph.capture_begin(capture_error_mode="thread_local")
             try:
                 return call()
@@ -48,18 +46,6 @@ class CudaGraph:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all captures: cuBLAS keeps a workspace per stream."""
     return torch.cuda.Stream(device)
-
-
-@contextmanager
-def _no_collection() -> Generator[None]:
-    """Switch off garbage collection: freeing CUDA memory would invalidate the capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @dataclass(frozen=True)

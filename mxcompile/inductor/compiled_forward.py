@@ -38,7 +38,7 @@ class CompiledForward:
         is_traced = torch.compiler.is_compiling()
         if self._compiled is None or not is_traced:
             self.prepare()
-        paused = nullcontext() if is_traced else _collection_paused()
+        paused = nullcontext() if is_traced else collection_paused()
         with _without_fast_path() if self._has_fast_path else nullcontext(), paused:
             return self._compiled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
 
@@ -107,9 +107,9 @@ def _guard_filter(module: nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
 
 
 @contextmanager
-def _collection_paused() -> Generator[None]:
-    """Do not look for cyclic garbage: while Dynamo traces, millions of objects are made and kept, and each search looks
-    at all of them."""
+def collection_paused() -> Generator[None]:
+    """Do not look for cyclic garbage. While Dynamo traces, millions of objects are made and kept, and each search looks
+    at all of them; while a CUDA graph is captured, freed CUDA memory would invalidate it."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

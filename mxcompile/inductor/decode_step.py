@@ -54,6 +54,10 @@ class DecodeStep:
         self._remember_guards(kwargs)
         return result
 
+    def is_captured(self, step: StepInputs) -> bool:
+        """Whether inputs like these, or any, are served without compiling or capturing first."""
+        return self.refusal is not None or any(one.fits(step) for one in self._captures)
+
     def captured(self, step: StepInputs) -> CapturedStep | None:
         """The captured step that takes inputs like these and computes what the model computes now.
 

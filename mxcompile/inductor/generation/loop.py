@@ -106,17 +106,28 @@ def decode(
         tokens = torch.cat([input_ids, token[:, None]], -1)
         model_kwargs = module._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
         del outputs
-        run = step = None
+        run = step = told = None
+        is_over = False
+
+        def verdicts_of(run: Recording | Repeated | None) -> Verdicts:
+            sequences = _sequences(logits, tokens.shape[1], options) if run is None else run.sequences
+            sequences.begin(tokens, is_valid, options.ends, options.scores)
+            return Verdicts(sequences, options.ends, options.criteria, options.streamer, input_ids.shape[1])
+
         if tokens.shape[1] < options.longest:
             inputs = module.prepare_inputs_for_generation(tokens, next_sequence_length=1, **model_kwargs)
             inputs["return_dict"] = True
             step = StepInputs.of(inputs)
-            run = _runner(module, inputs, step, logits, options)
-        sequences = _sequences(logits, tokens.shape[1], options) if run is None else run.sequences
-        sequences.begin(tokens, is_valid, options.ends, options.scores)
-        verdicts = Verdicts(sequences, options.ends, options.criteria, options.streamer, input_ids.shape[1])
+            if _is_slow_to_start(module, step, options):  # who streams sees the first token before that
+                told = verdicts_of(None)
+                is_over = told.is_last(told.sequences.report.cpu())
+            run = None if is_over else _runner(module, inputs, step, logits, options)
+        verdicts = told if told is not None and is_over else verdicts_of(run)
+        if told is not None and not is_over:
+            verdicts.go_on_from(told)
         with _exact_random_state(logits.device, options.is_sampled) as steps:
-            steps.started, steps.kept = _run_steps(run, verdicts, options.longest)
+            if not is_over:
+                steps.started, steps.kept = _run_steps(run, verdicts, options.longest, told is not None)
         if step is not None and steps.started > steps.kept:
             step.roll_back(steps.started - steps.kept)
     if options.streamer is not None:
@@ -124,18 +135,31 @@ def decode(
     return _output(verdicts.tokens(), model_kwargs, config)
 
 
-def _run_steps(run: Callable[[], None] | None, verdicts: Verdicts, longest: int) -> tuple[int, int]:
-    """Run steps until all sequences have ended. Returns how many, and how many of them count."""
+def _run_steps(run: Callable[[], None] | None, verdicts: Verdicts, longest: int, is_told: bool) -> tuple[int, int]:
+    """Run steps until all sequences have ended. Returns how many, and how many of them count.
+
+    is_told: whether the verdict on the prompt's token has been asked for.
+    """
     reports = Reports(verdicts.sequences.report)
-    first = length = verdicts.length + 1
+    first = length = verdicts.length + (not is_told)
     while True:
-        reports.send(verdicts.sequences.report)
+        if not is_told:
+            reports.send(verdicts.sequences.report)
+        is_told = False
         is_over = length >= longest
         arrived = reports.arrived(0) if is_over else reports.arrived()
         if any(verdicts.is_last(report) for report in arrived) or run is None or is_over:
             return length - first, verdicts.length - first
         run()
         length += 1
+
+
+def _is_slow_to_start(module: Any, step: StepInputs | None, options: Options) -> bool:
+    """Whether someone waits for the first token, and the decode step has yet to be compiled and captured."""
+    if options.streamer is None and not options.criteria:
+        return False
+    decode_step = vars(module).get("_compiled_call")
+    return step is not None and isinstance(decode_step, DecodeStep) and not decode_step.is_captured(step)
 
 
 def _runner(

@@ -63,6 +63,11 @@ class Verdicts:
         device = sequences.tokens.device
         self._stream = torch.cuda.Stream(device) if criteria and device.type == "cuda" else None
 
+    def go_on_from(self, told: "Verdicts") -> None:
+        """Take over what others, on a copy of the sequences, have said so far."""
+        self.length, self._ended_at = told.length, told._ended_at
+        self.sequences.report.copy_(told.sequences.report)
+
     def is_last(self, report: Tensor) -> bool:
         """Whether all sequences have ended with this report's tokens. Raises RuntimeError as torch.multinomial does."""
         token, goes_on, is_valid = report

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import mxcompile
 from mxcompile.inductor import compile_module, why_no_inductor
+from mxcompile.inductor.decode_step import DecodeStep
 from mxcompile.inductor.generation import hook, loop
 from mxcompile.inductor.generation.hook import Generate, use_our_loop, why_not_this_call, why_not_this_model
 
@@ -149,6 +150,32 @@ def test_a_streamer_gets_the_tokens_up_to_the_end(model, monkeypatch):
     results = both(model, monkeypatch, streamer=Recorder, criterion=Until, **GREEDY, **ENDS)
     assert_equal(results)
     assert results[0][1][0]["ended"] == 1
+
+
+@pytest.mark.parametrize("user", ["streamer", "criterion"])
+def test_the_first_token_is_told_before_the_decode_step_is_compiled(model, monkeypatch, user):
+    told, captured = [], DecodeStep.captured
+    watcher = {"streamer": Recorder, "criterion": Until}[user]()
+
+    def counting(self, step):
+        told.append(len(watcher.tokens if user == "streamer" else watcher.seen))
+        return captured(self, step)
+
+    monkeypatch.setattr(DecodeStep, "captured", counting)
+    how = {"streamer": watcher} if user == "streamer" else {"stopping_criteria": StoppingCriteriaList([watcher])}
+    model.generate(PROMPT, cache_implementation="static", attention_mask=MASK, max_new_tokens=24, **how, **GREEDY)
+    assert told == [2 if user == "streamer" else 1]  # a streamer gets the prompt, too
+
+
+def test_nothing_is_compiled_if_the_first_token_is_the_last(model, monkeypatch):
+    class AtOnce(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.ones(len(input_ids), dtype=torch.bool)
+
+    monkeypatch.setattr(DecodeStep, "captured", lambda *_: pytest.fail("the decode step is not needed"))
+    how = {"cache_implementation": "static", "attention_mask": MASK, "max_new_tokens": 24, **GREEDY}
+    tokens = model.generate(PROMPT, stopping_criteria=StoppingCriteriaList([AtOnce()]), **how)
+    assert tokens.shape == (3, 6)
 
 
 def test_one_token(model, monkeypatch):
