@@ -1,4 +1,4 @@
-"""Where a matmul with an MX weight must be the separate operators of a lowered Program."""
+"""Where a matmul with an MX weight must be the separate operators of a lowered Program, or only its shapes count."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -6,6 +6,8 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _STEP_BY_STEP: ContextVar[bool] = ContextVar("mxcompile.unfused_matmuls", default=False)
 
@@ -15,6 +17,12 @@ def is_traced(x: Tensor) -> bool:
     torch 2.11, in later stages), or under `unfused_matmuls`.
     """
     return torch.compiler.is_compiling() or type(x) is not Tensor or _STEP_BY_STEP.get()
+
+
+def is_for_shapes(x: Tensor) -> bool:
+    """Whether operators on x run for the shapes of their results alone, and none of them is recorded: so Dynamo runs
+    each call of a model that it traces."""
+    return type(x) is FakeTensor and get_proxy_mode() is None
 
 
 def is_step_by_step() -> bool:

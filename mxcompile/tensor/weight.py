@@ -32,7 +32,7 @@ from mxcompile.numerics.hadamard import rotate_input
 from mxcompile.ops import DEQUANTIZE, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.tensor.layout import MXLayout
 from mxcompile.tensor.refusals import not_defined
-from mxcompile.tensor.unfused import is_traced, needs_gradient, unfused_matmuls
+from mxcompile.tensor.unfused import is_for_shapes, is_traced, needs_gradient, unfused_matmuls
 
 __all__ = ["MXLayout", "MXWeight", "unfused_matmuls"]
 
@@ -125,6 +125,8 @@ class MXWeight(Tensor):
     def dequantize(self) -> Tensor:
         """The float values, in the weight's shape and dtype; an expanded weight is decoded once."""
         spec = self.layout_
+        if is_for_shapes(self.elements):
+            return self.elements.new_empty(self.shape, dtype=self.dtype)
         elements, scales = (_unexpanded(part) for part in (self.elements, self.scales))
         values = DEQUANTIZE(elements, scales, spec.format, spec.size, self.dtype, *planes_argument(spec))
         values = values.transpose(-1, -2) if spec.transposed else values
@@ -154,7 +156,7 @@ class MXWeight(Tensor):
         """The input of a matmul with this weight, transformed and quantized."""
         spec = self.layout_
         x = self.transform(x)
-        if spec.activation is None:
+        if spec.activation is None or is_for_shapes(x):
             return x
         if not is_traced(x) or needs_gradient(x):
             rounded = QUANTIZE_DEQUANTIZE(x, spec.activation, spec.rule)

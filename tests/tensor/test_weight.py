@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mxcompile.analysis.folds.multiplier import multiplier_digest
@@ -124,6 +127,26 @@ def test_unfused_matmuls_run_no_fused_kernel(rows, x, monkeypatch):
         assert torch.equal(F.linear(x[:1], weight), wanted)
     with pytest.raises(pytest.fail.Exception):
         F.linear(x[:1], weight)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nothing_is_rounded_where_only_shapes_count(rows, x, transposed):
+    called: list[str] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    weight, mode = pack(rows, "mxint8", transposed), FakeTensorMode()
+    fake = MXWeight(*map(mode.from_tensor, (weight.elements, weight.scales)), weight.layout_, weight.dtype)
+    multiply = torch.matmul if transposed else F.linear
+    with Watched():
+        y = multiply(mode.from_tensor(x), fake)
+    assert (y.shape, y.dtype, y.stride()) == ((6, 24), x.dtype, multiply(x, weight).stride())
+    assert "aten" in called and "mx" not in called
+    traced = make_fx(multiply, tracing_mode="fake")(x, weight)
+    assert [node for node in traced.graph.nodes if str(node.target).startswith("mx.")]
 
 
 def test_torchs_own_attention_reaches_its_weights():
