@@ -4,6 +4,7 @@ quantize_checkpoint does the same for a model that is larger than memory, from f
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from mxcompile import checkpoint
+from mxcompile.analysis.choice import head_paths
 from mxcompile.arguments import checked
 from mxcompile.calibration.ranks import check_alone, is_first
 from mxcompile.checkpoint.mapped_model import mapped_model, module_of
@@ -24,6 +26,7 @@ from mxcompile.errors import InputError, warn
 from mxcompile.formats import MXFormat
 from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.inputs import as_batches, as_inputs
+from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
 from mxcompile.graph.trace_without_values import give_values, trace_without_values
 from mxcompile.inductor import compile_module
@@ -61,6 +64,7 @@ def quantize_and_compile(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     overrides: Mapping[str, MXFormat | str | None] | None = None,
+    head: MXFormat | str | None = None,
     allow_partial: bool = False,
     instruments: Sequence[Instrument] = (),
     resume: str | Path | None = None,
@@ -82,6 +86,7 @@ def quantize_and_compile(
     compile: False returns the deployed module without `torch.compile`.
     include, exclude: name patterns; see `Selection`. The output head and routers stay float unless included.
     overrides: other formats for some weights, `{"*.down_proj": "mxfp8_e4m3"}`; None keeps a layer in float.
+    head: the format of the output head, "mxint8" for example: more tokens a second. None: it stays float.
     allow_partial: accept that less than half of the matmul weight bytes is quantized.
     instruments: observers of the pipeline run; see `Instrument`.
     resume: a folder in which slow passes save finished parts, so that an interrupted call can continue.
@@ -98,6 +103,7 @@ def quantize_and_compile(
     pipeline = _pipeline(recipe, calibration, overrides)
     watchers = _watchers(instruments, dump, probe)
     program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
+    pipeline = pipeline if head is None else _with_head(program, pipeline, head)
     program = pipeline.run(program, calibration, watchers, resume=resume)
     with work_kept(lambda: Unfinished(lambda: program), lambda: _QUANTIZED):
         deployed = deploy(program, model)
@@ -126,6 +132,7 @@ def quantize_checkpoint(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     overrides: Mapping[str, MXFormat | str | None] | None = None,
+    head: MXFormat | str | None = None,
     allow_partial: bool = False,
     instruments: Sequence[Instrument] = (),
     resume: str | Path | None = None,
@@ -168,6 +175,7 @@ def quantize_checkpoint(
     program = trace_without_values(
         module_of(files), example, include=include, exclude=exclude, allow_partial=allow_partial, device=target
     )
+    pipeline = pipeline if head is None else _with_head(program, pipeline, head)
     model = mapped_model(files, mapped)
     give_values(program, model)
     program.keep_in_files(mapped)
@@ -230,6 +238,15 @@ def _pipeline(
 ) -> Pipeline:
     pipeline = as_pipeline(_default_recipe(calibration) if recipe is None else recipe)
     return pipeline.with_overrides(overrides) if overrides else pipeline
+
+
+def _with_head(program: Program, pipeline: Pipeline, head: MXFormat | str) -> Pipeline:
+    """Include the program's output head; the pipeline that gives it a format."""
+    paths = head_paths(program)
+    if not paths:
+        raise InputError("the model has no output head (a matmul by lm_head or by the embedding): leave head out")
+    program.selection = replace(program.selection, include=(*program.selection.include, *paths))
+    return pipeline.with_overrides(dict.fromkeys(paths, head))
 
 
 def _watchers(instruments: Sequence[Instrument], dump: str | Path | None, probe: object) -> list[Instrument]:

@@ -170,3 +170,19 @@ def test_a_probe_without_a_dump_is_refused():
 def test_overrides_by_format_name():
     _, _, quantized = quantize("mlp", recipe="w4a8-mxint-quick", overrides={"down": "mxint8"})
     assert [str(w.layout_.format) for w in quantized.parameters() if isinstance(w, MXWeight)] == ["mxint4", "mxint8"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_the_output_head_gets_a_format_by_one_word(name):
+    by_word = quantize(name, recipe="w4a8-mxint-quick", head="mxint8")[2]
+    named = {"include": ["lm_head"], "overrides": {"lm_head": "mxint8"}}
+    model, example, by_name = quantize(name, recipe="w4a8-mxint-quick", **named)
+    assert by_word.lm_head.weight.layout_.format == "mxint8"
+    with torch.no_grad():
+        assert torch.equal(output(by_word(**example)), output(by_name(**example)))
+    assert not isinstance(model.lm_head.weight, MXWeight)
+
+
+def test_a_format_for_a_head_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match=r"the model has no output head .*: leave head out"):
+        quantize("mlp", recipe="w4a8-mxint-quick", head="mxint8")

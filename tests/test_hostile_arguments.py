@@ -103,14 +103,14 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
             {
                 **which,
                 **{"recipe": RECIPE, "calibration": None, "probe": None, "compile": False, "overrides": None},
-                **{"instruments": (), "resume": None, "allow_partial": False},
+                **{"instruments": (), "resume": None, "allow_partial": False, "head": None},
             },
         ),
         "quantize_checkpoint": (
             mxcompile.quantize_checkpoint,
             {
                 **{"source": folder / "none", "example_inputs": x, "out": folder / "in-files", "recipe": RECIPE},
-                **{"calibration": None, "device": "cpu", "include": (), "exclude": (), "overrides": None},
+                **{"calibration": None, "device": "cpu", "include": (), "exclude": (), "overrides": None, "head": None},
             },
         ),
         "quantize_files": (

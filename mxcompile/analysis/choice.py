@@ -179,6 +179,16 @@ def check_coverage(program: Program, choice: MatmulChoice) -> None:
     )
 
 
+def head_paths(program: Program) -> list[str]:
+    """The module paths of the matmuls that make the output: by `lm_head`, or by the embedding."""
+    matmuls = find_matmuls(program)[0]
+    return list(dict.fromkeys(matmul.module_path for matmul in matmuls if _is_head(program, matmul)))
+
+
+def _is_head(program: Program, matmul: Matmul) -> bool:
+    return matmul.parameter in program.output_heads or _read_by_embedding(matmul.root)
+
+
 def _why_float(program: Program, matmul: Matmul, chosen_for: Node | None) -> str | None:
     """The reason, None for a matmul to quantize. chosen_for: of a router, the first node that its choice reaches."""
     names = (name_in_module(program, matmul.parameter, matmul.node) or matmul.parameter, matmul.module_path)
@@ -186,7 +196,7 @@ def _why_float(program: Program, matmul: Matmul, chosen_for: Node | None) -> str
         return None
     if program.selection.excluded(*names):
         return _EXCLUDED
-    if matmul.parameter in program.output_heads or _read_by_embedding(matmul.root):
+    if _is_head(program, matmul):
         return f"the output head stays float; ask for it with include={[matmul.module_path]}"
     if chosen_for is not None:
         return f"{_why_router(chosen_for)}; ask for it with include={[matmul.module_path]}"
