@@ -16,8 +16,8 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.calibration.distilled import Schedule, distill
-from mxcompile.calibration.latent_weights import LatentWeight, Trained
-from mxcompile.calibration.trained_tensors import SCALES, TrainedTensors, TrainedVectors, TrainedWeights
+from mxcompile.calibration.latent_weights import Trained
+from mxcompile.calibration.trained_tensors import SCALES, RoundedWeight, TrainedTensors, TrainedVectors, TrainedWeights
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, Rounding
 from mxcompile.graph.records import Miss, PassResult
@@ -97,12 +97,12 @@ class Distill(Pass):
         if self.train is Parts.VECTORS:
             return TrainedVectors(originals, self.bound)
         kind = Trained.WEIGHTS if self.train is Parts.WEIGHTS else Trained.CLIP
-        latents, axes = dict[str, LatentWeight](), dict[str, int]()
-        for name, matmul in chosen.items():
-            if matmul is not None:
-                rows, rounding, axes[name] = matmul.rows(originals[name]), program.rounded[name], matmul.axis
-                latents[name] = LatentWeight(rows, rows, rounding.scales, rounding.format, kind, self.bound)
-        return TrainedWeights(latents, axes)
+        weights = {
+            name: RoundedWeight(matmul.rows(originals[name]), program.rounded[name], matmul.axis)
+            for name, matmul in chosen.items()
+            if matmul is not None
+        }
+        return TrainedWeights(weights, kind, self.bound)
 
     def _store(self, program: Program, name: str, matmul: Matmul | None, tensors: Mapping[str, Tensor]) -> None:
         if matmul is None:

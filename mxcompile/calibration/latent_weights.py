@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mxcompile.formats import SCALE_BIAS, MXFormat
 from mxcompile.numerics import reference
+from mxcompile.numerics.fast_rounding import round_steps_in_place, steps, unit
 
 NEAR, FAR = 0.49, 0.25
 """How far a latent may begin from the middle of its interval, in steps: as far as can be, or half as far."""
@@ -55,20 +56,20 @@ class LatentWeight:
         self._largest = reference.largest_exponent(rows.dtype) - fmt.emax
         self._first = scales.to(torch.int32).unsqueeze(-1) - SCALE_BIAS
         self._exponents = self._first
-        unit = reference.power_of_two(-self._first)
-        codes = reference.to_blocks(values.float(), fmt) * unit
-        step = self._step(codes)
-        moved = (reference.to_blocks(rows.float(), fmt) * unit - codes).div_(step).clamp_(-inside, inside)
+        inverse = reference.power_of_two(-self._first)
+        codes = reference.to_blocks(values.float(), fmt) * inverse
+        step = steps(codes, fmt)
+        moved = (reference.to_blocks(rows.float(), fmt) * inverse - codes).div_(step).clamp_(-inside, inside)
         latent = codes + moved.mul_(step)
-        self._latent = torch.where(reference.round_elements(latent, fmt) == codes, latent, codes)
+        self._latent = torch.where(self._rounded(latent) == codes, latent, codes)
         shape = self._first.shape if trained is Trained.CLIP else self._latent.shape
         self.parameter = torch.zeros(shape, dtype=torch.float32, device=rows.device, requires_grad=True)
 
     def values(self) -> Tensor:
         """The weight as it is rounded now, `[out, in]` in its own dtype, without a gradient."""
         exponents = self._chosen()
-        elements = reference.round_elements(self._moved(exponents), self._format)
-        return (elements * reference.power_of_two(exponents)).flatten(-2)[..., : self._size].to(self._dtype)
+        elements = self._rounded(self._moved(exponents)).mul_(reference.power_of_two(exponents))
+        return elements.flatten(-2)[..., : self._size].to(self._dtype)
 
     def scales(self) -> Tensor:
         """E8M0 bytes `[out, blocks]` of `values`."""
@@ -83,13 +84,13 @@ class LatentWeight:
         if self._trained is Trained.ROUNDING:
             self.parameter.grad = blocks.sign_()
         elif self._trained is Trained.WEIGHTS:
-            self.parameter.grad = blocks * self._step(self._latent) * reference.power_of_two(self._exponents)
+            self.parameter.grad = blocks * steps(self._latent, self._format) * reference.power_of_two(self._exponents)
         else:
             exponents = self._chosen()
-            moved, unit = self._moved(exponents), reference.power_of_two(exponents)
+            moved, scale = self._moved(exponents), reference.power_of_two(exponents)
             inside = torch.where(moved.abs() < self._format.max_value, moved, 0.0)
-            error = reference.round_elements(moved, self._format) - inside
-            self.parameter.grad = (blocks * error * unit).sum(-1, keepdim=True) * math.log(2)
+            error = self._rounded(moved) - inside
+            self.parameter.grad = (blocks * error * scale).sum(-1, keepdim=True) * math.log(2)
 
     @torch.no_grad()
     def keep_bound(self) -> None:
@@ -116,8 +117,7 @@ class LatentWeight:
             best = torch.where(error < least, candidate, best)
             least = torch.minimum(error, least)
         changed = best != now
-        unit = reference.power_of_two(now - best)
-        self._latent = torch.where(changed, moved * unit, self._latent)
+        self._latent = torch.where(changed, moved * reference.power_of_two(now - best), self._latent)
         self.parameter.masked_fill_(changed, 0.0)
         self._exponents = best
         return int(changed.sum())
@@ -134,7 +134,7 @@ class LatentWeight:
 
     def _error(self, moved: Tensor, shift: Tensor, weights: Tensor) -> Tensor:
         """Weighted squared error of each block if its exponent is changed by `shift`, in units of its scale now."""
-        rounded = reference.round_elements(moved * reference.power_of_two(-shift), self._format)
+        rounded = self._rounded(moved * reference.power_of_two(-shift))
         return (rounded * reference.power_of_two(shift) - moved).square_().mul_(weights).sum(-1, keepdim=True)
 
     def _chosen(self) -> Tensor:
@@ -148,11 +148,11 @@ class LatentWeight:
         """Latents with their offsets, in units of scales with these exponents."""
         if self._trained is Trained.CLIP:
             return self._latent * reference.power_of_two(self._first - exponents)
-        return self._latent + self.parameter.detach() * self._step(self._latent)
+        return torch.addcmul(self._latent, self.parameter.detach(), steps(self._latent, self._format))
 
-    def _step(self, elements: Tensor) -> Tensor:
-        """The distance of neighbouring elements around these, or that of integers."""
-        if self._format.is_integer:
-            return torch.full((), 2.0**-self._format.mantissa_bits, device=elements.device)
-        exponents = (torch.frexp(elements).exponent - 1).clamp(self._format.emin, self._format.emax)
-        return reference.power_of_two(exponents.to(torch.int32) - self._format.mantissa_bits)
+    def _rounded(self, elements: Tensor) -> Tensor:
+        """The nearest elements."""
+        step = unit(self._format)
+        if step == 1:
+            return round_steps_in_place(elements.clone(), self._format)
+        return round_steps_in_place(elements / step, self._format).mul_(step)

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
+from torch.autograd import Function
 
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
@@ -62,4 +64,19 @@ def trainable_roundings(
 
 def straight_through(prepare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """prepare(x) in the forward pass, the identity in the backward pass (straight-through estimator)."""
-    return x + (prepare(x.detach()) - x.detach())
+    return _StraightThrough.apply(prepare, x)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+class _StraightThrough(Function):
+    """Rounded exactly: x + (prepare(x) - x) would not be MX values to the last bit."""
+
+    @staticmethod
+    def forward(ctx: Any, prepare: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        rounded = prepare(x)
+        return x.view_as(x) if rounded is x else rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return None, gradient

@@ -1,17 +1,19 @@
 """Tensors in training: what an optimizer moves, and the tensors of the model that result."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mxcompile.calibration.finished_parts import load_part, save_part
-from mxcompile.calibration.latent_weights import LatentWeight
-from mxcompile.graph.program import Program
+from mxcompile.calibration.latent_weights import LatentWeight, Trained
+from mxcompile.graph.program import Program, Rounding
 
 SCALES = " scales"
 _SMALLEST_UNIT = 1e-3
+_LARGEST_GROUP = 1 << 26  # elements of weights that are rounded together: 256 MiB for each of the tensors on the way
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -63,24 +65,40 @@ class TrainedVectors(TrainedTensors):
                 move.clamp_(-self._bound, self._bound)
 
 
-class TrainedWeights(TrainedTensors):
-    """Rounded weights. axes: the dimension of each that is contracted, by name; latents: what they are rounded from."""
+@dataclass(frozen=True)
+class RoundedWeight:
+    """rows: the MX values `[out, in]`, in the weight's dtype. axis: the dimension of the weight that is contracted."""
 
-    def __init__(self, latents: Mapping[str, LatentWeight], axes: Mapping[str, int]) -> None:
-        self._latents, self._axes = latents, axes
-        self._rows: dict[str, Tensor] = {}
-        super().__init__({name: latent.parameter for name, latent in latents.items()})
+    rows: Tensor
+    rounding: Rounding
+    axis: int
+
+
+class TrainedWeights(TrainedTensors):
+    """Rounded weights, by name. Those of equal rows are one `LatentWeight`: a step takes a few launches for all of
+    them, not for each. trained, bound: as of `LatentWeight`."""
+
+    def __init__(self, weights: Mapping[str, RoundedWeight], trained: Trained, bound: float | None = None) -> None:
+        self._weights, self._groups = weights, dict[str, list[str]]()
+        self._latents, self._rows = dict[str, LatentWeight](), dict[str, Tensor]()
+        for names in _alike(weights):
+            rows = torch.cat([weights[name].rows for name in names])
+            scales = torch.cat([weights[name].rounding.scales.to(rows.device) for name in names])
+            fmt = weights[names[0]].rounding.format
+            self._groups[names[0]] = names
+            self._latents[names[0]] = LatentWeight(rows, rows, scales, fmt, trained, bound)
+        super().__init__({first: latent.parameter for first, latent in self._latents.items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights as they are rounded now."""
-        self._rows = {name: latent.values().requires_grad_() for name, latent in self._latents.items()}
+        self._rows = {name: rows.requires_grad_() for name, rows in self._parted(LatentWeight.values)}
         return {name: self._stored(name, rows) for name, rows in self._rows.items()}
 
     def collect_gradients(self) -> None:
         """Pass the gradients of the rounded weights on to their latents, and free those."""
-        for name, rows in self._rows.items():
-            self._latents[name].backward(torch.zeros_like(rows) if rows.grad is None else rows.grad)
-        self._rows = {}
+        for first, names in self._groups.items():
+            rows = [self._rows.pop(name) for name in names]
+            self._latents[first].backward(torch.cat([torch.zeros_like(r) if r.grad is None else r.grad for r in rows]))
 
     def keep_bounds(self) -> None:
         """Bound all moves."""
@@ -89,11 +107,31 @@ class TrainedWeights(TrainedTensors):
 
     def detached(self) -> dict[str, Tensor]:
         """The weights, and their scales."""
-        values = {name: self._stored(name, latent.values()) for name, latent in self._latents.items()}
-        return values | {f"{name}{SCALES}": latent.scales() for name, latent in self._latents.items()}
+        values = {name: self._stored(name, rows) for name, rows in self._parted(LatentWeight.values)}
+        return values | {f"{name}{SCALES}": scales for name, scales in self._parted(LatentWeight.scales)}
+
+    def _parted(self, of_latent: Callable[[LatentWeight], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What a group's latent gives, as parts of its weights."""
+        for first, names in self._groups.items():
+            sizes = [len(self._weights[name].rows) for name in names]
+            yield from zip(names, of_latent(self._latents[first]).split(sizes), strict=True)
 
     def _stored(self, name: str, rows: Tensor) -> Tensor:
-        return rows if self._axes[name] == -1 else rows.transpose(-1, -2)
+        return rows if self._weights[name].axis == -1 else rows.transpose(-1, -2)
+
+
+def _alike(weights: Mapping[str, RoundedWeight]) -> list[list[str]]:
+    """The names of weights whose rows can be one tensor, of bounded size."""
+    groups, sizes = dict[tuple[object, ...], list[list[str]]](), dict[tuple[object, ...], int]()
+    for name, weight in weights.items():
+        rows = weight.rows
+        key = (rows.shape[-1], rows.dtype, rows.device, weight.rounding.format)
+        sizes[key] = sizes.get(key, _LARGEST_GROUP) + rows.numel()
+        if sizes[key] > _LARGEST_GROUP:
+            groups.setdefault(key, []).append([])
+            sizes[key] = rows.numel()
+        groups[key][-1].append(name)
+    return [names for parts in groups.values() for names in parts]
 
 
 class Training:

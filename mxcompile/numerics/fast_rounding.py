@@ -23,9 +23,21 @@ def round_steps_in_place(v: Tensor, fmt: MXFormat) -> Tensor:
         largest = fmt.max_value * 2.0**fmt.mantissa_bits
         return v.round_().clamp_(-largest, largest)
     # Adding 1.5 * 2^23 steps leaves float32 no bits below one step, so the addition itself rounds as needed.
-    power = (v.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
-    magic = power.clamp_(2.0**fmt.emin, 2.0**fmt.emax).mul_(_MAGIC * 2.0**-fmt.mantissa_bits)
+    magic = _power(v, fmt).mul_(_MAGIC * 2.0**-fmt.mantissa_bits)
     return v.add_(magic).sub_(magic).clamp_(-fmt.max_value, fmt.max_value)
+
+
+def steps(v: Tensor, fmt: MXFormat) -> Tensor:
+    """The distance of neighbouring elements around each of these float32 elements; one number for integers."""
+    if fmt.is_integer:
+        return torch.full((), unit(fmt), device=v.device)
+    return _power(v, fmt).mul_(2.0**-fmt.mantissa_bits)
+
+
+def _power(v: Tensor, fmt: MXFormat) -> Tensor:
+    """The power of two at or below each |v|, within the format's normal elements."""
+    power = (v.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    return power.clamp_(2.0**fmt.emin, 2.0**fmt.emax)
 
 
 def unit(fmt: MXFormat) -> float:

@@ -40,6 +40,13 @@ def test_begins_as_it_was_rounded(fmt, kind, size):
         assert torch.equal(trained.scales(), scales)
 
 
+def test_a_step_at_zero_is_that_of_the_smallest_elements():
+    """Not that of elements near one, which is 2^6 times as long in E4M3."""
+    trained = latent(torch.cat([torch.zeros(1, 31), torch.full((1, 1), 448.0)], -1), MXFP8_E4M3, Trained.WEIGHTS)
+    trained.backward(torch.ones(1, 32))
+    assert torch.equal(trained.parameter.grad.flatten(), torch.tensor([2.0**-9] * 31 + [32.0]))
+
+
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_elements_move_against_the_sign_of_the_gradient(fmt):
     rows = weight()
