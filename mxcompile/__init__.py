@@ -35,6 +35,7 @@ from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.weight import MXWeight
 from mxcompile.training.adapters import merge_adapters
 from mxcompile.training.prepare import finish_training, prepare_training
+from mxcompile.training.rounded_adapters import round_adapters
 
 if TYPE_CHECKING:
     from mxcompile.tensor.cache import MXCache
@@ -80,6 +81,7 @@ __all__ = [
     "read_gguf",
     "recipes",
     "reference",
+    "round_adapters",
     "save",
     "token_windows",
     "trace",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import build
+from models import build, inputs
 
 import mxcompile
 from mxcompile.calibration.altered_run import AlteredRun
@@ -28,6 +28,7 @@ from mxcompile.graph.records import PassResult
 from mxcompile.graph.trace import trace
 from mxcompile.pipeline.interfaces import FLOATING, Instrument, Pass, PipelineStep
 from mxcompile.pipeline.pipeline import Pipeline
+from mxcompile.tensor.weight import unfused_matmuls
 
 FORMATS = "weight=mxint4,activation=mxint8"
 GPTQ = "gptq{format=mxint4,activation=mxint8,correction=0.25}"
@@ -85,7 +86,7 @@ def trained() -> dict[str, Any]:
         distillation = Distillation(rounded, AlteredRun(rounded, {}), program)
         inputs = [Inputs((), batch) for batch in data]
         losses = [distillation.mean_loss(vectors, [batch]) for batch in inputs]
-        (after,) = distillation.train(TrainedVectors(vectors), inputs, 4, 4e-3, 1)
+        ((_, after),) = distillation.train(TrainedVectors(vectors), inputs, 4, 4e-3, 1)
     return {"losses": losses, "vectors": after}
 
 
@@ -214,6 +215,36 @@ def exchanges() -> list[Any]:
             ranks.from_first(number),
             ranks.any(number == 1),
         ]
+
+
+def sharded_training() -> dict[str, Any]:
+    """Two steps of a prepared model under FSDP2, each process on its rows; then finished from the gathered state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    def prepared() -> Any:
+        return mxcompile.prepare_training(build("llama"), inputs("llama"), "w4a4-mxfp-quick")
+
+    model, ids = prepared(), inputs("llama", 4)["input_ids"]
+    number, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if count > 1:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (count,))
+        for layer in (*model.model.layers, model):
+            fully_shard(layer, mesh=mesh)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), list[float]()
+    for _ in range(2):
+        own = ids[number::count]
+        loss = model(input_ids=own, labels=own).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad(), unfused_matmuls():
+        logits = model.eval()(input_ids=ids).logits
+        fresh = prepared()
+        fresh.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        finished = mxcompile.finish_training(fresh)(input_ids=ids).logits
+    return {"losses": losses, "logits": logits, "finished": finished}
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def finish_training(prepared: M) -> M:
     """
     if hasattr(prepared, "peft_config"):
         raise TrainingError(
-            "the model has adapters of peft, which finish_training cannot put into its weights: train the weights "
-            "themselves, or adapters on a quantized model (mxcompile.merge_adapters)"
+            "the model has adapters of peft: finish what merge_and_unload() returns. They are merged without a loss if "
+            "they were trained inside the rounding (mxcompile.round_adapters, before training)"
         )
     if hasattr(prepared, "_orig_mod") or isinstance(prepared, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise TrainingError(

@@ -9,6 +9,7 @@ pass both roundings where no element saturates (`numerics/straight_through.py`).
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -23,18 +24,22 @@ _MULTIPLIER = "mx_multiplier"  # the name of a module's buffer
 class RoundedWeight(nn.Module):
     """The parametrization: a float weight to the values that it has when deployed.
 
-    layout: of the MXWeight that it becomes. rule: how the scales are chosen, each time anew.
+    layout: of the MXWeight that it becomes. rule: how the scales are chosen, each time anew. shift: what is added to
+    the weight before, while adapters run (`rounded_adapters.py`).
     """
 
     def __init__(self, layout: MXLayout, rule: str) -> None:
         super().__init__()
         self.layout = layout
         self.rule = rule
+        self.shift: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """The rounded weight, in its own orientation."""
+        weight = weight if self.shift is None else weight + self.shift
         values = QUANTIZE_DEQUANTIZE(self._rows(weight), self.layout.format, self.rule)
-        return values.transpose(-1, -2) if self.layout.transposed else values
+        values = values.transpose(-1, -2) if self.layout.transposed else values
+        return values if torch.compiler.is_compiling() or type(values) is not Tensor else values.as_subclass(_Values)
 
     def pack(self, weight: Tensor, multiplier: Tensor | None) -> MXWeight:
         """The weight packed, with the same values as `forward` returns."""
@@ -44,6 +49,24 @@ class RoundedWeight(nn.Module):
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.transpose(-1, -2).contiguous() if self.layout.transposed else weight
+
+
+class _Values(Tensor):
+    """Values that are computed each time: they cannot be set, as peft does to merge an adapter, which would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    @property
+    def data(self) -> Tensor:
+        """The values, without a gradient."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise TrainingError(
+            "the weight of a layer that rounds is computed from its float values, and what is written to it is lost: "
+            "adapters of peft must be inside the rounding to be merged (mxcompile.round_adapters, before training)"
+        )
 
 
 @dataclass(frozen=True)
@@ -116,8 +139,13 @@ def packed(full_name: str, module: nn.Module, name: str, step: RoundedWeight) ->
             f"{full_name!r} holds NaN or Inf after training, as it does once a loss was NaN: go on from an earlier "
             "checkpoint with a smaller learning rate or clipped gradients (max_grad_norm)"
         )
-    multiplier = getattr(module, _MULTIPLIER, None)
+    multiplier = multiplier_of(module)
     return step.pack(weight.detach(), None if multiplier is None else multiplier.detach().clone())
+
+
+def multiplier_of(module: nn.Module) -> Tensor | None:
+    """What the module's input is multiplied by, if anything."""
+    return getattr(module, _MULTIPLIER, None)
 
 
 def latent(module: nn.Module, name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Trainers of others run prepared models unchanged: transformers' Trainer, accelerate, FSDP2."""
 
 import pytest
+import rank_processes
 import torch
 from models import build, inputs, output
 
@@ -84,3 +85,16 @@ def test_fsdp2_shards_it_and_its_full_state_is_finished(tmp_path):
     fresh = prepared()
     fresh.load_state_dict(state)
     assert torch.equal(logits(mxcompile.finish_training(fresh)), expected)
+
+
+@pytest.mark.slow
+def test_fsdp2_in_two_processes_trains_as_one_does():
+    """Each process has half of the rows and of the weights; the finished models are equal, and that of the shards."""
+    first, second = rank_processes.run("sharded_training", 2)
+    (alone,) = rank_processes.run("sharded_training", 1)
+    for found in (first, second, alone):
+        assert torch.equal(found["finished"], found["logits"])
+    assert torch.equal(first["logits"], second["logits"])
+    losses = [sum(pair) / 2 for pair in zip(first["losses"], second["losses"], strict=True)]
+    assert losses == pytest.approx(alone["losses"], rel=1e-3)
+    assert (first["logits"] - alone["logits"]).norm() < 0.05 * alone["logits"].norm()
