@@ -11,6 +11,7 @@ weights in float32, without checkpointing, towards the float model's predictions
 
 import argparse
 import copy
+import gc
 import json
 import time
 from itertools import cycle, islice
@@ -101,6 +102,7 @@ def loop(model: nn.Module, batches: list[Tensor], loss_of_batch: Any, rate: floa
     losses = list[float]()
     model.train()
     if a.device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     outside = held(a.device) - stored_bytes(model)

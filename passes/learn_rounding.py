@@ -24,7 +24,7 @@ from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Stage, where
-from mxcompile.graph.records import Miss, PassResult
+from mxcompile.graph.records import LossCurve, Miss, PassResult
 from mxcompile.pipeline.interfaces import FLOATING, Pass
 from mxcompile.pipeline.options import Range
 
@@ -94,7 +94,7 @@ class LearnRounding(Pass):
         ]
         if not todo:
             return PassResult(0, tuple(misses))
-        numbers: dict[str, dict[str, float]] = {}
+        numbers, curves = dict[str, dict[str, float]](), dict[str, LossCurve]()
         prepare = input_roundings(program, choice.matmuls, self.activation)
         learner = RoundingLearner(
             program, choice.matmuls, formats, prepare, self._first(), self._plan(), self.last is Last.KL
@@ -103,8 +103,10 @@ class LearnRounding(Pass):
             weights = [m for m in segment.matmuls if todo.get(m.parameter) is m]
             notes = learner.learn(index, segment, weights)
             numbers |= {matmul.parameter: notes.numbers[matmul.parameter] for matmul in weights}
+            if notes.curve is not None:
+                curves[f"segment {index + 1}"] = notes.curve
             misses += [Miss(where(matmul.node), notes.reason) for matmul in weights if notes.reason]
-        return PassResult(len(numbers), tuple(misses), numbers)
+        return PassResult(len(numbers), tuple(misses), numbers, curves=curves)
 
     def _first(self) -> FirstRounding:
         return FirstRounding(self.start is Start.GPTQ, self.damping, self.correction)

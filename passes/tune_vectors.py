@@ -46,10 +46,11 @@ class TuneVectors(Pass):
             return PassResult(0)
         schedule = Schedule(self.steps, self.rate)
         result = distill(program, self.name, lambda: TrainedVectors(vectors), vectors, self.activation, schedule)
-        numbers = {"all vectors": result.losses} if result.losses else {}
+        numbers = {f"{name} vectors": losses for name, losses in result.losses.items()}
+        curves = {f"{name} vectors": curve for name, curve in result.curves.items()}
         if result.tensors is None:
             unchanged = Miss(f"{len(names)} vectors", f"{result.reason}: they stay unchanged")
-            return PassResult(0, (unchanged, *result.left_out), numbers)
+            return PassResult(0, (unchanged, *result.left_out), numbers, curves=curves)
         for name, vector in result.tensors.items():
             program.set_tensor(name, vector)
-        return PassResult(len(names), result.left_out, numbers)
+        return PassResult(len(names), result.left_out, numbers, curves=curves)

@@ -1,6 +1,7 @@
 """On a GPU: gradients through packed weights, memory of adapters, prepared models, passes that train."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -98,6 +99,7 @@ def test_memory_is_the_packed_weights_and_16_bytes_a_value_and_one_decoded_layer
     values = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(values)
     count, packed = sum(p.numel() for p in values), stored_bytes(quantized) - 4 * sum(p.numel() for p in values)
+    gc.collect()
     torch.cuda.empty_cache()
     outside = torch.cuda.memory_allocated() - stored_bytes(quantized)
     torch.cuda.reset_peak_memory_stats()
@@ -108,7 +110,7 @@ def test_memory_is_the_packed_weights_and_16_bytes_a_value_and_one_decoded_layer
     peak = torch.cuda.max_memory_allocated() - outside
     decoded = 2048 * 2048 * 2  # of one layer, in bfloat16
     print(f"packed {packed}, adapters {16 * count}, peak {peak}")
-    assert peak < packed + 16 * count + 6 * decoded < 8 * decoded
+    assert packed + 16 * count < peak < packed + 16 * count + 3 * decoded < 8 * decoded
 
 
 def test_a_prepared_model_is_the_deployed_one_to_the_bit():

@@ -45,7 +45,7 @@ class BackwardRun:
         self.segments = forward[::-1]
         self._program, self._outputs, self._loss = program, tuple(outputs), loss
         self._runner = _RecordingRunner(program, matmuls)
-        self._differentiable = _reached(matmuls)
+        self._differentiable = reached_by(matmuls)
         inside = {node for segment in forward for node in segment.nodes}
         self._tail = tuple(node for node in compute_nodes(program.graph.nodes) if node not in inside)
         self._states: dict[Segment | None, list[BoundBatch]] = {segment: [] for segment in (*forward, None)}
@@ -130,7 +130,7 @@ class _RecordingRunner(Runner):
         on_gradient(matmul, {n: v.detach() if isinstance(v, Tensor) else v for n, v in values.items()}, gradient)
 
 
-def _reached(matmuls: Iterable[Matmul]) -> set[Node]:
+def reached_by(matmuls: Iterable[Matmul]) -> set[Node]:
     """The nodes whose values depend on a matmul's."""
     reached: set[Node] = set()
     nodes = [matmul.node for matmul in matmuls]

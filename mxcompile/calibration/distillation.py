@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
 from torch import SymInt, Tensor
+from torch.fx import Node
 
+from mxcompile.calibration.aims import Aims
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
+from mxcompile.calibration.inner_terms import NEXT_TOKENS, next_tokens
 from mxcompile.calibration.losses import kl_divergence_sum
 from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import BoundBatch, Runner, for_autograd
@@ -20,22 +24,24 @@ from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 
 _ZEROS = "zeros only in the float model"
+_UNLIKE = "its values are not the float model's at all: an earlier pass has permuted, rotated or scaled them"
 
 
 class Distillation:
     """Of several processes, each runs some rows of every batch, and losses and gradients are summed.
 
-    student: runs `program`, whose tensors are trained. exact: the teacher, run unchanged.
+    student: runs `program`, whose tensors are trained. exact: the teacher, run unchanged. aims: what is minimized.
 
     outputs: names of the outputs that are compared (`compared_outputs.py`). left_out: why others are not, by name;
-    batches add to it.
+    batches add to it. training_losses: (step, loss) of all steps of `train`; the last is not finite if it diverged.
     """
 
-    def __init__(self, program: Program, student: AlteredRun, exact: Program) -> None:
-        self._program, self._student, self._exact = program, student, exact
+    def __init__(self, program: Program, student: AlteredRun, exact: Program, aims: Aims | None = None) -> None:
+        self._program, self._student, self._exact, self._aims = program, student, exact, aims or Aims()
         self._ranks = ranks_of(program)
         self._compared = ComparedOutputs(exact)
         self.outputs = tuple(self._compared.nodes)
+        self.training_losses: list[tuple[int, float]] = []
         self._rows = self._dealt_rows() if self._ranks.count > 1 else None
 
     @property
@@ -46,19 +52,41 @@ class Distillation:
     def loss(self, batch: Inputs, expected: Mapping[str, Tensor] | None = None) -> Tensor | None:
         """Mean KL(exact || student) for logits; relative squared error for other outputs. Summed over the outputs.
 
-        Times the weight of the batch. None if no output of it can be compared (all zeros, NaN, or other tokens than
-        the teacher's). Its gradient is that of the rows that this process has run. expected: what `expected` returns,
-        to compare several students on one batch.
+        Or what else the aims say. Times the weight of the batch. None if no output of it can be compared (all zeros,
+        NaN, or other tokens than the teacher's). Its gradient is that of the rows that this process has run. expected:
+        what `expected` returns, to compare several students on one batch.
         """
         expected = self.expected(batch) if expected is None else expected
-        actual = self._values(self._program, self._student, batch)
-        distances = {name: self._distance(name, value, actual[name]) for name, value in expected.items()}
-        known = self._known(distances) if self._ranks.count == 1 else self._known_together(distances)
+        actual = self._values(self._program, self._student, batch, self._aims.student_nodes)
+        known: list[Tensor] = []
+        if self._aims.predictions:
+            outputs = {name: value for name, value in expected.items() if name in self.outputs}
+            distances = {name: self._distance(name, value, actual[name]) for name, value in outputs.items()}
+            known = self._known(distances) if self._ranks.count == 1 else self._known_together(distances)
+            if not known:
+                return None
+        known += [term.value(expected, actual) for term in self._aims.terms]
         return torch.stack(known).sum() * batch.weight if known else None
 
     def expected(self, batch: Inputs) -> dict[str, Tensor]:
-        """The teacher's outputs by name."""
-        return self._values(self._exact, Runner(self._exact), batch)
+        """The teacher's outputs by name, and what else the aims compare."""
+        return self._values(self._exact, Runner(self._exact), batch, self._aims.exact_nodes, self._aims.tokens)
+
+    def leave_out_unlike(self, batch: Inputs) -> bool:
+        """Leave out values inside the student that are not those of the teacher at all, judged on one batch.
+
+        Returns whether anything is left to compare.
+        """
+        if not self._aims.exact_nodes:
+            return self._aims.predictions or bool(self._aims.terms)
+        self._student.gradients = False
+        expected = self.expected(batch)
+        actual = self._values(self._program, self._student, batch, self._aims.student_nodes)
+        unlike = {name for term in self._aims.terms for name in term.unlike(expected, actual)}
+        self.left_out.update(dict.fromkeys((f"%{name}" for name in sorted(unlike)), _UNLIKE))
+        terms = (term.without(unlike) for term in self._aims.terms)
+        self._aims = replace(self._aims, terms=tuple(term for term in terms if term.nodes))
+        return self._aims.predictions or bool(self._aims.terms)
 
     def _known(self, distances: "Mapping[str, _Distance | str]") -> list[Tensor]:
         """The distances of the outputs that can be compared; the reasons against the others go to `left_out`."""
@@ -104,41 +132,49 @@ class Distillation:
 
     def train(
         self, trained: TrainedTensors, batches: Iterable[Inputs], steps: int, rate: float, snapshots: int
-    ) -> Iterator[dict[str, Tensor]]:
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Train tensors with Adam on a cosine schedule.
 
-        Yields the trained tensors `snapshots` times, at equal distances, the last time after the last step. With a
-        resume folder, training goes on after the last snapshot of an interrupted run.
+        Yields (step, trained tensors) `snapshots` times, at equal distances, the last time after the last step. Ends at
+        a loss that is NaN or infinite. With a resume folder, training goes on after the last snapshot of an interrupted
+        run.
         """
         training = Training(trained, steps, rate)
         ends = [steps * (index + 1) // snapshots for index in range(snapshots)]
         finished = 0
         for end in ends:
-            left_out = training.load(self._program, f"{end:05}")
-            if left_out is None:
+            saved = training.load(self._program, f"{end:05}")
+            if saved is None:
                 break
-            self.left_out.update(left_out | self.left_out)
+            self.left_out.update(saved["left_out"] | self.left_out)
+            self.training_losses = [(step, loss) for step, loss in saved["losses"]]
             finished = end
-            yield trained.detached()
+            yield end, trained.detached()
         for step, batch in enumerate(self._program.track(list(islice(cycle(batches), steps))), 1):
             if step <= finished:
                 continue
-            if not self._step(training, batch):
-                return  # diverged: what was yielded before is all that training gives
+            loss = self._step(training, batch)
+            if loss is not None:
+                self.training_losses.append((step, loss))
+                self._program.loss = loss
+                if not math.isfinite(loss):
+                    return
             if step in ends:
-                training.save(self._program, f"{step:05}", self.left_out)
-                yield trained.detached()
+                notes = {"left_out": self.left_out, "losses": self.training_losses}
+                training.save(self._program, f"{step:05}", notes)
+                yield step, trained.detached()
 
-    def _step(self, training: Training, batch: Inputs) -> bool:
-        """One step on one batch; returns whether the loss was finite."""
-        trained = training.trained
+    def _step(self, training: Training, batch: Inputs) -> float | None:
+        """One step on one batch, unless its loss is not finite; returns the loss, None if there is nothing to train."""
+        trained, value = training.trained, None
         with torch.enable_grad():
             self._student.tensors, self._student.gradients = trained.tensors(), True
             loss = self.loss(batch)
             training.optimizer.zero_grad()
             if loss is not None and self._ranks.any(loss.requires_grad):
-                if not torch.isfinite(loss):
-                    return False
+                value = loss.item()
+                if not math.isfinite(value):
+                    return value
                 if loss.requires_grad:
                     loss.backward()  # pyright: ignore[reportUnknownMemberType]
                 trained.collect_gradients()
@@ -146,7 +182,7 @@ class Distillation:
             training.optimizer.step()
         trained.keep_bounds()
         training.schedule.step()
-        return True
+        return value
 
     def _sum_gradients(self, tensors: Sequence[Tensor]) -> None:
         if self._ranks.count > 1:
@@ -189,16 +225,28 @@ class Distillation:
             for n, value in inputs.items()
         }
 
-    def _values(self, program: Program, runner: Runner, batch: Inputs) -> dict[str, Tensor]:
-        """The compared outputs by name, without the rows that a mask hides."""
+    def _values(
+        self,
+        program: Program,
+        runner: Runner,
+        batch: Inputs,
+        inner: Mapping[str, Node],
+        tokens: Node | None = None,
+    ) -> dict[str, Tensor]:
+        """The compared outputs and inner values by name, without the rows that a mask hides."""
         every = output_nodes(program)
-        outputs = {name: every[name] for name in self.outputs}
+        outputs = {name: every[name] for name in self.outputs} | dict(inner)
         inputs = {n: for_autograd(value) for n, value in self._own_rows(bind_inputs(program, batch)).items()}
         if any(isinstance(value, Tensor) and value.dim() and not len(value) for value in inputs.values()):
             return {}
         bound = BoundBatch.of(program, inputs)
         values = runner.run_nodes(compute_nodes(program.graph.nodes), bound, None, outputs.values())
-        return {name: bound.visibility.rows(node, values[node]) for name, node in outputs.items()}
+        rows = {name: bound.visibility.rows(node, values[node]) for name, node in outputs.items()}
+        if tokens is not None:
+            logits = outputs[self.outputs[0]]
+            ids = next_tokens(inputs[tokens], bound.visibility.elements(tokens, inputs[tokens]))
+            rows[NEXT_TOKENS] = bound.visibility.rows(logits, ids)
+        return rows
 
     def _distance(self, name: str, expected: Tensor, actual: Tensor) -> "_Distance | str":
         """The distance of an output, or why it cannot be compared."""

@@ -7,40 +7,47 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
+from mxcompile.calibration.aims import Aims
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.distillation import Distillation
 from mxcompile.calibration.quantizers import input_roundings, trainable_roundings
+from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import visible_batches
 from mxcompile.calibration.trained_tensors import TrainedTensors
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
-from mxcompile.graph.records import Miss
+from mxcompile.graph.records import LossCurve, Miss
 
+ALL = "all"
 _SNAPSHOTS, _LARGEST_EPOCHS = 4, 5
 
 
 @dataclass(frozen=True)
 class Schedule:
     """steps: of one batch each; at most five epochs unless `repeats`. rate: Adam's at first; it decays to zero along a
-    cosine. snapshots: how often the held-out batches are looked at."""
+    cosine. snapshots: how often the held-out batches are looked at. guard: how many of the last batches are of another
+    domain: they are not trained on, and no state is taken that has more loss there than at first."""
 
     steps: int
     rate: float
     snapshots: int = _SNAPSHOTS
     repeats: bool = False
+    guard: int = 0
 
 
 @dataclass(frozen=True)
 class Distilled:
     """tensors: the trained tensors, None if they stay as they are. reason: why. left_out: outputs that were not
-    compared. losses: on the held-out batches before and after training."""
+    compared, and why training ended early. losses: on the held-out batches before and after training, by what was
+    trained: "all" or segments. curves: of them and of the steps."""
 
     tensors: dict[str, Tensor] | None
     reason: str = ""
     left_out: tuple[Miss, ...] = ()
-    losses: dict[str, float] = field(default_factory=dict[str, float])
+    losses: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    curves: dict[str, LossCurve] = field(default_factory=dict[str, LossCurve])
 
 
 def distill(
@@ -50,48 +57,125 @@ def distill(
     originals: Mapping[str, Tensor],
     activation: MXFormat | None,
     schedule: Schedule,
+    aims: Aims | None = None,
 ) -> Distilled:
     """Train tensors to minimize KL(traced float model || program), inputs rounded as at run time.
 
-    name: of the pass, for errors. make: returns what is trained; originals: the same tensors untrained. An eighth of
-    the batches, at least one, is held out: the snapshot with the least loss on them is taken, if that is a gain.
+    name: of the pass, for errors. make: returns what is trained; originals: the same tensors untrained. aims: what to
+    minimize in its place. An eighth of the batches, at least one, is held out: the snapshot with the least loss on them
+    is taken, if that is a gain.
+    Raises PassError if the loss becomes NaN or infinite before the first snapshot, and for aims inside the model in
+    several processes.
     """
     if program.origin is None:
         raise PassError(f"{name} needs the traced float model: run it in a pipeline")
     if not schedule.steps:
         return Distilled(None, "steps=0")
-    batches = visible_batches(program, program.batches)
-    if len(batches) < 2:
-        return Distilled(None, "training needs a held-out batch: give two or more calibration batches")
+    aims = aims or Aims()
+    if ranks_of(program).count > 1 and aims.terms:
+        raise PassError(
+            f"{name} compares values inside the model, which works in one process: take loss=kl, attention=0 and "
+            "kurtosis=0, or start it without torchrun"
+        )
+    batches = _Batches.of(program, schedule.guard)
+    if batches is None:
+        own = f" beside the {schedule.guard} of another domain" if schedule.guard else ""
+        return Distilled(None, f"training needs a held-out batch: give two or more calibration batches{own}")
     roundings = input_roundings(program, choose(program).matmuls, activation)
-    distillation = Distillation(program, AlteredRun(program, trainable_roundings(roundings)), program.origin)
-    count = len(batches) - max(1, len(batches) // 8)
-    best, losses = _best(distillation, make, originals, (batches[:count], batches[count:]), schedule)
-    left_out = tuple(Miss(f"output {path}", f"not compared: {why}") for path, why in distillation.left_out.items())
-    if math.isnan(losses["loss_before"]):
-        return Distilled(None, "no output can be compared with the float model's", left_out)
-    if best is None:
-        change = f"({losses['loss_before']:.4g} to {losses['loss_after']:.4g})"
-        return Distilled(None, f"training did not lower the loss {change}", left_out, losses)
-    return Distilled(best, "", left_out, losses)
+    distillation = Distillation(program, AlteredRun(program, trainable_roundings(roundings)), program.origin, aims)
+    if not distillation.leave_out_unlike(batches.seen[0]):
+        return Distilled(None, "nothing inside the model can be compared with the float model", _left_out(distillation))
+    return _result(name, distillation, schedule, _search(distillation, make, originals, batches, schedule))
 
 
-def _best(
+@dataclass(frozen=True)
+class _Batches:
+    """seen: to train on. held: held out, to choose the best state by. guard: of another domain."""
+
+    seen: Sequence[Inputs]
+    held: Sequence[Inputs]
+    guard: Sequence[Inputs]
+
+    @classmethod
+    def of(cls, program: Program, guard: int) -> "_Batches | None":
+        """Those of the program that have visible tokens, the last `guard` of another domain; None if too few."""
+        count = len(program.batches) - guard
+        batches = visible_batches(program, program.batches[:count]) if count > 0 else ()
+        if len(batches) < 2:
+            return None
+        seen = len(batches) - max(1, len(batches) // 8)
+        others = visible_batches(program, program.batches[count:]) if guard else ()
+        return cls(batches[:seen], batches[seen:], others)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """best: the best state, None if the untrained one is. loss: its loss. held_out: (step, loss) of all states.
+
+    refused: how many states had less loss on the held-out batches and more on those of the other domain.
+    """
+
+    best: dict[str, Tensor] | None
+    loss: float
+    held_out: list[tuple[int, float]]
+    refused: int = 0
+
+
+def _search(
     distillation: Distillation,
     make: Callable[[], TrainedTensors],
     originals: Mapping[str, Tensor],
-    batches: tuple[Sequence[Inputs], Sequence[Inputs]],
+    batches: _Batches,
     schedule: Schedule,
-) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
-    """The best snapshot on the held-out batches, None if the untrained tensors are better; and the losses there."""
-    seen, held = batches
-    before = distillation.mean_loss(originals, held)
-    if math.isnan(before):
-        return None, {"loss_before": before, "loss_after": before}
-    best, least = None, math.inf
-    steps = schedule.steps if schedule.repeats else min(schedule.steps, _LARGEST_EPOCHS * len(seen))
-    for trained in distillation.train(make(), seen, steps, schedule.rate, min(schedule.snapshots, steps)):
-        loss = distillation.mean_loss(trained, held)
-        if loss < least:
+) -> _Found:
+    """Train, and find the best state."""
+    first = distillation.mean_loss(originals, batches.held)
+    if math.isnan(first):
+        return _Found(None, first, [(0, first)])
+    most = distillation.mean_loss(originals, batches.guard) if batches.guard else math.inf
+    best, least, refused, held_out = None, first, 0, [(0, first)]
+    steps = schedule.steps if schedule.repeats else min(schedule.steps, _LARGEST_EPOCHS * len(batches.seen))
+    for step, trained in distillation.train(make(), batches.seen, steps, schedule.rate, min(schedule.snapshots, steps)):
+        loss = distillation.mean_loss(trained, batches.held)
+        held_out.append((step, loss))
+        if loss < least and batches.guard and distillation.mean_loss(trained, batches.guard) > most:
+            refused += 1
+        elif loss < least:
             best, least = trained, loss
-    return best if least < before else None, {"loss_before": before, "loss_after": least}
+    return _Found(best, least, held_out, refused)
+
+
+def _result(name: str, distillation: Distillation, schedule: Schedule, found: _Found) -> Distilled:
+    left_out = _left_out(distillation)
+    before = found.held_out[0][1]
+    if math.isnan(before):
+        return Distilled(None, "no output can be compared with the float model's", left_out)
+    curve = LossCurve(tuple(distillation.training_losses), tuple(found.held_out))
+    left_out += _divergence(name, curve, schedule)
+    if found.refused:
+        reason = "more loss on the batches of the other domain than before training: not taken"
+        left_out += (Miss(f"{found.refused} states", reason),)
+    if found.best is not None:
+        losses = {"loss_before": before, "loss_after": found.loss}
+        return Distilled(found.best, "", left_out, {ALL: losses}, {ALL: curve})
+    least = min((loss for _, loss in found.held_out[1:]), default=math.nan)
+    losses = {"loss_before": before, "loss_after": least}
+    reason = f"training did not lower the loss ({before:.4g} to {least:.4g})"
+    return Distilled(None, reason, left_out, {ALL: losses}, {ALL: curve})
+
+
+def _left_out(distillation: Distillation) -> tuple[Miss, ...]:
+    left_out = distillation.left_out.items()
+    return tuple(Miss(n if n.startswith("%") else f"output {n}", f"not compared: {why}") for n, why in left_out)
+
+
+def _divergence(name: str, curve: LossCurve, schedule: Schedule) -> tuple[Miss, ...]:
+    """Why training ended early. Raises PassError if there is no state from before."""
+    step, loss = curve.training[-1] if curve.training else (0, 0.0)
+    if math.isfinite(loss):
+        return ()
+    reason = f"the loss is {loss} at step {step} of {schedule.steps}"
+    advice = f"take a smaller rate than {schedule.rate:g}, or a bound"
+    if len(curve.held_out) < 2:
+        raise PassError(f"{name}: {reason}, before any state could be kept: {advice}; at step 1, look at the batches")
+    return (Miss(f"step {step}", f"{reason}, where training ended, and the best state before it is taken: {advice}"),)

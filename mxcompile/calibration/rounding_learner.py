@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 from torch.fx import Node
@@ -19,6 +19,7 @@ from mxcompile.calibration.segment_training import Predictions, SegmentOutputs, 
 from mxcompile.calibration.twin_run import TwinRun
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, Rounding
+from mxcompile.graph.records import LossCurve
 from mxcompile.numerics.metrics import sqnr_db
 
 _ONE_BATCH = "not trained: training needs a held-out batch: give two or more calibration batches"
@@ -27,10 +28,14 @@ _NO_GAIN = "training did not lower the loss on held-out batches ({:.4g}): as it 
 
 @dataclass(frozen=True)
 class SegmentNotes:
-    """numbers: of each weight, by name. reason: why the weights are as they were rounded at first, None if trained."""
+    """numbers: of each weight, by name. reason: why the weights are as they were rounded at first, None if trained.
+
+    curve: of the loss, None where nothing was trained.
+    """
 
     numbers: dict[str, dict[str, float]]
     reason: str | None
+    curve: LossCurve | None = None
 
 
 class RoundingLearner:
@@ -61,7 +66,7 @@ class RoundingLearner:
         notes = self._restored(index, weights)
         if notes is None:
             notes = self._learned(segment, rows) if weights else SegmentNotes({}, None)
-            saved = [{"numbers": notes.numbers, "reason": notes.reason}]
+            saved = [asdict(notes)]
             save_all_rounded(self._program, f"{index:04}", {m.parameter: m.axis for m in weights}, saved)
         self._twin_run.advance(segment)
         return notes
@@ -82,8 +87,10 @@ class RoundingLearner:
             if loss is not None and not math.isnan(loss.before):
                 numbers[matmul.parameter] |= {"loss_before": loss.before, "loss_after": loss.after}
         if loss is None or loss.after < loss.before:
-            return SegmentNotes(numbers, None)
-        return SegmentNotes(numbers, _ONE_BATCH if math.isnan(loss.before) else _NO_GAIN.format(loss.before))
+            return SegmentNotes(numbers, None, None if loss is None else loss.curve)
+        if math.isnan(loss.before):
+            return SegmentNotes(numbers, _ONE_BATCH)
+        return SegmentNotes(numbers, _NO_GAIN.format(loss.before), loss.curve)
 
     def _rounded(
         self, segment: Segment, rows: Mapping[Matmul, Tensor]
@@ -133,4 +140,7 @@ class RoundingLearner:
         axes = {matmul.parameter: matmul.axis for matmul in weights}
         formats = {matmul.parameter: self._formats[matmul.node] for matmul in weights}
         saved = load_all_rounded(self._program, f"{index:04}", axes, formats)
-        return None if saved is None else SegmentNotes(**saved[0])
+        if saved is None:
+            return None
+        curve = saved[0].pop("curve")
+        return SegmentNotes(**saved[0], curve=None if curve is None else LossCurve.of(curve))

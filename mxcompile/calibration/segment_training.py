@@ -24,8 +24,10 @@ from mxcompile.calibration.latent_weights import LatentWeight, Trained
 from mxcompile.calibration.losses import capped_error, kl_divergence_sum
 from mxcompile.calibration.run import BoundBatch, Runner, for_autograd
 from mxcompile.calibration.twin_run import TwinRun
+from mxcompile.errors import PassError
 from mxcompile.graph.dataflow import compute_nodes
-from mxcompile.graph.program import Program
+from mxcompile.graph.program import Program, where
+from mxcompile.graph.records import LossCurve
 
 _CHECKS = 4  # how often the held-out batches are looked at
 
@@ -49,10 +51,11 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The loss on the held-out batches before and after training, NaN without such batches."""
+    """The loss on the held-out batches before and after training, NaN without such batches. curve: of both."""
 
     before: float
     after: float
+    curve: LossCurve
 
 
 class SegmentOutputs:
@@ -144,22 +147,28 @@ class SegmentTraining:
     ) -> None:
         self._weights, self._importance, self._aim, self._plan = weights, importance, aim, plan
         self._batches = list(batches)
-        self._student, self._prepare = AlteredRun(program, prepare), prepare
+        self._program, self._student, self._prepare = program, AlteredRun(program, prepare), prepare
+        self._losses: list[tuple[int, float]] = []
 
     def train(self) -> HeldOutLoss:
-        """Train, and leave the weights in the state with the least loss on the held-out batches."""
+        """Train, and leave the weights in the state with the least loss on the held-out batches.
+
+        Raises PassError, which names the step, if the loss becomes NaN or infinite.
+        """
         held = range(len(self._batches) - max(1, len(self._batches) // 8), len(self._batches))
         if len(self._batches) < 2:
-            return HeldOutLoss(math.nan, math.nan)
+            return HeldOutLoss(math.nan, math.nan, LossCurve((), ()))
         before = least = self._mean_loss(held)
         best = {matmul: weight.state() for matmul, weight in self._weights.items()}
-        for _ in self._steps(held.start):
+        held_out = [(0, before)]
+        for step in self._steps(held.start):
             loss = self._mean_loss(held)
+            held_out.append((step, loss))
             if loss < least:
                 least, best = loss, {matmul: weight.state() for matmul, weight in self._weights.items()}
         for matmul, weight in self._weights.items():
             weight.restore(best[matmul])
-        return HeldOutLoss(before, least)
+        return HeldOutLoss(before, least, LossCurve(tuple(self._losses), tuple(held_out)))
 
     def _steps(self, count: int) -> Iterator[int]:
         """Train on the first `count` batches; yields the steps done, `_CHECKS` times."""
@@ -169,7 +178,8 @@ class SegmentTraining:
         order = cycle(range(count))
         checks, choices = _ends(plan.steps, _CHECKS), _ends(plan.steps, plan.choices + 1)[:-1]
         for step in range(1, plan.steps + 1):
-            self._backward(list(islice(order, plan.batch)))
+            loss = self._backward(list(islice(order, plan.batch)))
+            self._note(step, loss)
             optimizer.step()
             schedule.step()
             for matmul, weight in self._weights.items():
@@ -179,16 +189,30 @@ class SegmentTraining:
             if step in checks:
                 yield step
 
-    def _backward(self, indices: Sequence[int]) -> None:
-        """Give all weights the gradient of the loss on some batches."""
+    def _note(self, step: int, loss: float) -> None:
+        """Keep the loss of a step. Raises PassError if it is not finite."""
+        if not math.isfinite(loss):
+            first = next(iter(self._weights))
+            raise PassError(
+                f"the loss is {loss} at step {step} of {self._plan.steps}, in the segment of {where(first.node)}: take "
+                f"a smaller rate than {self._plan.rate:g}; at step 1, look at the batches"
+            )
+        self._losses.append((step, loss))
+        self._program.loss = loss
+
+    def _backward(self, indices: Sequence[int]) -> float:
+        """Give all weights the gradient of the loss on some batches; returns its mean."""
+        total = 0.0
         rounded = {matmul: weight.values().requires_grad_() for matmul, weight in self._weights.items()}
         for index in indices:
             loss = self._loss(index, rounded, gradients=True)
+            total += loss.item()
             if loss.requires_grad:
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
         for matmul, weight in self._weights.items():
             values = rounded[matmul]
             weight.backward(torch.zeros_like(values) if values.grad is None else values.grad)
+        return total / sum(self._batches[index].visibility.weight for index in indices)
 
     def _mean_loss(self, indices: Sequence[int]) -> float:
         """The weighted mean of the losses on some batches."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,16 +77,16 @@ class RoundedWeight:
 
 class TrainedWeights(TrainedTensors):
     """Rounded weights, by name. Those of equal rows are one `LatentWeight`: a step takes a few launches for all of
-    them, not for each. trained, bound: as of `LatentWeight`."""
+    them, not for each. trained, bound: as of `LatentWeight`. groups: their names, by the first."""
 
     def __init__(self, weights: Mapping[str, RoundedWeight], trained: Trained, bound: float | None = None) -> None:
-        self._weights, self._groups = weights, dict[str, list[str]]()
+        self.weights, self.groups = weights, dict[str, list[str]]()
         self._latents, self._rows = dict[str, LatentWeight](), dict[str, Tensor]()
         for names in _alike(weights):
             rows = torch.cat([weights[name].rows for name in names])
             scales = torch.cat([weights[name].rounding.scales.to(rows.device) for name in names])
             fmt = weights[names[0]].rounding.format
-            self._groups[names[0]] = names
+            self.groups[names[0]] = names
             self._latents[names[0]] = LatentWeight(rows, rows, scales, fmt, trained, bound)
         super().__init__({first: latent.parameter for first, latent in self._latents.items()})
 
@@ -96,7 +97,7 @@ class TrainedWeights(TrainedTensors):
 
     def collect_gradients(self) -> None:
         """Pass the gradients of the rounded weights on to their latents, and free those."""
-        for first, names in self._groups.items():
+        for first, names in self.groups.items():
             rows = [self._rows.pop(name) for name in names]
             self._latents[first].backward(torch.cat([torch.zeros_like(r) if r.grad is None else r.grad for r in rows]))
 
@@ -112,12 +113,12 @@ class TrainedWeights(TrainedTensors):
 
     def _parted(self, of_latent: Callable[[LatentWeight], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """What a group's latent gives, as parts of its weights."""
-        for first, names in self._groups.items():
-            sizes = [len(self._weights[name].rows) for name in names]
+        for first, names in self.groups.items():
+            sizes = [len(self.weights[name].rows) for name in names]
             yield from zip(names, of_latent(self._latents[first]).split(sizes), strict=True)
 
     def _stored(self, name: str, rows: Tensor) -> Tensor:
-        return rows if self._weights[name].axis == -1 else rows.transpose(-1, -2)
+        return rows if self.weights[name].axis == -1 else rows.transpose(-1, -2)
 
 
 def _alike(weights: Mapping[str, RoundedWeight]) -> list[list[str]]:
@@ -142,20 +143,20 @@ class Training:
         self.optimizer = torch.optim.Adam(trained.parameters, lr=rate)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
-    def save(self, program: Program, part: str, left_out: Mapping[str, str]) -> None:
-        """Save the state in the resume folder. left_out: to be saved with it."""
+    def save(self, program: Program, part: str, notes: Mapping[str, Any]) -> None:
+        """Save the state in the resume folder. notes: to be saved with it."""
         tensors: dict[str, Tensor] = {f"move.{name}": move.detach() for name, move in self.trained.named.items()}
         for name, move in self.trained.named.items():
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[move].items()}
         rate = self.optimizer.param_groups[0]["lr"]
-        save_part(program, part, tensors, [{"lr": rate, "schedule": self.schedule.state_dict()}, dict(left_out)])
+        save_part(program, part, tensors, [{"lr": rate, "schedule": self.schedule.state_dict()}, dict(notes)])
 
-    def load(self, program: Program, part: str) -> dict[str, str] | None:
+    def load(self, program: Program, part: str) -> dict[str, Any] | None:
         """Go back to a saved state; returns what was saved with it, None if there is none."""
         saved = load_part(program, part)
         if saved is None:
             return None
-        tensors, (state, left_out) = saved
+        tensors, (state, notes) = saved
         for name, move in self.trained.named.items():
             with torch.no_grad():
                 move.copy_(tensors[f"move.{name}"])
@@ -163,4 +164,4 @@ class Training:
             self.optimizer.state[move] = {k: v if k == "step" else v.to(move.device) for k, v in own.items()}
         self.schedule.load_state_dict(state["schedule"])
         self.optimizer.param_groups[0]["lr"] = state["lr"]
-        return left_out
+        return notes

@@ -56,7 +56,7 @@ class Progress(Instrument):
 
     def segment(self, program: Program, step: PipelineStep, done: int, total: int) -> None:
         """Show the progress of the pass."""
-        self.report(_name(step), done, total)
+        self.report(_name(step), done, total, program.loss)
 
     def measure(self, program: Program, step: PipelineStep, result: PassResult) -> ModelMeasurements | None:
         """Show that the finished pass is being measured."""
@@ -83,15 +83,15 @@ class Progress(Instrument):
         if self._inside:
             self.report(self._last)
 
-    def report(self, title: str, done: int = 0, total: int | None = None) -> None:
-        """Show the current work and that `done` of `total` steps are finished."""
+    def report(self, title: str, done: int = 0, total: int | None = None, loss: float | None = None) -> None:
+        """Show the current work and that `done` of `total` steps are finished, and the loss of training."""
         if self._bars is None or self._title != title:
             self._stop()
             self._title = title
             self._bars = bars(self.console)
             self._bars.start()
             self._bars.add_task(title, total=None)
-        _update(self._bars, done, total)
+        _update(self._bars, done, total, loss)
 
     def _stop(self) -> None:
         if self._bars is not None:
@@ -102,7 +102,7 @@ class Progress(Instrument):
 def bars(console: Console) -> Bars:
     """The bars of all commands: removed when they are done, and never drawn outside a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(_WIDTH), _Count(), _Time())
-    columns = (*columns, _Memory())
+    columns = (*columns, _Loss(), _Memory())
     return Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -169,6 +169,15 @@ class _Time(ProgressColumn):
         return Text(f"{_clock(max(left, 0.0))} left", style="dim")
 
 
+class _Loss(ProgressColumn):
+    """`loss 0.123`."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing where nothing is trained."""
+        loss = task.fields.get("loss")
+        return Text("" if loss is None else f"loss {loss:.3g}")
+
+
 class _Memory(ProgressColumn):
     """The memory in use, read once a second."""
 
@@ -180,10 +189,10 @@ class _Memory(ProgressColumn):
         return Text(memory_in_use(), style="dim")
 
 
-def _update(shown: Bars, done: int, total: int | None) -> None:
+def _update(shown: Bars, done: int, total: int | None, loss: float | None = None) -> None:
     """Set the progress of the only task of the bars."""
     (task,) = shown.tasks
-    shown.update(task.id, completed=done, total=total, updated=task.elapsed or 0.0)
+    shown.update(task.id, completed=done, total=total, updated=task.elapsed or 0.0, loss=loss)
 
 
 def _clock(seconds: float) -> str:

@@ -21,7 +21,15 @@ from mxcompile.arguments import checked
 from mxcompile.diagnostics.allocation_table import print_allocation
 from mxcompile.diagnostics.tables import graded, table
 from mxcompile.errors import DumpError
-from mxcompile.graph.records import Allocation, ItemFormat, LayerMeasurements, Miss, ModelMeasurements, PassRecord
+from mxcompile.graph.records import (
+    Allocation,
+    ItemFormat,
+    LayerMeasurements,
+    LossCurve,
+    Miss,
+    ModelMeasurements,
+    PassRecord,
+)
 
 SCHEMA = 3
 FILE = "ledger.json"
@@ -173,6 +181,7 @@ def _record(content: dict[str, Any]) -> PassRecord:
         **read
         | {"misses": misses, "measured": measured and _measured(measured), "expert_tokens": tokens}
         | {"allocation": _allocation(content.get("allocation"))}
+        | {"curves": {name: LossCurve.of(curve) for name, curve in content.get("curves", {}).items()}}
     )
 
 

@@ -79,7 +79,8 @@ class Program:
     origin: the program as traced, once passes have run. outputs: the output tensors on the example inputs, kept while
         passes preserve the function.
     ranks: the processes that share a running pipeline (`calibration/ranks.py`), None for one.
-    report: called by `track` with how many of how many items a pass has done. resume: stores what long passes finish.
+    report: called by `track` with how many of how many items a pass has done. loss: the latest of a pass that trains.
+    resume: stores what long passes finish.
     mapped: where large tensors are kept in files, None: in memory. See `keep_in_files`.
     """
 
@@ -110,6 +111,7 @@ class Program:
         self.outputs: dict[str, Tensor] | None = None
         self.ranks: object = None
         self.report: Callable[[int, int], None] | None = None
+        self.loss: float | None = None
         self.resume: ResumeStore | None = None
         self.mapped: MappedTensors | None = None
         self._stays_in_memory: frozenset[str] = frozenset()

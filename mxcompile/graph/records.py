@@ -1,6 +1,6 @@
 """Records of what a pass did: what the pass returns (`PassResult`), and what the ledger holds (`PassRecord`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,13 +57,30 @@ class Allocation:
 
 
 @dataclass(frozen=True)
+class LossCurve:
+    """How a loss went while a pass trained.
+
+    training: (step, loss of that step's batches). held_out: (step, mean loss of batches that are not trained on), step
+    0 before training.
+    """
+
+    training: tuple[tuple[int, float], ...]
+    held_out: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Sequence[tuple[int, float]]]) -> "LossCurve":
+        """What JSON has made of a curve."""
+        return cls(**{key: tuple((int(step), float(loss)) for step, loss in value) for key, value in content.items()})
+
+
+@dataclass(frozen=True)
 class PassResult:
     """What `Pass.run` returns.
 
     numbers: measurements of each layer, `{"model.layers.0.mlp.up_proj": {"weight_sqnr_db": 18.3}}`. folds: the steps of
     a pass that preserves the function; if the outputs do not agree, they are replayed one by one to find the cause.
     expert_tokens: calibration tokens of each expert, by the names of the experts' weights, where the pass counts them.
-    allocation: the formats that a pass has chosen under a budget.
+    allocation: the formats that a pass has chosen under a budget. curves: of a pass that trains, by what was trained.
     """
 
     rewrites: int
@@ -72,6 +89,7 @@ class PassResult:
     folds: "tuple[Fold, ...]" = ()
     expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     allocation: Allocation | None = None
+    curves: dict[str, LossCurve] = field(default_factory=dict[str, LossCurve])
 
 
 @dataclass(frozen=True)
@@ -122,7 +140,7 @@ class PassRecord:
 
     preserved_db: for a pass that preserves the function, SQNR of the outputs after it with respect to those before.
     bytes: of all tensors that the graph reads after it. measured: None if no measurement was made. expert_tokens,
-    allocation: as in `PassResult`.
+    allocation, curves: as in `PassResult`.
     """
 
     name: str
@@ -136,3 +154,4 @@ class PassRecord:
     measured: ModelMeasurements | None = None
     expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     allocation: Allocation | None = None
+    curves: dict[str, LossCurve] = field(default_factory=dict[str, LossCurve])

@@ -201,7 +201,7 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
     current = step.current
     for instrument in instruments:
         instrument.before(program, step)
-    program.report = partial(_report, instruments, program, step)
+    program.report, program.loss = partial(_report, instruments, program, step), None
     started = time.perf_counter()
     try:
         with program.state_kept():
@@ -242,6 +242,7 @@ def _run_one(step: PipelineStep, program: Program, instruments: Sequence[Instrum
         measured[-1] if measured else None,
         result.expert_tokens,
         result.allocation,
+        result.curves,
     )
     record = ranks_of(program).from_first(record)  # it alone has measured, and times differ
     program.ledger.append(record)

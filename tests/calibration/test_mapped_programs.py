@@ -18,6 +18,7 @@ from mxcompile.tensor.mapped_tensors import MappedTensors
 
 _FORMATS = "weight=mxint4,activation=mxint8"
 _LOWER = f"lower-mx{{{_FORMATS}}}"
+_DISTILL = "round-weights{format=mxint4} | distill{activation=mxint8,steps=4,OPTIONS} | " + _LOWER
 PIPELINES = {
     "default": "w4a8-mxint",
     "rotations": "w4a4-mxfp",
@@ -25,6 +26,8 @@ PIPELINES = {
     "smooth": f"smooth-quant | gptq{{format=mxint4,activation=mxint8,correction=0.5,residual=true}} | {_LOWER}",
     "searched": f"smooth-quant{{alpha=none,{_FORMATS},objective=block,through_linears=true}} | {_LOWER}",
     "blocks": f"awq-fold{{{_FORMATS},objective=block}} | round-weights{{format=mxint4}} | {_LOWER}",
+    "segments": _DISTILL.replace("OPTIONS", "train=weights,loss=block,scope=segment,rate=0.2"),
+    "inner values": _DISTILL.replace("OPTIONS", "train=multipliers,loss=distribution,attention=1,rate=0.01"),
     "weighted": f"round-weights{{format=mxint4,weighted=true}} | {_LOWER}",
 }
 

@@ -94,6 +94,21 @@ def test_the_time_left_is_told_once_it_can_be(done, total, told, now, shown, mon
     assert " ".join(line.split()).endswith(f"{shown} 1.2 GB, GPU 3.4 GB")
 
 
+def test_the_loss_of_a_pass_that_trains_is_shown_while_it_runs(program):
+    console = screen(terminal=True)
+    progress = Progress(console)
+    batches = [inputs("mlp", 2, seed=seed) for seed in range(4)]
+    text = "round-weights{format=mxint4} | tune-vectors{steps=6}"
+    trained = Pipeline.parse(text).run(program, batches, instruments=[progress])
+    losses = [loss for _, loss in trained.ledger[1].curves["all vectors"].training]
+    progress.report("tuning", 1, 6, losses[0])
+    bars = progress._bars
+    console.print(bars.get_renderable())
+    progress._stop()
+    assert f"loss {losses[0]:.3g}" in written(console)
+    assert trained.loss == losses[-1]
+
+
 def test_every_pass_that_loops_says_how_far_it_is(traced):
     class Parts(Instrument):
         def __init__(self):

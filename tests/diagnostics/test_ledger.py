@@ -14,7 +14,7 @@ import mxcompile
 from mxcompile import Ledger, Miss
 from mxcompile.diagnostics.ledger import SCHEMA
 from mxcompile.errors import DumpError
-from mxcompile.graph.records import Allocation, ItemFormat, LayerMeasurements, ModelMeasurements, PassRecord
+from mxcompile.graph.records import Allocation, ItemFormat, LayerMeasurements, LossCurve, ModelMeasurements, PassRecord
 
 examples = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 numbers = st.none() | st.floats(allow_nan=False)
@@ -87,6 +87,7 @@ FILE = {
                 "unit": "bit",
                 "microseconds": None,
             },
+            "curves": {"all weights": {"training": [[1, 0.5], [2, 0.25]], "held_out": [[0, 0.5], [2, "inf"]]}},
         }
     ],
 }
@@ -108,6 +109,7 @@ READ = Ledger(
             ModelMeasurements(17.5, 0.25, 0.5, {"up.weight": UP}),
             {"experts.up": (3, 0, 5)},
             Allocation("fisher", "scipy.optimize.milp", "4.5 bits a weight", 4.25, 0.5, 0.25, (ITEM,)),
+            {"all weights": LossCurve(((1, 0.5), (2, 0.25)), ((0, 0.5), (2, math.inf)))},
         ),
     ),
 )

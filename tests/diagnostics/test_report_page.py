@@ -13,6 +13,7 @@ from models import build, inputs, llama
 from reports import HOSTILE, ROUND, TEXT, Hostile, dump, fail
 
 import mxcompile
+from mxcompile.diagnostics.dump import Dump
 from mxcompile.diagnostics.report.study_page import write_study_page
 from mxcompile.errors import PassError
 
@@ -224,6 +225,24 @@ def test_a_diagnosis(browser, tmp_path):
         assert page.locator("#diagnosis tbody tr").count() == 8
         cell(page, 2, "model.layers.1.mlp.up_proj").click()
         expect(page.locator("#layer .diagnosed")).to_contain_text("Diagnosis of the input: channel ratio")
+
+
+def test_training(browser, tmp_path):
+    batches = [inputs("llama", 2, 16, seed=seed) for seed in range(4)]
+    program = mxcompile.trace(llama(1), batches[0])
+    text = f"{ROUND} | distill{{train=weights,steps=8}} | tune-vectors{{steps=4}}"
+    mxcompile.Pipeline.parse(text).run(program, batches, instruments=[Dump(tmp_path), mxcompile.Measure()])
+    with opened(browser, tmp_path) as page:
+        assert page.locator("#curves figcaption").all_inner_texts() == [
+            "2 distill: all weights",
+            "3 tune-vectors: all vectors",
+        ]
+        held_out = page.locator("#curves svg").first.locator("circle")
+        assert held_out.count() == 9
+        loss = mxcompile.Ledger.load(tmp_path).passes[1].curves["all weights"].held_out[0][1]
+        label = held_out.first.get_attribute("aria-label")
+        assert label.startswith("2 distill: all weights, step 0: ")
+        assert float(label.rpartition(" ")[2]) == pytest.approx(loss, rel=1e-3)
 
 
 def test_a_cache(browser, tmp_path):

@@ -26,6 +26,7 @@ NAMES = {
     "torch.utils._pytree": (torch.utils, "trees of a call's arguments and results"),
     "_make_wrapper_subclass": (Tensor, "documented for wrapper subclasses"),
     "_version": (torch.zeros(1), "changes with each write into a tensor"),
+    "_disabled_torch_function_impl": (torch._C, "a subclass of Tensor that functions of torch take as a plain tensor"),
     "_base": (torch.zeros(1), "what a tensor is a view of"),
     "_schema": (OPERATOR, "an operator's arguments by name"),
     "_codegen": (Graph(), "set_codegen is public, a getter is not"),

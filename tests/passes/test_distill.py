@@ -33,6 +33,10 @@ def test_trained_weights_predict_more_alike(run):
     record = trained.ledger[1]
     assert record.rewrites == 14
     assert record.numbers["all weights"]["loss_after"] < record.numbers["all weights"]["loss_before"]
+    curve = record.curves["all weights"]
+    assert [step for step, _ in curve.training] == list(range(1, 97))
+    assert [step for step, _ in curve.held_out] == list(range(0, 97, 12))
+    assert min(loss for _, loss in curve.held_out) == record.numbers["all weights"]["loss_after"]
     mxcompile.deploy(trained, model)
 
 
@@ -75,6 +79,17 @@ def test_without_a_gain_nothing_changes(run):
     trained = Pipeline.parse(distill(steps=3, rate=100.0)).run(rounded, batches)
     assert all(trained.tensor(name) is rounded.tensor(name) for name in rounded.parameter_names())
     assert any("did not lower the loss" in miss.reason for miss in trained.ledger[-1].misses)
+
+
+def test_a_loss_that_becomes_nan_is_named(run):
+    """With a state from before, that is taken and a miss says so; else it is an error."""
+    *_, lower = run
+    reason = "the loss is nan at step 2 of 8, where training ended"
+    trained = lower(f"{ROUND} | {distill(train='vectors', steps=8, rate=1e25, snapshots=8)}")
+    assert any(miss.where == "step 2" and reason in miss.reason for miss in trained.ledger[-1].misses)
+    assert len(trained.ledger[-1].curves["all vectors"].training) == 2
+    with pytest.raises(PassError, match=r"distill: the loss is nan at step 2 of 8, .* smaller rate than 1e\+25"):
+        lower(f"{ROUND} | {distill(train='vectors', steps=8, rate=1e25, snapshots=1)}")
 
 
 def test_weights_that_are_not_rounded_are_named(run):

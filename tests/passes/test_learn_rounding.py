@@ -1,11 +1,15 @@
 """learn-rounding: rounding trained segment by segment towards what the float model computes."""
 
+import math
+from itertools import chain, repeat
+
 import pytest
 import torch
 from models import build, inputs, output
 from trained_programs import divergence, small_run
 
 import mxcompile
+from mxcompile.calibration import segment_training
 from mxcompile.calibration.ranks import Ranks
 from mxcompile.errors import PassError, PipelineError
 from mxcompile.formats import MXINT4
@@ -29,6 +33,10 @@ def test_training_comes_nearer_to_the_float_model(run):
     record = trained.ledger[0]
     assert record.rewrites == len(record.numbers) == 14
     assert all(n["loss_after"] <= n["loss_before"] for n in record.numbers.values())
+    assert list(record.curves) == [f"segment {number}" for number in range(1, 5)]
+    for curve in record.curves.values():
+        assert [step for step, _ in curve.training] == list(range(1, 51))
+        assert [step for step, _ in curve.held_out] == [0, 12, 25, 37, 50]
     mxcompile.deploy(trained, model)
 
 
@@ -58,6 +66,16 @@ def test_one_batch_is_not_enough(run):
     plain = Pipeline.parse(NEAREST % 0).run(program, batches[:1])
     assert all(torch.equal(trained.tensor(name), plain.tensor(name)) for name in plain.rounded)
     assert any("give two or more calibration batches" in miss.reason for miss in trained.ledger[-1].misses)
+
+
+def test_a_loss_that_becomes_nan_is_named(run, monkeypatch):
+    """Weights are within their formats at every step, so that only an overflow inside the model makes it NaN."""
+    *_, lower = run
+    losses = chain([1.0] * 12, repeat(math.nan))
+    monkeypatch.setattr(segment_training, "capped_error", lambda *_: torch.tensor(next(losses)))
+    message = r"learn-rounding.*the loss is nan at step [2-8] of 8, in the segment of .*_proj.*: take a smaller rate"
+    with pytest.raises(PassError, match=message):
+        lower(NEAREST % 8)
 
 
 def test_the_users_model_is_untouched_and_twice_changes_nothing(run):

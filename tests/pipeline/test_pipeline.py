@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mxcompile.calibration.aims import Compared
 from mxcompile.calibration.factor_search import Objective
 from mxcompile.calibration.format_costs.budgets import Latency
 from mxcompile.calibration.latent_weights import Trained
@@ -20,7 +21,7 @@ from mxcompile.passes import PASSES
 from mxcompile.passes.allocate import Allocate, FormatScore
 from mxcompile.passes.awq_fold import AwqFold
 from mxcompile.passes.diagnose import Diagnose
-from mxcompile.passes.distill import Distill, Parts
+from mxcompile.passes.distill import Distill, Parts, Scope
 from mxcompile.passes.fine_blocks import FineBlocks
 from mxcompile.passes.fuse_mx_gemm import FuseMXGemm
 from mxcompile.passes.gptq import Gptq
@@ -80,8 +81,12 @@ BUILT_IN = {
     ),
     "round-weights": st.builds(RoundWeights, formats, rules, st.booleans()),
     "distill": st.builds(
-        Distill, st.none() | formats, st.sampled_from(Parts), grids, *[st.none() | st.floats(1e-9, 1e9)] * 2, grids
-    ),
+        Distill,
+        *(st.none() | formats, st.sampled_from(Parts), st.sampled_from(Compared), st.just(Scope.MODEL), grids),
+        *[st.none() | st.floats(1e-9, 1e9)] * 2,
+        *(alphas, alphas, grids, grids, st.floats(1e-9, 1), grids),
+    )
+    | st.builds(Distill, loss=st.just(Compared.BLOCK), scope=st.just(Scope.SEGMENT)),
     "tune-vectors": st.builds(TuneVectors, st.none() | formats, grids, st.floats(1e-9, 1e9)),
     "lower-mx": st.builds(LowerMX, formats, st.none() | formats, rules, st.none() | rules),
 }

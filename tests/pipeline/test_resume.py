@@ -242,6 +242,7 @@ def test_every_pass_goes_on_to_the_same_bits(tmp_path, monkeypatch, text, kind):
         assert torch.equal(result.tensor(name), expected.tensor(name)), name
     assert [record.numbers for record in result.ledger] == [record.numbers for record in expected.ledger]
     assert [record.misses for record in result.ledger] == [record.misses for record in expected.ledger]
+    assert [record.curves for record in result.ledger] == [record.curves for record in expected.ledger]
     again = Pipeline.parse(text).run(program, batches, resume=tmp_path / "run")
     assert [record.numbers for record in again.ledger] == [record.numbers for record in expected.ledger]
     assert all(torch.equal(again.tensor(name), expected.tensor(name)) for name in expected.parameter_names())

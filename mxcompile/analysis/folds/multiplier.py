@@ -21,6 +21,7 @@ from mxcompile.errors import MXCompileError
 from mxcompile.graph.dataflow import effective_readers
 from mxcompile.graph.edit import insert_call, insert_tensor
 from mxcompile.graph.program import Program, where
+from mxcompile.graph.records import Miss
 from mxcompile.ops import MULTIPLY
 from mxcompile.tensor.digest import tensor_sha256
 
@@ -51,6 +52,37 @@ def insert_multiplier(program: Program, matmuls: Sequence[Matmul]) -> Node:
         replace_activation(nodes[name], product)
     program.graph_module.recompile()
     return product
+
+
+def insert_multipliers(program: Program, matmuls: Iterable[Matmul]) -> tuple[list[Node], list[Miss]]:
+    """`insert_multiplier` for each value that some of the matmuls read; returns the new products.
+
+    Missed: values that are rotated behind a multiplier, and weights that are multiplied with other values too.
+    """
+    readers: dict[Node, list[Matmul]] = {}
+    for matmul in matmuls:
+        readers.setdefault(matmul.activation, []).append(matmul)
+    products, misses = list[Node](), list[Miss]()
+    for value, group in readers.items():
+        if is_rotated(value):
+            misses.append(
+                Miss(where(group[0].node), "its input is rotated: a multiplier would stand before the rotation")
+            )
+        elif any(effective_readers(matmul.root) - {other.node for other in group} for matmul in group):
+            misses.append(Miss(where(group[0].node), "its weight is also multiplied with other values"))
+        elif multiplier_of(program, value) is None:
+            products.append(insert_multiplier(program, group))
+    return products, misses
+
+
+def remove_multipliers(program: Program, products: Iterable[Node]) -> None:
+    """Undo `insert_multipliers`."""
+    for product in products:
+        value, multiplier = cast(Node, product.args[0]), cast(Node, product.args[1])
+        product.replace_all_uses_with(value)
+        program.graph.erase_node(product)
+        program.erase_tensor_node(multiplier)
+    program.graph_module.recompile()
 
 
 def _insert(program: Program, x: Node, matmul: Matmul, before: Node) -> Node:

@@ -1,6 +1,7 @@
 """The data of the report page: measurements, histograms, graphs and diffs of a dump, as one JSON value.
 
-passes   [{name, spec, diff, numbers: {layer: {weight, activation, weight_db, ...}}, distributions: {layer: ...}}]
+passes   [{name, spec, diff, numbers: {layer: {weight, activation, weight_db, ...}}, distributions: {layer: ...},
+           curves: {what: {training: [[step, loss], ...], held_out: ...}}}]
          A measured pass also has the keys and values that are cached rounded, by `quantize-cache` or before it.
 stages   [{name, nodes: [[name, op, call, dtype, shape, format, module], ...]}], the trace first
 layers   [{name, module, row, column}], in graph order, then cached keys and values
@@ -81,7 +82,9 @@ def _pass(
     layers = {} if record.measured is None else record.measured.layers
     numbers = {name: plain(asdict(layer)) for name, layer in layers.items()} | plain(cached)
     histograms = {name: asdict(change) for name, change in distributions.items()}
-    return {"name": record.name, "spec": record.spec, "diff": diff, "numbers": numbers, "distributions": histograms}
+    curves = {name: plain(asdict(curve)) for name, curve in record.curves.items()}
+    texts = {"name": record.name, "spec": record.spec, "diff": diff}
+    return texts | {"numbers": numbers, "distributions": histograms, "curves": curves}
 
 
 def _diagnosed(value: ValueDiagnosis) -> dict[str, Any]:

@@ -59,6 +59,7 @@ addEventListener("DOMContentLoaded", () => {
     drawLayer();
   }
   if (report.diagnosis) drawDiagnosis();
+  if (trained.length) drawTraining();
   prepareGraph();
   prepareSearch();
   route();

@@ -25,7 +25,7 @@ from mxcompile.diagnostics.report.content import page_content
 from mxcompile.graph.records import ModelMeasurements
 
 _LIBRARIES = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "vendor/diff2html.min.js")
-_SCRIPTS = ("page.js", "search.js", "heat.js", "layer.js", "diagnosis.js", "passes.js", "graph.js")
+_SCRIPTS = ("page.js", "search.js", "heat.js", "layer.js", "diagnosis.js", "training.js", "passes.js", "graph.js")
 _STYLES = ("vendor/diff2html.min.css", "page.css")
 _FOLDER = files("mxcompile.diagnostics.report")
 
