@@ -69,10 +69,10 @@ class Variant:
 
 BOTH: Final = ("small", "matmuls")
 CHANGES: Final = {
-    "qkv": [Held(warps=4, held=4), Held(warps=4, held=8), Held(warps=8, held=4), Held(warps=2, held=4)],
-    "o": [Held(warps=4, held=2), Held(warps=4, held=8), Held(warps=8, held=4), Held(warps=16, held=2)],
-    "gate_up": [Held(warps=4, held=3), Held(warps=4, held=4), Held(warps=4, held=8), Held(warps=8, held=4)],
-    "down": [Held(warps=8, held=4), Held(warps=4, held=4), Held(warps=16, held=4), Held(warps=16, held=7)],
+    "qkv": [Held(warps=4, held=4), Held(warps=4, held=8)],
+    "o": [Held(warps=4, held=8), Held(warps=8, held=4)],
+    "gate_up": [Held(warps=4, held=3), Held(warps=4, held=4)],
+    "down": [Held(warps=8, held=4), Held(warps=4, held=4), Held(warps=16, held=4)],
 }
 
 
@@ -148,18 +148,40 @@ def usual_configs(shape: Shape, rows: int) -> dict[str, Any]:
     return {role: config_for(MXINT4, sum(n), k, rows, device) for role, (n, k) in shape.matmuls().items()}
 
 
-def compile_ahead(job: tuple[Shape, int, Variant]) -> str | None:
-    """Run a variant once, in a process of its own, so that its kernels are in Triton's cache."""
-    shape, rows, variant = job
-    split_k_counters.device_counters(torch.device("cuda", torch.cuda.current_device()))
+def compile_ahead(job: tuple[str, Any, bool]) -> str | None:
+    """Run one kernel on a small weight, in a process of its own, so that it is in Triton's cache.
+
+    job: kernel, config of a matmul, whether it is launched early.
+    """
+    role, config, early = job
+    shape, rows = Shape(), config.rows if config else 1
     try:
-        with torch.no_grad():
-            graph, _ = captured(Layers(shape, 1, rows, usual_configs(shape, rows)), variant)
-            graph.replay()
-            torch.cuda.synchronize()
+        if role == "norm":
+            x = random(rows, 1, shape.hidden)
+            norm.add_norm(x, x, random(shape.hidden), None, RMS, ROUNDING, None, early)
+        elif role == "gate":
+            x = random(rows, 1, shape.inner)
+            gate_product.multiply_and_round(x, x, Gate(), ROUNDING, None, early)
+        else:
+            outs, size = shape.matmuls()[role]
+            planes = random_planes(128 * len(outs), size)
+            outs = [128] * len(outs)
+            held_planes.linears(
+                random(rows, 1, size), planes, outs, [None] * len(outs), replace(config, dependent=early)
+            )
+        torch.cuda.synchronize()
     except Exception as error:  # it fails again, with its traceback, where it is timed
-        return f"{rows} rows, {variant}: {' '.join(str(error).split())[:200]}"
+        return f"{job}: {' '.join(str(error).split())[:200]}"
     return None
+
+
+def kernels(rows: int) -> list[tuple[str, Any, bool]]:
+    """What `compile_ahead` gets for one number of tokens."""
+    usual = [(role, config) for role, config in usual_configs(Shape(), rows).items() if isinstance(config, Held)]
+    jobs = [(role, config, early) for role, config in usual for early in (False, True)]
+    jobs += [(name, None, early) for name in ("norm", "gate") for early in (False, True)]
+    changed = [(role, config, True) for role, configs in CHANGES.items() for config in configs] if rows == 1 else []
+    return jobs + changed
 
 
 def captured(layers: Layers, variant: Variant) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -206,7 +228,7 @@ def measured(shape: Shape, count: int, rows: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8], help="tokens of a step")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="tokens of a step")
     parser.add_argument("--processes", type=int, default=8, help="that compile")
     parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")
     arguments = parser.parse_args()
@@ -214,7 +236,7 @@ def main() -> None:
         try_on_cpu()
         return
     began, shape = time.perf_counter(), Shape()
-    jobs = [(shape, rows, variant) for rows in arguments.rows for variant in variants(rows)]
+    jobs = [job for rows in arguments.rows for job in kernels(rows)]
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for problem in filter(None, pool.map(compile_ahead, jobs)):
             print(problem, flush=True)
