@@ -112,6 +112,21 @@ def test_the_tokens_a_second_on_the_cpu():
     assert f"reads a prompt {ours['prefill'] / llama['prefill']:.2f} times as fast" in text
 
 
+def test_a_whole_model_on_an_h200():
+    (row,) = results("decode-h200.jsonl")
+    ours = f"{row['token_ms']:.2f} ms and its kernels {row['step_ms']:.2f}"
+    assert f"On an H200, a token of the quantized model takes {ours}" in page("docs/benchmarks.md")
+    ratio = re.search(
+        r"\| mxint4 \| (\d\.\d\d) x", page("docs/benchmarks.md").partition("with configs measured there")[2]
+    )
+    assert ratio is not None
+    text = " ".join(page("README.md").split())
+    assert (
+        f"{ratio[1]} times as fast as cuBLAS in MXINT4, and a token of the whole model takes {row['token_ms']:.2f} ms"
+        in text
+    )
+
+
 def test_the_seconds_to_the_first_token():
     cold, warm = results("first-token-cpu.jsonl")
     assert [(row["caches"], row["way"]) for row in (cold, warm)] == [("cold", "layers once"), ("warm", "layers once")]
