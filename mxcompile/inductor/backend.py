@@ -8,7 +8,6 @@ import logging
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,7 +89,6 @@ class FuseMX(CustomGraphPass):
         return self
 
 
-@cache
 def _hashed_files() -> tuple[str, ...]:
     paths = [_PACKAGE / name for name in _HASHED]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
