@@ -9,11 +9,14 @@ also that of one process; on the CPU each process has one thread. Runs of one pr
 `--repeats` of each, and there are at least two of several, to compare their bytes. The fastest counts.
 
 `gptq`: seconds of the pass, between its start and its end in the first process. `whole`: of `quantize_and_compile`
-without compiling, once all processes have the model; it includes tracing, which each process does. `speedup`: of one
-process over several. `same bytes`: all runs of several processes have made the same model. `tensors alike`: of the
-stored tensors, how many are those of one process to the bit; others differ by the order of sums. `peak GiB`: the most
-that torch held on the GPU of the first process, the model included. `load`: the average of
-one minute when the runs began; on a machine that is at work already, seconds say little.
+without compiling, once all processes have the model; it includes tracing, which each process does. On a GPU a model of
+one small layer is quantized first, which compiles kernels and connects the GPUs. `speedup`: of one process over
+several. `same bytes`: all runs of several processes have made the same model. `tensors alike`: of the stored tensors,
+how many are those of one process to the bit; others differ by the order of sums. `distance`: between the logits of the
+models that several processes and one have made, over the distance of the latter from the float model's; logits of the
+first tokens of the last window. `peak GiB`: the most that torch held on a GPU, the model included. `load`: the average
+of one minute when the runs began; on a machine that is at work already, seconds say little. With `--verbose` each run's
+seconds are printed when it ends.
 """
 
 import argparse
@@ -47,6 +50,7 @@ from mxcompile.tensor.weight import MXWeight
 RECIPE: Final = "gptq{format=mxint4,activation=mxint8,correction=0.25} | lower-mx{weight=mxint4,activation=mxint8}"
 _BATCH: Final = 4  # windows
 _EXAMPLE: Final = 64  # tokens
+_COMPARED: Final = 256  # tokens whose logits are compared
 
 
 class Stopwatch(Instrument):
@@ -58,12 +62,19 @@ class Stopwatch(Instrument):
 
     def before(self, program: Program, step: PipelineStep) -> None:
         """A pass begins."""
+        _wait_for_gpu()
         self._began = time.perf_counter()
 
     def after(self, program: Program, step: PipelineStep, record: PassRecord) -> None:
         """It has ended."""
+        _wait_for_gpu()
         name = step.current.name
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - self._began
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def write_work(work: Path, options: argparse.Namespace) -> None:
@@ -101,12 +112,16 @@ def as_plain(model: Any) -> LlamaForCausalLM:
 
 
 def run_here(work: Path, device: str, recipe: str) -> None:
-    """One process of a run; the first one prints what is measured."""
+    """One process of a run; the first one prints what is measured, and writes logits to `work`."""
     if device == "cpu":
         torch.set_num_threads(1)
     with launched_group(device) as own:
+        if device != "cpu":
+            warm_up(own, recipe)
         model = AutoModelForCausalLM.from_pretrained(work / "model").to(own).eval()
         batches = [batch.to(own) for batch in torch.load(work / "ids.pt").split(_BATCH)]
+        compared = batches[-1][-1:, :_COMPARED]
+        exact = logits_of(model, compared)
         watch, example = Stopwatch(), batches[0][:1, :_EXAMPLE]
         if dist.is_initialized():
             dist.barrier()
@@ -114,14 +129,48 @@ def run_here(work: Path, device: str, recipe: str) -> None:
         quantized = mxcompile.quantize_and_compile(
             model, example, recipe=recipe, calibration=batches, compile=False, instruments=[watch]
         )
+        _wait_for_gpu()
         whole = time.perf_counter() - began
+        peak = largest(torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)
         if is_first():
-            result = {"gptq": watch.seconds["gptq"], "whole": whole, "tensors": digests(quantized)}
-            print(
-                json.dumps(
-                    result | {"peak": torch.cuda.max_memory_allocated() if torch.device(own).type == "cuda" else 0}
-                )
-            )
+            result = {"gptq": watch.seconds["gptq"], "whole": whole, "peak": peak, "tensors": digests(quantized)}
+            count = dist.get_world_size() if dist.is_initialized() else 1
+            torch.save((exact, logits_of(quantized, compared)), work / f"logits-{count}.pt")
+            print(json.dumps(result))
+
+
+def warm_up(device: str, recipe: str) -> None:
+    """Quantize one small layer."""
+    model = LlamaForCausalLM(config_of("tiny")).to(device, torch.bfloat16).eval()
+    ids = torch.randint(config_of("tiny").vocab_size, (2 * _BATCH, _EXAMPLE), device=device)
+    if dist.is_initialized():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+        dist.broadcast(ids, 0)
+    batches = list(ids.split(_BATCH))
+    mxcompile.quantize_and_compile(model, batches[0][:1], recipe=recipe, calibration=batches, compile=False)
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Float32, on the CPU."""
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float().cpu()
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if not dist.is_initialized():
+        return number
+    numbers = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return max(numbers)
+
+
+def distance(work: Path, processes: int) -> float:
+    """Of the logits that several processes' model gives, as in the docstring above."""
+    exact, alone = torch.load(work / "logits-1.pt")
+    several = torch.load(work / f"logits-{processes}.pt")[1]
+    return float((several - alone).norm() / (alone - exact).norm())
 
 
 def digests(model: nn.Module) -> dict[str, str]:
@@ -139,7 +188,10 @@ def run(work: Path, processes: int, options: argparse.Namespace) -> dict[str, An
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the run of {processes} processes failed with {done.returncode}: see above")
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    if options.verbose:
+        print({"processes": processes} | {name: result[name] for name in ("gptq", "whole", "peak")}, flush=True)
+    return result
 
 
 def compared(alone: list[dict[str, Any]], several: list[dict[str, Any]]) -> dict[str, Any]:
@@ -182,7 +234,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             several.append(run(work, options.processes, options))
         if len(several) == 1:
             several.append(run(work, options.processes, options))
-        return record | compared(alone, several)
+        return record | compared(alone, several) | {"distance": float(f"{distance(work, options.processes):.3g}")}
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -198,6 +250,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="runs with each number of processes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="file to add the record to")
+    parser.add_argument("--verbose", action="store_true", help="print the seconds of each run")
     parser.add_argument("--child-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.processes < 2 or options.repeats < 1 or (options.layers is not None and options.layers < 1):

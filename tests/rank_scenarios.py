@@ -50,17 +50,27 @@ def batches(*sizes: int, vocabulary: int = 128, padded: bool = True) -> list[dic
 def result(program: Program) -> dict[str, Any]:
     """The tensors that a program holds, and its record."""
     tensors = {name: program.stored(name) for name in program.parameter_names()}
-    packed = {name: getattr(each, "elements", each) for name, each in tensors.items()}
+    packed = {name: getattr(each, "elements", each).cpu() for name, each in tensors.items()}
     return {"tensors": packed, "ledger": [(r.name, r.rewrites, r.misses, r.seconds) for r in program.ledger]}
 
 
-def quantized(model: str, pipeline: str, data: list[dict[str, torch.Tensor]], **options: Any) -> Program:
-    return Pipeline.parse(pipeline).run(trace(build(model), data[0]), data, **options)
+def quantized(model: str, pipeline: str, data: list[dict[str, torch.Tensor]]) -> Program:
+    device = data[0]["input_ids"].device
+    return Pipeline.parse(pipeline).run(trace(build(model).to(device), data[0]), data)
 
 
-def learned() -> dict[str, Any]:
+def learned_on_gpus() -> dict[str, Any]:
+    """`learned`, each process with a GPU of its own."""
+    return learned(own_gpu())
+
+
+def own_gpu() -> str:
+    return f"cuda:{torch.cuda.current_device()}"
+
+
+def learned(device: str = "cpu") -> dict[str, Any]:
     """A decoder with every kind of pass, and a mixture of experts; padded batches of several sizes."""
-    data = batches(2, 1, 3, 2)
+    data = [{name: each.to(device) for name, each in batch.items()} for batch in batches(2, 1, 3, 2)]
     return {
         "llama": result(quantized("llama", LEARNED, data)),
         "mixtral": result(quantized("mixtral", f"{GPTQ} | {LOWER}", data)),
@@ -190,26 +200,33 @@ def working() -> str:
     return ""
 
 
-def exchanges() -> list[Any]:
+def exchanges_on_gpus() -> list[Any]:
+    """`exchanges` of tensors on GPUs."""
+    return exchanges(own_gpu())
+
+
+def exchanges(device: str = "cpu") -> list[Any]:
     """Every kind of exchange, with odd sizes."""
-    with joined(torch.device("cpu")) as ranks:
+    with joined(torch.device(device)) as ranks:
         number = ranks.number
         generator = torch.Generator().manual_seed(number)
-        values = torch.randn(7, 5, generator=generator)
+        values = torch.randn(7, 5, generator=generator).to(device)
         total, at_last, transposed = values.clone(), values.clone(), values.clone().T
         ranks.sum(total)
         ranks.sum(transposed)
         ranks.sum_at(at_last, ranks.count - 1)
-        rows = torch.arange(7 * 2).view(7, 2).to(torch.bfloat16)
-        sent = torch.full((3,), float(number), dtype=torch.float16)
+        rows = torch.arange(7 * 2).view(7, 2).to(device, torch.bfloat16)
+        sent = torch.full((3,), float(number), dtype=torch.float16, device=device)
         ranks.broadcast(sent, 1)
+        places = {str(each.device) for each in ranks.gather(values)}
+        assert places == {device}, places
         return [
-            values,
-            total,
-            transposed.T,
-            at_last,
-            ranks.collect(rows[ranks.rows(7)], 7),
-            sent,
+            values.cpu(),
+            total.cpu(),
+            transposed.T.cpu(),
+            at_last.cpu(),
+            ranks.collect(rows[ranks.rows(7)], 7).cpu(),
+            sent.cpu(),
             ranks.map(lambda item: (item * item, number), [1, 2, 3, 4, 5]),
             ranks.gather({"number": number}),
             ranks.from_first(number),
@@ -250,8 +267,12 @@ def sharded_training() -> dict[str, Any]:
 if __name__ == "__main__":
     scenario, folder, count, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
+    on_gpus = scenario.endswith("_on_gpus")
+    if on_gpus:
+        torch.cuda.set_device(number)
     if count > 1:
-        dist.init_process_group("gloo", f"file://{folder}/group", rank=number, world_size=count)
+        backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+        dist.init_process_group(backend, f"file://{folder}/group", rank=number, world_size=count)
     torch.save(globals()[scenario](), folder / f"{number}.pt")
     if count > 1 and scenario != "lost":
         dist.destroy_process_group()

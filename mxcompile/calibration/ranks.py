@@ -227,7 +227,7 @@ class Ranks:
             self._raise(self._all_objects((None, what)))
 
     def _states(self, failed: int, doing: int) -> list[tuple[int, int]]:
-        own = torch.tensor([failed, doing])
+        own = torch.tensor([failed, doing], device="cpu")
         states = [torch.empty_like(own) for _ in range(self.count)]
         try:
             dist.all_gather(states, own, group=self._control)

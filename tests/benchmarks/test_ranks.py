@@ -38,5 +38,6 @@ def test_the_whole_on_a_tiny_model(local_model, tmp_path, monkeypatch, capsys):
     record = json.loads(printed)
     assert record["same bytes"] is True
     assert record["tensors alike"] > record["tensors"] // 2
+    assert 0 <= record["distance"] < 0.5
     assert min(record["gptq seconds"], record["gptq seconds, 1 process"]) > 0
     assert (record["processes"], record["layers"], record["windows"]) == (2, 1, 8)

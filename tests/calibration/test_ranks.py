@@ -18,6 +18,7 @@ from mxcompile.graph.inputs import as_batches
 from mxcompile.graph.trace import trace
 
 COUNTS = (1, 2, 3, 4, 7)
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 NOTICED = 300  # seconds on a busy machine, and far less than processes would wait for each other or work
 
 
@@ -100,7 +101,16 @@ def test_a_process_alone_exchanges_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_every_kind_of_exchange(count):
-    results = rank_processes.run("exchanges", count)
+    check_exchanges(rank_processes.run("exchanges", count))
+
+
+@two_gpus
+def test_every_kind_of_exchange_between_gpus():
+    check_exchanges(rank_processes.run("exchanges_on_gpus", 2))
+
+
+def check_exchanges(results):
+    count = len(results)
     total = results[0][0].clone()
     for own, *_ in results[1:]:
         total += own
@@ -169,8 +179,17 @@ def alone():
 @pytest.mark.slow
 def test_two_processes_give_the_program_of_one_within_the_order_of_sums(alone):
     """At least 99 % of the stored numbers are equal; trained vectors are compared in the test below."""
-    first, second = rank_processes.run("learned", 2)
-    again = rank_processes.run("learned", 2)[0]
+    check_programs(alone, rank_processes.run("learned", 2), rank_processes.run("learned", 2)[0])
+
+
+@two_gpus
+def test_two_gpus_give_the_program_of_one_within_the_order_of_sums():
+    runs = [rank_processes.run("learned_on_gpus", count) for count in (1, 2, 2)]
+    check_programs(runs[0][0], runs[1], runs[2][0])
+
+
+def check_programs(alone, processes, again):
+    first, second = processes
     for name, expected in alone.items():
         tensors = first[name]["tensors"]
         assert all(torch.equal(tensors[key], second[name]["tensors"][key]) for key in tensors)
