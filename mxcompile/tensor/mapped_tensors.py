@@ -13,6 +13,7 @@ import ctypes
 import mmap
 import os
 import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,7 @@ STATES: Final = 1 << 30
 SMALLEST: Final = 1 << 18
 """Bytes below which a tensor stays in memory."""
 
+_PAUSE: Final = 30  # times as long as giving memory back took
 
 _View = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
 
@@ -66,6 +68,7 @@ class MappedTensors:
         self.folder, self.device, self.states = folder, device, states
         self._in_use, self._smallest = in_use, smallest
         self._copies = device.type != "cpu"
+        self._trims_next = 0.0
         self._mappings: WeakValueDictionary[_View, mmap.mmap] = WeakValueDictionary()
         self._used: OrderedDict[_View, _Use] = OrderedDict()  # those used longest ago first
 
@@ -130,9 +133,15 @@ class MappedTensors:
         self._release_down_to(0)
 
     def return_freed(self) -> None:
-        """Give memory that tensors no longer need back to the system: glibc keeps it, in pieces, for later ones."""
-        if (trim := _malloc_trim()) is not None:
+        """Give memory that tensors no longer need back to the system: glibc keeps it, in pieces, for later ones.
+
+        Not so often that it would take more than a few percent of the time: on a GPU batches pass faster than that.
+        """
+        began = time.monotonic()
+        if (trim := _malloc_trim()) is not None and began >= self._trims_next:
             trim(0)
+            ended = time.monotonic()
+            self._trims_next = ended + _PAUSE * (ended - began)
 
     def _release_down_to(self, limit: int) -> None:
         """Release tensors, those used longest ago first, but for the last one used, until they have `limit` bytes."""
