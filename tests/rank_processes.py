@@ -31,7 +31,7 @@ def started(scenario: str, count: int, folder: Path) -> Generator[list[subproces
 
     None of them is left after the block.
     """
-    path = os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(TESTS / "rank_scenarios.py"), scenario, str(folder), str(count)]
     running: list[subprocess.Popen[str]] = []
