@@ -37,7 +37,7 @@ from mxcompile.cli.texts import help_text
 _RECIPE = "awq-fold{weight=mxint4,activation=mxint8} | gptq{format=mxint4,activation=mxint8,correction=0.25} | " + (
     "lower-mx{weight=mxint4,activation=mxint8}"
 )
-_GPTQ = "gptq{format=mxint4,activation=mxint8,correction=0.25} | lower-mx{weight=mxint4,activation=mxint8}"
+GPTQ = "gptq{format=mxint4,activation=mxint8,correction=0.25} | lower-mx{weight=mxint4,activation=mxint8}"
 _CHILD = """
 import json, sys, time
 import torch
@@ -71,9 +71,11 @@ def run(how, source, out, recipe, data, device, until, memory):
                                                       compile=False, instruments=instruments), out)
 
 tiny, real = json.loads(sys.argv[1])
+if real["device"] != "cpu":
+    torch.cuda.set_device(torch.empty(0, device=real["device"]).device)
 run(**tiny)
 if real["device"] != "cpu":
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats(real["device"])
 print(json.dumps({"ready": True}), flush=True)
 began = time.perf_counter()
 try:
@@ -83,7 +85,7 @@ except Stop:
 except Exception as error:
     if not isinstance(error.__cause__, Stop):
         raise
-on_device = torch.cuda.max_memory_allocated() if real["device"] != "cpu" else 0
+on_device = torch.cuda.max_memory_allocated(real["device"]) if real["device"] != "cpu" else 0
 print(json.dumps({"seconds": time.perf_counter() - began, "device": on_device}), flush=True)
 """
 
@@ -197,7 +199,7 @@ def of_llama(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]
     tiny, ids = write_tiny(work)
     torch.save(torch.randint(0, 128256, (4, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    runs = {"w4a16-mxfp-quick": None, _GPTQ: options.segments}
+    runs = {"w4a16-mxfp-quick": None, GPTQ: options.segments}
     for number, (recipe, until) in enumerate(runs.items()):
         small = settings("files", tiny, work / f"tiny-{number}", recipe, ids)
         out = options.folder.parent / "low-memory-out"
@@ -216,12 +218,12 @@ def of_device(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any
     tiny, ids = write_tiny(work)
     torch.save(torch.randint(0, 128256, (128, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
     for how in ("files", "memory"):
-        small = settings(how, tiny, work / f"tiny-{how}", _GPTQ, ids, device=options.device)
+        small = settings(how, tiny, work / f"tiny-{how}", GPTQ, ids, device=options.device)
         out = options.folder.parent / f"low-memory-{how}"
-        real = settings(how, source, out, _GPTQ, work / "ids.pt", device=options.device, memory=2 * 10**9)
+        real = settings(how, source, out, GPTQ, work / "ids.pt", device=options.device, memory=2 * 10**9)
         device = torch.cuda.get_device_name(options.device)
         what = {"model": f"Llama-3-8B shape, {options.layers} layers", "weights": how, "device": device}
-        yield what | {"recipe": _GPTQ, **measured(small, real)}
+        yield what | {"recipe": GPTQ, **measured(small, real)}
 
 
 def main() -> None:

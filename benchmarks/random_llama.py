@@ -38,7 +38,7 @@ def config_of(size: str, layers: int | None = None) -> LlamaConfig:
     return LlamaConfig(**sizes, **heads, **rope, dtype="bfloat16", architectures=["LlamaForCausalLM"])
 
 
-def write_checkpoint(folder: Path, size: str, layers: int | None = None) -> Path:
+def write_checkpoint(folder: Path, size: str, layers: int | None = None, threads: int = _THREADS) -> Path:
     """The folder, written unless it is there."""
     if (folder / "config.json").is_file():
         return folder
@@ -53,8 +53,8 @@ def write_checkpoint(folder: Path, size: str, layers: int | None = None) -> Path
     def write_one(file: str) -> None:
         write(folder / file, files[file])
 
-    with ThreadPoolExecutor(_THREADS if torch.cuda.is_available() else 1) as threads:
-        list(threads.map(write_one, files))
+    with ThreadPoolExecutor(threads if torch.cuda.is_available() else 1) as pool:
+        list(pool.map(write_one, files))
     _write_index(folder, pending, {name: file for file, group in files.items() for name in group})
     config.save_pretrained(folder)
     return folder
@@ -84,8 +84,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--layers", type=int, help="the size's own if not given")
+    parser.add_argument("--threads", type=int, default=_THREADS, help="files at a time, with a GPU")
     arguments = parser.parse_args()
-    print(write_checkpoint(arguments.folder, arguments.size, arguments.layers))
+    print(write_checkpoint(arguments.folder, arguments.size, arguments.layers, arguments.threads))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from random_llama import config_of, write_checkpoint
+from random_llama import SIZES, config_of, write_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -80,9 +80,9 @@ def _wait_for_gpu() -> None:
 def write_work(work: Path, options: argparse.Namespace) -> None:
     """The float model in `work/model`, cut to its first layers, and token ids `[windows, length]` in `work/ids.pt`."""
     if options.random is not None:
-        (work / "model").symlink_to(write_checkpoint(options.random, "8b", options.layers).resolve())
+        (work / "model").symlink_to(write_checkpoint(options.random, options.size, options.layers).resolve())
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(config_of("8b").vocab_size, (options.windows, options.length), generator=generator)
+        ids = torch.randint(config_of(options.size).vocab_size, (options.windows, options.length), generator=generator)
         torch.save(ids, work / "ids.pt")
         return
     model, tokenizer = smollm2.load() if options.model is None else load_model(options.model)
@@ -212,7 +212,9 @@ def compared(alone: list[dict[str, Any]], several: list[dict[str, Any]]) -> dict
 
 
 def name_of(options: argparse.Namespace) -> str:
-    return "Llama-3-8B shape, random" if options.random is not None else options.model or smollm2.NAME
+    return (
+        f"Llama-3-{options.size.upper()} shape, random" if options.random is not None else options.model or smollm2.NAME
+    )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -241,7 +243,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or hub id; SmolLM2-135M if not given")
-    parser.add_argument("--random", type=Path, help="folder of a random model in Llama-3-8B's shape, random tokens")
+    parser.add_argument("--random", type=Path, help="folder of a random model in Llama-3's shape, random tokens")
+    parser.add_argument("--size", choices=SIZES, default="8b", help="of that model")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--windows", type=int, default=32, help="of calibration text")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")

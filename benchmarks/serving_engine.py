@@ -99,16 +99,14 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"enforce_eager": True}
     if not asked["eager"]:
         options = {"compilation_config": {"cudagraph_capture_sizes": sizes}}
+    options |= {"max_num_batched_tokens": most, "max_num_seqs": max(asked["batches"])} | asked["options"]
     engine = LLM(
         asked["model"],
         skip_tokenizer_init=True,
         tensor_parallel_size=asked["tensor_parallel"],
         max_model_len=max(asked["long"], asked["prompt"] + 2 * asked["steps"]) + 8,
-        max_num_batched_tokens=most,
-        max_num_seqs=max(asked["batches"]),
         enable_prefix_caching=False,
         **options,
-        **asked["options"],
     )
     ready = time.perf_counter() - began
     if asked["waits"]:

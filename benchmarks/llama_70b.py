@@ -1,0 +1,190 @@
+"""A model of Llama-3-70B's shape, which is larger than a GPU: quantized from files, served with tensor parallelism.
+
+    mount -o remount,size=230G /dev/shm
+    python benchmarks/llama_70b.py --work /dev/shm/70b --out benchmarks/results/large.jsonl        two GPUs, 256 GiB
+
+Random bfloat16 weights, 141 GB with all 80 layers. What is done, a record each, as soon as it is done:
+
+- `write`: the model is made on the GPU and written file by file.
+- `quantize`: `quantize_files` to MXFP4 on the first GPU, from the cache of files.
+- `gptq`: `quantize_checkpoint` up to the end of its first `--segments` segments, on the last GPU meanwhile; it is
+  stopped then. Seconds and memory as `low_memory.py` has them.
+- `serve`: vLLM on the quantized model with `--tensor-parallel` GPUs, and on the bfloat16 model, whose weights vLLM
+  makes up; `step_ms`, `prompt_ms` as `serving.py` has them. CUDA graphs without torch.compile. Kernels are compiled by an
+  engine on a model of one layer while the weights are written.
+- `compare`: mean distance of vLLM's log-probabilities of 4 prompts' tokens from those of the same folder loaded by
+  mxcompile.load on one GPU, and of transformers' two attentions there from each other.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+from typing import Any, Final
+
+import low_memory
+import torch
+from random_llama import SIZES, config_of, write_checkpoint
+from serving import compared, log_probabilities
+from serving_engine import EngineProcess
+
+_QUICK: Final = "w4a16-mxfp-quick"
+_GRAPHS: Final = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+_QUANTIZE: Final = """
+import json, sys, time
+import torch, mxcompile
+source, out, recipe, device, workers = sys.argv[1:]
+began = time.perf_counter()
+plan = mxcompile.quantize_files(source, out, recipe=recipe, device=device, workers=int(workers))
+result = {"seconds": round(time.perf_counter() - began, 1), "workers": int(workers)}
+result |= {"source bytes": sum(each.before for each in plan.tensors)}
+result |= {"result bytes": sum(each.after for each in plan.tensors)}
+if device != "cpu":
+    result["device peak bytes"] = torch.cuda.max_memory_allocated()
+print(json.dumps(result))
+"""
+
+
+class Records:
+    """Prints each record, and appends it to a file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._began, self._out = time.perf_counter(), options.out
+        device = torch.cuda.get_device_name() if options.device != "cpu" else "cpu"
+        self._common = {"size": options.size, "layers": options.layers, "device": device, "torch": torch.__version__}
+
+    def add(self, what: str, record: dict[str, Any]) -> None:
+        """what: the part of the work."""
+        at = round(time.perf_counter() - self._began, 1)
+        line = json.dumps({"benchmark": "llama-70b", "what": what} | self._common | record | {"at": at})
+        print(line, flush=True)
+        if self._out is not None:
+            with self._out.open("a") as file:
+                file.write(line + "\n")
+
+
+def quantize(source: Path, out: Path, options: argparse.Namespace, *, workers: int) -> dict[str, Any]:
+    """`quantize_files` in a process of its own: nothing of it stays on the GPU."""
+    command = [sys.executable, "-c", _QUANTIZE, str(source), str(out), _QUICK, options.device, str(workers)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"quantize_files failed with {done.returncode}: see above")
+    return {"recipe": _QUICK, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def engine(model: Path, options: argparse.Namespace, *, memory: float, **changes: Any) -> EngineProcess:
+    """An engine on a folder. memory: its share of each GPU. changes: of what is asked."""
+    most = max(options.batches) * (options.prompt + 2 * options.steps + 32) + options.long
+    config = config_of(options.size)
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    llm: dict[str, Any] = {"load_format": "auto", "gpu_memory_utilization": memory, "max_num_batched_tokens": 8192}
+    llm["kv_cache_memory_bytes"] = 2 * 4 * width * options.layers * most // options.tensor_parallel
+    if options.device != "cpu":
+        llm["compilation_config"] = _GRAPHS | {"cudagraph_capture_sizes": sorted({1, 2, 4, *options.batches})}
+    asked = {name: getattr(options, name) for name in ("batches", "prompt", "long", "steps", "tensor_parallel")}
+    asked |= {"rounds": 3, "eager": options.device == "cpu", "profile": [], "compare": True, "limit": options.limit}
+    asked |= {"vocabulary": config.vocab_size, "waits": True, "options": llm}
+    asked["options"] |= changes.pop("options", {})
+    return EngineProcess(model, asked | changes)
+
+
+def gptq(source: Path, work: Path, options: argparse.Namespace, records: Records) -> None:
+    """The first segments of gptq from files."""
+    tiny, tiny_ids = low_memory.write_tiny(work)
+    ids = torch.randint(
+        config_of(options.size).vocab_size, (16, options.long), generator=torch.Generator().manual_seed(0)
+    )
+    torch.save(ids, work / "ids.pt")
+    device = f"cuda:{torch.cuda.device_count() - 1}" if options.device != "cpu" else "cpu"
+    recipe = low_memory.GPTQ
+    small = low_memory.settings("files", tiny, work / "out-tiny", recipe, tiny_ids, device=device)
+    settings = {"device": device, "until": options.segments, "memory": 4 * 10**9}
+    real = low_memory.settings("files", source, work / "out-gptq", recipe, work / "ids.pt", **settings)
+    record = low_memory.measured(small, real)
+    records.add("gptq", {"recipe": recipe, "segments": options.segments, "calibration": "16x2048"} | record)
+
+
+def loaded_log_probabilities(folder: Path, device: str) -> list[Any]:
+    """Of the folder's model on one device, with either attention."""
+    import mxcompile
+
+    return log_probabilities(mxcompile.load(folder, device=device, verify=False))
+
+
+def main() -> None:
+    """All parts, one after the other."""
+    options = parsed()
+    records, work = Records(options), options.work
+    work.mkdir(parents=True, exist_ok=True)
+    floats, source, out = work / "bf16", work / "source", work / "quantized"
+    config_of(options.size, options.layers).save_pretrained(floats)
+    of_floats = engine(floats, options, memory=0.62, compare=False, options={"load_format": "dummy"})
+    quantized = engine(out, options, memory=0.25)
+    try:
+        of_floats.start()
+        warming = Thread(target=compile_kernels, args=(work, options, records))
+        warming.start()
+        began = time.perf_counter()
+        write_checkpoint(source, options.size, options.layers, options.workers)
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        records.add("write", {"seconds": round(time.perf_counter() - began, 1), "bytes": size})
+        warming.join()
+        training = Thread(target=gptq, args=(source, work, options, records))
+        training.start()
+        records.add("quantize", quantize(source, out, options, workers=options.workers))
+        quantized.start()
+        training.join()
+        shutil.rmtree(source)
+        quantized.wait_until_ready()
+        of_floats.wait_until_ready()
+        result = quantized.measure()
+        found = result.pop("log_probabilities", None)
+        records.add("serve", {"weights": _QUICK, **result})
+        records.add("serve", {"weights": "bfloat16", **of_floats.measure()})
+        if found is not None:
+            expected = loaded_log_probabilities(out, options.device)
+            records.add("compare", compared({"log_probabilities": found}, expected))
+    finally:
+        of_floats.stop()
+        quantized.stop()
+
+
+def compile_kernels(work: Path, options: argparse.Namespace, records: Records) -> None:
+    """Run an engine on one layer of that shape: its kernels are found in Triton's cache by the next."""
+    source = write_checkpoint(work / "one-layer-source", options.size, 1)
+    quantize(source, work / "one-layer", options, workers=2)
+    began = time.perf_counter()
+    one = engine(work / "one-layer", options, memory=0.1, waits=False, compare=False)
+    result = one.measure()
+    one.stop()
+    records.add("one layer", {"seconds": round(time.perf_counter() - began, 1), **result})
+    for folder in (source, work / "one-layer"):
+        shutil.rmtree(folder)
+
+
+def parsed() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="a folder with room for 190 GB")
+    parser.add_argument("--size", choices=SIZES, default="70b")
+    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="tensors at a time")
+    parser.add_argument("--segments", type=int, default=2)
+    parser.add_argument("--tensor-parallel", type=int, default=2)
+    parser.add_argument("--batches", type=lambda text: [int(each) for each in text.split(",")], default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--long", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds for an engine to be ready, and to measure")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
