@@ -10,8 +10,8 @@ Random bfloat16 weights, 141 GB with all 80 layers. What is done, a record each,
 - `gptq`: `quantize_checkpoint` up to the end of its first `--segments` segments, on the last GPU meanwhile; it is
   stopped then. Seconds and memory as `low_memory.py` has them.
 - `serve`: vLLM on the quantized model with `--tensor-parallel` GPUs, and on the bfloat16 model, whose weights vLLM
-  makes up; `step_ms`, `prompt_ms` as `serving.py` has them. CUDA graphs without torch.compile. Kernels are compiled by an
-  engine on a model of one layer while the weights are written.
+  makes up; `step_ms`, `prompt_ms` as `serving.py` has them. CUDA graphs without torch.compile. Kernels are compiled by
+  an engine on a model of one layer while the weights are written.
 - `compare`: mean distance of vLLM's log-probabilities of 4 prompts' tokens from those of the same folder loaded by
   mxcompile.load on one GPU, and of transformers' two attentions there from each other.
 """
