@@ -89,7 +89,7 @@ def engine(model: Path, options: argparse.Namespace, *, memory: float, **changes
     asked = {name: getattr(options, name) for name in ("batches", "prompt", "long", "steps", "tensor_parallel")}
     asked |= {"rounds": 3, "eager": options.device == "cpu", "profile": [], "compare": True, "limit": options.limit}
     asked |= {"vocabulary": config.vocab_size, "waits": True, "options": llm}
-    asked["options"] |= changes.pop("options", {})
+    asked["options"] |= changes.pop("llm", {})
     return EngineProcess(model, asked | changes)
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     floats, source, out = work / "bf16", work / "source", work / "quantized"
     config_of(options.size, options.layers).save_pretrained(floats)
-    of_floats = engine(floats, options, memory=0.62, compare=False, options={"load_format": "dummy"})
+    of_floats = engine(floats, options, memory=0.62, compare=False, llm={"load_format": "dummy"})
     quantized = engine(out, options, memory=0.25)
     try:
         of_floats.start()

@@ -5,8 +5,8 @@
     python benchmarks/ranks.py --random /dev/shm/8b --windows 128 --length 2048 --device cuda   # two GPUs, 8 minutes
 
 SmolLM2-135M in float32, or the model of a folder, calibrated on Python's help topics. Every run is started by torchrun,
-also that of one process; on the CPU each process has one thread. Runs of one process and of `--processes` take turns,
-`--repeats` of each, and there are at least two of several, to compare their bytes. The fastest counts.
+also that of one process; on the CPU each process has one thread. One process makes `--repeats` runs, and then
+`--processes` do; the fastest counts.
 
 `gptq`: seconds of the pass, between its start and its end in the first process. `whole`: of `quantize_and_compile`
 without compiling, once all processes have the model; it includes tracing, which each process does. On a GPU a model of
@@ -111,32 +111,50 @@ def as_plain(model: Any) -> LlamaForCausalLM:
     return plain
 
 
-def run_here(work: Path, device: str, recipe: str) -> None:
-    """One process of a run; the first one prints what is measured, and writes logits to `work`."""
+def run_here(work: Path, options: argparse.Namespace) -> None:
+    """One process of a launch; the first one prints what is measured, a line a run, and writes logits to `work`."""
+    device, began = options.device, time.perf_counter()
     if device == "cpu":
         torch.set_num_threads(1)
+
+    def say(what: str) -> None:
+        if options.verbose and is_first():
+            print(f"{what} after {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+
     with launched_group(device) as own:
         if device != "cpu":
-            warm_up(own, recipe)
+            warm_up(own, options.recipe)
+            say("warm")
         model = AutoModelForCausalLM.from_pretrained(work / "model").to(own).eval()
         batches = [batch.to(own) for batch in torch.load(work / "ids.pt").split(_BATCH)]
         compared = batches[-1][-1:, :_COMPARED]
         exact = logits_of(model, compared)
-        watch, example = Stopwatch(), batches[0][:1, :_EXAMPLE]
-        if dist.is_initialized():
-            dist.barrier()
-        began = time.perf_counter()
-        quantized = mxcompile.quantize_and_compile(
-            model, example, recipe=recipe, calibration=batches, compile=False, instruments=[watch]
-        )
-        _wait_for_gpu()
-        whole = time.perf_counter() - began
-        peak = largest(torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0)
+        say("loaded")
+        for _ in range(options.repeats):
+            result, quantized = measured(model, batches, own, options.recipe)
+            say("quantized")
+            if is_first():
+                print(json.dumps(result | {"tensors": digests(quantized)}), flush=True)
         if is_first():
-            result = {"gptq": watch.seconds["gptq"], "whole": whole, "peak": peak, "tensors": digests(quantized)}
             count = dist.get_world_size() if dist.is_initialized() else 1
             torch.save((exact, logits_of(quantized, compared)), work / f"logits-{count}.pt")
-            print(json.dumps(result))
+
+
+def measured(model: nn.Module, batches: list[torch.Tensor], own: str, recipe: str) -> tuple[dict[str, Any], nn.Module]:
+    """Seconds of a run, the peak of all processes, and the quantized model."""
+    watch = Stopwatch()
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(own)
+    if dist.is_initialized():
+        dist.barrier()
+    began = time.perf_counter()
+    quantized = mxcompile.quantize_and_compile(
+        model, batches[0][:1, :_EXAMPLE], recipe=recipe, calibration=batches, compile=False, instruments=[watch]
+    )
+    _wait_for_gpu()
+    whole = time.perf_counter() - began
+    peak = largest(torch.cuda.max_memory_allocated(own) if torch.cuda.is_initialized() else 0)
+    return {"gptq": watch.seconds.get("gptq", 0.0), "whole": whole, "peak": peak}, quantized
 
 
 def warm_up(device: str, recipe: str) -> None:
@@ -180,18 +198,29 @@ def digests(model: nn.Module) -> dict[str, str]:
     return {name: " ".join(map(tensor_sha256, each)) for name, each in parts.items()}
 
 
-def run(work: Path, processes: int, options: argparse.Namespace) -> dict[str, Any]:
-    """What the first of so many processes prints."""
+def launch(work: Path, processes: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the first of so many processes prints: a result for each run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
-    command += ["--child-of", str(work), "--device", options.device, "--recipe", options.recipe]
+    command += [
+        "--child-of",
+        str(work),
+        "--repeats",
+        str(options.repeats),
+        "--device",
+        options.device,
+        "--recipe",
+        options.recipe,
+    ]
+    command += ["--verbose"] * options.verbose
     environment = dict(os.environ) | ({"OMP_NUM_THREADS": "1"} if options.device == "cpu" else {})
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the run of {processes} processes failed with {done.returncode}: see above")
-    result = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if options.verbose:
-        print({"processes": processes} | {name: result[name] for name in ("gptq", "whole", "peak")}, flush=True)
-    return result
+        for result in results:
+            print({"processes": processes} | {name: result[name] for name in ("gptq", "whole", "peak")}, flush=True)
+    return results
 
 
 def compared(alone: list[dict[str, Any]], several: list[dict[str, Any]]) -> dict[str, Any]:
@@ -229,13 +258,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         work = Path(folder)
         write_work(work, options)
         record["load"] = round(os.getloadavg()[0], 1)
-        alone: list[dict[str, Any]] = []
-        several: list[dict[str, Any]] = []
-        for _ in range(options.repeats):
-            alone.append(run(work, 1, options))
-            several.append(run(work, options.processes, options))
-        if len(several) == 1:
-            several.append(run(work, options.processes, options))
+        alone, several = (launch(work, processes, options) for processes in (1, options.processes))
         return record | compared(alone, several) | {"distance": float(f"{distance(work, options.processes):.3g}")}
 
 
@@ -250,14 +273,14 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--layers", type=int, help="the first so many; all if not given")
     parser.add_argument("--recipe", default=RECIPE, help="a pipeline with gptq")
-    parser.add_argument("--repeats", type=int, default=1, help="runs with each number of processes")
+    parser.add_argument("--repeats", type=int, default=2, help="runs with each number of processes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="file to add the record to")
     parser.add_argument("--verbose", action="store_true", help="print the seconds of each run")
     parser.add_argument("--child-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.processes < 2 or options.repeats < 1 or (options.layers is not None and options.layers < 1):
-        parser.error("--processes is at least 2, --repeats and --layers at least 1")
+    if min(options.processes, options.repeats) < 2 or (options.layers is not None and options.layers < 1):
+        parser.error("--processes and --repeats are at least 2, --layers at least 1")
     return options
 
 
@@ -265,7 +288,7 @@ def main() -> None:
     """Print the record, and append it to a file."""
     options = parsed()
     if options.child_of is not None:
-        run_here(options.child_of, options.device, options.recipe)
+        run_here(options.child_of, options)
         return
     line = json.dumps(measure(options))
     print(line)

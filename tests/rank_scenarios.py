@@ -1,12 +1,12 @@
-"""What the processes of `rank_processes.py` do, one function each: `python rank_scenarios.py NAME FOLDER COUNT NUMBER`.
+"""What the processes of `rank_processes.py` do, one function each.
 
 A function returns what a test compares. Everything is the same in all processes unless it depends on the number.
 """
 
 import os
 import signal
-import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,22 +179,24 @@ def lost() -> str:
 class Working(Pass):
     """Works and meets for a minute."""
 
+    folder: Path
+
     name = "working"
 
     def run(self, program: Program) -> PassResult:
         ranks = ranks_of(program)
-        Path(sys.argv[2], f"{ranks.number}.started").touch()
+        (self.folder / f"{ranks.number}.started").touch()
         for _ in range(600):
             time.sleep(0.1)
             ranks.any(False)
         return PassResult(0)
 
 
-def working() -> str:
+def working(folder: Path) -> str:
     """How a long run ends."""
     data = batches(1, 1, padded=False)
     try:
-        Pipeline([Working()]).run(trace(build("llama"), data[0]), data)
+        Pipeline([Working(folder)]).run(trace(build("llama"), data[0]), data)
     except BaseException as error:
         return type(error).__name__
     return ""
@@ -264,15 +266,17 @@ def sharded_training() -> dict[str, Any]:
     return {"losses": losses, "logits": logits, "finished": finished}
 
 
-if __name__ == "__main__":
-    scenario, folder, count, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+def main(scenario: str, folder: Path, count: int, number: int) -> None:
+    """What the process of that number does, of so many."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     on_gpus = scenario.endswith("_on_gpus")
     if on_gpus:
         torch.cuda.set_device(number)
     if count > 1:
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         dist.init_process_group(backend, f"file://{folder}/group", rank=number, world_size=count)
-    torch.save(globals()[scenario](), folder / f"{number}.pt")
+    done = working(folder) if scenario == "working" else globals()[scenario]()
+    torch.save(done, folder / f"{number}.pt")
     if count > 1 and scenario != "lost":
         dist.destroy_process_group()

@@ -20,11 +20,11 @@ def test_the_fastest_runs_are_compared():
     assert not compared(alone, [several[0], alone[0]])["same bytes"]
 
 
-@pytest.mark.parametrize("wrong", ["--processes 1", "--repeats 0", "--layers 0"])
+@pytest.mark.parametrize("wrong", ["--processes 1", "--repeats 1", "--layers 0"])
 def test_numbers_that_measure_nothing_are_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         parsed(wrong.split())
-    assert "--processes is at least 2" in capsys.readouterr().err
+    assert "--processes and --repeats are at least 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import os
 import signal
 import time
 
@@ -151,9 +152,8 @@ def test_all_processes_end_with_the_error_of_one():
 @pytest.mark.slow
 def test_a_process_that_dies_is_noticed(tmp_path):
     with rank_processes.started("lost", 2, tmp_path) as (survivor, dead):
-        dead.communicate(timeout=rank_processes.SECONDS)
-        output, _ = survivor.communicate(timeout=NOTICED)
-    assert (survivor.returncode, dead.returncode) == (0, 3), output
+        assert rank_processes.ended(dead, rank_processes.SECONDS) == 3
+        assert rank_processes.ended(survivor, NOTICED) == 0, rank_processes.printed(tmp_path, 0)
     said = torch.load(tmp_path / "0.pt", weights_only=False)
     assert said == "RankError: process 0 has lost another process, which has ended: see what that one has printed"
 
@@ -163,10 +163,13 @@ def test_a_process_that_dies_is_noticed(tmp_path):
 def test_an_interrupt_of_one_process_ends_all(tmp_path, number):
     with rank_processes.started("working", 2, tmp_path) as processes:
         while not all((tmp_path / f"{other}.started").exists() for other in range(2)):
-            assert all(process.poll() is None for process in processes), processes[0].communicate()
+            assert all(process.is_alive() for process in processes), rank_processes.printed(tmp_path, 0)
             time.sleep(0.1)
-        processes[number].send_signal(signal.SIGINT)
-        outputs = [process.communicate(timeout=NOTICED)[0] for process in processes]
+        os.kill(processes[number].pid, signal.SIGINT)
+        outputs = [
+            (rank_processes.ended(each, NOTICED), rank_processes.printed(tmp_path, n))
+            for n, each in enumerate(processes)
+        ]
     ends = [torch.load(tmp_path / f"{other}.pt", weights_only=False) for other in range(2)]
     assert ends == ["KeyboardInterrupt"] * 2, outputs
 
