@@ -36,10 +36,10 @@ def real():
 
 
 def test_w8a8_mxint_with_plain_rounding_is_within_a_percent_and_a_half(real):
-    """4094 tokens of Python's help topics in windows of 2048; measured: +1.24 % perplexity."""
-    model, windows = real[0], real[1][:2]
+    """2047 tokens of Python's help topics; measured: MEASURED % perplexity."""
+    model, windows = real[0], real[1][:1]
     quantized = mxcompile.quantize_and_compile(
-        model, {"input_ids": windows[0]}, recipe="w8a8-mxint-quick", compile=False
+        model, {"input_ids": windows[0][:, :64]}, recipe="w8a8-mxint-quick", compile=False
     )
     before, after = evaluate(model, windows), evaluate(quantized, windows, model)
     assert after.perplexity < 1.015 * before.perplexity
@@ -50,7 +50,8 @@ def test_w8a8_mxint_with_plain_rounding_is_within_a_percent_and_a_half(real):
 @pytest.fixture(scope="module")
 def w4a8(real):
     model, windows = real
-    return mxcompile.quantize_and_compile(model, {"input_ids": windows[0]}, recipe="w4a8-mxint-quick", compile=False)
+    example = {"input_ids": windows[0][:, :64]}
+    return mxcompile.quantize_and_compile(model, example, recipe="w4a8-mxint-quick", compile=False)
 
 
 def test_w4a8_covers_every_decoder_linear_at_its_true_size(real, w4a8):
