@@ -9,9 +9,9 @@ Random bfloat16 weights, 141 GB with all 80 layers. What is done, a record each,
 - `quantize`: `quantize_files` to MXFP4 on the first GPU, from the cache of files.
 - `gptq`: `quantize_checkpoint` up to the end of its first `--segments` segments, on the last GPU meanwhile; it is
   stopped then. Seconds and memory as `low_memory.py` has them.
-- `serve`: vLLM on the quantized model with `--tensor-parallel` GPUs, and on the bfloat16 model, whose weights vLLM
-  makes up; `step_ms`, `prompt_ms` as `serving.py` has them. CUDA graphs without torch.compile. Kernels are compiled by
-  an engine on a model of one layer while the weights are written.
+- `serve`: vLLM with `--tensor-parallel` GPUs on the quantized model, whose files it does not check, and on the bfloat16
+  model, whose weights it makes up; `step_ms`, `prompt_ms` as `serving.py` has them. CUDA graphs without torch.compile.
+  Kernels are compiled by an engine on a model of one layer while the weights are written.
 - `compare`: mean distance of vLLM's log-probabilities of 4 prompts' tokens from those of the same folder loaded by
   mxcompile.load on one GPU, and of transformers' two attentions there from each other.
 """
@@ -84,6 +84,7 @@ def engine(model: Path, options: argparse.Namespace, *, memory: float, **changes
     width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     llm: dict[str, Any] = {"load_format": "auto", "gpu_memory_utilization": memory, "max_num_batched_tokens": 8192}
     llm["kv_cache_memory_bytes"] = 2 * 4 * width * options.layers * most // options.tensor_parallel
+    llm["additional_config"] = {"mxcompile": {"verify": False}}
     if options.device != "cpu":
         llm["compilation_config"] = _GRAPHS | {"cudagraph_capture_sizes": sorted({1, 2, 4, *options.batches})}
     asked = {name: getattr(options, name) for name in ("batches", "prompt", "long", "steps", "tensor_parallel")}
@@ -133,10 +134,10 @@ def main() -> None:
         write_checkpoint(source, options.size, options.layers, options.workers)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         records.add("write", {"seconds": round(time.perf_counter() - began, 1), "bytes": size})
-        warming.join()
         training = Thread(target=gptq, args=(source, work, options, records))
         training.start()
         records.add("quantize", quantize(source, out, options, workers=options.workers))
+        warming.join()
         quantized.start()
         training.join()
         shutil.rmtree(source)
@@ -178,7 +179,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--segments", type=int, default=2)
     parser.add_argument("--tensor-parallel", type=int, default=2)
     parser.add_argument("--batches", type=lambda text: [int(each) for each in text.split(",")], default=[1, 8, 32])
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--long", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for an engine to be ready, and to measure")
