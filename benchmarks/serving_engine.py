@@ -104,7 +104,7 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
         asked["model"],
         skip_tokenizer_init=True,
         tensor_parallel_size=asked["tensor_parallel"],
-        max_model_len=max(asked["long"], asked["prompt"] + 2 * asked["steps"]) + 8,
+        max_model_len=max(asked["long"], asked["prompt"] + 2 * asked["steps"], COMPARED[1]) + 8,
         enable_prefix_caching=False,
         **options,
     )
