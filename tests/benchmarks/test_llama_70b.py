@@ -1,0 +1,59 @@
+"""The benchmark of a model larger than a GPU, on a tiny one: what it does in which order; engines are replaced."""
+
+import json
+from threading import Lock
+
+import llama_70b
+import torch
+from serving_engine import EngineProcess
+
+import mxcompile
+
+
+def test_every_part_is_a_record(tmp_path, monkeypatch):
+    events, asked = [], {}
+
+    class Engine(EngineProcess):
+        def start(self):
+            events.append(f"start {self._model.name}")
+            asked[self._model.name] = self._asked
+
+        def wait_until_ready(self):
+            pass
+
+        def measure(self):
+            if self._model.name == "one-layer":
+                self.start()
+            assert json.loads((self._model / "config.json").read_text())["num_hidden_layers"] in (1, 2)
+            events.append(f"measure {self._model.name}")
+            values = {"log_probabilities": [[-4.0] * 63] * 4} if self._asked["compare"] else {}
+            return {"step_ms": {"1": 1.0}, **values}
+
+    one_at_a_time = Lock()  # torch's default dtype, which transformers sets for a while, is that of all threads
+
+    def quantize(source, out, options, *, workers):
+        with one_at_a_time:
+            plan = mxcompile.quantize_files(source, out, recipe="w4a16-mxfp-quick", workers=workers)
+        return {"result bytes": sum(each.after for each in plan.tensors)}
+
+    monkeypatch.setattr(llama_70b, "EngineProcess", Engine)
+    monkeypatch.setattr(llama_70b, "quantize", quantize)
+    monkeypatch.setattr(llama_70b.low_memory, "measured", lambda small, real: {"seconds": 1, "until": real["until"]})
+    out = tmp_path / "records.jsonl"
+    words = ["--work", tmp_path / "work", "--size", "tiny", "--layers", "2", "--device", "cpu", "--out", out]
+    monkeypatch.setattr("sys.argv", ["llama_70b.py", *map(str, words), "--workers", "1", "--long", "16"])
+    llama_70b.main()
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(each["what"] for each in records) == [
+        *("compare", "gptq", "one layer", "quantize", "serve", "serve", "write")
+    ]
+    by_name = {each["what"]: each for each in records}
+    assert by_name["write"]["bytes"] > 2 * by_name["quantize"]["result bytes"]
+    assert by_name["gptq"]["until"] == 2
+    assert by_name["compare"]["distance"] > by_name["compare"]["own_distance"] >= 0
+    assert events.index("start bf16") < events.index("start one-layer") < events.index("start quantized")
+    assert events[-2:] == ["measure quantized", "measure bf16"]
+    assert asked["bf16"]["options"]["load_format"] == "dummy"
+    assert asked["quantized"]["options"]["kv_cache_memory_bytes"] > 0
+    assert not (tmp_path / "work" / "source").exists()
+    assert torch.get_num_threads() == 1
