@@ -36,7 +36,7 @@ def real():
 
 
 def test_w8a8_mxint_with_plain_rounding_is_within_a_percent_and_a_half(real):
-    """2047 tokens of Python's help topics; measured: MEASURED % perplexity."""
+    """2047 tokens of Python's help topics."""
     model, windows = real[0], real[1][:1]
     quantized = mxcompile.quantize_and_compile(
         model, {"input_ids": windows[0][:, :64]}, recipe="w8a8-mxint-quick", compile=False
