@@ -197,14 +197,14 @@ class _RecordedRounding:
         self._graph.replay()
         return self._results
 
-    def _record(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        self._inputs = tuple(map(torch.clone, inputs))
-        results = _round_block(*self._inputs, self._format)  # also loads the kernels, which a recording cannot
-        with torch.cuda.device(inputs[0].device):
+    def _record(self, w: Tensor, upper: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        results = _round_block(w, upper, candidates, self._format)  # also loads the kernels, which a recording cannot
+        w, upper, candidates = self._inputs = w.clone(), upper.clone(), candidates.clone()
+        with torch.cuda.device(w.device):
             torch.cuda.synchronize()
             # other threads may use the GPU meanwhile, as NCCL's does
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._results = _round_block(*self._inputs, self._format)
+                self._results = _round_block(w, upper, candidates, self._format)
         return results
 
 
