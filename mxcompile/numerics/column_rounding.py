@@ -203,7 +203,7 @@ class _RecordedRounding:
         with torch.cuda.device(w.device):
             torch.cuda.synchronize()
             # other threads may use the GPU meanwhile, as NCCL's does
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self._results = _round_block(w, upper, candidates, self._format)
         return results
 
