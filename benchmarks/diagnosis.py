@@ -50,11 +50,12 @@ def main() -> None:
     parser.add_argument("--activation", default="mxint8")
     parser.add_argument("--windows", type=int, default=4, help="to diagnose and calibrate on")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="append the record to this file")
     arguments = parser.parse_args()
     model, tokenizer = smollm2.load()
-    model = VARIANTS[arguments.variant](model)
-    first, second = token_ids(tokenizer, help_text()).chunk(2)
+    model = VARIANTS[arguments.variant](model).to(arguments.device)
+    first, second = token_ids(tokenizer, help_text()).to(arguments.device).chunk(2)
     windows = islice(token_windows(first, arguments.length, tokenizer=tokenizer), arguments.windows)
     batches = [{"input_ids": torch.cat(list(windows))}]
     probe = {"input_ids": next(iter(token_windows(second, arguments.length, tokenizer=tokenizer)))}

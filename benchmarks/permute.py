@@ -12,43 +12,23 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from accuracy import LOWER, VARIANTS, described, parser, texts, write
+from random_order import RandomOrder
 from torch import Tensor, nn
 
 import mxcompile
 from mxcompile.analysis.choice import choose
-from mxcompile.analysis.folds.orders import find_orders, reorder
 from mxcompile.cli import smollm2
 from mxcompile.diagnostics.evaluation import evaluate
 from mxcompile.formats import MXFormat, parse_format
 from mxcompile.graph.program import Program
-from mxcompile.graph.records import PassResult
 from mxcompile.passes import PASSES
-from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.pipeline import Pipeline
 
 ORDERS: Final = "none,random{seed=0},random{seed=1},random{seed=2},permute{by=weight},permute{by=activation}"
-
-
-@dataclass(frozen=True)
-class RandomOrder(Pass):
-    """The control: every group in a random order. kind: of groups, or all."""
-
-    seed: int
-    values: str = "all"
-    name = "random"
-    preserves_function = True
-
-    def run(self, program: Program) -> PassResult:
-        generator = torch.Generator().manual_seed(self.seed)
-        groups = [g for g in find_orders(program, choose(program).matmuls)[0] if self.values in ("all", g.kind.value)]
-        for group in groups:
-            reorder(program, group, group.sorted_by(torch.rand(group.count, generator=generator)))
-        return PassResult(len(groups))
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ def plant(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in model.model.layers:  # pyright: ignore
-            for norm, readers in _norms(layer):
+            for norm, readers in norms_and_readers(layer):
                 _plant(norm, readers, generator)
     return model
 
@@ -44,7 +44,7 @@ def take_off_grid(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in model.model.layers:  # pyright: ignore
-            for norm, readers in _norms(layer):
+            for norm, readers in norms_and_readers(layer):
                 factors = _spread(norm.weight, generator)
                 norm.weight *= factors
                 for reader in readers:
@@ -56,7 +56,7 @@ def take_off_grid(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def _norms(layer: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
+def norms_and_readers(layer: nn.Module) -> list[tuple[nn.Module, list[nn.Linear]]]:
     attention, mlp = layer.self_attn, layer.mlp
     return [
         (layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),

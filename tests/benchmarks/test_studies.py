@@ -32,6 +32,19 @@ def test_the_study_of_the_paper():
     assert {cell.evaluation.half for cell in every} == {"second"}
 
 
+def test_the_study_of_choices():
+    """Each name says for which formats its pipeline is; names without a mark are baselines."""
+    every = cells("choices.toml")
+    marks = {"(a8)": ("mxint4", "mxint8"), "(a4)": ("mxfp4", "mxfp4")}
+    for cell in every:
+        of_name = [pair for mark, pair in marks.items() if cell.recipe.endswith(mark)]
+        assert (cell.weight, cell.activation) in (of_name or marks.values())
+        assert (cell.calibration is not None) == bool(of_name)
+        assert str(cell.pipeline).endswith(f"lower-mx{{weight={cell.weight},activation={cell.activation}}}")
+    assert {cell.evaluation.half for cell in every} == {"first"}
+    assert any("random{seed=0}" in str(cell.pipeline) for cell in every)
+
+
 def test_the_study_of_the_guide(tmp_path):
     (text,) = blocks(ROOT / "docs/studies.md", "toml")
     file = tmp_path / "formats.toml"
