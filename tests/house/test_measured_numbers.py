@@ -429,6 +429,18 @@ def test_models_larger_than_memory():
     assert f"and {memory['seconds']} s in memory with {other:.1f} GiB" in text
 
 
+def test_several_processes():
+    text = page("docs/large_models.md")
+    ranks = [row for row in results("large.jsonl") if row["benchmark"] == "ranks" and row["device"] == "cpu"]
+    few, many = sorted(ranks, key=lambda row: row["windows"])
+    parts = [row["gptq seconds"] for row in (many, few)], [row["gptq seconds, 1 process"] for row in (many, few)]
+    (after, after_few), (before, before_few) = parts
+    words = f"takes {after:.1f} s in place of {before:.1f} ({many['gptq speedup']} x) for {many['windows']} windows"
+    assert words in text
+    assert f"and {after_few:.1f} in place of {before_few:.1f} ({few['gptq speedup']} x) for {few['windows']}" in text
+    assert all(row["same bytes"] for row in ranks)
+
+
 def test_the_parts_of_a_prompt():
     text, (few, many) = page("docs/kernels.md"), results("prefill-parts-cpu.jsonl")
     assert (few["tokens"], many["tokens"]) == (512, 1024)
