@@ -219,8 +219,9 @@ def grouped_report(
 
 def sum_report(planes: PlanarWeight, config: expert_slices.Config, has_bias: bool = False) -> Report:
     """triton/expert_sums.py: matmul and weighted sum of as many choices as a round takes."""
-    constants = expert_slices.constants(planes, config, config.parts) | {"PARTS": config.parts, "ROUNDS": 1}
-    constants |= {"HAS_BIAS": has_bias, "INTERPRETED": False}
+    constants = expert_slices.constants(planes, config, config.parts)
+    constants |= {"PARTS": config.parts, "ROUNDS": 1, "HALVES": config.halves}
+    constants |= {"HAS_BIAS": has_bias, "DECODED": config.decoded, "INTERPRETED": False}
     types = dict.fromkeys(("x", "bias", "y", "weights"), "*bf16") | {"words": "*i16", "scales": "*i32"}
     types |= {"experts": "*i64", "lift": "fp32"}
     kernel, options = expert_sums._multiply_and_sum_kernel, expert_slices.options(config)

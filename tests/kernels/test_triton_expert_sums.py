@@ -25,6 +25,9 @@ def kernels(interpreted: SimpleNamespace) -> SimpleNamespace:
         (6, {"out": 32, "slices": 4}),
         (1, {"out": 128, "slices": 4, "parts": 4}),
         (4, {"out": 16, "slices": 8, "parts": 2, "held": 2}),
+        (4, {"out": 16, "slices": 8, "parts": 2, "held": 2, "decoded": True}),
+        (3, {"out": 8, "slices": 4, "held": 2}),
+        (4, {"out": 8, "slices": 8, "parts": 2, "held": 1, "decoded": True}),
         (6, {"out": 32, "slices": 4, "held": 1}),
     ],
     ids=str,
@@ -55,7 +58,8 @@ def test_what_does_not_fit(kernels: SimpleNamespace) -> None:
     stack, experts, weights = make_experts(MXFP4, 2, 64, 64).stack(kernels), choose(2, 1, 2), torch.ones(2, 1)
     with pytest.raises(MXCompileError, match="cannot take"):
         kernels.multiply_and_sum(tokens(2, 65), experts, weights, stack, kernels.Config())
-    for options in ({"choices": 2}, {"slices": 4, "parts": 3}):
+    refused = ({"choices": 2}, {"slices": 4, "parts": 3}, {"out": 8}, {"out": 4, "held": 1}, {"decoded": True})
+    for options in refused:
         with pytest.raises(MXCompileError, match="takes no Config"):
             kernels.multiply_and_sum(tokens(2, 64), experts, weights, stack, kernels.Config(**options))
 

@@ -32,8 +32,8 @@ class Config:
 
     parts: how many slices have parts of the same choice in `multiply_and_sum`; in a grouped matmul all do. held: how
     many K-steps of a slice are loaded into registers ahead (held_slices.py); 0: loads go through shared memory in a
-    pipeline of `stages`. registers: limit per thread, 0 for the compiler's choice. dependent, early: see
-    grouped_planes.py.
+    pipeline of `stages`. decoded: what is held is decoded ahead, too, in `multiply_and_sum` alone, where it is all of a
+    slice. registers: limit per thread, 0 for the compiler's choice. dependent, early: see grouped_planes.py.
     """
 
     choices: int = 1
@@ -42,9 +42,15 @@ class Config:
     parts: int = 1
     stages: int = 3
     held: int = 0
+    decoded: bool = False
     registers: int = 0
     dependent: bool = False
     early: bool = False
+
+    @property
+    def halves(self) -> int:
+        """Parts of K among the 16 rows of a tensor-core instruction: two if a program has 8 rows (held_slices.py)."""
+        return 16 // min(self.out, 16)
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,13 @@ def check_shapes(x: Tensor, stack: Stack) -> None:
 
 def constants(planes: PlanarWeight, config: Config, parts: int) -> dict[str, Any]:
     """The constexpr arguments of both kernels that follow from weight and config."""
-    k_steps = planes.words.shape[1]
+    k_steps, parts = planes.words.shape[1], parts * config.halves
     uneven = k_steps % parts != 0
     steps = -(-k_steps // parts)
     return {
         **layout_constants(planes.fmt),
-        "TILE_M": config.choices,
-        "TILE_N": config.out,
+        "TILE_M": config.choices * config.halves,
+        "TILE_N": config.out * config.halves,
         "SLICES": config.slices,
         "HELD": min(config.held, steps),
         "STEPS": steps if config.held else 0,

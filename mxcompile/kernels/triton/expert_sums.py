@@ -4,11 +4,12 @@
     multiply_and_sum: y[token] = sum over its choices of weight * (W[expert] @ h[choice] + bias[expert])
 
 In `multiply_and_sum` a program has all choices of one token for a few outputs: each slice (expert_slices.py) has a part
-of K of one choice, so that neither a launch nor a semaphore is needed to add them. An expert that several tokens chose
-is read for each of them. All orders are fixed: results are bit-identical on repeat.
+of K of one choice, so that neither a launch nor a semaphore is needed to add them. With 8 outputs, the 16 rows of a
+tensor-core instruction are those of two parts of K, each with a column of x: twice as many programs. An expert that
+several tokens chose is read for each of them. All orders are fixed: results are bit-identical on repeat.
 """
 
-# ruff: noqa: N803  (upper case marks constexpr arguments, as everywhere in Triton)
+# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false
 # As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
@@ -32,7 +33,16 @@ from mxcompile.kernels.triton.expert_slices import (
     multiply_slices,
     options,
 )
-from mxcompile.kernels.triton.held_slices import load_ahead, multiply_held, rows_of_slices, slice_of_rows
+from mxcompile.kernels.triton.held_slices import (
+    decode_ahead,
+    load_ahead,
+    multiply_decoded,
+    multiply_held,
+    offsets_of_rows,
+    rows_of_slices,
+    sizes_of_experts,
+    slice_of_rows,
+)
 
 _COLUMNS: Final = 512
 
@@ -49,7 +59,9 @@ def multiply_and_sum(h: Tensor, experts: Tensor, weights: Tensor, down: Stack, c
     y = torch.empty((tokens, down.out), dtype=h.dtype, device=h.device)
     if y.numel() == 0:
         return y
-    if config.choices > 1 or config.slices % config.parts:
+    all_held = config.held * config.parts * config.halves >= planes.words.shape[1]
+    ahead = (all_held or not config.decoded) and (config.held or config.halves == 1) and config.halves <= 2
+    if config.choices > 1 or config.slices % config.parts or not ahead:
         raise MXCompileError(f"multiply_and_sum takes no {config}")
     launch(
         _multiply_and_sum_kernel,
@@ -70,7 +82,9 @@ def multiply_and_sum(h: Tensor, experts: Tensor, weights: Tensor, down: Stack, c
         h.stride(0),
         PARTS=config.parts,
         ROUNDS=-(-slots // (config.slices // config.parts)),
+        HALVES=config.halves,
         HAS_BIAS=down.bias is not None,
+        DECODED=config.decoded,
         **constants(planes, config, config.parts),
         INTERPRETED=not h.is_cuda,
         **options(config),
@@ -120,6 +134,8 @@ def _multiply_and_sum_kernel(
     x_stride,
     PARTS: tl.constexpr,
     ROUNDS: tl.constexpr,
+    HALVES: tl.constexpr,
+    DECODED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SHAPE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -135,7 +151,8 @@ def _multiply_and_sum_kernel(
     EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """`TILE_N` outputs of one token; in a round, `PARTS` slices have the parts of one choice."""
+    """`TILE_N / HALVES` outputs of one token; in a round, `PARTS` slices have the parts of one choice."""
+    OUTPUTS: tl.constexpr = TILE_N // HALVES
     token = tl.program_id(1)
     first = token * slots
     if HELD == 0:
@@ -143,10 +160,10 @@ def _multiply_and_sum_kernel(
         row = tl.program_id(0) * TILE_N + tl.arange(0, SLICES * TILE_N) % TILE_N
     else:
         slice_of_row = slice_of_rows(TILE_N, SLICES)
-        row = rows_of_slices(tl.program_id(0) * TILE_N + tl.arange(0, TILE_N), TILE_N, SLICES)
+        row = rows_of_slices(tl.program_id(0) * OUTPUTS + tl.arange(0, TILE_N) % OUTPUTS, TILE_N, SLICES)
     row = tl.minimum(row, out - 1)
-    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    total = tl.full((TILE_N,), 0.0, tl.float32)
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.full((OUTPUTS,), 0.0, tl.float32)
     for round in tl.static_range(ROUNDS):
         slot_of_row = round * (SLICES // PARTS) + slice_of_row // PARTS
         expert_of_row = chosen_expert(experts, first + slot_of_row, slot_of_row < slots, expert_count)
@@ -155,13 +172,12 @@ def _multiply_and_sum_kernel(
         expert = chosen_expert(experts, first + slot, slot < slots, expert_count)
         weight = widen(tl.load(weights + first + slot, mask=slot < slots, other=0.0))
         rows = x + (first + slot).to(tl.int64) * x_stride
-        tile = tl.maximum(expert_of_row, 0) * (out // 64) + row // 64
         acc = _products(
-            rows[:, None, None], (expert >= 0)[:, None, None], words, scales, tile, row % 64, expert_of_row >= 0,
-            k_size, k_steps, PARTS, DEPENDENT and round == 0, EARLY,
+            rows[:, None, None], (expert >= 0)[:, None, None], words, scales, expert_of_row, row, out,
+            k_size, k_steps, PARTS, HALVES, DEPENDENT and round == 0, EARLY, DECODED,
             SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
-        products = tl.reshape(acc, (SLICES, TILE_N)) * lift
+        products = _of_outputs(acc, HALVES, OUTPUTS, SLICES) * lift
         if HAS_BIAS:
             once = ((expert >= 0) & (slice % PARTS == 0))[:, None] & (n < out)[None, :]
             offsets = tl.maximum(expert, 0).to(tl.int64)[:, None] * out + n[None, :]
@@ -172,19 +188,33 @@ def _multiply_and_sum_kernel(
 
 
 @triton.jit
+def _of_outputs(acc, HALVES: tl.constexpr, OUTPUTS: tl.constexpr, SLICES: tl.constexpr):
+    """Products `[SLICES, OUTPUTS]`: of each row the one with its own half of x, and the halves added."""
+    if HALVES > 1:
+        own = (tl.arange(0, HALVES * OUTPUTS) // OUTPUTS)[None, :, None] == tl.arange(0, HALVES)[None, None, :]
+        acc = tl.reduce(tl.where(own, acc, 0.0), 2, _sum)
+        products = tl.reduce(tl.reshape(acc, (SLICES, HALVES, OUTPUTS)), 1, _sum)
+    else:
+        products = tl.reshape(acc, (SLICES, OUTPUTS))
+    return products
+
+
+@triton.jit
 def _products(
     rows,
     inside,
     words,
     scales,
-    tile,
+    expert,
     row,
-    stored,
+    out,
     k_size,
     k_steps,
     PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     WAITS: tl.constexpr,
     EARLY: tl.constexpr,
+    DECODED: tl.constexpr,
     SHAPE: tl.constexpr,
     FIELDS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -197,22 +227,40 @@ def _products(
     PADDED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The products of each slice; weights that are held are loaded before the wait for the previous kernel."""
+    """The products of each slice; weights that are held are loaded before the wait for the previous kernel, and
+    decoded before it if DECODED. expert, row: of the weight, for each row of all slices."""
     if HELD > 0:
-        held = load_ahead(words, scales, tile, row, stored, k_steps, PARTS, True, SHAPE, TILE_N, SLICES, HELD, UNEVEN)
+        words_of_one, scales_of_one = sizes_of_experts(out, k_steps, SHAPE)
+        word, scale = offsets_of_rows(row, k_steps, PARTS, HALVES, SHAPE, TILE_N, SLICES)
+        word += tl.maximum(expert, 0) * words_of_one
+        scale += tl.maximum(expert, 0) * scales_of_one
+        held = load_ahead(
+            words, scales, word, scale, expert >= 0, k_steps, PARTS, HALVES, True, SHAPE, TILE_N, SLICES, HELD, UNEVEN
+        )
+        if DECODED:
+            values = decode_ahead(held, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, HELD, INTERPRETED)
     if WAITS:
-        gdc_wait()
+        if DECODED:
+            if k_steps > 0:  # always; without a branch, ptxas decodes after the wait
+                gdc_wait()
+        else:
+            gdc_wait()
         if EARLY:
             gdc_launch_dependents()
-    if HELD > 0:
+    if DECODED:
+        acc = multiply_decoded(
+            values, rows, inside, k_size, PARTS, HALVES, SHAPE, TILE_M, TILE_N, SLICES, HELD, PADDED, INTERPRETED
+        )
+    elif HELD > 0:
         acc = multiply_held(
-            held, rows, inside, words, scales, tile, row, stored, k_size, k_steps, PARTS, True,
+            held, rows, inside, words, scales, word, scale, expert >= 0, k_size, k_steps, PARTS, HALVES, True,
             SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
     else:
+        tile = tl.maximum(expert, 0) * (out // 64) + row // 64
         acc = multiply_slices(
-            rows, inside, words, scales, tile, row, stored, (k_steps + PARTS - 1) // PARTS, k_size, k_steps, PARTS,
-            True, SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
+            rows, inside, words, scales, tile, row % 64, expert >= 0, (k_steps + PARTS - 1) // PARTS, k_size, k_steps,
+            PARTS, True, SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
     return acc
 

@@ -49,7 +49,13 @@ from mxcompile.kernels.triton.expert_slices import (
     options,
 )
 from mxcompile.kernels.triton.gates import gate_constants, gated
-from mxcompile.kernels.triton.held_slices import load_ahead, multiply_held, rows_of_slices
+from mxcompile.kernels.triton.held_slices import (
+    load_ahead,
+    multiply_held,
+    offsets_of_rows,
+    rows_of_slices,
+    sizes_of_experts,
+)
 from mxcompile.kernels.triton.quantize import _maximum, fraction_limit, round_to_elements
 from mxcompile.numerics.gates import Gate
 
@@ -124,6 +130,8 @@ def _grouped(
         raise MXCompileError(f"more than {MOST_RANKED} choices need a table")
     if config.held and plane_layout(stack.planes.fmt).planes > 4:
         raise MXCompileError(f"weights in {stack.planes.fmt} cannot be held in registers: take a config with held=0")
+    if config.halves > 1:
+        raise MXCompileError(f"a grouped matmul takes no {config}")
     x = x if x.stride(1) == 1 else x.contiguous()
     experts, planes = experts.contiguous(), stack.planes
     tiles = -(-stack.out // config.out)
@@ -321,14 +329,17 @@ def _product_of_block(
         )  # fmt: skip
     else:
         row = rows_of_slices(weight_row, TILE_N, SLICES)
-        tile = tl.maximum(expert, 0) * (out // 64) + row // 64
+        word, scale = offsets_of_rows(row, k_steps, SLICES, 1, SHAPE, TILE_N, SLICES)
+        words_of_one, scales_of_one = sizes_of_experts(out, k_steps, SHAPE)
+        words += tl.maximum(expert, 0) * words_of_one
+        scales += tl.maximum(expert, 0) * scales_of_one
         held = load_ahead(
-            words, scales, tile, row % 64, row >= 0, k_steps, SLICES, False, SHAPE, TILE_N, SLICES, HELD, UNEVEN
+            words, scales, word, scale, row >= 0, k_steps, SLICES, 1, False, SHAPE, TILE_N, SLICES, HELD, UNEVEN
         )
         if DEPENDENT and EARLY:
             gdc_launch_dependents()
         acc = multiply_held(
-            held, rows, inside, words, scales, tile, row % 64, row >= 0, k_size, k_steps, SLICES, False,
+            held, rows, inside, words, scales, word, scale, row >= 0, k_size, k_steps, SLICES, 1, False,
             SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
     return tl.reduce(acc, 0, _sum)

@@ -198,13 +198,13 @@ def _held_kernel(
     AHEAD: tl.constexpr = STEPS if TILE_M == 1 else HELD
     xs = ()
     for step in tl.static_range(AHEAD):
-        xs = xs + load_x(rows, inside, k_size, step, SLICES, SHAPE, SLICES, PADDED)
+        xs = xs + load_x(rows, inside, k_size, step, SLICES, 1, SHAPE, SLICES, PADDED)
     acc = tl.full((SLICES, TILE_N, TILE_M), 0.0, tl.float32)
     for step in tl.static_range(STEPS):
         if step + HELD < STEPS:
             held = held + _load_k_step(w, s, position, part, k_steps, step + HELD, SHAPE, SLICES, UNEVEN)
         if step + AHEAD < STEPS:
-            xs = xs + load_x(rows, inside, k_size, step + AHEAD, SLICES, SHAPE, SLICES, PADDED)
+            xs = xs + load_x(rows, inside, k_size, step + AHEAD, SLICES, 1, SHAPE, SLICES, PADDED)
         acc = multiply_k_step(acc, held, xs, step, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, INTERPRETED)
     total = tl.reduce(acc, 0, _sum)
     _epilogue(total, biases, ys, outs, row, n, m, m_inside[None, :], lift, HAS_BIAS, INTERPRETED)

@@ -7,7 +7,9 @@ operand of mma.sync if column 8 t + 4 h + i of a plane is taken as column 16 h +
 the same order. So loads, as many K-steps ahead as there are registers for, need neither a barrier nor the previous
 kernel, whose result only x is: `load_ahead` comes before the wait for it, `multiply_held` after.
 
-Rows of a program, `[SLICES * TILE_N]`: eight of a slice, eight of the next one, and so on, as mma.sync has them.
+Rows of a program, `[SLICES * TILE_N]`: eight of a slice, eight of the next one, and so on, as mma.sync has them. With
+two HALVES, the first eight rows of a slice and the second eight are the same outputs with different parts of K: of the
+products, `[row, half]`, those count whose row is of that half.
 """
 
 # ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
@@ -32,6 +34,35 @@ def rows_of_slices(row, TILE_N: tl.constexpr, SLICES: tl.constexpr):
     """What each row of a slice has, `[TILE_N]`, for the rows of all slices."""
     rows = tl.reshape(row, (TILE_N // 8, 1, 8))
     return tl.reshape(tl.broadcast_to(rows, (TILE_N // 8, SLICES, 8)), (SLICES * TILE_N,))
+
+
+@triton.jit
+def _part_of_rows(PARTS: tl.constexpr, HALVES: tl.constexpr, TILE_N: tl.constexpr, SLICES: tl.constexpr):
+    """The part of K of each row, `[SLICES * TILE_N]`, of `PARTS * HALVES`."""
+    half = tl.arange(0, SLICES * TILE_N) // (8 * SLICES) % HALVES
+    return slice_of_rows(TILE_N, SLICES) % PARTS * HALVES + half
+
+
+@triton.jit
+def offsets_of_rows(
+    row,
+    k_steps,
+    PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
+    SHAPE: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """Where rows `[SLICES * TILE_N]` of an expert's weight begin: offsets of words and of scales from the expert's."""
+    first = row // 64 * k_steps + _part_of_rows(PARTS, HALVES, TILE_N, SLICES)
+    return first * (SHAPE[1] * 64 * 32) + row % 64 * 32, first * (SHAPE[0] // 4 * 64) + row % 64
+
+
+@triton.jit
+def sizes_of_experts(out, k_steps, SHAPE: tl.constexpr):
+    """Words and scales of one expert."""
+    k_steps = (out // 64).to(tl.int64) * k_steps
+    return k_steps * (SHAPE[1] * 64 * 32), k_steps * (SHAPE[0] // 4 * 64)
 
 
 @triton.jit
@@ -63,27 +94,30 @@ def load_scales(scales, offsets, mask, MASKED: tl.constexpr, WARPS: tl.constexpr
 def _load_k_step(
     words,
     scales,
-    first,
-    row,
+    word,
+    scale,
     stored,
     k_steps,
     step: tl.constexpr,
     PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     SHAPE: tl.constexpr,
+    TILE_N: tl.constexpr,
     SLICES: tl.constexpr,
     MASKED: tl.constexpr,
     UNEVEN: tl.constexpr,
 ):
     """Words and scales of K-step `step` of each slice; those that the format lacks repeat others."""
-    mask = stored & (first % k_steps + step * PARTS < k_steps) if UNEVEN else stored
-    k_step = first + step * PARTS
-    w = words + (k_step * (SHAPE[1] * 64 * 32) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
-    s = k_step * (SHAPE[0] // 4 * 64) + row
+    skipped: tl.constexpr = step * PARTS * HALVES
+    mask = stored & (_part_of_rows(PARTS, HALVES, TILE_N, SLICES) + skipped < k_steps) if UNEVEN else stored
+    # A constant that is added last is part of the load instruction.
+    w = words + (word[:, None] + tl.arange(0, 32)[None, :]) + skipped * (SHAPE[1] * 64 * 32)
+    s = scales + skipped * (SHAPE[0] // 4 * 64)
     w0 = load_words(w, mask[:, None], "evict_first", MASKED)
     w1 = load_words(w + 2048, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 1 else w0
     w2 = load_words(w + 4096, mask[:, None], "evict_first", MASKED) if SHAPE[1] > 2 else w0
-    s0 = load_scales(scales, s, mask, MASKED, SLICES)
-    s1 = load_scales(scales, s + 64, mask, MASKED, SLICES) if SHAPE[0] > 4 else s0
+    s0 = load_scales(s, scale, mask, MASKED, SLICES)
+    s1 = load_scales(s + 64, scale, mask, MASKED, SLICES) if SHAPE[0] > 4 else s0
     return w0, w1, w2, s0, s1
 
 
@@ -91,11 +125,12 @@ def _load_k_step(
 def load_ahead(
     words,
     scales,
-    tile,
-    row,
+    word,
+    scale,
     stored,
     k_steps,
     PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     SOME: tl.constexpr,
     SHAPE: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -105,16 +140,105 @@ def load_ahead(
 ):
     """Words and scales of the first HELD K-steps of each slice, a tuple; slice s has K-steps `s % PARTS + i * PARTS`.
 
-    tile, row: position of each row of the weight, `[SLICES * TILE_N]`; stored: whether it is to be read, if only SOME
+    word, scale: offsets of each row of the weight, `[SLICES * TILE_N]`; stored: whether it is to be read, if only SOME
     are.
     """
-    first = tile.to(tl.int64) * k_steps + slice_of_rows(TILE_N, SLICES) % PARTS
     held = ()
     for step in tl.static_range(HELD):
         held = held + _load_k_step(
-            words, scales, first, row, stored, k_steps, step, PARTS, SHAPE, SLICES, SOME or UNEVEN, UNEVEN
-        )
+            words, scales, word, scale, stored, k_steps, step, PARTS, HALVES, SHAPE, TILE_N, SLICES, SOME or UNEVEN,
+            UNEVEN,
+        )  # fmt: skip
     return held
+
+
+@triton.jit
+def decode_ahead(
+    held,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    HELD: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Values `[SLICES, TILE_N, 128]` of what `load_ahead` made, in the order of the product; two for each K-step, the
+    second of which may repeat the first."""
+    values = ()
+    for step in tl.static_range(HELD):
+        values = values + _values(held, step, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, INTERPRETED)
+    return values
+
+
+@triton.jit
+def _values(
+    held,
+    step: tl.constexpr,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    v0 = _quad(held, step, 0, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, INTERPRETED)
+    v1 = _quad(held, step, 1, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, INTERPRETED) if SHAPE[0] > 4 else v0
+    return v0, v1
+
+
+@triton.jit
+def _quad(
+    held,
+    step: tl.constexpr,
+    quad: tl.constexpr,
+    SHAPE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Four planes of K-step `step` of what is held."""
+    w0, w1, w2 = held[5 * step], held[5 * step + 1], held[5 * step + 2]
+    s0, s1 = held[5 * step + 3], held[5 * step + 4]
+    values = concatenate_planes(
+        plane_values(w0, w1, w2, s0, s1, 4 * quad, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+        plane_values(w0, w1, w2, s0, s1, 4 * quad + 1, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+        plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+        plane_values(w0, w1, w2, s0, s1, 4 * quad + 3, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
+    )
+    values = tl.reshape(values, (TILE_N // 8, SLICES, 8, 4, 4, 2, 4))
+    return tl.reshape(tl.permute(values, (1, 0, 2, 3, 5, 4, 6)), (SLICES, TILE_N, 128))
+
+
+@triton.jit
+def multiply_decoded(
+    values,
+    rows,
+    inside,
+    k_size,
+    PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
+    SHAPE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    SLICES: tl.constexpr,
+    HELD: tl.constexpr,
+    PADDED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The products `[SLICES, TILE_N, TILE_M]` of each slice with what `decode_ahead` made; as `multiply_held`."""
+    xs = ()
+    for step in tl.static_range(HELD):
+        xs = xs + load_x(rows, inside, k_size, step, PARTS, HALVES, SHAPE, SLICES, PADDED)
+    total = tl.full((SLICES, TILE_N, TILE_M), 0.0, tl.float32)
+    for step in tl.static_range(HELD):
+        acc = tl.full((SLICES, TILE_N, TILE_M), 0.0, tl.float32)  # sums that do not wait for each other
+        for quad in tl.static_range(SHAPE[0] // 4):
+            acc = multiply(values[2 * step + quad], xs[2 * step + quad], acc, INTERPRETED)
+        total += acc
+    return total
 
 
 @triton.jit
@@ -124,12 +248,13 @@ def multiply_held(
     inside,
     words,
     scales,
-    tile,
-    row,
+    word,
+    scale,
     stored,
     k_size,
     k_steps,
     PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     SOME: tl.constexpr,
     SHAPE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -145,17 +270,17 @@ def multiply_held(
 ):
     """The products `[SLICES, TILE_N, TILE_M]` of each slice; as K-steps are used, those after the first HELD of all
     STEPS are loaded. rows, inside: as for `multiply_slices`; the rest as for `load_ahead`, which made `held`."""
-    first = tile.to(tl.int64) * k_steps + slice_of_rows(TILE_N, SLICES) % PARTS
     acc = tl.full((SLICES, TILE_N, TILE_M), 0.0, tl.float32)
     xs = ()
     for step in tl.static_range(HELD):
-        xs = xs + load_x(rows, inside, k_size, step, PARTS, SHAPE, SLICES, PADDED)
+        xs = xs + load_x(rows, inside, k_size, step, PARTS, HALVES, SHAPE, SLICES, PADDED)
     for step in tl.static_range(STEPS):
         if step + HELD < STEPS:
             held = held + _load_k_step(
-                words, scales, first, row, stored, k_steps, step + HELD, PARTS, SHAPE, SLICES, SOME or UNEVEN, UNEVEN
-            )
-            xs = xs + load_x(rows, inside, k_size, step + HELD, PARTS, SHAPE, SLICES, PADDED)
+                words, scales, word, scale, stored, k_steps, step + HELD, PARTS, HALVES, SHAPE, TILE_N, SLICES,
+                SOME or UNEVEN, UNEVEN,
+            )  # fmt: skip
+            xs = xs + load_x(rows, inside, k_size, step + HELD, PARTS, HALVES, SHAPE, SLICES, PADDED)
         acc = multiply_k_step(acc, held, xs, step, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, INTERPRETED)
     return acc
 
@@ -174,17 +299,8 @@ def multiply_k_step(
     INTERPRETED: tl.constexpr,
 ):
     """acc plus the product of K-step `step` of each slice, of those that are loaded."""
-    w0, w1, w2 = held[5 * step], held[5 * step + 1], held[5 * step + 2]
-    s0, s1 = held[5 * step + 3], held[5 * step + 4]
     for quad in tl.static_range(SHAPE[0] // 4):
-        values = concatenate_planes(
-            plane_values(w0, w1, w2, s0, s1, 4 * quad, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
-            plane_values(w0, w1, w2, s0, s1, 4 * quad + 1, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
-            plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
-            plane_values(w0, w1, w2, s0, s1, 4 * quad + 3, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
-        )
-        values = tl.reshape(values, (TILE_N // 8, SLICES, 8, 4, 4, 2, 4))
-        values = tl.reshape(tl.permute(values, (1, 0, 2, 3, 5, 4, 6)), (SLICES, TILE_N, 128))
+        values = _quad(held, step, quad, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, INTERPRETED)
         acc = multiply(values, xs[2 * step + quad], acc, INTERPRETED)
     return acc
 
@@ -196,16 +312,17 @@ def load_x(
     k_size,
     step: tl.constexpr,
     PARTS: tl.constexpr,
+    HALVES: tl.constexpr,
     SHAPE: tl.constexpr,
     SLICES: tl.constexpr,
     PADDED: tl.constexpr,
 ):
     """The columns of K-step `step` of each slice in the order of the product, twice 128; the second may repeat them."""
-    part = (tl.arange(0, SLICES) % PARTS)[:, None, None]
+    part = (tl.arange(0, SLICES) % PARTS * HALVES)[:, None, None] + tl.arange(0, HALVES)[None, None, :]
     column = tl.arange(0, 128)
     column = column // 32 * 32 + column % 16 // 4 * 8 + column % 32 // 16 * 4 + column % 4
     column = tl.max_contiguous(tl.multiple_of(column, 4), 4)[None, :, None]
-    k = (step * PARTS + part) * (SHAPE[0] * 32) + column
+    k = (step * PARTS * HALVES + part) * (SHAPE[0] * 32) + column
     present = inside & (k < k_size) if PADDED else inside
     pointers = rows + k
     x0 = tl.load(pointers, mask=tl.broadcast_to(present, pointers.shape), other=0.0)
