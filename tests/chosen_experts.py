@@ -19,9 +19,9 @@ def recorded_choices(model: nn.Module) -> Iterator[Choices]:
     chosen: Choices = {}
     handles = []
     for name, module in model.named_modules():
-        if _experts(module):
+        if experts := _experts(module):
             numbers = chosen.setdefault(name, set())
-            handles.append(module.register_forward_pre_hook(_recorder(numbers)))
+            handles.append(module.register_forward_pre_hook(_recorder(numbers, len(experts[0]))))
     assert chosen, "the model has no packed experts"
     yield chosen
     for handle in handles:
@@ -51,9 +51,15 @@ def _experts(module: nn.Module) -> list[MXWeight]:
     return [weight for weight in own if isinstance(weight, MXWeight) and weight.dim() == 3]
 
 
-def _recorder(numbers: set[int]) -> Any:
+def _recorder(numbers: set[int], count: int) -> Any:
+    """Of modules that are called with x and the chosen experts, or, as Llama-4's, with x `[experts * tokens, hidden]`,
+    in which a token is zero for an expert that it did not choose."""
+
     def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         del module
-        numbers.update(torch.unique(args[1]).tolist())
+        if len(args) == 1:
+            numbers.update(args[0].unflatten(0, (count, -1)).flatten(1).any(1).nonzero().flatten().tolist())
+        else:
+            numbers.update(torch.unique(args[1]).tolist())
 
     return record

@@ -46,12 +46,12 @@ def make_experts(
 ) -> Experts:
     """Normal values. lift: added to all scales, so that large ones do not fit into a plane unchanged."""
     generator = torch.Generator().manual_seed(count * out + size)
-    values = torch.randn(count * out, size, generator=generator)
+    values = torch.randn(count * out, size, generator=generator).to(device)
     codes, scales = reference.quantize(values, fmt, ScaleRule.FLOOR)
     scales += lift
     dense = reference.dequantize(codes, scales, fmt, size, torch.bfloat16).unflatten(0, (count, out))
     bias = torch.randn(count, out, generator=generator).to(device, torch.bfloat16) if with_bias else None
-    return Experts(to_planes(pack(codes, fmt).to(device), scales.to(device), fmt, size), dense.to(device), bias)
+    return Experts(to_planes(pack(codes, fmt), scales, fmt, size), dense, bias)
 
 
 def tokens(rows: int, size: int, device: str = "cpu") -> Tensor:

@@ -42,3 +42,14 @@ def experts_of_rows(ends: Tensor, rows: int) -> Tensor:
     """
     numbers = torch.arange(rows, device=ends.device, dtype=ends.dtype)
     return torch.searchsorted(ends, numbers, right=True).unsqueeze(1)
+
+
+def experts_in_turn(x: Tensor) -> Tensor:
+    """The expert of each row of x `[E, rows, in]`, int64 `[E * rows, 1]`: that of its batch.
+
+    A row of zeros gets a number that is none of them, so that an expert is not decoded only to be multiplied by zero:
+    Llama-4 multiplies a token by its router's score, which is zero where the token did not choose the expert.
+    """
+    count, rows = x.shape[:2]
+    numbers = torch.arange(count, device=x.device)[:, None].expand(count, rows)
+    return (numbers + count * x.any(-1).logical_not()).reshape(-1, 1)

@@ -50,7 +50,10 @@ def grouped_mm_fallback(input: Tensor, weight: MXWeight, offs: Tensor) -> Tensor
 
 
 def bmm(input: Tensor, mat2: Tensor) -> Tensor:
-    """`torch.bmm` with an MXWeight as the right operand `[E, in, out]` or the left one `[E, out, in]`."""
+    """`torch.bmm` with an MXWeight as the right operand `[E, in, out]` or the left one `[E, out, in]`.
+
+    Rows of zeros are not multiplied: `numerics/experts.py`, `experts_in_turn`.
+    """
     if isinstance(input, MXWeight):
         if isinstance(mat2, MXWeight):
             raise MXCompileError("bmm: an MXWeight can only be multiplied by a float tensor")
@@ -60,7 +63,7 @@ def bmm(input: Tensor, mat2: Tensor) -> Tensor:
     is_expanded = mat2.elements.stride(0) == 0 and count > 1
     if is_step_by_step() or is_expanded or not _multiplies_rows(input, mat2):
         return torch.bmm(mat2.prepare(input), mat2.dequantize())
-    numbers = torch.arange(count, device=input.device)[:, None].expand(count, rows).reshape(-1, 1)
+    numbers = experts_reference.experts_in_turn(input)
     return grouped_linear(input.reshape(-1, size), numbers, mat2).unflatten(0, (count, rows))
 
 

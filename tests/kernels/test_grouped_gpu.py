@@ -140,7 +140,36 @@ def test_experts(
 
     up, down = (make_experts(fmt, 16, *size, gate.interleaved, "cuda") for size in ((768, 640), (640, 384)))
     x, experts = 0.1 * tokens(count, 640, "cuda"), with_numbers_of_none(choose(count, 4, 16, "cuda"), 16)
-    weights = torch.rand(count, 4, device="cuda")
+    check_experts(x, experts, up, down, activation, gate)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "activation"),
+    [
+        *((fmt, None) for fmt in FORMATS.values()),
+        *((fmt, activation) for fmt in (MXFP4, MXINT4) for activation in (MXFP8_E4M3, MXINT8, MXFP4, MXINT4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("gate", "hidden", "inner", "slots"), [(Gate(), 2048, 768, 8), (GPT_OSS, 2880, 2880, 4)], ids=["qwen3", "gpt-oss"]
+)
+def test_one_token_of_real_models(
+    fmt: MXFormat, activation: MXFormat | None, gate: Gate, hidden: int, inner: int, slots: int
+) -> None:
+    """Qwen3-30B-A3B and gpt-oss, but for the number of experts: the configs that decode uses, one for each format."""
+    sizes = ((2 * inner, hidden), (hidden, inner))
+    up, down = (make_experts(fmt, 3, *size, gate.interleaved, "cuda") for size in sizes)
+    check_experts(0.1 * tokens(1, hidden, "cuda"), choose(1, slots, 3, "cuda"), up, down, activation, gate)
+
+
+def check_experts(
+    x: Tensor, experts: Tensor, up: Experts, down: Experts, activation: MXFormat | None, gate: Gate
+) -> None:
+    """`gpu_experts.experts` against its parts; in a CUDA graph, and without one, its bits are equal on repeat."""
+    from mxcompile.kernels import gpu_experts
+
+    weights = torch.rand(experts.shape, device="cuda")
     rounding = None if activation is None else (activation, activation_rule(activation))
     assert gpu_experts.supports(x, rounding) is None
 
@@ -148,6 +177,7 @@ def test_experts(
         return gpu_experts.experts(x, experts, weights, packed(up), packed(down), gate, rounding)
 
     y = call()
+    assert all(torch.equal(call(), y) for _ in range(3))
     exact, magnitude = composed(x, experts, weights, up, down, rounding, gate)
     assert ((y.double() - exact).norm(dim=1) <= 2.0**-5 * magnitude.norm(dim=1)).all()
     assert ((y.double() - exact).norm() <= 2.0**-7 * magnitude.norm()).all()

@@ -2,7 +2,8 @@
 
 The grouped matmul reads every expert of the dequantized weight; the fused one decodes only those that have rows. The
 rules are for lowered Programs: deployed modules call `mx::experts` and `mx::grouped_linear` themselves. A batched
-matmul by all experts (`bmm`) becomes one with the experts in turn.
+matmul by all experts (`bmm`) becomes one with the experts in turn, without those that only rows of zeros would be
+multiplied by (`numerics/experts.py`, `experts_in_turn`).
 """
 
 from typing import Any
@@ -55,10 +56,16 @@ def _fuse_batched(graph: Graph, match: Match) -> None:
     flat = create_call(graph, aten.reshape.default, x, [-1, size])
     numbers = _arange(graph, experts, match["elements"].meta["val"], torch.int64)
     column = create_call(graph, aten.unsqueeze.default, numbers, 1)
-    each = create_call(graph, aten.expand.default, column, [experts, rows])
-    chosen = create_call(graph, aten.reshape.default, each, [-1, 1])
+    chosen = create_call(graph, aten.reshape.default, _without_zeros(graph, x, column), [-1, 1])
     y = create_call(graph, GROUPED_LINEAR, *_operands(match, flat, chosen), name=f"{match.root.name}_mx")
     match.replace(aten.reshape.default, y, [experts, rows, match.root.meta["val"].shape[2]])
+
+
+def _without_zeros(graph: Graph, x: Node, numbers: Node) -> Node:
+    """Numbers `[E, 1]` of experts for the rows `[E, rows]` of x, plus E for a row of zeros."""
+    is_zero = create_call(graph, aten.logical_not.default, create_call(graph, aten.any.dim, x, -1))
+    none = create_call(graph, aten.mul.Tensor, is_zero, _size(graph, x, 0))
+    return create_call(graph, aten.add.Tensor, none, numbers)
 
 
 def _operands(match: Match, x: Node, experts: Node) -> tuple[Any, ...]:

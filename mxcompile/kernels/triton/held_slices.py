@@ -3,9 +3,9 @@
     acc[slice, out, choice] += plane[slice, out, 128] @ x[slice, 128, choice]
 
 A thread loads 16 bytes, eight words of a row, four threads a row. Those are the elements that it holds as the left
-operand of mma.sync if column 8 t + 4 h + i of a plane is taken as column 16 h + 4 t + i of the product; x is loaded in
-the same order. So loads, as many K-steps ahead as there are registers for, need neither a barrier nor the previous
-kernel, whose result only x is: `load_ahead` comes before the wait for it, `multiply_held` after.
+operand of mma.sync if column 8 t + w h + i of a plane, i < w, is taken as column 4 w h + w t + i of the product; x is
+loaded in the same order. So loads, as many K-steps ahead as there are registers for, need neither a barrier nor the
+previous kernel, whose result only x is: `load_ahead` comes before the wait for it, `multiply_held` after.
 
 Rows of a program, `[SLICES * TILE_N]`: eight of a slice, eight of the next one, and so on, as mma.sync has them. With
 two HALVES, the first eight rows of a slice and the second eight are the same outputs with different parts of K: of the
@@ -21,6 +21,10 @@ import triton.language as tl
 
 from mxcompile.kernels.triton.decode_planes import plane_values
 from mxcompile.kernels.triton.planes_linear import concatenate_planes, multiply
+
+_WIDTH: tl.constexpr = tl.constexpr(4 if triton.__version__.startswith(("3.6.", "3.7.")) else 2)
+"""w above, how many adjacent columns of mma.sync's left operand Triton gives a thread: with another one, it would move
+the words between threads, four instructions for each."""
 
 
 @triton.jit
@@ -208,7 +212,7 @@ def _quad(
         plane_values(w0, w1, w2, s0, s1, 4 * quad + 2, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
         plane_values(w0, w1, w2, s0, s1, 4 * quad + 3, SHAPE, FIELDS, ASSEMBLY, INTERPRETED),
     )
-    values = tl.reshape(values, (TILE_N // 8, SLICES, 8, 4, 4, 2, 4))
+    values = tl.reshape(values, (TILE_N // 8, SLICES, 8, 4, 4, 8 // _WIDTH, _WIDTH))
     return tl.reshape(tl.permute(values, (1, 0, 2, 3, 5, 4, 6)), (SLICES, TILE_N, 128))
 
 
@@ -320,8 +324,9 @@ def load_x(
     """The columns of K-step `step` of each slice in the order of the product, twice 128; the second may repeat them."""
     part = (tl.arange(0, SLICES) % PARTS * HALVES)[:, None, None] + tl.arange(0, HALVES)[None, None, :]
     column = tl.arange(0, 128)
-    column = column // 32 * 32 + column % 16 // 4 * 8 + column % 32 // 16 * 4 + column % 4
-    column = tl.max_contiguous(tl.multiple_of(column, 4), 4)[None, :, None]
+    thread, run = column % (4 * _WIDTH) // _WIDTH, column % 32 // (4 * _WIDTH)
+    column = column // 32 * 32 + thread * 8 + run * _WIDTH + column % _WIDTH
+    column = tl.max_contiguous(tl.multiple_of(column, _WIDTH), _WIDTH)[None, :, None]
     k = (step * PARTS * HALVES + part) * (SHAPE[0] * 32) + column
     present = inside & (k < k_size) if PADDED else inside
     pointers = rows + k
