@@ -31,14 +31,26 @@ _SUM: Final = (
 
 _ONE_TOKEN: Final = (
     (
-        16,
-        8,
-        Config(choices=1, out=32, slices=4, held=4, registers=160, early=True),
-        Config(choices=1, out=16, slices=16, held=3, early=True),
+        range(1, 17),
+        range(1, 9),
+        Config(out=16, slices=4, held=4, registers=80, early=True),
+        Config(out=8, slices=8, held=3, decoded=True, early=True),
+    ),
+    (
+        range(1, 17),
+        range(1, 9),
+        Config(out=32, slices=4, held=4, registers=160, early=True),
+        Config(out=16, slices=16, held=3, early=True),
+    ),
+    (
+        range(17, 25),
+        range(17, 25),
+        Config(out=64, slices=4, stages=3, early=True),
+        Config(out=8, slices=4, held=8, registers=160, early=True),
     ),
 )
-"""(most K-steps of the first matmul, of the second, their configs) for one token, where weights of 4 bits stay in
-registers and the second matmul loads its own while the first runs."""
+"""(K-steps of the first matmul, of the second, their configs) for one token and weights of 4 bits, which stay in
+registers. The second matmul loads its own while the first runs; it needs a slice for each choice."""
 
 
 def one_token_configs(
@@ -53,11 +65,13 @@ def one_token_configs(
     if not four_bits or (device.type == "cuda" and capability(device)[0] < 9):
         return None
     first, second = (_k_steps(fmt, size) for fmt, size in zip(fmts, sizes, strict=True))
-    for most_first, most_second, up, down in _ONE_TOKEN:
-        if first <= most_first and second <= most_second and slots <= down.slices:
+    for of_first, of_second, up, down in _ONE_TOKEN:
+        if first in of_first and second in of_second and slots <= down.slices:
             parts = min(down.slices // _power_of_two_from(slots), _power_of_two(second))
+            decoded = down.decoded and down.held * parts * down.halves >= second
             slices = min(up.slices, _power_of_two(first))
-            return _launched(replace(up, slices=slices), device), _launched(replace(down, parts=parts), device)
+            configs = replace(up, slices=slices), replace(down, parts=parts, decoded=decoded)
+            return _launched(configs[0], device), _launched(configs[1], device)
     return None
 
 

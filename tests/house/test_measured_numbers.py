@@ -273,15 +273,39 @@ def test_the_experts_on_a_gpu():
             cells = " | ".join(f"{line['us']:.1f} us, {line['ratio']:.2f} x" for line in lines)
             assert f"| {name}, {weight} | {cells} |" in text
     shares = [line["floor_share"] for (_, tokens, _), line in ours.items() if tokens == 1]
-    few = next(
-        r for r in results("experts-configs-h200.jsonl") if (r.get("shape"), r.get("tokens")) == ("qwen3-moe", 1)
-    )
-    share = percent(few["floor_us"] / few["us"]["Bd"])
-    assert f"{few['us']['Bd']:.1f} us in place of {few['us']['Aa']:.1f} in one run, {share} of that speed" in text
+    few = {shape: row for (shape, layout), row in one_token().items() if layout == "as it is"}
+    for shape, pair, ends in (
+        ("qwen3-moe", "Ui", "in Qwen3-30B-A3B's shape, {} of that speed"),
+        ("gpt-oss", "Pj", "in gpt-oss', {}"),
+    ):
+        us, share = few[shape]["us"], percent(few[shape]["floor_us"] / few[shape]["us"][pair])
+        assert f"{us[pair]:.1f} us in place of {us['Aa']:.1f} {ends.format(share)}" in " ".join(text.split())
     bare = {r["shape"]: r["us"] for r in results("experts-h200.jsonl") if r.get("path") == "two grouped_mm"}
     qwen, gpt_oss = (f"{bare[shape] / ours[shape, 2048, 'mxfp4']['us']:.2f}" for shape in names.values())
     assert f"take {qwen} and {gpt_oss} times as long as our whole layers" in text
     assert f"{percent(min(shares))} to {percent(max(shares))} of the speed" in text
+
+
+def one_token():
+    """The latest run of pairs of configs for one token, by shape and layout."""
+    return {(r["shape"], r["layout"]): r for r in results("experts-configs-h200.jsonl") if "run" in r}
+
+
+def test_experts_of_one_token():
+    text, runs = " ".join(page("docs/kernels.md").split()), one_token()
+    qwen, gpt_oss = (runs[shape, "as it is"]["us"] for shape in ("qwen3-moe", "gpt-oss"))
+    assert f"Measured: {qwen['Bc']:.1f} to {qwen['Ui']:.1f}, gpt-oss {gpt_oss['Aa']:.1f} to {gpt_oss['Pj']:.1f}" in text
+    assert f"takes {gpt_oss['-j']:.1f} us in place of {gpt_oss['-a']:.1f}" in text
+    floors = [runs[shape, "as it is"]["floor_us"] for shape in ("qwen3-moe", "gpt-oss")]
+    shares = percent(floors[0] / qwen["Ui"]), percent(floors[1] / gpt_oss["Pj"])
+    assert f"reach {shares[0]} of the floor's speed for Qwen3-30B-A3B and {shares[1]} for gpt-oss" in text
+    assert f"55 % would be {floors[0] / 0.55:.1f} us for the first" in text
+    assert f"takes {qwen['R2']:.1f} us in two dependent launches, {qwen['R1']:.1f} for the first weight" in text
+    profile = next(r["kernels"] for r in results("experts-configs-h200.jsonl") if "profile" in r)
+    used = [percent(profile[name]["issue_slots_used"]) for name in ("B", "U")]
+    assert f"issue slots {used[0][:-2]} to {used[1]} are used" in text
+    other, old = (runs["qwen3-moe", layout]["us"] for layout in ("two pieces", "as it is"))
+    assert f"{other['Uc']:.1f} and {other['Bc']:.1f} us in place of {old['Bc']:.1f}" in text
 
 
 def test_a_model_of_experts_on_a_gpu():
@@ -300,7 +324,6 @@ def test_a_model_of_experts_on_a_gpu():
 def test_experts_of_one_token_in_one_launch():
     text = " ".join(page("docs/kernels.md").split())
     rows = [r for r in results("experts-configs-h200.jsonl") if (r.get("shape"), r.get("tokens")) == ("qwen3-moe", 1)]
-    two = rows[0]
     tried = next(r for r in rows if "M12" in r.get("us", {}))
     held, beside = (next(r for r in rows if r.get("timeline_of") == name) for name in ("M12", "M8"))
     once = min(us for name, us in tried["us"].items() if tried["configs"][name]["launches"] == 1)
@@ -316,9 +339,6 @@ def test_experts_of_one_token_in_one_launch():
     assert f"choices are read after {held['choices_read'][1]:.2f}, the gated values stored" in text
     assert f"after {first:.2f} to {last:.2f}, those of the first choice after {choices[0]:.1f}" in text
     assert f"of the seventh after {choices[6]:.1f}" in text
-    gpt_oss = next(r for r in results("experts-configs-h200.jsonl") if r.get("shape") == "gpt-oss")
-    shares = percent(two["floor_us"] / two["us"]["Bd"]), percent(gpt_oss["floor_us"] / gpt_oss["us"]["Aa"])
-    assert f"reach {shares[0]} of the floor's speed for Qwen3-30B-A3B and {shares[1]} for gpt-oss" in text
 
 
 def test_other_projects_experts_on_a_gpu():

@@ -38,7 +38,7 @@ def test_any_shape_has_a_config(fmt: MXFormat) -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
 def test_one_token_has_configs_that_fit(fmt: MXFormat) -> None:
-    """Only for 4 bits; a K-step that is held is one of its slice, and every choice has a slice."""
+    """Only for 4 bits; every choice has a slice, and what is decoded ahead is all of it."""
     from mxcompile.kernels.expert_configs import one_token_configs
     from mxcompile.kernels.layout.planes import plane_layout
 
@@ -53,29 +53,34 @@ def test_one_token_has_configs_that_fit(fmt: MXFormat) -> None:
         assert powers_of_two(up.out, up.slices, down.out, down.slices, down.parts)
         assert down.slices % down.parts == 0
         assert slots * down.parts <= down.slices
-        assert up.held > 0
         assert down.held > 0
+        assert not down.decoded or down.held * down.parts * down.halves >= -(-inner // layout.columns)
     assert (served > 0) == ((layout.words, layout.planes) == (1, 4))
     assert one_token_configs((fmt, MXFP6_E2M3), (2048, 768), 8, CPU) is None
 
 
-def test_one_token_spills_nothing() -> None:
-    """Weights go from memory to registers, and x alone through shared memory."""
+@pytest.mark.parametrize(
+    ("hidden", "inner", "slots", "gate"), [(2048, 768, 8, Gate()), (2048, 768, 10, Gate()), (2880, 2880, 4, GPT_OSS)]
+)
+def test_one_token_spills_nothing(hidden: int, inner: int, slots: int, gate: Gate) -> None:
+    """Held weights go from memory to registers and stay in their threads; x alone goes through shared memory."""
     from sass import grouped_report, sum_report
 
     from mxcompile.kernels.expert_configs import one_token_configs
 
-    configs = one_token_configs((MXFP4, MXFP4), (2048, 768), 8, CPU)
+    configs = one_token_configs((MXFP4, MXFP4), (hidden, inner), slots, CPU)
     assert configs is not None
     reports = (
-        grouped_report(empty(MXFP4, 2 * 768, 2048), configs[0], Gate()),
-        sum_report(empty(MXFP4, 2048, 768), configs[1]),
+        grouped_report(empty(MXFP4, 2 * inner, hidden), configs[0], gate, has_bias=gate.interleaved),
+        sum_report(empty(MXFP4, hidden, inner), configs[1], gate.interleaved),
     )
-    for report in reports:
+    for report, config in zip(reports, configs, strict=True):
         assert report.spilled_bytes == 0
         assert "HMMA" in report.sass
-        assert "LDG.E.EF.128" in report.sass
-        assert "LDGSTS" not in report.sass
+        assert ("LDGSTS" in report.sass) == (config.held == 0)
+        if config.held:
+            assert "LDG.E.EF.128" in report.sass
+            assert report.sass.count("SHFL") < 24
 
 
 def empty(fmt: MXFormat, out: int, size: int) -> PlanarWeight:
