@@ -47,11 +47,14 @@ class Shape:
     size: int = 128
     keys: int = 1900
 
+    def qkv(self) -> list[int]:
+        """Outputs of the weights of query, key and value."""
+        return [self.heads * self.size, self.shared * self.size, self.shared * self.size]
+
     def matmuls(self) -> dict[str, tuple[list[int], int]]:
         """(outputs of each weight, inputs) of the launches of a layer."""
-        kv = self.shared * self.size
         return {
-            "qkv": ([self.heads * self.size, kv, kv], self.hidden),
+            "qkv": (self.qkv(), self.hidden),
             "o": ([self.hidden], self.heads * self.size),
             "gate_up": ([self.inner] * 2, self.hidden),
             "down": ([self.hidden], self.inner),
@@ -101,22 +104,23 @@ class Layers:
 
     def run(self, variant: Variant) -> Tensor:
         """All layers, from the same token; returns the last one's sum of outputs and residual."""
-        shape, small = self.shape, "small" in variant.early
+        small = "small" in variant.early
         x, total = self.x, self.residual
-        for weights, (keys, values) in zip(self.weights, self.caches, strict=True):
+        for number, weights in enumerate(self.weights):
             total, y = norm.add_norm(x, total, self.scale, None, RMS, ROUNDING, None, small)
-            q, k, v = (
-                part.view(len(x), 1, -1, shape.size).transpose(1, 2)
-                for part in self.multiply("qkv", y, weights, variant)
-            )
-            new = attention.NewToken(k, v, self.place, *self.turns)
-            y = attention.attend(q, keys, values, self.mask, shape.size**-0.5, None, new, ROUNDING)
-            (x,) = self.multiply("o", y.view(len(x), 1, -1), weights, variant)
+            y = self.attend(number, *self.multiply("qkv", y, weights, variant))
+            (x,) = self.multiply("o", y, weights, variant)
             total, y = norm.add_norm(x, total, self.scale, None, RMS, ROUNDING, None, small)
             gate, up = self.multiply("gate_up", y, weights, variant)
             y = gate_product.multiply_and_round(gate, up, Gate(), ROUNDING, None, small)
             (x,) = self.multiply("down", y, weights, variant)
         return norm.add_norm(x, total, self.scale, None, RMS, ROUNDING, None, small)[1]
+
+    def attend(self, layer: int, *qkv: Tensor) -> Tensor:
+        q, k, v = (part.view(len(part), 1, -1, self.shape.size).transpose(1, 2) for part in qkv)
+        new = attention.NewToken(k, v, self.place, *self.turns)
+        y = attention.attend(q, *self.caches[layer], self.mask, self.shape.size**-0.5, None, new, ROUNDING)
+        return y.view(len(y), 1, -1)
 
     def multiply(self, role: str, x: Tensor, weights: dict[str, PlanarWeight], variant: Variant) -> list[Tensor]:
         outs, config = self.shape.matmuls()[role][0], variant.config(role, self.usual[role])
@@ -159,6 +163,10 @@ def compile_ahead(job: tuple[str, Any, bool]) -> str | None:
         if role == "norm":
             x = random(rows, 1, shape.hidden)
             norm.add_norm(x, x, random(shape.hidden), None, RMS, ROUNDING, None, early)
+        elif role == "attention":
+            Layers(replace(shape, hidden=64, inner=64), 1, rows, {}).attend(
+                0, *(random(rows, 1, n) for n in shape.qkv())
+            )
         elif role == "gate":
             x = random(rows, 1, shape.inner)
             gate_product.multiply_and_round(x, x, Gate(), ROUNDING, None, early)
@@ -179,7 +187,7 @@ def kernels(rows: int) -> list[tuple[str, Any, bool]]:
     """What `compile_ahead` gets for one number of tokens."""
     usual = [(role, config) for role, config in usual_configs(Shape(), rows).items() if isinstance(config, Held)]
     jobs = [(role, config, early) for role, config in usual for early in (False, True)]
-    jobs += [(name, None, early) for name in ("norm", "gate") for early in (False, True)]
+    jobs += [(name, None, early) for name in ("norm", "gate") for early in (False, True)] + [("attention", None, True)]
     changed = [(role, config, True) for role, configs in CHANGES.items() for config in configs] if rows == 1 else []
     return jobs + changed
 
