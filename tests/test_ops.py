@@ -15,7 +15,10 @@ from mxcompile.formats import BLOCK_SIZES, FORMATS, MXFP4, MXFP8_E4M3, MXINT4, M
 from mxcompile.kernels.layout import planes as plane_layouts
 from mxcompile.kernels.layout import rows_to_planes
 from mxcompile.numerics import packing, reference
-from mxcompile.ops import ATTEND, DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
+from mxcompile.numerics.cache_format import CacheFormat
+from mxcompile.numerics.cached_attention import cached_attention
+from mxcompile.numerics.straight_through import saturated
+from mxcompile.ops import ATTEND, CACHED_ATTENTION, DEQUANTIZE, LINEAR, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
@@ -224,6 +227,31 @@ def test_a_linear_has_the_gradients_of_the_dequantized_weight(activation, planes
     expected = torch.autograd.grad(nn.functional.linear(x, values, bias), [x, bias], upstream)
     for gradient, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-4)  # sums of 64 products of size 3
+
+
+@pytest.mark.parametrize("text", ["mxint8", "key=mxfp4,value=mxint4,window=4,rotate=head", "key=none,value=none"])
+def test_attention_over_a_cache_passes_gradients_straight_through_its_rounding(text):
+    """Those of attention over the rounded keys and values; a query that sees nothing, behind padding, gives none."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 12, 64, generator=generator) for heads in (4, 2, 2))
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    mask[0, :, :, :3] = False
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+
+    def through(x, fmt, rule):
+        passed = (x - x.detach()) * ~saturated(x.detach(), fmt, rule)
+        return reference.quantize_dequantize(x.detach(), fmt, rule) + passed
+
+    cache = CacheFormat.parse(text)
+    expected = cached_attention(*leaves, mask, 0.125, False, cache, rounding=through)
+    upstream = torch.randn(expected.shape, generator=generator)
+    wanted = torch.autograd.grad(expected, leaves, upstream)
+    actual = CACHED_ATTENTION(*leaves, mask, 0.125, False, text, 0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    for gradient, other in zip(torch.autograd.grad(actual, leaves, upstream), wanted, strict=True):
+        assert gradient.isfinite().all()
+        assert gradient.norm() > 0
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
 
 
 def test_torchs_own_check_of_gradients():

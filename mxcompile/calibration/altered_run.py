@@ -9,6 +9,7 @@ from torch.fx import Node
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.calibration.run import Runner
 from mxcompile.graph.program import Program
+from mxcompile.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DEQUANTIZE
 
 Prepare = Callable[[Tensor], Tensor]
 
@@ -25,6 +26,7 @@ class AlteredRun(Runner):
         super().__init__(program)
         self.change(prepare, tensors or {})
         self._last: tuple[Any, Any, Tensor] | None = None
+        self._quantized: dict[Node, Tensor] = {}
 
     def change(self, prepare: Mapping[Matmul, Prepare], tensors: Mapping[str, Tensor]) -> None:
         """Transform other inputs and replace other tensors from now on."""
@@ -32,7 +34,15 @@ class AlteredRun(Runner):
         self.tensors = dict(tensors)
 
     def run_node(self, n: Node) -> Any:
-        """Compute a node; a matmul reads its prepared input."""
+        """Compute a node; a matmul reads its prepared input.
+
+        Gradients pass straight through values that the graph quantizes and dequantizes (those of a cache).
+        """
+        if self.gradients and n.target is QUANTIZE:
+            self._quantized[n] = self.env[n.all_input_nodes[0]]
+        source = _quantized_by(n) if self.gradients and n.target is DEQUANTIZE else None
+        if source is not None and source in self._quantized:
+            return QUANTIZE_DEQUANTIZE(self._quantized[source], *source.args[1:])
         if n not in self.prepare:
             return super().run_node(n)
         activation, function = self.prepare[n]
@@ -50,9 +60,17 @@ class AlteredRun(Runner):
     def _end_run(self) -> None:
         super()._end_run()
         self._last = None
+        self._quantized = {}
 
     def _prepared(self, value: Tensor, function: Prepare) -> Tensor:
         """prepare(value), computed once for matmuls that share value and function (q, k, v)."""
         if self._last is None or self._last[0] is not value or self._last[1] is not function:
             self._last = (value, function, function(value))
         return self._last[2]
+
+
+def _quantized_by(node: Node) -> Node | None:
+    """The `mx::quantize` whose elements a `mx::dequantize` reads, None if a tensor of the program."""
+    elements = node.args[0]
+    quantized = elements.args[0] if isinstance(elements, Node) and elements.args else None
+    return quantized if isinstance(quantized, Node) and quantized.target is QUANTIZE else None

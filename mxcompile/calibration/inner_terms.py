@@ -21,6 +21,8 @@ from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.backward_run import reached_by
 from mxcompile.calibration.losses import capped_error
 from mxcompile.graph.program import Program
+from mxcompile.numerics.importance import token_weights
+from mxcompile.ops import CACHED_ATTENTION
 
 NEXT_TOKENS = "next tokens"
 _HIDDEN = -100  # in place of a next token that does not count
@@ -75,8 +77,10 @@ def attention_term(program: Program, exact: Program, matmuls: Sequence[Matmul], 
     """
     projections = {matmul.node for matmul in matmuls}
     found: dict[Node, None] = {}
-    for attention in find_attentions(program)[0]:
-        behind, seen = [attention.node], set[Node]()
+    attentions = [attention.node for attention in find_attentions(program)[0]]
+    attentions += program.graph.find_nodes(op="call_function", target=CACHED_ATTENTION)
+    for attention in attentions:
+        behind, seen = [attention], set[Node]()
         while behind:
             node = behind.pop(0)
             if node in projections:
@@ -125,12 +129,16 @@ def token_input(exact: Program, logits: Node) -> Node | None:
 def distribution_distance(expected: Tensor, actual: Tensor) -> Tensor:
     """Mean over channels of |difference of means| and |difference of variances| over rows, of values `[..., size]`.
 
-    In units of the root mean square of the expected values, and its square.
+    In units of the root mean square of the expected values, and its square. Tokens of high energy count less, as in
+    second moments (`token_weights`): the first of a sequence would be most of it.
     """
     rows, targets = actual.flatten(0, -2).float(), expected.flatten(0, -2).float()
-    unit = targets.square().mean().clamp(min=1e-30)
-    means = (rows.mean(0) - targets.mean(0)).abs().mean() / unit.sqrt()
-    return means + (rows.var(0, correction=0) - targets.var(0, correction=0)).abs().mean() / unit
+    weights = token_weights(targets)
+    weights = weights / weights.sum().clamp(min=1e-30)
+    unit = (targets.square() * weights).sum(0).mean().clamp(min=1e-30)
+    means = [(values * weights).sum(0) for values in (rows, targets)]
+    variances = [(v.square() * weights).sum(0) - mean.square() for v, mean in zip((rows, targets), means, strict=True)]
+    return (means[0] - means[1]).abs().mean() / unit.sqrt() + (variances[0] - variances[1]).abs().mean() / unit
 
 
 def excess_kurtosis(values: Tensor) -> Tensor:

@@ -11,32 +11,36 @@ Places count the slots of the cache, padding included. With `prompt_length=0` ev
 generated: the most that a cache can lose on a text, and what evaluation measures unless told otherwise.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.numerics import reference
 from mxcompile.numerics.cache_format import CacheFormat, head_rotation
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 
+Rounding = Callable[[Tensor, MXFormat, ScaleRule], Tensor]
 _QUERIES = 256  # computed at a time: all scores of 8192 tokens would be gigabytes
 
 
-def rounded_keys(key: Tensor, cache: CacheFormat) -> Tensor:
+def rounded_keys(key: Tensor, cache: CacheFormat, rounding: Rounding = reference.quantize_dequantize) -> Tensor:
     """Keys `[batch, kv heads, tokens, head_dim]` as a cache returns them: rounded, and rotated back if it rotates."""
     if cache.key is None or cache.key_rule is None:
         return key
     block = head_rotation(key.shape[-1]) if cache.rotate else 1
     if block == 1:
-        return reference.quantize_dequantize(key, cache.key, cache.key_rule)
-    rotated = reference.quantize_dequantize(rotate_input(key, block), cache.key, cache.key_rule)
+        return rounding(key, cache.key, cache.key_rule)
+    rotated = rounding(rotate_input(key, block), cache.key, cache.key_rule)
     return rotate_weight(rotated, block)
 
 
-def rounded_values(value: Tensor, cache: CacheFormat) -> Tensor:
+def rounded_values(value: Tensor, cache: CacheFormat, rounding: Rounding = reference.quantize_dequantize) -> Tensor:
     """Values `[batch, kv heads, tokens, size]` as a cache returns them."""
     if cache.value is None or cache.value_rule is None:
         return value
-    return reference.quantize_dequantize(value, cache.value, cache.value_rule)
+    return rounding(value, cache.value, cache.value_rule)
 
 
 def cached_attention(
@@ -49,6 +53,7 @@ def cached_attention(
     cache: CacheFormat,
     prompt_length: int = 0,
     first_query: int | None = None,
+    rounding: Rounding = reference.quantize_dequantize,
 ) -> Tensor:
     """`softmax(query @ key.T * scale + mask) @ value` in float32, with keys and values as a cache holds them.
 
@@ -56,13 +61,15 @@ def cached_attention(
     exact; value `[batch, kv heads, keys, size]`. Each KV head belongs to `heads / kv heads` consecutive query heads.
     mask: additive, or bool, true where a key is attended to; broadcast to `[batch, heads, queries, keys]`. is_causal:
     a query attends to no later place. first_query: the place of the first query; by default queries are the last ones.
+    rounding: quantizes and dequantizes, for gradients.
     Returns `[batch, heads, queries, size]` in the dtype of the query; zero where every key is masked.
     """
     kv_heads, keys = key.shape[1:3]
     heads, queries = query.shape[1:3]
     first = keys - queries if first_query is None else first_query
     exact = key.float().unsqueeze(2), value.float().unsqueeze(2)
-    rounded = rounded_keys(key, cache).float().unsqueeze(2), rounded_values(value, cache).float().unsqueeze(2)
+    held = rounded_keys(key, cache, rounding), rounded_values(value, cache, rounding)
+    rounded = held[0].float().unsqueeze(2), held[1].float().unsqueeze(2)
     places = torch.arange(keys, device=key.device)
     added = None if mask is None else _additive(mask).expand(*_broadcast(mask, query, keys))
     grouped = query.float().unflatten(1, (kv_heads, heads // kv_heads))
@@ -78,7 +85,8 @@ def cached_attention(
             scores = scores + added[..., start : start + _QUERIES, :].unflatten(1, (kv_heads, -1))
         if is_causal:
             scores = scores.masked_fill(places > at, -torch.inf)
-        weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
+        hidden = (scores == -torch.inf).all(-1, keepdim=True)
+        weights = torch.where(hidden, 0.0, scores.masked_fill(hidden, 0.0).softmax(-1))  # no NaN in gradients either
         output = (weights.masked_fill(is_exact, 0.0) if is_mixed else weights) @ rounded[1]
         parts.append(output + weights.where(is_exact, 0.0) @ exact[1] if is_mixed else output)
     return torch.cat(parts, -2).flatten(1, 2).to(query.dtype)

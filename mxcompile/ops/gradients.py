@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.numerics import experts as experts_reference
+from mxcompile.numerics.cache_format import CacheFormat
+from mxcompile.numerics.cached_attention import cached_attention
 from mxcompile.numerics.straight_through import straight_through
-from mxcompile.ops import experts, linears
+from mxcompile.ops import cached, experts, linears
 from mxcompile.ops.library import LIBRARY, format_of, rule_of
 
-__all__ = ["experts", "linears"]  # which define the operators
+__all__ = ["cached", "experts", "linears"]  # which define the operators
 
 
 def _setup_rotate(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -84,12 +87,33 @@ def _grouped_linear_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...
     return x, None, None, None, bias, None, None
 
 
+def _setup_cached_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    *tensors, ctx.scale, ctx.is_causal, ctx.cache, ctx.prompt_length = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _cached_attention_back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Straight through the rounding of keys and values; the forward pass is computed again."""
+    *operands, mask = ctx.saved_tensors
+    leaves = [tensor.detach().requires_grad_() for tensor in operands]
+    with torch.enable_grad():
+        how = (mask, ctx.scale, ctx.is_causal, CacheFormat.parse(ctx.cache), ctx.prompt_length)
+        output = cached_attention(*leaves, *how, rounding=_trainable_rounding)  # pyright: ignore[reportCallIssue]
+    return *torch.autograd.grad(output, leaves, gradient), None, None, None, None, None
+
+
+def _trainable_rounding(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+    return torch.ops.mx.quantize_dequantize.default(x, str(fmt), str(rule))
+
+
 def _register_gradients() -> None:
     gradients: dict[str, tuple[Any, Any]] = {
         "rotate": (_rotate_back, _setup_rotate),
         "multiply": (_multiply_back, _setup_multiply),
         "quantize_dequantize": (_quantize_dequantize_back, _setup_quantize_dequantize),
         "linear": (_linear_back, _setup_linear),
+        "cached_attention": (_cached_attention_back, _setup_cached_attention),
         "grouped_linear": (_grouped_linear_back, _setup_grouped_linear),
     }
     for name, (backward, setup) in gradients.items():

@@ -14,7 +14,7 @@ from mxcompile.pipeline.pipeline import Pipeline
 
 
 def test_the_distance_of_distributions():
-    values = torch.randn(3, 400, 8, generator=torch.Generator().manual_seed(0))
+    values = torch.rand(3, 400, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1  # no token's energy is capped
     assert distribution_distance(values, values) == 0
     order = torch.randperm(400)
     assert distribution_distance(values, values[:, order]) < 1e-5  # of tokens, their order does not count
@@ -24,6 +24,9 @@ def test_the_distance_of_distributions():
     wider = (values - values.flatten(0, 1).mean(0)) * 2 + values.flatten(0, 1).mean(0)
     variance = values.flatten(0, 1).var(0, correction=0).mean()
     torch.testing.assert_close(distribution_distance(values, wider), 3 * variance / unit**2, rtol=1e-4, atol=1e-5)
+    first, moved_first = values.clone(), moved.clone()
+    first[0, 0], moved_first[0, 0] = 1e3, 1e3  # of a sequence: without the cap, the unit would be 30 times as large
+    assert distribution_distance(first, moved_first) > 0.9 * distribution_distance(values, moved)
 
 
 def test_excess_kurtosis_is_that_of_few_large_channels():

@@ -165,3 +165,16 @@ def test_it_needs_the_float_model_in_every_scope():
         assert isinstance(passes[0], Distill)
         with pytest.raises(PassError, match="distill needs the traced float model"):
             passes[0].run(program)
+
+
+@pytest.mark.parametrize("cache", ["key=mxint4,value=mxint4", "key=mxint4,value=mxint4,rotate=head,window=4"])
+def test_a_rounded_cache_takes_part(run, cache):
+    """LLM-QAT: gradients pass the rounding of keys and values to what projects them."""
+    *_, lower = run
+    start = f"quantize-cache{{{cache}}} | {ROUND}"
+    rounded = lower(start)
+    trained = lower(f"{start} | {distill(train='weights', rate=0.04, loss='block', attention=0.5)}")
+    assert trained.ledger[-1].rewrites
+    moved = [n for n in rounded.rounded if not torch.equal(rounded.tensor(n), trained.tensor(n))]
+    assert any("k_proj" in name for name in moved)
+    assert any("v_proj" in name for name in moved)

@@ -3,7 +3,7 @@
 const trained = report.passes.flatMap((pass, index) => Object.entries(pass.curves).map(([name, curve]) => ({ index, name, curve })));
 
 function drawTraining() {
-  const figures = d3.select("#curves").selectAll("figure").data(trained).join("figure");
+  const figures = d3.select("#curves").classed("many", trained.length > 9).selectAll("figure").data(trained).join("figure");
   figures.each(function ({ index, name, curve }) {
     const caption = d3.create("figcaption").text(`${passTitle(index)}: ${name}`).node();
     this.replaceChildren(caption);
@@ -20,11 +20,11 @@ function curvePlot(curve, title, width) {
   const dot = (point) => `${title}, step ${point.step}: ${d3.format(".4~g")(point.loss)}`;
   return Plot.plot({
     width,
-    height: 170,
+    height: trained.length > 9 ? 110 : 170,
     marginLeft: 48,
     marginRight: 12,
     ariaLabel: `Loss by step: ${title}`,
-    x: { label: "step →", ticks: 5, tickFormat: "~s" },
+    x: { label: trained.length > 9 ? null : "step →", ticks: 4, tickFormat: "~s" },
     y: { label: null, type: isWide ? "log" : "linear", ticks: 4, tickFormat: "~g", grid: true, zero: false },
     marks: [
       Plot.line(steps, { x: "step", y: "loss", stroke: "var(--before)", strokeWidth: 1 }),
