@@ -43,13 +43,13 @@ def check(kernel: str, over_bound: float) -> None:
 
 
 def one_token() -> None:
-    """Weights in registers and through shared memory; 16 outputs a program and 8; decoded ahead; loaded in order."""
+    """Weights in registers and through shared memory; 16 outputs a program and 8; decoded ahead."""
     for gate, hidden, inner in ((Gate(), 512, 192), (GPT_OSS, 320, 320)):
         up, down = layer(MXFP4, 2 * inner, hidden), layer(MXFP4, hidden, inner)
         x, experts = 0.2 * tokens(1, hidden, DEVICE), choose(1, 3, COUNT, DEVICE)
         weights = torch.rand(1, 3, device=DEVICE).to(torch.bfloat16)
         h = x
-        for options in ({"held": 2}, {"held": 1, "in_order": True}, {"held": 0}):
+        for options in ({"held": 2}, {"held": 0}):
             chosen = config(out=32, slices=2, **options)
             h = grouped_planes.gated_linear(x, experts, up.stack(grouped_planes), gate, None, chosen)
             check(f"gated_linear {options}", gated_over_bound(h, x, experts, up, gate))

@@ -27,7 +27,6 @@ def kernels(interpreted: SimpleNamespace) -> SimpleNamespace:
         (4, {"out": 16, "slices": 8, "parts": 2, "held": 2}),
         (4, {"out": 16, "slices": 8, "parts": 2, "held": 2, "decoded": True}),
         (3, {"out": 8, "slices": 4, "held": 2}),
-        (3, {"out": 8, "slices": 4, "held": 1, "in_order": True}),
         (4, {"out": 8, "slices": 8, "parts": 2, "held": 1, "decoded": True}),
         (6, {"out": 32, "slices": 4, "held": 1}),
     ],

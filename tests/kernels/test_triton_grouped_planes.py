@@ -52,7 +52,6 @@ def some_of_none(experts: Tensor) -> Tensor:
             {"choices": 8, "out": 32, "slices": 4},
             {"choices": 4, "out": 128, "slices": 1},
             {"out": 32, "slices": 4, "held": 2},
-            {"out": 16, "slices": 2, "held": 1, "in_order": True},
             {"choices": 8, "out": 64, "slices": 2, "held": 1},
         ],
     ),

@@ -33,8 +33,7 @@ class Config:
     parts: how many slices have parts of the same choice in `multiply_and_sum`; in a grouped matmul all do. held: how
     many K-steps of a slice are loaded into registers ahead (held_slices.py); 0: loads go through shared memory in a
     pipeline of `stages`. decoded: what is held is decoded ahead, too, in `multiply_and_sum` alone, where it is all of a
-    slice. in_order: K-steps beyond those held are loaded when earlier ones have arrived. registers: limit per thread, 0
-    for the compiler's choice. dependent, early: see grouped_planes.py.
+    slice. registers: limit per thread, 0 for the compiler's choice. dependent, early: see grouped_planes.py.
     """
 
     choices: int = 1
@@ -44,7 +43,6 @@ class Config:
     stages: int = 3
     held: int = 0
     decoded: bool = False
-    in_order: bool = False
     registers: int = 0
     dependent: bool = False
     early: bool = False
@@ -92,7 +90,6 @@ def constants(planes: PlanarWeight, config: Config, parts: int) -> dict[str, Any
         "SLICES": config.slices,
         "HELD": min(config.held, steps),
         "STEPS": steps if config.held else 0,
-        "IN_ORDER": config.in_order,
         "UNEVEN": uneven,
         "PADDED": uneven or planes.size % plane_layout(planes.fmt).columns != 0,
         "DEPENDENT": config.dependent,

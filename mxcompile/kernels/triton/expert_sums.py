@@ -145,7 +145,6 @@ def _multiply_and_sum_kernel(
     SLICES: tl.constexpr,
     HELD: tl.constexpr,
     STEPS: tl.constexpr,
-    IN_ORDER: tl.constexpr,
     UNEVEN: tl.constexpr,
     PADDED: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -176,7 +175,7 @@ def _multiply_and_sum_kernel(
         acc = _products(
             rows[:, None, None], (expert >= 0)[:, None, None], words, scales, expert_of_row, row, out,
             k_size, k_steps, PARTS, HALVES, DEPENDENT and round == 0, EARLY, DECODED,
-            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, IN_ORDER, UNEVEN, PADDED, INTERPRETED,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
         products = _of_outputs(acc, HALVES, OUTPUTS, SLICES) * lift
         if HAS_BIAS:
@@ -224,7 +223,6 @@ def _products(
     SLICES: tl.constexpr,
     HELD: tl.constexpr,
     STEPS: tl.constexpr,
-    IN_ORDER: tl.constexpr,
     UNEVEN: tl.constexpr,
     PADDED: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -256,7 +254,7 @@ def _products(
     elif HELD > 0:
         acc = multiply_held(
             held, rows, inside, words, scales, word, scale, expert >= 0, k_size, k_steps, PARTS, HALVES, True,
-            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, IN_ORDER, UNEVEN, PADDED, INTERPRETED,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
     else:
         tile = tl.maximum(expert, 0) * (out // 64) + row // 64

@@ -250,7 +250,6 @@ def _grouped_kernel(
     SLICES: tl.constexpr,
     HELD: tl.constexpr,
     STEPS: tl.constexpr,
-    IN_ORDER: tl.constexpr,
     UNEVEN: tl.constexpr,
     PADDED: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -274,8 +273,7 @@ def _grouped_kernel(
         weight_row = tl.minimum(weight_row, out - 1)
         acc = _product_of_block(
             x, words, scales, expert, choice, weight_row, slots, out, k_size, k_steps, x_stride,
-            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, IN_ORDER, UNEVEN, PADDED, DEPENDENT, EARLY,
-            INTERPRETED,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, DEPENDENT, EARLY, INTERPRETED,
         )  # fmt: skip
         if DEPENDENT and not EARLY:
             gdc_launch_dependents()
@@ -310,7 +308,6 @@ def _product_of_block(
     SLICES: tl.constexpr,
     HELD: tl.constexpr,
     STEPS: tl.constexpr,
-    IN_ORDER: tl.constexpr,
     UNEVEN: tl.constexpr,
     PADDED: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -343,7 +340,7 @@ def _product_of_block(
             gdc_launch_dependents()
         acc = multiply_held(
             held, rows, inside, words, scales, word, scale, row >= 0, k_size, k_steps, SLICES, 1, False,
-            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, IN_ORDER, UNEVEN, PADDED, INTERPRETED,
+            SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
     return tl.reduce(acc, 0, _sum)
 

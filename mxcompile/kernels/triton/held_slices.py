@@ -268,33 +268,23 @@ def multiply_held(
     SLICES: tl.constexpr,
     HELD: tl.constexpr,
     STEPS: tl.constexpr,
-    IN_ORDER: tl.constexpr,
     UNEVEN: tl.constexpr,
     PADDED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """The products `[SLICES, TILE_N, TILE_M]` of each slice; as K-steps are used, those after the first HELD of all
-    STEPS are loaded. rows, inside: as for `multiply_slices`; the rest as for `load_ahead`, which made `held`.
-
-    IN_ORDER: not before K-step `step` has arrived is `step + HELD` loaded. Memory serves what was asked for at the same
-    time in any order, so that a warp that asks for all of its K-steps at once waits for nearly the last of them.
-    """
-    AHEAD: tl.constexpr = STEPS if IN_ORDER else HELD
+    STEPS are loaded. rows, inside: as for `multiply_slices`; the rest as for `load_ahead`, which made `held`."""
     acc = tl.full((SLICES, TILE_N, TILE_M), 0.0, tl.float32)
     xs = ()
-    for step in tl.static_range(AHEAD):
+    for step in tl.static_range(HELD):
         xs = xs + load_x(rows, inside, k_size, step, PARTS, HALVES, SHAPE, SLICES, PADDED)
     for step in tl.static_range(STEPS):
         if step + HELD < STEPS:
-            if IN_ORDER:
-                zero = held[5 * step + 3] & (k_size >> 31)  # only the compiler does not know
-                word, scale = tl.multiple_of(word + zero, 32), scale + zero
             held = held + _load_k_step(
                 words, scales, word, scale, stored, k_steps, step + HELD, PARTS, HALVES, SHAPE, TILE_N, SLICES,
                 SOME or UNEVEN, UNEVEN,
             )  # fmt: skip
-        if step + AHEAD < STEPS:
-            xs = xs + load_x(rows, inside, k_size, step + AHEAD, PARTS, HALVES, SHAPE, SLICES, PADDED)
+            xs = xs + load_x(rows, inside, k_size, step + HELD, PARTS, HALVES, SHAPE, SLICES, PADDED)
         acc = multiply_k_step(acc, held, xs, step, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, INTERPRETED)
     return acc
 
