@@ -135,10 +135,10 @@ class MappedTensors:
     def return_freed(self) -> None:
         """Give memory that tensors no longer need back to the system: glibc keeps it, in pieces, for later ones.
 
-        Not so often that it would take more than a few percent of the time: on a GPU batches pass faster than that.
+        On a GPU not so often that it would take more than a few percent of the time: batches are fast there.
         """
         began = time.monotonic()
-        if (trim := _malloc_trim()) is not None and began >= self._trims_next:
+        if (trim := _malloc_trim()) is not None and (not self._copies or began >= self._trims_next):
             trim(0)
             ended = time.monotonic()
             self._trims_next = ended + _PAUSE * (ended - began)

@@ -145,6 +145,25 @@ def test_released_pages_are_out_of_memory(tmp_path):
     assert tensors.use(kept).sum() == size
 
 
+@pytest.mark.parametrize(("copies", "calls"), [(False, [0.0, 1.0, 2.0, 40.0]), (True, [0.0, 40.0])])
+def test_a_gpu_does_not_wait_for_freed_memory_at_every_batch(tmp_path, monkeypatch, copies, calls):
+    """Giving it back takes a second here, so that a GPU's next time is 30 s later."""
+    now, taken = [0.0], []
+
+    def trim(_):
+        taken.append(now[0])
+        now[0] += 1
+
+    monkeypatch.setattr("mxcompile.tensor.mapped_tensors.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mxcompile.tensor.mapped_tensors._malloc_trim", lambda: trim)
+    tensors = mapped(tmp_path, copies=copies)
+    for _ in range(3):
+        tensors.return_freed()
+    now[0] = 40.0
+    tensors.return_freed()
+    assert taken == calls
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc is asked to return freed memory")
 def test_freed_memory_is_returned(tmp_path):
     """Of small tensors between which others live on: as glibc would not return it by itself."""
