@@ -21,6 +21,7 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.altered_run import Prepare
 from mxcompile.calibration.expert_moments import ExpertStatistics, ExpertTokens, TokenTally
+from mxcompile.calibration.first_rounding import round_columns
 from mxcompile.calibration.quantizers import input_roundings
 from mxcompile.calibration.ranks import Ranks, ranks_of
 from mxcompile.calibration.second_moments import SecondMoments
@@ -171,21 +172,10 @@ class Gptq(Pass):
     def _round_together(
         self, ranks: Ranks, weights: Mapping[str, Tensor], moments: SecondMoments, fmt: MXFormat
     ) -> tuple[Tensor, Tensor]:
-        """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows.
-
-        Several processes that all have the moments round some of the rows each.
-        """
+        """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows."""
         largest = min(largest_exponent(weight.dtype) for weight in weights.values())
         rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock, largest)
-        count = sum(map(len, weights.values()))
-        if ranks.count == 1 or moments.owner is not None or count < ranks.count:
-            return rounding.round(moments.target(weights, self.damping, self.correction), moments.inputs)
-        own = _own_rows(ranks.rows(count), weights)
-        part = {name: weight[own[name]] for name, weight in weights.items()}
-        target = moments.of_rows(own).target(part, self.damping, self.correction)
-        values, scales = rounding.round(target, moments.inputs)
-        dtype, *others = {weight.dtype for weight in weights.values()}
-        return ranks.collect(values if others else values.to(dtype), count), ranks.collect(scales, count)
+        return round_columns(ranks, rounding, weights, moments, self.damping, self.correction)
 
 
 @dataclass(frozen=True)
@@ -242,16 +232,6 @@ class _RoundedWeight:
         if self._rows.dim() == 2:
             values, scales = values[0], scales[0]
         _store(program, self.matmul, values, Rounding(fmt, scales))
-
-
-def _own_rows(rows: slice, weights: Mapping[str, Tensor]) -> dict[str, slice]:
-    """The rows of each weight among the given rows of all weights in order."""
-    own: dict[str, slice] = {}
-    start = 0
-    for name, weight in weights.items():
-        own[name] = slice(*(min(max(end - start, 0), len(weight)) for end in (rows.start, rows.stop)))
-        start += len(weight)
-    return own
 
 
 def _store(program: Program, matmul: Matmul, values: Tensor, rounding: Rounding) -> None:

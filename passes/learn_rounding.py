@@ -20,7 +20,6 @@ from mxcompile.calibration.quantizers import input_roundings
 from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.rounding_learner import RoundingLearner
 from mxcompile.calibration.segment_training import TrainingPlan
-from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Stage, where
@@ -78,12 +77,7 @@ class LearnRounding(Pass):
     gives = Stage.ROUNDED
 
     def run(self, program: Program) -> PassResult:
-        """Round every chosen 2-D weight that only matmuls read, segment by segment.
-
-        Raises PassError if several processes share the run.
-        """
-        if ranks_of(program).count > 1:
-            raise PassError("learn-rounding runs in one process: use gptq, or start it without torchrun")
+        """Round every chosen 2-D weight that only matmuls read, segment by segment."""
         choice, formats = override_formats(program, choose(program), self.format, self.overrides)
         misses = list(choice.misses)
         misses += [choice.shared_weight_miss(m) for m in choice.matmuls if not choice.owns_weight(m)]
@@ -97,7 +91,7 @@ class LearnRounding(Pass):
         numbers, curves = dict[str, dict[str, float]](), dict[str, LossCurve]()
         prepare = input_roundings(program, choice.matmuls, self.activation)
         learner = RoundingLearner(
-            program, choice.matmuls, formats, prepare, self._first(), self._plan(), self.last is Last.KL
+            program, choice.matmuls, formats, prepare, self._first(program), self._plan(), self.last is Last.KL
         )
         for index, segment in enumerate(program.track(learner.segments)):
             weights = [m for m in segment.matmuls if todo.get(m.parameter) is m]
@@ -108,8 +102,8 @@ class LearnRounding(Pass):
             misses += [Miss(where(matmul.node), notes.reason) for matmul in weights if notes.reason]
         return PassResult(len(numbers), tuple(misses), numbers, curves=curves)
 
-    def _first(self) -> FirstRounding:
-        return FirstRounding(self.start is Start.GPTQ, self.damping, self.correction)
+    def _first(self, program: Program) -> FirstRounding:
+        return FirstRounding(self.start is Start.GPTQ, self.damping, self.correction, ranks_of(program))
 
     def _plan(self) -> TrainingPlan:
         rate = self.rate or 1 / max(1, self.steps)

@@ -100,6 +100,17 @@ def trained() -> dict[str, Any]:
     return {"losses": losses, "vectors": after}
 
 
+def rounded_together() -> dict[str, Any]:
+    """Weights trained on all batches in each step, and on one of them in each; batches of several sizes."""
+    data = batches(2, 1, 3, 2, 1, padded=False)
+    data[0]["attention_mask"][:, :5] = 0
+    learn = "learn-rounding{format=mxint4,activation=mxint8,rate=0.1,"
+    return {
+        "all": result(quantized("llama", f"{learn}train=weights,start=nearest,steps=8,batch=4}} | {LOWER}", data)),
+        "one": result(quantized("llama", f"{learn}steps=4}} | {LOWER}", data)),
+    }
+
+
 def few_batches() -> dict[str, Any]:
     """One batch: of several processes, some have none."""
     return {"llama": result(quantized("llama", LEARNED.replace("steps=4", "steps=0"), batches(2, padded=False)))}

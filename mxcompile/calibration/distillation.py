@@ -43,6 +43,8 @@ class Distillation:
         self.outputs = tuple(self._compared.nodes)
         self.training_losses: list[tuple[int, float]] = []
         self._rows = self._dealt_rows() if self._ranks.count > 1 else None
+        self._nodes = {model: compute_nodes(model.graph.nodes) for model in (program, exact)}
+        self._teacher = Runner(exact)
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -70,7 +72,7 @@ class Distillation:
 
     def expected(self, batch: Inputs) -> dict[str, Tensor]:
         """The teacher's outputs by name, and what else the aims compare."""
-        return self._values(self._exact, Runner(self._exact), batch, self._aims.exact_nodes, self._aims.tokens)
+        return self._values(self._exact, self._teacher, batch, self._aims.exact_nodes, self._aims.tokens)
 
     def leave_out_unlike(self, batch: Inputs) -> bool:
         """Leave out values inside the student that are not those of the teacher at all, judged on one batch.
@@ -186,11 +188,9 @@ class Distillation:
 
     def _sum_gradients(self, tensors: Sequence[Tensor]) -> None:
         if self._ranks.count > 1:
-            gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
-            joined = torch.cat([gradient.flatten() for gradient in gradients])
-            self._ranks.sum(joined)
-            for tensor, part in zip(tensors, joined.split([t.numel() for t in tensors]), strict=True):
-                tensor.grad = part.view_as(tensor)
+            gradients = self._ranks.sum_all([torch.zeros_like(t) if t.grad is None else t.grad for t in tensors])
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                tensor.grad = gradient
 
     def _dealt_rows(self) -> str | None:
         """The size, as traced, of the dimension whose items processes divide: the first of all compared outputs.
@@ -240,7 +240,7 @@ class Distillation:
         if any(isinstance(value, Tensor) and value.dim() and not len(value) for value in inputs.values()):
             return {}
         bound = BoundBatch.of(program, inputs)
-        values = runner.run_nodes(compute_nodes(program.graph.nodes), bound, None, outputs.values())
+        values = runner.run_nodes(self._nodes[program], bound, None, outputs.values())
         rows = {name: bound.visibility.rows(node, values[node]) for name, node in outputs.items()}
         if tokens is not None:
             logits = outputs[self.outputs[0]]

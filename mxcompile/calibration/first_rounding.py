@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.analysis.matmuls import Matmul
+from mxcompile.calibration.ranks import Ranks
 from mxcompile.calibration.second_moments import SecondMoments
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.numerics.column_rounding import ColumnOrder, ColumnRounding, IllConditionedError
@@ -17,12 +18,13 @@ from mxcompile.numerics.reference import largest_exponent
 @dataclass(frozen=True)
 class FirstRounding:
     """gptq: round column by column, later columns compensate earlier ones; otherwise to nearest. damping, correction:
-    as of the pass `gptq`.
+    as of the pass `gptq`. ranks: the processes that share the run and all have the moments.
     """
 
     gptq: bool
     damping: float
     correction: float
+    ranks: Ranks = Ranks()  # noqa: RUF009 - this process alone
 
     def round(
         self, weights: Mapping[Matmul, Tensor], moments: SecondMoments, fmt: MXFormat
@@ -50,7 +52,39 @@ class FirstRounding:
         named = {matmul.node.name: rows for matmul, rows in weights.items()}
         largest = min(largest_exponent(rows.dtype) for rows in named.values())
         rounding = ColumnRounding(fmt, self.damping, ColumnOrder.BLOCKS, None, 0, 0, largest)
-        return rounding.round(moments.target(named, self.damping, self.correction), moments.inputs)
+        return round_columns(self.ranks, rounding, named, moments, self.damping, self.correction)
+
+
+def round_columns(
+    ranks: Ranks,
+    rounding: ColumnRounding,
+    weights: Mapping[str, Tensor],
+    moments: SecondMoments,
+    damping: float,
+    correction: float,
+) -> tuple[Tensor, Tensor]:
+    """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows.
+
+    Several processes that all have the moments round some of the rows each.
+    """
+    count = sum(map(len, weights.values()))
+    if ranks.count == 1 or moments.owner is not None or count < ranks.count:
+        return rounding.round(moments.target(weights, damping, correction), moments.inputs)
+    own = _own_rows(ranks.rows(count), weights)
+    part = {name: weight[own[name]] for name, weight in weights.items()}
+    values, scales = rounding.round(moments.of_rows(own).target(part, damping, correction), moments.inputs)
+    dtype, *others = {weight.dtype for weight in weights.values()}
+    return ranks.collect(values if others else values.to(dtype), count), ranks.collect(scales, count)
+
+
+def _own_rows(rows: slice, weights: Mapping[str, Tensor]) -> dict[str, slice]:
+    """The rows of each weight among the given rows of all weights in order."""
+    own: dict[str, slice] = {}
+    start = 0
+    for name, weight in weights.items():
+        own[name] = slice(*(min(max(end - start, 0), len(weight)) for end in (rows.start, rows.stop)))
+        start += len(weight)
+    return own
 
 
 def by_input(

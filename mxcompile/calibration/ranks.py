@@ -115,6 +115,15 @@ class Ranks:
         if values.data_ptr() != tensor.data_ptr():
             tensor.copy_(values)
 
+    def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of several tensors of equal dtype over all processes, in one exchange."""
+        if self.count == 1 or not tensors:
+            return list(tensors)
+        joined = torch.cat([tensor.flatten() for tensor in tensors])
+        self.sum(joined)
+        parts = joined.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
     def sum_at(self, tensor: Tensor, owner: int) -> None:
         """`sum`, but only the owner gets the sum; the tensors of others keep their values."""
         if self.count == 1:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,14 @@ class BoundBatch:
         return BoundBatch(dict(zip(self.values, values, strict=True)), self.visibility, buffers)
 
 
+class _Step(NamedTuple):
+    """node: to be computed. read: tensors of the program that it reads. dead: what nothing reads after it."""
+
+    node: Node
+    read: list[Node]
+    dead: list[Node]
+
+
 class Runner(Interpreter):
     """Runs parts of a graph on values that the caller holds; tensors of the program are read again for each use.
 
@@ -95,6 +103,7 @@ class Runner(Interpreter):
         self._program = program
         self._buffers: dict[str, Tensor] = {}
         self._saved = SavedWeights()
+        self._planned: tuple[Sequence[Node], list[_Step]] = ((), [])
 
     def run_nodes(
         self,
@@ -111,25 +120,40 @@ class Runner(Interpreter):
         """
         self._program.return_freed()
         outputs = dict.fromkeys(outputs)
-        last = {source: index for index, node in enumerate(nodes) for source in node.all_input_nodes}
         batch = values if isinstance(values, BoundBatch) else BoundBatch.of(self._program, values)
         self.env, self.visibility, self._buffers = dict(batch.values), batch.visibility, batch.buffers
         self._saved = SavedWeights()
         with torch.set_grad_enabled(self.gradients), guards_explained(), self._saved.hooks():
-            for index, node in enumerate(nodes):
-                for source in node.all_input_nodes:
-                    if source.op == "get_attr":
-                        self.env[source] = self.parameter(source)
+            for node, read, dead in self._plan(nodes):
+                for source in read:
+                    self.env[source] = self.parameter(source)
                 self.env[node] = self.run_node(node)
                 batch.visibility.record(node, self.env)
                 if on_value is not None:
                     on_value(node, self.env[node])
-                for source in (*node.all_input_nodes, node):
-                    if last.get(source, index) == index and source not in outputs:
+                for source in dead:
+                    if source not in outputs:
                         self.env.pop(source, None)
         results = {node: self.env[node] for node in outputs}
         self._end_run()
         return results
+
+    def run_node(self, n: Node) -> Any:
+        """Compute a node: fx's own method, without what it notes for tracing, which takes longer than a small op."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return getattr(self, n.op)(n.target, args, kwargs)
+
+    def _plan(self, nodes: Sequence[Node]) -> "list[_Step]":
+        """How nodes are run; made once for nodes that are run again and again."""
+        if self._planned[0] is not nodes:
+            last = {source: index for index, node in enumerate(nodes) for source in node.all_input_nodes}
+            plan: list[_Step] = []
+            for index, node in enumerate(nodes):
+                inputs = node.all_input_nodes
+                read = [source for source in inputs if source.op == "get_attr"]
+                plan.append(_Step(node, read, [n for n in (*inputs, node) if last.get(n, index) == index]))
+            self._planned = nodes, plan
+        return self._planned[1]
 
     def _end_run(self) -> None:
         """Free the values of the last run."""

@@ -8,7 +8,7 @@ predictions. An eighth of the batches is held out, and decides which state is ke
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice, zip_longest
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
 from mxcompile.calibration.latent_weights import LatentWeight, Trained
 from mxcompile.calibration.losses import capped_error, kl_divergence_sum
+from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import BoundBatch, Runner, for_autograd
 from mxcompile.calibration.twin_run import TwinRun
 from mxcompile.errors import PassError
@@ -111,6 +112,7 @@ class Predictions(SegmentOutputs):
         self.outputs = tuple(output_nodes(program)[name] for name in names)
         self._tail = [twin_run.exact_node(node) for node in tail]
         self._exact: list[BoundBatch] = []
+        self._teacher = Runner(twin_run.exact)
 
     def expect(self, batches: Sequence[BoundBatch], float_weights: Mapping[str, Tensor], share: float) -> None:
         """Keep the exact model's batches behind the segment."""
@@ -121,7 +123,7 @@ class Predictions(SegmentOutputs):
         """Mean KL(exact || now) of the visible tokens."""
         del dropped
         exact, twins = self._twin_run.ready(self._exact[index]), map(self._twin_run.exact_node, self.outputs)
-        expected = Runner(self._twin_run.exact).run_nodes(self._tail, exact.fork(self._tail), None, twins)
+        expected = self._teacher.run_nodes(self._tail, exact.fork(self._tail), None, twins)
         losses: list[Tensor] = []
         for node, target in zip(self.outputs, expected.values(), strict=True):
             rows = [batch.visibility.rows(node, value) for value in (target, values[node])]
@@ -133,6 +135,9 @@ class SegmentTraining:
     """weights: those in training, by matmul. importance: of their input channels, by the weights' names.
 
     batches: as they enter the segment. aim: what they are trained towards, which has its targets.
+
+    Of several processes, each has some of the batches. Steps take them from one process after the other, and gradients
+    and losses are summed, so that all processes change their weights alike.
     """
 
     def __init__(
@@ -149,14 +154,18 @@ class SegmentTraining:
         self._batches = list(batches)
         self._program, self._student, self._prepare = program, AlteredRun(program, prepare), prepare
         self._losses: list[tuple[int, float]] = []
+        self._ranks = ranks_of(program)
+        self._counts = self._ranks.gather(len(self._batches))
+        self._before = sum(self._counts[: self._ranks.number])
 
     def train(self) -> HeldOutLoss:
         """Train, and leave the weights in the state with the least loss on the held-out batches.
 
         Raises PassError, which names the step, if the loss becomes NaN or infinite.
         """
-        held = range(len(self._batches) - max(1, len(self._batches) // 8), len(self._batches))
-        if len(self._batches) < 2:
+        total = sum(self._counts)
+        held = range(total - max(1, total // 8), total)
+        if total < 2:
             return HeldOutLoss(math.nan, math.nan, LossCurve((), ()))
         before = least = self._mean_loss(held)
         best = {matmul: weight.state() for matmul, weight in self._weights.items()}
@@ -175,7 +184,7 @@ class SegmentTraining:
         plan, parameters = self._plan, [weight.parameter for weight in self._weights.values()]
         optimizer = (SGD if plan.trained is Trained.ROUNDING else Adam)(parameters, lr=plan.rate)
         schedule = LinearLR(optimizer, 1.0, 0.0, plan.steps)
-        order = cycle(range(count))
+        order = cycle(_in_turn(self._counts, count))
         checks, choices = _ends(plan.steps, _CHECKS), _ends(plan.steps, plan.choices + 1)[:-1]
         for step in range(1, plan.steps + 1):
             loss = self._backward(list(islice(order, plan.batch)))
@@ -204,21 +213,31 @@ class SegmentTraining:
         """Give all weights the gradient of the loss on some batches; returns its mean."""
         total = 0.0
         rounded = {matmul: weight.values().requires_grad_() for matmul, weight in self._weights.items()}
-        for index in indices:
+        for index in self._own(indices):
             loss = self._loss(index, rounded, gradients=True)
             total += loss.item()
             if loss.requires_grad:
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        for matmul, weight in self._weights.items():
-            values = rounded[matmul]
-            weight.backward(torch.zeros_like(values) if values.grad is None else values.grad)
-        return total / sum(self._batches[index].visibility.weight for index in indices)
+        gradients = [torch.zeros_like(v) if v.grad is None else v.grad for v in rounded.values()]
+        for weight, gradient in zip(self._weights.values(), self._ranks.sum_all(gradients), strict=True):
+            weight.backward(gradient)
+        return self._mean(total, indices)
 
     def _mean_loss(self, indices: Sequence[int]) -> float:
         """The weighted mean of the losses on some batches."""
         rounded = {matmul: weight.values() for matmul, weight in self._weights.items()}
-        total = sum(self._loss(index, rounded, gradients=False).item() for index in indices)
-        return total / sum(self._batches[index].visibility.weight for index in indices)
+        total = sum(self._loss(index, rounded, gradients=False).item() for index in self._own(indices))
+        return self._mean(total, indices)
+
+    def _mean(self, total: float, indices: Sequence[int]) -> float:
+        """The weighted mean of losses on some batches of all processes. total: of those that this process has."""
+        weight = sum(self._batches[index].visibility.weight for index in self._own(indices))
+        sums = self._ranks.gather((total, weight))
+        return sum(total for total, _ in sums) / sum(weight for _, weight in sums)
+
+    def _own(self, indices: Sequence[int]) -> list[int]:
+        """Those of some batches that this process has, counted from its first."""
+        return [i - self._before for i in indices if 0 <= i - self._before < len(self._batches)]
 
     def _loss(self, index: int, rounded: Mapping[Matmul, Tensor], *, gradients: bool) -> Tensor:
         tensors = {matmul.parameter: matmul.rows(values) for matmul, values in rounded.items()}
@@ -238,6 +257,13 @@ def _is_float(node: Node) -> bool:
 
 def _between(own: Tensor, exact: Tensor | None, share: float) -> Tensor:
     return own if exact is None or exact.shape != own.shape else own.lerp(exact, share)
+
+
+def _in_turn(counts: Sequence[int], limit: int) -> list[int]:
+    """The first `limit` batches, one from each process in turn. counts: how many consecutive ones each process has."""
+    ends = list(accumulate(counts))
+    parts = [range(end - count, min(end, limit)) for end, count in zip(ends, counts, strict=True)]
+    return [index for turn in zip_longest(*parts) for index in turn if index is not None]
 
 
 def _ends(steps: int, parts: int) -> list[int]:

@@ -28,6 +28,8 @@ PIPELINES = {
     "blocks": f"awq-fold{{{_FORMATS},objective=block}} | round-weights{{format=mxint4}} | {_LOWER}",
     "segments": _DISTILL.replace("OPTIONS", "train=weights,loss=block,scope=segment,rate=0.2"),
     "inner values": _DISTILL.replace("OPTIONS", "train=multipliers,loss=distribution,attention=1,rate=0.01"),
+    "rounding": f"learn-rounding{{format=mxint4,activation=mxint8,steps=4,choices=1}} | {_LOWER}",
+    "weights": _DISTILL.replace("OPTIONS", "train=weights"),
     "weighted": f"round-weights{{format=mxint4,weighted=true}} | {_LOWER}",
 }
 

@@ -213,6 +213,21 @@ def test_losses_and_gradients_are_those_of_whole_batches():
 
 
 @pytest.mark.slow
+def test_rounding_is_trained_alike_in_all_processes():
+    """With all batches in each step as by one process, up to the order of sums; with one, in another order."""
+    (expected,) = rank_processes.run("rounded_together", 1)
+    first, *others = rank_processes.run("rounded_together", 3)
+    for name in expected:
+        tensors = first[name]["tensors"]
+        assert all(torch.equal(tensors[key], other[name]["tensors"][key]) for key in tensors for other in others)
+        assert first[name]["ledger"] == others[0]["ledger"] == others[1]["ledger"]
+    assert sum("did not lower" in miss.reason for miss in first["all"]["ledger"][0][2]) < first["all"]["ledger"][0][1]
+    alone, together = (process["all"]["tensors"] for process in (expected, first))
+    equal = sum(int((together[key] == value).sum()) for key, value in alone.items())
+    assert equal >= 0.99 * sum(value.numel() for value in alone.values())
+
+
+@pytest.mark.slow
 def test_processes_without_a_batch():
     (expected,) = rank_processes.run("few_batches", 1)
     for process in rank_processes.run("few_batches", 3):

@@ -10,10 +10,7 @@ from trained_programs import divergence, small_run
 
 import mxcompile
 from mxcompile.calibration import segment_training
-from mxcompile.calibration.ranks import Ranks
 from mxcompile.errors import PassError, PipelineError
-from mxcompile.formats import MXINT4
-from mxcompile.passes.learn_rounding import LearnRounding
 from mxcompile.pipeline.pipeline import Pipeline
 
 FORMATS = "format=mxint4,activation=mxint8"
@@ -115,10 +112,3 @@ def test_half_precision_stays_so():
 def test_wrong_options_are_named(options):
     with pytest.raises(PipelineError, match=options.split("=")[0]):
         Pipeline.parse(f"learn-rounding{{format=mxint4,{options}}}")
-
-
-def test_several_processes_are_refused():
-    program = mxcompile.trace(build("mlp"), inputs("mlp"))
-    program.ranks = Ranks(0, 2)
-    with pytest.raises(PassError, match="runs in one process"):
-        LearnRounding(MXINT4).run(program)
