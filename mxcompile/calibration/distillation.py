@@ -16,7 +16,8 @@ from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
 from mxcompile.calibration.inner_terms import NEXT_TOKENS, next_tokens
 from mxcompile.calibration.losses import kl_divergence_sum
 from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import BoundBatch, Runner, for_autograd
+from mxcompile.calibration.run import BoundBatch, for_autograd
+from mxcompile.calibration.teacher import Teacher
 from mxcompile.calibration.trained_tensors import TrainedTensors, Training
 from mxcompile.graph.binding import NodeValues, bind_inputs
 from mxcompile.graph.dataflow import compute_nodes, mutated_tensors
@@ -43,8 +44,8 @@ class Distillation:
         self.outputs = tuple(self._compared.nodes)
         self.training_losses: list[tuple[int, float]] = []
         self._rows = self._dealt_rows() if self._ranks.count > 1 else None
-        self._nodes = {model: compute_nodes(model.graph.nodes) for model in (program, exact)}
-        self._teacher = Runner(exact)
+        self._nodes = compute_nodes(program.graph.nodes)
+        self._teacher = Teacher(exact, self._compared.nodes.values())
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -59,7 +60,7 @@ class Distillation:
         what `expected` returns, to compare several students on one batch.
         """
         expected = self.expected(batch) if expected is None else expected
-        actual = self._values(self._program, self._student, batch, self._aims.student_nodes)
+        actual = self._values(self._program, batch, self._aims.student_nodes)
         known: list[Tensor] = []
         if self._aims.predictions:
             outputs = {name: value for name, value in expected.items() if name in self.outputs}
@@ -72,7 +73,7 @@ class Distillation:
 
     def expected(self, batch: Inputs) -> dict[str, Tensor]:
         """The teacher's outputs by name, and what else the aims compare."""
-        return self._values(self._exact, self._teacher, batch, self._aims.exact_nodes, self._aims.tokens)
+        return self._values(self._exact, batch, self._aims.exact_nodes, self._aims.tokens)
 
     def leave_out_unlike(self, batch: Inputs) -> bool:
         """Leave out values inside the student that are not those of the teacher at all, judged on one batch.
@@ -83,7 +84,7 @@ class Distillation:
             return self._aims.predictions or bool(self._aims.terms)
         self._student.gradients = False
         expected = self.expected(batch)
-        actual = self._values(self._program, self._student, batch, self._aims.student_nodes)
+        actual = self._values(self._program, batch, self._aims.student_nodes)
         unlike = {name for term in self._aims.terms for name in term.unlike(expected, actual)}
         self.left_out.update(dict.fromkeys((f"%{name}" for name in sorted(unlike)), _UNLIKE))
         terms = (term.without(unlike) for term in self._aims.terms)
@@ -226,12 +227,7 @@ class Distillation:
         }
 
     def _values(
-        self,
-        program: Program,
-        runner: Runner,
-        batch: Inputs,
-        inner: Mapping[str, Node],
-        tokens: Node | None = None,
+        self, program: Program, batch: Inputs, inner: Mapping[str, Node], tokens: Node | None = None
     ) -> dict[str, Tensor]:
         """The compared outputs and inner values by name, without the rows that a mask hides."""
         every = output_nodes(program)
@@ -240,7 +236,10 @@ class Distillation:
         if any(isinstance(value, Tensor) and value.dim() and not len(value) for value in inputs.values()):
             return {}
         bound = BoundBatch.of(program, inputs)
-        values = runner.run_nodes(self._nodes[program], bound, None, outputs.values())
+        if program is self._exact:
+            values = self._teacher.values(batch, bound, outputs.values())
+        else:
+            values = self._student.run_nodes(self._nodes, bound, None, outputs.values())
         rows = {name: bound.visibility.rows(node, values[node]) for name, node in outputs.items()}
         if tokens is not None:
             logits = outputs[self.outputs[0]]

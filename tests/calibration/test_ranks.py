@@ -220,7 +220,7 @@ def test_rounding_is_trained_alike_in_all_processes():
     for name in expected:
         tensors = first[name]["tensors"]
         assert all(torch.equal(tensors[key], other[name]["tensors"][key]) for key in tensors for other in others)
-        assert first[name]["ledger"] == others[0]["ledger"] == others[1]["ledger"]
+        assert all(first[name]["ledger"] == other[name]["ledger"] for other in others)
     assert sum("did not lower" in miss.reason for miss in first["all"]["ledger"][0][2]) < first["all"]["ledger"][0][1]
     alone, together = (process["all"]["tensors"] for process in (expected, first))
     equal = sum(int((together[key] == value).sum()) for key, value in alone.items())

@@ -329,3 +329,21 @@ def test_randomness_that_the_trace_does_not_show():
     lowered = Pipeline([LowerMX(weight=MXINT8, activation=MXINT8)]).run(trace(model, x))
     with pytest.raises(InputError, match=r"the model is not deterministic: .* dB\)\. Its quantized form"):
         mxcompile.deploy(lowered, model)
+
+
+def test_outputs_are_compared_in_float32_where_products_may_be_less_exact(monkeypatch):
+    precisions = []
+    call = Program.__call__
+
+    def recorded(program, *args, **kwargs):
+        precisions.append(torch.get_float32_matmul_precision())
+        return call(program, *args, **kwargs)
+
+    monkeypatch.setattr(Program, "__call__", recorded)
+    torch.set_float32_matmul_precision("high")
+    try:
+        Pipeline([SmoothQuant()]).run(trace(build("llama"), inputs("llama")), [inputs("llama")])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(precisions) == {"highest"}
