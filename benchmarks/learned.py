@@ -1,0 +1,105 @@
+"""What training gains behind a rounding, on more text than the rounding needs: `distill` and `learn-rounding`.
+
+    python benchmarks/learned.py --formats mxfp4:mxfp4 --rounding "rotate{weight=W;activation=A} | gptq{format=W}" \
+        --training "distill{activation=A;train=weights}" --test-text validation.txt --calibration-text c4.jsonl --tf32
+
+SmolLM2-135M; texts as in `accuracy.py`. The passes of `--rounding` see `--calibration` windows of 512 tokens in batches
+of 16, those of `--training` (several steps with `||` between them, a record each) as many as the text has, in batches
+of `--batch`, with products in TF32 if `--tf32`. `help_nll` is that of Python's help topics, another domain. W and A
+stand for the formats.
+"""
+
+import argparse
+import math
+import sys
+import time
+from itertools import islice
+from typing import Any
+
+import torch
+from accuracy import FLOOR, LOWER, described, parser, texts, write
+from torch import Tensor, nn
+
+import mxcompile
+from mxcompile.calibration.data.windows import token_ids, token_windows
+from mxcompile.cli import smollm2
+from mxcompile.cli.texts import help_text
+from mxcompile.diagnostics.evaluation import evaluate
+from mxcompile.graph.program import Program
+from mxcompile.pipeline.pipeline import Pipeline
+
+Batches = list[dict[str, Tensor]]
+
+
+class Scores:
+    """Scores programs on the test text and the help topics. text: as `accuracy.py` describes it."""
+
+    def __init__(self, model: nn.Module, test: list[Tensor], helps: list[Tensor]) -> None:
+        self._model, self._test, self._helps = model, test, helps
+        self.exact, self.exact_help = (evaluate(model, windows).nll for windows in (test, helps))
+
+    def of(self, program: Program, lower: str, batches: Batches) -> dict[str, float]:
+        """Negative log-likelihoods a token once the program is lowered."""
+        quantized = mxcompile.deploy(Pipeline.parse(lower).run(program, batches), self._model, check=False)
+        return {"nll": evaluate(quantized, self._test).nll, "help_nll": evaluate(quantized, self._helps).nll}
+
+
+def main() -> int:
+    a = options()
+    model, tokenizer = smollm2.load()
+    model = model.to(a.device)
+    rounding = a.calibration
+    a.calibration = max(a.train_windows, rounding)
+    batches, test = texts(a, tokenizer)
+    windows = torch.cat([batch["input_ids"] for batch in batches])
+    help_ids = token_ids(tokenizer, help_text()[200_000:400_000]).to(a.device)
+    scores = Scores(model, test, list(islice(token_windows(help_ids, a.length, tokenizer=tokenizer), 4)))
+    program = mxcompile.trace(model, {"input_ids": windows[:2, :64]})
+    weight, activation = a.formats.split("/" if "/" in a.formats else ":")
+    names = {"=W": f"={weight}", "=A": f"={activation}", ";": ","}
+    few, many = in_batches(windows[:rounding], 16), in_batches(windows, a.batch)
+    lower = filled(LOWER.removeprefix(" | "), names)
+    floor = scores.of(Pipeline.parse(filled(FLOOR, names)).run(program, few), lower, few)["nll"]
+    seconds, done = 0.0, list[str]()
+    for index, text in enumerate([a.rounding, *filter(None, a.training.split("||"))]):
+        torch.backends.cuda.matmul.allow_tf32 = bool(index) and a.tf32
+        began = time.perf_counter()
+        program = Pipeline.parse(filled(text, names)).run(program, many if index else few)
+        seconds, done = seconds + time.perf_counter() - began, [*done, text.strip()]
+        torch.backends.cuda.matmul.allow_tf32 = False
+        row: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "recipe": " | ".join(done), "weight": weight}
+        row |= {"activation": activation, **scores.of(program, lower, few)}
+        row |= {"float_nll": scores.exact, "float_help_nll": scores.exact_help, "rtn_nll": floor}
+        row["gap_closed"] = (floor - row["nll"]) / (floor - scores.exact)
+        row["perplexity"] = math.exp(row["nll"])
+        row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+        row |= described(a, few, test) | {"trained": f"{len(many) * a.batch if index else 0}x512"}
+        write(row | {"seconds": round(seconds, 1)}, a.out)
+    return 0
+
+
+def in_batches(windows: Tensor, size: int) -> Batches:
+    """Whole batches of windows `[windows, tokens]`."""
+    return [{"input_ids": part} for part in windows.split(size) if len(part) == size]
+
+
+def filled(text: str, names: dict[str, str]) -> str:
+    """Passes with the formats for W and A, and commas between options."""
+    for name, value in names.items():
+        text = text.replace(name, value)
+    return text
+
+
+def options() -> argparse.Namespace:
+    options = parser(__doc__)
+    options.add_argument("--rounding", default="gptq{format=W;activation=A;correction=0.25}", help="passes in front")
+    options.add_argument("--training", default="distill{activation=A;train=weights}", help="passes with || between")
+    options.add_argument("--train-windows", type=int, default=1024, help="most windows to train on")
+    options.add_argument("--batch", type=int, default=4, help="windows a training batch")
+    options.add_argument("--tf32", action="store_true", help="train with products in TF32")
+    options.set_defaults(calibration=64)
+    return options.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
