@@ -128,16 +128,24 @@ class Distill(Pass):
         curves = {f"{name} {kind}": curve for name, curve in result.curves.items()}
         if result.tensors is None:
             remove_multipliers(program, inserted)
-            misses.insert(0, Miss(f"{len(chosen)} {kind}", f"{result.reason}: they stay unchanged"))
+            misses.insert(0, Miss(f"{len(chosen)} {kind}", f"{result.reason}{self._too_short()}: they stay unchanged"))
             return PassResult(0, tuple(misses), numbers, curves=curves)
         for name, matmul in chosen.items():
             self._store(program, name, matmul, result.tensors)
         return PassResult(len(chosen.keys() & result.tensors.keys()), tuple(misses), numbers, curves=curves)
 
+    def _too_short(self) -> str:
+        """Why no element can have changed, if steps and rate are too small for that: latents begin on elements."""
+        reach = self._rate() * self.steps / 2  # the sum of a cosine schedule; a step of Adam is about the rate
+        if not self.steps or reach >= 0.5 or self.train not in (Parts.WEIGHTS, Parts.OUTLIERS, Parts.EXPONENTS):
+            return ""
+        return f", as rate x steps / 2 is {reach:.2g} and an element changes half a step away: give more of them"
+
+    def _rate(self) -> float:
+        return self.rate or (_FLOAT_RATE if self.train in _FLOATS else _RATE)
+
     def _distilled(self, program: Program, chosen: Mapping[str, Matmul | None]) -> Distilled:
-        schedule = Schedule(
-            self.steps, self.rate or (_FLOAT_RATE if self.train in _FLOATS else _RATE), self.snapshots, True, self.guard
-        )
+        schedule = Schedule(self.steps, self._rate(), self.snapshots, True, self.guard)
         originals = {name: program.tensor(name).detach() for name in chosen}
 
         def trained(names: Sequence[str]) -> TrainedTensors:

@@ -81,6 +81,15 @@ def test_without_a_gain_nothing_changes(run):
     assert any("did not lower the loss" in miss.reason for miss in trained.ledger[-1].misses)
 
 
+def test_too_few_steps_for_any_change_are_named(run):
+    *_, lower = run
+    trained = lower(f"{ROUND} | {distill(steps=8, rate=0.01)}")
+    (reason,) = [miss.reason for miss in trained.ledger[-1].misses if "stay unchanged" in miss.reason]
+    assert (
+        ", as rate x steps / 2 is 0.04 and an element changes half a step away: give more of them: they stay" in reason
+    )
+
+
 def test_a_loss_that_becomes_nan_is_named(run):
     """With a state from before, that is taken and a miss says so; else it is an error."""
     *_, lower = run
