@@ -1,8 +1,9 @@
 """quantize(x), dequantize(elements, scales) of a cache -> the pointwise operations of the reference.
 
-A decode step rounds the key and value of a token and reads all others. Decomposed, Inductor fuses the first with what
-writes to the cache, and on a CPU the second with the sums of attention, so that bytes are decoded where they are read.
-The arithmetic is the reference's own, which is exact but for the one rounding of an element.
+A decode step rounds the key and value of a token and reads all others; a prompt rounds those of all its tokens.
+Decomposed, Inductor fuses the first with what writes to the cache, and on a CPU the second with the sums of
+attention, so that bytes are decoded where they are read. The arithmetic is the reference's own, which is exact but
+for the one rounding of an element.
 """
 
 import operator
@@ -34,10 +35,14 @@ def decompose_packing(graph: Graph) -> int:
 def _is_of_a_cache(node: Node) -> bool:
     target: Any = node.target
     values = [_value(part) for part in node.args[: _TENSORS[target]]]
-    return not node.kwargs and all(
-        value is not None and value.dim() == _OF_A_CACHE and all(type(size) is int and size for size in value.shape)
-        for value in values
-    )
+    return not node.kwargs and all(value is not None and _has_heads(value) for value in values)
+
+
+def _has_heads(value: Tensor) -> bool:
+    """Batch and tokens may be symbols, as in a prompt of any length; an empty tensor stays with the operator."""
+    *counts, size = value.shape
+    is_known = value.dim() == _OF_A_CACHE and type(size) is int and size > 0
+    return is_known and all(type(count) is not int or count > 0 for count in counts)
 
 
 def _value(node: Any) -> Tensor | None:
