@@ -35,9 +35,12 @@ from mxcompile.numerics.metrics import kl_divergence, negative_log_likelihood, p
 NAME: Final = "mx_cached"
 VALUES: Final = "+values"
 FLOAT: Final = "key=none,value=none"
+FP8: Final = "fp8, one scale"
+"""E4M3 with one scale for a layer's keys and one for its values, the smallest that fits, as other projects do."""
 FORMATS: Final = (
     "mxint8",
     "key=mxfp8,value=mxfp8",
+    FP8,
     "key=mxint6,value=mxint6",
     "key=mxfp6_e2m3,value=mxfp6_e2m3",
     "mxint4",
@@ -56,6 +59,13 @@ FORMATS: Final = (
     "key=mxint4,value=mxint4,window=128,rotate=head+values",
     "key=mxint4,value=mxint4,window=32,sink=4,rotate=head+values",
     "key=mxfp4,value=mxfp4,window=32,rotate=head+values",
+    "key=mxint8,value=mxint8,shift=mean",
+    "key=mxint6,value=mxint6,shift=mean",
+    "key=mxint8,value=mxint4,window=32,shift=mean+values",
+    "key=mxint6,value=mxint4,window=32,rotate=head,shift=mean+values",
+    "key=mxint4,value=mxint4,window=32,shift=mean+values",
+    "key=mxint4,value=mxint4,window=32,rotate=head,shift=mean+values",
+    "key=mxfp4,value=mxfp4,window=32,rotate=head,shift=mean+values",
     "key=mxint4:16,value=mxint4:16,window=32,rotate=head+values",
 )
 QUESTION: Final = (
@@ -68,7 +78,13 @@ class _Attention:
     """What transformers calls for attention: causal, over a cache of `format`."""
 
     def __init__(self) -> None:
-        self.format = CacheFormat.parse(FLOAT)
+        self.format, self.is_fp8 = CacheFormat.parse(FLOAT), False
+
+    def set(self, text: str) -> CacheFormat:
+        """Take the format of a row. Returns it, or that of floats for FP8."""
+        self.is_fp8 = text == FP8
+        self.format = CacheFormat.parse(FLOAT if self.is_fp8 else text.removesuffix(VALUES))
+        return self.format
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
@@ -76,6 +92,8 @@ class _Attention:
         del module, mask  # windows have no padding
         if query.shape[2] != key.shape[2]:
             raise ValueError("this benchmark runs whole windows, not single tokens")
+        if self.is_fp8:
+            key, value = in_fp8(key), in_fp8(value)
         output = cached_attention(query, key, value, None, scaling, True, self.format)
         return output.transpose(1, 2), None
 
@@ -98,15 +116,15 @@ def main() -> None:
         windows = list(token_windows(ids, length, max(1, arguments.tokens // length), tokenizer=tokenizer))
         batches = list(torch.cat(windows).split(max(1, arguments.at_once // length)))
         needles = list(hidden_needles(tokenizer, ids, length, arguments.needles))
-        attention.format = CacheFormat.parse(FLOAT)
+        attention.set(FLOAT)
         exact = [run(model, batch) for batch in batches]
         for recipe in arguments.recipes or [None]:
-            attention.format = CacheFormat.parse(FLOAT)
+            attention.set(FLOAT)
             plain = [run(models[recipe, False], batch) for batch in batches] if recipe else exact
             for text in formats:
-                attention.format = CacheFormat.parse(text.removesuffix(VALUES))
+                form = attention.set(text)
                 row = {"model": smollm2.NAME, "cache": text, "context": length}
-                row |= {"bytes": token_bytes(model.config, attention.format)}
+                row |= {"bytes": token_bytes(model.config, form) // (2 if text == FP8 else 1)}
                 row |= {"recipe": recipe} if recipe else {}
                 row |= measured(models[recipe, text.endswith(VALUES)], batches, exact, plain, needles)
                 write({**row, "text": arguments.text.name, "device": arguments.device}, arguments.out)
@@ -158,6 +176,12 @@ def run(model: Any, tokens: Tensor, kept: int = 0) -> Tensor:
     """Logits `[windows, tokens, vocabulary]`, of the last `kept` tokens if that is not 0."""
     with torch.no_grad():
         return model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits
+
+
+def in_fp8(states: Tensor) -> Tensor:
+    """Rounded to E4M3 with one scale."""
+    scale = states.abs().amax() / torch.finfo(torch.float8_e4m3fn).max
+    return (states / scale).to(torch.float8_e4m3fn).to(states.dtype) * scale
 
 
 def rotated_values(model: Any) -> Any:

@@ -1,12 +1,13 @@
 """Tokens a second and prefill with a key/value cache in MX formats, beside the float cache, in a whole compiled model.
 
     python benchmarks/cache_decode.py --lengths 2048 32768 --layers 8 --out cache-decode-h200.jsonl
-    python benchmarks/cache_decode.py --device cpu --lengths 2048 8192 --processes 1 --out cache-decode-cpu.jsonl
+    python benchmarks/cache_decode.py --device cpu --prompt 32 --processes 1 --lengths 2048 8192
 
 On a GPU a Llama-3-8B of fewer layers, its vocabulary smaller in proportion, random bfloat16 weights; on a CPU
 SmolLM2-135M in bfloat16. Weights are as `--recipe` quantizes them, batch 1, static caches with room for the prompt and
 the generated tokens, greedy. `token_ms` is the mean time between two tokens after a prompt of `context` tokens,
-`prompt_ms` the time to the first, both the least of `--rounds` calls.
+`prompt_ms` the time to the first, both the least of `--rounds` calls. A step over a static cache reads all of it, so
+that `--prompt 32` times the same step without the long prompt.
 
 Each cache and length has a process of its own. `--processes` of them, or all, compile side by side; then each is timed
 while the others wait.
@@ -45,7 +46,7 @@ from mxcompile.numerics.cached_attention import cached_attention
 FLOAT: Final = "key=none,value=none"
 """transformers' own static cache."""
 CACHES: Final = (FLOAT, "mxint8", "key=mxint8,value=mxint4", "mxint4")
-OPTIONS: Final = ("device", "recipe", "layers", "size", "tokens", "rounds", "check", "threads", "patience")
+OPTIONS: Final = ("device", "recipe", "layers", "size", "tokens", "rounds", "check", "threads", "patience", "prompt")
 NAME: Final = "mx_cached"
 _LLAMA: Final[dict[str, Any]] = {
     **{"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -84,20 +85,16 @@ def measure(arguments: argparse.Namespace, cache: str, length: str, meeting: Pat
         torch.set_num_threads(arguments.threads)
     context, name = int(length), f"{cache}:{length}"
     torch.manual_seed(0)
-    source, ids = (smollm if arguments.device == "cpu" and not arguments.size else llama)(arguments, context)
+    load = smollm if arguments.device == "cpu" and not arguments.size else llama
+    source, ids = load(arguments, arguments.prompt or context)
     source.generation_config.eos_token_id = None
     example = {"input_ids": ids[:, :16]}
     options: dict[str, Any] = {"recipe": arguments.recipe, "probe": False}
-    row: dict[str, Any] = {"cache": cache, "context": context}
+    row: dict[str, Any] = {"cache": cache, "context": context, "prompt": ids.shape[1]}
+    form, config = CacheFormat.parse(cache), source.config
+    made = static_cache(config, cache, context + arguments.tokens + 1)
     with ready(meeting, name, arguments.waits, arguments.patience):
         model = mxcompile.quantize_and_compile(source, example, **options)
-        form, config = CacheFormat.parse(cache), model.config
-        room = context + arguments.tokens + 1
-        made = (
-            StaticCache(config=config, max_cache_len=room)
-            if cache == FLOAT
-            else mxcompile.MXCache.of(config, form, room)
-        )
         began = time.perf_counter()
         for _ in range(3):
             tokens = generated(model, ids, made, arguments.tokens)
@@ -108,7 +105,7 @@ def measure(arguments: argparse.Namespace, cache: str, length: str, meeting: Pat
     row["refusal"] = getattr(vars(model).get("_compiled_call"), "refusal", None)
     if context <= arguments.check:
         plain = mxcompile.quantize_and_compile(source, example, compile=False, **options)
-        row |= compared(plain, tokens, form, context)
+        row |= compared(plain, tokens, form, ids.shape[1])
     row |= {"device": arguments.device, "recipe": arguments.recipe, "layers": config.num_hidden_layers}
     row |= {"heads": f"{config.num_attention_heads}/{config.num_key_value_heads}", "torch": torch.__version__}
     row |= {"threads": torch.get_num_threads()} if arguments.device == "cpu" else {}
@@ -117,6 +114,13 @@ def measure(arguments: argparse.Namespace, cache: str, length: str, meeting: Pat
     if arguments.out:
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def static_cache(config: Any, cache: str, room: int) -> Any:
+    """With room for so many tokens."""
+    if cache == FLOAT:
+        return StaticCache(config=config, max_cache_len=room)
+    return mxcompile.MXCache.of(config, CacheFormat.parse(cache), room)
 
 
 def timed(model: Any, ids: Tensor, cache: Any, arguments: argparse.Namespace) -> dict[str, float]:
@@ -238,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="w4a8-mxint-quick")
     parser.add_argument("--caches", nargs="+", default=list(CACHES), help="cache formats: %(default)s")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 32768], help="tokens of the prompt")
+    parser.add_argument("--prompt", type=int, default=0, help="tokens of the prompt, if not the whole length")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=3)

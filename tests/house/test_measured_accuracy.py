@@ -369,22 +369,3 @@ def test_what_calibration_data_are_worth():
     assert f"with each token alike {min(changes):.0f} to {max(changes):.0f} % less is lost" in text
     assert f"with each window alike up to {percent(rows['file, mixed'][1] / long - 1)} more on long windows" in text
     assert {row["calibration_tokens"] for row in results("calibration-data.jsonl")} == {6144}
-
-
-def test_the_table_of_key_value_caches():
-    """A row for every cache but the float one; a dash where a length was not measured."""
-    text, records = page("docs/accuracy.md"), results("cache.jsonl")
-    lengths = sorted({row["context"] for row in records})
-    kl = {(row["cache"], row["context"]): row["kl"] for row in records}
-    assert all(kl["key=none,value=none", length] == 0 for length in lengths)
-    for row in records:
-        name = row["cache"]
-        values = [f"{kl[name, length]:.4f}" if (name, length) in kl else "-" for length in lengths]
-        line = f"| `{name}` | {row['bytes']:,} | {' | '.join(values)} |"
-        assert (line in text) != (name == "key=none,value=none")
-    mxint4 = kl["mxint4", 512]
-    windows = [kl[f"key={fmt},value={fmt},window=32,rotate=head+values", 512] for fmt in ("mxfp4", "mxint4")]
-    assert f"32 exact tokens lose {windows[0]:.3f} (MXFP4) to {windows[1]:.3f} (MXINT4)" in text
-    assert f"which is {mxint4 / windows[1]:.0f} times less than MXINT4 alone" in text
-    assert round(kl["key=mxfp8,value=mxfp8", 512] / kl["mxint8", 512]) == 9  # "a ninth"
-    assert round(kl["key=mxint4,value=none", 512] / kl["key=none,value=mxint4", 512]) == 9  # "nine times the damage"

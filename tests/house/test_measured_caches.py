@@ -1,0 +1,50 @@
+"""Compare what the docs say about key/value caches with the records of the measurements."""
+
+from records import page, results
+
+FLOAT = "key=none,value=none"
+
+
+def test_the_table_of_key_value_caches():
+    """A row for every cache but the float one; a dash where a length was not measured."""
+    text, records = page("docs/accuracy.md"), results("cache.jsonl")
+    lengths = sorted({row["context"] for row in records})
+    kl = {(row["cache"], row["context"]): row["kl"] for row in records}
+    needles = {row["cache"]: row["needles"] for row in records if row["context"] == lengths[-1]}
+    assert all(kl[FLOAT, length] == 0 for length in lengths)
+    for row in records:
+        name = row["cache"]
+        values = [f"{kl[name, length]:.4f}" if (name, length) in kl else "-" for length in lengths]
+        line = f"| `{name}` | {row['bytes']:,} | {' | '.join(values)} | {needles.get(name, '-')} |"
+        assert (line in text) != (name == FLOAT)
+
+
+def test_what_caches_lose():
+    text, records = page("docs/accuracy.md"), results("cache.jsonl")
+    kl = {(row["cache"], row["context"]): row["kl"] for row in records}
+    mxint4 = kl["mxint4", 512]
+    windows = [kl[f"key={fmt},value={fmt},window=32,rotate=head+values", 512] for fmt in ("mxfp4", "mxint4")]
+    assert f"32 exact tokens lose {windows[0]:.3f} (MXFP4) to {windows[1]:.3f} (MXINT4)" in text
+    assert f"which is {mxint4 / windows[1]:.0f} times less than MXINT4 alone" in text
+    assert round(kl["key=mxfp8,value=mxfp8", 512] / kl["mxint8", 512]) == 9  # "a ninth"
+    assert round(kl["key=mxint4,value=none", 512] / kl["key=none,value=mxint4", 512]) == 9  # "nine times the damage"
+    rows = [kl["mxint8", length] for length in (512, 2048, 8192)]
+    assert f"It loses {min(rows):.4f} to {max(rows):.4f} nats at 512 to 8192 tokens" in text
+    assert f"FP8 with one scale {kl['fp8, one scale', 2048] / kl['mxint8', 2048]:.0f} times as much at 2048" in text
+
+
+def test_a_whole_model_with_a_cache():
+    text = " ".join(page("docs/kernels.md").split())
+    rows = {(row["cache"], row["context"]): row for row in results("cache-decode-h200.jsonl")}
+    same = [rows[name, 2048]["same"] for name in ("mxint8", "mxint4", FLOAT)]
+    assert f"{same[0]} (MXINT8) and {same[1]} (MXINT4) of 128 tokens" in text
+    assert f"model, {same[2]} with the float cache" in text
+    assert f"ties within {max(row.get('off', 0) for row in rows.values()):.2f} standard deviations" in text
+    long, short = ([rows[name, tokens]["token_ms"] for name in (FLOAT, "mxint8", "mxint4")] for tokens in (32768, 2048))
+    assert f"took {long[0]:.2f} ms with the float cache, {long[1]:.2f} in MXINT8 and MXINT4" in text
+    assert f"{long[2]:.2f}" == f"{long[1]:.2f}"
+    assert f"at 2048, {short[0]:.2f}, {short[1]:.2f} and {short[2]:.2f}" in text
+    prompts = [rows[name, 2048]["prompt_ms"] for name in ("mxint8", FLOAT)]
+    assert f"took {prompts[0]:.0f} ms with MXINT8 where the float cache took {prompts[1]:.0f}" in text
+    share = rows["mxint8", 32768]["prompt_ms"] / rows[FLOAT, 32768]["prompt_ms"]
+    assert f"a prompt takes {share:.2f} times as long" in text
