@@ -1,12 +1,14 @@
 """attention(q, k, v) -> attention(q, dequantize(quantize(k)), dequantize(quantize(v))): a cache in MX formats.
 
-Keys, behind the rotary embedding, and values are rounded in blocks along the head dimension, before heads are repeated.
-Each token is rounded once, so one run over a text computes what generation computes with the same cache. With exact
-tokens (`window`, `sink`), rotated keys or a `prompt`, the attention becomes one `mx::cached_attention`, told which
-query reads which key exactly. The weights of the model do not change, except for values that are rotated:
+Keys, behind the rotary embedding, and values are rounded in blocks along the head dimension, before heads are
+repeated. Each token is rounded once, so one run over a text computes what generation computes with the same cache.
+With exact tokens (`window`, `sink`), rotated or shifted keys or a `prompt`, the attention becomes one
+`mx::cached_attention`, told which query reads which key exactly. The weights of the model do not change, except for
+values that are rotated:
 
     v_proj rows @ H, o_proj columns @ H^-1        a Hadamard rotation of each value head, which costs nothing
 
+A bias of keys that no position rotates changes no weight of a softmax and is set to zero, so that it costs no bits.
 Values are rotated where that saves a tenth of their error; keys, which cost a rotation of every query, if it saves a
 tenth of the scores' error in all layers. `deploy` stores the format on the module, and `generate` makes such a cache.
 (Yue et al., WKVQuant, arXiv 2402.12065; Liu et al., KIVI, arXiv 2402.02750; Ashkboos et al., QuaRot, arXiv 2404.00456)
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.attentions import CACHED, Attention, Source, ancestors_in_order, find_attentions
+from mxcompile.analysis.attentions import CACHED, STEPS, Attention, Source, ancestors_in_order, find_attentions
+from mxcompile.analysis.folds.key_bias import KeyBias, key_bias
 from mxcompile.analysis.folds.value_rotation import RotatedValues, rotated_values
 from mxcompile.calibration.cache_errors import CacheErrors, measure_cache
 from mxcompile.calibration.run import BoundBatch, Runner
@@ -42,6 +45,7 @@ from mxcompile.pipeline.preservation import REQUIRED_DB, REQUIRED_DB_HALF, check
 
 _WORTH: Final = 0.9
 _NOT_WORTH: Final = f"a rotation of its {{}} would save less than {1 - _WORTH:.0%} of their error"
+_ALL: Final = "all layers"
 _HIDDEN: Final = -1e4  # what is added to a score that a mask hides, or less
 
 
@@ -52,12 +56,21 @@ class Rotation(StrEnum):
     HEAD = "head"
 
 
+class Shift(StrEnum):
+    """none: keys are rounded as they are. mean: after the mean key of the prompt is subtracted."""
+
+    NONE = "none"
+    MEAN = "mean"
+
+
 @dataclass(frozen=True)
 class QuantizeCache(Pass):
     """key, value: formats, none for float.
 
     window: the newest tokens, a query's own one included, that it reads exactly. sink: the first tokens, likewise.
     rotate: head rotates keys and values where it pays; values only in front of the passes that round weights.
+    shift: mean subtracts the mean key of the prompt, or of the first 128 tokens, from all keys, which changes no
+    attention, only their rounding.
     prompt: the first tokens of every text that count as a prompt, which is read exactly; with 0, all tokens are read
     as if the model had generated them.
     """
@@ -67,6 +80,7 @@ class QuantizeCache(Pass):
     window: Annotated[int, Range(0)] = 0
     sink: Annotated[int, Range(0)] = 0
     rotate: Rotation = Rotation.NONE
+    shift: Shift = Shift.NONE
     prompt: Annotated[int, Range(0)] = 0
 
     name = "quantize-cache"
@@ -79,14 +93,16 @@ class QuantizeCache(Pass):
     def run(self, program: Program) -> PassResult:
         """Measure keys and values on the calibration data, rotate what pays, and round the rest."""
         found, misses = find_attentions(program)
-        is_mixed = bool(self.window or self.sink or self.prompt or self.rotate is Rotation.HEAD)
+        is_shifted = self.shift is Shift.MEAN
+        is_mixed = bool(self.window or self.sink or self.prompt or self.rotate is Rotation.HEAD or is_shifted)
         reasons = _reasons(program, [attention for attention in found if not _is_rounded(attention)])
         reasons = {a: reason or (_why_not_one_operator(a) if is_mixed else None) for a, reason in reasons.items()}
         attentions = [attention for attention, reason in reasons.items() if reason is None]
         skipped = [Miss(where(attention.node), reason) for attention, reason in reasons.items() if reason]
-        errors = measure_cache(program, attentions, CacheFormat(self.key, self.value))
+        self._drop_key_biases(program, attentions)
+        errors = measure_cache(program, attentions, CacheFormat(self.key, self.value, shift=is_shifted))
         rotates, unrotated = self._rotates_keys(attentions, errors)
-        cache = CacheFormat(self.key, self.value, self.window, self.sink, rotates)
+        cache = CacheFormat(self.key, self.value, self.window, self.sink, rotates, is_shifted)
         folds, unfolded = self._fold_values(program, attentions, errors)
         for attention in attentions:
             self._insert(program, attention, cache)
@@ -96,6 +112,23 @@ class QuantizeCache(Pass):
         numbers = {a.layer: self._numbers(a, cache, errors[a], a.layer in folds) for a in attentions}
         return PassResult(len(attentions), (*misses, *skipped, *unrotated, *unfolded), numbers)
 
+    def _drop_key_biases(self, program: Program, attentions: Sequence[Attention]) -> None:
+        if self.key is not None:
+            found = [key_bias(program, attention) for attention in attentions]
+            self._fold(program, [bias for bias in found if bias is not None])
+
+    def _fold(self, program: Program, folds: Sequence[KeyBias] | Sequence[RotatedValues]) -> None:
+        """Apply folds, and check that they change nothing."""
+        if folds:
+            record_outputs(program)
+            before = program.copy()
+            for fold in folds:
+                fold.apply(program)
+            names = (name for fold in folds for name in fold.parameters)
+            is_half = any(program.tensor(name).dtype.itemsize < 4 for name in names)
+            steps = tuple(Fold(fold.layer, partial(_apply, fold)) for fold in folds)
+            check_preserved(program, before, steps, self.name, REQUIRED_DB_HALF if is_half else REQUIRED_DB)
+
     def _rotates_keys(
         self, attentions: Sequence[Attention], errors: dict[Attention, CacheErrors]
     ) -> tuple[bool, list[Miss]]:
@@ -104,7 +137,7 @@ class QuantizeCache(Pass):
         plain, rotated = (sum(getattr(errors[a], name) for a in attentions) for name in ("scores", "rotated_scores"))
         if rotated < _WORTH * plain:
             return True, []
-        return False, [Miss("all layers", _NOT_WORTH.format("keys"))]
+        return False, [Miss(_ALL, _NOT_WORTH.format("keys"))]
 
     def _fold_values(
         self, program: Program, attentions: Sequence[Attention], errors: dict[Attention, CacheErrors]
@@ -115,26 +148,21 @@ class QuantizeCache(Pass):
         rotations: list[RotatedValues] = []
         layers: list[str] = []
         misses: list[Miss] = []
-        for attention in attentions:
-            is_worth = errors[attention].rotated_values < _WORTH * errors[attention].values
-            found = rotated_values(program, attention) if is_worth else _NOT_WORTH.format("values")
+        worth = [a for a in attentions if errors[a].rotated_values < _WORTH * errors[a].values]
+        if unworthy := [where(a.node) for a in attentions if a not in worth]:
+            misses.append(Miss(_together(unworthy, len(attentions)), _NOT_WORTH.format("values")))
+        for attention in worth:
+            found = rotated_values(program, attention)
             if isinstance(found, str):
                 misses.append(Miss(where(attention.node), found))
             else:
                 rotations.append(found)
                 layers.append(attention.layer)
-        if rotations:
-            record_outputs(program)
-            before = program.copy()
-            folds = tuple(Fold(r.layer, partial(_apply, r)) for r in rotations)
-            for rotation in rotations:
-                rotation.apply(program)
-            is_half = any(program.stored(name).dtype.itemsize < 4 for r in rotations for name in r.parameters)
-            check_preserved(program, before, folds, self.name, REQUIRED_DB_HALF if is_half else REQUIRED_DB)
+        self._fold(program, rotations)
         return frozenset(layers), misses
 
     def _insert(self, program: Program, attention: Attention, cache: CacheFormat) -> None:
-        if cache.has_exact_tokens or cache.rotate or self.prompt:
+        if cache.has_exact_tokens or cache.rotate or cache.shift or self.prompt:
             _insert_attention(program, attention, cache, self.prompt)
             return
         for source, fmt in ((attention.key, self.key), (attention.value, self.value)):
@@ -148,8 +176,16 @@ class QuantizeCache(Pass):
         return errors.numbers(cache, folded) | {"bytes_per_token": float(stored)}
 
 
-def _apply(rotation: RotatedValues, program: Any) -> None:
-    rotation.apply(program)
+def _apply(fold: KeyBias | RotatedValues, program: Any) -> None:
+    fold.apply(program)
+
+
+def _together(places: Sequence[str], total: int) -> str:
+    """Where a miss is that several of `total` layers have."""
+    if len(places) == 1:
+        return places[0]
+    others = "another layer" if len(places) == 2 else f"{len(places) - 1} other layers"
+    return _ALL if len(places) == total else f"{places[0]} and {others}"
 
 
 def _is_rounded(attention: Attention) -> bool:
@@ -157,10 +193,10 @@ def _is_rounded(attention: Attention) -> bool:
 
 
 def _why_not_one_operator(attention: Attention) -> str | None:
-    if not attention.is_fused or attention.scale is None:
+    if attention.scale is None:
         return (
-            "exact tokens and rotated keys need attention as one operator: load the model with sdpa as its attention, "
-            "or take window=0, sink=0, rotate=none, prompt=0"
+            "exact tokens and rotated keys need attention that multiplies its scores by a number and masks them once: "
+            "load the model with sdpa as its attention, or take window=0, sink=0, rotate=none, shift=none, prompt=0"
         )
     sources = (attention.query, attention.key.node, attention.value.node)
     if not all(node.meta["val"].dim() == 4 for node in sources):
@@ -186,8 +222,12 @@ def _insert_attention(program: Program, attention: Attention, cache: CacheFormat
     """attention(q, k, v, mask) -> mx::cached_attention(q, k, v, mask, ...)."""
     key, value = attention.key.node, attention.value.node
     mask = attention.masks[0] if attention.masks else None
+    if attention.hides:
+        mask = insert_call(program, attention.node, torch.ops.aten.logical_not.default, (mask,), f"{mask}_visible")
     args = (attention.query, key, value, mask, attention.scale, attention.is_causal, str(cache), prompt)
     new = insert_call(program, attention.node, CACHED_ATTENTION, args, f"{attention.node.name}_cached")
+    if attention.steps is not None:
+        new.meta[STEPS] = attention.steps
     attention.node.replace_all_uses_with(new)
     program.graph.erase_node(attention.node)  # it may draw random numbers, so nothing else removes it
 
@@ -196,7 +236,13 @@ def _reasons(program: Program, attentions: Sequence[Attention]) -> dict[Attentio
     """Why generation caches no keys and values of an attention in MX, or None."""
     masks = {mask for attention in attentions for mask in attention.masks}
     values = _evaluated(program, masks) if masks else {}
-    return {attention: _why_not(attention, [values[mask] for mask in attention.masks]) for attention in attentions}
+    return {attention: _why_not(attention, _seen(attention, values)) for attention in attentions}
+
+
+def _seen(attention: Attention, values: dict[Node, Tensor]) -> list[Tensor]:
+    """The masks of an attention, bool ones true where a key is attended to."""
+    masks = [values[mask] for mask in attention.masks]
+    return [~mask.bool() for mask in masks] if attention.hides else masks
 
 
 def _why_not(attention: Attention, masks: Sequence[Tensor]) -> str | None:

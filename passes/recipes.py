@@ -4,7 +4,9 @@ from typing import Final
 
 from mxcompile.errors import PipelineError, UnknownNameError
 from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat
-from mxcompile.passes import PASSES, Allocate, LowerMX
+from mxcompile.numerics.cache_format import CacheFormat
+from mxcompile.passes import PASSES, Allocate, LowerMX, QuantizeCache
+from mxcompile.passes.quantize_cache import Rotation, Shift
 from mxcompile.pipeline.pipeline import Pipeline
 
 DEFAULT: Final = "w4a8-mxint"
@@ -60,11 +62,25 @@ _STUDIED: Final = (
 )
 """The best pipeline for FP8 weights and activations in `benchmarks/study.toml`, in every block size."""
 _CALIBRATED: Final = {**_FOUR_BITS, **_EIGHT_BITS}
+_CACHES: Final = {
+    "kv8": "quantize-cache",
+    "kv6": "quantize-cache{value=mxint4,window=32,rotate=head}",
+    "kv4": "quantize-cache{key=mxint4,value=mxint4,window=32,rotate=head,shift=mean}",
+}
+"""Caches that lose less than 0.002, 0.012 and 0.02 nats of KL divergence a token (`benchmarks/cache.py`)."""
+_CACHED: Final = ("w8a8-mxint", "w4a8-mxint", "w4a4-mxfp")
+
+
+def _cached(recipe: str, cache: str) -> str:
+    return f"{_CACHES[cache]} | {_learned(*_CALIBRATED[recipe])}"
+
+
 RECIPES: Final[dict[str, str]] = {
     **{name: _learned(*formats) for name, formats in _CALIBRATED.items()},
     "w8a8-mxfp": _STUDIED,
     **{f"{name}-quick": _rounded(*formats) for name, formats in _CALIBRATED.items()},
     **{name: _rounded(*formats) for name, formats in _MORE_BITS.items()},
+    **{f"{recipe}-{cache}": _cached(recipe, cache) for recipe in _CACHED for cache in _CACHES},
 }
 
 
@@ -109,6 +125,21 @@ def with_bits(recipe: str | Pipeline, bits: float) -> Pipeline:
         allocate = Allocate(formats, bits=bits, activations=inputs)
     place = next(i for i, current in enumerate(pipeline.passes) if "overrides" in vars(current))
     return Pipeline([*pipeline.passes[:place], allocate, *pipeline.passes[place:]])
+
+
+def with_cache(recipe: str | Pipeline, cache: str | CacheFormat) -> Pipeline:
+    """A recipe that also gives keys and values of generation a format, as `CacheFormat.parse` reads it.
+
+    `quantize-cache` goes first: it may rotate values by the weights that are rounded later, and passes that learn then
+    see the attention that generation will compute. Raises PipelineError for a recipe that chooses a format already.
+    """
+    pipeline = as_pipeline(recipe)
+    if any(isinstance(current, QuantizeCache) for current in pipeline.passes):
+        raise PipelineError(f"cache {cache}: the recipe has a quantize-cache already; change its options in the text")
+    form = CacheFormat.parse(cache) if isinstance(cache, str) else cache
+    rotate = Rotation.HEAD if form.rotate else Rotation.NONE
+    shift = Shift.MEAN if form.shift else Shift.NONE
+    return Pipeline([QuantizeCache(form.key, form.value, form.window, form.sink, rotate, shift), *pipeline.passes])
 
 
 def weight_formats(pipeline: Pipeline) -> set[MXFormat]:

@@ -156,7 +156,7 @@ def calls(tmp_path_factory) -> dict[str, tuple[Callable[..., Any], dict[str, Any
             mxcompile.MXCache,
             {
                 **{"config": LlamaConfig(num_hidden_layers=2), "key": "mxint8", "value": None, "window": 0, "sink": 0},
-                **{"max_length": 8, "rotate": False},
+                **{"max_length": 8, "rotate": False, "shift": False},
             },
         ),
         "prepare_training": (

@@ -11,7 +11,9 @@ from typing import Any, Final, cast
 import torch
 from torch.fx import Node
 
+from mxcompile.analysis.score_steps import Step, insert_steps, score_steps
 from mxcompile.graph.dataflow import CASTS, SAME_VALUE, operand, shapes_are_equal, swapped_axes
+from mxcompile.graph.edit import insert_call
 from mxcompile.graph.program import Program, module_path, where
 from mxcompile.graph.records import Miss
 from mxcompile.ops import CACHED_ATTENTION
@@ -33,6 +35,8 @@ _ON_SCORES: Final = _PLAIN | _SCALES | {
 }  # fmt: skip
 
 
+STEPS: Final = "mx_score_steps"
+"""Key of `Node.meta` on a `mx::cached_attention` in place of a decomposed attention: its `ScoreSteps.steps`."""
 CACHED: Final = "mx_cached"
 """Key of `Node.meta` on the `mx::dequantize` of keys or values as a cache returns them."""
 
@@ -64,8 +68,9 @@ class Source:
 class Attention:
     """One attention. node: its result, `[batch, heads, queries, size]`. query: `[batch, heads, queries, head_dim]`.
 
-    masks: what is added to the scores or selects them (one, if it is fused). scale: None where it is not one number
-    times the scores. is_fused: whether it is one node.
+    masks: what is added to the scores or selects them (one, if it is fused). scale: None where the scores are not
+    multiplied by one number and then masked at most once. hides: whether its mask is true where a key is hidden. steps:
+    what is done to the scores, if it is decomposed and has a scale.
     """
 
     node: Node
@@ -75,7 +80,8 @@ class Attention:
     masks: tuple[Node, ...]
     scale: float | None
     is_causal: bool
-    is_fused: bool
+    hides: bool = False
+    steps: tuple[Step, ...] | None = None
 
     @property
     def layer(self) -> str:
@@ -106,13 +112,13 @@ def _fused(node: Node) -> Attention | str:
     masks = (mask,) if isinstance(mask, Node) else ()
     sources = _source(node, 1, key), _source(node, 2, value)
     number = float(scale) if isinstance(scale, (int, float)) else None
-    return Attention(node, query, *sources, masks, number, bool(operand(node, 5)), True)
+    return Attention(node, query, *sources, masks, number, bool(operand(node, 5)))
 
 
 def _decomposed(node: Node) -> Attention | None:
     """The attention that ends in a matmul of weights and values; None if another matmul."""
     left, right = _MATMULS[cast(Any, node.target)]
-    softmax = operand(node, left)
+    softmax = weights = operand(node, left)
     while isinstance(softmax, Node) and softmax.target in _PLAIN | {aten.slice.Tensor}:
         softmax = operand(softmax, 0)
     if not isinstance(softmax, Node) or softmax.target not in _SOFTMAX:
@@ -128,9 +134,12 @@ def _decomposed(node: Node) -> Attention | None:
     if axes[-2:] != (len(axes) - 1, len(axes) - 2):
         return None
     key = _source(transposed, 0, cast(Node, operand(transposed, 0)))
-    return Attention(
-        node, operand(scores, q_at), key, _source(node, right, operand(node, right)), tuple(masks), None, False, False
-    )
+    value, query = _source(node, right, operand(node, right)), operand(scores, q_at)
+    steps = score_steps(weights, scores) if scores.target is not aten.baddbmm.default else None
+    if steps is None:
+        return Attention(node, query, key, value, tuple(masks), None, False)
+    only = () if steps.mask is None else (steps.mask,)
+    return Attention(node, query, key, value, only, steps.scale, False, steps.hides, steps.steps)
 
 
 def _scores(node: Any, masks: list[Node]) -> Node | None:
@@ -198,11 +207,26 @@ def with_exact_cache(program: Program) -> Program:
 
 
 def _restore(program: Program, node: Node) -> None:
-    """mx::cached_attention -> the model's own operator: inputs rounded behind it magnify differences of float sums."""
-    query, key, value, mask, scale, is_causal = node.args[:_CACHE]
-    with program.graph.inserting_before(node):
-        args = (query, key, value, mask, 0.0, is_causal)
-        attention = program.graph.call_function(_FUSED, args, {"scale": scale, "enable_gqa": True})
-    attention.meta = dict(node.meta)
+    """mx::cached_attention -> the model's own operators: inputs rounded behind it magnify differences of float sums."""
+    query, key, value, mask, scale, is_causal = cast(Any, node.args[:_CACHE])
+    if (steps := node.meta.get(STEPS)) is not None:
+        attention = _decompose(program, node, steps)
+    else:
+        with program.graph.inserting_before(node):
+            args = (query, key, value, mask, 0.0, is_causal)
+            attention = program.graph.call_function(_FUSED, args, {"scale": scale, "enable_gqa": True})
+        attention.meta = dict(node.meta)
     node.replace_all_uses_with(attention)
     program.graph.erase_node(node)
+
+
+def _decompose(program: Program, node: Node, steps: tuple[Step, ...]) -> Node:
+    query, key, value, mask = cast(Any, node.args[:4])
+    copies = query.meta["val"].shape[1] // key.meta["val"].shape[1]
+    repeat = aten.repeat_interleave.self_int
+    if copies > 1:
+        key, value = (insert_call(program, node, repeat, (part, copies, 1), None) for part in (key, value))
+    transposed = insert_call(program, node, aten.transpose.int, (key, 2, 3), None)
+    product = insert_call(program, node, aten.matmul.default, (query, transposed), None)
+    weights = insert_steps(program, node, product, mask, steps)
+    return insert_call(program, node, aten.matmul.default, (weights, value), None)

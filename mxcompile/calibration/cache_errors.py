@@ -41,7 +41,7 @@ class CacheErrors:
         """Query `[..., heads, tokens, size]`, key and value `[..., kv heads, tokens, size]`."""
         query, key, value = query.float(), key.float(), value.float()
         moments = _moments(query, key.shape[-3] if key.dim() == 4 else 1)
-        rotated = CacheFormat(cache.key, None, rotate=True)
+        rotated = CacheFormat(cache.key, None, rotate=True, shift=cache.shift)
         block = head_rotation(value.shape[-1])
         for prefix, rounded in (("", rounded_keys(key, cache)), ("rotated_", rounded_keys(key, rotated))):
             self._add(f"{prefix}keys", _relative(key, rounded))

@@ -33,6 +33,7 @@ from mxcompile.cli.model_free import ModelFreeOptions, quantize_model_free
 from mxcompile.cli.progress import waiting
 from mxcompile.cli.quantize_options import (
     Bits,
+    Cache,
     DryRun,
     Exclude,
     Include,
@@ -46,7 +47,7 @@ from mxcompile.cli.quantize_options import (
 )
 from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.errors import InputError, RecoveryError
-from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats, with_bits
+from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats, with_bits, with_cache
 
 
 def quantize(
@@ -55,6 +56,7 @@ def quantize(
     format: Format = None,
     recipe: Annotated[str, typer.Option(help="a recipe or pipeline")] = QUICK,
     bits: Bits = None,
+    cache: Cache = None,
     min_recovery: MinRecovery = None,
     metric: Annotated[Metric, typer.Option(help="the measure of recovery")] = Metric.TOP1,
     force: Annotated[bool, typer.Option("--force", help="write it anyway")] = False,
@@ -86,6 +88,8 @@ def quantize(
 
     --bits 4.5: weights get formats of 4, 6 and 8 bits, 4.5 with scales on average, by what each costs the model.
 
+    --cache mxint8: keys and values of generation get a format, too, and recovery counts what that loses.
+
     --low-memory: weights are read from the model's files when they are used, and written to files when they change.
     The result has the same bytes. Finished parts are always kept until it is written (--resume names their folder).
 
@@ -102,12 +106,13 @@ def quantize(
     if launched() and (model_free or low_memory):
         raise InputError("--model-free and --low-memory run in one process: start them without torchrun")
     if model_free:
-        _check_model_free(min_recovery, resume, bits)
+        _check_model_free(min_recovery, resume, bits, cache)
         chosen = ModelFreeOptions(out, format, recipe, device, workers, dry_run, include or (), exclude or ())
         return _without_model(model, chosen, as_json)
     if dry_run or workers > 1 or include or exclude:
         raise InputError("--dry-run, --workers, --include and --exclude are options of --model-free: give that too")
     recipe = recipe if bits is None else str(with_bits(recipe, bits))
+    recipe = recipe if cache is None else str(with_cache(recipe, cache))
     check_destination(out, format)
     check_apart(resume, out)
     sources = calibration, calibration_text, calibration_length, calibration_like, calibration_self
@@ -177,12 +182,13 @@ def _report(
     screen.print(f"{verdict}; written to {written} (mxcompile generate {written} --prompt ...)", markup=False)
 
 
-def _check_model_free(min_recovery: float | None, resume: Path | None, bits: float | None) -> None:
+def _check_model_free(min_recovery: float | None, resume: Path | None, bits: float | None, cache: str | None) -> None:
     """Raise InputError for options that --model-free does not have."""
-    if bits is not None:
-        raise InputError(
-            "--bits runs the model to choose formats, which --model-free does not load: leave one of them out"
-        )
+    for name, option, why in (("bits", bits, "choose formats"), ("cache", cache, "find its keys and values")):
+        if option is not None:
+            raise InputError(
+                f"--{name} runs the model to {why}, which --model-free does not load: leave one of them out"
+            )
     if min_recovery is not None:
         raise InputError("--min-recovery compares models, which --model-free does not load: leave one of them out")
     if resume is not None:

@@ -10,6 +10,10 @@ Bits = Annotated[
     float | None,
     typer.Option(min=0.0, help="stored bits a weight: each gets one of several formats, where they matter most"),
 ]
+Cache = Annotated[
+    str | None,
+    typer.Option(help="format of the key/value cache: mxint8, or key=mxint8,value=mxint4,window=32,rotate=head"),
+]
 Resume = Annotated[
     Path | None, typer.Option(help="folder for finished parts: the same command, started again, goes on from there")
 ]

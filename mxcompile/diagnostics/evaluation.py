@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.arguments import checked
+from mxcompile.checkpoint.hf.cached_forward import cache_of, reading_its_cache
 from mxcompile.errors import InputError, UnknownNameError
 from mxcompile.graph.masks import shown_tokens
 from mxcompile.numerics.metrics import kl_divergence, negative_log_likelihood, perplexity, top1_agreement
@@ -84,6 +85,8 @@ def evaluate(
     windows: scored one after the other, so that memory holds the logits of one; a single tensor is scored row by row.
         A window may also be a tokenizer's output with `input_ids` and an `attention_mask` `[batch, length]`, which the
         models get, and whose hidden tokens (padding) are not scored.
+
+    A model with a cache in MX formats (`quantize-cache`) reads keys and values as if it had generated every token.
 
     Every token of a window except the first is predicted from those before it; with a mask, every visible token behind
     a visible one. A window of one token has none. Raises InputError if no window has two tokens, if a model fails,
@@ -232,8 +235,13 @@ def _logits(model: nn.Module, arguments: Mapping[str, Tensor]) -> Tensor:
     """`[batch * (length - 1), vocabulary]`: the logits that predict every token except the first."""
     name, window = type(model).__name__, arguments[_IDS]
     device = device_of(model)
+    cache, placed = cache_of(model), {name: value.to(device) for name, value in arguments.items()}
     try:
-        output: Any = model(**{name: value.to(device) for name, value in arguments.items()}, use_cache=False)
+        if cache is None:
+            output: Any = model(**placed, use_cache=False)
+        else:
+            with reading_its_cache(model, cache):
+                output = model.forward(**placed, use_cache=False)  # not compiled: its attention is another
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{name} fails on token ids {list(window.shape)}: {reason}") from error

@@ -28,6 +28,7 @@ from mxcompile.formats import MXFormat, parse_format, parse_scale_rule
 from mxcompile.inductor import notes_for_generate, why_no_inductor
 from mxcompile.kernels.dispatch import choices, expert_choices, rounding_choices, why_not_fp8
 from mxcompile.kernels.layout.planes import PlanarScaling, scaling_for
+from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
 
@@ -42,16 +43,31 @@ def explain_quantized(model: nn.Module, device: torch.device) -> Explanation:
     saved = sum(layer.bytes_before - layer.bytes_after for layer in layers if layer.weight is not None)
     uncompiled, notes = why_no_inductor(device), (notes_for_vllm(layers), notes_for_generate(model))
     vllm, generate = notes
-    generate = (*_cache_lines(model), *generate)
+    generate = (*cache_lines(model, device), *generate)
     return Explanation(str(device), None, group_similar(layers), packed + saved, packed, uncompiled, vllm, generate)
 
 
-def _cache_lines(model: nn.Module) -> tuple[str, ...]:
-    """The format and size of the cache that `generate` makes, if it is not transformers' own."""
+def cache_lines(model: nn.Module, device: torch.device) -> tuple[str, ...]:
+    """The format and size of the cache that `generate` makes, if it is not transformers' own, and how it is read."""
     provenance, config = Provenance.of(model), getattr(model, "config", None)
     if provenance is None or provenance.cache is None or config is None:
         return ()
-    return (cache_line(config.get_text_config().to_dict(), provenance.cache),)
+    line = cache_line(config.get_text_config().to_dict(), provenance.cache)
+    return (line,) if device.type == "cpu" else (line, _reading(provenance.cache))
+
+
+def _reading(cache: CacheFormat) -> str:
+    """When a GPU reads packed bytes, and when it decodes the whole cache first."""
+    if cache.key is None or cache.value is None:
+        why = f"{'keys' if cache.key is None else 'values'} stay in float"
+    elif cache.has_exact_tokens:
+        why = "some tokens are exact (window, sink)"
+    else:
+        return (
+            'attention reads packed bytes with cache_implementation="static", up to a few tokens at a time; a cache '
+            "that grows is decoded before attention"
+        )
+    return f"attention runs on keys and values that were decoded before it, which saves memory but no time: {why}"
 
 
 def notes_for_vllm(layers: Iterable[SelectedKernel]) -> tuple[str, ...]:

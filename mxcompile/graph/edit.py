@@ -16,10 +16,12 @@ PACKS = "mx_packs"
 """Key of `Node.meta` on a `get_attr` of packed elements or scales: the name of the parameter that they pack."""
 
 
-def insert_call(program: Program, before: Node, target: Any, args: tuple[Any, ...], name: str) -> Node:
-    """Insert `name = target(*args)` in front of `before`, with its module path."""
+def insert_call(
+    program: Program, before: Node, target: Any, args: tuple[Any, ...], name: str | None, **kwargs: Any
+) -> Node:
+    """Insert `name = target(*args, **kwargs)` in front of `before`, with its module path. name: None for any."""
     with program.graph.inserting_before(before):
-        node = create_call(program.graph, target, *args, name=name)
+        node = create_call(program.graph, target, *args, name=name, **kwargs)
     _adopt(node, before)
     return node
 

@@ -15,7 +15,8 @@ from mxcompile.formats import MXINT8, MXFormat, ScaleRule, activation_rule, chec
 
 _NONE: Final = "none"
 _ROTATED: Final = "head"
-_NAMES: Final = ("key", "value", "window", "sink", "rotate")
+_SHIFTED: Final = "mean"
+_NAMES: Final = ("key", "value", "window", "sink", "rotate", "shift")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class CacheFormat:
 
     window: the newest tokens, a query's own one included, whose keys and values are exact. sink: the first tokens of
     the cache, which stay exact. rotate: keys are rounded after a Hadamard rotation of each head
-    (`head_rotation`), which a query shares. Values are rotated by folding (`quantize-cache`), never here.
+    (`head_rotation`), which a query shares. Values are rotated by folding (`quantize-cache`), never here. shift: the
+    mean key of the prompt is subtracted from all keys of a head before they are rounded, and never added again: it
+    changes all scores of a query by one number, so that their softmax stays the same.
     Scales follow the format's default rule (`formats.activation_rule`): floor for integers, rceil for MXFP8, 7.25 for
     MXFP4.
     Raises MXCompileError for a negative window or sink, and for a format that cannot be stored; ArgumentError for a
@@ -36,6 +39,7 @@ class CacheFormat:
     window: int = 0
     sink: int = 0
     rotate: bool = False
+    shift: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -73,11 +77,12 @@ class CacheFormat:
     def __str__(self) -> str:
         parts = [f"key={self.key or _NONE}", f"value={self.value or _NONE}"]
         parts += [f"{name}={count}" for name, count in (("window", self.window), ("sink", self.sink)) if count]
-        return ",".join([*parts, *([f"rotate={_ROTATED}"] if self.rotate else [])])
+        parts += [f"rotate={_ROTATED}"] if self.rotate else []
+        return ",".join([*parts, *([f"shift={_SHIFTED}"] if self.shift else [])])
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The inverse of `str`: `key=mxint8,value=mxint4,window=32,sink=4,rotate=head`, in any order.
+        """The inverse of `str`: `key=mxint8,value=mxint4,window=32,sink=4,rotate=head,shift=mean`, in any order.
 
         Keys and values that are not named are MXINT8; `none` keeps them float. One format alone, `mxint8`, is of both.
         Raises UnknownNameError for an unknown name, MXCompileError for a part that is no name and value.
@@ -97,7 +102,10 @@ class CacheFormat:
         rotate = given.get("rotate", _NONE)
         if rotate not in (_NONE, _ROTATED):
             raise UnknownNameError("rotation of a cache", rotate, (_NONE, _ROTATED))
-        return cls(key, value, window, sink, rotate == _ROTATED)
+        shift = given.get("shift", _NONE)
+        if shift not in (_NONE, _SHIFTED):
+            raise UnknownNameError("shift of a cache", shift, (_NONE, _SHIFTED))
+        return cls(key, value, window, sink, rotate == _ROTATED, shift == _SHIFTED)
 
 
 def head_rotation(head_dim: int) -> int:

@@ -7,11 +7,13 @@ when it arrives. The query at place i reads the key and value at place j
 - exactly if `i < prompt_length`: the tokens of the first call, a prompt, attend to what has just been computed,
 - rounded otherwise.
 
-Places count the slots of the cache, padding included. With `prompt_length=0` every token is read as if it had been
-generated: the most that a cache can lose on a text, and what evaluation measures unless told otherwise.
+With `shift`, keys are rounded after the mean key of the prompt is subtracted; without a prompt, of the first 128
+tokens. Places count the slots of the cache, padding included. With `prompt_length=0` every token is read as if it had
+been generated: the most that a cache can lose on a text, and what evaluation measures unless told otherwise.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,13 +24,27 @@ from mxcompile.numerics.cache_format import CacheFormat, head_rotation
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 
 Rounding = Callable[[Tensor, MXFormat, ScaleRule], Tensor]
+_SHIFT_TOKENS = 128
 _QUERIES = 256  # computed at a time: all scores of 8192 tokens would be gigabytes
 
 
-def rounded_keys(key: Tensor, cache: CacheFormat, rounding: Rounding = reference.quantize_dequantize) -> Tensor:
-    """Keys `[batch, kv heads, tokens, head_dim]` as a cache returns them: rounded, and rotated back if it rotates."""
+def mean_key(key: Tensor) -> Tensor:
+    """What a cache with `shift` subtracts from the keys `[..., tokens, head_dim]` of a prompt: `[..., 1, head_dim]`."""
+    return key.float().mean(-2, keepdim=True).to(key.dtype)
+
+
+def rounded_keys(
+    key: Tensor, cache: CacheFormat, prompt_length: int = 0, rounding: Rounding = reference.quantize_dequantize
+) -> Tensor:
+    """Keys `[batch, kv heads, tokens, head_dim]` as a cache returns them, with shift and rotation undone.
+
+    prompt_length: the first tokens, whose mean key is the shift; 0: 128 of them.
+    """
     if cache.key is None or cache.key_rule is None:
         return key
+    if cache.shift:
+        shift = mean_key(key[..., : prompt_length or _SHIFT_TOKENS, :])
+        return rounded_keys(key - shift, replace(cache, shift=False), 0, rounding) + shift
     block = head_rotation(key.shape[-1]) if cache.rotate else 1
     if block == 1:
         return rounding(key, cache.key, cache.key_rule)
@@ -68,7 +84,7 @@ def cached_attention(
     heads, queries = query.shape[1:3]
     first = keys - queries if first_query is None else first_query
     exact = key.float().unsqueeze(2), value.float().unsqueeze(2)
-    held = rounded_keys(key, cache, rounding), rounded_values(value, cache, rounding)
+    held = rounded_keys(key, cache, prompt_length, rounding), rounded_values(value, cache, rounding)
     rounded = held[0].float().unsqueeze(2), held[1].float().unsqueeze(2)
     places = torch.arange(keys, device=key.device)
     added = None if mask is None else _additive(mask).expand(*_broadcast(mask, query, keys))

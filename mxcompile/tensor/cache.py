@@ -20,10 +20,12 @@ _UNCHANGED: Final = ("DynamicSlidingWindowLayer", "StaticSlidingWindowLayer", "D
 class MXCache(Cache):
     """A cache of keys and values in MX formats, for `generate(..., past_key_values=cache)` of any transformers model.
 
-    config: of the model. key, value: their formats, or names of formats; None keeps floats. window: the newest tokens,
-    a query's own one included, that are read exactly; sink: the first tokens, likewise. rotate: round keys after a
-    Hadamard rotation of each head, which 4 bits need. max_length: how many tokens there is room for; all memory is then
-    allocated at the first call and stays in place, as a compiled decode step needs it. None: the cache grows.
+    config: of the model. key, value: their formats, or names of formats; None keeps floats. window: the newest
+    tokens, a query's own one included, that are read exactly; sink: the first tokens, likewise. rotate: round keys
+    after a Hadamard rotation of each head, which 4 bits need. shift: subtract the mean key of the first call, the
+    prompt, from all keys, which changes no attention and takes out what all keys have in common. max_length: how many
+    tokens there is room for; all memory is then allocated at the first call and stays in place, as a compiled decode
+    step needs it. None: the cache grows.
 
     A token is rounded once, when it arrives. Tokens of a prompt attend to exact keys and values while it is read.
     Layers with a sliding window stay as they are.
@@ -41,16 +43,19 @@ class MXCache(Cache):
         max_length: int | None = None,
         *,
         rotate: bool = False,
+        shift: bool = False,
     ) -> None:
         key_format, value_format = (None if part is None else as_format(part) for part in (key, value))
-        self.format = CacheFormat(key_format, value_format, window, sink, rotate)
+        self.format = CacheFormat(key_format, value_format, window, sink, rotate, shift)
         self.max_length = max_length
         super().__init__(layers=_layers(config, self.format, max_length))
 
     @classmethod
     def of(cls, config: Any, form: CacheFormat, max_length: int | None = None) -> Self:
         """A cache of a format that is given as a value."""
-        return cls(config, form.key, form.value, form.window, form.sink, max_length, rotate=form.rotate)
+        return cls(
+            config, form.key, form.value, form.window, form.sink, max_length, rotate=form.rotate, shift=form.shift
+        )
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,8 @@ defines it:
 - a later call of several tokens, a part of a prompt, reads its own exactly and earlier ones as above. While the past is
   recorded these are candidates of assisted decoding, and are read as if they came one by one.
 
+With `shift`, the mean key of the first call is subtracted from all keys, which its own attention does not read.
+
 This file imports transformers, so it is imported only where a cache is made or met.
 """
 
@@ -22,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from mxcompile.errors import InputError
 from mxcompile.numerics.cache_format import CacheFormat
+from mxcompile.numerics.cached_attention import mean_key
 from mxcompile.tensor.cache_coding import Coding
 
 TOKENS: Final = 2
@@ -38,15 +41,19 @@ class GrowingLayer(DynamicLayer):
         self.form, self.codings = form, Coding.of(form)
         self.record_past = False
         self.scales, self.newest, self.first = DynamicLayer(), DynamicLayer(), DynamicLayer()
+        self.shift: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the keys and values of some tokens, `[batch, kv heads, tokens, size]`. Returns those to attend to."""
-        new, start = (key_states, value_states), self.get_seq_length()
+        given, start = (key_states, value_states), self.get_seq_length()
+        if self.form.shift and start == 0:
+            self.shift = mean_key(key_states)
+        new = given if self.shift is None else (key_states - self.shift, value_states)
         coded = [coding.encode(states) for coding, states in zip(self.codings, new, strict=True)]
         super().update(*(elements for elements, _ in coded))
         self.scales.update(*(scales for _, scales in coded))
         self.is_initialized = True
-        states = new if start == 0 else self._read(new, start)
+        states = given if start == 0 else self._read(new, start)
         self._keep_exact(new)
         return states
 
@@ -109,6 +116,7 @@ class GrowingLayer(DynamicLayer):
         for layer in (self, self.scales, self.newest, self.first):
             layer.keys = layer.values = None
             layer.is_initialized = False
+        self.shift = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence `i` that of `beam_idx[i]`."""
@@ -125,7 +133,8 @@ class GrowingLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(states.nbytes for layer in self._layers for states in _held(layer))
+        shift = 0 if self.shift is None else self.shift.nbytes
+        return shift + sum(states.nbytes for layer in self._layers for states in _held(layer))
 
     @property
     def _layers(self) -> tuple[DynamicLayer, ...]:
@@ -133,12 +142,14 @@ class GrowingLayer(DynamicLayer):
 
     def _apply_to_all(self, change: Callable[[Tensor], Tensor]) -> None:
         _apply(self._layers, change)
+        self.shift = None if self.shift is None else change(self.shift)
 
 
 class FixedLayer(StaticLayer):
     """A layer of a cache with room for a number of tokens; its tensors stay in place, as a CUDA graph needs them.
 
     newest: the last tokens in exact form, at `place % room`; places: which ones, `[room]`. first: the first tokens.
+    shift: what is subtracted from keys, `[batch, kv heads, 1, size]`.
     """
 
     def __init__(self, max_cache_len: int, form: CacheFormat) -> None:
@@ -150,6 +161,7 @@ class FixedLayer(StaticLayer):
         self.newest = StaticLayer(max_cache_len=form.window - 1 + _ROLLED_BACK) if form.window > 1 else None
         self.first = StaticLayer(max_cache_len=min(form.sink, max_cache_len)) if form.sink else None
         self.places = torch.zeros(0, dtype=torch.int64)
+        self.shift: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate all tensors. key_states, value_states: some, of which sizes, dtype and device are taken."""
@@ -158,6 +170,8 @@ class FixedLayer(StaticLayer):
         for layer in self._exact_layers:
             layer.lazy_initialization(key_states, value_states)
         self.scales.lazy_initialization(*(scales for _, scales in empty))
+        if self.form.shift:
+            self.shift = torch.zeros_like(key_states[:, :, :1])
         if self.newest is not None:
             room = self.newest.max_cache_len
             self.places = torch.full((room,), -1, dtype=torch.int64, device=key_states.device)
@@ -171,9 +185,12 @@ class FixedLayer(StaticLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new, count = (key_states, value_states), key_states.shape[TOKENS]
+        given, count = (key_states, value_states), key_states.shape[TOKENS]
         if count > self.max_cache_len:
             raise InputError(f"{count} tokens do not fit into an MXCache with max_length={self.max_cache_len}")
+        if self.shift is not None and self.is_empty:
+            self.shift.copy_(mean_key(key_states))
+        new = given if self.shift is None else (key_states - self.shift, value_states)
         places = torch.arange(count, device=key_states.device) + self.cumulative_length
         self.cumulative_length.add_(count)
         for coding, states, into, scales in zip(self.codings, new, _pair(self), _pair(self.scales), strict=True):
@@ -184,7 +201,7 @@ class FixedLayer(StaticLayer):
         if self.is_empty:
             self.is_empty = False
             self._keep_first(new, places)
-            read = new
+            read = given
         else:
             self._keep_first(new, places)
             read = self._read(new, places)
@@ -263,7 +280,8 @@ class FixedLayer(StaticLayer):
     def tensors(self) -> list[Tensor]:
         """All tensors that a step reads and writes; the last is how many tokens there are."""
         layers = (self, self.scales, *self._exact_layers)
-        return [*(states for layer in layers for states in _held(layer)), self.places, self.cumulative_length]
+        shift = [] if self.shift is None else [self.shift]
+        return [*(states for layer in layers for states in _held(layer)), *shift, self.places, self.cumulative_length]
 
     @property
     def nbytes(self) -> int:

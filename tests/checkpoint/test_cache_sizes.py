@@ -9,6 +9,7 @@ import mxcompile
 from mxcompile.checkpoint.cache_sizes import cache_line
 from mxcompile.checkpoint.reader import Checkpoint
 from mxcompile.cli.checkpoint_contents import CheckpointContents
+from mxcompile.diagnostics.explain_quantized import cache_lines
 from mxcompile.numerics.cache_format import CacheFormat
 
 SMOLLM2 = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
@@ -45,3 +46,20 @@ def test_explain_and_inspect_state_it(tmp_path):
     console = Console(record=True, width=200)
     CheckpointContents.of_checkpoint(Checkpoint(tmp_path / "saved")).print_to(console)
     assert line in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("spec", "how"),
+    [
+        ("quantize-cache", 'reads packed bytes with cache_implementation="static"'),
+        ("quantize-cache{window=4}", "no time: some tokens are exact (window, sink)"),
+        ("quantize-cache{key=none,value=mxint4}", "no time: keys stay in float"),
+    ],
+)
+def test_explain_states_how_a_gpu_reads_it(spec, how):
+    model = build("llama")
+    pipeline = mxcompile.Pipeline.parse(f"{spec} | lower-mx{{weight=mxint8}}")
+    deployed = mxcompile.deploy(pipeline.run(mxcompile.trace(model, inputs("llama"))), model)
+    gpu, cpu = (cache_lines(deployed, torch.device(kind)) for kind in ("cuda", "cpu"))
+    assert any(how in line for line in gpu)
+    assert not any("decoded before" in line for line in cpu)

@@ -18,6 +18,7 @@ TEXTS = [
     "key=mxint8,value=mxint4,window=32",
     "key=none,value=mxfp4,sink=4",
     "key=mxint4:16,value=none,window=8,sink=2,rotate=head",
+    "key=mxint4,value=mxint8,rotate=head,shift=mean",
 ]
 
 
@@ -47,6 +48,7 @@ def test_text_form_leaves_out_defaults():
         ("key=mxint9", MXCompileError, "2 to 8 bits"),
         ("window=-1", MXCompileError, "window is a number of tokens"),
         ("rotate=all", UnknownNameError, "rotation of a cache"),
+        ("shift=max", UnknownNameError, "shift of a cache"),
         ("key=mxfp8_e4m3+aligned", MXCompileError, "not aligned"),
     ],
 )
@@ -104,6 +106,21 @@ def test_a_rotation_of_keys_rounds_the_rotated_head():
     assert torch.equal(rounded_values(key, CacheFormat(None, MXINT4, rotate=True)), plain)
 
 
+def test_a_shift_takes_out_what_all_keys_share():
+    """The same up to a number for each query, which its softmax does not see; the mean is that of the prompt."""
+    query, key, value = states(40)
+    offset = torch.linspace(-30, 30, 64)
+    plain, shifted = CacheFormat(MXINT4, None), CacheFormat(MXINT4, None, shift=True)
+    errors = [sqnr_db(key + offset, rounded_keys(key + offset, cache)) for cache in (plain, shifted)]
+    assert errors[1] > errors[0] + 15
+    expected = cached_attention(query, key, value, cache=shifted, **CAUSAL)
+    actual = cached_attention(query, key + offset, value, cache=shifted, **CAUSAL)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    of_prompt = rounded_keys(key, shifted, 10)
+    wanted = rounded_keys(key - key[:, :, :10].mean(2, keepdim=True), plain)
+    torch.testing.assert_close(of_prompt - key[:, :, :10].mean(2, keepdim=True), wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(4, 4, 64, 64), (6, 2, 80, 80), (8, 1, 128, 64)], ids=str)
 def test_a_float_cache_is_plain_attention(shape):
     query, key, value = states(300, *shape)
@@ -117,7 +134,7 @@ def generated(states: list[Tensor], cache: CacheFormat, prompt_length: int) -> T
     """Attention of a prompt and then of one token at a time, each of which sees a list of what it may read."""
     query, key, value = (part.double() for part in states)
     group = query.shape[1] // key.shape[1]
-    stored = [rounded_keys(states[1], cache).double(), rounded_values(states[2], cache).double()]
+    stored = [rounded_keys(states[1], cache, prompt_length).double(), rounded_values(states[2], cache).double()]
     outputs = []
     for i in range(query.shape[2]):
         exact = [i < prompt_length or i - j < cache.window or j < cache.sink for j in range(i + 1)]

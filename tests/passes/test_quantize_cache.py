@@ -1,5 +1,7 @@
 """quantize-cache: what it rounds and leaves, that one run is generation, and what a rotation of heads saves."""
 
+import re
+
 import pytest
 import torch
 from models import build, inputs
@@ -37,7 +39,8 @@ def transformers_model(kind: str, **options):
     implementation = options.pop("implementation", None)
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**TINY, **options}, attn_implementation=implementation)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    return getattr(transformers, name)(config).eval()
 
 
 def planted(kind: str = "Llama", **options):
@@ -139,8 +142,49 @@ def _gemma3():
     return Gemma3ForCausalLM(config).eval()
 
 
-def test_decomposed_attention_has_no_exact_tokens():
-    record = run(MIXED, transformers_model("Llama", implementation="eager"))[1].ledger[-1]
+class Masked(torch.nn.Module):
+    """Attention written by hand, with `masked_fill` and grouped heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = torch.nn.Embedding(128, 64), torch.nn.Linear(64, 128)
+        self.q, self.k, self.v = (torch.nn.Linear(64, size, bias=False) for size in (64, 32, 32))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        batch, tokens = input_ids.shape
+        q, k, v = (layer(hidden).view(batch, tokens, -1, 16).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = (q @ k.transpose(-2, -1)) / 4
+        hidden_keys = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(hidden_keys, float("-inf")).softmax(-1)
+        return self.head((weights @ v).transpose(1, 2).reshape(batch, tokens, 64))
+
+
+def test_decomposed_attention_has_exact_tokens():
+    """As the fused one; without its cache a program has the model's own operators, to the last bit."""
+    models = [transformers_model("Llama", num_key_value_heads=2, implementation=name) for name in ("eager", "sdpa")]
+    before, after = run(MIXED, models[0])
+    assert after.ledger[-1].rewrites == 1
+    torch.testing.assert_close(logits(after), logits(run(MIXED, models[1])[1]), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(logits(after), logits(before))
+    assert torch.equal(logits(with_exact_cache(after)), logits(before))
+
+
+def test_attention_written_by_hand():
+    model = Masked().eval()
+    before, after = run(MIXED, model)
+    assert after.ledger[-1].rewrites == 1
+    ids = before.example.kwargs["input_ids"]
+    assert torch.equal(with_exact_cache(after)(input_ids=ids), model(ids))
+    whole = after(input_ids=ids)
+    assert agreement_db({"y": model(ids)}, {"y": whole})[0] < 60
+    torch.testing.assert_close(after(input_ids=ids[:, :9]), whole[:, :9], rtol=1e-4, atol=1e-5)
+
+
+def test_capped_scores_have_no_exact_tokens():
+    record = run(MIXED, transformers_model("Gemma2", head_dim=16, num_key_value_heads=2))[1].ledger[-1]
     assert record.rewrites == 0
     assert "load the model with sdpa as its attention" in record.misses[0].reason
 
@@ -151,7 +195,10 @@ def test_wrong_options_are_named(option):
         Pipeline.parse(f"quantize-cache{{{option}}}")
 
 
-@pytest.mark.parametrize("spec", ["quantize-cache{key=mxint4,value=mxint4}", MIXED])
+SHIFTED = "quantize-cache{key=mxint4,value=mxint4,shift=mean,prompt=8}"
+
+
+@pytest.mark.parametrize("spec", ["quantize-cache{key=mxint4,value=mxint4}", MIXED, SHIFTED])
 def test_one_run_over_a_text_is_generation(spec):
     """The logits of the last token do not depend on later tokens, nor on how much is read at once."""
     _, after = run(spec, planted())
@@ -188,6 +235,53 @@ def test_outlying_channels_are_rotated(kind):
     assert changed == {"v_proj", "o_proj"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+        ("GPT2", {"n_embd": 64, "n_layer": 1, "n_head": 4}),  # queries, keys and values of one matmul
+    ],
+)
+def test_a_bias_of_keys_costs_no_bits(kind, options):
+    """It changes no weight of a softmax; behind a rotary embedding it does, and stays."""
+    model = transformers_model(kind, **options)
+    biases = {name: bias for name, bias in model.named_parameters() if name.endswith(("k_proj.bias", "c_attn.bias"))}
+    (name,) = biases
+    keys = slice(64, 128) if kind == "GPT2" else slice(None)
+    with torch.no_grad():
+        biases[name].copy_(torch.arange(len(biases[name])) % 7 - 3.0)
+        biases[name][keys] *= 10
+    kept = biases[name].clone()
+    before, after = run("quantize-cache{key=mxint4,value=none}", model)
+    expected = kept.clone()
+    expected[keys] = 0
+    assert torch.equal(after.stored(name), expected)
+    assert torch.equal(biases[name], kept)
+    assert agreement_db({"y": logits(before)}, {"y": logits(with_exact_cache(after))})[0] > 100
+    assert agreement_db({"y": logits(before)}, {"y": logits(after)})[0] > 25
+    rotary = transformers_model("Qwen2", num_key_value_heads=2)
+    with torch.no_grad():
+        rotary.model.layers[0].self_attn.k_proj.bias.fill_(5.0)
+    _, after = run("quantize-cache{key=mxint4,value=none}", rotary)
+    assert torch.equal(after.stored("model.layers.0.self_attn.k_proj.bias"), torch.full((32,), 5.0))
+
+
+@pytest.mark.parametrize("rotate", ["none", "head"])
+def test_a_shift_takes_out_what_all_keys_share(rotate):
+    """A bias on channels that a rotary embedding turns slowly is nearly the same behind it."""
+    model = transformers_model("Qwen2", head_dim=32, num_key_value_heads=2)
+    with torch.no_grad():
+        bias = model.model.layers[0].self_attn.k_proj.bias.zero_()
+        bias[15::16] = 8.0
+    before, plain = run(f"quantize-cache{{key=mxint4,value=none,window=1,rotate={rotate}}}", model)
+    _, shifted = run(f"quantize-cache{{key=mxint4,value=none,shift=mean,rotate={rotate}}}", model)
+    assert shifted.cache is not None
+    assert shifted.cache.shift
+    errors = [agreement_db({"y": logits(before)}, {"y": logits(after)})[0] for after in (plain, shifted)]
+    assert errors[1] > errors[0] + 6
+    assert agreement_db({"y": logits(before)}, {"y": logits(with_exact_cache(shifted))})[0] > 100
+
+
 def test_values_are_rotated_before_weights_are_rounded():
     spec = "lower-mx{weight=mxint8} | quantize-cache{key=mxint4,value=mxint4,rotate=head}"
     record = run(spec, planted())[1].ledger[-1]
@@ -198,7 +292,19 @@ def test_values_are_rotated_before_weights_are_rounded():
 def test_without_outliers_nothing_is_rotated():
     record = run("quantize-cache{key=mxint4,value=mxint4,rotate=head}", transformers_model("Llama", head_dim=32))[1]
     assert record.cache == CacheFormat(MXINT4, MXINT4)
-    assert len([miss for miss in record.ledger[-1].misses if "would save less than 10%" in miss.reason]) == 2
+    misses = record.ledger[-1].misses
+    assert [miss.where for miss in misses[:1]] == ["all layers"]
+    assert all("would save less than 10%" in miss.reason for miss in misses)
+
+
+def test_rotations_that_do_not_pay_are_one_miss():
+    model = transformers_model("Llama", head_dim=32, num_key_value_heads=2, num_hidden_layers=3)
+    spec = "quantize-cache{key=none,value=mxint4,rotate=head}"
+    assert [miss.where for miss in run(spec, model)[1].ledger[-1].misses] == ["all layers"]
+    with torch.no_grad():
+        model.model.layers[2].self_attn.v_proj.weight[::32] *= 40
+    (miss,) = run(spec, model)[1].ledger[-1].misses
+    assert re.fullmatch(r".*model\.layers\.0\.self_attn.* and another layer", miss.where)
 
 
 @pytest.mark.parametrize("spec", ["quantize-cache{key=mxint4,value=mxint4,rotate=head}", MIXED])

@@ -28,7 +28,7 @@ from mxcompile.passes.gptq import Gptq
 from mxcompile.passes.learn_rounding import Last, LearnRounding, Start
 from mxcompile.passes.lower_mx import LowerMX
 from mxcompile.passes.permute import OrderedValues, Permute, SortedBy
-from mxcompile.passes.quantize_cache import QuantizeCache, Rotation
+from mxcompile.passes.quantize_cache import QuantizeCache, Rotation, Shift
 from mxcompile.passes.recipes import RECIPES, as_pipeline, recipes
 from mxcompile.passes.rotate import Rotate, RotationKind
 from mxcompile.passes.round_weights import RoundWeights
@@ -68,7 +68,14 @@ BUILT_IN = {
         st.none() | formats,
     ),
     "quantize-cache": st.builds(
-        QuantizeCache, st.none() | formats, st.none() | formats, grids, grids, st.sampled_from(Rotation), grids
+        QuantizeCache,
+        st.none() | formats,
+        st.none() | formats,
+        grids,
+        grids,
+        st.sampled_from(Rotation),
+        st.sampled_from(Shift),
+        grids,
     ),
     "gptq": st.builds(
         Gptq, formats, st.none() | formats, alphas, st.sampled_from(ColumnOrder), rules, grids, alphas, flags

@@ -1,5 +1,7 @@
 """`MXCache` gives the tokens of the reference operator, however a model generates with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -11,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from mxcompile.errors import InputError
 from mxcompile.formats import MXFP4, MXINT4, MXINT8
 from mxcompile.numerics.cache_format import CacheFormat
-from mxcompile.numerics.cached_attention import rounded_keys, rounded_values
+from mxcompile.numerics.cached_attention import mean_key, rounded_keys, rounded_values
 from mxcompile.tensor.cache import MXCache
 from mxcompile.tensor.cache_layers import FixedLayer, GrowingLayer
 
@@ -23,6 +25,7 @@ FORMS = [
     CacheFormat(MXINT4, MXINT4, window=4, sink=2),
     CacheFormat(MXINT4, None, window=1, rotate=True),
     CacheFormat(None, MXINT4, sink=14),
+    CacheFormat(MXINT4, MXINT4, window=3, sink=1, rotate=True, shift=True),
 ]
 ROOMS = [None, 48]
 
@@ -98,13 +101,15 @@ def test_what_each_call_reads(form, room):
         size = layer.get_mask_sizes(count)
         read = layer.update(*new)
         start, history = history.shape[3], torch.cat([history, new], 3)
+        shift = mean_key(history[0, :, :, :5]) if form.shift else 0.0
+        held = history[0] - shift if start else history[0]
         assert size == (read[0].shape[2], 0)
         is_own = start == 0 or count in (3, 4) or form.window > 0
         places = torch.arange(history.shape[3])
         is_exact = (places > start - form.window if is_own else places < 0) | (places < form.sink)
         is_exact |= (places >= start) & is_own
-        rounded = rounded_keys(history[0], form), rounded_values(history[1], form)
-        for states, exact, lossy in zip(read, history, rounded, strict=True):
+        rounded = rounded_keys(held, replace(form, shift=False)), rounded_values(history[1], form)
+        for states, exact, lossy in zip(read, (held, history[1]), rounded, strict=True):
             expected = torch.where(is_exact[:, None], exact, lossy)
             assert torch.equal(states[:, :, : len(places)], expected)
         if crop:

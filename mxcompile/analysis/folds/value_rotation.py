@@ -20,7 +20,8 @@ from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 
 aten = torch.ops.aten
 _RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten._unsafe_view.default})
-_MOVES = _RESHAPES | SAME_VALUE | TRANSPOSES
+MOVES = _RESHAPES | SAME_VALUE | TRANSPOSES
+"""What may stand between a matmul and an attention that reads its output channels as heads."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _maker(attention: Attention, matmuls: dict[Node, Matmul]) -> Matmul | None:
     node: Any = attention.value.node
     first = attention.value.reader
     while isinstance(node, Node) and node not in matmuls:
-        if node.target not in _MOVES or set(node.users) - {first} or not _moves_heads(node):
+        if node.target not in MOVES or set(node.users) - {first} or not moves_heads(node):
             return None
         first, node = node, operand(node, 0)
     matmul = matmuls.get(node)
@@ -112,13 +113,13 @@ def _reader(attention: Attention, matmuls: dict[Node, Matmul]) -> Matmul | None:
             shape = attention.node.meta["val"].shape
             channels = shape[-3] * shape[-1] if len(shape) == 4 else None
             return matmul if matmul.activation is node and matmul.in_features == channels else None
-        if user.target not in _MOVES or operand(user, 0) is not node or not _moves_heads(user):
+        if user.target not in MOVES or operand(user, 0) is not node or not moves_heads(user):
             return None
         node = user
     return None
 
 
-def _moves_heads(node: Node) -> bool:
+def moves_heads(node: Node) -> bool:
     """Whether a transpose exchanges heads and tokens alone; other ops keep the order of values."""
     if node.target not in TRANSPOSES:
         return True
