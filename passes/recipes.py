@@ -65,7 +65,7 @@ _CALIBRATED: Final = {**_FOUR_BITS, **_EIGHT_BITS}
 _CACHES: Final = {
     "kv8": "quantize-cache",
     "kv6": "quantize-cache{value=mxint4,window=32,rotate=head}",
-    "kv4": "quantize-cache{key=mxint4,value=mxint4,window=32,rotate=head,shift=mean}",
+    "kv4": "quantize-cache{key=mxint4,value=mxint4,window=32,rotate=head}",
 }
 """Caches that lose less than 0.002, 0.012 and 0.02 nats of KL divergence a token (`benchmarks/cache.py`)."""
 _CACHED: Final = ("w8a8-mxint", "w4a8-mxint", "w4a4-mxfp")
