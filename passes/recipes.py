@@ -6,7 +6,6 @@ from mxcompile.errors import PipelineError, UnknownNameError
 from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat
 from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.passes import PASSES, Allocate, LowerMX, QuantizeCache
-from mxcompile.passes.quantize_cache import Rotation, Shift
 from mxcompile.pipeline.pipeline import Pipeline
 
 DEFAULT: Final = "w4a8-mxint"
@@ -137,9 +136,7 @@ def with_cache(recipe: str | Pipeline, cache: str | CacheFormat) -> Pipeline:
     if any(isinstance(current, QuantizeCache) for current in pipeline.passes):
         raise PipelineError(f"cache {cache}: the recipe has a quantize-cache already; change its options in the text")
     form = CacheFormat.parse(cache) if isinstance(cache, str) else cache
-    rotate = Rotation.HEAD if form.rotate else Rotation.NONE
-    shift = Shift.MEAN if form.shift else Shift.NONE
-    return Pipeline([QuantizeCache(form.key, form.value, form.window, form.sink, rotate, shift), *pipeline.passes])
+    return Pipeline([*Pipeline.parse(f"quantize-cache{{{form}}}").passes, *pipeline.passes])
 
 
 def weight_formats(pipeline: Pipeline) -> set[MXFormat]:

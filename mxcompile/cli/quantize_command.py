@@ -87,12 +87,9 @@ def quantize(
     perplexity over the quantized one (perplexity), or exp(-KL) (kl).
 
     --bits 4.5: weights get formats of 4, 6 and 8 bits, 4.5 with scales on average, by what each costs the model.
-
     --cache mxint8: keys and values of generation get a format, too, and recovery counts what that loses.
-
     --low-memory: weights are read from the model's files when they are used, and written to files when they change.
     The result has the same bytes. Finished parts are always kept until it is written (--resume names their folder).
-
     Started by torchrun, several processes share the work; the first one compares, prints and writes.
 
     --model-free: the model is never in memory, and nothing is compared; the recipe must round to nearest. What will be
@@ -111,8 +108,7 @@ def quantize(
         return _without_model(model, chosen, as_json)
     if dry_run or workers > 1 or include or exclude:
         raise InputError("--dry-run, --workers, --include and --exclude are options of --model-free: give that too")
-    recipe = recipe if bits is None else str(with_bits(recipe, bits))
-    recipe = recipe if cache is None else str(with_cache(recipe, cache))
+    recipe = _changed(recipe, bits, cache)
     check_destination(out, format)
     check_apart(resume, out)
     sources = calibration, calibration_text, calibration_length, calibration_like, calibration_self
@@ -124,6 +120,12 @@ def quantize(
     if scratch is not None:
         raise InputError("--scratch is an option of --low-memory: give that too")
     return _compare_and_save(options, recipe, resume, SaveOptions(out, format, min_recovery, metric, force), as_json)
+
+
+def _changed(recipe: str, bits: float | None, cache: str | None) -> str:
+    """The recipe with the passes that --bits and --cache add."""
+    recipe = recipe if bits is None else str(with_bits(recipe, bits))
+    return recipe if cache is None else str(with_cache(recipe, cache))
 
 
 def _without_model(model: str | None, chosen: ModelFreeOptions, as_json: bool) -> None:
