@@ -411,20 +411,22 @@ def test_small_kernels():
 
 
 def test_the_diagnosis():
-    text, (planted, plain) = page("docs/diagnosis.md"), results("diagnosis.jsonl")
+    text, (planted, plain, hidden) = page("docs/diagnosis.md"), results("diagnosis.jsonl")
     assert planted["named"] == planted["named_planted"] == planted["planted"]
     assert plain["named"] == 0
     assert f"of {planted['planted']} of its {planted['layers']} layers" in text
     assert f"no layer exceeds {plain['largest_other_imbalance']:.0f}" in text
     assert f"these have at least {planted['least_planted_imbalance']:.0f}" in text
-    improved, advised = zip(*(_steps(row) for row in (planted, plain)), strict=True)
+    improved, advised = zip(*(_steps(row) for row in (planted, plain, hidden)), strict=True)
     assert f"improves {improved[0]} of {advised[0]} layers of the planted" in text
-    assert f"and {improved[1]} of {advised[1]} of the model as it is" in text
+    assert f", {improved[1]} of {advised[1]} of the model as it is, and {improved[2]} of {advised[2]} with" in text
+    assert (hidden["permute_advised"], hidden["permute_improved"]) == (2, 1)  # "twice", "once"
     assert min(a / b for a, b in zip(improved, advised, strict=True)) > 0.9
 
 
 def _steps(row):
-    return [sum(row[f"{step}_{kind}"] for step in ("fold", "rotate", "bits")) for kind in ("improved", "advised")]
+    steps = ("fold", "permute", "rotate", "bits")
+    return [sum(row.get(f"{step}_{kind}", 0) for step in steps) for kind in ("improved", "advised")]
 
 
 def test_models_larger_than_memory():
