@@ -326,11 +326,14 @@ def test_a_matrix_for_each_block():
 def test_block_sizes_by_matrix():
     """fine-blocks, and one block size for all; blocks of 32 were measured with the orders of channels."""
     text, records = page("docs/accuracy.md"), results("fine-blocks.jsonl")
+    allocated = records[-1]
+    assert allocated["order"].startswith("allocate{formats=[mxint4:128;mxint4:64;mxint4;mxint4:16];bits=4.25")
     uniform = [r for r in results("permute.jsonl") if r["order"] == "none" and r["behind"].startswith("round-weights")]
-    for row in (*records, *(r for r in uniform if r["model"] in {records[0]["model"], records[-1]["model"]})):
+    for row in (*records, *(r for r in uniform if r["model"] in {record["model"] for record in records})):
         variant = row["model"].removeprefix(SMOLLM2).strip() or "original"
         block = row["weight"].partition(":")[2] or 32
-        what = "`fine-blocks`" if row["order"].startswith("fine-blocks") else f"blocks of {block}"
+        chosen = {"fine-blocks": "`fine-blocks`", "allocate": "`allocate` over blocks of 16 to 128"}
+        what = chosen.get(row["order"].partition("{")[0], f"blocks of {block}")
         assert f"| {variant}, {what} | {row['bits']:.3f} | {row['kl']:.3f} |" in text
 
 
