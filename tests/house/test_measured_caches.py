@@ -48,3 +48,10 @@ def test_a_whole_model_with_a_cache():
     assert f"took {prompts[0]:.0f} ms with MXINT8 where the float cache took {prompts[1]:.0f}" in text
     share = rows["mxint8", 32768]["prompt_ms"] / rows[FLOAT, 32768]["prompt_ms"]
     assert f"a prompt takes {share:.2f} times as long" in text
+
+
+def test_caches_beside_those_of_transformers():
+    text = page("docs/accuracy.md")
+    for row in results("cache-peers.jsonl"):
+        name = "`fp8` of transformers 5.24" if row["cache"] == "fp8" else f"`{row['cache']}`"
+        assert f"| {name} | {row['bits']:g} | {row['kl']:.4f} |" in text
