@@ -60,7 +60,7 @@ class Distillation:
         what `expected` returns, to compare several students on one batch.
         """
         expected = self.expected(batch) if expected is None else expected
-        actual = self._values(self._program, batch, self._aims.student_nodes)
+        actual = self._values(True, batch, self._aims.student_nodes)
         known: list[Tensor] = []
         if self._aims.predictions:
             outputs = {name: value for name, value in expected.items() if name in self.outputs}
@@ -73,7 +73,7 @@ class Distillation:
 
     def expected(self, batch: Inputs) -> dict[str, Tensor]:
         """The teacher's outputs by name, and what else the aims compare."""
-        return self._values(self._exact, batch, self._aims.exact_nodes, self._aims.tokens)
+        return self._values(False, batch, self._aims.exact_nodes, self._aims.tokens)
 
     def leave_out_unlike(self, batch: Inputs) -> bool:
         """Leave out values inside the student that are not those of the teacher at all, judged on one batch.
@@ -84,7 +84,7 @@ class Distillation:
             return self._aims.predictions or bool(self._aims.terms)
         self._student.gradients = False
         expected = self.expected(batch)
-        actual = self._values(self._program, batch, self._aims.student_nodes)
+        actual = self._values(True, batch, self._aims.student_nodes)
         unlike = {name for term in self._aims.terms for name in term.unlike(expected, actual)}
         self.left_out.update(dict.fromkeys((f"%{name}" for name in sorted(unlike)), _UNLIKE))
         terms = (term.without(unlike) for term in self._aims.terms)
@@ -227,19 +227,20 @@ class Distillation:
         }
 
     def _values(
-        self, program: Program, batch: Inputs, inner: Mapping[str, Node], tokens: Node | None = None
+        self, of_student: bool, batch: Inputs, inner: Mapping[str, Node], tokens: Node | None = None
     ) -> dict[str, Tensor]:
-        """The compared outputs and inner values by name, without the rows that a mask hides."""
+        """The compared outputs and inner values by name, of student or teacher, without the rows that a mask hides."""
+        program = self._program if of_student else self._exact
         every = output_nodes(program)
         outputs = {name: every[name] for name in self.outputs} | dict(inner)
         inputs = {n: for_autograd(value) for n, value in self._own_rows(bind_inputs(program, batch)).items()}
         if any(isinstance(value, Tensor) and value.dim() and not len(value) for value in inputs.values()):
             return {}
         bound = BoundBatch.of(program, inputs)
-        if program is self._exact:
-            values = self._teacher.values(batch, bound, outputs.values())
-        else:
+        if of_student:  # its program may be the teacher's, with other tensors
             values = self._student.run_nodes(self._nodes, bound, None, outputs.values())
+        else:
+            values = self._teacher.values(batch, bound, outputs.values())
         rows = {name: bound.visibility.rows(node, values[node]) for name, node in outputs.items()}
         if tokens is not None:
             logits = outputs[self.outputs[0]]
