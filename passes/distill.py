@@ -18,14 +18,20 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.multiplier import insert_multipliers, multiplier_of, remove_multipliers
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.calibration.aims import Compared, aims_of
-from mxcompile.calibration.distilled import Distilled, Schedule, distill
-from mxcompile.calibration.latent_weights import Trained
+from mxcompile.calibration.learning.aims import Compared, aims_of
+from mxcompile.calibration.learning.distilled import Distilled, Schedule, distill
+from mxcompile.calibration.learning.latent_weights import Trained
+from mxcompile.calibration.learning.segment_distillation import distill_segments
+from mxcompile.calibration.learning.trained_parts import TrainedLowRank, TrainedOutliers, costly_blocks
+from mxcompile.calibration.learning.trained_tensors import (
+    SCALES,
+    RoundedWeight,
+    TrainedTensors,
+    TrainedVectors,
+    TrainedWeights,
+)
 from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.run import Request
-from mxcompile.calibration.segment_distillation import distill_segments
-from mxcompile.calibration.trained_parts import TrainedLowRank, TrainedOutliers, costly_blocks
-from mxcompile.calibration.trained_tensors import SCALES, RoundedWeight, TrainedTensors, TrainedVectors, TrainedWeights
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, Rounding

@@ -21,7 +21,7 @@ from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.altered_run import Prepare
 from mxcompile.calibration.expert_moments import ExpertStatistics, ExpertTokens, TokenTally
-from mxcompile.calibration.first_rounding import round_columns
+from mxcompile.calibration.learning.first_rounding import round_columns
 from mxcompile.calibration.quantizers import input_roundings
 from mxcompile.calibration.ranks import Ranks, ranks_of
 from mxcompile.calibration.second_moments import SecondMoments

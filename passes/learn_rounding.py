@@ -14,12 +14,12 @@ from typing import Annotated
 
 from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.calibration.first_rounding import FirstRounding
-from mxcompile.calibration.latent_weights import Trained
+from mxcompile.calibration.learning.first_rounding import FirstRounding
+from mxcompile.calibration.learning.latent_weights import Trained
+from mxcompile.calibration.learning.rounding_learner import RoundingLearner
+from mxcompile.calibration.learning.segment_training import TrainingPlan
 from mxcompile.calibration.quantizers import input_roundings
 from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.rounding_learner import RoundingLearner
-from mxcompile.calibration.segment_training import TrainingPlan
 from mxcompile.formats import MXFormat
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Stage, where

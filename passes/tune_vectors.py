@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.distilled import Schedule, distill
-from mxcompile.calibration.trained_tensors import TrainedVectors
+from mxcompile.calibration.learning.distilled import Schedule, distill
+from mxcompile.calibration.learning.trained_tensors import TrainedVectors
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Miss, PassResult

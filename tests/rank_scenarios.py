@@ -18,9 +18,9 @@ from models import build, inputs
 
 import mxcompile
 from mxcompile.calibration.altered_run import AlteredRun
-from mxcompile.calibration.distillation import Distillation
+from mxcompile.calibration.learning.distillation import Distillation
+from mxcompile.calibration.learning.trained_tensors import TrainedVectors
 from mxcompile.calibration.ranks import alone, joined, ranks_of
-from mxcompile.calibration.trained_tensors import TrainedVectors
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.segments import find_segments
 from mxcompile.calibration.altered_run import AlteredRun
-from mxcompile.calibration.distillation import Distillation
 from mxcompile.calibration.group_facts import first_batches
+from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.calibration.observers import (
     ChannelAbsMax,
     ChannelImportance,

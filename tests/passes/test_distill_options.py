@@ -6,7 +6,7 @@ from models import build, inputs, output
 from trained_programs import small_run
 
 import mxcompile
-from mxcompile.calibration.distillation import Distillation
+from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.calibration.ranks import Ranks
 from mxcompile.errors import PassError, PipelineError
 from mxcompile.passes.distill import Distill

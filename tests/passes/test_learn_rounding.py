@@ -9,7 +9,7 @@ from models import build, inputs, output
 from trained_programs import divergence, small_run
 
 import mxcompile
-from mxcompile.calibration import segment_training
+from mxcompile.calibration.learning import segment_training
 from mxcompile.errors import PassError, PipelineError
 from mxcompile.pipeline.pipeline import Pipeline
 

@@ -9,7 +9,7 @@ from models import build, inputs, llama, output
 from torch import Tensor, nn
 
 import mxcompile
-from mxcompile.calibration.distillation import Distillation
+from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.errors import PassError
 from mxcompile.numerics.metrics import kl_divergence
 from mxcompile.passes.tune_vectors import TuneVectors

@@ -5,10 +5,10 @@ import torch
 from models import build, inputs
 
 import mxcompile
-from mxcompile.calibration import teacher
 from mxcompile.calibration.compared_outputs import ComparedOutputs
+from mxcompile.calibration.learning import teacher
+from mxcompile.calibration.learning.teacher import Teacher
 from mxcompile.calibration.run import BoundBatch
-from mxcompile.calibration.teacher import Teacher
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.inputs import Inputs
 

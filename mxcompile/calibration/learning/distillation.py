@@ -10,15 +10,15 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
-from mxcompile.calibration.aims import Aims
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
-from mxcompile.calibration.inner_terms import NEXT_TOKENS, next_tokens
+from mxcompile.calibration.learning.aims import Aims
+from mxcompile.calibration.learning.inner_terms import NEXT_TOKENS, next_tokens
+from mxcompile.calibration.learning.teacher import Teacher
+from mxcompile.calibration.learning.trained_tensors import TrainedTensors, Training
 from mxcompile.calibration.losses import kl_divergence_sum
 from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import BoundBatch, for_autograd
-from mxcompile.calibration.teacher import Teacher
-from mxcompile.calibration.trained_tensors import TrainedTensors, Training
 from mxcompile.graph.binding import NodeValues, bind_inputs
 from mxcompile.graph.dataflow import compute_nodes, mutated_tensors
 from mxcompile.graph.inputs import Inputs

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration import inner_terms
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
-from mxcompile.calibration.inner_terms import InnerTerm
+from mxcompile.calibration.learning import inner_terms
+from mxcompile.calibration.learning.inner_terms import InnerTerm
 from mxcompile.calibration.losses import capped_error
 from mxcompile.errors import PassError
 from mxcompile.graph.program import Program

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import mxcompile
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.aims import Compared, aims_of
-from mxcompile.calibration.inner_terms import distribution_distance, excess_kurtosis, next_tokens, token_input
+from mxcompile.calibration.learning.aims import Compared, aims_of
+from mxcompile.calibration.learning.inner_terms import distribution_distance, excess_kurtosis, next_tokens, token_input
 from mxcompile.errors import PassError
 from mxcompile.pipeline.pipeline import Pipeline
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mxcompile.calibration.latent_weights import Trained
-from mxcompile.calibration.trained_tensors import RoundedWeight, TrainedTensors, TrainedWeights
+from mxcompile.calibration.learning.latent_weights import Trained
+from mxcompile.calibration.learning.trained_tensors import RoundedWeight, TrainedTensors, TrainedWeights
 from mxcompile.formats import SCALE_BIAS
 from mxcompile.numerics import reference
 from mxcompile.numerics.fast_rounding import steps

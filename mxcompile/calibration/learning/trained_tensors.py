@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.calibration.finished_parts import load_part, save_part
-from mxcompile.calibration.latent_weights import LatentWeight, Trained
+from mxcompile.calibration.learning.latent_weights import LatentWeight, Trained
 from mxcompile.graph.program import Program, Rounding
 
 SCALES = " scales"

@@ -2,9 +2,9 @@
 
 import torch
 
-from mxcompile.calibration import trained_tensors
-from mxcompile.calibration.latent_weights import Trained
-from mxcompile.calibration.trained_tensors import RoundedWeight, TrainedWeights, Training
+from mxcompile.calibration.learning import trained_tensors
+from mxcompile.calibration.learning.latent_weights import Trained
+from mxcompile.calibration.learning.trained_tensors import RoundedWeight, TrainedWeights, Training
 from mxcompile.formats import MXFP4, MXINT4, ScaleRule
 from mxcompile.graph.program import Rounding
 from mxcompile.numerics.importance import round_rows

@@ -15,17 +15,17 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.aims import Compared
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.backward_run import reached_by
-from mxcompile.calibration.distilled import Distilled, Schedule
 from mxcompile.calibration.finished_parts import load_part, save_part
-from mxcompile.calibration.inner_terms import InnerTerm, compared_term
+from mxcompile.calibration.learning.aims import Compared
+from mxcompile.calibration.learning.distilled import Distilled, Schedule
+from mxcompile.calibration.learning.inner_terms import InnerTerm, compared_term
+from mxcompile.calibration.learning.trained_tensors import SCALES, TrainedTensors, Training
 from mxcompile.calibration.quantizers import input_roundings, trainable_roundings
 from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import BoundBatch, for_autograd
 from mxcompile.calibration.sweep import Sweep
-from mxcompile.calibration.trained_tensors import SCALES, TrainedTensors, Training
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxcompile.calibration.latent_weights import FAR, LatentWeight, Trained
+from mxcompile.calibration.learning.latent_weights import FAR, LatentWeight, Trained
 from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.numerics import reference
 from mxcompile.numerics.exact_packing import pack_exactly

@@ -20,7 +20,7 @@ from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
-from mxcompile.calibration.latent_weights import LatentWeight, Trained
+from mxcompile.calibration.learning.latent_weights import LatentWeight, Trained
 from mxcompile.calibration.losses import capped_error, kl_divergence_sum
 from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import BoundBatch, Runner, for_autograd
