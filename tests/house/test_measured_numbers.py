@@ -287,8 +287,9 @@ def test_the_experts_on_a_gpu():
 
 
 def one_token():
-    """The latest run of pairs of configs for one token, by shape and layout."""
-    return {(r["shape"], r["layout"]): r for r in results("experts-configs-h200.jsonl") if "run" in r}
+    """Pairs of configs for one token, today's kernels among them, by shape and layout."""
+    rows = results("experts-configs-h200.jsonl")
+    return {(r["shape"], r["layout"]): r for r in rows if r.get("run") == "short addresses"}
 
 
 def test_experts_of_one_token():
@@ -306,6 +307,9 @@ def test_experts_of_one_token():
     assert f"issue slots {used[0][:-2]} to {used[1]} are used" in text
     other, old = (runs["qwen3-moe", layout]["us"] for layout in ("two pieces", "as it is"))
     assert f"{other['Uc']:.1f} and {other['Bc']:.1f} us in place of {old['Bc']:.1f}" in text
+    ordered = next(r["us"] for r in results("experts-configs-h200.jsonl") if r.get("run") == "in order")
+    assert f'Measured (the run "in order"): {ordered["uc"]:.1f} in place of {ordered["Ui"]:.1f} at best' in text
+    assert f"takes {ordered['w-']:.1f} us in place of {ordered['B-']:.1f}, but both then {ordered['wh']:.1f} to" in text
 
 
 def test_a_model_of_experts_on_a_gpu():
