@@ -1,14 +1,16 @@
 """Run the cells of a study that are not finished, and keep each one's record as a line of `cells.jsonl`.
 
-A model is loaded and traced once, and folds that begin the pipelines of several cells run once: such cells are a
-bundle, which one process runs. A study that was killed goes on with the first cell that has no record.
+A model is loaded and traced once, folds that begin the pipelines of several cells run once, and what a pipeline makes
+is scored on all texts: such cells are a bundle, which one process runs. A study that was killed goes on with the first
+cell that has no record.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,17 +88,36 @@ def run_cells(
 
 
 def bundles(cells: Sequence[Cell], most: int | None = None) -> list[list[Cell]]:
-    """The cells of one model; those with the same data and equal first passes are a list, of at most `most` cells."""
-    ordered = sorted(cells, key=lambda cell: (_data_key(cell), str(cell.pipeline)))
+    """The cells of one model; those with the same batches and equal first passes are a list, of about `most` cells.
+
+    The texts of one pipeline stay together.
+    """
+    ordered = sorted(cells, key=lambda cell: (_calibration_key(cell), str(cell.pipeline), _data_key(cell)))
     found: list[list[Cell]] = []
     for cell in ordered:
-        previous = found[-1][-1] if found else None
-        together = previous is not None and _data_key(previous) == _data_key(cell) and len(found[-1]) != most
-        if previous is not None and together and common_folds(previous.pipeline, cell.pipeline):
+        if found and _belongs(cell, found[-1], most):
             found[-1].append(cell)
         else:
             found.append([cell])
     return found
+
+
+def _belongs(cell: Cell, bundle: Sequence[Cell], most: int | None) -> bool:
+    """Whether a cell goes on with what the last one of a bundle has made."""
+    previous = bundle[-1]
+    if _calibration_key(previous) != _calibration_key(cell):
+        return False
+    fits = most is None or len(bundle) < most
+    return previous.pipeline == cell.pipeline or (fits and common_folds(previous.pipeline, cell.pipeline) > 0)
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """A cell's model, and what it took to make it."""
+
+    model: nn.Module
+    seconds: float
+    peak_bytes: int | None
 
 
 class _ModelCells:
@@ -113,28 +134,36 @@ class _ModelCells:
         self._programs: dict[bytes, Program] = {}
 
     def run(self, bundle: Sequence[Cell], finished: Finished) -> None:
-        """Run the cells of a bundle."""
+        """Run the cells of a bundle; those of one pipeline have one model."""
         shared = SharedFolds()
-        for cell, following in zip(bundle, [*(cell.pipeline for cell in bundle[1:]), None], strict=True):
-            try:
-                with waiting(self._console, f"{cell.model.name}: {label(cell.described())}"):
-                    record = self._record(cell, shared, following)
-            except MXCompileError as error:
-                error.add_note(f"in the cell {cell.described()}; finished cells are kept")
-                raise
-            finished.add(record)
-            kl = f"KL {record['kl']:.4f}, {record['seconds']:.1f} s"
-            self._console.print(f"  {cell.model.name} {label(record)}: {kl}", markup=False)
+        by_pipeline = [[*cells] for _, cells in itertools.groupby(bundle, key=lambda cell: cell.pipeline)]
+        for cells, following in zip(
+            by_pipeline, [*(cells[0].pipeline for cells in by_pipeline[1:]), None], strict=True
+        ):
+            quantized: _Quantized | None = None
+            for cell in cells:
+                try:
+                    with waiting(self._console, f"{cell.model.name}: {label(cell.described())}"):
+                        quantized = quantized or self._quantized(cell, shared, following)
+                        record = self._record(cell, quantized)
+                except MXCompileError as error:
+                    error.add_note(f"in the cell {cell.described()}; finished cells are kept")
+                    raise
+                finished.add(record)
+                kl = f"KL {record['kl']:.4f}, {record['seconds']:.1f} s"
+                self._console.print(f"  {cell.model.name} {label(record)}: {kl}", markup=False)
 
-    def _record(self, cell: Cell, shared: "SharedFolds", following: Pipeline | None) -> Record:
+    def _quantized(self, cell: Cell, shared: "SharedFolds", following: Pipeline | None) -> _Quantized:
         data = self._data_of(cell)
         program = self._program_of(cell, data)
         started = time.perf_counter()
         with peak_bytes() as peak:
-            lowered = shared.run(program, cell.pipeline, data.batches, following)
-            quantized = deploy(lowered, self._model)
-        seconds = time.perf_counter() - started
-        scores = score_windows(quantized, data.windows, self._model)
+            model = deploy(shared.run(program, cell.pipeline, data.batches, following), self._model)
+        return _Quantized(model, time.perf_counter() - started, peak())
+
+    def _record(self, cell: Cell, quantized: _Quantized) -> Record:
+        data = self._data_of(cell)
+        scores = score_windows(quantized.model, data.windows, self._model)
         total = total_scores(scores, compared=True)
         text = f"{data.text}, {len(data.windows)} x {data.windows[0].shape[1]}"
         return {
@@ -144,11 +173,11 @@ class _ModelCells:
             "calibrated_on": data.calibration,
             **asdict(total),
             "perplexity": total.perplexity,
-            "bytes": stored_bytes(quantized),
+            "bytes": stored_bytes(quantized.model),
             "reference_bytes": stored_bytes(self._model),
             "windows": [[each.tokens, *each.sums] for each in scores],
-            "seconds": seconds,
-            "peak_bytes": peak(),
+            "seconds": quantized.seconds,
+            "peak_bytes": quantized.peak_bytes,
             "versions": dict(installed_versions()),
         }
 
@@ -157,7 +186,8 @@ class _ModelCells:
         if key not in self._data:
             data = data_without_model(cell.options, self._tokenizer)
             check_data(cell.model.name, self._model, data)
-            self._data = {key: data}
+            kept = {old: each for old, each in self._data.items() if old[1:] == key[1:]}
+            self._data = {**kept, key: data}
         return self._data[key]
 
     def _program_of(self, cell: Cell, data: EvalData) -> Program:
@@ -209,4 +239,10 @@ def common_folds(first: Pipeline, second: Pipeline) -> int:
 
 def _data_key(cell: Cell) -> tuple[Any, ...]:
     """Cells with an equal key have the same windows and batches."""
-    return str(cell.evaluation), str(cell.evaluation.text), str(cell.calibration)
+    return (f"{cell.evaluation} {cell.evaluation.text}", *_calibration_key(cell))
+
+
+def _calibration_key(cell: Cell) -> tuple[str, str]:
+    """Cells with an equal key have the same batches: without a source, they are of the text."""
+    own = cell.calibration is not None and cell.calibration.source is None
+    return str(cell.calibration), f"{cell.evaluation} {cell.evaluation.text}" if own else ""

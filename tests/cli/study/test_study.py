@@ -119,6 +119,28 @@ def test_a_cell_is_quantize_and_eval_of_the_same_text_to_the_bit(finished, local
     assert again["model"]["nll"] == cell["nll"]
 
 
+def test_what_a_pipeline_makes_is_scored_on_all_texts(finished, texts, tmp_path, monkeypatch):
+    """The cells of two texts are those of each alone, and every pipeline runs once."""
+    file = tmp_path / "two.toml"
+    file.write_text(f'{finished[0].read_text()}\n[[evaluation]]\ntext = "{texts[0]}"\nlength = 32\nwindows = 2')
+    deployed = []
+    monkeypatch.setattr(run_module, "deploy", lambda *given: deployed.append(mxcompile.deploy(*given)) or deployed[-1])
+    records = json.loads(run("study", file, "--resume", tmp_path / "out", "--json").stdout)["cells"]
+    assert (len(records), len(deployed)) == (12, 6)
+    varying = ("seconds", "peak_bytes")
+    known = [{**each, **dict.fromkeys(varying)} for each in finished[2]]
+    assert [{**each, **dict.fromkeys(varying)} for each in records if each["tokens"] == 5 * 31] == known
+    (own,) = (r for r in records if (r["recipe"], r["weight"], r["tokens"]) == ("learned", "mxint4", 2 * 31))
+    data = ("--text", texts[0], "--length", 32, "--windows", 2, "--calibration", f"{texts[0]}:4", "--json")
+    alone = json.loads(run("eval", own_model(file), "--recipe", LEARNED, *data, "--calibration-length", 64).stdout)
+    assert (own["kl"], own["nll"]) == (alone["kl"], alone["model"]["nll"])
+
+
+def own_model(file):
+    """The model of a study's file."""
+    return StudyFile.load(file).content["models"][0]
+
+
 def test_finished_cells_are_not_run_again(finished, monkeypatch):
     file, folder, records = finished
     before = (folder / "cells.jsonl").read_text()
