@@ -31,6 +31,7 @@ from mxcompile.inductor.private_api import (
 )
 from mxcompile.inductor.recorded_graph import recorded, recorded_as_one
 from mxcompile.inductor.rewrites.decompose_attention import decompose_attention
+from mxcompile.inductor.rewrites.decompose_packed_attention import decompose_packed_attention
 from mxcompile.inductor.rewrites.decompose_packing import decompose_packing
 from mxcompile.inductor.rewrites.decompose_rounding import decompose_rounding
 from mxcompile.inductor.rewrites.fuse import fuse
@@ -67,6 +68,7 @@ class FuseMX(CustomGraphPass):
         join_linears(graph)
         fuse_packed_attention(graph)
         fuse_packed_next(graph)
+        decompose_packed_attention(graph)
         decompose_packing(graph)
         decompose_attention(graph)
         fuse_attention(graph)

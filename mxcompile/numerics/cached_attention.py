@@ -94,17 +94,18 @@ def cached_attention(
     for start in range(0, queries, _QUERIES):
         rows = grouped[..., start : start + _QUERIES, :]
         at = torch.arange(first + start, first + start + rows.shape[-2], device=key.device).unsqueeze(1)
-        is_exact = (at - places < cache.window) | (places < cache.sink) | (at < prompt_length)
-        scores = rows @ rounded[0].mT
-        scores = (torch.where(is_exact, rows @ exact[0].mT, scores) if is_mixed else scores) * scale
+        read = max(0, min(first + start + rows.shape[-2], keys)) if is_causal else keys  # later keys are not seen
+        is_exact = (at - places[:read] < cache.window) | (places[:read] < cache.sink) | (at < prompt_length)
+        scores = rows @ rounded[0][..., :read, :].mT
+        scores = (torch.where(is_exact, rows @ exact[0][..., :read, :].mT, scores) if is_mixed else scores) * scale
         if added is not None:
-            scores = scores + added[..., start : start + _QUERIES, :].unflatten(1, (kv_heads, -1))
+            scores = scores + added[..., start : start + _QUERIES, :read].unflatten(1, (kv_heads, -1))
         if is_causal:
-            scores = scores.masked_fill(places > at, -torch.inf)
+            scores = scores.masked_fill(places[:read] > at, -torch.inf)
         hidden = (scores == -torch.inf).all(-1, keepdim=True)
         weights = torch.where(hidden, 0.0, scores.masked_fill(hidden, 0.0).softmax(-1))  # no NaN in gradients either
-        output = (weights.masked_fill(is_exact, 0.0) if is_mixed else weights) @ rounded[1]
-        parts.append(output + weights.where(is_exact, 0.0) @ exact[1] if is_mixed else output)
+        output = (weights.masked_fill(is_exact, 0.0) if is_mixed else weights) @ rounded[1][..., :read, :]
+        parts.append(output + weights.where(is_exact, 0.0) @ exact[1][..., :read, :] if is_mixed else output)
     return torch.cat(parts, -2).flatten(1, 2).to(query.dtype)
 
 

@@ -23,22 +23,22 @@ from mxcompile.formats import MXFormat
 def pack(codes: Tensor, fmt: MXFormat) -> Tensor:
     """Codes (uint8, one a byte) `[..., blocks * block_size]` to packed bytes `[..., blocks * block_bytes]`."""
     blocks = codes.unflatten(-1, (-1, fmt.block_size))
-    fields = [_join((blocks >> low) & _mask(width), parts=8 // width) for low, width in _fields(fmt.bits)]
-    return torch.cat(fields, dim=-1).flatten(-2)
+    joined = [_join((blocks >> low) & _mask(width), parts=8 // width) for low, width in fields(fmt.bits)]
+    return torch.cat(joined, dim=-1).flatten(-2)
 
 
 def unpack(packed: Tensor, fmt: MXFormat) -> Tensor:
     """The inverse of `pack`."""
     blocks = packed.unflatten(-1, (-1, fmt.block_bytes))
-    fields = _fields(fmt.bits)
-    sections = blocks.split([fmt.block_size * width // 8 for _, width in fields], dim=-1)
-    codes = _split(sections[0], parts=8 // fields[0][1])
-    for (low, width), section in zip(fields[1:], sections[1:], strict=True):
+    parts = fields(fmt.bits)
+    sections = blocks.split([fmt.block_size * width // 8 for _, width in parts], dim=-1)
+    codes = _split(sections[0], parts=8 // parts[0][1])
+    for (low, width), section in zip(parts[1:], sections[1:], strict=True):
         codes = codes | (_split(section, parts=8 // width) << low)
     return codes.flatten(-2)
 
 
-def _fields(bits: int) -> list[tuple[int, int]]:
+def fields(bits: int) -> list[tuple[int, int]]:
     """(lowest bit, width) of each field of an element."""
     widths = [width for width in (8, 4, 2, 1) if bits & width]
     return [(sum(widths[:index]), width) for index, width in enumerate(widths)]

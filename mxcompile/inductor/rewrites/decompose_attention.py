@@ -18,22 +18,24 @@ from torch.fx import Graph, Node
 from mxcompile.graph.edit import create_call
 
 aten = torch.ops.aten
-_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+SINGLE_QUERY = aten._scaled_dot_product_flash_attention_for_cpu.default
 _CONVERT = torch.ops.prims.convert_element_type.default
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def decompose_attention(graph: Graph) -> int:
     """Decompose all single-token attention of the graph in place. Returns the number of rewrites."""
-    nodes = [node for node in graph.find_nodes(op="call_function", target=_ATTENTION) if _has_one_query(node)]
+    nodes = [node for node in graph.find_nodes(op="call_function", target=SINGLE_QUERY) if has_one_query(node)]
     for node in nodes:
         _decompose(graph, node)
     return len(nodes)
 
 
-def _has_one_query(node: Node) -> bool:
+def has_one_query(node: Node) -> bool:
     """Whether each head has one query that attends to all keys, and only the output is used."""
-    query, key, mask = (part.meta["val"] if isinstance(part, Node) else None for part in (*node.args[:2], _mask(node)))
+    query, key, mask = (
+        part.meta["val"] if isinstance(part, Node) else None for part in (*node.args[:2], mask_of(node))
+    )
     dropout_or_causal = any(node.args[3:]) or node.kwargs.get("dropout_p") or node.kwargs.get("is_causal")
     if query is None or key is None or dropout_or_causal or not uses_only_output(node):
         return False
@@ -70,7 +72,8 @@ def erase_unread(graph: Graph, node: Node) -> None:
             unread.update(sources)
 
 
-def _mask(node: Node) -> Any:
+def mask_of(node: Node) -> Any:
+    """The mask of an attention call, or None."""
     return node.kwargs.get("attn_mask")
 
 
@@ -85,7 +88,7 @@ def _decompose(graph: Graph, node: Node) -> None:
         key, value = (call(aten.unsqueeze.default, part, 2) for part in (key, value))
         scores = call(aten.sum.dim_IntList, call(aten.mul.Tensor, query, key), [-1])
         scores = call(aten.mul.Tensor, scores, 1 / math.sqrt(size) if scale is None else scale)
-        if (mask := _mask(node)) is not None:
+        if (mask := mask_of(node)) is not None:
             scores = call(aten.add.Tensor, scores, mask)
         most = call(aten.clamp_min.default, call(aten.amax.default, scores, [-1], True), torch.finfo(torch.float32).min)
         powers = call(aten.exp.default, call(aten.sub.Tensor, scores, most))

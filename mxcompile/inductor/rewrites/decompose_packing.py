@@ -7,7 +7,7 @@ for the one rounding of an element.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from torch import Tensor
@@ -53,14 +53,19 @@ def _value(node: Any) -> Tensor | None:
 def _decompose(graph: Graph, node: Node) -> None:
     target: Any = node.target
     count = _TENSORS[target]
-    tensors, rest = node.args[:count], node.args[count:]
+    rest = node.args[count:]
 
     def of(*values: Tensor) -> Any:
         return _DECOMPOSITIONS[target](*values, *rest)
 
+    _replace(graph, node, insert_traced(graph, node, of, node.args[:count]))
+
+
+def insert_traced(graph: Graph, node: Node, function: Callable[..., Any], tensors: Sequence[Any]) -> Any:
+    """Insert what `function(*tensors)` computes before `node`, decomposed. Returns its results: a node, or several."""
     values: list[Any] = [_value(part) for part in tensors]
     with values[0].fake_mode:
-        traced = make_fx(of, decomposition_table=select_decomp_table())(*values)
+        traced = make_fx(function, decomposition_table=select_decomp_table())(*values)
     inner = traced.graph
     inner.eliminate_dead_code()
     outer: dict[Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), tensors, strict=True))
@@ -69,7 +74,7 @@ def _decompose(graph: Graph, node: Node) -> None:
     for old, new in outer.items():
         if old.op == "call_function":
             new.meta = dict(old.meta)
-    _replace(graph, node, results)
+    return results
 
 
 def _replace(graph: Graph, node: Node, results: Any) -> None:

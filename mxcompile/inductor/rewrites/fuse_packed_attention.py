@@ -43,8 +43,8 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     (query, key, value), bias, scale = operands
     mask = unexpanded(bias)
     key, value = unrepeated(key), unrepeated(value)
-    rotation, key = _rotation(key)
-    if not _is_packed(key) or not _is_packed(value) or not shapes_are_equal(shape_of(key)[:3], shape_of(value)[:3]):
+    rotation, key = unrotated(key)
+    if not is_packed(key) or not is_packed(value) or not shapes_are_equal(shape_of(key)[:3], shape_of(value)[:3]):
         return False
     values: list[Any] = [None if part is None else part.meta["val"] for part in (query, key, value, mask)]
     if not fits(*values) or why_no_packed_attention(values[0], _states(key), _states(value), values[3]) is not None:
@@ -69,7 +69,8 @@ def _insert(
         erase_unread(graph, source)
 
 
-def _is_packed(node: Node) -> bool:
+def is_packed(node: Node) -> bool:
+    """Whether a node decodes keys or values of a cache."""
     return node.target is DEQUANTIZE and len(node.args) == 5 and not node.kwargs and node.meta["val"].dim() == 4
 
 
@@ -79,7 +80,7 @@ def _states(node: Node) -> PackedStates:
     return PackedStates(elements.meta["val"], scales.meta["val"], parse_format(str(fmt)), size)  # pyright: ignore
 
 
-def _rotation(key: Any) -> tuple[tuple[int, int], Node]:
+def unrotated(key: Any) -> tuple[tuple[int, int], Node]:
     """Block and factor of `rotate(x, block) * factor`, and x; a block of 1 and the key itself if it is not rotated."""
     factor, rotated = 1, key
     if key.target is aten.mul.Tensor and key.args[1] in _FACTORS:

@@ -1,0 +1,153 @@
+"""Single-token attention over an MXCache on a CPU: what is rewritten, its values, and what Inductor makes of it."""
+
+import pytest
+import torch
+from fused_steps import compiled
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from mxcompile.formats import FORMATS, activation_rule, parse_format
+from mxcompile.inductor import why_no_inductor
+from mxcompile.inductor.rewrites.decompose_attention import SINGLE_QUERY
+from mxcompile.inductor.rewrites.decompose_packed_attention import decompose_packed_attention
+from mxcompile.numerics.packed_attention import PackedStates, attend_packed
+from mxcompile.ops import DEQUANTIZE, QUANTIZE, ROTATE
+
+BATCH, HEADS, SHARED, TOKENS = 2, 6, 2, 19
+EXTRA = ("mxint8:16", "mxint4:16", "mxint4:64", "mxint6:64")
+needs_compiler = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
+
+
+def packed(fmt, size, tokens=TOKENS):
+    """Elements and scales of random states with outliers, zeros, and a block that is not finite."""
+    x = torch.randn(BATCH, SHARED, tokens, size) * 10.0 ** torch.randint(-2, 2, (BATCH, SHARED, tokens, 1))
+    x[0, 0, 3] = 0
+    return QUANTIZE(x, fmt, str(activation_rule(parse_format(fmt))))
+
+
+def attention(key, value, sizes, rotation=1, dtype=torch.float32):
+    """Attention of a query over packed states, as a model with an MXCache computes it, with or without a mask."""
+
+    def call(query, *parts):
+        states = [
+            DEQUANTIZE(*parts[2 * at : 2 * at + 2], fmt, size, dtype)
+            for at, (fmt, size) in enumerate(zip((key, value), sizes, strict=True))
+        ]
+        if rotation > 1:
+            states[0] = ROTATE(states[0], rotation) * 2
+        repeated = [
+            part[:, :, None].expand(-1, -1, HEADS // SHARED, -1, -1).reshape(BATCH, HEADS, -1, part.shape[-1])
+            for part in states
+        ]
+        mask = parts[4] if len(parts) > 4 else None
+        return F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+
+    return call
+
+
+def inputs(key, value, sizes, mask=None, dtype=torch.float32):
+    torch.manual_seed(0)
+    query = torch.randn(BATCH, HEADS, 1, sizes[0]).to(dtype)
+    given = (query, *packed(key, sizes[0]), *packed(value, sizes[1]))
+    return given if mask is None else (*given, mask)
+
+
+def expected(key, value, sizes, given):
+    formats = (parse_format(key), parse_format(value))
+    states = [PackedStates(*given[2 * at + 1 : 2 * at + 3], formats[at], sizes[at]) for at in range(2)]
+    return attend_packed(given[0].double(), *states, given[5] if len(given) > 5 else None, 0.3)
+
+
+def rewritten(function, given):
+    module = make_fx(function, tracing_mode="fake")(*given)
+    assert module.graph.find_nodes(op="call_function", target=SINGLE_QUERY)
+    count = decompose_packed_attention(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module, count
+
+
+@pytest.mark.parametrize("fmt", [*map(str, FORMATS.values()), *EXTRA])
+def test_every_format_is_decoded_where_it_is_summed(fmt):
+    sizes = (64, 64)
+    given = inputs(fmt, fmt, sizes)
+    module, count = rewritten(attention(fmt, fmt, sizes), given)
+    assert count == 1
+    assert not module.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+    torch.testing.assert_close(module(*given), expected(fmt, fmt, sizes, given).float(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [20, 64, 80, 96, 128, 256])
+def test_every_head_size(size):
+    sizes = (size, size)
+    given = inputs("mxint8", "mxint4", sizes)
+    module, count = rewritten(attention("mxint8", "mxint4", sizes), given)
+    assert count == 1
+    torch.testing.assert_close(module(*given), expected("mxint8", "mxint4", sizes, given).float(), rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, TOKENS), (BATCH, 1, 1, TOKENS), (BATCH, HEADS, 1, TOKENS)], ids=str)
+def test_masks(shape):
+    """Where everything is masked the result is zero."""
+    mask = torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.4, -torch.inf, 0.5)
+    if len(shape) == 4:
+        mask[1] = -torch.inf
+    sizes = (32, 32)
+    given = inputs("mxint4", "mxfp4", sizes, mask)
+    module, count = rewritten(attention("mxint4", "mxfp4", sizes), given)
+    assert count == 1
+    result = module(*given)
+    torch.testing.assert_close(result, expected("mxint4", "mxfp4", sizes, given).float(), rtol=2e-5, atol=2e-5)
+    assert len(shape) < 4 or not result[1].any()
+
+
+def test_a_block_that_is_no_number_stays_one():
+    sizes = (32, 32)
+    given = inputs("mxint8", "mxint8", sizes)
+    given[4][0, 0, 7, 0] = 255
+    result = rewritten(attention("mxint8", "mxint8", sizes), given)[0](*given)
+    assert result[0, :3].isnan().all()
+    assert not result[0, 3:].isnan().any()
+
+
+def test_the_query_is_rotated_in_place_of_all_keys():
+    sizes = (32, 32)
+    given = inputs("mxint4", "mxint4", sizes)
+    function = attention("mxint4", "mxint4", sizes, rotation=32)
+    module, count = rewritten(function, given)
+    assert count == 1
+    (rotation,) = module.graph.find_nodes(op="call_function", target=ROTATE)
+    assert tuple(rotation.meta["val"].shape) == (BATCH, HEADS, 1, 32)
+    torch.testing.assert_close(module(*given), function(*given), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("fmt", ["mxint5", "mxint6:16", "mxint6:128", "mxint8:128"])
+def test_what_makes_no_few_vectors_is_decoded_first(fmt):
+    sizes = (128, 128)
+    assert rewritten(attention(fmt, "mxint8", sizes), inputs(fmt, "mxint8", sizes))[1] == fmt.endswith("128")
+
+
+def test_exact_tokens_among_packed_ones_are_left():
+    def call(query, elements, scales, new):
+        states = DEQUANTIZE(elements, scales, "mxint8", 32, torch.float32)
+        states = states.slice_scatter(new, 2, 0, 1)
+        return F.scaled_dot_product_attention(query[:, :SHARED], states, states)
+
+    query, elements, scales = inputs("mxint8", "mxint8", (32, 32))[:3]
+    assert rewritten(call, (query, elements, scales, torch.randn(BATCH, SHARED, 1, 32)))[1] == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", ["fixed", "growing"])
+def test_inductor_fuses_it(tokens):
+    """In bfloat16, over a number of tokens that is known or a symbol; it is within the rounding of the result."""
+    sizes = (64, 64)
+    given = inputs("mxint8", "mxint4", sizes, dtype=torch.bfloat16)
+    if tokens == "growing":
+        for part in given[1:]:
+            torch._dynamo.mark_dynamic(part, 2)
+    result, calls = compiled(attention("mxint8", "mxint4", sizes, dtype=torch.bfloat16), *given, on_a_gpu=False)
+    assert not {DEQUANTIZE, SINGLE_QUERY} & set(calls)
+    torch.testing.assert_close(
+        result.float(), expected("mxint8", "mxint4", sizes, given).float(), rtol=2**-8, atol=1e-3
+    )
