@@ -7,8 +7,9 @@ Random bfloat16 weights, 141 GB with all 80 layers. What is done, a record each,
 
 - `write`: the model is made on the GPU and written file by file.
 - `quantize`: `quantize_files` to MXFP4 on the first GPU, from the cache of files.
-- `gptq`: `quantize_checkpoint` up to the end of its first `--segments` segments, on the last GPU meanwhile; it is
-  stopped then. Seconds and memory as `low_memory.py` has them.
+- `gptq`: `quantize_checkpoint` up to the end of its first `--segments` segments, where it is stopped: in one process on
+  the last GPU meanwhile, and then in `--tensor-parallel` processes (torchrun) with a GPU each, while engines load.
+  Seconds, and memory of the first process, as `low_memory.py` has them.
 - `serve`: vLLM with `--tensor-parallel` GPUs on the quantized model, whose files it does not check, and on the bfloat16
   model, whose weights it makes up; `step_ms`, `prompt_ms` as `serving.py` has them. CUDA graphs without torch.compile.
   Kernels are compiled by an engine on a model of one layer while the weights are written.
@@ -77,12 +78,13 @@ def quantize(source: Path, out: Path, options: argparse.Namespace, *, workers: i
     return {"recipe": _QUICK, **json.loads(done.stdout.splitlines()[-1])}
 
 
-def engine(model: Path, options: argparse.Namespace, *, memory: float, **changes: Any) -> EngineProcess:
-    """An engine on a folder. memory: its share of each GPU. changes: of what is asked."""
+def engine(model: Path, options: argparse.Namespace, **changes: Any) -> EngineProcess:
+    """An engine on a folder. changes: of what is asked."""
     most = max(options.batches) * (options.prompt + 2 * options.steps + 32) + options.long
     config = config_of(options.size)
     width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    llm: dict[str, Any] = {"load_format": "auto", "gpu_memory_utilization": memory, "max_num_batched_tokens": 8192}
+    llm: dict[str, Any] = {"load_format": "auto", "max_num_batched_tokens": 8192}
+    llm["gpu_memory_utilization"] = 0.05  # must be free at the start; more is used
     llm["kv_cache_memory_bytes"] = 2 * 4 * width * options.layers * most // options.tensor_parallel
     llm["additional_config"] = {"mxcompile": {"verify": False}}
     if options.device != "cpu":
@@ -94,20 +96,32 @@ def engine(model: Path, options: argparse.Namespace, *, memory: float, **changes
     return EngineProcess(model, asked | changes)
 
 
-def gptq(source: Path, work: Path, options: argparse.Namespace, records: Records) -> None:
-    """The first segments of gptq from files."""
-    tiny, tiny_ids = low_memory.write_tiny(work)
-    ids = torch.randint(
-        config_of(options.size).vocab_size, (16, options.long), generator=torch.Generator().manual_seed(0)
-    )
-    torch.save(ids, work / "ids.pt")
-    device = f"cuda:{torch.cuda.device_count() - 1}" if options.device != "cpu" else "cpu"
-    recipe = low_memory.GPTQ
-    small = low_memory.settings("files", tiny, work / "out-tiny", recipe, tiny_ids, device=device)
+def gptq(source: Path, work: Path, options: argparse.Namespace, records: Records, processes: int) -> None:
+    """The first segments of gptq from files, in one process or in several, which torchrun starts."""
+    folder = work / f"gptq-{processes}"
+    folder.mkdir()
+    tiny, tiny_ids = low_memory.write_tiny(folder)
+    size = (options.calibration, options.long)
+    ids = torch.randint(config_of(options.size).vocab_size, size, generator=torch.Generator().manual_seed(0))
+    torch.save(ids, folder / "ids.pt")
+    device, recipe = options.device, low_memory.GPTQ
+    if device != "cpu" and processes == 1:
+        device = f"cuda:{torch.cuda.device_count() - 1}"
+    small = low_memory.settings("files", tiny, folder / "out-tiny", recipe, tiny_ids, device=device)
     settings = {"device": device, "until": options.segments, "memory": 4 * 10**9}
-    real = low_memory.settings("files", source, work / "out-gptq", recipe, work / "ids.pt", **settings)
-    record = low_memory.measured(small, real)
-    records.add("gptq", {"recipe": recipe, "segments": options.segments, "calibration": "16x2048"} | record)
+    real = low_memory.settings("files", source, folder / "out", recipe, folder / "ids.pt", **settings)
+    record = {"recipe": recipe, "segments": options.segments, "calibration": "x".join(map(str, size))}
+    try:
+        record |= {"processes": processes, **low_memory.measured(small, real, processes)}
+    except SystemExit as error:  # what is served is another model
+        record |= {"processes": processes, "failed": str(error)}
+    records.add("gptq", record)
+
+
+def learn(source: Path, work: Path, options: argparse.Namespace, records: Records) -> None:
+    """gptq in one process, then in one for each GPU."""
+    for processes in (1, options.tensor_parallel):
+        gptq(source, work, options, records, processes)
 
 
 def loaded_log_probabilities(folder: Path, device: str) -> list[Any]:
@@ -124,22 +138,24 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     floats, source, out = work / "bf16", work / "source", work / "quantized"
     config_of(options.size, options.layers).save_pretrained(floats)
-    of_floats = engine(floats, options, memory=0.62, compare=False, llm={"load_format": "dummy"})
-    quantized = engine(out, options, memory=0.25)
+    of_floats = engine(floats, options, compare=False, llm={"load_format": "dummy"})
+    quantized = engine(out, options)
     try:
         warming = Thread(target=compile_kernels, args=(work, options, records))
         warming.start()
         began = time.perf_counter()
         write_checkpoint(source, options.size, options.layers, options.workers)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        if options.device != "cpu":
+            torch.cuda.empty_cache()
         records.add("write", {"seconds": round(time.perf_counter() - began, 1), "bytes": size})
-        of_floats.start()
-        training = Thread(target=gptq, args=(source, work, options, records))
-        training.start()
+        learning = Thread(target=learn, args=(source, work, options, records))
+        learning.start()
         records.add("quantize", quantize(source, out, options, workers=options.workers))
         warming.join()
         quantized.start()
-        training.join()
+        of_floats.start()
+        learning.join()
         shutil.rmtree(source)
         quantized.wait_until_ready()
         of_floats.wait_until_ready()
@@ -160,7 +176,7 @@ def compile_kernels(work: Path, options: argparse.Namespace, records: Records) -
     source = write_checkpoint(work / "one-layer-source", options.size, 1)
     quantize(source, work / "one-layer", options, workers=2)
     began = time.perf_counter()
-    one = engine(work / "one-layer", options, memory=0.1, waits=False, compare=False)
+    one = engine(work / "one-layer", options, waits=False, compare=False)
     result = one.measure()
     one.stop()
     records.add("one layer", {"seconds": round(time.perf_counter() - began, 1), **result})
@@ -176,6 +192,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="tensors at a time")
+    parser.add_argument("--calibration", type=int, default=16, help="windows of --long tokens for gptq")
     parser.add_argument("--segments", type=int, default=2)
     parser.add_argument("--tensor-parallel", type=int, default=2)
     parser.add_argument("--batches", type=lambda text: [int(each) for each in text.split(",")], default=[1, 8, 32])

@@ -39,10 +39,11 @@ _RECIPE = "awq-fold{weight=mxint4,activation=mxint8} | gptq{format=mxint4,activa
 )
 GPTQ = "gptq{format=mxint4,activation=mxint8,correction=0.25} | lower-mx{weight=mxint4,activation=mxint8}"
 _CHILD = """
-import json, sys, time
+import json, os, sys, time
 import torch
 import mxcompile
 from transformers import AutoModelForCausalLM
+from mxcompile.calibration.ranks import is_first, launched_group
 from mxcompile.pipeline.interfaces import Instrument
 
 class Stop(Exception):
@@ -53,9 +54,13 @@ class Stages(Instrument):
         self.until = until
 
     def segment(self, program, step, done, total):
-        print(json.dumps({"stage": step.current.name, "done": done}), flush=True)
+        say(stage=step.current.name, done=done)
         if self.until is not None and step.current.name == "gptq" and done == self.until:
-            raise Stop
+            raise Stop("that is enough")
+
+def say(**what):
+    if is_first():
+        print(json.dumps(what), flush=True)
 
 def run(how, source, out, recipe, data, device, until, memory):
     batches = list(torch.load(data).split(4))
@@ -67,42 +72,52 @@ def run(how, source, out, recipe, data, device, until, memory):
     else:
         model = AutoModelForCausalLM.from_pretrained(source).to(device)
         batches = [batch.to(device) for batch in batches]
-        mxcompile.save(mxcompile.quantize_and_compile(model, batches[0][:1, :64], recipe=recipe, calibration=batches,
-                                                      compile=False, instruments=instruments), out)
+        made = mxcompile.quantize_and_compile(model, batches[0][:1, :64], recipe=recipe, calibration=batches,
+                                              compile=False, instruments=instruments)
+        if is_first():
+            mxcompile.save(made, out)
 
 tiny, real = json.loads(sys.argv[1])
-if real["device"] != "cpu":
-    torch.cuda.set_device(torch.empty(0, device=real["device"]).device)
-run(**tiny)
-if real["device"] != "cpu":
-    torch.cuda.reset_peak_memory_stats(real["device"])
-print(json.dumps({"ready": True}), flush=True)
-began = time.perf_counter()
-try:
-    run(**real)
-except Stop:
-    pass
-except Exception as error:
-    if not isinstance(error.__cause__, Stop):
-        raise
-on_device = torch.cuda.max_memory_allocated(real["device"]) if real["device"] != "cpu" else 0
-print(json.dumps({"seconds": time.perf_counter() - began, "device": on_device}), flush=True)
+with launched_group(real["device"]) as device:
+    if device != "cpu":
+        torch.cuda.set_device(torch.empty(0, device=device).device)
+    run(**tiny | {"device": device})
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+    say(ready=True, process=os.getpid())
+    began = time.perf_counter()
+    try:
+        run(**real | {"device": device})
+    except Exception as error:
+        if "that is enough" not in str(error):
+            raise
+    on_device = torch.cuda.max_memory_allocated(device) if device != "cpu" else 0
+    say(seconds=time.perf_counter() - began, device=on_device)
 """
 
 
 def memory_of(process: int) -> dict[str, int]:
     """Bytes of the process's own memory, and of mapped files in memory."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        lines = []
     fields = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
-    if not fields:  # it is ending
+    if not fields:  # it is ending, or has ended
         return {"anonymous MB": 0, "mapped MB": 0, "peak MB": 0}
     sizes = {name: int(value.split()[0]) * 1024 for name, value in fields.items()}
     return {"anonymous MB": sizes["RssAnon"], "mapped MB": sizes["RssFile"], "peak MB": sum(sizes.values())}
 
 
-def measured(tiny: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
-    """Run both in a new process; the peaks of the second above what the process had before, in all and by stage."""
+def measured(tiny: dict[str, Any], real: dict[str, Any], processes: int = 1) -> dict[str, Any]:
+    """Run both in a new process; the peaks of the second above what the process had before, in all and by stage.
+
+    processes: started by torchrun, of which the first is measured.
+    """
     command = [sys.executable, "-c", _CHILD, json.dumps([tiny, real])]
+    if processes > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [*launch, "--no-python", *command]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     said: list[dict[str, Any]] = []
     reader = threading.Thread(target=_read, args=(child, said))
@@ -111,9 +126,9 @@ def measured(tiny: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
     peaks: dict[str, dict[str, int]] = {}
     while child.poll() is None:
         if any("ready" in line for line in said):
-            now = memory_of(child.pid)
-            before = before or now
             later = said[[("ready" in line) for line in said].index(True) :]
+            now = memory_of(later[0]["process"])
+            before = before or now
             stage = next((line["stage"] for line in reversed(later) if "stage" in line), "load")
             own = peaks.setdefault(stage, dict.fromkeys(now, 0))
             peaks[stage] = {name: max(own[name], value - before[name]) for name, value in now.items()}
@@ -183,10 +198,11 @@ def of_smollm2(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         recipe = options.recipe or _RECIPE
         small = settings(how, tiny, work / f"tiny-{how}", recipe, ids)
         real = settings(how, source, work / how, recipe, data, memory=options.memory)
-        numbers = measured(small, real)
+        numbers = measured(small, real, options.processes)
         states = options.calibration * 512 * 576 * 4
         records.append(
             {"model": "SmolLM2-135M", "model MB": round(size / 1e6), "weights": how, "recipe": recipe}
+            | ({"processes": options.processes} if options.processes > 1 else {})
             | {"calibration": options.calibration, "one state MB": round(states / 1e6), **numbers}
             | {"anonymous over model": round(numbers["anonymous MB"] * 1e6 / size, 2)}
         )
@@ -236,6 +252,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("out/llama-shape"))
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--segments", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="smollm2: started by torchrun; the first is measured")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -14,7 +14,7 @@ from torch import nn
 from mxcompile import checkpoint
 from mxcompile.analysis.choice import head_paths
 from mxcompile.arguments import checked
-from mxcompile.calibration.ranks import check_alone, is_first
+from mxcompile.calibration.ranks import is_first, joined
 from mxcompile.checkpoint.mapped_model import mapped_model, module_of
 from mxcompile.checkpoint.save import SHARD_SIZE
 from mxcompile.checkpoint.source_files import SourceFiles
@@ -158,10 +158,11 @@ def quantize_checkpoint(
     All other arguments: as for `quantize_and_compile`.
 
     `tune-vectors` trains the whole model at once: it also needs the memory of one batch's activations in all layers.
-    Of several processes, one can call it, within `with mxcompile.alone():`; in others RankError is raised.
+    In an initialized process group of torch.distributed, every process makes this call with the same arguments. All map
+    the same source files; each keeps what passes change, and its share of the hidden states, in files of its own. The
+    first one writes `out`, and all return once that is done.
     Raises a subclass of `MXCompileError` that says what to do; `out` then is as it was before.
     """
-    check_alone("quantize_checkpoint")
     checkpoint.check_destination(out)
     _check_options(dump, probe, resume)
     target = find_device(device)
@@ -171,17 +172,20 @@ def quantize_checkpoint(
     mapped = MappedTensors(folder, target, in_use=weights_in_memory, states=states_in_memory)
     example = as_inputs(example_inputs).to(target)
     batches = None if calibration is None else [batch.to(target) for batch in as_batches(calibration)]
-    files = SourceFiles(source)
-    program = trace_without_values(
-        module_of(files), example, include=include, exclude=exclude, allow_partial=allow_partial, device=target
-    )
-    pipeline = pipeline if head is None else _with_head(program, pipeline, head)
-    model = mapped_model(files, mapped)
-    give_values(program, model)
-    program.keep_in_files(mapped)
-    program = pipeline.run(program, batches, watchers, resume=resume)
-    deployed = deploy_in_files(program, model)
-    checkpoint.save(deployed, out, tokenizer=tokenizer, processor=processor, max_shard_size=max_shard_size)
+    with joined(target) as ranks:
+        files = SourceFiles(source)
+        program = trace_without_values(
+            module_of(files), example, include=include, exclude=exclude, allow_partial=allow_partial, device=target
+        )
+        pipeline = pipeline if head is None else _with_head(program, pipeline, head)
+        model = mapped_model(files, mapped)
+        give_values(program, model)
+        program.keep_in_files(mapped)
+        ranks.check_same({"source": tuple(files.names)}, "once the files of the model are open")
+        program = pipeline.run(program, batches, watchers, resume=resume)
+        if ranks.first:
+            deployed = deploy_in_files(program, model)
+            checkpoint.save(deployed, out, tokenizer=tokenizer, processor=processor, max_shard_size=max_shard_size)
 
 
 @overload

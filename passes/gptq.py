@@ -175,7 +175,7 @@ class Gptq(Pass):
         """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows."""
         largest = min(largest_exponent(weight.dtype) for weight in weights.values())
         rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock, largest)
-        return round_columns(ranks, rounding, weights, moments, self.damping, self.correction)
+        return round_columns(ranks, rounding, weights, moments, self.correction)
 
 
 @dataclass(frozen=True)

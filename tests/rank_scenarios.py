@@ -3,6 +3,7 @@
 A function returns what a test compares. Everything is the same in all processes unless it depends on the number.
 """
 
+import inspect
 import os
 import signal
 import time
@@ -15,19 +16,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from models import build, inputs
+from transformers import AutoModelForCausalLM
 
 import mxcompile
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.calibration.learning.trained_tensors import TrainedVectors
 from mxcompile.calibration.ranks import alone, joined, ranks_of
-from mxcompile.errors import InputError
+from mxcompile.errors import InputError, MXCompileError
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassResult
 from mxcompile.graph.trace import trace
 from mxcompile.pipeline.interfaces import FLOATING, Instrument, Pass, PipelineStep
 from mxcompile.pipeline.pipeline import Pipeline
+from mxcompile.tensor.mapped_tensors import MappedTensors
 from mxcompile.tensor.weight import unfused_matmuls
 
 FORMATS = "weight=mxint4,activation=mxint8"
@@ -162,11 +165,9 @@ def failures() -> dict[str, tuple[str, str]]:
     if dist.get_rank() == 1:
         with alone():
             attempt("alone", lambda: Pipeline.parse(GPTQ).run(program, data))
-    for name, call in (("checkpoint", mxcompile.quantize_checkpoint), ("files", mxcompile.quantize_files)):
-        arguments = ("no folder", data[0], "out") if name == "checkpoint" else ("no folder", "out")
-        attempt(name, lambda call=call, arguments=arguments: call(*arguments))
-        with alone():
-            attempt(f"{name} alone", lambda call=call, arguments=arguments: call(*arguments))
+    attempt("files", lambda: mxcompile.quantize_files("no folder", "out"))
+    with alone():
+        attempt("files alone", lambda: mxcompile.quantize_files("no folder", "out"))
     attempt("afterwards", lambda: Pipeline.parse(GPTQ).run(program, data))
     return ends
 
@@ -247,6 +248,66 @@ def exchanges(device: str = "cpu") -> list[Any]:
         ]
 
 
+FROM_FILES = {
+    "llama": f"awq-fold{{{FORMATS}}} | {GPTQ} | tune-vectors{{activation=mxint8,steps=2}} | {LOWER}",
+    "mixtral": f"rotate{{{FORMATS}}} | {GPTQ} | {LOWER}",
+}
+
+
+def from_files(folder: Path) -> dict[str, Any]:
+    """Models quantized from their files, every tensor in a file, and in memory; an error of one process; a run that is
+    interrupted in process 1, and goes on.
+    """
+    plain = MappedTensors.__init__
+
+    def init(self: MappedTensors, *args: Any, **options: Any) -> None:
+        plain(self, *args, **options, smallest=1)
+
+    MappedTensors.__init__ = init
+    data, number = batches(2, 1, 3, 2), dist.get_rank()
+
+    def run(kind: str, out: str, **options: Any) -> str:
+        limits = {"weights_in_memory": 1, "states_in_memory": 1, "scratch": folder / f"scratch-{number}"}
+        example, recipe = data[0], FROM_FILES[kind]
+        arguments = {"recipe": recipe, "calibration": data} | limits | options
+        try:
+            mxcompile.quantize_checkpoint(folder / kind, example, folder / out, **arguments)
+        except (MXCompileError, KeyboardInterrupt) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    ends: dict[str, Any] = {}
+    for kind, recipe in FROM_FILES.items():
+        if number == 0:
+            build(kind).save_pretrained(folder / kind, max_shard_size="100KB")
+        dist.barrier()
+        ends[kind] = run(kind, f"{kind}-files")
+        ends[f"{kind} written"] = (folder / f"{kind}-files" / "config.json").is_file()
+        model = AutoModelForCausalLM.from_pretrained(folder / kind)
+        made = mxcompile.quantize_and_compile(model, data[0], recipe=recipe, calibration=data, compile=False)
+        if number == 0:
+            mxcompile.save(made, folder / f"{kind}-memory")
+    with_error = {"scratch": folder / "llama" / "config.json"} if number == 1 else {}
+    ends["error"] = run("llama", "none", **with_error)
+    interrupted = Interrupted(number == 0)
+    ends["interrupt"] = run("llama", "resumed", resume=folder / "parts", instruments=[interrupted])
+    ends["parts"] = sorted(path.name for path in (folder / "parts").glob("*.json"))
+    ends["resumed"] = run("llama", "resumed", resume=folder / "parts")
+    return ends
+
+
+class Interrupted(Instrument):
+    """Interrupts gptq after its first segment; only the first process calls it."""
+
+    def __init__(self, first: bool) -> None:
+        self._first = first
+
+    def segment(self, program: Program, step: PipelineStep, done: int, total: int) -> None:
+        assert self._first
+        if (step.current.name, done) == ("gptq", 1):
+            raise KeyboardInterrupt
+
+
 def sharded_training() -> dict[str, Any]:
     """Two steps of a prepared model under FSDP2, each process on its rows; then finished from the gathered state."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -287,7 +348,8 @@ def main(scenario: str, folder: Path, count: int, number: int) -> None:
     if count > 1:
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         dist.init_process_group(backend, f"file://{folder}/group", rank=number, world_size=count)
-    done = working(folder) if scenario == "working" else globals()[scenario]()
+    function = globals()[scenario]
+    done = function(folder) if inspect.signature(function).parameters.keys() & {"folder"} else function()
     torch.save(done, folder / f"{number}.pt")
     if count > 1 and scenario != "lost":
         dist.destroy_process_group()

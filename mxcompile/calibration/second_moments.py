@@ -19,7 +19,7 @@ from torch.fx import Node
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.calibration.ranks import Ranks
 from mxcompile.graph.dataflow import SAME_VALUE, shapes_are_equal
-from mxcompile.numerics.column_rounding import IllConditionedError
+from mxcompile.numerics.column_rounding import FactoredMoments, IllConditionedError
 from mxcompile.numerics.importance import token_weights
 
 aten = torch.ops.aten
@@ -174,21 +174,19 @@ class SecondMoments:
             self._scale = 2.0**-exponent if abs(exponent) > _LARGEST_EXPONENT else 1.0
         return self._scale
 
-    def target(self, weights: Mapping[str, Tensor], damping: float, strength: float) -> Tensor:
+    def target(self, weights: Mapping[str, Tensor], factored: FactoredMoments, strength: float) -> Tensor:
         """Weights moved by `strength` towards those whose outputs come nearest to the exact model's.
 
         W + strength * (W D + R) H^-1, the damped least-squares solution. weights: `[out, in]` by the name of their
-        matmul's node; returns all their rows, float32. Raises IllConditionedError if the system cannot be solved.
+        matmul's node; factored: H. Returns all their rows, float32. Raises IllConditionedError if the system cannot be
+        solved.
         """
         joined = torch.cat([weight.float() for weight in weights.values()])
-        if not strength or (self.input_error is None and not self.exact_outputs):
+        if not strength or not self.compared:
             return joined
         error = torch.cat([self._output_error(weight.float(), name) for name, weight in weights.items()])
-        damped = self.inputs.double()
-        damped.diagonal().add_(damping * damped.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        correction = torch.cholesky_solve(error.T, lower).T
-        if failed or not correction.isfinite().all():
+        correction = factored.solve(error.T).T
+        if not correction.isfinite().all():
             raise IllConditionedError("the correction for its input error cannot be solved for")
         return joined + strength * correction.float()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mxcompile.api import quantize_checkpoint
+from mxcompile.calibration.ranks import is_first, launched_group
 from mxcompile.checkpoint.hub import find_folder
 from mxcompile.cli.compare import EvalOptions, data_without_model
 from mxcompile.cli.console import messages, print_json, results
@@ -36,7 +37,10 @@ class LowMemoryOptions:
 
 
 def quantize_low_memory(options: EvalOptions, recipe: str, low: LowMemoryOptions, as_json: bool) -> None:
-    """Run the command; raises InputError for a source that is not in safetensors or has no tokenizer."""
+    """Run the command, in each of the processes that torchrun has started; the first one prints and writes.
+
+    Raises InputError for a source that is not in safetensors or has no tokenizer.
+    """
     source, console, resume = options.model, messages(), low.resume_folder
     if source is None or source.lower() == "smollm2":
         raise InputError("--low-memory reads a folder with safetensors, or a hub id: name one")
@@ -44,14 +48,18 @@ def quantize_low_memory(options: EvalOptions, recipe: str, low: LowMemoryOptions
     tokenizer = _tokenizer(find_folder(source))
     data = data_without_model(options, tokenizer)
     console.print(f"quantizing in files: {as_pipeline(recipe)}; finished parts go to {resume}", markup=False)
-    with interruption_explained(console, resume), Progress(console) as progress:
+    with (
+        interruption_explained(console, resume),
+        launched_group(options.device) as device,
+        Progress(console) as progress,
+    ):
         quantize_checkpoint(
             source,
             data.example(),
             low.out,
             recipe=recipe,
             calibration=data.batches,
-            device=options.device,
+            device=device,
             weights_in_memory=int(low.memory * _GB),
             states_in_memory=int(low.memory * _GB),
             scratch=low.scratch,
@@ -59,6 +67,8 @@ def quantize_low_memory(options: EvalOptions, recipe: str, low: LowMemoryOptions
             resume=resume,
             tokenizer=tokenizer,
         )
+    if not is_first():
+        return
     if low.resume is None:
         shutil.rmtree(resume)
     if as_json:

@@ -90,7 +90,7 @@ def quantize(
     --cache mxint8: keys and values of generation get a format, too, and recovery counts what that loses.
     --low-memory: weights are read from the model's files when they are used, and written to files when they change.
     The result has the same bytes. Finished parts are always kept until it is written (--resume names their folder).
-    Started by torchrun, several processes share the work; the first one compares, prints and writes.
+    Started by torchrun, several processes share the work (also with --low-memory); the first compares, prints, writes.
 
     --model-free: the model is never in memory, and nothing is compared; the recipe must round to nearest. What will be
     done to each tensor is printed first.
@@ -100,8 +100,6 @@ def quantize(
     "shape", "format", "input", "reason", "before", "after"}]}, in bytes; --low-memory: {"model", "recipe",
     "calibration", "out"}.
     """
-    if launched() and (model_free or low_memory):
-        raise InputError("--model-free and --low-memory run in one process: start them without torchrun")
     if model_free:
         _check_model_free(min_recovery, resume, bits, cache)
         chosen = ModelFreeOptions(out, format, recipe, device, workers, dry_run, include or (), exclude or ())
@@ -185,7 +183,11 @@ def _report(
 
 
 def _check_model_free(min_recovery: float | None, resume: Path | None, bits: float | None, cache: str | None) -> None:
-    """Raise InputError for options that --model-free does not have."""
+    """Raise InputError for options that --model-free does not have, and for several processes."""
+    if launched():
+        raise InputError(
+            "--model-free runs in one process: start it without torchrun; --workers says how many tensors are in work"
+        )
     for name, option, why in (("bits", bits, "choose formats"), ("cache", cache, "find its keys and values")):
         if option is not None:
             raise InputError(

@@ -42,6 +42,24 @@ class IllConditionedError(Exception):
 
 
 @dataclass(frozen=True)
+class FactoredMoments:
+    """H, damped: lower is its Cholesky factor `[in, in]`, float64, for the columns in the reverse of the order in which
+    they are rounded, columns. added: what damping has added to its diagonal.
+    """
+
+    columns: Tensor
+    lower: Tensor
+    added: Tensor
+
+    def solve(self, values: Tensor) -> Tensor:
+        """H^-1 values, both `[in, any]`, float64. The columns of a padding are left out."""
+        backwards, padding = self.columns.flip(0), len(self.columns) - len(values)
+        ordered = torch.nn.functional.pad(values, (0, 0, 0, padding))[backwards]
+        solved = torch.cholesky_solve(ordered, self.lower)
+        return torch.empty_like(solved).index_copy_(0, backwards, solved)[: len(values)]
+
+
+@dataclass(frozen=True)
 class ColumnRounding:
     """damping: added to diag(H), as a multiple of its mean. rule: fixes the scales beforehand; None searches them block
     by block. sweeps: how often each block is rounded again.
@@ -59,35 +77,37 @@ class ColumnRounding:
     microblock: int = 0
     largest: int = SCALE_BIAS
 
-    def round(self, weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    def round(self, weight: Tensor, moments: Tensor, factored: FactoredMoments | None = None) -> tuple[Tensor, Tensor]:
         """weight: `[out, in]`, moments H: `[in, in]`. Returns MX values `[out, in]` and scales `[out, blocks]` (E8M0).
 
-        Raises IllConditionedError if H has no usable Cholesky factor.
+        factored: what `factor` returns for H, if the caller has it. Raises IllConditionedError as that does.
         """
-        size, block = weight.shape[1], self.format.block_size
-        padding = self.format.blocks(size) * block - size
-        w = torch.nn.functional.pad(weight.float(), (0, padding))
-        columns, factor, damped = self._prepared(moments, padding)
+        factored = factored or self.factor(moments)
+        size = weight.shape[1]
+        padding = len(factored.columns) - size
+        w, factor = torch.nn.functional.pad(weight.float(), (0, padding)), factored.lower.float().flip(0, 1)
         if self.microblock:
             assert self.rule is not None
             return self._microblocks(w, factor, self.rule, size)
         exponents = None if self.rule is None else self._fixed_exponents(w, self.rule)
+        columns = factored.columns
         q, block_exponents = self._columns(w.T.contiguous()[columns], factor, exponents, columns)
         q = q[columns.argsort()].T
-        for _ in range(self.sweeps):
-            q, block_exponents = self._sweep(w, q, block_exponents, damped, exponents is None)
+        if self.sweeps:
+            h = _padded(moments.float(), padding)
+            damped = h + factored.added * torch.eye(len(h), dtype=torch.float32, device=h.device)
+            for _ in range(self.sweeps):
+                q, block_exponents = self._sweep(w, q, block_exponents, damped, exponents is None)
         return q[:, :size], (block_exponents + SCALE_BIAS).to(torch.uint8)
 
-    def _prepared(self, moments: Tensor, padding: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The rounding order of the columns, the factor R of H in that order, and the damped H (for sweeps)."""
+    def factor(self, moments: Tensor) -> FactoredMoments:
+        """The order of the columns of H `[in, in]`, and its factor. Raises IllConditionedError if it has none."""
+        padding = self.format.blocks(len(moments)) * self.format.block_size - len(moments)
         h = _padded(moments.float(), padding)
         order = ColumnOrder.NONE if self.microblock else self.order
         columns = _order(h.diagonal().double(), self.format.block_size, order)
         backwards = columns.flip(0)
-        lower, added = _factored(h[backwards][:, backwards].double(), self.damping)
-        if self.sweeps:
-            h = h + added * torch.eye(len(h), dtype=torch.float32, device=h.device)
-        return columns, lower.float().flip(0, 1), h
+        return FactoredMoments(columns, *_factored(h[backwards][:, backwards].double(), self.damping))
 
     def _columns(self, w: Tensor, factor: Tensor, exponents: Tensor | None, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Round all columns, given as rows `[in, out]` in rounding order, one block at a time.

@@ -37,7 +37,7 @@ def end_together(ranks: Ranks, program: Program) -> None:
     """Raise RankError if the processes have come to other programs."""
     if ranks.count > 1:
         same = {"graph": graph_text(program.graph)}
-        sums = {f"tensor {name!r}": _checksum([(name, program.stored(name))]) for name in program.parameter_names()}
+        sums = {f"tensor {name!r}": _whole_checksum(program, name) for name in program.parameter_names()}
         ranks.check_same(same | sums, "after the last pass")
     program.ranks = None
 
@@ -45,6 +45,15 @@ def end_together(ranks: Ranks, program: Program) -> None:
 def graph_text(graph: fx.Graph) -> str:
     """The graph's text without the index of a device: each process has a GPU of its own."""
     return re.sub(r"\b(cuda|xpu):\d+\b", r"\1", str(graph))
+
+
+def _whole_checksum(program: Program, name: str) -> int:
+    """Of all numbers of a tensor, whose memory is given up if they lie in a file."""
+    stored = program.stored(name)
+    result = _checksum([(name, stored)])
+    if program.mapped is not None:
+        program.mapped.give_up(stored)
+    return result
 
 
 def _checksum(tensors: Iterable[tuple[str, Tensor]], numbers: int | None = None) -> int:

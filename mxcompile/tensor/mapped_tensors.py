@@ -36,6 +36,7 @@ STATES: Final = 1 << 30
 SMALLEST: Final = 1 << 18
 """Bytes below which a tensor stays in memory."""
 
+_MAP_FIXED: Final = 0x10  # of Linux
 _PAUSE: Final = 30  # times as long as giving memory back took
 
 _View = tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]
@@ -128,6 +129,12 @@ class MappedTensors:
             return _with_parts(value, [self.fetch(part) for part in value.parts])
         return self.use(value).to(self.device)
 
+    def give_up(self, value: Tensor) -> None:
+        """Give up the memory of a tensor whose mapped values were read without `use`, until they are read again."""
+        for part in value.parts if isinstance(value, MXWeight) else (value.detach(),):
+            if self.holds(part):
+                _release_pages(self._mappings[_view(part)])
+
     def release(self) -> None:
         """Give up the memory of all mapped tensors until their next use."""
         self._release_down_to(0)
@@ -168,7 +175,7 @@ class MappedTensors:
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         size = dtype.itemsize * shape.numel()
         # a private mapping: what a graph writes into a state that it reads stays in memory
-        mapping = mmap.mmap(file, offset - start + size, access=mmap.ACCESS_COPY, offset=start)
+        mapping = _map_pages(file, offset - start + size, start)
         tensor = torch.frombuffer(mapping, dtype=dtype, count=shape.numel(), offset=offset - start).view(shape)
         self._mappings[_view(tensor)] = mapping
         return tensor
@@ -190,6 +197,34 @@ def _with_parts(weight: MXWeight, parts: list[Tensor]) -> MXWeight:
 def _malloc_trim() -> Any:
     """The function of glibc; None elsewhere."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def _map_pages(file: int, size: int, offset: int) -> mmap.mmap:
+    """A private mapping of a file from that byte on.
+
+    `mmap` keeps the file open, and a large model has more tensors than a process may have open files: on Linux the
+    file's pages are put in the place of a mapping without a file.
+    """
+    if (place := _placing()) is None:
+        return mmap.mmap(file, size, access=mmap.ACCESS_COPY, offset=offset)
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    flags = mmap.MAP_PRIVATE | _MAP_FIXED
+    if place(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, offset) != address:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return mapping
+
+
+@cache
+def _placing() -> Any:
+    """The function mmap of the C library on 64-bit Linux; None elsewhere."""
+    if sys.platform != "linux" or ctypes.sizeof(ctypes.c_long) != ctypes.sizeof(ctypes.c_int64):
+        return None
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    function.restype = ctypes.c_void_p
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    return function
 
 
 def _release_pages(mapping: mmap.mmap) -> None:

@@ -142,10 +142,9 @@ def test_all_processes_end_with_the_error_of_one():
         assert f"process 1 has another {named} than process 0: every process must make the same calls" in text
     assert "number 0" in first["instrument"][1]
     assert second["instrument"][1].endswith("number 0 raised in process 0 of 2")
-    for call in ("checkpoint", "files"):
-        assert first[call] == second[call]
-        assert first[call][1].startswith(f"quantize_{call} runs in one process, and here several would write the same")
-        assert first[f"{call} alone"][0] == "CheckpointError"
+    assert first["files"] == second["files"]
+    assert first["files"][1].startswith("quantize_files runs in one process, and here several would write the same")
+    assert first["files alone"][0] == "CheckpointError"
     assert second["alone"][0] == first["afterwards"][0] == second["afterwards"][0] == ""
 
 
@@ -233,3 +232,28 @@ def test_processes_without_a_batch():
     for process in rank_processes.run("few_batches", 3):
         for name, values in expected["llama"]["tensors"].items():
             assert torch.equal(process["llama"]["tensors"][name], values)
+
+
+@pytest.mark.slow
+def test_from_files_as_in_memory(tmp_path):
+    """The same bytes, and none half done; a run that is interrupted goes on to them."""
+    with rank_processes.started("from_files", 2, tmp_path) as processes:
+        for number, process in enumerate(processes):
+            assert rank_processes.ended(process, rank_processes.SECONDS) == 0, rank_processes.printed(tmp_path, number)
+    first, second = (torch.load(tmp_path / f"{number}.pt", weights_only=False) for number in range(2))
+    assert first == second
+    for kind in ("llama", "mixtral"):
+        assert first[kind] == ""
+        assert first[f"{kind} written"]
+        assert weights(tmp_path / f"{kind}-files") == weights(tmp_path / f"{kind}-memory")
+    assert first["error"].startswith("InputError: ")
+    assert not (tmp_path / "none").exists()
+    assert first["interrupt"].startswith("KeyboardInterrupt")
+    assert any(name.startswith("02-gptq-0000") for name in first["parts"])
+    assert first["resumed"] == ""
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "llama-memory")
+    assert not any((tmp_path / "scratch-0").iterdir())
+
+
+def weights(folder):
+    return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]

@@ -159,6 +159,22 @@ def test_moments_that_say_nothing(moments):
         ColumnRounding(MXINT4).round(torch.randn(4, 40), moments)
 
 
+@pytest.mark.parametrize("order", [ColumnOrder.BLOCKS, ColumnOrder.NONE])
+@pytest.mark.parametrize("size", [40, 64])
+def test_the_factor_solves_and_rounds_as_its_moments(size, order):
+    """Sizes that are padded and that are not."""
+    w, h = problem(6, size)
+    rounding = ColumnRounding(MXINT4, 0.02, order)
+    factored = rounding.factor(h)
+    damped = h.double()
+    damped.diagonal().add_(0.02 * damped.diagonal().mean())
+    torch.testing.assert_close(
+        factored.solve(w.T.double()), torch.linalg.solve(damped, w.T.double()), rtol=1e-6, atol=1e-9
+    )
+    for one, other in zip(rounding.round(w, h, factored), rounding.round(w, h), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_one_token_and_dead_channels():
     """H of rank one, with channels that are always zero: finite, and those channels are rounded to nearest."""
     generator = torch.Generator().manual_seed(0)

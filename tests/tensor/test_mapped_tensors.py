@@ -96,6 +96,20 @@ def test_files_have_no_name_and_go_with_their_tensors(tmp_path):
     assert not tensors._mappings
 
 
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a mapping keeps its file open")
+def test_mapped_tensors_keep_no_file_open(tmp_path):
+    save_file({"weight": random(64, 64)}, tmp_path / "file")
+    tensors, before = mapped(tmp_path), open_files()
+    kept = [tensors.keep(random(8, 8) + number) for number in range(40)]
+    kept += [tensors.map_file(tmp_path / "file", 8, torch.uint8, torch.Size([100])) for _ in range(40)]
+    assert open_files() == before
+    assert torch.equal(kept[7], random(8, 8) + 7)
+
+
 def test_memory_holds_what_was_used_last(tmp_path):
     tensors = mapped(tmp_path, copies=True, in_use=600)
     kept = [tensors.keep(random(8, 8) + index) for index in range(3)]  # 256 bytes each
@@ -141,6 +155,10 @@ def test_released_pages_are_out_of_memory(tmp_path):
     tensors.use(kept).amax()
     assert resident("RssFile") > before + size // 2
     tensors.release()
+    assert resident("RssFile") < before + size // 4
+    assert kept.sum() == size  # read without `use`
+    assert resident("RssFile") > before + size // 2
+    tensors.give_up(kept)
     assert resident("RssFile") < before + size // 4
     assert tensors.use(kept).sum() == size
 

@@ -77,7 +77,7 @@ def _losses(
 ) -> Tensor:
     """The mean loss `[items, count]` of every change of every item. Raises NoDataError if no output can be compared."""
     student = AlteredRun(program, {})
-    distillation = Distillation(program, student, program)
+    distillation = Distillation(program, student, program, comes_again=False)
     losses = torch.zeros(len(items), count, dtype=torch.float64)
     work = [(batch, index) for batch in batches for index in range(len(items))]
     expected: dict[str, Tensor] = {}

@@ -32,12 +32,21 @@ class Distillation:
     """Of several processes, each runs some rows of every batch, and losses and gradients are summed.
 
     student: runs `program`, whose tensors are trained. exact: the teacher, run unchanged. aims: what is minimized.
+    comes_again: whether batches do; False: nothing of the teacher is kept for the next time.
 
     outputs: names of the outputs that are compared (`compared_outputs.py`). left_out: why others are not, by name;
     batches add to it. training_losses: (step, loss) of all steps of `train`; the last is not finite if it diverged.
     """
 
-    def __init__(self, program: Program, student: AlteredRun, exact: Program, aims: Aims | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        student: AlteredRun,
+        exact: Program,
+        aims: Aims | None = None,
+        *,
+        comes_again: bool = True,
+    ) -> None:
         self._program, self._student, self._exact, self._aims = program, student, exact, aims or Aims()
         self._ranks = ranks_of(program)
         self._compared = ComparedOutputs(exact)
@@ -45,7 +54,7 @@ class Distillation:
         self.training_losses: list[tuple[int, float]] = []
         self._rows = self._dealt_rows() if self._ranks.count > 1 else None
         self._nodes = compute_nodes(program.graph.nodes)
-        self._teacher = Teacher(exact, self._compared.nodes.values())
+        self._teacher = Teacher(exact, self._compared.nodes.values() if comes_again else ())
 
     @property
     def left_out(self) -> dict[str, str]:

@@ -52,7 +52,7 @@ class FirstRounding:
         named = {matmul.node.name: rows for matmul, rows in weights.items()}
         largest = min(largest_exponent(rows.dtype) for rows in named.values())
         rounding = ColumnRounding(fmt, self.damping, ColumnOrder.BLOCKS, None, 0, 0, largest)
-        return round_columns(self.ranks, rounding, named, moments, self.damping, self.correction)
+        return round_columns(self.ranks, rounding, named, moments, self.correction)
 
 
 def round_columns(
@@ -60,19 +60,19 @@ def round_columns(
     rounding: ColumnRounding,
     weights: Mapping[str, Tensor],
     moments: SecondMoments,
-    damping: float,
     correction: float,
 ) -> tuple[Tensor, Tensor]:
     """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows.
 
     Several processes that all have the moments round some of the rows each.
     """
-    count = sum(map(len, weights.values()))
+    count, factored = sum(map(len, weights.values())), rounding.factor(moments.inputs)
     if ranks.count == 1 or moments.owner is not None or count < ranks.count:
-        return rounding.round(moments.target(weights, damping, correction), moments.inputs)
+        return rounding.round(moments.target(weights, factored, correction), moments.inputs, factored)
     own = _own_rows(ranks.rows(count), weights)
     part = {name: weight[own[name]] for name, weight in weights.items()}
-    values, scales = rounding.round(moments.of_rows(own).target(part, damping, correction), moments.inputs)
+    target = moments.of_rows(own).target(part, factored, correction)
+    values, scales = rounding.round(target, moments.inputs, factored)
     dtype, *others = {weight.dtype for weight in weights.values()}
     return ranks.collect(values if others else values.to(dtype), count), ranks.collect(scales, count)
 

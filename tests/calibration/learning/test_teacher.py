@@ -5,8 +5,10 @@ import torch
 from models import build, inputs
 
 import mxcompile
+from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.compared_outputs import ComparedOutputs
 from mxcompile.calibration.learning import teacher
+from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.calibration.learning.teacher import Teacher
 from mxcompile.calibration.run import BoundBatch
 from mxcompile.graph.binding import bind_inputs
@@ -69,3 +71,14 @@ def test_hidden_rows_and_models_without_a_head_run_whole(monkeypatch):
     for _ in range(2):
         whole.values(hidden, bound, outputs)
     assert not whole._kept
+
+
+def test_nothing_is_kept_of_batches_that_come_once():
+    program = mxcompile.trace(build("llama"), inputs("llama", 2, 16))
+    batch = Inputs((), inputs("llama", 2, 16))
+    kept = Distillation(program, AlteredRun(program, {}), program)
+    once = Distillation(program, AlteredRun(program, {}), program, comes_again=False)
+    for name, values in kept.expected(batch).items():
+        assert torch.equal(once.expected(batch)[name], values)
+    assert kept._teacher._kept
+    assert not once._teacher._kept
