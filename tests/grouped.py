@@ -63,6 +63,11 @@ def choose(rows: int, slots: int, count: int, device: str = "cpu") -> Tensor:
     return torch.randint(count, (rows, slots), generator=torch.Generator().manual_seed(rows + slots)).to(device)
 
 
+def several_tiles(out: int) -> int:
+    """A number of weight rows, whole 64s, for more than one tile of `out`: of 128, the last is a half."""
+    return out + 64 if out >= 64 else 64
+
+
 def linear_over_bound(y: Tensor, x: Tensor, experts: Tensor, layer: Experts) -> float:
     """The largest error of y `[choices, out]` over what float32 accumulation and one rounding may lose; at most 1."""
     exact, error = _products(x, experts, layer)

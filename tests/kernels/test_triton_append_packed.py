@@ -63,16 +63,15 @@ def interpreted_rotation(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def test_values_of_every_kind(interpreted: SimpleNamespace, nasty_blocks: ...) -> None:
-    """Thresholds of the rules, subnormals, Inf and NaN."""
-    append, nothing = interpreted.append_packed.append, torch.zeros(1, 1, 1, 32)
+    """Thresholds of the rules, subnormals, Inf and NaN, in states of 32 blocks."""
+    append, size = interpreted.append_packed.append, 32 * 32
     for fmt in FORMATS.values():
         blocks = nasty_blocks(fmt, torch.float32)
-        blocks = blocks[:: max(1, len(blocks) // 60)]
-        for rule in (ScaleRule.FLOOR, ScaleRule.EVEN, ScaleRule.RCEIL, activation_rule(fmt)):
-            key = blocks.reshape(len(blocks), 1, 1, 32)
-            states = (empty(len(blocks), 1, 1, 32, fmt), empty(len(blocks), 1, 1, 32, fmt))
-            query = nothing.expand(len(blocks), 1, 1, 32)
-            append(query, (key, key), states, (rule, rule), torch.tensor(0), None)
+        blocks = torch.cat([blocks, blocks[: -len(blocks) % 32]])
+        key = blocks.reshape(-1, 1, 1, size)
+        for rule in {ScaleRule.FLOOR, ScaleRule.EVEN, ScaleRule.RCEIL, activation_rule(fmt)}:
+            states = (empty(len(key), 1, 1, size, fmt), empty(len(key), 1, 1, size, fmt))
+            append(torch.zeros_like(key), (key, key), states, (rule, rule), torch.tensor(0), None)
             expected = QUANTIZE(key, str(fmt), str(rule))
             for side in states:
                 assert torch.equal(side.scales, expected[1]), (fmt, rule)

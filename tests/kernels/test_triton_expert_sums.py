@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from grouped import choose, make_experts, sum_over_bound, tokens
+from grouped import choose, make_experts, several_tiles, sum_over_bound, tokens
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFP4, MXFP6_E2M3, MXINT8, MXFormat
@@ -33,14 +33,15 @@ def kernels(interpreted: SimpleNamespace) -> SimpleNamespace:
     ids=str,
 )
 def test_multiply_and_sum(kernels: SimpleNamespace, slots: int, options: dict[str, int], fmt: MXFormat) -> None:
-    down, experts = make_experts(fmt, 5, 192, 360, with_bias=slots % 2 == 0), choose(5, slots, 5)
+    out = several_tiles(options["out"])
+    down, experts = make_experts(fmt, 5, out, 360, with_bias=slots % 2 == 0), choose(5, slots, 5)
     h = tokens(5 * slots, 360)
     if slots > 1:
         experts[0], experts[2, 1], experts[4] = -1, 5, torch.arange(slots) + 2**33
         h[~down.chosen(experts)[0]] = torch.nan  # such rows are never written
     weights = torch.randn(5, slots, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     y = kernels.multiply_and_sum(h, experts, weights, down.stack(kernels), kernels.Config(**options))
-    assert (y.shape, y.dtype) == ((5, 192), torch.bfloat16)
+    assert (y.shape, y.dtype) == ((5, out), torch.bfloat16)
     assert sum_over_bound(y, h, experts, weights, down) <= 1
 
 

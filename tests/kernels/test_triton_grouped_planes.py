@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from crossed import crossed
-from grouped import choose, gated_over_bound, linear_over_bound, make_experts, tokens
+from grouped import choose, gated_over_bound, linear_over_bound, make_experts, several_tiles, tokens
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
@@ -58,13 +58,14 @@ def some_of_none(experts: Tensor) -> Tensor:
     ids=str,
 )
 def test_every_format(kernels: SimpleNamespace, fmt: MXFormat, options: dict[str, int]) -> None:
-    layer, x, experts = make_experts(fmt, 5, 192, 600, with_bias=True), tokens(9, 600), some_of_none(choose(9, 3, 5))
+    out = several_tiles(options["out"])
+    layer, x, experts = make_experts(fmt, 5, out, 600, with_bias=True), tokens(9, 600), some_of_none(choose(9, 3, 5))
     if "held" in options and fmt.bits == 6:
         with pytest.raises(MXCompileError, match="cannot be held in registers"):
             kernels.linear(x, experts, layer.stack(kernels), kernels.Config(**options))
         return
     y = kernels.linear(x, experts, layer.stack(kernels), kernels.Config(**options))
-    assert (y.shape, y.dtype) == ((27, 192), torch.bfloat16)
+    assert (y.shape, y.dtype) == ((27, out), torch.bfloat16)
     assert linear_over_bound(y, x, experts, layer) <= 1
     assert not y[~layer.chosen(experts)[0]].any()
 
