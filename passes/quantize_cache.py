@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.analysis.attentions import CACHED, STEPS, Attention, Source, ancestors_in_order, find_attentions
+from mxcompile.analysis.attentions import (
+    CACHED,
+    STEPS,
+    Attention,
+    Source,
+    ancestors_in_order,
+    find_attentions,
+    is_latent,
+)
 from mxcompile.analysis.folds.key_bias import KeyBias, key_bias
 from mxcompile.analysis.folds.value_rotation import RotatedValues, rotated_values
 from mxcompile.calibration.cache_errors import CacheErrors, measure_cache
@@ -246,6 +254,10 @@ def _seen(attention: Attention, values: dict[Node, Tensor]) -> list[Tensor]:
 
 
 def _why_not(attention: Attention, masks: Sequence[Tensor]) -> str | None:
+    if is_latent(attention):
+        return (
+            "its keys and values are made of a latent of all heads, which transformers caches in their place, in float"
+        )
     queries, keys = (source.meta["val"].shape[-2] for source in (attention.query, attention.key.node))
     if not shapes_are_equal((queries,), (keys,)):
         return "it attends to tokens of another sequence, whose keys are computed once and not appended to"

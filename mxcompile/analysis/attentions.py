@@ -175,6 +175,27 @@ def _source(reader: Node, index: int, node: Node) -> Source:
     return Source(node, reader, index)
 
 
+def is_latent(attention: Attention) -> bool:
+    """Whether its heads share a part of their keys, as in multi-head latent attention.
+
+    A cache then holds what keys and values are made of, not themselves.
+    """
+    key = attention.key.node
+    if key.target is aten.cat.default:
+        parts: list[Any] = list(cast(Any, operand(key, 0)))
+    else:  # a tensor whose slices are written
+        slices = [user for user in key.users if user.target is aten.slice.Tensor]
+        parts = [operand(user, 1) for part in slices for user in part.users if user.target is aten.copy_.default]
+    return len(parts) > 1 and any(_copies_one_head(part) for part in parts)
+
+
+def _copies_one_head(node: Node) -> bool:
+    if node.target is not aten.expand.default:
+        return False
+    before, after = (part.meta["val"].shape for part in (cast(Node, operand(node, 0)), node))
+    return len(before) == len(after) and len(after) > 3 and before[-3] == 1 and after[-3] != 1
+
+
 def _keeps_tokens(before: Any, after: Any) -> bool:
     """Whether the last two dimensions are those of before: only heads are repeated, split or joined."""
     return shapes_are_equal(before[-2:], after[-2:])

@@ -71,6 +71,11 @@ def _layers(config: Any, form: CacheFormat, max_length: int | None) -> list[Any]
     """The layers that transformers would make, those of full attention replaced."""
     if getattr(config, "is_encoder_decoder", False):
         raise InputError("MXCache is for decoders: this model's decoder also caches what its encoder has read")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise InputError(
+            "MXCache is for keys and values, and this model caches the latents that it makes them of (kv_lora_rank): "
+            "generate with transformers' own cache"
+        )
     if max_length is not None and max_length < 1:
         raise InputError(f"max_length is a number of tokens, 1 or more, not {max_length}")
     plain: Any = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)

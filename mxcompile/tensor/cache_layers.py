@@ -186,8 +186,7 @@ class FixedLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         given, count = (key_states, value_states), key_states.shape[TOKENS]
-        if count > self.max_cache_len:
-            raise InputError(f"{count} tokens do not fit into an MXCache with max_length={self.max_cache_len}")
+        self._check_room(count)
         if self.shift is not None and self.is_empty:
             self.shift.copy_(mean_key(key_states))
         new = given if self.shift is None else (key_states - self.shift, value_states)
@@ -207,6 +206,16 @@ class FixedLayer(StaticLayer):
             read = self._read(new, places)
         self._keep_newest(new, places)
         return read
+
+    def _check_room(self, count: int) -> None:
+        """How many tokens there are is read where that neither waits for a GPU nor is compiled."""
+        length = self.cumulative_length
+        taken = 0 if length.device.type != "cpu" or torch.compiler.is_compiling() else int(length)
+        if taken + count > self.max_cache_len:
+            raise InputError(
+                f"{count} tokens do not fit into an MXCache with max_length={self.max_cache_len}, of which {taken} are "
+                "taken: give it room for the prompt and all new tokens but the last"
+            )
 
     def _read(self, new: tuple[Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
         is_exact = self.form.window > 0 or (len(places) > 1 and not self.record_past)

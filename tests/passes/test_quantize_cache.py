@@ -108,8 +108,6 @@ def test_every_format_and_head_dimension(fmt, size):
         ("Bloom", {"hidden_size": 64, "n_layer": 1, "n_head": 4}),  # decomposed, with a bias for positions
         # decomposed, with sinks
         ("GptOss", {"head_dim": 16, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}),
-        ("DeepseekV3", {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-                        "v_head_dim": 16, "first_k_dense_replace": 1}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -118,6 +116,18 @@ def test_attention_of_every_kind_is_found(kind, options):
     assert after.ledger[-1].rewrites == 1
     assert after.ledger[-1].misses == ()
     assert 15 < agreement_db({"y": logits(before)}, {"y": logits(after)})[0] < 90
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_latents_of_keys_and_values_stay_float(implementation):
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    model = transformers_model(
+        "DeepseekV3", implementation=implementation, first_k_dense_replace=1, num_key_value_heads=4, **sizes
+    )
+    program = run("quantize-cache", model)[1]
+    (miss,) = program.ledger[-1].misses
+    assert "its keys and values are made of a latent of all heads" in miss.reason
+    assert program.cache is None
 
 
 def test_encoders_have_no_cache():

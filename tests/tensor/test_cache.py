@@ -195,12 +195,14 @@ def test_layers_with_a_sliding_window_stay_as_they_are(room):
 
 
 def test_models_with_other_states_are_refused_by_name():
-    from transformers import Qwen3NextConfig, T5Config
+    from transformers import DeepseekV3Config, Qwen3NextConfig, T5Config
 
     with pytest.raises(InputError, match="layer 0 of this model needs a LinearAttention"):
         MXCache(Qwen3NextConfig(num_hidden_layers=4))
     with pytest.raises(InputError, match="decoders"):
         MXCache(T5Config())
+    with pytest.raises(InputError, match="caches the latents"):
+        MXCache(DeepseekV3Config())
 
 
 def test_errors_name_what_is_wrong(model):
@@ -210,4 +212,8 @@ def test_errors_name_what_is_wrong(model):
         MXCache(model.config).crop(3)
     with pytest.raises(InputError, match="11 tokens do not fit into an MXCache with max_length=8"):
         model(PROMPT, **{CACHE_NAME: MXCache(model.config, max_length=8)})
+    with pytest.raises(
+        InputError, match="1 tokens do not fit into an MXCache with max_length=12, of which 12 are taken"
+    ):
+        generate(model, cache=MXCache(model.config, max_length=12))
     assert repr(MXCache(model.config, "mxint8", "mxint4", 2)) == "MXCache(key=mxint8,value=mxint4,window=2)"
