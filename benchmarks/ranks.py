@@ -13,10 +13,10 @@ without compiling, once all processes have the model; it includes tracing, which
 one small layer is quantized first, which compiles kernels and connects the GPUs. `speedup`: of one process over
 several. `same bytes`: all runs of several processes have made the same model. `tensors alike`: of the stored tensors,
 how many are those of one process to the bit; others differ by the order of sums. `distance`: between the logits of the
-models that several processes and one have made, over the distance of the latter from the float model's; logits of the
-first tokens of the last window. `peak GiB`: the most that torch held on a GPU, the model included. `load`: the average
-of one minute when the runs began; on a machine that is at work already, seconds say little. With `--verbose` each run's
-seconds are printed when it ends.
+models that several processes and one have made, over the distance of the latter from the float model's; `error`: the
+distance of the former from the float model's, over the same. Both of the first tokens of the last window. `peak GiB`:
+the most that torch held on a GPU, the model included. `load`: the average of one minute when the runs began; on a
+machine that is at work already, seconds say little. With `--verbose` each run's seconds are printed when it ends.
 """
 
 import argparse
@@ -184,11 +184,13 @@ def largest(number: int) -> int:
     return max(numbers)
 
 
-def distance(work: Path, processes: int) -> float:
+def distances(work: Path, processes: int) -> dict[str, float]:
     """Of the logits that several processes' model gives, as in the docstring above."""
     exact, alone = torch.load(work / "logits-1.pt")
     several = torch.load(work / f"logits-{processes}.pt")[1]
-    return float((several - alone).norm() / (alone - exact).norm())
+    error = (alone - exact).norm()
+    found = {"distance": (several - alone).norm() / error, "error": (several - exact).norm() / error}
+    return {name: float(f"{float(each):.3g}") for name, each in found.items()}
 
 
 def digests(model: nn.Module) -> dict[str, str]:
@@ -259,7 +261,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         write_work(work, options)
         record["load"] = round(os.getloadavg()[0], 1)
         alone, several = (launch(work, processes, options) for processes in (1, options.processes))
-        return record | compared(alone, several) | {"distance": float(f"{distance(work, options.processes):.3g}")}
+        return record | compared(alone, several) | distances(work, options.processes)
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -92,15 +92,18 @@ class Ranks:
         """The values of all processes, by their numbers; tensors on this process's device."""
         if self.count == 1:
             return [value]
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
+        own = _saved(value)
         with self._exchange("exchange of values"):
-            saved = self._all_objects(buffer.getvalue())
-        return [self._loaded(data) for data in saved]
+            return [self._loaded(data) for data in self._all_objects(own)]
 
     def from_first(self, value: T) -> T:
-        """The value of the first process."""
-        return value if self.count == 1 else self.gather(value if self.first else None)[0]  # pyright: ignore
+        """The value of the first process; others may have any. Tensors on this process's device, as for `gather`."""
+        if self.count == 1:
+            return value
+        sent = [_saved(value) if self.first else b""]
+        with self._exchange("value of the first"):
+            dist.broadcast_object_list(sent, 0, group=self._control)
+        return value if self.first else self._loaded(sent[0])
 
     def any(self, value: bool) -> bool:
         """Whether the value is true in a process."""
@@ -129,8 +132,7 @@ class Ranks:
         if self.count == 1:
             return
         values = tensor.contiguous().view(-1)
-        own = owner == self.number
-        width = min(_CHUNK, len(values))
+        own, width = owner == self.number, min(_CHUNK, len(values))
         parts = [self._transport(values.new_empty(width)) for _ in range(self.count)] if own else None
         with self._exchange(f"sum of {list(tensor.shape)} at {owner}"):
             for start in range(0, len(values), _CHUNK):
@@ -170,12 +172,11 @@ class Ranks:
     def check_same(self, values: Mapping[str, object], when: str) -> None:
         """Raise RankError, which names it, if a value is another one in another process."""
         for number, others in enumerate(self.gather(dict(values))):
-            for name in others:
-                if others[name] != values.get(name):
-                    raise RankError(
-                        f"{when}, process {number} has another {name} than process {self.number}: every process must "
-                        "make the same calls with the same model and all of the data, which are dealt out among them"
-                    )
+            for name in (name for name in others if others[name] != values.get(name)):
+                raise RankError(
+                    f"{when}, process {number} has another {name} than process {self.number}: every process must make "
+                    "the same calls with the same model and all of the data, which are dealt out among them"
+                )
 
     def _sum(self, values: Tensor) -> None:
         """`sum` of `[numbers]`."""
@@ -222,8 +223,7 @@ class Ranks:
             yield
 
     def _all_objects(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self._control)
+        dist.all_gather_object(values := [value] * self.count, value, group=self._control)
         return values
 
     def _meet(self, what: str) -> None:
@@ -237,7 +237,7 @@ class Ranks:
 
     def _states(self, failed: int, doing: int) -> list[tuple[int, int]]:
         own = torch.tensor([failed, doing], device="cpu")
-        states = [torch.empty_like(own) for _ in range(self.count)]
+        states = [own.clone() for _ in range(self.count)]
         try:
             dist.all_gather(states, own, group=self._control)
         except RuntimeError as error:
@@ -303,10 +303,8 @@ def launched_group(device: str) -> Generator[str]:
     if not launched():
         yield device
         return
-    on_gpu = device.startswith("cuda")
-    if device == "cuda":
-        device = f"cuda:{dist.get_node_local_rank()}"
-    if on_gpu:
+    if on_gpu := device.startswith("cuda"):
+        device = f"cuda:{dist.get_node_local_rank()}" if device == "cuda" else device
         torch.cuda.set_device(find_device(device))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
@@ -369,6 +367,11 @@ def joined(device: torch.device) -> Generator[Ranks]:
 def _in_group() -> bool:
     """Whether this process has a process group with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _saved(value: object) -> bytes:
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 def _as_raised(kind: str, message: str, origin: str) -> BaseException:
