@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
@@ -33,6 +32,8 @@ def trace_without_values(
     Those of the Program are on the meta device too (`give_values` replaces them); others are copied to `device`, if
     they are elsewhere. A graph may depend on its device, and states it. Raises what `trace` raises.
     """
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy, as tracing does
+
     own = named_tensors(model)
     empty = {id(value): value for value in own.values() if value.is_meta}
     shadow = copy_module(model, own.values())
