@@ -2,7 +2,7 @@
 
 The models are in bfloat16, in which another order of sums may choose another expert, or another token, here and there:
 of the tokens that are far from a tie, 95 % are those of the reference, computed for the same text. The device
-"cpu" runs the same tests without the GPU's kernels.
+"cpu" runs the same tests without the GPU's kernels, in some of the cases: `test_experts.py` has them all in float32.
 """
 
 import copy
@@ -31,16 +31,15 @@ MODELS = {
     "mixtral": {**_SIZES, "num_local_experts": 8},
     "gpt_oss": {**_SIZES, "num_local_experts": 8, "hidden_size": 320, "intermediate_size": 192},  # not whole 128s
 }
-pytestmark = [
-    pytest.mark.parametrize(
-        "device",
-        [
-            pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
-            pytest.param("cpu", marks=pytest.mark.slow),
-        ],
-    ),
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),  # grouped_mm's
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+"""Of grouped_mm."""
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def on_devices(cases, on_cpu):
+    """Parameters for `pytest.mark.parametrize`, the device last: all cases on a GPU, some on the CPU too."""
+    on_gpu = [pytest.param(*case, "cuda", marks=needs_gpu) for case in cases]
+    return [*on_gpu, *(pytest.param(*case, "cpu", marks=pytest.mark.slow) for case in on_cpu)]
 
 
 @cache
@@ -112,23 +111,41 @@ def check_generation(model, reference, device, cases, **options):
     assert error < 0.1
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "recipe", "implementation", "device"),
+    on_devices(
+        product(MODELS, RECIPES, IMPLEMENTATIONS),
+        [
+            ("qwen3_moe", WEIGHTS, "mx"),
+            ("qwen3_moe", ACTIVATIONS, "grouped_mm"),
+            ("mixtral", WEIGHTS, "eager"),
+            ("mixtral", ACTIVATIONS, "batched_mm"),
+            ("gpt_oss", WEIGHTS, "grouped_mm"),
+            ("gpt_oss", ACTIVATIONS, "mx"),
+        ],
+    ),
+)
 def test_generates(name, recipe, implementation, device):
     module = with_implementation(name, recipe, device, implementation)
     check_generation(module, module, device, product(PADDING, CACHES), disable_compile=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "implementation", "kept"),
-    [
-        ("qwen3_moe", WEIGHTS, "mx", None),
-        *(("qwen3_moe", WEIGHTS, implementation, "static") for implementation in IMPLEMENTATIONS),
-        ("mixtral", ACTIVATIONS, "mx", "static"),
-        ("gpt_oss", WEIGHTS, "mx", "static"),
-        ("gpt_oss", ACTIVATIONS, "grouped_mm", "static"),
-    ],
+    ("name", "recipe", "implementation", "kept", "device"),
+    on_devices(
+        [
+            ("qwen3_moe", WEIGHTS, "mx", None),
+            *(("qwen3_moe", WEIGHTS, implementation, "static") for implementation in IMPLEMENTATIONS),
+            ("mixtral", ACTIVATIONS, "mx", "static"),
+            ("gpt_oss", WEIGHTS, "mx", "static"),
+            ("gpt_oss", ACTIVATIONS, "grouped_mm", "static"),
+        ],
+        [
+            ("qwen3_moe", WEIGHTS, "mx", None),
+            ("qwen3_moe", WEIGHTS, "batched_mm", "static"),
+            ("gpt_oss", ACTIVATIONS, "grouped_mm", "static"),
+        ],
+    ),
 )
 def test_generates_compiled(name, recipe, implementation, kept, device):
     if device == "cpu" and kept is None and torch.__version__.startswith("2.11"):
@@ -138,15 +155,17 @@ def test_generates_compiled(name, recipe, implementation, kept, device):
     check_generation(compile_module(copy.deepcopy(module)), module, device, product(("one", "padded"), (kept,)))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(("name", "device"), on_devices([("qwen3_moe",), ("gpt_oss",)], [("gpt_oss",)]))
 def test_generates_as_transformers_compiles_it(name, device):
     """By itself, on a GPU with a static cache: without our fusion."""
     module = deployed(name, WEIGHTS, device)
     check_generation(copy.deepcopy(module), module, device, [("padded", "static")])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "implementation", "device"),
+    on_devices(product(["qwen3_moe", "gpt_oss"], IMPLEMENTATIONS), [("qwen3_moe", "mx"), ("gpt_oss", "grouped_mm")]),
+)
 @torch.no_grad()
 def test_no_expert_is_decoded_that_no_token_chose(name, implementation, device):
     module = with_implementation(name, WEIGHTS, device, implementation)
