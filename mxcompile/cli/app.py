@@ -4,6 +4,8 @@ Commands on models and checkpoints: `quantize_command.py`, `model_commands.py`; 
 `study_command.py`; on dumps: `dump_commands.py`; lists: `list_commands.py`.
 """
 
+import inspect
+import re
 import sys
 import time
 import warnings
@@ -154,6 +156,10 @@ serve_command.register(app)
 study_command.register(app)
 dump_commands.register(app)
 list_commands.register(app)
+for _command in app.registered_commands:
+    # Typer keeps the line breaks of a docstring behind its first paragraph: only those after a sentence or before an
+    # option are meant
+    _command.help = re.sub(r"(?<![.:\n])\n(?!\n|--)", " ", inspect.getdoc(_command.callback) or "")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The command line: tables and graphs, their JSON, and one-line errors."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -138,6 +139,13 @@ def test_help_and_lists_load_no_compiler_and_no_transformers():
     loaded = done.stdout.splitlines()[-1].split()
     assert "mxcompile.cli.demo" in loaded
     assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor", "transformers"))]
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
+def test_help_breaks_no_sentence(command):
+    """The terminal breaks lines where it ends, and none ends where a line of the source did."""
+    assert command.help.split() == inspect.getdoc(command.callback).split()
+    assert not [line for line in command.help.splitlines() if line and line[-1] not in ".:"]
 
 
 # Dumps
