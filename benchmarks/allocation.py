@@ -46,6 +46,7 @@ BEHIND: Final = {
     "recipe, rotated": accuracy.ALGORITHMS["awq-fold + rotate + gptq + tune-vectors"],
 }
 ROUNDING: Final = ("gptq", "round-weights")
+TRAINING: Final = "tune-vectors"
 
 
 class Comparison:
@@ -61,14 +62,22 @@ class Comparison:
         program = mxcompile.trace(self.model, {"input_ids": self.batches[0]["input_ids"][:1, :64]})
         passes = [part.strip() for part in self._filled(BEHIND[arguments.behind]).split(" | ")]
         cut = next(index for index, part in enumerate(passes) if part.startswith(ROUNDING))
-        self.program = Pipeline.parse(" | ".join(passes[:cut])).run(program, self.batches) if cut else program
-        self.passes = " | ".join(passes[cut:])
+        self.program = self._run(program, passes[:cut])
+        self.passes = passes[cut:]
         self.items = find_items(self.program, self.formats[0], {}).free
 
     def _filled(self, text: str) -> str:
         return text.replace("=W", f"={self.arguments.formats.split(',')[0]}").replace(
             "=A", f"={self.arguments.activation}"
         )
+
+    def _run(self, program: Program, passes: list[str]) -> Program:
+        """Run passes one by one: those that train take a step for each batch, for others batches are larger."""
+        windows = torch.cat([batch["input_ids"] for batch in self.batches])
+        large = [{"input_ids": part} for part in windows.split(16)]
+        for text in passes:
+            program = Pipeline.parse(text).run(program, self.batches if text.startswith(TRAINING) else large)
+        return program
 
     def costs(self) -> Tensor:
         """Costs `[items, formats]` as `allocate` estimates them."""
@@ -90,7 +99,7 @@ class Comparison:
         """Perplexity and KL of a choice of formats by weight: rounded weights, inputs rounded on the way."""
         program = self.program.copy()
         program.formats = dict(chosen)
-        program = Pipeline.parse(self.passes).run(program, self.batches)
+        program = self._run(program, self.passes)
         rounding = partial(round_input, parse_format(self.arguments.activation))
         scores = self._scores(AlteredRun(program, dict.fromkeys(choose(program).matmuls, rounding)), program)
         numbers = {name: round(value, 5) for name, value in scores.items()}

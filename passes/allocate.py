@@ -54,6 +54,7 @@ class Allocate(Pass):
         (prefill), from times that were measured on the GPU where the model is, or on `gpu` (sm90).
     score: fisher needs a forward and a backward pass over the data; kl, which is exact for each item alone, a forward
         for each item and format; noise no data: it runs on random tokens, and sees the errors of weights alone.
+    joined: q, k and v, and gate and up, get one format, so that one launch multiplies them; false: each weight its own.
     activation: the format of inputs at run time. activations: one for each of `formats`, so that some weights have
         inputs of more bits than others; then formats may repeat. windows: how many rows of the batches are used.
     overrides: formats by name pattern that are not to be chosen; none keeps a weight in float.
@@ -71,6 +72,7 @@ class Allocate(Pass):
     activation: MXFormat | None = None
     activations: tuple[MXFormat | None, ...] = ()
     windows: Annotated[int, Range(1)] = 16
+    joined: bool = True
     overrides: Mapping[str, MXFormat | None] = Overrides()
 
     name = "allocate"
@@ -89,6 +91,8 @@ class Allocate(Pass):
             )
         if self.activations and self.score is FormatScore.NOISE:
             raise PipelineError("allocate{score=noise} does not see the errors of inputs: use fisher with activations")
+        if self.activations and not self.joined:
+            raise PipelineError("allocate{joined=false} would give one value inputs of several formats: no activations")
         if not any(self.formats) or len(set(self.pairs)) < len(self.formats):
             raise PipelineError("allocate{formats=[...]} lists different formats, at least one of them MX")
 
@@ -106,7 +110,8 @@ class Allocate(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Estimate the costs of all items, choose, and write the choice to `program.formats`."""
-        items = find_items(program, next(fmt for fmt in self.formats if fmt is not None), self.overrides)
+        first = next(fmt for fmt in self.formats if fmt is not None)
+        items = find_items(program, first, self.overrides, joined=self.joined)
         budgets = Budgets(self.bits, self.bytes, self.microseconds, self.latency, self.gpu)
         misses = [*items.choice.misses, *budgets.misses(items)]
         limits = budgets.limits(program, items, self.formats)

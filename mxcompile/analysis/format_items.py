@@ -69,11 +69,13 @@ class FormatItems:
         return sum(item.stored_bytes(fmt) for item, fmt in self.fixed if fmt is not None)
 
 
-def find_items(program: Program, default: MXFormat, overrides: Mapping[str, MXFormat | None]) -> FormatItems:
+def find_items(
+    program: Program, default: MXFormat, overrides: Mapping[str, MXFormat | None], *, joined: bool = True
+) -> FormatItems:
     """The items of all matmuls to quantize, without those whose weight something else reads in float.
 
-    default: any format. Raises UnknownNameError for an override that matches nothing, and PipelineError if one weight
-    would get two formats.
+    default: any format. joined: whether the readers of one value are one item. Raises UnknownNameError for an override
+    that matches nothing, and PipelineError if one weight would get two formats.
     """
     choice = exclude_shared_weights(program, choose(program))
     _, formats = override_formats(program, choice, default, overrides)
@@ -87,19 +89,19 @@ def find_items(program: Program, default: MXFormat, overrides: Mapping[str, MXFo
     for matmul in fixed:
         by_weight.setdefault(matmul.parameter, []).append(matmul)
     alone = ((FormatItem(tuple(readers)), fixed[readers[0]]) for readers in by_weight.values())
-    return FormatItems(_joined(free), tuple(alone), choice)
+    return FormatItems(_joined(free, by_value=joined), tuple(alone), choice)
 
 
-def _joined(matmuls: tuple[Matmul, ...]) -> tuple[FormatItem, ...]:
-    """Matmuls that share a value, a weight or a module of experts, joined."""
+def _joined(matmuls: tuple[Matmul, ...], *, by_value: bool) -> tuple[FormatItem, ...]:
+    """Matmuls that share a weight or a module of experts, joined, and those that share a value if `by_value`."""
     links = networkx.Graph()
     position = {matmul: index for index, matmul in enumerate(matmuls)}
     for matmul in matmuls:
         links.add_edge(matmul, ("weight", matmul.parameter))
-        if matmul.root.meta["val"].dim() == 2:
-            links.add_edge(matmul, ("value", matmul.activation))
-        else:
+        if matmul.root.meta["val"].dim() != 2:
             links.add_edge(matmul, ("module", matmul.parameter.rpartition(".")[0]))
+        elif by_value:
+            links.add_edge(matmul, ("value", matmul.activation))
     groups = (
         sorted((each for each in group if isinstance(each, Matmul)), key=position.__getitem__)
         for group in networkx.connected_components(links)

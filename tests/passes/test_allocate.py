@@ -111,6 +111,23 @@ def test_readers_of_a_value_have_one_format(program):
             )
 
 
+def test_readers_of_a_value_may_have_several_formats(program):
+    """At equal bits this costs less, by the same costs; they are rounded by GPTQ, and run, like others."""
+    text = f"{LISTED},bits=5,activation=mxint8"
+    joined, apart = (allocated(program, f"{text}{more}") for more in ("", ",joined=false"))
+    items = apart.ledger[0].allocation.items
+    assert sorted(len(item.weights) for item in items) == [1] * 14
+    assert apart.ledger[0].allocation.kl < joined.ledger[0].allocation.kl
+    assert len({apart.formats[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"}) > 1
+    learned = "gptq{format=mxint4,activation=mxint8} | lower-mx{weight=mxint4,activation=mxint8}"
+    lowered = Pipeline.parse(f"allocate{{{text},joined=false}} | {learned}").run(program, BATCHES)
+    module = mxcompile.deploy(lowered, hard_to_round())
+    by_name = {name: each.format for name, each in module.named_parameters() if isinstance(each, MXWeight)}
+    assert by_name == apart.formats
+    x = inputs("llama", 2, 32, seed=5)
+    torch.testing.assert_close(output(module(**x)), output(lowered(**x)), atol=1e-4, rtol=0)
+
+
 def test_experts_of_a_layer_have_one_format():
     model = build("mixtral")
     program = mxcompile.trace(model, inputs("mixtral"))
@@ -435,6 +452,7 @@ def test_the_cost_of_an_input_format_is_its_share(program):
         ({"activations": (MXFP4,)}, "one entry for each of formats"),
         ({"activations": (MXINT8,) * 3, "activation": MXINT8}, "no activation beside"),
         ({"activations": (MXINT8,) * 3, "score": "noise"}, "does not see the errors of inputs"),
+        ({"activations": FORMATS, "joined": False}, "would give one value inputs of several formats"),
     ],
 )
 def test_impossible_formats_of_inputs_are_refused(options, message):
