@@ -10,6 +10,7 @@ add up (HIGGS, Malinovskii et al., arXiv 2411.17525), and the best choice is a k
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Annotated, Final
 
 from torch import Tensor
@@ -41,6 +42,13 @@ class FormatScore(Enum):
     KL = "kl"
 
 
+class FormatRounding(Enum):
+    """How later passes round: to nearest, or by GPTQ, which leaves smaller errors, by other factors in other layers."""
+
+    NEAREST = "nearest"
+    GPTQ = "gptq"
+
+
 _COSTS: Final = {FormatScore.FISHER: fisher_costs, FormatScore.NOISE: noise_costs, FormatScore.KL: kl_costs}
 
 
@@ -54,6 +62,7 @@ class Allocate(Pass):
         (prefill), from times that were measured on the GPU where the model is, or on `gpu` (sm90).
     score: fisher needs a forward and a backward pass over the data; kl, which is exact for each item alone, a forward
         for each item and format; noise no data: it runs on random tokens, and sees the errors of weights alone.
+    rounding: how weights will be rounded, as costs are estimated (gptq: by fisher alone).
     joined: q, k and v, and gate and up, get one format, so that one launch multiplies them; false: each weight its own.
     activation: the format of inputs at run time. activations: one for each of `formats`, so that some weights have
         inputs of more bits than others; then formats may repeat. windows: how many rows of the batches are used.
@@ -72,6 +81,7 @@ class Allocate(Pass):
     activation: MXFormat | None = None
     activations: tuple[MXFormat | None, ...] = ()
     windows: Annotated[int, Range(1)] = 16
+    rounding: FormatRounding = FormatRounding.NEAREST
     joined: bool = True
     overrides: Mapping[str, MXFormat | None] = Overrides()
 
@@ -91,6 +101,8 @@ class Allocate(Pass):
             )
         if self.activations and self.score is FormatScore.NOISE:
             raise PipelineError("allocate{score=noise} does not see the errors of inputs: use fisher with activations")
+        if self.rounding is FormatRounding.GPTQ and self.score is not FormatScore.FISHER:
+            raise PipelineError("allocate{rounding=gptq} needs score=fisher: other scores round to nearest")
         if self.activations and not self.joined:
             raise PipelineError("allocate{joined=false} would give one value inputs of several formats: no activations")
         if not any(self.formats) or len(set(self.pairs)) < len(self.formats):
@@ -134,7 +146,8 @@ class Allocate(Pass):
             numbers = stored * 8 / items.values, choice.cost, price
             time = budgets.microseconds_of(program, [*chosen, *items.fixed])
             score = self.score.value
-            allocation = Allocation(score, choice.solver, budgets.text, *numbers, rows, budgets.unit, time)
+            by = "by gptq" if self.rounding is FormatRounding.GPTQ else "to nearest"
+            allocation = Allocation(score, choice.solver, budgets.text, *numbers, rows, budgets.unit, time, by)
         new = [n for n, fmt in program.formats.items() if n not in before or before[n] != fmt]
         return PassResult(len(new), tuple(misses), allocation=allocation)
 
@@ -143,7 +156,8 @@ class Allocate(Pass):
         saved = load_part(program, "costs")
         if saved is not None:
             return saved[0]["costs"]
-        costs = _COSTS[self.score](program, items, self.pairs, self._batches(program))
+        estimate = partial(fisher_costs, gptq=True) if self.rounding is FormatRounding.GPTQ else _COSTS[self.score]
+        costs = estimate(program, items, self.pairs, self._batches(program))
         save_part(program, "costs", {"costs": costs})
         return costs
 

@@ -55,6 +55,13 @@ class BackwardRun:
         for index, batch in enumerate(self._states.pop(None)):
             self._gradients.append(self._backward(self._tail, batch, index, None))
 
+    def forward(self, segment: Segment, nodes: Sequence[Node]) -> Iterator[tuple[BoundBatch, NodeValues]]:
+        """Run all batches again through a segment that `backward` has not reached; yields the values of nodes."""
+        for batch in self._states[segment]:
+            made = [node for node in nodes if node not in batch.values]
+            made_here = self._runner.run_nodes(segment.nodes, batch.fork(segment.nodes), None, made)
+            yield batch, batch.values | made_here
+
     def backward(self, segment: Segment, on_gradient: OnGradient) -> Iterator[BoundBatch]:
         """Run all batches backward through the next segment; yields each when it is done."""
         self._runner.on_gradient = on_gradient

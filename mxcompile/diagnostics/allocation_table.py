@@ -57,4 +57,4 @@ def allocation_lines(allocation: Allocation) -> tuple[str, str]:
         if allocation.price
         else "the budget is not the limit"
     )
-    return chosen, f"expected KL of rounding to nearest {allocation.kl:.4f}; {price}"
+    return chosen, f"expected KL of rounding {allocation.rounding} {allocation.kl:.4f}; {price}"

@@ -40,9 +40,10 @@ class ItemFormat:
 class Allocation:
     """Formats chosen under a budget.
 
-    score: how costs were estimated. solver: how the choice was made. limit: the budget, in words. bits: stored bits a
-    weight of all items, with scales. microseconds: of all matmuls, None without a budget of time. kl: the sum of the
-    costs. price: KL in nats that one more `unit` would save, a bit a weight or a microsecond.
+    score: how costs were estimated. rounding: of weights, as costs see it. solver: how the choice was made. limit: the
+    budget, in words. bits: stored bits a weight of all items, with scales. microseconds: of all matmuls, None without a
+    budget of time. kl: the sum of the costs. price: KL in nats that one more `unit` would save, a bit a weight or a
+    microsecond.
     """
 
     score: str
@@ -54,6 +55,7 @@ class Allocation:
     items: tuple[ItemFormat, ...]
     unit: str = "bit"
     microseconds: float | None = None
+    rounding: str = "to nearest"
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,20 @@ from torch import nn
 
 import mxcompile
 from mxcompile import load, save
+from mxcompile.analysis.choice import choose
 from mxcompile.analysis.format_items import find_items
 from mxcompile.analysis.layers import find_layers
+from mxcompile.calibration.backward_run import BackwardRun
+from mxcompile.calibration.format_costs.gptq_errors import weights_by_gptq
+from mxcompile.calibration.format_costs.pairs import FormatPair
+from mxcompile.calibration.run import visible_batches
 from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.errors import InputError, NoDataError, PassError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT6, MXINT8
 from mxcompile.graph.printer import print_changes
 from mxcompile.kernels.measured_times import times_of
 from mxcompile.numerics.metrics import kl_divergence
-from mxcompile.passes.allocate import Allocate, FormatScore
+from mxcompile.passes.allocate import Allocate, FormatRounding, FormatScore
 from mxcompile.passes.recipes import with_bits
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.weight import MXWeight
@@ -118,7 +123,11 @@ def test_readers_of_a_value_may_have_several_formats(program):
     items = apart.ledger[0].allocation.items
     assert sorted(len(item.weights) for item in items) == [1] * 14
     assert apart.ledger[0].allocation.kl < joined.ledger[0].allocation.kl
-    assert len({apart.formats[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"}) > 1
+    readers = [("self_attn", "qkv"), ("mlp", ("gate", "up"))]
+    groups = [
+        [f"model.layers.{n}.{part}.{name}_proj.weight" for name in names] for n in (0, 1) for part, names in readers
+    ]
+    assert any(len({apart.formats[name] for name in group}) > 1 for group in groups)
     learned = "gptq{format=mxint4,activation=mxint8} | lower-mx{weight=mxint4,activation=mxint8}"
     lowered = Pipeline.parse(f"allocate{{{text},joined=false}} | {learned}").run(program, BATCHES)
     module = mxcompile.deploy(lowered, hard_to_round())
@@ -257,6 +266,40 @@ def test_fewer_bits_diverge_less_than_rules_of_thumb(program):
                 budget -= more
                 other.formats |= dict.fromkeys(item.weights, MXINT8)
         assert best < 0.95 * divergence(program, Pipeline.parse(ROUND).run(other))
+
+
+def test_costs_of_weights_as_gptq_leaves_them(program):
+    """They are its weights to the bit where inputs are those of the float model; the errors left are smaller."""
+    plain, behind = (
+        allocated(program, f"{LISTED},bits=5,activation=mxint8{more}").ledger[0].allocation
+        for more in ("", ",rounding=gptq")
+    )
+    assert (plain.rounding, behind.rounding) == ("to nearest", "by gptq")
+    pairs = [(one.costs["mxint4"], other.costs["mxint4"]) for one, other in zip(plain.items, behind.items, strict=True)]
+    assert all(after < before for before, after in pairs)
+    matmuls = choose(program).matmuls
+    backward = BackwardRun(program, matmuls, visible_batches(program, BATCHES), (), lambda *_: {})
+    pair = FormatPair(MXINT4, MXINT8)
+    rounded = weights_by_gptq(program, backward, backward.segments[-1], [pair])
+    alone = Pipeline.parse("gptq{format=mxint4,activation=mxint8}").run(program, BATCHES)
+    first = [matmul for matmul in rounded if "self_attn.o_proj" not in matmul.parameter][:3]
+    assert [matmul.parameter.split(".")[-2] for matmul in first] == ["q_proj", "k_proj", "v_proj"]
+    for matmul in first:
+        assert torch.equal(rounded[matmul][pair], alone.tensor(matmul.parameter))
+
+
+def test_weights_that_gptq_cannot_round_cost_as_to_nearest():
+    """Experts, and inputs that are all zeros."""
+    program = mxcompile.trace(build("mixtral"), inputs("mixtral"))
+    batch = [inputs("mixtral", 4, 16)]
+    plain, behind = (
+        allocated(program, f"{LISTED},bits=5{more}", batch).ledger[0].allocation.items
+        for more in ("", ",rounding=gptq")
+    )
+    experts = [index for index, item in enumerate(plain) if "experts" in item.weights[0]]
+    assert experts
+    assert all(plain[index].costs == pytest.approx(behind[index].costs) for index in experts)
+    assert any(one.costs != other.costs for one, other in zip(plain, behind, strict=True))
 
 
 @pytest.mark.parametrize("score", ["fisher", "noise"])
@@ -451,7 +494,8 @@ def test_the_cost_of_an_input_format_is_its_share(program):
     [
         ({"activations": (MXFP4,)}, "one entry for each of formats"),
         ({"activations": (MXINT8,) * 3, "activation": MXINT8}, "no activation beside"),
-        ({"activations": (MXINT8,) * 3, "score": "noise"}, "does not see the errors of inputs"),
+        ({"activations": (MXINT8,) * 3, "score": FormatScore.NOISE}, "does not see the errors of inputs"),
+        ({"rounding": FormatRounding.GPTQ, "score": FormatScore.KL}, "needs score=fisher"),
         ({"activations": FORMATS, "joined": False}, "would give one value inputs of several formats"),
     ],
 )

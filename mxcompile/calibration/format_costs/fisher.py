@@ -19,6 +19,7 @@ from mxcompile.analysis.segments import Segment
 from mxcompile.calibration.backward_run import BackwardRun
 from mxcompile.calibration.compared_outputs import ComparedOutputs
 from mxcompile.calibration.dealing import own_batches
+from mxcompile.calibration.format_costs.gptq_errors import weights_by_gptq
 from mxcompile.calibration.format_costs.pairs import FormatPair, rounded_weights
 from mxcompile.calibration.quantizers import round_input
 from mxcompile.calibration.ranks import ranks_of
@@ -32,10 +33,16 @@ _ROWS = 1024
 
 
 def fisher_costs(
-    program: Program, items: Sequence[FormatItem], pairs: Sequence[FormatPair], batches: Sequence[Inputs]
+    program: Program,
+    items: Sequence[FormatItem],
+    pairs: Sequence[FormatPair],
+    batches: Sequence[Inputs],
+    *,
+    gptq: bool = False,
 ) -> Tensor:
     """Costs `[items, pairs]`, float64, the weighted mean over batches; NaN for an item that no gradient reaches.
 
+    gptq: of weights as `gptq` rounds them (`gptq_errors.py`), else of weights rounded to nearest.
     Raises NoDataError if no output of the model can be compared.
     """
     own, _ = own_batches(program, batches)
@@ -47,7 +54,8 @@ def fisher_costs(
     costs = torch.zeros(len(items), len(pairs) + 1, dtype=torch.float64)
     owner = {matmul: index for index, item in enumerate(items) for matmul in item.matmuls}
     for segment in program.track(run.segments):
-        scorer = _SegmentScorer(program, segment, owner, pairs)
+        rounded = weights_by_gptq(program, run, segment, pairs) if gptq else _to_nearest(program, segment, pairs)
+        scorer = _SegmentScorer(program, segment, owner, pairs, rounded)
         for batch in run.backward(segment, scorer.add):
             scorer.finish(batch, costs)
     ranks_of(program).sum(costs)
@@ -55,27 +63,40 @@ def fisher_costs(
     return torch.where(seen, costs[:, :-1] / sum(batch.weight for batch in batches), torch.nan)
 
 
+def _to_nearest(
+    program: Program, segment: Segment, pairs: Sequence[FormatPair]
+) -> dict[Matmul, dict[FormatPair, Tensor]]:
+    """For each matmul its weight rounded to nearest in every pair's format."""
+    formats = {pair.weight for pair in pairs}
+    nearest = {matmul: rounded_weights(program, matmul, formats) for matmul in segment.matmuls}
+    return {matmul: {pair: weights[pair.weight] for pair in pairs} for matmul, weights in nearest.items()}
+
+
 class _SegmentScorer:
     """Adds the costs of the matmuls of one segment; their rounded weights are held while all batches pass."""
 
     def __init__(
-        self, program: Program, segment: Segment, owner: Mapping[Matmul, int], pairs: Sequence[FormatPair]
+        self,
+        program: Program,
+        segment: Segment,
+        owner: Mapping[Matmul, int],
+        pairs: Sequence[FormatPair],
+        rounded: Mapping[Matmul, Mapping[FormatPair, Tensor]],
     ) -> None:
-        self._owner, self._pairs = owner, pairs
-        formats = {None, *(pair.weight for pair in pairs)}
-        self._weights = {matmul: rounded_weights(program, matmul, formats) for matmul in segment.matmuls}
+        self._owner, self._pairs, self._rounded = owner, pairs, rounded
+        self._exact = {matmul: rounded_weights(program, matmul, [None])[None] for matmul in segment.matmuls}
         self._products: dict[tuple[int, Node], Tensor] = {}
 
     def add(self, matmul: Matmul, values: NodeValues, gradient: Tensor) -> None:
         """Add g . dy of every row and pair, `[rows, pairs]`, to those of the item's other matmuls of that input."""
-        weights = self._weights[matmul]
+        weights = self._rounded[matmul]
         dtype = torch.float32 if matmul.root.meta["val"].dim() == 2 else gradient.dtype
         x = values[matmul.activation].to(dtype)
-        exact = multiply(matmul, values, x, weights[None].to(dtype))
+        exact = multiply(matmul, values, x, self._exact[matmul].to(dtype))
         inputs = {fmt: round_input(fmt, x) for fmt in {pair.activation for pair in self._pairs}}
         products = torch.stack(
             [
-                (multiply(matmul, values, inputs[pair.activation], weights[pair.weight].to(dtype)) - exact)
+                (multiply(matmul, values, inputs[pair.activation], weights[pair].to(dtype)) - exact)
                 .float().mul_(gradient).sum(-1).flatten()
                 for pair in self._pairs
             ],

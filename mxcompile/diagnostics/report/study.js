@@ -17,7 +17,7 @@ function drawFront(figure, group) {
     y: { label: "↑ KL, nats", type: isWide ? "log" : "linear", grid: true, inset: 8, tickFormat: isWide ? "~g" : undefined },
     marks: [
       Plot.line(front, { x: "mb", y: "kl", stroke: "var(--after)", strokeWidth: 1.5 }),
-      Plot.dot(cells, {
+      Plot.dot(d3.sort(cells, (cell) => cell.front), {
         x: "mb",
         y: "kl",
         r: 4,
