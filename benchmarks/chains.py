@@ -4,14 +4,16 @@
         --calibration-text c4.jsonl "recipe: gptq{format=W,activation=A} || tune-vectors{activation=A}"
 
 SmolLM2-135M. A chain is a name and steps with `||` between them, `NAME: PASSES || PASSES`; a step is passes without
-`lower-mx`, with W and A for the formats. Steps with which several chains begin run once. Steps that train (`distill`,
-`tune-vectors`) see `--train-windows` windows of 512 tokens in batches of 4, others `--calibration` in batches of 16;
-those that do not round, `--fold-windows`. A record has the negative log-likelihood and the KL divergence from the float
-model, in nats, on windows of the text's first half (`--windows-first`) and second half, and both of each window.
+`lower-mx`, with W and A for the formats: those of `--formats`, or named behind the name, `NAME [mxfp4:mxfp4]: ...`.
+Steps with which several chains begin run once. Steps that train (`distill`, `tune-vectors`) see `--train-windows`
+windows of 512 tokens in batches of 4, others `--calibration` in batches of 16; those that do not round,
+`--fold-windows`. A record has the negative log-likelihood and the KL divergence from the float model, in nats, on
+windows of the text's first half (`--windows-first`) and second half, and both of each window.
 """
 
 import argparse
 import time
+from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
 from typing import Any, Final
@@ -52,20 +54,17 @@ class Chains:
             name: list(islice(token_windows(part, arguments.length, tokenizer=tokenizer), counts[name]))
             for name, part in zip(counts, test.chunk(2), strict=True)
         }
-        weight, activation = arguments.formats.split("/" if "/" in arguments.formats else ":")
-        self.names = {"=W": f"={weight}", "=A": f"={activation}"}
-        self.described = {"weight": weight, "activation": activation}
         self.programs: dict[tuple[str, ...], Program] = {
             (): mxcompile.trace(self.model, {"input_ids": windows[:1, :64]})
         }
 
-    def run(self, name: str, steps: list[str]) -> None:
+    def run(self, chain: "Chain") -> None:
         """Run the steps of a chain that no other has run, and write their records."""
-        for count in range(1, len(steps) + 1):
-            key = tuple(steps[:count])
+        for count in range(1, len(chain.steps) + 1):
+            key = chain.steps[:count]
             if key in self.programs:
                 continue
-            pipeline, began = Pipeline.parse(self._filled(steps[count - 1])), time.perf_counter()
+            pipeline, began = Pipeline.parse(chain.steps[count - 1]), time.perf_counter()
             trains = any(each.name in TRAINS for each in pipeline.passes)
             torch.backends.cuda.matmul.allow_tf32 = trains and self.arguments.tf32
             rounds = any(each.gives is not None for each in pipeline.passes)
@@ -74,16 +73,17 @@ class Chains:
             torch.backends.cuda.matmul.allow_tf32 = False
             self.programs[key] = program
             seconds = time.perf_counter() - began
-            print(f"{name}: {pipeline}: {seconds:.1f} s", flush=True)
+            print(f"{chain.name}: {pipeline}: {seconds:.1f} s", flush=True)
             if program.rounded:
-                self._record(name, steps[:count], program, seconds)
+                self._record(chain, count, program, seconds)
 
-    def _record(self, name: str, steps: list[str], program: Program, seconds: float) -> None:
-        pipeline = Pipeline.parse(self._filled(" | ".join(steps) + LOWER))
+    def _record(self, chain: "Chain", count: int, program: Program, seconds: float) -> None:
+        pipeline = Pipeline.parse(" | ".join([*chain.steps[:count], chain.lower]))
         lowered = Pipeline(pipeline.passes[-1:]).run(program, self.rounding)
         module = mxcompile.deploy(lowered, self.model, check=False)
         trained = any(each.name in TRAINS for each in pipeline.passes)
-        row: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "recipe": name, **self.described}
+        row: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "recipe": chain.name}
+        row |= {"weight": chain.weight, "activation": chain.activation}
         row |= {"bits": stored_bits(module), "pipeline": str(pipeline), "seed": 0}
         row |= {"calibration": f"{self.arguments.calibration}x512", "device": self.arguments.device}
         row |= {"folded": f"{self.arguments.fold_windows}x512"} if self.arguments.fold_windows else {}
@@ -91,10 +91,36 @@ class Chains:
         row["halves"] = {half: scored(module, windows, self.model) for half, windows in self.halves.items()}
         write(row | {"seconds": round(seconds, 1)}, self.arguments.out)
 
-    def _filled(self, text: str) -> str:
-        for placeholder, value in self.names.items():
-            text = text.replace(placeholder, value)
-        return text
+
+@dataclass(frozen=True)
+class Chain:
+    """name: in records. steps: passes with the formats in place of W and A."""
+
+    name: str
+    weight: str
+    activation: str
+    steps: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str, formats: str) -> "Chain":
+        """Of `NAME [weight:activation]: PASSES || PASSES`, the formats in brackets if they are not those given."""
+        name, _, steps = text.partition(": ")
+        name, _, own = name.partition(" [")
+        pair = (own or formats).removesuffix("]")
+        weight, activation = pair.split("/" if "/" in pair else ":")
+        return cls(
+            name, weight, activation, tuple(filled(step.strip(), weight, activation) for step in steps.split("||"))
+        )
+
+    @property
+    def lower(self) -> str:
+        """The last pass of all steps."""
+        return filled(LOWER.removeprefix(" | "), self.weight, self.activation)
+
+
+def filled(text: str, weight: str, activation: str) -> str:
+    """Passes with formats for W and A."""
+    return text.replace("=W", f"={weight}").replace("=A", f"={activation}")
 
 
 def scored(module: nn.Module, windows: list[Tensor], reference: nn.Module) -> dict[str, Any]:
@@ -126,9 +152,8 @@ def main() -> None:
     options.add_argument("--tf32", action="store_true", help="train with products in TF32")
     arguments = options.parse_args()
     chains = Chains(arguments)
-    for chain in arguments.chains:
-        name, _, steps = chain.partition(": ")
-        chains.run(name, [step.strip() for step in steps.split("||")])
+    for text in arguments.chains:
+        chains.run(Chain.parse(text, arguments.formats))
 
 
 if __name__ == "__main__":

@@ -77,3 +77,49 @@ def test_what_any_order_could_win_back():
     assert best == row["own weight"]
     words = f"an order of its own, sorted by weights, {percent(best)} of what planting adds to the squared error"
     assert words in page("docs/accuracy.md")
+
+
+STEPS = {"gptq": "`gptq`", "tune-vectors": "and vectors", "distill": "and weights"}
+
+
+def chain(name, last="gptq"):
+    """The record of a chain after a pass."""
+    (row,) = (r for r in results("chains.jsonl") if r["recipe"] == name and last_pass(r) == last)
+    return row
+
+
+def last_pass(row):
+    return row["pipeline"].split(" | ")[-2].partition("{")[0]
+
+
+def paired(row, base, half):
+    """The change in KL to another record and its standard error over windows, as text."""
+    pairs = zip(*(each["halves"][half]["windows"] for each in (row, base)), strict=True)
+    changes = [own[1] - of_base[1] for own, of_base in pairs]
+    return f"{mean(changes):+.4f} ± {stdev(changes) / len(changes) ** 0.5:.4f}"
+
+
+def test_the_table_of_steps():
+    text = page("docs/accuracy.md")
+    for row in results("chains.jsonl"):
+        halves = row["halves"]
+        has_floor = any(r["rtn_nll"] and r["weight"] == row["weight"] for r in results("accuracy.jsonl"))
+        windows = (row.get("folded", row["calibration"]), row["calibration"], row.get("trained", "-"))
+        cells = (
+            f"{row['weight']}, {row['activation']}", row["recipe"], STEPS[last_pass(row)], f"{row['bits']:.2f}",
+            "/".join(each.partition("x")[0] for each in windows), *(f"{half['kl']:.4f}" for half in halves.values()),
+            closed(row) if has_floor else "-",
+        )  # fmt: skip
+        assert f"| {' | '.join(cells)} |" in text
+        assert (row["seed"], [len(half["windows"]) for half in halves.values()]) == (0, [8, 16])
+
+
+def test_what_is_said_about_steps():
+    text = " ".join(page("docs/accuracy.md").split())
+    gptq, rotate = chain("gptq"), chain("rotate")
+    assert f"changes KL on the first half by {paired(chain('pull 0.1'), gptq, 'first')}, and raises" in text
+    assert chain("pull 0.1")["halves"]["second"]["nll"] > gptq["halves"]["second"]["nll"]
+    assert f"KL on the first half changes by {paired(chain('scales by the diagonal'), gptq, 'first')}:" in text
+    longer = [paired(chain("rotate 64"), rotate, half) for half in ("first", "second")]
+    assert "change KL by {} on the first half and by {} on the second".format(*longer) in text
+    assert f"alike (`rotate, allocate`), close {closed(chain('rotate, allocate', 'tune-vectors'))} of the gap" in text

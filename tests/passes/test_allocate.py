@@ -15,10 +15,10 @@ from mxcompile.analysis.layers import find_layers
 from mxcompile.calibration.backward_run import BackwardRun
 from mxcompile.calibration.format_costs.gptq_errors import weights_by_gptq
 from mxcompile.calibration.format_costs.pairs import FormatPair
-from mxcompile.calibration.run import visible_batches
 from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.errors import InputError, NoDataError, PassError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT6, MXINT8
+from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.printer import print_changes
 from mxcompile.kernels.measured_times import times_of
 from mxcompile.numerics.metrics import kl_divergence
@@ -131,8 +131,8 @@ def test_readers_of_a_value_may_have_several_formats(program):
     learned = "gptq{format=mxint4,activation=mxint8} | lower-mx{weight=mxint4,activation=mxint8}"
     lowered = Pipeline.parse(f"allocate{{{text},joined=false}} | {learned}").run(program, BATCHES)
     module = mxcompile.deploy(lowered, hard_to_round())
-    by_name = {name: each.format for name, each in module.named_parameters() if isinstance(each, MXWeight)}
-    assert by_name == apart.formats
+    by_name = {name: each.layout_.format for name, each in module.named_parameters() if isinstance(each, MXWeight)}
+    assert by_name == {name: str(fmt) for name, fmt in apart.formats.items()}
     x = inputs("llama", 2, 32, seed=5)
     torch.testing.assert_close(output(module(**x)), output(lowered(**x)), atol=1e-4, rtol=0)
 
@@ -278,7 +278,8 @@ def test_costs_of_weights_as_gptq_leaves_them(program):
     pairs = [(one.costs["mxint4"], other.costs["mxint4"]) for one, other in zip(plain.items, behind.items, strict=True)]
     assert all(after < before for before, after in pairs)
     matmuls = choose(program).matmuls
-    backward = BackwardRun(program, matmuls, visible_batches(program, BATCHES), (), lambda *_: {})
+    batches = [Inputs((), batch) for batch in BATCHES]
+    backward = BackwardRun(program, matmuls, batches, (), lambda *_: {})
     pair = FormatPair(MXINT4, MXINT8)
     rounded = weights_by_gptq(program, backward, backward.segments[-1], [pair])
     alone = Pipeline.parse("gptq{format=mxint4,activation=mxint8}").run(program, BATCHES)
