@@ -18,6 +18,7 @@ from mxcompile.kernels.layout import fp8_eligibility
 from mxcompile.kernels.layout.planes import PlanarScaling, PlanarWeight, from_bytes
 from mxcompile.kernels.triton import align, dequantize, held_planes, split_k_counters
 from mxcompile.kernels.triton import planes_linear as triton_planes
+from mxcompile.kernels.triton.elements import starts_early
 from mxcompile.kernels.tuned_configs import Config, config_for
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
@@ -91,7 +92,7 @@ def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, scaling: 
     planes = _planes(group, fmt, x.shape[-1], scaling)
     config = _config(x, group, fmt)
     if isinstance(config, held_planes.Config):
-        return held_planes.linears(x, planes, outs, biases, config)
+        return held_planes.linears(x, planes, outs, biases, replace(config, dependent=starts_early(x)))
     if isinstance(config, triton_planes.Config):
         counters, config = _take_counters(x, planes, config)
         return triton_planes.linears(x, planes, outs, biases, config, counters)

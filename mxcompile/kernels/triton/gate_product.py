@@ -18,7 +18,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
-from mxcompile.kernels.triton.elements import launch, narrow, unsupported_device, unsupported_dtype, widen
+from mxcompile.kernels.triton.elements import (
+    launch,
+    narrow,
+    starts_early,
+    unsupported_device,
+    unsupported_dtype,
+    widen,
+)
 from mxcompile.kernels.triton.gates import activated, gate_constants
 from mxcompile.kernels.triton.quantize import Rounding, rounded_rows, rounding_constants, why_not_rounded
 from mxcompile.numerics.gates import Gate
@@ -33,12 +40,18 @@ def supports(gate: Tensor, rounding: Rounding) -> str | None:
 
 
 def multiply_and_round(
-    gate: Tensor, up: Tensor, function: Gate, rounding: Rounding, tile: int | None = None, dependent: bool = False
+    gate: Tensor,
+    up: Tensor,
+    function: Gate,
+    rounding: Rounding,
+    tile: int | None = None,
+    dependent: bool | None = None,
 ) -> Tensor:
     """gate and up `[..., inner]` of one dtype, of any strides. Returns the rounded product, contiguous.
 
-    function: without limit and shift. dependent: programmatic dependent launch, from 9.0 on.
+    function: without limit and shift. dependent: programmatic dependent launch; None: from compute capability 9.0 on.
     """
+    dependent = starts_early(gate) if dependent is None else dependent
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise MXCompileError(f"a gate {gate.dtype} {[*gate.shape]} cannot gate {up.dtype} {[*up.shape]}")
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)

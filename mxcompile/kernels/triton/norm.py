@@ -18,7 +18,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
-from mxcompile.kernels.triton.elements import launch, narrow, unsupported_device, unsupported_dtype, widen
+from mxcompile.kernels.triton.elements import (
+    launch,
+    narrow,
+    starts_early,
+    unsupported_device,
+    unsupported_dtype,
+    widen,
+)
 from mxcompile.kernels.triton.quantize import Rounding, rounded_rows, rounding_constants, why_not_rounded
 from mxcompile.numerics.norms import Norm
 
@@ -40,14 +47,15 @@ def add_norm(
     norm: Norm,
     rounding: Rounding,
     warps: int | None = None,
-    dependent: bool = False,
+    dependent: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x and residual `[..., size]`, of any strides; weight and bias `[size]`. Returns `x + residual`, which is x
     itself without a residual, and the rounded norm of it, both contiguous and in the dtype of x.
 
-    dependent: programmatic dependent launch, from compute capability 9.0 on. In a CUDA graph, whose kernels write no
-    weights, weight and bias are then loaded before the previous kernel has ended.
+    dependent: programmatic dependent launch; None: from compute capability 9.0 on. In a CUDA graph, whose kernels write
+    no weights, weight and bias are then loaded before the previous kernel has ended.
     """
+    dependent = starts_early(x) if dependent is None else dependent
     size, rows = x.shape[-1], math.prod(x.shape[:-1])
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise MXCompileError(f"a residual {[*residual.shape]} cannot be added to {[*x.shape]}")
