@@ -13,7 +13,6 @@ whole, with equal layers again and again.
 """
 
 import argparse
-import copy
 import json
 import os
 import resource
@@ -128,18 +127,10 @@ def loaded(arguments: argparse.Namespace) -> tuple[Any, Tensor]:
 
 def random_llama(arguments: argparse.Namespace) -> tuple[Any, Tensor]:
     """(Llama-3-8B's shape with equal random layers, quantized; ids `[1, prompt]`)"""
-    from llama_8b import build
+    from llama_8b import quantized
 
-    model = build(1)
-    ids = torch.randint(model.config.vocab_size, (1, arguments.prompt), device="cuda")
-    model = mxcompile.quantize_and_compile(model, {"input_ids": ids[:, :64]}, recipe=RECIPE, compile=False)
-    layers = model.model.layers
-    for index in range(1, arguments.layers):
-        layer = copy.deepcopy(layers[0])
-        layer.self_attn.layer_idx = index
-        layers.append(layer)
-    model.config.num_hidden_layers = arguments.layers
-    return model, ids
+    model = quantized(RECIPE, arguments.layers, compiled=False)
+    return model, torch.randint(model.config.vocab_size, (1, arguments.prompt), device="cuda")
 
 
 def cpu_seconds() -> float:

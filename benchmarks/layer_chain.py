@@ -71,11 +71,18 @@ class Variant:
 
 
 BOTH: Final = ("small", "matmuls")
+BEFORE: Final = {
+    "qkv": Held(warps=4, held=2),
+    "o": Held(warps=4, held=3),
+    "gate_up": Held(warps=4, held=2),
+    "down": Held(warps=8, held=2),
+}
+"""The configs of an H200 that were the fastest for each matmul alone, without early launch."""
 CHANGES: Final = {
-    "qkv": [Held(warps=4, held=4), Held(warps=4, held=8)],
-    "o": [Held(warps=4, held=8), Held(warps=8, held=4)],
-    "gate_up": [Held(warps=4, held=3), Held(warps=4, held=4)],
-    "down": [Held(warps=8, held=4), Held(warps=4, held=4), Held(warps=16, held=4)],
+    "qkv": [Held(warps=4, held=4), Held(warps=16, held=2)],
+    "o": [Held(warps=8, held=4)],
+    "gate_up": [Held(warps=4, held=3)],
+    "down": [Held(warps=8, held=3), Held(warps=8, held=6)],
 }
 
 
@@ -83,6 +90,7 @@ def variants(rows: int) -> list[Variant]:
     plain = [Variant(early) for early in ((), ("small",), ("matmuls",), BOTH)]
     if rows > 1:
         return plain
+    plain += [Variant((), BEFORE), Variant(BOTH, BEFORE)]
     return plain + [Variant(BOTH, {role: config}) for role, configs in CHANGES.items() for config in configs]
 
 
@@ -189,6 +197,7 @@ def kernels(rows: int) -> list[tuple[str, Any, bool]]:
     jobs = [(role, config, early) for role, config in usual for early in (False, True)]
     jobs += [(name, None, early) for name in ("norm", "gate") for early in (False, True)] + [("attention", None, True)]
     changed = [(role, config, True) for role, configs in CHANGES.items() for config in configs] if rows == 1 else []
+    changed += [(role, config, False) for role, config in BEFORE.items()] if rows == 1 else []
     return jobs + changed
 
 
@@ -226,7 +235,8 @@ def measured(shape: Shape, count: int, rows: int) -> list[dict[str, Any]]:
     size = sum(p.words.numel() * 2 + p.scales.numel() * 4 for p in layers.weights[0].values())
     size += 4 * rows * shape.shared * shape.keys * shape.size
     return [
-        {"rows": rows, "early": " ".join(variant.early), "changed": str(variant.changed or ""), "layers": count}
+        {"rows": rows, "early": " ".join(variant.early), "changed": " ".join(variant.changed), "layers": count}
+        | {"configs": {role: vars(variant.changed.get(role, config)) for role, config in layers.usual.items()}}
         | {"layer_us": round(sorted(turns)[len(turns) // 2], 2), "least_us": round(min(turns), 2)}
         | {"right": number not in wrong, "megabytes": round(size / 1e6, 1)}
         for number, (variant, turns) in enumerate(zip(chosen, times, strict=True))

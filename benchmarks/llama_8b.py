@@ -1,6 +1,7 @@
 """A model of Llama-3-8B's shape on a GPU: how fast it generates, and what quantizing it takes.
 
     python benchmarks/llama_8b.py generate --out benchmarks/results/decode-h100.jsonl
+    python benchmarks/llama_8b.py generate --together --batches 1,8,32 --out benchmarks/results/decode-h200.jsonl
     python benchmarks/llama_8b.py quantize --layers 4 --out benchmarks/results/large-h100.jsonl
 
 Random bfloat16 weights, `--layers` of its 32 decoder layers.
@@ -10,7 +11,10 @@ of equal length; the decode step is compiled and replayed as a CUDA graph, for t
 itself. `token_ms` is the mean time between two tokens of one call, after a prompt of `--prompt` tokens, without the
 first step, which captures the CUDA graph; `call_ms` is the whole call, `step_ms` the kernels of one decode step alone;
 `sampled_token_ms`, with `--sample`, is a token drawn with a temperature and top-p. `prefill_ms` is one compiled forward
-of `--prefill` tokens, for batch 1 alone. "head mxint8": the output head is quantized, too.
+of `--prefill` tokens, `prefill_kernels_ms` its kernels, for batch 1 alone. `first_token_s` and `second_token_s` are of
+the first call, which compiles. "head mxint8": the output head is quantized, too. `--together`: a process for each
+recipe and number of prompts, which compile at the same time and are then timed in turns; that takes 120 GB and 12
+cores. Layers of a quantized model have equal weights, each its own copy.
 
 `quantize`: seconds from the model to its deployed copy, calibrated on random tokens in batches of four windows, and the
 peak of GPU memory. Both are extrapolated to 32 layers: one layer takes `(t(n) - t(1)) / (n - 1)`, and each layer left
@@ -18,12 +22,18 @@ out adds twice its weights to the peak, the model's own and the quantized copy's
 """
 
 import argparse
+import copy
+import fcntl
+import gc
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
@@ -33,7 +43,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 import mxcompile
-from mxcompile.formats import MXINT8
 from mxcompile.inductor import compile_module
 from mxcompile.passes.recipes import as_pipeline
 from mxcompile.tensor.modules import stored_bytes
@@ -69,10 +78,12 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--prompt", type=int, default=1900, help="tokens before the generated ones")
     speed.add_argument("--tokens", type=int, default=128, help="tokens to generate")
     speed.add_argument("--prefill", type=int, default=2048, help="tokens of the timed prefill")
-    speed.add_argument("--batch", type=int, default=1, help="prompts of one call")
+    speed.add_argument("--batches", default="1", help="comma-separated: prompts of one call")
     speed.add_argument("--sample", action="store_true", help="time sampling, too")
     speed.add_argument("--alone", action="store_true", help="without the model in bfloat16")
     speed.add_argument("--profile", action="store_true", help="print the kernels of one decode step and of prefill")
+    speed.add_argument("--together", action="store_true", help="one process each, compiled at the same time")
+    speed.add_argument("--turn", type=Path, help=argparse.SUPPRESS)  # a file, which who is timed holds locked
     cost = commands.add_parser("quantize", help="seconds and peak memory of quantizing")
     cost.set_defaults(run=measure_quantizing)
     cost.add_argument("--layers", type=int, default=4)
@@ -134,65 +145,131 @@ def quantizing(layers: int, recipe: str, windows: int, length: int) -> tuple[flo
 
 
 def compare_speed(arguments: argparse.Namespace) -> None:
-    model = build(arguments.layers)
-    rows: list[dict[str, Any]] = []
-    for recipe in ([] if arguments.alone else [FLOAT]) + arguments.recipes.split(";"):
-        began = time.perf_counter()
-        ready = model if recipe == FLOAT else quantized(model, recipe)
-        sizes = [stored_bytes(part) / 2**30 for part in (ready, ready.model.layers)]
-        row = {"model": "Llama-3-8B shape, random", "layers": arguments.layers, "recipe": recipe}
-        row |= {"batch": arguments.batch, "gib": round(sizes[0], 3), "decoder_gib": round(sizes[1], 3)}
-        row |= measured(ready, arguments)
-        row["seconds_to_prepare"] = round(time.perf_counter() - began, 1)
-        if not arguments.alone:
-            baseline = rows[0] if rows else row
-            for ratio, time_ms in (("ratio", "token_ms"), ("step_ratio", "step_ms"), ("prefill_ratio", "prefill_ms")):
-                if time_ms in row:
-                    row[ratio] = round(baseline[time_ms] / row[time_ms], 2)
-        row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-        rows.append(row | {"transformers": transformers.__version__})
+    recipes = ([] if arguments.alone else [FLOAT]) + arguments.recipes.split(";")
+    cases = [(recipe, int(batch)) for batch in arguments.batches.split(",") for recipe in recipes]
+    rows = together(arguments, cases) if arguments.together else []
+    for recipe, batch in [] if arguments.together else cases:
+        rows.append(timed(recipe, batch, arguments))
         write(rows[-1], arguments.out)
         torch._dynamo.reset()
+        gc.collect()
+    for row in rows:
+        baseline = next((r for r in rows if r["recipe"] == FLOAT and r["batch"] == row["batch"]), None)
+        if baseline is not None and baseline is not row:
+            names = [name for name in row if name.endswith("_ms") and name in baseline]
+            ratios = ", ".join(f"{name.removesuffix('_ms')} {baseline[name] / row[name]:.2f}x" for name in names)
+            print(f"batch {row['batch']}, {row['recipe']}: {ratios}", flush=True)
 
 
-def quantized(model: Any, recipe: str) -> Any:
+def together(arguments: argparse.Namespace, cases: list[tuple[str, int]]) -> list[dict[str, Any]]:
+    """The rows of cases, each measured by a process of its own."""
+    with TemporaryDirectory() as folder:
+        out, turn = Path(folder, "rows.jsonl"), Path(folder, "turn")
+        options = [f"--{name}={getattr(arguments, name)}" for name in ("layers", "prompt", "tokens", "prefill")]
+        options += [f"--{name}" for name in ("sample", "profile") if getattr(arguments, name)]
+        command = [sys.executable, __file__, "generate", "--alone", f"--out={out}", f"--turn={turn}", *options]
+        jobs = [subprocess.Popen([*command, f"--recipes={recipe}", f"--batches={batch}"]) for recipe, batch in cases]
+        for job in jobs:
+            job.wait()
+        text = out.read_text() if out.exists() else ""
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.write(text)
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def timed(recipe: str, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    began = time.perf_counter()
+    model = build(arguments.layers) if recipe == FLOAT else quantized(recipe, arguments.layers)
+    sizes = [stored_bytes(part) / 2**30 for part in (model, model.model.layers)]
+    row = {"model": "Llama-3-8B shape, random", "layers": arguments.layers, "recipe": recipe, "batch": batch}
+    row |= {"prompt": arguments.prompt, "gib": round(sizes[0], 3), "decoder_gib": round(sizes[1], 3)}
+    with turns(arguments) as wait_for_turn:
+        row |= measured(model, batch, arguments, wait_for_turn)
+    row["seconds_to_prepare"] = round(time.perf_counter() - began, 1)
+    row |= {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    return row | {"transformers": transformers.__version__}
+
+
+@contextmanager
+def turns(arguments: argparse.Namespace) -> Generator[Callable[[], None]]:
+    """Gives a function that waits until no process of `--together` compiles any more or is timed."""
+    if arguments.turn is None:
+        yield lambda: None
+        return
+    with arguments.turn.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+        def wait_for_turn() -> None:
+            torch.cuda.empty_cache()
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+        yield wait_for_turn
+
+
+def quantized(recipe: str, layers: int, compiled: bool = True) -> Any:
+    """`build`, quantized, its layers with equal weights."""
     ids = torch.arange(16, device="cuda")[None]
-    head: Any = {"include": ["lm_head"], "overrides": {"lm_head": MXINT8}} if recipe.endswith(HEAD) else {}
-    return mxcompile.quantize_and_compile(
-        model, {"input_ids": ids}, recipe=recipe.removesuffix(HEAD), probe=False, **head
+    head: Any = {"head": "mxint8"} if recipe.endswith(HEAD) else {}
+    recipe = recipe.removesuffix(HEAD)
+    model = mxcompile.quantize_and_compile(
+        build(1), {"input_ids": ids}, recipe=recipe, probe=False, compile=False, **head
     )
+    for index in range(1, layers):
+        layer = copy.deepcopy(model.model.layers[0])
+        layer.self_attn.layer_idx = index
+        model.model.layers.append(layer)
+    model.config.num_hidden_layers = layers
+    if compiled:
+        compile_module(model)
+    return model
 
 
 @torch.no_grad()
-def measured(model: Any, arguments: argparse.Namespace) -> dict[str, float]:
-    prompts = random_ids(arguments.batch, arguments.prompt)
-    runs = [generated(model, prompts, arguments.tokens) for _ in range(6)][3:]
-    times = {name: min(run[name] for run in runs) for name in runs[0]} | {"step_ms": step_seconds(model, arguments)}
+def measured(
+    model: Any, batch: int, arguments: argparse.Namespace, wait_for_turn: Callable[[], None]
+) -> dict[str, float]:
+    prompts, tokens = random_ids(batch, arguments.prompt), arguments.tokens
+    first = generated(model, prompts, tokens)
+    found = {name: round(first[name], 2) for name in ("first_token_s", "second_token_s")}
     if arguments.sample:
-        tokens = [generated(model, prompts, arguments.tokens, **SAMPLED)["token_ms"] for _ in range(6)]
-        times["sampled_token_ms"] = min(tokens[3:])
-    if arguments.batch == 1:
-        times["prefill_ms"] = prefill_seconds(model, arguments)
-    return {name: round(value * 1e3, 3) for name, value in times.items()}
+        generated(model, prompts, tokens, **SAMPLED)
+    prefill = prepared_prefill(model, arguments) if batch == 1 else None
+    wait_for_turn()
+    runs = [generated(model, prompts, tokens) for _ in range(5)][2:]
+    times = {name: min(run[name] for run in runs) for name in ("token_ms", "first_step_ms", "call_ms")}
+    if arguments.sample:
+        times["sampled_token_ms"] = min(generated(model, prompts, tokens, **SAMPLED)["token_ms"] for _ in range(3))
+    times["step_ms"] = step_seconds(model, batch, arguments)
+    if prefill is not None:
+        launched, name = kernels(prefill), f"prefill of {arguments.prefill}"
+        times["prefill_ms"] = seconds(prefill)
+        times["prefill_kernels_ms"] = sum(e.time_range.elapsed_us() for e in launched) / 1e6
+        if arguments.profile:
+            print(f"{name}: {times['prefill_ms'] * 1e3:.2f} ms", flush=True)
+            show(launched)
+    return found | {name: round(value * 1e3, 3) for name, value in times.items()}
+
+
+def prepared_prefill(model: Any, arguments: argparse.Namespace) -> Callable[[], Any]:
+    """A compiled forward of `--prefill` tokens; that of the float model is compiled the way ours is."""
+    ids = random_ids(1, arguments.prefill)
+    if model._compiled_call_impl is None:
+        model = copy.copy(model)  # whose `generate` stays that of transformers
+        model.generation_config = copy.deepcopy(model.generation_config)
+        compile_module(model)
+
+    def call() -> Any:
+        return model(ids, use_cache=False, logits_to_keep=1)
+
+    for _ in range(2):
+        call()
+    return call
 
 
 def random_ids(batch: int, length: int) -> torch.Tensor:
     generator = torch.Generator(device="cuda").manual_seed(0)
     return torch.randint(100, 100000, (batch, length), generator=generator, device="cuda")
-
-
-def prefill_seconds(model: Any, arguments: argparse.Namespace) -> float:
-    """Time of one compiled forward of `--prefill` tokens."""
-    ids = random_ids(1, arguments.prefill)
-    if model._compiled_call_impl is None:
-        compile_module(model)  # the float model's prefill, compiled the way ours is
-    for _ in range(2):
-        model(ids, use_cache=False, logits_to_keep=1)
-    prefill = seconds(lambda: model(ids, use_cache=False, logits_to_keep=1))
-    if arguments.profile:
-        print(f"prefill of {arguments.prefill}: {prefill * 1e3:.2f} ms", flush=True)
-        show(kernels(lambda: model(ids, use_cache=False, logits_to_keep=1)))
-    return prefill
 
 
 def wait() -> None:
@@ -221,19 +298,22 @@ def generated(model: Any, prompt: torch.Tensor, count: int, **sampling: Any) -> 
     model.generate(prompt, cache_implementation="static", stopping_criteria=StoppingCriteriaList([clock]), **options)
     wait()
     whole, (first, second, *_, last) = time.perf_counter() - began, clock.times
-    return {"token_ms": (last - second) / (count - 2), "first_step_ms": second - first, "call_ms": whole}
+    return {"token_ms": (last - second) / (count - 2), "first_step_ms": second - first, "call_ms": whole} | {
+        "first_token_s": first - began, "second_token_s": second - began
+    }  # fmt: skip
 
 
-def step_seconds(model: Any, arguments: argparse.Namespace) -> float:
-    """Time of the kernels of one decode step, from a profile of `generate`."""
-    ids = (torch.arange(arguments.prompt, device="cuda") + 100).expand(arguments.batch, -1)
+def step_seconds(model: Any, batch: int, arguments: argparse.Namespace) -> float:
+    """Time of the kernels of one decode step, from a profile of `generate`; NaN if no steps are found in it."""
+    ids = (torch.arange(arguments.prompt, device="cuda") + 100).expand(batch, -1)
     count = arguments.tokens
     options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
     steps = by_step(kernels(lambda: model.generate(ids, cache_implementation="static", **options)), count)
     busy = sorted(sum(e.time_range.elapsed_us() for e in step) for step in steps)
     if arguments.profile and steps:
+        print(f"batch {batch}, one step:", flush=True)
         show(steps[len(steps) // 2])
-    return busy[len(busy) // 2] / 1e6
+    return busy[len(busy) // 2] / 1e6 if busy else float("nan")
 
 
 def kernels(call: Callable[[], Any]) -> list[Any]:
