@@ -235,7 +235,8 @@ def measured(shape: Shape, count: int, rows: int) -> list[dict[str, Any]]:
     size = sum(p.words.numel() * 2 + p.scales.numel() * 4 for p in layers.weights[0].values())
     size += 4 * rows * shape.shared * shape.keys * shape.size
     return [
-        {"rows": rows, "early": " ".join(variant.early), "changed": " ".join(variant.changed), "layers": count}
+        {"weight": str(MXINT4), "rows": rows, "early": " ".join(variant.early), "changed": " ".join(variant.changed)}
+        | {"layers": count}
         | {"configs": {role: vars(variant.changed.get(role, config)) for role, config in layers.usual.items()}}
         | {"layer_us": round(sorted(turns)[len(turns) // 2], 2), "least_us": round(min(turns), 2)}
         | {"right": number not in wrong, "megabytes": round(size / 1e6, 1)}

@@ -9,8 +9,8 @@ from roundings import MANY, assert_same_bits, gated, hard_values, rounded_in_man
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
-from mxcompile.formats import MXFP8_E4M3, ScaleRule
 from mxcompile.analysis.attentions import with_exact_cache
+from mxcompile.formats import MXFP8_E4M3, ScaleRule
 from mxcompile.inductor import backend, compile_module
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.numerics.reference import align, quantize_dequantize

@@ -4,20 +4,24 @@
 
 Prints how much faster than cuBLAS bf16 the 4 linears of a layer are with them; without a second file it only prints.
 `--rows 8,32` takes only these numbers of tokens from the sweep, `--rest TABLE` all other cases from another table.
+`--chain` takes the configs of one token from records of layer_chain.py, where kernels follow one another as in a model.
 """
 
 import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from gemm_timing import read, totals
 
-from mxcompile.kernels.tuned_configs import GLUON
+from mxcompile.kernels.triton import held_planes
+from mxcompile.kernels.tuned_configs import GLUON, HELD
 
 _DROPPED = {"slices", "tail"}
 """Fields of configs in the sweep of an H200 whose kernels were not kept; docs/kernels.md says why."""
+_CHAINED: Final = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+"""(n, k) of the matmuls of layer_chain.py."""
 
 
 def main() -> None:
@@ -26,12 +30,14 @@ def main() -> None:
     parser.add_argument("table", type=Path, nargs="?", help="the table to write: mxcompile/kernels/configs/smNN.jsonl")
     parser.add_argument("--rows", help="the only numbers of tokens to take from the sweep, comma-separated")
     parser.add_argument("--rest", type=Path, help="a table with the other cases")
+    parser.add_argument("--chain", type=Path, help="records of layer_chain.py")
     arguments = parser.parse_args()
     rows = list(map(int, arguments.rows.split(","))) if arguments.rows else None
     lines = [line for line in read(arguments.sweep) if rows is None or line["m"] in rows]
     print(*totals([line for line in fastest(lines) if "us" in line]), sep="\n")
     if arguments.table:
         chosen = table(lines, read(arguments.rest) if arguments.rest else [])
+        chosen = chained(read(arguments.chain), chosen) if arguments.chain else chosen
         arguments.table.write_text("".join(json.dumps(line) + "\n" for line in chosen))
         print(f"{len(chosen)} configs written to {arguments.table}")
 
@@ -62,6 +68,18 @@ def table(lines: Sequence[dict[str, Any]], rest: Sequence[dict[str, Any]] = ()) 
     measured = {_case(line) for line in chosen}
     chosen += [line for line in rest if _case(line) not in measured]
     return [{name: line[name] for name in ("weight", "n", "k", "m", "path", "config")} for line in chosen]
+
+
+def chained(lines: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table with the MXINT4 configs of one token that made a layer of the chain the fastest, each changed alone."""
+    early = [line for line in lines if line["early"] == "small matmuls" and line["right"]]
+    configs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for role, (n, k) in _CHAINED.items():
+        best = min((line for line in early if line["changed"] in ("", role)), key=lambda line: line["layer_us"])
+        usual = vars(held_planes.Config())
+        changed = {name: value for name, value in best["configs"][role].items() if value != usual[name]}
+        configs["mxint4", n, k, 1] = {"rows": 1, "out": 16, **changed}
+    return [line | {"path": HELD, "config": configs[_case(line)]} if _case(line) in configs else line for line in table]
 
 
 def _us(line: dict[str, Any]) -> float | None:

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from gemm_timing import read
 from tuning.candidates import candidates
-from tuning.write_configs import fastest, table
+from tuning.write_configs import chained, fastest, table
 from tuning.write_times import times
 
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
@@ -29,14 +29,17 @@ def read_table(name: str) -> list[dict[str, Any]]:
 
 
 def test_the_tables_in_the_package_are_written_from_the_recorded_sweeps() -> None:
-    """That of an H200 has its own configs for 1 to 32 tokens, and those of an H100 for the rest."""
+    """That of an H200 has its own configs for 1 to 32 tokens, those of MXINT4 for one token from a chain of layers, and
+    those of an H100 for the rest."""
     lines = read(RESULTS / "gemm-sweep-h100.jsonl")
     assert all(line["error"] <= 1 for line in fastest(lines))
     assert read_table("sm90") == table(lines)
     first = [line for line in read(RESULTS / "gemm-sweep-h200.jsonl") if line["m"] in (8, 32)]
     second = read(RESULTS / "gemm-configs-h200.jsonl")
     assert all(line["error"] <= 1 for line in [*first, *second])
-    assert read_table("sm90-h200") == table(second, table(first, read_table("sm90")))
+    chain = read(RESULTS / "layer-chain-h200.jsonl")
+    assert all(line["right"] for line in chain)
+    assert read_table("sm90-h200") == chained(chain, table(second, table(first, read_table("sm90"))))
 
 
 def test_the_times_in_the_package_are_written_from_the_recorded_measurements() -> None:

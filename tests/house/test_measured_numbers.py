@@ -35,6 +35,10 @@ def fp8_ratio(weight, activation):
     return layer_ratio([line for line in lines if (line["weight"], line["activation"]) == (weight, activation)])
 
 
+ALL = "qkv o gate_up down"
+"""All matmuls of a layer, in records of layer_chain.py."""
+
+
 def test_the_recipes_of_readme():
     """The size of a recipe that was not measured follows from one that was, as its weights have as many bits."""
     sizes = {
@@ -391,6 +395,22 @@ def test_the_steps_of_served_models():
             us, marlin = profiled[variant][case]["all"], profiled["marlin"][case]["all"]
             cells.append(f"{us:.0f}" + ("" if variant == "marlin" else f" ({marlin / us:.2f} x)"))
         assert f"| {name} | {' | '.join(cells)} |" in text
+
+
+def test_a_chain_of_layers():
+    text, rows = page("docs/kernels.md"), results("layer-chain-h200.jsonl")
+    times = {(row["early"], row["changed"]): f"{row['layer_us']:.1f} us" for row in rows if row["changed"] in ("", ALL)}
+    assert f"| attention | {times['', ALL]} | {times['', '']} |" in text
+    assert f"| norms and gated products, too | | {times['small', '']} |" in text
+    assert f"| matmuls, too, but not those | | {times['matmuls', '']} |" in text
+    assert f"| all | {times['small matmuls', ALL]} | {times['small matmuls', '']} |" in text
+    best = {
+        role: min(row["layer_us"] for row in rows if row["early"] == "small matmuls" and row["changed"] in ("", role))
+        for role in ALL.split()
+    }
+    assert f"q/k/v {best['qkv']:.1f} us with 8 warps of 4 K-steps each" in text
+    assert f"o {best['o']:.1f} with 16 of 2, `down` {best['down']:.1f} with 8 of" in text
+    assert f"multiprocessors, {best['gate_up']:.1f} with 4 of 2" in text
 
 
 def test_small_kernels():
