@@ -4,9 +4,10 @@
         --training "distill{activation=A;train=weights}" --test-text validation.txt --calibration-text c4.jsonl --tf32
 
 SmolLM2-135M; texts as in `accuracy.py`. The passes of `--rounding` see `--calibration` windows of 512 tokens in batches
-of 16, those of `--training` (several steps with `||` between them, a record each) as many as the text has, in batches
-of `--batch`, with products in TF32 if `--tf32`. `help_nll` is that of Python's help topics, another domain. W and A
-stand for the formats.
+of `--rounding-batch`, those of `--training` (several steps with `||` between them, a record each) as many as the text
+has, in batches of `--batch`, with products in TF32 if `--tf32`. `help_nll` is that of Python's help topics, another
+domain; `losses` those of held-out batches of `--training` along the steps. W and A stand for the formats. `--rtn-nll`:
+the loss of rounding to nearest, if it has been measured; `--last`: a record after the last step alone.
 """
 
 import argparse
@@ -57,25 +58,35 @@ def main() -> int:
     program = mxcompile.trace(model, {"input_ids": windows[:2, :64]})
     weight, activation = a.formats.split("/" if "/" in a.formats else ":")
     names = {"=W": f"={weight}", "=A": f"={activation}", ";": ","}
-    few, many = in_batches(windows[:rounding], 16), in_batches(windows, a.batch)
+    few, many = in_batches(windows[:rounding], a.rounding_batch), in_batches(windows, a.batch)
     lower = filled(LOWER.removeprefix(" | "), names)
-    floor = scores.of(Pipeline.parse(filled(FLOOR, names)).run(program, few), lower, few)["nll"]
-    seconds, done = 0.0, list[str]()
-    for index, text in enumerate([a.rounding, *filter(None, a.training.split("||"))]):
+    floor = a.rtn_nll or scores.of(Pipeline.parse(filled(FLOOR, names)).run(program, few), lower, few)["nll"]
+    seconds, done, texts_of_steps = 0.0, list[str](), [a.rounding, *filter(None, a.training.split("||"))]
+    for index, text in enumerate(texts_of_steps):
         torch.backends.cuda.matmul.allow_tf32 = bool(index) and a.tf32
         began = time.perf_counter()
         program = Pipeline.parse(filled(text, names)).run(program, many if index else few)
         seconds, done = seconds + time.perf_counter() - began, [*done, text.strip()]
         torch.backends.cuda.matmul.allow_tf32 = False
+        print(f"{text.strip()}: {seconds:.1f} s", file=sys.stderr, flush=True)
+        if a.last and index + 1 < len(texts_of_steps):
+            continue
         row: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "recipe": " | ".join(done), "weight": weight}
         row |= {"activation": activation, **scores.of(program, lower, few)}
         row |= {"float_nll": scores.exact, "float_help_nll": scores.exact_help, "rtn_nll": floor}
         row["gap_closed"] = (floor - row["nll"]) / (floor - scores.exact)
         row["perplexity"] = math.exp(row["nll"])
+        row["losses"] = held_out(program)
         row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
         row |= described(a, few, test) | {"trained": f"{len(many) * a.batch if index else 0}x512"}
         write(row | {"seconds": round(seconds, 1)}, a.out)
     return 0
+
+
+def held_out(program: Program) -> list[list[float]]:
+    """[step, loss] on held-out batches of the last pass, if it has trained the whole model."""
+    curves = [curve for name, curve in program.ledger[-1].curves.items() if name.startswith("all")]
+    return [[step, round(loss, 5)] for curve in curves for step, loss in curve.held_out]
 
 
 def in_batches(windows: Tensor, size: int) -> Batches:
@@ -96,6 +107,9 @@ def options() -> argparse.Namespace:
     options.add_argument("--training", default="distill{activation=A;train=weights}", help="passes with || between")
     options.add_argument("--train-windows", type=int, default=1024, help="most windows to train on")
     options.add_argument("--batch", type=int, default=4, help="windows a training batch")
+    options.add_argument("--rounding-batch", type=int, default=16, help="windows a batch of --rounding")
+    options.add_argument("--rtn-nll", type=float, help="measured loss of rounding to nearest")
+    options.add_argument("--last", action="store_true", help="score the last step alone")
     options.add_argument("--tf32", action="store_true", help="train with products in TF32")
     options.set_defaults(calibration=64)
     return options.parse_args()

@@ -27,6 +27,7 @@ from mxcompile.calibration.learning.trained_tensors import (
     SCALES,
     RoundedWeight,
     TrainedTensors,
+    TrainedTogether,
     TrainedVectors,
     TrainedWeights,
 )
@@ -45,7 +46,8 @@ class Parts(Enum):
 
     vectors: norm weights and biases, as `tune-vectors` does. multipliers: what layers multiply their inputs by, a
     number for each channel (PEQA, arXiv 2305.14152, whose float scales MX has not); those that there are not yet are
-    inserted, at the cost of a multiplication at run time. weights: the elements of rounded weights. exponents: the
+    inserted, at the cost of a multiplication at run time. weights: the elements of rounded weights. all: weights, and
+    vectors with them. exponents: the
     scales of rounded weights, by at most one power of two. outliers: the elements of the blocks that rounding costs
     most (PreQuant, arXiv 2306.00014). lora: the elements, by a low-rank change, which is in the weight at every step.
     """
@@ -53,6 +55,7 @@ class Parts(Enum):
     VECTORS = "vectors"
     MULTIPLIERS = "multipliers"
     WEIGHTS = "weights"
+    ALL = "all"
     EXPONENTS = "exponents"
     OUTLIERS = "outliers"
     LORA = "lora"
@@ -125,7 +128,7 @@ class Distill(Pass):
             inserted, misses = insert_multipliers(program, choose(program).matmuls)
         chosen, unchosen = self._chosen(program)
         misses += unchosen
-        kind = _FLOATS.get(self.train, "weights")
+        kind = "tensors" if self.train is Parts.ALL else _FLOATS.get(self.train, "weights")
         if not chosen:
             return PassResult(0, tuple(misses))
         result = self._distilled(program, chosen)
@@ -134,18 +137,22 @@ class Distill(Pass):
         curves = {f"{name} {kind}": curve for name, curve in result.curves.items()}
         if result.tensors is None:
             remove_multipliers(program, inserted)
-            misses.insert(0, Miss(f"{len(chosen)} {kind}", f"{result.reason}{self._too_short()}: they stay unchanged"))
+            reason = f"{result.reason}{self._too_short(program)}: they stay unchanged"
+            misses.insert(0, Miss(f"{len(chosen)} {kind}", reason))
             return PassResult(0, tuple(misses), numbers, curves=curves)
         for name, matmul in chosen.items():
             self._store(program, name, matmul, result.tensors)
         return PassResult(len(chosen.keys() & result.tensors.keys()), tuple(misses), numbers, curves=curves)
 
-    def _too_short(self) -> str:
+    def _too_short(self, program: Program) -> str:
         """Why no element can have changed, if steps and rate are too small for that: latents begin on elements."""
         reach = self._rate() * self.steps / 2  # the sum of a cosine schedule; a step of Adam is about the rate
-        if not self.steps or reach >= 0.5 or self.train not in (Parts.WEIGHTS, Parts.OUTLIERS, Parts.EXPONENTS):
+        elements = self.train in (Parts.WEIGHTS, Parts.ALL, Parts.OUTLIERS)
+        between = elements and any(rounding.offsets is not None for rounding in program.rounded.values())
+        if not self.steps or reach >= 0.5 or between or not (elements or self.train is Parts.EXPONENTS):
             return ""
-        return f", as rate x steps / 2 is {reach:.2g} and an element changes half a step away: give more of them"
+        reason = f", as rate x steps / 2 is {reach:.2g} and an element changes half a step away: give more of them"
+        return f"{reason}, or keep where elements were (gptq{{latents=true}})" if elements else reason
 
     def _rate(self) -> float:
         return self.rate or (_FLOAT_RATE if self.train in _FLOATS else _RATE)
@@ -165,12 +172,17 @@ class Distill(Pass):
     def _chosen(self, program: Program) -> tuple[dict[str, Matmul | None], list[Miss]]:
         """The tensors to train by name, weights with their matmul."""
         if self.train is Parts.VECTORS:
-            names = program.parameter_names()
-            return {n: None for n in names if program.is_parameter(n) and program.stored(n).dim() == 1}, []
+            return self._vectors(program), []
         if self.train is Parts.MULTIPLIERS:
             names = [multiplier_of(program, matmul.activation) for matmul in choose(program).matmuls]
             return {name: None for name in names if name is not None and program.stored(name).dim() == 1}, []
-        return self._weights(program)
+        chosen, misses = self._weights(program)
+        return ({**chosen, **self._vectors(program)} if chosen and self.train is Parts.ALL else chosen), misses
+
+    @staticmethod
+    def _vectors(program: Program) -> dict[str, Matmul | None]:
+        names = program.parameter_names()
+        return {n: None for n in names if program.is_parameter(n) and program.stored(n).dim() == 1}
 
     @staticmethod
     def _weights(program: Program) -> tuple[dict[str, Matmul | None], list[Miss]]:
@@ -196,8 +208,13 @@ class Distill(Pass):
             requests = {name: Request(matmul.activation.name, ChannelImportance) for name, matmul in matmuls.items()}
             importance = {name: request.result(program) for name, request in requests.items()}
             return TrainedOutliers(weights, costly_blocks(weights, importance, self.share), self.bound)
-        kind = Trained.WEIGHTS if self.train is Parts.WEIGHTS else Trained.CLIP
-        return TrainedWeights(weights, kind, self.bound)
+        if self.train is Parts.EXPONENTS:
+            return TrainedWeights(weights, Trained.CLIP, self.bound)
+        elements = TrainedWeights(weights, Trained.WEIGHTS, self.bound)
+        vectors = {name: originals[name] for name, matmul in chosen.items() if matmul is None}
+        if not vectors:
+            return elements
+        return TrainedTogether([elements, TrainedVectors(vectors, self.bound, _FLOAT_RATE / self._rate())])
 
     def _store(self, program: Program, name: str, matmul: Matmul | None, tensors: Mapping[str, Tensor]) -> None:
         if name not in tensors:

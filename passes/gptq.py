@@ -36,11 +36,12 @@ from mxcompile.numerics.exact_packing import pack_exactly
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.numerics.reference import largest_exponent
+from mxcompile.numerics.rounding_offsets import offsets_of
 from mxcompile.pipeline.interfaces import FLOATING, Pass
 from mxcompile.pipeline.options import Range
 from mxcompile.tensor.weight import MXWeight
 
-_SCALES, _TOKENS = " scales", " tokens"
+_SCALES, _OFFSETS, _TOKENS = " scales", " offsets", " tokens"
 _UNCORRECTED = "rounded without correction: the model selects its tokens, which may differ in the float model"
 
 
@@ -59,6 +60,8 @@ class Gptq(Pass):
         for and of `shrinkage` x in further ones with the mean of `all` experts' tokens (`expert_moments.py`); 0: its
         own alone. experts=all: those of all experts' tokens for each. min_tokens: experts that fewer tokens reach are
         rounded to nearest.
+    latents: keep where the elements of 2-D weights were before they were rounded, a byte each: `distill` trains from
+        there, and not from the values that they were rounded to.
     overrides: other formats by name pattern, None for a weight that stays float; `lower-mx` needs the same.
     """
 
@@ -74,6 +77,7 @@ class Gptq(Pass):
     experts: ExpertTokens = ExpertTokens.CHOSEN
     shrinkage: Annotated[float, Range(0)] = 2.0
     min_tokens: Annotated[int, Range(0)] = 0
+    latents: bool = False
     overrides: Mapping[str, MXFormat | None] = Overrides()
 
     name = "gptq"
@@ -84,6 +88,8 @@ class Gptq(Pass):
         super().__post_init__()
         if self.order is ColumnOrder.COLUMNS and self.rule is None:
             raise PipelineError("gptq{order=columns} needs scales fixed before rounding: set a rule, for example mse")
+        if self.latents and (self.sweeps or self.microblock):
+            raise PipelineError("gptq{latents=true} needs columns that are rounded once, alone: sweeps=0, microblock=0")
         if self.microblock % self.format.block_size or (self.microblock and self.rule is None):
             raise PipelineError(
                 f"gptq{{microblock={self.microblock}}} needs a rule, and a multiple of the block size of {self.format}"
@@ -146,16 +152,16 @@ class Gptq(Pass):
             if of_expert.owner not in (None, ranks.number):
                 continue
             rows = {weight.matmul.node.name: weight.expert(index) for weight in weights}
-            pair = None
+            rounded = None
             if usable:
                 try:
-                    pair = self._round_together(ranks, rows, of_expert, fmt)
+                    rounded = self._round_together(ranks, rows, of_expert, fmt)
                 except IllConditionedError as error:
                     refused[index] = str(error)
-            pair = pair or round_rows(torch.cat([*rows.values()]), fmt, self.rule or ScaleRule.MSE)
-            parts = (part.split([len(each) for each in rows.values()]) for part in pair)
-            for weight, values, scales in zip(weights, *parts, strict=True):
-                weight.add(index, values, scales, fmt)
+            rounded = rounded or self._to_nearest(torch.cat([*rows.values()]), fmt)
+            parts = (part.split([len(each) for each in rows.values()]) for part in rounded)
+            for weight, values, scales, *offsets in zip(weights, *parts, strict=True):
+                weight.add(index, values, scales, fmt, *offsets)
         refused = {index: why for of_process in ranks.gather(refused) for index, why in of_process.items()}
         whose = "expert {} rounded" if tally.of_experts else "rounded"
         reasons = [f"{whose.format(index)} to nearest: {refused[index]}" for index in sorted(refused)]
@@ -171,11 +177,15 @@ class Gptq(Pass):
 
     def _round_together(
         self, ranks: Ranks, weights: Mapping[str, Tensor], moments: SecondMoments, fmt: MXFormat
-    ) -> tuple[Tensor, Tensor]:
-        """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows."""
+    ) -> tuple[Tensor, ...]:
+        """Round weights `[out, in]`, by the names of their matmuls' nodes; returns what `round_columns` does."""
         largest = min(largest_exponent(weight.dtype) for weight in weights.values())
         rounding = ColumnRounding(fmt, self.damping, self.order, self.rule, self.sweeps, self.microblock, largest)
-        return round_columns(ranks, rounding, weights, moments, self.correction)
+        return round_columns(ranks, rounding, weights, moments, self.correction, self.latents)
+
+    def _to_nearest(self, rows: Tensor, fmt: MXFormat) -> tuple[Tensor, ...]:
+        values, scales = round_rows(rows, fmt, self.rule or ScaleRule.MSE)
+        return (values, scales, offsets_of(rows, values, scales, fmt)) if self.latents else (values, scales)
 
 
 @dataclass(frozen=True)
@@ -200,14 +210,15 @@ class _RoundedWeight:
     def __init__(self, matmul: Matmul, rows: Tensor) -> None:
         self.matmul, self._rows = matmul, rows
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._offsets: Tensor | None = None
 
     def expert(self, index: int) -> Tensor:
         """The weight `[out, in]` of an expert, before it is rounded."""
         return self._rows if self._rows.dim() == 2 else self._rows[index]
 
-    def add(self, index: int, values: Tensor, scales: Tensor, fmt: MXFormat) -> None:
-        """An expert's rounded values `[out, in]` and their scales."""
-        values = values.to(self._rows.dtype)
+    def add(self, index: int, values: Tensor, scales: Tensor, fmt: MXFormat, offsets: Tensor | None = None) -> None:
+        """An expert's rounded values `[out, in]` and their scales. offsets: kept for a 2-D weight alone."""
+        values, self._offsets = values.to(self._rows.dtype), offsets if self._rows.dim() == 2 else None
         self._parts[index] = (values if self._rows.dim() == 2 else pack_exactly(values, scales, fmt), scales)
 
     def receive(self, ranks: Ranks, owners: Sequence[int | None]) -> None:
@@ -231,7 +242,7 @@ class _RoundedWeight:
         )
         if self._rows.dim() == 2:
             values, scales = values[0], scales[0]
-        _store(program, self.matmul, values, Rounding(fmt, scales))
+        _store(program, self.matmul, values, Rounding(fmt, scales, self._offsets))
 
 
 def _store(program: Program, matmul: Matmul, values: Tensor, rounding: Rounding) -> None:
@@ -257,7 +268,9 @@ def _restored(
         device = program.device(name)
         values, scales = (tensors[part].to(device) for part in (name, f"{name}{_SCALES}"))
         rows = matmul.rows(values) if values.dim() == 2 else values
-        _store(program, matmul, rows, Rounding(formats[matmul.node], scales))
+        offsets = tensors.get(f"{name}{_OFFSETS}")
+        offsets = None if offsets is None else offsets.to(device)
+        _store(program, matmul, rows, Rounding(formats[matmul.node], scales, offsets))
         if f"{name}{_TOKENS}" in tensors:
             remarks.tokens[name] = tuple(tensors[f"{name}{_TOKENS}"].tolist())
     return remarks
@@ -268,6 +281,8 @@ def _keep(program: Program, index: int, names: Iterable[str], remarks: _Remarks)
         stored = {name: program.stored(name) for name in names}
         tensors = {name: each.elements if isinstance(each, MXWeight) else each for name, each in stored.items()}
         tensors |= {f"{name}{_SCALES}": program.rounded[name].scales for name in names}
+        kept = {name: program.rounded[name].offsets for name in names}
+        tensors |= {f"{name}{_OFFSETS}": offsets for name, offsets in kept.items() if offsets is not None}
         tensors |= {f"{name}{_TOKENS}": torch.tensor(counts) for name, counts in remarks.tokens.items()}
         program.resume.save(f"{index:04}", tensors, remarks.reasons)
 

@@ -45,10 +45,14 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Rounding:
-    """A weight's values are exactly representable in `format` with these scales (E8M0 bytes `[..., out, blocks]`)."""
+    """A weight's values are exactly representable in `format` with these scales (E8M0 bytes `[..., out, blocks]`).
+
+    offsets: where the elements of a 2-D weight were before they were rounded (`rounding_offsets.py`), if that is kept.
+    """
 
     format: MXFormat
     scales: Tensor
+    offsets: Tensor | None = None
 
 
 class ResumeStore(Protocol):
@@ -291,7 +295,8 @@ class Program:
             self.set_packed(name, elements, rounding, axis, rows.dtype)
         else:
             self.set_tensor(name, (rows if axis == -1 else rows.transpose(-1, -2)).contiguous())
-            self.rounded[name] = Rounding(rounding.format, self._kept(rounding.scales))
+            offsets = None if rounding.offsets is None else self._kept(rounding.offsets)
+            self.rounded[name] = Rounding(rounding.format, self._kept(rounding.scales), offsets)
 
     def set_packed(self, name: str, elements: Tensor, rounding: Rounding, axis: int, dtype: torch.dtype) -> None:
         """`set_rounded` of experts that are packed already; elements: uint8 `[experts, out, bytes]`."""

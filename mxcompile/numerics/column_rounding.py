@@ -58,6 +58,16 @@ class FactoredMoments:
         solved = torch.cholesky_solve(ordered, self.lower)
         return torch.empty_like(solved).index_copy_(0, backwards, solved)[: len(values)]
 
+    def unrounded(self, weight: Tensor, values: Tensor) -> Tensor:
+        """What each element was when its column was reached, the errors of earlier columns compensated: `[out, in]`.
+
+        values: what the weight has been rounded to by this factor, without sweeps and microblocks.
+        """
+        factor, size = self.lower.float().flip(0, 1), weight.shape[1]
+        errors = torch.nn.functional.pad(weight.float() - values, (0, len(self.columns) - size))[:, self.columns]
+        compensated = (errors @ factor) / factor.diagonal()
+        return compensated[:, self.columns.argsort()][:, :size].add_(values)
+
 
 @dataclass(frozen=True)
 class ColumnRounding:

@@ -51,6 +51,22 @@ def test_vectors_are_tuned_as_by_tune_vectors(run):
         assert torch.equal(tuned.tensor(name), trained.tensor(name))
 
 
+def test_latents_of_gptq_train_by_steps_too_small_for_rounded_values(run):
+    """Measured: a KL of 0.210 nats by gptq, 0.180 with 32 steps of 0.01; with the norms 0.166."""
+    model, _, _, lower = run
+    gptq, deployed = "gptq{format=mxint4,activation=mxint4,latents=true}", "lower-mx{weight=mxint4,activation=mxint4}"
+    few = {"steps": 32, "rate": 0.01, "snapshots": 2, "activation": "mxint4"}
+    plain = divergence(model, lower(f"{gptq} | {deployed}"))
+    unkept = lower(f"{gptq.replace('true', 'false')} | {distill(**few)} | {deployed}")
+    assert divergence(model, unkept) == plain
+    trained = lower(f"{gptq} | {distill(**few)} | {deployed}")
+    every = lower(f"{gptq} | {distill(**few | {'train': 'all'})} | {deployed}")
+    assert divergence(model, every) < divergence(model, trained) < 0.93 * plain
+    assert [record.rewrites for record in (trained.ledger[1], every.ledger[1])] == [14, 14 + 5]
+    assert every.ledger[1].numbers.keys() == {"all tensors"}
+    mxcompile.deploy(every, model)
+
+
 @pytest.mark.parametrize("train", ["vectors", "weights", "exponents"])
 def test_what_is_trained_changes_and_nothing_else(run, train):
     model, program, batches, lower = run
@@ -86,7 +102,8 @@ def test_too_few_steps_for_any_change_are_named(run):
     trained = lower(f"{ROUND} | {distill(steps=8, rate=0.01)}")
     (reason,) = [miss.reason for miss in trained.ledger[-1].misses if "stay unchanged" in miss.reason]
     assert (
-        ", as rate x steps / 2 is 0.04 and an element changes half a step away: give more of them: they stay" in reason
+        ", as rate x steps / 2 is 0.04 and an element changes half a step away: give more of them, or keep where "
+        "elements were (gptq{latents=true}): they stay" in reason
     )
 
 

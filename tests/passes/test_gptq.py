@@ -87,6 +87,25 @@ def test_what_is_deployed_is_what_was_rounded(deep):
         torch.testing.assert_close(output(deployed(**x)), output(lowered(**x)), rtol=0, atol=1e-5)
 
 
+def test_latents_are_kept_beside_the_same_values(deep, tmp_path):
+    """A byte an element; also in a run that goes on, and in float16."""
+    _, program, batches, _ = deep
+    text = f"{GPTQ[:-1]},correction=0.25,latents=true}}"
+    plain = Pipeline.parse(text.replace("true", "false")).run(program, batches)
+    kept = Pipeline.parse(text).run(program, batches)
+    for name, rounding in kept.rounded.items():
+        assert torch.equal(kept.tensor(name), plain.tensor(name))
+        assert plain.rounded[name].offsets is None
+        assert rounding.offsets.shape == kept.tensor(name).shape
+        assert rounding.offsets.dtype == torch.int8
+        share = (rounding.offsets.abs() == 127).float().mean()  # beyond the largest element, or at its interval's end
+        assert share < 0.1
+        assert 0.2 < rounding.offsets.float().std() / 254 < 0.32  # evenly spread: 0.289
+    Pipeline.parse(text).run(program, batches, resume=tmp_path / "run")
+    again = Pipeline.parse(text).run(program, batches, resume=tmp_path / "run")
+    assert all(torch.equal(again.rounded[n].offsets, rounding.offsets) for n, rounding in kept.rounded.items())
+
+
 # Kinds of weights
 
 
@@ -223,6 +242,7 @@ def test_folds_come_first(fold):
             "gptq{format=mxint4:64,microblock=32,rule=floor}",
             "a multiple of the block size of mxint4:64$",
         ),
+        ("gptq{format=mxint4,sweeps=1,latents=true}", "columns that are rounded once, alone: sweeps=0, microblock=0"),
         ("gptq{format=mxint4,order=upwards}", "upwards"),
         ("gptq", "format"),
     ],

@@ -13,6 +13,7 @@ from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.numerics.column_rounding import ColumnOrder, ColumnRounding, IllConditionedError
 from mxcompile.numerics.importance import floored, round_rows
 from mxcompile.numerics.reference import largest_exponent
+from mxcompile.numerics.rounding_offsets import offsets_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class FirstRounding:
         named = {matmul.node.name: rows for matmul, rows in weights.items()}
         largest = min(largest_exponent(rows.dtype) for rows in named.values())
         rounding = ColumnRounding(fmt, self.damping, ColumnOrder.BLOCKS, None, 0, 0, largest)
-        return round_columns(self.ranks, rounding, named, moments, self.correction)
+        return round_columns(self.ranks, rounding, named, moments, self.correction)[:2]
 
 
 def round_columns(
@@ -61,20 +62,29 @@ def round_columns(
     weights: Mapping[str, Tensor],
     moments: SecondMoments,
     correction: float,
-) -> tuple[Tensor, Tensor]:
+    offsets: bool = False,
+) -> tuple[Tensor, ...]:
     """Round weights `[out, in]`, by the names of their matmuls' nodes; returns values and scales of all rows.
 
-    Several processes that all have the moments round some of the rows each.
+    And the offsets of all elements, if they are wanted (`rounding_offsets.py`). Several processes that all have the
+    moments round some of the rows each.
     """
     count, factored = sum(map(len, weights.values())), rounding.factor(moments.inputs)
+
+    def rounded(weights: Mapping[str, Tensor], moments: SecondMoments) -> tuple[Tensor, ...]:
+        target = moments.target(weights, factored, correction)
+        values, scales = rounding.round(target, moments.inputs, factored)
+        if not offsets:
+            return values, scales
+        return values, scales, offsets_of(factored.unrounded(target, values), values, scales, rounding.format)
+
     if ranks.count == 1 or moments.owner is not None or count < ranks.count:
-        return rounding.round(moments.target(weights, factored, correction), moments.inputs, factored)
+        return rounded(weights, moments)
     own = _own_rows(ranks.rows(count), weights)
     part = {name: weight[own[name]] for name, weight in weights.items()}
-    target = moments.of_rows(own).target(part, factored, correction)
-    values, scales = rounding.round(target, moments.inputs, factored)
+    values, *parts = rounded(part, moments.of_rows(own))
     dtype, *others = {weight.dtype for weight in weights.values()}
-    return ranks.collect(values if others else values.to(dtype), count), ranks.collect(scales, count)
+    return tuple(ranks.collect(rows, count) for rows in (values if others else values.to(dtype), *parts))
 
 
 def _own_rows(rows: slice, weights: Mapping[str, Tensor]) -> dict[str, slice]:

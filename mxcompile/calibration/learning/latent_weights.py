@@ -52,8 +52,8 @@ class LatentWeight:
         inside: float = NEAR,
     ) -> None:
         self._bound = bound
-        self._format, self._trained, self._size, self._dtype = fmt, trained, rows.shape[-1], rows.dtype
-        self._largest = reference.largest_exponent(rows.dtype) - fmt.emax
+        self._format, self._trained, self._size, self._dtype = fmt, trained, rows.shape[-1], values.dtype
+        self._largest = reference.largest_exponent(values.dtype) - fmt.emax
         self._first = scales.to(torch.int32).unsqueeze(-1) - SCALE_BIAS
         self._exponents = self._first
         inverse = reference.power_of_two(-self._first)

@@ -1,7 +1,7 @@
 """Tensors in training: what an optimizer moves, and the tensors of the model that result."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.learning.latent_weights import LatentWeight, Trained
 from mxcompile.graph.program import Program, Rounding
+from mxcompile.numerics.rounding_offsets import unrounded_by
 
 SCALES = " scales"
 _SMALLEST_UNIT = 1e-3
@@ -45,11 +46,14 @@ class TrainedTensors(ABC):
 
 
 class TrainedVectors(TrainedTensors):
-    """Float tensors, each moved in units of its mean magnitude. bound: the largest move in these units, if any."""
+    """Float tensors, each moved in units of its mean magnitude. bound: the largest move in these units, if any.
 
-    def __init__(self, tensors: Mapping[str, Tensor], bound: float | None = None) -> None:
-        self._tensors, self._bound = tensors, bound
-        self._units = {name: t.abs().float().mean().clamp(min=_SMALLEST_UNIT) for name, t in tensors.items()}
+    pace: the units of an optimizer's step are so many of these.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], bound: float | None = None, pace: float = 1.0) -> None:
+        self._tensors, self._bound = tensors, None if bound is None else bound / pace
+        self._units = {name: t.abs().float().mean().clamp(min=_SMALLEST_UNIT) * pace for name, t in tensors.items()}
         super().__init__(
             {name: torch.zeros_like(t, dtype=torch.float32, requires_grad=True) for name, t in tensors.items()}
         )
@@ -74,6 +78,14 @@ class RoundedWeight:
     rounding: Rounding
     axis: int
 
+    def unrounded(self) -> Tensor:
+        """What was rounded to the rows, float32 `[out, in]`; the rows, if that is not kept."""
+        fmt, scales, offsets = self.rounding.format, self.rounding.scales, self.rounding.offsets
+        if offsets is None:
+            return self.rows
+        device = self.rows.device
+        return unrounded_by(offsets.to(device), self.rows, scales.to(device), fmt)
+
 
 class TrainedWeights(TrainedTensors):
     """Rounded weights, by name. Those of equal rows are one `LatentWeight`: a step takes a few launches for all of
@@ -87,7 +99,8 @@ class TrainedWeights(TrainedTensors):
             scales = torch.cat([weights[name].rounding.scales.to(rows.device) for name in names])
             fmt = weights[names[0]].rounding.format
             self.groups[names[0]] = names
-            self._latents[names[0]] = LatentWeight(rows, rows, scales, fmt, trained, bound)
+            unrounded = torch.cat([weights[name].unrounded() for name in names])
+            self._latents[names[0]] = LatentWeight(unrounded, rows, scales, fmt, trained, bound)
         super().__init__({first: latent.parameter for first, latent in self._latents.items()})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -133,6 +146,36 @@ def _alike(weights: Mapping[str, RoundedWeight]) -> list[list[str]]:
             sizes[key] = rows.numel()
         groups[key][-1].append(name)
     return [names for parts in groups.values() for names in parts]
+
+
+class TrainedTogether(TrainedTensors):
+    """Tensors of several kinds, of different names, that are trained at once."""
+
+    def __init__(self, parts: Sequence[TrainedTensors]) -> None:
+        self._parts = parts
+        super().__init__(_merged(part.named for part in parts))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of all kinds."""
+        return _merged(part.tensors() for part in self._parts)
+
+    def collect_gradients(self) -> None:
+        """Give all parameters their gradients."""
+        for part in self._parts:
+            part.collect_gradients()
+
+    def keep_bounds(self) -> None:
+        """Bound all moves."""
+        for part in self._parts:
+            part.keep_bounds()
+
+    def detached(self) -> dict[str, Tensor]:
+        """Those of all kinds, and the scales of rounded weights."""
+        return _merged(part.detached() for part in self._parts)
+
+
+def _merged(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 class Training:
