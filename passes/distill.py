@@ -19,8 +19,9 @@ from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.multiplier import insert_multipliers, multiplier_of, remove_multipliers
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.calibration.learning.aims import Compared, aims_of
-from mxcompile.calibration.learning.distilled import Distilled, Schedule, distill
+from mxcompile.calibration.learning.distilled import Distilled, distill
 from mxcompile.calibration.learning.latent_weights import Trained
+from mxcompile.calibration.learning.schedule import Schedule
 from mxcompile.calibration.learning.segment_distillation import distill_segments
 from mxcompile.calibration.learning.trained_parts import TrainedLowRank, TrainedOutliers, costly_blocks
 from mxcompile.calibration.learning.trained_tensors import (
@@ -78,9 +79,10 @@ class Distill(Pass):
 
     train: see `Parts`; weights must have been rounded by an earlier pass. loss: see `Compared`. scope: see `Scope`;
     a segment has loss=block or distribution (with train=vectors Norm Tweaking, arXiv 2309.02784).
-    steps: of one batch each, for each segment. rate: Adam's at first; it decays to zero along a cosine. In units of
-    each vector's mean magnitude, of the distance of neighbouring elements, or of a power of two; none: 4e-3 for vectors
-    and multipliers, else 0.02. bound: the largest move in these units, if any.
+    steps: of `batch` calibration batches each, for each segment; not more than go `epochs` times through the batches.
+    rate: Adam's at first; it decays to zero along a cosine. In units of each vector's mean magnitude, of the distance
+    of neighbouring elements, or of a power of two; none: 4e-3 for vectors and multipliers, else 0.02. bound: the
+    largest move in these units, if any.
     attention: weight of the error of what attention's output projections return (SDQ). kurtosis: weight of the excess
     kurtosis of what layers return (arXiv 2404.03605).
     snapshots: how often held-out batches, an eighth of all, are looked at; of these states, the pass takes the one with
@@ -94,6 +96,8 @@ class Distill(Pass):
     loss: Compared = Compared.KL
     scope: Scope = Scope.MODEL
     steps: Annotated[int, Range(0)] = 500
+    batch: Annotated[int, Range(1)] = 1
+    epochs: Annotated[int | None, Range(1)] = None
     rate: Annotated[float | None, Range(0, above=True)] = None
     bound: Annotated[float | None, Range(0, above=True)] = None
     attention: Annotated[float, Range(0)] = 0.0
@@ -108,10 +112,11 @@ class Distill(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scope is Scope.SEGMENT and (self.loss.inner is None or self.attention or self.kurtosis or self.guard):
+        of_model = self.attention or self.kurtosis or self.guard or self.batch > 1 or self.epochs is not None
+        if self.scope is Scope.SEGMENT and (self.loss.inner is None or of_model):
             raise PipelineError(
                 "distill{scope=segment} compares what a segment returns: it needs loss=block or loss=distribution, and "
-                "has no attention, kurtosis or guard"
+                "has no attention, kurtosis, guard, batch or epochs"
             )
 
     def requests(self, program: Program) -> Sequence[Request]:
@@ -158,7 +163,7 @@ class Distill(Pass):
         return self.rate or (_FLOAT_RATE if self.train in _FLOATS else _RATE)
 
     def _distilled(self, program: Program, chosen: Mapping[str, Matmul | None]) -> Distilled:
-        schedule = Schedule(self.steps, self._rate(), self.snapshots, True, self.guard)
+        schedule = Schedule(self.steps, self._rate(), self.snapshots, self.epochs, self.guard, self.batch)
         originals = {name: program.tensor(name).detach() for name in chosen}
 
         def trained(names: Sequence[str]) -> TrainedTensors:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.learning.distilled import Schedule, distill
+from mxcompile.calibration.learning.distilled import distill
+from mxcompile.calibration.learning.schedule import Schedule
 from mxcompile.calibration.learning.trained_tensors import TrainedVectors
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import mxcompile
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.learning.distillation import Distillation
+from mxcompile.calibration.learning.schedule import Schedule
 from mxcompile.calibration.learning.trained_tensors import TrainedVectors
 from mxcompile.calibration.ranks import alone, joined, ranks_of
 from mxcompile.errors import InputError, MXCompileError
@@ -99,7 +100,7 @@ def trained() -> dict[str, Any]:
         distillation = Distillation(rounded, AlteredRun(rounded, {}), program)
         inputs = [Inputs((), batch) for batch in data]
         losses = [distillation.mean_loss(vectors, [batch]) for batch in inputs]
-        ((_, after),) = distillation.train(TrainedVectors(vectors), inputs, 4, 4e-3, 1)
+        ((_, after),) = distillation.train(TrainedVectors(vectors), inputs, Schedule(4, 4e-3, 1))
     return {"losses": losses, "vectors": after}
 
 

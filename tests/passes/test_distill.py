@@ -82,6 +82,26 @@ def test_what_is_trained_changes_and_nothing_else(run, train):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_several_batches_a_step_are_one_large_batch(run):
+    """The mean of their gradients, for weights and vectors; and no more steps than epochs of the 14 that are seen."""
+    _, program, batches, _ = run
+    pairs = [
+        {name: torch.cat([x[name], y[name]]) for name in x} for x, y in zip(batches[::2], batches[1::2], strict=True)
+    ]
+    options = {"train": "all", "rate": 0.005, "snapshots": 1, "epochs": 1, "steps": 99}
+    gptq = "gptq{format=mxint4,activation=mxint8,latents=true}"
+    rounded = Pipeline.parse(gptq).run(program, batches)
+    few = Pipeline.parse(distill(batch=2, **options)).run(rounded, batches)
+    large = Pipeline.parse(distill(**options)).run(rounded, pairs)
+    curves = [next(iter(p.ledger[-1].curves.values())).training for p in (few, large)]
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]] == list(range(1, 8))
+    assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], rel=1e-3)
+    for name in ("model.norm.weight", *rounded.rounded):
+        equal = (few.tensor(name) - large.tensor(name)).abs() < 1e-3 * few.tensor(name).abs().max()
+        assert equal.float().mean() > 0.99, name
+        assert not torch.equal(few.tensor(name), rounded.tensor(name))
+
+
 def test_moves_are_bounded(run):
     """Within half a step, an element can at most come to a neighbour: here within 0.4 of one, so none changes."""
     *_, lower = run

@@ -101,7 +101,7 @@ def test_the_best_state_on_the_way_is_taken(run, monkeypatch):
     vectors = {n: rounded.tensor(n) for n in rounded.parameter_names() if rounded.tensor(n).dim() == 1}
     shown, losses = [], iter([1.0, 0.9, 0.7, 0.8, 0.95])
 
-    def train(self, trained, seen, steps, rate, looks):
+    def train(self, trained, seen, schedule):
         for factor in (1.1, 1.2, 1.3, 1.4):
             shown.append({name: tensor * factor for name, tensor in trained.detached().items()})
             yield len(shown), shown[-1]

@@ -14,8 +14,9 @@ from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
 from mxcompile.calibration.learning.aims import Aims
 from mxcompile.calibration.learning.inner_terms import NEXT_TOKENS, next_tokens
+from mxcompile.calibration.learning.schedule import Schedule, Training
 from mxcompile.calibration.learning.teacher import Teacher
-from mxcompile.calibration.learning.trained_tensors import TrainedTensors, Training
+from mxcompile.calibration.learning.trained_tensors import TrainedTensors
 from mxcompile.calibration.losses import kl_divergence_sum
 from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import BoundBatch, for_autograd
@@ -143,16 +144,17 @@ class Distillation:
         return sum(loss for loss, _ in losses) / sum(weight for _, weight in losses) if losses else math.nan
 
     def train(
-        self, trained: TrainedTensors, batches: Iterable[Inputs], steps: int, rate: float, snapshots: int
+        self, trained: TrainedTensors, batches: Iterable[Inputs], schedule: Schedule
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Train tensors with Adam on a cosine schedule.
 
-        Yields (step, trained tensors) `snapshots` times, at equal distances, the last time after the last step. Ends at
-        a loss that is NaN or infinite. With a resume folder, training goes on after the last snapshot of an interrupted
-        run.
+        Yields (step, trained tensors) as often as there are snapshots, at equal distances, the last time after the last
+        step. Ends at a loss that is NaN or infinite. With a resume folder, training goes on after the last snapshot of
+        an interrupted run.
         """
-        training = Training(trained, steps, rate)
-        ends = [steps * (index + 1) // snapshots for index in range(snapshots)]
+        steps = schedule.steps
+        training = Training(trained, steps, schedule.rate)
+        ends = [steps * (index + 1) // schedule.snapshots for index in range(schedule.snapshots)]
         finished = 0
         for end in ends:
             saved = training.load(self._program, f"{end:05}")
@@ -162,10 +164,12 @@ class Distillation:
             self.training_losses = [(step, loss) for step, loss in saved["losses"]]
             finished = end
             yield end, trained.detached()
-        for step, batch in enumerate(self._program.track(list(islice(cycle(batches), steps))), 1):
+        order = cycle(batches)
+        for step in self._program.track(range(1, steps + 1)):
+            of_step = list(islice(order, schedule.batch))
             if step <= finished:
                 continue
-            loss = self._step(training, batch)
+            loss = self._step(training, of_step)
             if loss is not None:
                 self.training_losses.append((step, loss))
                 self._program.loss = loss
@@ -176,24 +180,36 @@ class Distillation:
                 training.save(self._program, f"{step:05}", notes)
                 yield step, trained.detached()
 
-    def _step(self, training: Training, batch: Inputs) -> float | None:
-        """One step on one batch, unless its loss is not finite; returns the loss, None if there is nothing to train."""
-        trained, value = training.trained, None
+    def _step(self, training: Training, batches: Sequence[Inputs]) -> float | None:
+        """One step on some batches, unless a loss is not finite; returns their mean loss, None if there is none."""
+        trained, losses = training.trained, list[float]()
         with torch.enable_grad():
             self._student.tensors, self._student.gradients = trained.tensors(), True
-            loss = self.loss(batch)
             training.optimizer.zero_grad()
-            if loss is not None and self._ranks.any(loss.requires_grad):
-                value = loss.item()
-                if not math.isfinite(value):
-                    return value
-                if loss.requires_grad:
-                    loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            for index, batch in enumerate(batches):
+                loss = self._backward(batch, 1 / len(batches), again=index + 1 < len(batches))
+                if loss is not None and not math.isfinite(loss):
+                    return loss
+                losses += [] if loss is None else [loss]
+            if losses:
                 trained.collect_gradients()
                 self._sum_gradients(trained.parameters)
             training.optimizer.step()
         trained.keep_bounds()
         training.schedule.step()
+        return sum(losses) / len(losses) if losses else None
+
+    def _backward(self, batch: Inputs, share: float, *, again: bool) -> float | None:
+        """Add a share of the gradient of one batch's loss, which is returned; None if there is nothing to train.
+
+        again: the tensors in training, computed once, will be read by another batch.
+        """
+        loss = self.loss(batch)
+        if loss is None or not self._ranks.any(loss.requires_grad):
+            return None
+        value = loss.item()
+        if loss.requires_grad and math.isfinite(value):
+            (loss * share).backward(retain_graph=again)  # pyright: ignore[reportUnknownMemberType]
         return value
 
     def _sum_gradients(self, tensors: Sequence[Tensor]) -> None:

@@ -10,6 +10,7 @@ from mxcompile.analysis.choice import choose
 from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.learning.aims import Aims
 from mxcompile.calibration.learning.distillation import Distillation
+from mxcompile.calibration.learning.schedule import Schedule
 from mxcompile.calibration.learning.trained_tensors import TrainedTensors
 from mxcompile.calibration.quantizers import input_roundings, trainable_roundings
 from mxcompile.calibration.ranks import ranks_of
@@ -21,20 +22,6 @@ from mxcompile.graph.program import Program
 from mxcompile.graph.records import LossCurve, Miss
 
 ALL = "all"
-_SNAPSHOTS, _LARGEST_EPOCHS = 4, 5
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """steps: of one batch each; at most five epochs unless `repeats`. rate: Adam's at first; it decays to zero along a
-    cosine. snapshots: how often the held-out batches are looked at. guard: how many of the last batches are of another
-    domain: they are not trained on, and no state is taken that has more loss there than at first."""
-
-    steps: int
-    rate: float
-    snapshots: int = _SNAPSHOTS
-    repeats: bool = False
-    guard: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +68,7 @@ def distill(
     if batches is None:
         own = f" beside the {schedule.guard} of another domain" if schedule.guard else ""
         return Distilled(None, f"training needs a held-out batch: give two or more calibration batches{own}")
+    schedule = schedule.of(len(batches.seen))
     roundings = input_roundings(program, choose(program).matmuls, activation)
     distillation = Distillation(program, AlteredRun(program, trainable_roundings(roundings)), program.origin, aims)
     if not distillation.leave_out_unlike(batches.seen[0]):
@@ -134,8 +122,7 @@ def _search(
         return _Found(None, first, [(0, first)])
     most = distillation.mean_loss(originals, batches.guard) if batches.guard else math.inf
     best, least, refused, held_out = None, first, 0, [(0, first)]
-    steps = schedule.steps if schedule.repeats else min(schedule.steps, _LARGEST_EPOCHS * len(batches.seen))
-    for step, trained in distillation.train(make(), batches.seen, steps, schedule.rate, min(schedule.snapshots, steps)):
+    for step, trained in distillation.train(make(), batches.seen, schedule):
         loss = distillation.mean_loss(trained, batches.held)
         held_out.append((step, loss))
         if loss < least and batches.guard and distillation.mean_loss(trained, batches.guard) > most:

@@ -19,9 +19,10 @@ from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.backward_run import reached_by
 from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.learning.aims import Compared
-from mxcompile.calibration.learning.distilled import Distilled, Schedule
+from mxcompile.calibration.learning.distilled import Distilled
 from mxcompile.calibration.learning.inner_terms import InnerTerm, compared_term
-from mxcompile.calibration.learning.trained_tensors import SCALES, TrainedTensors, Training
+from mxcompile.calibration.learning.schedule import Schedule, Training
+from mxcompile.calibration.learning.trained_tensors import SCALES, TrainedTensors
 from mxcompile.calibration.quantizers import input_roundings, trainable_roundings
 from mxcompile.calibration.ranks import ranks_of
 from mxcompile.calibration.run import BoundBatch, for_autograd

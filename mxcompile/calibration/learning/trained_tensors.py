@@ -3,20 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.learning.latent_weights import LatentWeight, Trained
-from mxcompile.graph.program import Program, Rounding
+from mxcompile.graph.program import Rounding
 from mxcompile.numerics.rounding_offsets import unrounded_by
 
 SCALES = " scales"
 _SMALLEST_UNIT = 1e-3
 _LARGEST_GROUP = 1 << 26  # elements of weights that are rounded together: 256 MiB for each of the tensors on the way
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 class TrainedTensors(ABC):
@@ -176,35 +173,3 @@ class TrainedTogether(TrainedTensors):
 
 def _merged(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: tensor for part in parts for name, tensor in part.items()}
-
-
-class Training:
-    """An optimizer, its schedule, and what it trains."""
-
-    def __init__(self, trained: TrainedTensors, steps: int, rate: float) -> None:
-        self.trained = trained
-        self.optimizer = torch.optim.Adam(trained.parameters, lr=rate)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
-
-    def save(self, program: Program, part: str, notes: Mapping[str, Any]) -> None:
-        """Save the state in the resume folder. notes: to be saved with it."""
-        tensors: dict[str, Tensor] = {f"move.{name}": move.detach() for name, move in self.trained.named.items()}
-        for name, move in self.trained.named.items():
-            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[move].items()}
-        rate = self.optimizer.param_groups[0]["lr"]
-        save_part(program, part, tensors, [{"lr": rate, "schedule": self.schedule.state_dict()}, dict(notes)])
-
-    def load(self, program: Program, part: str) -> dict[str, Any] | None:
-        """Go back to a saved state; returns what was saved with it, None if there is none."""
-        saved = load_part(program, part)
-        if saved is None:
-            return None
-        tensors, (state, notes) = saved
-        for name, move in self.trained.named.items():
-            with torch.no_grad():
-                move.copy_(tensors[f"move.{name}"])
-            own = {key: tensors[f"{key}.{name}"] for key in _ADAM if f"{key}.{name}" in tensors}
-            self.optimizer.state[move] = {k: v if k == "step" else v.to(move.device) for k, v in own.items()}
-        self.schedule.load_state_dict(state["schedule"])
-        self.optimizer.param_groups[0]["lr"] = state["lr"]
-        return notes

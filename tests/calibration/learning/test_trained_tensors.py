@@ -4,6 +4,7 @@ import torch
 
 from mxcompile.calibration.learning import trained_tensors
 from mxcompile.calibration.learning.latent_weights import Trained
+from mxcompile.calibration.learning.schedule import Training
 from mxcompile.calibration.learning.trained_tensors import (
     SCALES,
     RoundedWeight,
@@ -11,7 +12,6 @@ from mxcompile.calibration.learning.trained_tensors import (
     TrainedTogether,
     TrainedVectors,
     TrainedWeights,
-    Training,
 )
 from mxcompile.formats import MXFP4, MXINT4, ScaleRule
 from mxcompile.graph.program import Rounding
