@@ -96,8 +96,6 @@ class Distill(Pass):
     loss: Compared = Compared.KL
     scope: Scope = Scope.MODEL
     steps: Annotated[int, Range(0)] = 500
-    batch: Annotated[int, Range(1)] = 1
-    epochs: Annotated[int | None, Range(1)] = None
     rate: Annotated[float | None, Range(0, above=True)] = None
     bound: Annotated[float | None, Range(0, above=True)] = None
     attention: Annotated[float, Range(0)] = 0.0
@@ -106,6 +104,8 @@ class Distill(Pass):
     guard: Annotated[int, Range(0)] = 0
     share: Annotated[float, Range(0, 1, above=True)] = 0.005
     rank: Annotated[int, Range(1)] = 8
+    batch: Annotated[int, Range(1)] = 1
+    epochs: Annotated[int | None, Range(1)] = None
 
     name = "distill"
     accepts = FLOATING

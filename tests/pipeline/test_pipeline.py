@@ -80,7 +80,7 @@ BUILT_IN = {
     "gptq": st.builds(
         Gptq, formats, st.none() | formats, alphas, st.sampled_from(ColumnOrder), rules, grids, alphas, flags
     )
-    | st.builds(Gptq, formats, rule=st.none(), order=st.just(ColumnOrder.NONE)),
+    | st.builds(Gptq, formats, rule=st.none(), order=st.just(ColumnOrder.NONE), latents=st.booleans()),
     "learn-rounding": st.builds(
         LearnRounding,
         *(formats, st.none() | formats, st.sampled_from(Trained), grids, st.none() | st.floats(1e-9, 1e9), grids),
@@ -91,7 +91,7 @@ BUILT_IN = {
         Distill,
         *(st.none() | formats, st.sampled_from(Parts), st.sampled_from(Compared), st.just(Scope.MODEL), grids),
         *[st.none() | st.floats(1e-9, 1e9)] * 2,
-        *(alphas, alphas, grids, grids, st.floats(1e-9, 1), grids),
+        *(alphas, alphas, grids, grids, st.floats(1e-9, 1), grids, grids, st.none() | grids),
     )
     | st.builds(Distill, loss=st.just(Compared.BLOCK), scope=st.just(Scope.SEGMENT)),
     "tune-vectors": st.builds(TuneVectors, st.none() | formats, grids, st.floats(1e-9, 1e9)),
