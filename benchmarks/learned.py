@@ -7,7 +7,8 @@ SmolLM2-135M; texts as in `accuracy.py`. The passes of `--rounding` see `--calib
 of `--rounding-batch`, those of `--training` (several steps with `||` between them, a record each) as many as the text
 has, in batches of `--batch`, with products in TF32 if `--tf32`. `help_nll` is that of Python's help topics, another
 domain; `losses` those of held-out batches of `--training` along the steps. W and A stand for the formats. `--rtn-nll`:
-the loss of rounding to nearest, if it has been measured; `--last`: a record after the last step alone.
+the loss of rounding to nearest, if it has been measured; `--last`: a record after the last step alone; `--apart`: each
+step of `--training` begins at the rounding.
 """
 
 import argparse
@@ -62,14 +63,19 @@ def main() -> int:
     lower = filled(LOWER.removeprefix(" | "), names)
     floor = a.rtn_nll or scores.of(Pipeline.parse(filled(FLOOR, names)).run(program, few), lower, few)["nll"]
     seconds, done, texts_of_steps = 0.0, list[str](), [a.rounding, *filter(None, a.training.split("||"))]
+    rounded, rounding_seconds = program, 0.0
     for index, text in enumerate(texts_of_steps):
         torch.backends.cuda.matmul.allow_tf32 = bool(index) and a.tf32
         began = time.perf_counter()
+        if a.apart and index > 1:
+            program, seconds, done = rounded, rounding_seconds, done[:1]
         program = Pipeline.parse(filled(text, names)).run(program, many if index else few)
         seconds, done = seconds + time.perf_counter() - began, [*done, text.strip()]
+        if not index:
+            rounded, rounding_seconds = program, seconds
         torch.backends.cuda.matmul.allow_tf32 = False
         print(f"{text.strip()}: {seconds:.1f} s", file=sys.stderr, flush=True)
-        if a.last and index + 1 < len(texts_of_steps):
+        if a.last and (not index if a.apart else index + 1 < len(texts_of_steps)):
             continue
         row: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "recipe": " | ".join(done), "weight": weight}
         row |= {"activation": activation, **scores.of(program, lower, few)}
@@ -109,6 +115,7 @@ def options() -> argparse.Namespace:
     options.add_argument("--batch", type=int, default=4, help="windows a training batch")
     options.add_argument("--rounding-batch", type=int, default=16, help="windows a batch of --rounding")
     options.add_argument("--rtn-nll", type=float, help="measured loss of rounding to nearest")
+    options.add_argument("--apart", action="store_true", help="each step of --training begins at the rounding")
     options.add_argument("--last", action="store_true", help="score the last step alone")
     options.add_argument("--tf32", action="store_true", help="train with products in TF32")
     options.set_defaults(calibration=64)

@@ -13,6 +13,7 @@ import argparse
 import copy
 import gc
 import json
+import sys
 import time
 from itertools import cycle, islice
 from pathlib import Path
@@ -45,6 +46,7 @@ def main() -> None:
     for way in a.ways.split(","):
         started = time.perf_counter()
         kind, _, recipe = way.partition(":")
+        print(way, file=sys.stderr, flush=True)
         run = trained_adapters if kind == "lora" else distilled
         for row in run(model, recipe, batches[:half], batches[half:], a):
             write({"way": way, **row, "seconds": round(time.perf_counter() - started, 1)}, a.out)
@@ -115,6 +117,7 @@ def loop(model: nn.Module, batches: list[Tensor], loss_of_batch: Any, rate: floa
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+        print(f"step {step + 1}: {losses[-1]:.4f}", file=sys.stderr, flush=True)
     step_ms = (time.perf_counter() - started) / max(1, a.steps - 2) * 1e3
     peak = torch.cuda.max_memory_allocated() - outside if a.device == "cuda" else 0
     return peak, [sum(part) / len(part) for part in (losses[:4], losses[-4:])], round(step_ms, 1)

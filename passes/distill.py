@@ -80,9 +80,9 @@ class Distill(Pass):
     train: see `Parts`; weights must have been rounded by an earlier pass. loss: see `Compared`. scope: see `Scope`;
     a segment has loss=block or distribution (with train=vectors Norm Tweaking, arXiv 2309.02784).
     steps: of `batch` calibration batches each, for each segment; not more than go `epochs` times through the batches.
-    rate: Adam's at first; it decays to zero along a cosine. In units of each vector's mean magnitude, of the distance
-    of neighbouring elements, or of a power of two; none: 4e-3 for vectors and multipliers, else 0.02. bound: the
-    largest move in these units, if any.
+    rate: Adam's at first; it decays to zero along a cosine. In units of each vector's mean magnitude, of the mean
+    distance of neighbouring elements in a block, or of a power of two; none: 4e-3 for vectors and multipliers, else
+    0.02. bound: the largest move in these units, if any.
     attention: weight of the error of what attention's output projections return (SDQ). kurtosis: weight of the excess
     kurtosis of what layers return (arXiv 2404.03605).
     snapshots: how often held-out batches, an eighth of all, are looked at; of these states, the pass takes the one with

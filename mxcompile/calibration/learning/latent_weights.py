@@ -1,9 +1,11 @@
 """Weights in training that are MX values at every step: a float latent behind each element, rounded when it is used.
 
-    w -> 2^e * round(u + v)        u: the latent in units of the scale 2^e; v: its offset, in steps between elements
+    w -> 2^e * round(u + d v)        u: the latent in units of the scale 2^e; v: its offset, in units of d
 
-Gradients reach the rounded weight alone. Straight through the rounding, that is also the gradient of the latent, up to
-the factor 2^e and the length of a step.
+d is the distance of neighbouring elements: around the latent where the direction of rounding is trained, else its mean
+over the block. The latents of a block then move alike: by its own distance, the largest elements would move by four
+times as much as the smallest in MXFP4, and noise cost more than training gains. Gradients reach the rounded weight
+alone. Straight through the rounding, that is also the gradient of the latent, up to the factors 2^e and d.
 """
 
 import math
@@ -84,7 +86,7 @@ class LatentWeight:
         if self._trained is Trained.ROUNDING:
             self.parameter.grad = blocks.sign_()
         elif self._trained is Trained.WEIGHTS:
-            self.parameter.grad = blocks * steps(self._latent, self._format) * reference.power_of_two(self._exponents)
+            self.parameter.grad = blocks * self._distances() * reference.power_of_two(self._exponents)
         else:
             exponents = self._chosen()
             moved, scale = self._moved(exponents), reference.power_of_two(exponents)
@@ -148,7 +150,14 @@ class LatentWeight:
         """Latents with their offsets, in units of scales with these exponents."""
         if self._trained is Trained.CLIP:
             return self._latent * reference.power_of_two(self._first - exponents)
-        return torch.addcmul(self._latent, self.parameter.detach(), steps(self._latent, self._format))
+        return torch.addcmul(self._latent, self.parameter.detach(), self._distances())
+
+    def _distances(self) -> Tensor:
+        """Units of the offsets, in units of the scales."""
+        distances = steps(self._latent, self._format)
+        if self._trained is not Trained.WEIGHTS or not distances.dim():
+            return distances
+        return distances.mean(-1, keepdim=True)
 
     def _rounded(self, elements: Tensor) -> Tensor:
         """The nearest elements."""

@@ -1,7 +1,7 @@
 """Rounded weights of which a part is trained: the blocks that rounding costs most, or a low-rank change of all.
 
 outliers   blocks with the largest expected error of the output (PreQuant, arXiv 2306.00014)
-low rank   w -> round(u + b @ a), b @ a in steps between elements (LoRA, merged at every step as in L4Q)
+low rank   w -> round(u + b @ a), b @ a in units of latents' offsets (LoRA, merged at every step as in L4Q)
 """
 
 from collections.abc import Mapping

@@ -40,11 +40,20 @@ def test_begins_as_it_was_rounded(fmt, kind, size):
         assert torch.equal(trained.scales(), scales)
 
 
-def test_a_step_at_zero_is_that_of_the_smallest_elements():
-    """Not that of elements near one, which is 2^6 times as long in E4M3."""
-    trained = latent(torch.cat([torch.zeros(1, 31), torch.full((1, 1), 448.0)], -1), MXFP8_E4M3, Trained.WEIGHTS)
-    trained.backward(torch.ones(1, 32))
-    assert torch.equal(trained.parameter.grad.flatten(), torch.tensor([2.0**-9] * 31 + [32.0]))
+def test_latents_of_a_block_move_alike():
+    """By the mean distance of neighbouring elements: 2^-9 around zero in E4M3, 32 around the largest."""
+    rows = torch.cat([torch.zeros(1, 31), torch.full((1, 1), 448.0), torch.full((1, 32), 448.0)], -1)
+    trained = latent(rows, MXFP8_E4M3, Trained.WEIGHTS)
+    trained.backward(torch.ones(1, 64))
+    mean = (31 * 2.0**-9 + 32.0) / 32
+    assert torch.equal(trained.parameter.grad.flatten(), torch.tensor([mean] * 32 + [32.0] * 32))
+    with torch.no_grad():
+        trained.parameter.fill_(-1.0)
+    assert torch.equal(trained.values(), reference.round_elements(rows - trained.parameter.grad.flatten(), MXFP8_E4M3))
+    directions = latent(rows, MXFP8_E4M3, Trained.ROUNDING)
+    with torch.no_grad():
+        directions.parameter.fill_(-1.0)
+    assert directions.values()[0, :2].tolist() == [-(2.0**-9)] * 2
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
