@@ -49,11 +49,11 @@ class FirstRounding:
 
     def _columns(
         self, weights: Mapping[Matmul, Tensor], moments: SecondMoments, fmt: MXFormat
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         named = {matmul.node.name: rows for matmul, rows in weights.items()}
         largest = min(largest_exponent(rows.dtype) for rows in named.values())
         rounding = ColumnRounding(fmt, self.damping, ColumnOrder.BLOCKS, None, 0, 0, largest)
-        return round_columns(self.ranks, rounding, named, moments, self.correction)[:2]
+        return round_columns(self.ranks, rounding, named, moments, self.correction)
 
 
 def round_columns(
