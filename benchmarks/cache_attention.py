@@ -7,7 +7,9 @@ Heads of Llama-3-8B: 32 query heads, 8 KV heads of 128, bfloat16. Every format i
 each call is launched many times in a CUDA graph, over caches of 400 MB in turn, more than L2 holds; `us` is the time of
 a launch with the gap before it. `floor` is the time that a copy at `--bandwidth` takes to read the cache. Peers in the
 same run: `attend`, this project's kernel of a bfloat16 cache, and torch's `scaled_dot_product_attention`, whose flash
-kernel takes no mask. `ratio` is the time of `attend` over that of the line.
+kernel takes no mask. `next` is all that a decode step does: RoPE, rounding, the write to the cache, attention, and
+rounding of its result. `exact` is attention of which the newest 32 and the first 4 tokens are exact. `ratio` is the
+time of `attend`, or of its `next`, over that of the line.
 """
 
 # pyright: basic
@@ -32,20 +34,36 @@ from mxcompile.kernels.triton import attention, packed_attention, split_k_counte
 from mxcompile.kernels.triton.attention import Config
 from mxcompile.numerics import packed_attention as definition
 from mxcompile.numerics import reference
+from mxcompile.numerics.exact_tokens import ExactTokens, attend_packed_exact
 from mxcompile.numerics.packed_attention import PackedStates
 from mxcompile.ops import QUANTIZE
 
 HEADS, SHARED, SIZE = 32, 8, 128
+FLOAT: Final = "bfloat16"
 SCALE: Final = SIZE**-0.5
 ROUNDING: Final = (MXINT8, ScaleRule.FLOOR)
 BYTES: Final = 400e6
 FORMATS: Final = "mxint8,mxfp8,mxint6,mxfp6_e3m2,mxfp6_e2m3,mxint4,mxfp4,mxint8+mxint4"
 SHAPES: Final = ((1, 32768), (1, 2048), (1, 8192), (8, 8192))
 KINDS: Final = tuple(
-    Config(16, block, warps, stages, True)
-    for block, warps, stages in ((64, 4, 3), (64, 8, 3), (64, 4, 4), (128, 4, 3), (128, 8, 3), (128, 4, 2))
+    Config(16, block, warps, stages, True, registers)
+    for block, warps, stages, registers in (
+        (64, 4, 3, 0),
+        (64, 4, 3, 168),
+        (64, 4, 3, 128),
+        (64, 4, 4, 168),
+        (128, 4, 3, 0),
+        (128, 4, 3, 168),
+        (128, 4, 4, 0),
+        (128, 8, 3, 128),
+    )
 )
-SPLITS: Final = {1: (16, 33, 50, 66), 8: (2, 4, 8)}
+FLOAT_KINDS: Final = tuple(
+    Config(16, block, warps, stages, True)
+    for block, warps, stages in ((64, 8, 3), (64, 8, 4), (64, 4, 3), (64, 4, 4), (32, 4, 4), (128, 8, 3))
+)
+SPLITS: Final = {1: (16, 32, 47, 64), 8: (4, 6, 8)}
+WINDOW, SINK = 32, 4
 
 
 def main() -> None:
@@ -60,19 +78,23 @@ def main() -> None:
         sys.exit("cache_attention.py needs a CUDA GPU, and this machine has none")
     prepare()
     names, swept = arguments.formats.split(","), [name for name in arguments.sweep.split(",") if name]
-    jobs: list[tuple[str, Config | None]] = [(name, None) for name in ("bfloat16", *names)]
-    jobs += [(name, kind) for kind in KINDS for name in swept]
+    jobs: list[tuple[str, Config | None]] = [(name, None) for name in (FLOAT, *names)]
+    jobs += [(name, kind) for name in swept for kind in (KINDS if name != FLOAT else KINDS[:1])]
+    packed_swept = [name for name in swept if name != FLOAT]
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         problems = list(pool.map(compile_ahead, jobs))
     for problem in filter(None, problems):
         print(problem, flush=True)
     for name in names:
         check_next(name)
+        check_exact(name)
         check(name, [None, *(KINDS if name in swept else ())])
     for batch, tokens in SHAPES:
         write(rows(batch, tokens, names, [], arguments.bandwidth), arguments.out)
-    for batch, tokens in SHAPES[::-1] if swept else ():
-        write(rows(batch, tokens, swept, [*KINDS], arguments.bandwidth), arguments.out)
+    for batch, tokens in SHAPES if FLOAT in swept else ():
+        write(float_rows(batch, tokens, arguments.bandwidth), arguments.out)
+    for batch, tokens in SHAPES if packed_swept else ():
+        write(rows(batch, tokens, packed_swept, [*KINDS], arguments.bandwidth), arguments.out)
 
 
 def write(lines: Iterator[dict[str, Any]], out: Path | None) -> None:
@@ -108,12 +130,14 @@ def compile_ahead(job: tuple[str, Config | None]) -> str | None:
     name, kind = job
     try:
         prepare()
-        if name == "bfloat16":
+        if name == FLOAT:
             for batch in (1, 8):
                 query, cache = random(batch, 1, HEADS, SIZE).transpose(1, 2), [random(batch, SHARED, 8192, SIZE)] * 2
                 mask = torch.ones(batch, 1, 1, 8192, dtype=torch.bool, device="cuda")
                 attention.attend(query, *cache, mask, SCALE)
-                float_step(batch, 8192, query, mask, [cache])(0)
+                attention.attend(query, *cache, None, SCALE)
+                for config in (None, *(FLOAT_KINDS if kind else ())):
+                    float_step(batch, 8192, query, mask, [cache], config)(0)
             torch.cuda.synchronize()
             return None
         pair = packed(name, random(1, SHARED, 4096, SIZE), random(1, SHARED, 4096, SIZE))
@@ -125,6 +149,7 @@ def compile_ahead(job: tuple[str, Config | None]) -> str | None:
             packed_attention.attend(query, *pair, given, SCALE, kind)
             if kind is None and given is not None:
                 whole_step(name, 1, 4096, query, given, [pair])(0)
+                exact_step(1, 4096, query, given, [pair])(0)
             torch.cuda.synchronize()
     except Exception as error:  # reported, and then left out
         return f"{job}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -172,6 +197,8 @@ def rows(batch: int, tokens: int, names: list[str], kinds: list[Config], bandwid
 
     base = time_of(lambda i: attention.attend(query, *floats[i % len(floats)], mask, SCALE), launches)
     yield line("attend", base, size, base)
+    unmasked = time_of(lambda i: attention.attend(query, *floats[i % len(floats)], None, SCALE), launches)
+    yield line("attend", unmasked, size, base, masked=False)
     step = time_of(float_step(batch, tokens, query, mask, floats), launches)
     yield line("attend_next", step, size, step)
     plain = torch.nn.functional.scaled_dot_product_attention
@@ -190,6 +217,8 @@ def rows(batch: int, tokens: int, names: list[str], kinds: list[Config], bandwid
         yield line(name, time_of(partial(run, None, None), launches), count, base, masked=False)
         whole = whole_step(name, batch, tokens, query, mask, pairs)
         yield line(f"{name}, next", time_of(whole, launches), count, step, default=True)
+        exact = exact_step(batch, tokens, query, mask, pairs)
+        yield line(f"{name}, exact", time_of(exact, launches), count, base, default=True)
         for kind in kinds:
             for splits in SPLITS[batch]:
                 if splits * kind.block <= tokens:
@@ -205,11 +234,67 @@ def next_token(batch: int, tokens: int) -> tuple[torch.Tensor, ...]:
 
 
 def float_step(
-    batch: int, tokens: int, query: torch.Tensor, mask: torch.Tensor, caches: Any
+    batch: int, tokens: int, query: torch.Tensor, mask: torch.Tensor, caches: Any, config: Config | None = None
 ) -> Callable[[int], torch.Tensor]:
     """RoPE, the write to the cache, attention and rounding of its result, of a bfloat16 cache."""
     new = attention.NewToken(*next_token(batch, tokens))
-    return lambda i: attention.attend(query, *caches[i % len(caches)], mask, SCALE, None, new, ROUNDING)
+    return lambda i: attention.attend(query, *caches[i % len(caches)], mask, SCALE, config, new, ROUNDING)
+
+
+def float_rows(batch: int, tokens: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """All configs of attention over a bfloat16 cache."""
+    query = random(batch, 1, HEADS, SIZE).transpose(1, 2)
+    mask = torch.ones(batch, 1, 1, tokens, dtype=torch.bool, device="cuda")
+    size = batch * SHARED * tokens * SIZE * 4
+    floats = [[random(batch, SHARED, tokens, SIZE) for _ in range(2)] for _ in range(max(2, int(BYTES / size) + 1))]
+    known, launches = {"kernel": "attend_next", "batch": batch, "tokens": tokens}, max(8, len(floats))
+    base = time_of(float_step(batch, tokens, query, mask, floats), launches)
+    for kind in FLOAT_KINDS:
+        for splits in (*SPLITS[batch], 66):
+            if splits * kind.block <= tokens:
+                config = replace(kind, splits=splits)
+                us = time_of(float_step(batch, tokens, query, mask, floats, config), launches)
+                measured = {"us": round(us, 2), "floor": round(size / bandwidth / 1e6, 2), "ratio": round(base / us, 3)}
+                yield known | measured | asdict(config)
+
+
+def exact_tokens(batch: int, tokens: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Those of keys and values, the places of the newest, and the position of the query."""
+    position, room = tokens - 2, WINDOW + 31
+    places = torch.arange(max(0, position - room), position, device="cuda")
+    held = torch.full((room,), -1, device="cuda")
+    held[places % room] = places
+    counts = (1, room, SINK)
+    pairs = [ExactTokens(*(random(batch, SHARED, count, SIZE) for count in counts)) for _ in range(2)]
+    return pairs, held, torch.tensor([position], device="cuda")
+
+
+def exact_step(
+    batch: int, tokens: int, query: torch.Tensor, mask: torch.Tensor, pairs: Any
+) -> Callable[[int], torch.Tensor]:
+    """Attention over packed caches of which some tokens are exact."""
+    exact, *rest = exact_tokens(batch, tokens)
+
+    def run(number: int) -> torch.Tensor:
+        return dispatch.attend_packed_exact(query, query, pairs[number % len(pairs)], exact, *rest, WINDOW, mask, SCALE)
+
+    return run
+
+
+def check_exact(name: str) -> None:
+    """Against the definition, and equal bits on repeat."""
+    for batch, tokens in ((1, 2048), (3, 496), (1, 32)):
+        query, turned = (random(batch, 1, HEADS, SIZE).transpose(1, 2) for _ in range(2))
+        mask = torch.rand(batch, 1, 1, tokens, device="cuda") < 0.7
+        states = packed(name, random(batch, SHARED, tokens, SIZE), random(batch, SHARED, tokens, SIZE))
+        exact, held, position = exact_tokens(batch, tokens)
+        mask[..., tokens - 2] = True
+        given = (query, turned, states, (exact[0], exact[1]), held, position, WINDOW, mask, SCALE)
+        y, again = (dispatch.attend_packed_exact(*given) for _ in range(2))
+        expected = attend_packed_exact(*given)
+        error = ((y.double() - expected.double()).norm() / expected.double().norm()).item()
+        if not error < 5e-3 or not torch.equal(y, again):
+            print(f"WRONG exact {name}, batch {batch}, {tokens} tokens: error {error}", flush=True)
 
 
 def whole_step(
@@ -240,7 +325,9 @@ def check_next(name: str) -> None:
         rope = tuple(rotation)
         turned = definition.append_packed(query, (key, value), states, rules, position, rope)
         after = [part.clone() for part in parts]
-        expected = reference.quantize_dequantize(definition.attend_packed(turned, *states, mask, SCALE), *ROUNDING)
+        expected = reference.quantize_dequantize(
+            definition.attend_packed(turned, *states, mask, SCALE, position), *ROUNDING
+        )
         for part, old in zip(parts, before, strict=True):
             part.copy_(old)
         y = dispatch.attend_packed_next(query, (key, value), states, rules, position, rope, mask, SCALE, ROUNDING)

@@ -1,11 +1,19 @@
-"""Emulate the PTX instructions that decode elements (triton/decode_planes.py, gluon/decode_to_e4m3.py), on tensors of
-registers."""
+"""Emulate the PTX instructions that decode elements (triton/decode_planes.py, triton/packed_states.py,
+gluon/decode_to_e4m3.py), on tensors of registers."""
 
+import operator
 import re
 
 import torch
 from torch import Tensor
 
+_INTEGER = {
+    "and": operator.and_,
+    "xor": operator.xor,
+    "shr": operator.rshift,
+    "shl": operator.lshift,
+    "add": operator.add,
+}
 Register = int | Tensor
 """32 bits, as int64."""
 
@@ -46,22 +54,21 @@ def _result(name: str, operands: list[Tensor]) -> Tensor:
     match name:
         case "mov.b32":
             result = a
-        case "and.b32":
-            result = a & b
-        case "shr.b32":
-            result = a >> b
-        case "shl.b32":
-            result = a << b
-        case "add.u32":
-            result = a + b
+        case "shf.l.wrap.b32":
+            result = ((b << (c & 31)) | (a >> (32 - (c & 31)))) & 0xFFFFFFFF
+        case "and.b32" | "xor.b32" | "shr.b32" | "shl.b32" | "add.u32":
+            result = _INTEGER[name.partition(".")[0]](a, b)
         case "lop3.b32":
-            result = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c}[int(table)]
+            result = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c, 0xE2: (a & b) | (c & ~b)}[int(table)]
         case "prmt.b32":
             result = _permuted(a, b, c)
         case "fma.rn.bf16x2":
             result = _multiplied(a, b, c, torch.bfloat16)
         case "fma.rn.f16x2":
             result = _multiplied(a, b, c, torch.float16)
+        case "cvt.rn.bf16x2.f32":
+            high, low = (x.to(torch.int32).view(torch.float32).bfloat16() for x in torch.broadcast_tensors(a, b))
+            result = join(torch.stack((low, high), -1).view(torch.int16), 16)
         case "cvt.rn.satfinite.e4m3x2.f16x2":
             numbers = pairs(a, torch.float16).float().clamp(-448, 448)
             result = join(numbers.to(torch.float8_e4m3fn).view(torch.uint8), 8)

@@ -18,6 +18,7 @@ from torch import Tensor
 from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat, activation_rule
 from mxcompile.kernels.triton import append_packed, expert_sums, grouped_planes, packed_attention
 from mxcompile.kernels.triton.expert_slices import Config
+from mxcompile.numerics.exact_tokens import ExactTokens
 from mxcompile.numerics.gates import Gate
 from mxcompile.numerics.packed_attention import PackedStates
 from mxcompile.ops import QUANTIZE
@@ -112,6 +113,11 @@ def packed_attention_and_writes() -> None:
         rotation = (angles.cos().bfloat16().to(DEVICE), angles.sin().bfloat16().to(DEVICE))
         new = (random(1, 2, 1, size).to(DEVICE), random(1, 2, 1, size).to(DEVICE))
         place = torch.tensor([69], device=DEVICE)
+        newest = [random(1, 2, 9, size).to(DEVICE) for _ in range(2)]
+        held = torch.arange(60, 69, device=DEVICE).roll(60 % 9)
+        exact_states = [ExactTokens(own, ring, ring[:, :, :3]) for own, ring in zip(new, newest, strict=True)]
+        among = packed_attention.Exact(query.to(DEVICE), exact_states[0], exact_states[1], held, 5)
+        packed_attention.attend(query.to(DEVICE), keys, values, None, 0.2, position=place, exact=among)
         append_packed.append(query.to(DEVICE), new, (keys, values), (rule, rule), place, rotation)
 
 

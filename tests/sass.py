@@ -167,7 +167,7 @@ def fp8_report(fmt: MXFormat, config: fp8_linear.Config, k_chunked: bool = False
 def attention_report(dtype: str, size: int, group: int, next_token: bool = False) -> tuple[Report, attention.Config]:
     """triton/attention.py for 8 heads of a cache of 2048 tokens, `group` heads of queries each, and the same mask for
     all of them; with the config that it chooses. next_token: with RoPE, a write to the cache, and rounding."""
-    config = attention.config_for(torch.empty(0, 8, 2048, size, dtype=_DTYPES[dtype]), 8)
+    config = attention.config_for(torch.empty(0, 8, 2048, size, dtype=_DTYPES[dtype]), 8, next_token)
     constants = attention.constants(size, size, 8, group, config)
     constants |= {"MASK": "float", "MASK_OF_HEADS": False, "APPEND": next_token, "ROTATE": next_token}
     rounding = (MXINT8, ScaleRule.FLOOR) if next_token else None
@@ -182,19 +182,31 @@ def attention_report(dtype: str, size: int, group: int, next_token: bool = False
     return _report(compiled, lambda _: []), config
 
 
-def packed_attention_report(fmt: MXFormat) -> tuple[Report, attention.Config]:
-    """triton/packed_attention.py for Llama-3-8B's heads and 32768 tokens, with a mask, and its own config."""
+def packed_attention_report(
+    fmt: MXFormat, exact: tuple[int, int, int, int, bool] | None = None
+) -> tuple[Report, attention.Config]:
+    """triton/packed_attention.py for Llama-3-8B's heads and 32768 tokens, with a mask, and its own config.
+
+    exact: `EXACT` of the kernel."""
     sizes = (fmt.blocks(128) * fmt.block_bytes, fmt.blocks(128))
     parts = [torch.empty(0, 8, 32768, size, dtype=torch.uint8) for size in sizes]
     states = PackedStates(*parts, fmt, 128)
     config = packed_attention.config_for(32768, 8, states, states, True)
     constants = packed_attention.constants(fmt, fmt, (128, 128), (8, 4, 1), config, (True, True))
-    constants |= {"MASK": "bool", "MASK_OF_ROWS": False, "INTERPRETED": False}
+    constants |= {"MASK": "bool", "MASK_OF_ROWS": False, "UP_TO_POSITION": True, "INTERPRETED": False}
+    constants |= {"EXACT": exact}
     constants |= quantize.rounding_constants(None, torch.bfloat16)
-    types: dict[str, Any] = {"query": "*bf16", "result": "*bf16", "mask": "*u8", "scratch": "*fp32", "counters": "*i32"}
+    types: dict[str, Any] = {
+        "query": "*bf16",
+        "result": "*bf16",
+        "mask": "*u8",
+        "scratch": "*fp32",
+        "counters": "*i32",
+        "position": "*i64",
+    }
     types |= {"states": ("*i16", "*i32", "*i16", "*i32"), "scale": "fp32", "query_strides": ("i32",) * 3}
-    types |= {"batch_strides": ("i32",) * 4, "head_strides": ("i32",) * 4}
-    types |= {"strides": ("i32", "constexpr") * 2, "mask_strides": ("i32", "i32", "i32", "constexpr")}
+    types |= {"exact": (*("*bf16",) * 7, "*i64"), "exact_strides": ("i32",) * 21}
+    types |= {"strides": ("i32",) * 8 + ("i32", "constexpr") * 2, "mask_strides": ("i32", "i32", "i32", "constexpr")}
     compiled = _compiled(packed_attention.attend_packed_kernel, constants, types, attention.options(config))
     return _report(compiled, lambda loops: max(loops, key=len, default=[])), config
 

@@ -60,14 +60,11 @@ def _reading(cache: CacheFormat) -> str:
     """When a GPU reads packed bytes, and when it decodes the whole cache first."""
     if cache.key is None or cache.value is None:
         why = f"{'keys' if cache.key is None else 'values'} stay in float"
-    elif cache.has_exact_tokens:
-        why = "some tokens are exact (window, sink)"
-    else:
-        return (
-            'attention reads packed bytes with cache_implementation="static", up to a few tokens at a time; a cache '
-            "that grows is decoded before attention"
-        )
-    return f"attention runs on keys and values that were decoded before it, which saves memory but no time: {why}"
+        return f"attention runs on states that were decoded before it, which saves memory but no time: {why}"
+    queries = "of up to a few tokens reads packed bytes"
+    if cache.has_exact_tokens:
+        queries = "of one token reads packed bytes, and exact tokens beside them,"
+    return f'attention {queries} with cache_implementation="static"; a cache that grows is decoded before attention'
 
 
 def notes_for_vllm(layers: Iterable[SelectedKernel]) -> tuple[str, ...]:

@@ -23,8 +23,9 @@ from mxcompile.kernels.cpu import linears as cpu
 from mxcompile.kernels.layout import fp8_eligibility, rows_to_planes
 from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.kernels.triton import split_k_counters
+from mxcompile.numerics import exact_tokens, fast_rounding, next_token, packed_attention, packing, reference
 from mxcompile.numerics import experts as experts_reference
-from mxcompile.numerics import fast_rounding, next_token, packed_attention, packing, reference
+from mxcompile.numerics.exact_tokens import ExactTokens
 from mxcompile.numerics.gates import Gate
 from mxcompile.numerics.norms import Norm
 from mxcompile.numerics.packed_attention import PackedStates
@@ -240,7 +241,7 @@ def attend_packed_next(
     rounding: tuple[MXFormat, ScaleRule] | None,
 ) -> Tensor:
     """`append_packed` and `attend_packed` of `numerics/packed_attention.py`, two launches on a GPU; the result is then
-    quantized and dequantized."""
+    quantized and dequantized. Tokens after `position` are not read, so that room to spare costs no time."""
     append = _triton("triton.append_packed", query)
     pairs = zip(states, rules, strict=True)
     if append is not None and all(append.supports(query, side, rule) is None for side, rule in pairs):
@@ -249,9 +250,28 @@ def attend_packed_next(
         query = packed_attention.append_packed(query, new, states, rules, position, rotation)
     if why_no_packed_attention(query, *states, mask, rounding) is None:
         kernel: Any = _triton("triton.packed_attention", query)
-        return kernel.attend(query, *states, mask, scale, None, rounding)
-    y = attend_packed(query, *states, mask, scale)
+        return kernel.attend(query, *states, mask, scale, None, rounding, position)
+    y = packed_attention.attend_packed(query, *states, mask, scale, position)
     return y if rounding is None else quantize_dequantize(y, *rounding)
+
+
+def attend_packed_exact(
+    query: Tensor,
+    turned: Tensor,
+    states: tuple[PackedStates, PackedStates],
+    exact: tuple[ExactTokens, ExactTokens],
+    held: Tensor,
+    position: Tensor,
+    window: int,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """See `numerics/exact_tokens.py`."""
+    if why_no_packed_attention(query, *states, mask) is None:
+        kernel: Any = _triton("triton.packed_attention", query)
+        read = kernel.Exact(query, *exact, held, window)
+        return kernel.attend(turned, *states, mask, scale, position=position, exact=read)
+    return exact_tokens.attend_packed_exact(query, turned, states, exact, held, position, window, mask, scale)
 
 
 def add_norm(

@@ -32,22 +32,42 @@ class PackedStates:
         return reference.dequantize(packing.unpack(self.elements, self.fmt), self.scales, self.fmt, self.size, dtype)
 
 
-def attend_packed(query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, scale: float) -> Tensor:
+def attend_packed(
+    query: Tensor,
+    keys: PackedStates,
+    values: PackedStates,
+    mask: Tensor | None,
+    scale: float,
+    position: Tensor | None = None,
+) -> Tensor:
     """Query `[batch, heads, queries, size]`: each KV head belongs to `heads / kv_heads` consecutive query heads.
 
     mask: additive, or bool, true where a key is attended to; broadcast to `[batch, heads, queries, tokens]`. A query
-    whose mask excludes every key gives zero. Returns `[batch, heads, queries, values.size]` in the dtype of the query.
+    whose mask excludes every key gives zero. position: one integer; no query attends to later tokens.
+    Returns `[batch, heads, queries, values.size]` in the dtype of the query.
     Raises MXCompileError for shapes that do not fit.
     """
     check_shapes(query, keys, values)
     (batch, heads, queries, _), (kv_heads, tokens) = query.shape, keys.elements.shape[1:3]
     grouped = query.float().reshape(batch, kv_heads, heads // kv_heads * queries, query.shape[3])
     scores = grouped @ keys.values(torch.float32).mT * scale
+    y = weighted_sum(scores.reshape(batch, heads, queries, tokens), values.values(torch.float32), mask, position)
+    return y.to(query.dtype)
+
+
+def weighted_sum(scores: Tensor, values: Tensor, mask: Tensor | None, position: Tensor | None) -> Tensor:
+    """`softmax(scores + mask) @ values` for scores `[batch, heads, queries, tokens]` and values `[batch, kv heads,
+    tokens, size]`; see `attend_packed`."""
+    (batch, heads, queries, tokens), (_, kv_heads, _, size) = scores.shape, values.shape
     if mask is not None:
         added = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask.float()
-        scores = scores + added.expand(batch, heads, queries, tokens).reshape(scores.shape)
+        scores = scores + added
+    if position is not None:
+        is_later = torch.arange(tokens, device=scores.device) > position
+        scores = scores.masked_fill(is_later, -torch.inf)
     weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
-    return (weights @ values.values(torch.float32)).reshape(batch, heads, queries, values.size).to(query.dtype)
+    grouped = weights.reshape(batch, kv_heads, heads // kv_heads * queries, tokens)
+    return (grouped @ values).reshape(batch, heads, queries, size)
 
 
 def append_packed(

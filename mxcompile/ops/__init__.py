@@ -23,6 +23,11 @@
     mx::attend_packed_next(query, key, value, keys, key_scales, values, value_scales, position, cos, sin, mask, scale,
                            key_format, key_rule, value_format, value_rule, format, rule) -> y
                                                                      RoPE, rounding and write to the cache, then that
+    mx::read_cache(elements, scales, own, newest, first, held, position, format, block, window) -> states
+                                                                     dequantized, some tokens in place of rounded ones
+    mx::attend_packed_exact(query, turned, keys, key_scales, values, value_scales, own_key, own_value, newest_keys,
+                            newest_values, first_keys, first_values, held, position, mask, scale, key_format,
+                            value_format, window) -> y               `attend_packed` of such a cache
     mx::grouped_linear(x, experts, elements, scales, bias, format, planes) -> y
                                                                      rows of x times the experts chosen for them
     mx::experts(x, experts, weights, up, up_bias, down, down_bias, up_format, down_format, gate, activation, rule,
@@ -52,9 +57,9 @@ inside `torch.compile` only the digest shows that they are equal and one multipl
 
 import torch
 
-from mxcompile.ops import cached, experts, gradients, linears, small
+from mxcompile.ops import cached, exact_tokens, experts, gradients, linears, small
 
-__all__ = ["cached", "experts", "gradients", "linears", "small"]
+__all__ = ["cached", "exact_tokens", "experts", "gradients", "linears", "small"]
 
 QUANTIZE = torch.ops.mx.quantize.default
 DEQUANTIZE = torch.ops.mx.dequantize.default
@@ -74,3 +79,5 @@ ATTEND_NEXT = torch.ops.mx.attend_next.default
 ATTEND_PACKED = torch.ops.mx.attend_packed.default
 CACHED_ATTENTION = torch.ops.mx.cached_attention.default
 ATTEND_PACKED_NEXT = torch.ops.mx.attend_packed_next.default
+READ_CACHE = torch.ops.mx.read_cache.default
+ATTEND_PACKED_EXACT = torch.ops.mx.attend_packed_exact.default

@@ -48,10 +48,11 @@ def attend_packed_next(
     format: str | None,
     rule: str | None,
 ) -> Tensor:
-    """Round the key and value of the next token, write them to the cache, then attend to all of it, its own included.
+    """Round the key and value of the next token, write them to the cache, then attend to all tokens up to its own.
 
-    position: one integer. cos, sin: of RoPE on halves, for query and key; None if they are rotated. The result is
-    quantized and dequantized as `format` and `rule` say, if given. See `numerics/packed_attention.py`.
+    position: one integer, the place of the token. cos, sin: of RoPE on halves, for query and key; None if they are
+    rotated. The result is quantized and dequantized as `format` and `rule` say, if given. See
+    `numerics/packed_attention.py`.
     """
     states = (
         PackedStates(keys, key_scales, format_of(key_format), key.shape[3]),
@@ -63,7 +64,7 @@ def attend_packed_next(
     return dispatch.attend_packed_next(query, new, states, rules, position, rotation, mask, scale, rounding)
 
 
-def _fake_attend_packed(
+def fake_attend_packed(
     query: Tensor,
     keys: Tensor,
     key_scales: Tensor,
@@ -75,6 +76,7 @@ def _fake_attend_packed(
     value_format: str,
     size: int,
 ) -> Tensor:
+    """The result, on tensors without data."""
     del mask, scale
     check(query.dim() == keys.dim() == values.dim() == 4, lambda: "mx::attend_packed takes 4-D tensors")
     _check_packed(keys, key_scales, key_format, query.shape[3])
@@ -114,7 +116,7 @@ def _fake_attend_packed_next(
     check(position.numel() == 1, lambda: "the position of the next token is one number")
     size = value.shape[3]
     packed = (keys, key_scales, values, value_scales)
-    return _fake_attend_packed(query, *packed, mask, scale, key_format, value_format, size)
+    return fake_attend_packed(query, *packed, mask, scale, key_format, value_format, size)
 
 
 def _check_packed(elements: Tensor, scales: Tensor, format: str, size: int) -> None:
@@ -162,7 +164,7 @@ define(
     "attend_packed(Tensor query, Tensor keys, Tensor key_scales, Tensor values, Tensor value_scales, Tensor? mask, "
     "float scale, str key_format, str value_format, int size) -> Tensor",
     attend_packed,
-    _fake_attend_packed,
+    fake_attend_packed,
 )
 define(
     "cached_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal, str cache, "

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mxcompile.formats import MXFormat, activation_rule
 from mxcompile.numerics.cache_format import CacheFormat, head_rotation
+from mxcompile.numerics.exact_tokens import ExactTokens, put_exact
+from mxcompile.ops.exact_tokens import factor_of
 
 _MX = torch.ops.mx
 
@@ -41,8 +43,17 @@ class Coding:
         if not self.rotates:
             return states
         block = head_rotation(size)
-        # Twice is the identity up to a factor: of 2**n channels, rotate halves one time too often where n is odd.
-        return _MX.rotate(states, block) * (1 if block.bit_length() % 2 else 2)
+        return _MX.rotate(states, block) * factor_of(block)
+
+    def read(
+        self, elements: Tensor, scales: Tensor, exact: ExactTokens, held: Tensor, position: Tensor, window: int
+    ) -> Tensor:
+        """`decode`, with what the token at `position` reads exactly; see `numerics/exact_tokens.py`."""
+        if self.format is None:
+            return put_exact(elements.clone(), exact, held, position, window, window > 0)
+        block = head_rotation(exact.own.shape[-1]) if self.rotates else 1
+        rest = (exact.own, exact.newest, exact.first, held, position)
+        return _MX.read_cache(elements, scales, *rest, str(self.format), block, window)
 
     def empty(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Elements and scales of no tokens. like: `[..., tokens, size]`."""

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from mxcompile.errors import InputError
 from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.numerics.cached_attention import mean_key
+from mxcompile.numerics.exact_tokens import ExactTokens, put_exact
 from mxcompile.tensor.cache_coding import Coding
 
 TOKENS: Final = 2
@@ -219,28 +220,18 @@ class FixedLayer(StaticLayer):
 
     def _read(self, new: tuple[Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
         is_exact = self.form.window > 0 or (len(places) > 1 and not self.record_past)
-        packed = zip(_pair(self), _pair(self.scales), new, strict=True)
-        states = [coding.decode(*parts) for coding, parts in zip(self.codings, packed, strict=True)]
-        for index, (part, own) in enumerate(zip(states, new, strict=True)):
-            if self.newest is not None:
-                self._put_newest(part, _pair(self.newest)[index], places[:1])
-            if is_exact:
-                part.index_copy_(TOKENS, places, own)
-            if self.first is not None:
-                first = _pair(self.first)[index]
-                is_held = (torch.arange(first.shape[TOKENS], device=first.device) <= places[-1]).view(-1, 1)
-                head = part[:, :, : first.shape[TOKENS]]
-                head.copy_(torch.where(is_held, first, head))
-        return states[0], states[1]
-
-    def _put_newest(self, states: Tensor, newest: Tensor, start: Tensor) -> None:
-        """Put the exact tokens before `start` that the window reaches in their places of `states`."""
-        window = self.form.window - 1
-        at = (torch.arange(window, device=states.device) + (start - window)).clamp(min=0)
-        slots = at % len(self.places)
-        is_held = (self.places.index_select(0, slots) == at).view(-1, 1)
-        exact = torch.where(is_held, newest.index_select(TOKENS, slots), states.index_select(TOKENS, at))
-        states.index_copy_(TOKENS, at, exact)
+        newest, first = ((None, None) if layer is None else _pair(layer) for layer in (self.newest, self.first))
+        exact = [ExactTokens(*parts) for parts in zip(new, newest, first, strict=True)]
+        packed = list(zip(_pair(self), _pair(self.scales), strict=True))
+        if len(places) == 1 and _can_be_fused(new[0]) and (newest[0] is not None or first[0] is not None or is_exact):
+            # One operator, so that attention over it can be fused.
+            parts = zip(self.codings, packed, exact, strict=True)
+            read = [coding.read(*pair, part, self.places, places, self.form.window) for coding, pair, part in parts]
+        else:
+            decoded = [coding.decode(*pair, own) for coding, pair, own in zip(self.codings, packed, new, strict=True)]
+            pairs = zip(decoded, exact, strict=True)
+            read = [put_exact(part, own, self.places, places, self.form.window, is_exact) for part, own in pairs]
+        return read[0], read[1]
 
     def _keep_newest(self, new: tuple[Tensor, Tensor], places: Tensor) -> None:
         if self.newest is None:
@@ -300,6 +291,11 @@ class FixedLayer(StaticLayer):
     @property
     def _exact_layers(self) -> list[StaticLayer]:
         return [layer for layer in (self.newest, self.first) if layer is not None]
+
+
+def _can_be_fused(states: Tensor) -> bool:
+    """Whether there are kernels that read some tokens exactly."""
+    return states.is_cuda
 
 
 def _removed(tokens_to_remove: int) -> int:

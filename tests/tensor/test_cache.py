@@ -14,6 +14,7 @@ from mxcompile.errors import InputError
 from mxcompile.formats import MXFP4, MXINT4, MXINT8
 from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.numerics.cached_attention import mean_key, rounded_keys, rounded_values
+from mxcompile.tensor import cache_layers
 from mxcompile.tensor.cache import MXCache
 from mxcompile.tensor.cache_layers import FixedLayer, GrowingLayer
 
@@ -116,6 +117,12 @@ def test_what_each_call_reads(form, room):
             layer.crop(-crop)
             history = history[:, :, :, :-crop]
         assert int(layer.get_seq_length()) == history.shape[3]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.window or form.sink], ids=str)
+def test_the_operator_for_a_gpu_reads_the_same(form, monkeypatch):
+    monkeypatch.setattr(cache_layers, "_can_be_fused", lambda states: True)
+    test_what_each_call_reads(form, 40)
 
 
 @pytest.mark.parametrize("room", ROOMS)

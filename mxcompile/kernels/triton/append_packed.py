@@ -16,11 +16,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule, why_no_kernel
 from mxcompile.kernels.triton.attention_kernel import load_rotated
-from mxcompile.kernels.triton.elements import launch, narrow, parts, power_of_two, unsupported_device, widen
+from mxcompile.kernels.triton.elements import (
+    launch,
+    narrow,
+    parts,
+    power_of_two,
+    starts_early,
+    unsupported_device,
+    widen,
+)
 from mxcompile.kernels.triton.quantize import _round_magnitude, _scale_exponent, fraction_limit
 from mxcompile.numerics.packed_attention import PackedStates
 
@@ -72,9 +81,11 @@ def append(
         HEADS=(kv_heads, heads // kv_heads, triton.next_power_of_2(heads // kv_heads)),
         LANES=triton.next_power_of_2(size),
         ROTATE=rotation is not None,
+        DEPENDENT=(dependent := starts_early(query)),
         INTERPRETED=not query.is_cuda,
         num_warps=1,
         enable_fp_fusion=False,
+        **({"launch_pdl": True} if dependent else {}),
     )
     return turned
 
@@ -203,6 +214,7 @@ def _append_kernel(
     HEADS: tl.constexpr,
     LANES: tl.constexpr,
     ROTATE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Axis 0 numbers batch entries and KV heads; axis 1: the key, the value, and the queries. HEADS: KV heads, query
@@ -210,6 +222,9 @@ def _append_kernel(
     batch = (tl.program_id(0) // HEADS[0]).to(tl.int64)
     kv_head = (tl.program_id(0) % HEADS[0]).to(tl.int64)
     rotation = (rotation[0] + batch * new_strides[4], rotation[1] + batch * new_strides[5])
+    if DEPENDENT:  # attention can start now: it prefetches, and waits for this kernel, which waits for the one before
+        gdc_launch_dependents()
+        gdc_wait()
     place = tl.load(position).to(tl.int64)
     one = tl.arange(0, 1)
     inside = ((place + one >= 0) & (place + one < tokens))[:, None]

@@ -30,6 +30,8 @@ from mxcompile.kernels.triton.attention_kernel import attend_kernel
 from mxcompile.kernels.triton.elements import FLOAT_DTYPES, launch, starts_early, unsupported_device, unsupported_dtype
 from mxcompile.kernels.triton.quantize import Rounding, rounding_constants, why_not_rounded
 
+MOST_COMBINED: Final = 32
+"""Parts whose partial results are loaded at a time, at most."""
 _ROWS: Final = 16
 _TARGET_PROGRAMS: Final = 264
 """Two per multiprocessor of an H100, as many as fit."""
@@ -45,6 +47,7 @@ class Config:
     """How a call is tiled: `splits` programs share the keys of one head group; each loads `block` keys at a time.
 
     dependent: programmatic dependent launch: the first keys and values are prefetched while the previous kernel runs.
+    registers: of a thread, at most; 0 for as many as the compiler takes.
     """
 
     splits: int
@@ -52,6 +55,7 @@ class Config:
     warps: int = 8
     stages: int = 3
     dependent: bool = False
+    registers: int = 0
 
 
 def supports(
@@ -113,7 +117,7 @@ def attend(
     mask = None if mask is None else mask.expand(batch, heads, 1, keys)
     group = heads // kv_heads
     head_groups, rows = batch * kv_heads * -(-group // _ROWS), triton.next_power_of_2(min(group, _ROWS))
-    config, counters = _with_counters(query, config or config_for(key, head_groups), head_groups)
+    config, counters = _with_counters(query, config or config_for(key, head_groups, new is not None), head_groups)
     programs = config.splits + (new is not None and config.splits > 1)  # one of its own for the new token
     tokens, new_strides = _new_token_arguments(query, new)
     launch(
@@ -124,7 +128,7 @@ def attend(
         *tokens,
         query if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
         result,
-        query if counters is None else _scratch(query, head_groups * programs * rows, vsize),
+        query if counters is None else scratch_of(query, head_groups * programs, rows, vsize),
         query if counters is None else counters,
         scale,
         keys,
@@ -178,14 +182,19 @@ def _check(query: Tensor, key: Tensor, value: Tensor, new: NewToken | None) -> N
         )
 
 
-def config_for(key: Tensor, head_groups: int) -> Config:
+def config_for(key: Tensor, head_groups: int, has_new: bool = True) -> Config:
     """As many programs as run concurrently, with equal numbers of key blocks, two or more where there are several: then
-    combining their results takes less time. No program of a split is empty."""
+    combining their results takes less time. No program of a split is empty.
+
+    Without a new token a program needs less shared memory, and three would fit on a multiprocessor: those of the next
+    launch, which start early, would crowd on some. A fourth stage leaves room for two.
+    """
     width = max(16, triton.next_power_of_2(key.shape[3])) * key.element_size()
     block = max(16, min(64, _BLOCK_BYTES // width))
     blocks = max(1, -(-key.shape[2] // block))
     blocks_per_split = max(min(blocks, 2), -(-blocks // max(1, _TARGET_PROGRAMS // head_groups)))
-    return Config(-(-blocks // blocks_per_split), block, dependent=starts_early(key))
+    splits = -(-blocks // blocks_per_split)
+    return Config(splits, block, stages=3 if has_new else 4, dependent=starts_early(key))
 
 
 def _with_counters(query: Tensor, config: Config, head_groups: int) -> tuple[Config, Tensor | None]:
@@ -198,9 +207,10 @@ def _with_counters(query: Tensor, config: Config, head_groups: int) -> tuple[Con
     return (config, counters) if counters is not None else (replace(config, splits=1), None)
 
 
-def _scratch(query: Tensor, rows: int, vsize: int) -> Tensor:
-    """For each row of each program: the weighted sum of values; behind these, maximum scores and denominators."""
-    return torch.empty(rows * (vsize + 2), dtype=torch.float32, device=query.device)
+def scratch_of(query: Tensor, programs: int, rows: int, vsize: int) -> Tensor:
+    """For each row of each program: the weighted sum of values; behind these, maximum scores and denominators; and room
+    for parts that `combine_partials` reads too many."""
+    return torch.empty((programs + MOST_COMBINED) * rows * (vsize + 2), dtype=torch.float32, device=query.device)
 
 
 @cache
@@ -212,6 +222,7 @@ def constants(size: int, vsize: int, kv_heads: int, group: int, config: Config) 
         "HEADS": (kv_heads, group),
         "ROWS": rows,
         "BLOCK": config.block,
+        # Not all 33 at once: with 193 registers a thread, no two programs would share a multiprocessor.
         "CHUNK": max(1, min(8 if config.splits < 8 else 17, _MAX_COMBINED_VALUES // (rows * lanes))),
         "SPLIT": config.splits > 1,
     }
@@ -224,4 +235,5 @@ def options(config: Config) -> dict[str, Any]:
         "num_stages": config.stages,
         "enable_fp_fusion": True,
         **({"launch_pdl": True} if config.dependent else {}),
+        **({"maxnreg": config.registers} if config.registers else {}),
     }

@@ -6,7 +6,7 @@ loop. A new token is attended to by the last program, which also writes its key 
 held in its place is masked.
 """
 
-# ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
+# ruff: noqa: N803, N806, RUF005  (upper case marks constexpr arguments, as everywhere in Triton)
 # pyright: basic, reportGeneralTypeIssues=false
 # As in triton/elements.py: strict checking reports false errors in jit functions.
 
@@ -101,18 +101,25 @@ def prefetch(pointers):
 
 
 @triton.jit
-def _masked(scores, mask, head, k, in_bounds, inside, strides, MASK: tl.constexpr, MASK_OF_HEADS: tl.constexpr):
-    """Apply the mask to scores `[rows, keys]`; -inf beyond the last key."""
+def _load_mask(mask, head, k, in_bounds, inside, strides, MASK: tl.constexpr, MASK_OF_HEADS: tl.constexpr):
+    """The mask of keys `[rows or 1, keys]`; anything if there is none."""
+    values = k[None, :]
     if MASK != "":
         if MASK_OF_HEADS:
             offsets = head[:, None] * strides[1] + (k.to(tl.int64) * strides[2])[None, :]
-            mask_values = tl.load(mask + offsets, mask=in_bounds[:, None] & inside[None, :], other=0)
+            values = tl.load(mask + offsets, mask=in_bounds[:, None] & inside[None, :], other=0)
         else:
-            mask_values = tl.load(mask + k.to(tl.int64) * strides[2], mask=inside, other=0)[None, :]
-        if MASK == "bool":
-            scores = tl.where(mask_values != 0, scores, float("-inf"))
-        else:
-            scores += widen(mask_values)
+            values = tl.load(mask + k.to(tl.int64) * strides[2], mask=inside, other=0)[None, :]
+    return values
+
+
+@triton.jit
+def _masked(scores, mask_values, inside, MASK: tl.constexpr):
+    """Apply the mask to scores `[rows, keys]`; -inf where a key is not `inside`."""
+    if MASK == "bool":
+        scores = tl.where(mask_values != 0, scores, float("-inf"))
+    elif MASK == "float":
+        scores += widen(mask_values)
     return tl.where(inside[None, :], scores, float("-inf"))
 
 
@@ -174,9 +181,14 @@ def _attend_to_cache(
     running_max = tl.full((16,), FLOAT32_LOWEST, tl.float32)
     denominators = tl.full((16, BLOCK), 0.0, tl.float32)
     acc = tl.full((16, SIZES[3]), 0.0, tl.float32)
+    k = blocks[0] * BLOCK + tl.arange(0, BLOCK)
+    next_mask = _load_mask(mask, heads[0], k, heads[1], k < keys, strides[3], MASK, MASK_OF_HEADS)
     for block in range(blocks[0], blocks[1]):
         k = block * BLOCK + tl.arange(0, BLOCK)
         inside = k < keys
+        # Not copied ahead as keys and values are, so a block ahead in registers.
+        mask_values = next_mask
+        next_mask = _load_mask(mask, heads[0], k + BLOCK, heads[1], k + BLOCK < keys, strides[3], MASK, MASK_OF_HEADS)
         # Loop-invariant, but hidden from the compiler: the load overlaps with that of the keys instead of preceding it.
         pointer = query + (block >> 30) * 16
         q = load_rotated(pointer, heads[0], strides[0], heads[1], rotation, SIZES[0], SIZES[2], ROTATE, INTERPRETED)
@@ -185,7 +197,7 @@ def _attend_to_cache(
         scores = multiply(q, tl.trans(key_block), tl.full((16, BLOCK), 0.0, tl.float32), INTERPRETED) * scale
         if APPEND:
             inside &= k != place
-        scores = _masked(scores, mask, heads[0], k, heads[1], inside, strides[3], MASK, MASK_OF_HEADS)
+        scores = _masked(scores, mask_values, inside, MASK)
         running_max, denominators, acc = _softmax_step(scores, value_block, running_max, denominators, acc, INTERPRETED)
     return running_max, tl.reduce(denominators, 1, _sum), acc
 
@@ -218,7 +230,8 @@ def _attend_to_new(
     _store_row(cache[0] + place * strides[1], k, inside, SIZES[0], SIZES[2])
     _store_row(cache[1] + place * strides[2], v, inside, SIZES[1], SIZES[3])
     scores = tl.expand_dims(tl.reduce(widen(q) * widen(k), 1, _sum), 1) * scale
-    scores = _masked(scores, mask, heads[0], place + one, heads[1], inside, strides[3], MASK, MASK_OF_HEADS)
+    mask_values = _load_mask(mask, heads[0], place + one, heads[1], inside, strides[3], MASK, MASK_OF_HEADS)
+    scores = _masked(scores, mask_values, inside, MASK)
     return _softmax_step_of_one(scores, v, partial[0], partial[1], partial[2], INTERPRETED)
 
 
@@ -353,32 +366,40 @@ def _store_partial(
 def combine_partials(scratch, VSIZE: tl.constexpr, VLANES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """Denominators and weighted sums of `ROWS` rows over all programs of a head group, in the order of the keys.
 
-    All loads of a chunk are independent of each other, and nothing moves between threads.
+    No load of a chunk waits for another, none has a mask that differs between parts, addresses differ by constants, and
+    nothing moves between threads: a load under a condition stays behind the arithmetic of the part before. So the
+    last chunk reads up to `CHUNK - 1` parts too many, for which the scratch must have room.
     """
     splits = tl.num_programs(1)
-    first = tl.program_id(0).to(tl.int64) * splits
-    inside = (tl.arange(0, ROWS) >= 0)[:, None] & (tl.arange(0, VLANES) < VSIZE)[None, :]
+    row = tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * splits * ROWS + row
+    numerators, maxima, denominators = partial_pointers(scratch, first, VSIZE, VLANES, ROWS)
     running_max = tl.full((ROWS,), FLOAT32_LOWEST, tl.float32)
     denominator = tl.full((ROWS,), 0.0, tl.float32)
     acc = tl.full((ROWS, VLANES), 0.0, tl.float32)
     for begin in range(0, splits, CHUNK):
-        new_max = running_max
+        parts, sums, part_maxima, new_max = (), (), (), running_max
         for i in tl.static_range(CHUNK):
-            _, max_pointers, _ = partial_pointers(
-                scratch, (first + tl.minimum(begin + i, splits - 1)) * ROWS + tl.arange(0, ROWS), VSIZE, VLANES, ROWS
-            )
-            new_max = tl.maximum(new_max, tl.load(max_pointers, cache_modifier=".cg"))
+            pointers = numerators + i * ROWS * VSIZE
+            if VSIZE == VLANES:
+                parts = parts + (tl.load(pointers, cache_modifier=".cg"),)
+            else:
+                inside = (tl.arange(0, VLANES) < VSIZE)[None, :]
+                parts = parts + (tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg"),)
+            sums = sums + (tl.load(denominators + i * ROWS, cache_modifier=".cg"),)
+            part_max = tl.load(maxima + i * ROWS, cache_modifier=".cg")
+            part_max = tl.where(begin + i < splits, part_max, float("-inf"))
+            part_maxima = part_maxima + (part_max,)
+            new_max = tl.maximum(new_max, part_max)
         rescale = tl.exp(running_max - new_max)
         denominator, acc, running_max = denominator * rescale, acc * rescale[:, None], new_max
         for i in tl.static_range(CHUNK):
-            numerator_pointers, max_pointers, denominator_pointers = partial_pointers(
-                scratch, (first + tl.minimum(begin + i, splits - 1)) * ROWS + tl.arange(0, ROWS), VSIZE, VLANES, ROWS
-            )
-            part = tl.load(numerator_pointers, mask=inside, other=0.0, cache_modifier=".cg")
-            weight = tl.exp(tl.load(max_pointers, cache_modifier=".cg") - new_max)
-            weight = tl.where(begin + i < splits, weight, 0.0)
-            denominator += weight * tl.load(denominator_pointers, cache_modifier=".cg")
-            acc += part * weight[:, None]
+            weight = tl.exp(part_maxima[i] - new_max)
+            denominator += tl.where(begin + i < splits, sums[i], 0.0) * weight
+            acc += tl.where(begin + i < splits, parts[i], 0.0) * weight[:, None]
+        numerators += CHUNK * ROWS * VSIZE
+        maxima += CHUNK * ROWS
+        denominators += CHUNK * ROWS
     return denominator, acc
 
 

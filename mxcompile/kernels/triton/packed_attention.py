@@ -11,6 +11,7 @@ A scale of 2**-127 counts as zero.
 # pyright: basic, reportGeneralTypeIssues=false
 # As in triton/elements.py: strict checking reports false errors where jit functions are. Host code is fully typed.
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
@@ -21,21 +22,49 @@ from torch import Tensor
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, why_no_kernel
 from mxcompile.kernels.triton import split_k_counters
-from mxcompile.kernels.triton.attention import Config, options
+from mxcompile.kernels.triton.attention import MOST_COMBINED, Config, options, scratch_of
 from mxcompile.kernels.triton.elements import FLOAT_DTYPES, launch, starts_early, unsupported_device
 from mxcompile.kernels.triton.packed_attention_kernel import attend_packed_kernel
 from mxcompile.kernels.triton.packed_states import plane_constants
 from mxcompile.kernels.triton.quantize import Rounding, rounding_constants, why_not_rounded
+from mxcompile.numerics.exact_tokens import ExactTokens, check_exact
 from mxcompile.numerics.packed_attention import PackedStates, check_shapes
 
 _MOST_ROWS: Final = 64
 _MAX_HEAD_SIZE: Final = 256
-_TARGET_PROGRAMS: Final = 528
-"""Four per multiprocessor of an H100 or H200."""
-_FEW_TOKENS: Final = 132 * 128
+_TARGET_PROGRAMS: Final = 264
+"""Two per multiprocessor of an H100 or H200, as many as registers allow."""
 _MAX_COMBINED_VALUES: Final = 16384
-_COMBINED: Final = 16
-"""Parts whose partial results are loaded at a time; for fewer parts the last is loaded again."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What is read exactly: see `numerics/exact_tokens.py`. query: for these keys."""
+
+    query: Tensor
+    keys: ExactTokens
+    values: ExactTokens
+    held: Tensor
+    window: int
+
+    def constants(self, tensors: list[Tensor]) -> tuple[int, int, int, int, bool]:
+        """`EXACT` of the kernel."""
+        first, newest = (0 if part is None else part.shape[2] for part in (self.keys.first, self.keys.newest))
+        width = 16 // tensors[0].element_size()
+        starts = (part.data_ptr() % 16 == 0 for part in tensors)
+        is_aligned = all(starts) and not any(stride % width for part in tensors for stride in part.stride()[:3])
+        return self.window, first, newest, triton.next_power_of_2(max(1, self.window - 1)), is_aligned
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The query and the states, of the new token in place of what there is not."""
+        pairs = zip(*((part.own, part.newest, part.first) for part in (self.keys, self.values)), strict=True)
+        states = [own if part is None else part for pair in pairs for own, part in zip(self._own, pair, strict=True)]
+        return [part if part.stride(3) == 1 else part.contiguous() for part in (self.query, *states)]
+
+    @property
+    def _own(self) -> tuple[Tensor, Tensor]:
+        return self.keys.own, self.values.own
 
 
 def supports(
@@ -67,12 +96,14 @@ def attend(
     scale: float,
     config: Config | None = None,
     rounding: Rounding | None = None,
+    position: Tensor | None = None,
+    exact: Exact | None = None,
 ) -> Tensor:
     """See `numerics.packed_attention.attend_packed`. Any strides; rows that are not contiguous are copied.
 
-    rounding: of the result.
+    rounding: of the result. position: later tokens are not read. exact: what is read otherwise, up to a position.
     """
-    check_shapes(query, keys, values)
+    _check(query, keys, values, position, exact)
     (batch, heads, queries, _), (kv_heads, tokens) = query.shape, keys.elements.shape[1:3]
     result = torch.empty((batch, heads, queries, values.size), dtype=query.dtype, device=query.device)
     if result.numel() == 0:
@@ -82,23 +113,21 @@ def attend(
         raise MXCompileError(f"{queries} queries of {heads // kv_heads} heads are too many rows for one program")
     programs = batch * kv_heads
     config = config or config_for(tokens, programs, keys, values, starts_early(query))
-    if query.is_cuda:
-        counters = split_k_counters.stream_counters(query.device, programs)
-        if counters is None:
-            counters = torch.zeros(programs, dtype=torch.int32, device=query.device)
-    else:
-        counters = torch.zeros(programs, dtype=torch.int32)
+    counters = split_k_counters.stream_counters(query.device, programs) if query.is_cuda else None
+    counters = torch.zeros(programs, dtype=torch.int32, device=query.device) if counters is None else counters
     query = query if query.stride(3) == 1 else query.contiguous()
     mask = None if mask is None else mask.expand(batch, heads, queries, tokens)
     tensors = [part for states in (keys, values) for part in (_words(states), _scales(states))]
-    scratch = torch.empty(
-        programs * config.splits * rows[0] * (values.size + 2), dtype=torch.float32, device=query.device
-    )
+    parts = config.splits + (exact is not None)
+    scratch = scratch_of(query, programs * parts, rows[0], values.size)
+    others = [query] * 7 if exact is None else exact.tensors
     launch(
         attend_packed_kernel,
-        (programs, config.splits),
+        (programs, parts),
         query,
         tuple(tensors),
+        query if position is None else position,
+        (*others, query if exact is None else exact.held),
         query if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
         result,
         scratch,
@@ -107,8 +136,11 @@ def attend(
         tokens,
         -(-tokens // (config.splits * config.block)),
         query.stride()[:3],
-        *(tuple(part.stride(i) for part in tensors) for i in range(3)),
+        tuple(part.stride(i) for i in range(3) for part in tensors),
+        tuple(stride for part in others for stride in part.stride()[:3]),
         (0, 0, 0, 0) if mask is None else mask.stride(),
+        UP_TO_POSITION=position is not None,
+        EXACT=None if exact is None else exact.constants(others),
         MASK="" if mask is None else "bool" if mask.dtype == torch.bool else "float",
         MASK_OF_ROWS=mask is not None and any(mask.stride(i) for i in (1, 2)),
         INTERPRETED=not query.is_cuda,
@@ -126,13 +158,26 @@ def attend(
     return result
 
 
+def _check(
+    query: Tensor, keys: PackedStates, values: PackedStates, position: Tensor | None, exact: Exact | None
+) -> None:
+    check_shapes(query, keys, values)
+    if exact is None:
+        return
+    if position is None or query.shape[2] != 1 or exact.query.shape != query.shape:
+        raise MXCompileError("only attention of one query up to its position reads some tokens exactly")
+    for states, part in ((keys, exact.keys), (values, exact.values)):
+        check_exact((*states.elements.shape[:3], states.size), part, exact.held)
+
+
 def config_for(tokens: int, programs: int, keys: PackedStates, values: PackedStates, dependent: bool) -> Config:
-    """Measured for Llama-3-8B's heads: at least 256 tokens a program, 128 where few programs run, in equal numbers of
-    blocks; and no more programs than run concurrently. programs: batch entries times KV heads."""
-    bits, few = max(keys.fmt.bits, values.fmt.bits), tokens * programs <= _FEW_TOKENS
-    block, stages = (128, 2) if bits == 4 or (few and bits == 8) else (64, 3)
-    blocks, least = max(1, -(-tokens // block)), (128 if few else 256) // block
-    per_split = max(min(blocks, least), -(-blocks // max(1, _TARGET_PROGRAMS // programs)))
+    """Measured for Llama-3-8B's heads: as many programs as run concurrently, with equal numbers of blocks.
+
+    programs: batch entries times KV heads.
+    """
+    block, stages = (128, 3) if max(keys.fmt.bits, values.fmt.bits) == 4 else (64, 3)
+    blocks = max(1, -(-tokens // block))
+    per_split = -(-blocks // max(1, _TARGET_PROGRAMS // programs))
     return Config(-(-blocks // per_split), block, 4, stages, dependent)
 
 
@@ -154,18 +199,21 @@ def constants(
     blocks = [fmt.blocks(size) for fmt, size in zip((key, value), sizes, strict=True)]
     rows = _row_counts(heads[1] * heads[2], blocks)
     sides: list[tuple[Any, ...]] = []
-    for fmt, size, count, words in zip((key, value), sizes, blocks, in_words, strict=True):
-        plane = plane_constants(fmt, size)
+    for fmt, size, count, words, left in zip((key, value), sizes, blocks, in_words, (True, False), strict=True):
+        plane = plane_constants(fmt, size, left)
         scales = (count, triton.next_power_of_2(count), words)
-        sides.append((plane["FORMAT"], plane["COLUMNS"], scales, plane["ELEMENT"], plane["UNIT"], *plane["ASSEMBLY"]))
+        sides.append(
+            (plane["FORMAT"], plane["COLUMNS"], scales, plane["ELEMENT"], plane["NUMBERS"], *plane["ASSEMBLY"])
+        )
     return {
         "KEY": sides[0],
         "VALUE": sides[1],
-        "SIZES": (*sizes, lanes),
+        "SIZES": (*sizes, lanes, triton.next_power_of_2(sizes[0])),
         "HEADS": heads,
         "ROWS": rows,
         "BLOCK": config.block,
-        "CHUNK": max(1, min(_COMBINED, _MAX_COMBINED_VALUES // (rows[0] * lanes))),
+        "SLICES": max(1, min(config.warps, config.block // 16)),
+        "CHUNK": max(1, min(MOST_COMBINED, _MAX_COMBINED_VALUES // (rows[0] * lanes))),
         "DEPENDENT": config.dependent,
     }
 
