@@ -135,7 +135,12 @@ def _combinations(half):
     return [(kind, cache, way) for (p, kind), (c, cache), (w, way) in everything if (p + c + w) % 2 == half]
 
 
-def check_tokens(name, recipe, half):
+SLOW_HALVES = [pytest.param(*of, marks=pytest.mark.slow) for of in ((WEIGHTS, 1), (ACTIVATIONS, 0))]
+
+
+@pytest.mark.parametrize(("recipe", "half"), [(WEIGHTS, 0), (ACTIVATIONS, 1), *SLOW_HALVES])
+@pytest.mark.parametrize("name", MODELS)
+def test_generates_the_same_tokens(name, recipe, half):
     """Greedy decoding in half of all combinations gives the tokens of the reference."""
     case = quantized(name, recipe)
     dequantized = copy.deepcopy(case.deployed).dequantize() if recipe == WEIGHTS else case.deployed
@@ -147,20 +152,6 @@ def check_tokens(name, recipe, half):
         tokens, _ = generate(with_implementation(case.deployed, implementation), arguments, kept)
         others.append(share_of_other_tokens(expected, tokens, 1e-3 if recipe == WEIGHTS else 2e-2))
     assert sum(others) / len(others) < 0.2
-
-
-@pytest.mark.parametrize(("recipe", "half"), [(WEIGHTS, 0), (ACTIVATIONS, 1)])
-@pytest.mark.parametrize("name", MODELS)
-def test_generates_the_same_tokens(name, recipe, half):
-    check_tokens(name, recipe, half)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", MODELS)
-def test_generates_the_same_tokens_in_every_combination(name, recipe):
-    for half in (0, 1):
-        check_tokens(name, recipe, half)
 
 
 @pytest.mark.parametrize(("name", "implementation"), MANY_EXPERTS)

@@ -109,10 +109,18 @@ assert "mxcompile" not in sys.modules
 @pytest.mark.slow
 @needs_compiler
 def test_compiled_ahead_it_needs_torch_alone(tmp_path, monkeypatch):
-    """The reference, compiled: the same outputs in a process without mxcompile, for another batch size."""
+    """The reference, compiled: the same outputs in a process without mxcompile, for another batch size.
+
+    torch's settings stay as they were: else other processes would miss its compile cache for what this one compiles
+    afterwards.
+    """
+    from torch._inductor import config
+
     monkeypatch.setattr("mxcompile.numerics.row_slices.SLICE_VALUES", 256)  # as if the weights were large
     model = deployed("mlp", "rotate{weight=mxint4,activation=mxfp4} | lower-mx{weight=mxint4,activation=mxfp4}")
-    mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2", compile=True)
+    with config.patch({"aot_inductor.metadata": {}}):
+        mxcompile.export(model, inputs("mlp"), tmp_path / "model.pt2", compile=True)
+        assert not config.aot_inductor.metadata
     x = inputs("mlp", batch=3, length=11, seed=5)
     torch.save(x, tmp_path / "x.pt")
     files = [str(tmp_path / name) for name in ("model.pt2", "x.pt", "out.pt")]
@@ -133,17 +141,6 @@ def test_experts_compiled_ahead_need_torch_alone(tmp_path):
     with torch.no_grad():
         expected = output(model(**inputs("mixtral")))
     assert sqnr_db(expected, output(torch.load(tmp_path / "out.pt", weights_only=False))) > 60
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_compiling_ahead_leaves_torch_s_settings_as_they_were(tmp_path):
-    """Else other processes would miss torch's compile cache for what this one compiles afterwards."""
-    from torch._inductor import config
-
-    with config.patch({"aot_inductor.metadata": {}}):
-        mxcompile.export(deployed("mlp"), inputs("mlp"), tmp_path / "model.pt2", compile=True)
-        assert not config.aot_inductor.metadata
 
 
 def test_what_cannot_be_exported_says_so(tmp_path, monkeypatch):
