@@ -107,26 +107,26 @@ class QuantizeCache(Pass):
         reasons = {a: reason or (_why_not_one_operator(a) if is_mixed else None) for a, reason in reasons.items()}
         attentions = [attention for attention, reason in reasons.items() if reason is None]
         skipped = [Miss(where(attention.node), reason) for attention, reason in reasons.items() if reason]
-        self._drop_key_biases(program, attentions)
+        folds = self._drop_key_biases(program, attentions)
         errors = measure_cache(program, attentions, CacheFormat(self.key, self.value, shift=is_shifted))
         rotates, unrotated = self._rotates_keys(attentions, errors)
         cache = CacheFormat(self.key, self.value, self.window, self.sink, rotates, is_shifted)
-        folds, unfolded = self._fold_values(program, attentions, errors)
+        rotated, rotations, unfolded = self._fold_values(program, attentions, errors)
         for attention in attentions:
             self._insert(program, attention, cache)
         program.graph.eliminate_dead_code()
         if attentions:
             program.cache = cache
-        numbers = {a.layer: self._numbers(a, cache, errors[a], a.layer in folds) for a in attentions}
-        return PassResult(len(attentions), (*misses, *skipped, *unrotated, *unfolded), numbers)
+        numbers = {a.layer: self._numbers(a, cache, errors[a], a.layer in rotated) for a in attentions}
+        return PassResult(len(attentions), (*misses, *skipped, *unrotated, *unfolded), numbers, (*folds, *rotations))
 
-    def _drop_key_biases(self, program: Program, attentions: Sequence[Attention]) -> None:
-        if self.key is not None:
-            found = [key_bias(program, attention) for attention in attentions]
-            self._fold(program, [bias for bias in found if bias is not None])
+    def _drop_key_biases(self, program: Program, attentions: Sequence[Attention]) -> tuple[Fold, ...]:
+        found = [key_bias(program, attention) for attention in attentions] if self.key is not None else []
+        return self._fold(program, [bias for bias in found if bias is not None])
 
-    def _fold(self, program: Program, folds: Sequence[KeyBias] | Sequence[RotatedValues]) -> None:
+    def _fold(self, program: Program, folds: Sequence[KeyBias] | Sequence[RotatedValues]) -> tuple[Fold, ...]:
         """Apply folds, and check that they change nothing."""
+        steps = tuple(Fold(fold.layer, partial(_apply, fold)) for fold in folds)
         if folds:
             record_outputs(program)
             before = program.copy()
@@ -134,8 +134,8 @@ class QuantizeCache(Pass):
                 fold.apply(program)
             names = (name for fold in folds for name in fold.parameters)
             is_half = any(program.tensor(name).dtype.itemsize < 4 for name in names)
-            steps = tuple(Fold(fold.layer, partial(_apply, fold)) for fold in folds)
             check_preserved(program, before, steps, self.name, REQUIRED_DB_HALF if is_half else REQUIRED_DB)
+        return steps
 
     def _rotates_keys(
         self, attentions: Sequence[Attention], errors: dict[Attention, CacheErrors]
@@ -149,10 +149,10 @@ class QuantizeCache(Pass):
 
     def _fold_values(
         self, program: Program, attentions: Sequence[Attention], errors: dict[Attention, CacheErrors]
-    ) -> tuple[frozenset[str], list[Miss]]:
-        """Rotate values where it pays; the layers, and why not the others."""
+    ) -> tuple[frozenset[str], tuple[Fold, ...], list[Miss]]:
+        """Rotate values where it pays; the layers, what was done to them, and why not to the others."""
         if self.rotate is Rotation.NONE or self.value is None:
-            return frozenset(), []
+            return frozenset(), (), []
         rotations: list[RotatedValues] = []
         layers: list[str] = []
         misses: list[Miss] = []
@@ -166,8 +166,7 @@ class QuantizeCache(Pass):
             else:
                 rotations.append(found)
                 layers.append(attention.layer)
-        self._fold(program, rotations)
-        return frozenset(layers), misses
+        return frozenset(layers), self._fold(program, rotations), misses
 
     def _insert(self, program: Program, attention: Attention, cache: CacheFormat) -> None:
         if cache.has_exact_tokens or cache.rotate or cache.shift or self.prompt:

@@ -3,7 +3,7 @@
 Each layer is measured twice: on its input in the float model (its own error) and on its input in the current program
 (the accumulated error). A pass that preserves the function may still change what a layer computes: a fold divides its
 input and multiplies its weight. The float model therefore follows such passes: the folded program becomes the new float
-model, or, if an earlier pass was lossy, the same folds are applied to the float model.
+model, or, if an earlier pass or the pass itself was lossy, the same folds are applied to the float model.
 
 Cost: one forward of the probe at the start and one after each pass (two after a fold that follows a lossy pass), with
 every layer's matmul repeated on a sample of rows. Only evenly spaced rows are kept: 256 of every layer's input and
@@ -106,7 +106,7 @@ class Measure(Instrument):
                 measured = _measure_fold(self._float, now)
                 self._float = replace(now, outputs=self._float.outputs)
                 return measured, _all_histograms(now)
-        elif is_fold and result.folds:
+        elif program.stage is Stage.FLOAT and result.folds:
             folded_float = self._float.program.copy()
             for fold in result.folds:
                 fold.apply(folded_float)

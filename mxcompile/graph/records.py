@@ -79,8 +79,9 @@ class LossCurve:
 class PassResult:
     """What `Pass.run` returns.
 
-    numbers: measurements of each layer, `{"model.layers.0.mlp.up_proj": {"weight_sqnr_db": 18.3}}`. folds: the steps of
-    a pass that preserves the function; if the outputs do not agree, they are replayed one by one to find the cause.
+    numbers: measurements of each layer, `{"model.layers.0.mlp.up_proj": {"weight_sqnr_db": 18.3}}`. folds: the steps
+    that preserve the function; if the outputs do not agree, they are replayed one by one to find the cause, and
+    measurements compare each layer with the float model after the same folds.
     expert_tokens: calibration tokens of each expert, by the names of the experts' weights, where the pass counts them.
     allocation: the formats that a pass has chosen under a budget. curves: of a pass that trains, by what was trained.
     """

@@ -151,7 +151,7 @@ class Pipeline:
                     folder.current_pass = f"{index:02}-{current.name}"
                 step = PipelineStep(index, current, self.passes)
                 record, result = _run_one(step, program, instruments)
-                history.add(current.name, program, result)
+                history.add(current, program, result)
                 for instrument in instruments:
                     instrument.after(program, step, record)
             end_together(ranks, program)

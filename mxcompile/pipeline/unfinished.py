@@ -41,11 +41,12 @@ class History:
         self.finished: list[str] = []
         self._base, self._folds, self._state = program.copy(), list[Fold](), program.state()
 
-    def add(self, name: str, program: Program, result: PassResult) -> None:
-        """Note a finished pass. One whose result lists a fold for every rewrite is replayed; else a copy is kept."""
-        self.finished.append(name)
+    def add(self, current: Pass, program: Program, result: PassResult) -> None:
+        """Note a finished pass. One that has done nothing but the folds of its result is replayed; else a copy is
+        kept."""
+        self.finished.append(current.name)
         self._state = program.state()
-        if result.rewrites == len(result.folds):
+        if current.preserves_function and result.rewrites == len(result.folds):
             self._folds += result.folds
         else:
             self._base, self._folds = program.copy(), []

@@ -300,6 +300,21 @@ def test_values_are_rotated_before_weights_are_rounded():
     assert "is rounded: put quantize-cache in front of the passes that round weights" in str(record.misses)
 
 
+def test_measures_compare_with_the_model_whose_values_are_rotated():
+    """v_proj gives rotated values, and o_proj takes them: nothing is lost there."""
+    program = mxcompile.trace(planted(), {"input_ids": torch.arange(32).reshape(2, 16)})
+    pipeline = Pipeline.parse("quantize-cache{key=mxint4,value=mxint4,rotate=head}")
+    (record,) = pipeline.run(program, None, [mxcompile.Measure()]).ledger
+    layers = {
+        name.removesuffix(".weight").split(".")[-1]: layer
+        for name, layer in record.measured.layers.items()
+        if "self_attn" in name
+    }
+    assert min(layers[name].local_db for name in ("v_proj", "o_proj")) > 80
+    assert 10 < layers["o_proj"].accumulated_db < 40
+    assert 10 < record.measured.output_db < 60
+
+
 def test_without_outliers_nothing_is_rotated():
     record = run("quantize-cache{key=mxint4,value=mxint4,rotate=head}", transformers_model("Llama", head_dim=32))[1]
     assert record.cache == CacheFormat(MXINT4, MXINT4)

@@ -13,7 +13,7 @@ from mxcompile import api
 from mxcompile.errors import CompileError, DeployError, PassError
 from mxcompile.graph.printer import print_program
 from mxcompile.graph.program import Program
-from mxcompile.graph.records import PassResult
+from mxcompile.graph.records import Fold, PassResult
 from mxcompile.pipeline.interfaces import FLOATING, Instrument, Pass
 from mxcompile.pipeline.pipeline import Pipeline
 
@@ -57,6 +57,24 @@ def failure(pipeline: Pipeline, program, data, kind=PassError, **options):
     with pytest.raises(kind) as caught:
         pipeline.run(program, data, **options)
     return caught.value
+
+
+@dataclass(frozen=True)
+class Doubling(Pass):
+    """Changes the function, beside a fold that does not."""
+
+    name = "doubling"
+    accepts = FLOATING
+
+    def run(self, program: Program) -> PassResult:
+        program.set_tensor("model.norm.weight", program.tensor("model.norm.weight").detach() * 2)
+        return PassResult(1, folds=(Fold("model.norm", lambda _: None),))
+
+
+def test_a_pass_that_does_more_than_its_folds_is_not_replayed(program, data):
+    error = failure(Pipeline.parse("doubling | broken", [Broken, Doubling]), program, data)
+    expected = 2 * program.tensor("model.norm.weight")
+    assert torch.equal(error.unfinished.program.tensor("model.norm.weight"), expected)
 
 
 @pytest.mark.parametrize("finished", ["smooth-quant", FOLDS, f"{FOLDS} | {GPTQ}"], ids=["fold", "folds", "gptq"])
