@@ -47,9 +47,7 @@ class FirstRounding:
         parts = zip(weights, *(part.split(sizes) for part in pair), strict=True)
         return {m: (v.to(weights[m].dtype), scales) for m, v, scales in parts}, importance, reason
 
-    def _columns(
-        self, weights: Mapping[Matmul, Tensor], moments: SecondMoments, fmt: MXFormat
-    ) -> tuple[Tensor, ...]:
+    def _columns(self, weights: Mapping[Matmul, Tensor], moments: SecondMoments, fmt: MXFormat) -> tuple[Tensor, ...]:
         named = {matmul.node.name: rows for matmul, rows in weights.items()}
         largest = min(largest_exponent(rows.dtype) for rows in named.values())
         rounding = ColumnRounding(fmt, self.damping, ColumnOrder.BLOCKS, None, 0, 0, largest)

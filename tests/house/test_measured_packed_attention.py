@@ -1,0 +1,42 @@
+"""Compare what docs/kernels.md says about attention over packed keys and values with its record."""
+
+from records import page, results
+
+RUN = "fewer waits"
+PACKED = ("mxint8", "mxint6", "mxint4")
+SHAPES = ((1, 2048), (1, 8192), (1, 32768))
+
+
+def lines(run):
+    """By kernel, batch and tokens, with a mask."""
+    rows = [row for row in results("cache-attention-h200.jsonl") if row.get("run") == run]
+    return {(row["kernel"], row["batch"], row["tokens"]): row for row in rows if row.get("masked", True)}
+
+
+def test_the_tables():
+    text, rows = page("docs/kernels.md"), lines(RUN)
+    for batch, tokens in SHAPES:
+        of = {kernel: row for (kernel, *shape), row in rows.items() if shape == [batch, tokens]}
+        alone = [f"{of[name]['us']:.2f} ({of[name]['ratio']:.2f})" for name in PACKED]
+        floats = f"{of['attend']['us']:.2f} | {of['torch']['us']:.2f}"
+        assert f"| {batch}, {tokens} | {floats} | {' | '.join(alone)} |" in text
+        steps = [f"{of[name]['us']:.2f}" for name in ("attend_next", *(f"{name}, next" for name in PACKED))]
+        exact = [f"{of[f'{name}, exact']['us']:.2f}" for name in PACKED]
+        assert f"| {batch}, {tokens} | {' | '.join(steps)} | {' | '.join(exact)} |" in text
+
+
+def test_what_each_form_took():
+    text, before, rows = " ".join(page("docs/kernels.md").split()), lines("slices"), lines(RUN)
+    long = [before[name, 1, 32768]["us"] for name in ("mxint8", "mxint4")]
+    assert f"Measured: {long[0]:.1f}, {long[1]:.1f} (26.0 with three stages) and 36 to 38" in text
+    sweep = [row for row in results("cache-attention-h200.jsonl") if row.get("run") == "slices, sweep"]
+    best = min(row["us"] for row in sweep if (row["kernel"], row["tokens"]) == ("mxint4", 32768) and "splits" in row)
+    assert f"{best:.1f}" == "26.0"
+    short = [before[name, 1, 2048]["us"] for name in ("mxint8", "mxint4")]
+    assert f"and {short[0]:.1f} and {short[1]:.1f} for 2048 tokens" in text
+    long, short = ([rows[name, 1, tokens]["us"] for name in PACKED] for tokens in (32768, 2048))
+    assert f"Measured: {long[0]:.1f}, {long[2]:.1f} and {long[1]:.1f}; {short[0]:.1f} and {short[2]:.1f};" in text
+    exact = [rows["mxint4, exact", 1, tokens]["us"] for tokens in (32768, 2048)]
+    assert f"{exact[0]:.1f} us in MXINT4 for 32768 tokens and {exact[1]:.1f} for 2048" in text
+    crowded, batch = before["attend", 8, 8192]["us"], rows["attend", 8, 8192]["us"]
+    assert f"{crowded:.1f} us for eight sequences of 8192 tokens, then {batch:.1f} (predicted 76)" in text
