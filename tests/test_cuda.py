@@ -1,6 +1,7 @@
 """On a GPU: a deployed model compiled with fusion runs the Triton kernels and computes what it computes in eager."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxcompile
 from mxcompile.analysis.attentions import with_exact_cache
-from mxcompile.formats import MXFP8_E4M3, ScaleRule
+from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT4, ScaleRule
 from mxcompile.inductor import backend, compile_module
+from mxcompile.numerics import column_rounding
+from mxcompile.numerics.column_rounding import ColumnRounding
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.numerics.reference import align, quantize_dequantize
 from mxcompile.ops import QUANTIZE_DEQUANTIZE
@@ -231,3 +234,20 @@ def test_moves_to_the_gpu_after_quantization():
         moved = deployed.cuda()
         given = output(moved(**{key: value.cuda() for key, value in example.items()})).cpu()
     assert sqnr_db(wanted, given) > 30
+
+
+@pytest.mark.parametrize("fmt", [MXINT4, MXFP4, MXFP6_E2M3], ids=str)
+@pytest.mark.parametrize("rule", [None, ScaleRule.EVEN])
+def test_recorded_column_rounding_is_what_its_kernels_give_one_by_one(fmt, rule, monkeypatch):
+    torch.manual_seed(1)
+    weight, x = (
+        torch.randn(96, 256, device="cuda"),
+        torch.randn(512, 256, device="cuda") * torch.rand(256, device="cuda"),
+    )
+    recorded = ColumnRounding(fmt, rule=rule).round(weight, x.T @ x)
+    again = ColumnRounding(fmt, rule=rule).round(weight, x.T @ x)
+    plain = column_rounding._round_block
+    monkeypatch.setattr(column_rounding, "_RecordedRounding", lambda fmt: partial(plain, fmt=fmt))
+    expected = ColumnRounding(fmt, rule=rule).round(weight, x.T @ x)
+    assert all(torch.equal(*pair) for pair in zip(recorded, expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))

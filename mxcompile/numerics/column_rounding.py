@@ -13,6 +13,7 @@ columns are rounded in turn. Optional sweeps then round each block again with al
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -129,13 +130,14 @@ class ColumnRounding:
         fixed = None if exponents is None else exponents[:, blocks].T.contiguous()
         inverses, factor_rows = _inverses(factor, width), factor.T
         q, errors, block_exponents = torch.empty_like(w), torch.empty_like(w), list[Tensor]()
+        round_block = _RecordedRounding(self.format) if w.is_cuda else partial(_round_block, fmt=self.format)
         for index, start in enumerate(range(0, len(w), width)):
             part = slice(start, start + width)
             target = torch.addmm(w[part], inverses[index].T, factor_rows[part, :start] @ errors[:start])
             candidates = self._candidates(target) if fixed is None else fixed[index : index + 1]
-            q[part], best = _round_block(target, inverses[index], candidates, self.format)
+            q[part], best = round_block(target, inverses[index], candidates)
             torch.sub(w[part], q[part], out=errors[part])
-            block_exponents.append(best)
+            block_exponents.append(best.clone())
         return q, torch.stack(block_exponents, 1)[:, blocks.argsort()] if exponents is None else exponents
 
     def _sweep(self, w: Tensor, q: Tensor, block_exponents: Tensor, h: Tensor, search: bool) -> tuple[Tensor, Tensor]:
@@ -192,7 +194,7 @@ def _round_block(w: Tensor, upper: Tensor, candidates: Tensor, fmt: MXFormat) ->
     `[block, out]` and the chosen exponents `[out]`.
     """
     ratios = (upper / upper.diagonal().unsqueeze(1)).unsqueeze(-1).unsqueeze(-1)
-    unrounded = in_steps(w.unsqueeze(1), candidates, fmt)
+    unrounded = in_steps(w.unsqueeze(1), candidates, fmt, unseen=w.is_cuda)
     rounded = torch.empty_like(unrounded)
     for j in range(len(w)):
         unrounded[j] -= round_steps_in_place(rounded[j].copy_(unrounded[j]), fmt)
@@ -203,6 +205,37 @@ def _round_block(w: Tensor, upper: Tensor, candidates: Tensor, fmt: MXFormat) ->
     exponents = candidates.gather(0, best)
     steps = rounded.gather(1, best.expand(len(rounded), 1, -1)).squeeze(1)
     return steps * (reference.power_of_two(exponents) * unit(fmt)), exponents.squeeze(0)
+
+
+class _RecordedRounding:
+    """`_round_block` of a GPU's blocks of one shape, recorded as a CUDA graph by the first call.
+
+    It is two hundred small kernels a block, whose launches would take several times as long as they do. Results are
+    overwritten by the next call.
+    """
+
+    def __init__(self, fmt: MXFormat) -> None:
+        self._format, self._graph = fmt, torch.cuda.CUDAGraph()
+        self._inputs: tuple[Tensor, ...] = ()
+        self._results: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, w: Tensor, upper: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        if self._results is None:
+            return self._record(w, upper, candidates)
+        for own, given in zip(self._inputs, (w, upper, candidates), strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._results
+
+    def _record(self, w: Tensor, upper: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        results = _round_block(w, upper, candidates, self._format)  # also loads the kernels, which a recording cannot
+        w, upper, candidates = self._inputs = w.clone(), upper.clone(), candidates.clone()
+        with torch.cuda.device(w.device):
+            torch.cuda.synchronize()
+            # other threads may use the GPU meanwhile, as NCCL's does
+            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+                self._results = _round_block(w, upper, candidates, self._format)
+        return results
 
 
 def _order(diagonal: Tensor, block: int, order: ColumnOrder) -> Tensor:

@@ -45,13 +45,14 @@ def unit(fmt: MXFormat) -> float:
     return 2.0**-fmt.mantissa_bits if fmt.is_integer else 1.0
 
 
-def in_steps(values: Tensor, exponent: Tensor, fmt: MXFormat) -> Tensor:
+def in_steps(values: Tensor, exponent: Tensor, fmt: MXFormat, *, unseen: bool = False) -> Tensor:
     """Float32 values divided by a scale 2^exponent and the format's unit: what `round_steps_in_place` rounds.
 
-    Divided one after the other where the two together are beyond float32, for scales near 2^-127.
+    Divided one after the other where the two together are beyond float32, for scales near 2^-127. unseen: always, which
+    needs no look at the exponents; only values that are far below a step, which round to zero, may differ.
     """
     up = reference.power_of_two(-exponent)
-    if exponent.numel() and int(exponent.min()) < fmt.mantissa_bits - SCALE_BIAS + 1:
+    if unseen or (exponent.numel() and int(exponent.min()) < fmt.mantissa_bits - SCALE_BIAS + 1):
         return values * up * (1 / unit(fmt))
     return values * (up * (1 / unit(fmt)))
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import FORMATS, ScaleRule
 from mxcompile.numerics import reference
-from mxcompile.numerics.fast_rounding import quantize_dequantize, round_steps_in_place, unit
+from mxcompile.numerics.fast_rounding import in_steps, quantize_dequantize, round_steps_in_place, unit
 
 
 def rounded(v, fmt):
@@ -70,3 +70,13 @@ def test_shapes_and_the_users_tensor():
             wanted = reference.quantize_dequantize(value, fmt, ScaleRule.FLOOR)
             assert torch.equal(quantize_dequantize(value, fmt, ScaleRule.FLOOR), wanted)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+def test_steps_without_a_look_at_the_scales_round_alike(fmt):
+    """Also those far below a step."""
+    values = torch.cat([torch.randn(512) * 2.0 ** torch.randint(-140, 4, (512,)), torch.zeros(1)])
+    for exponent in (-126, -3, 0, 5, 120):
+        scaled, power = (values.double() * 2.0**exponent).float(), torch.tensor(exponent, dtype=torch.int32)
+        looked, unseen = (in_steps(scaled, power, fmt, unseen=unseen) for unseen in (False, True))
+        assert torch.equal(round_steps_in_place(looked, fmt), round_steps_in_place(unseen, fmt))
