@@ -492,6 +492,26 @@ def test_several_processes():
     assert all(row["same bytes"] for row in ranks)
 
 
+def test_several_gpus():
+    text = page("docs/large_models.md")
+    rows = results("large.jsonl")
+    (gpus,) = [row for row in rows if row["benchmark"] == "ranks" and row["device"] == "cuda"]
+    after, before = gpus["gptq seconds"], gpus["gptq seconds, 1 process"]
+    assert f"takes {after:.1f} s in place of {before:.1f} ({gpus['gptq speedup']} x), with at most" in text
+    assert f"{gpus['peak GiB']:.1f} GiB of each GPU's memory in place of {gpus['peak GiB, 1 process']:.1f}" in text
+    whole = f"{gpus['whole seconds']:.1f} s in place of {gpus['whole seconds, 1 process']:.1f}"
+    assert f"the whole call takes {whole}" in text
+    assert gpus["same bytes"]
+    (small,) = [row for row in rows if row["benchmark"] == "ranks" and row["layers"] == 2]
+    assert f"is {small['distance']} times as far" in text
+    assert f"{small['error']} times as far from the float model" in text
+    assert f"{gpus['distance']:.2f} and {gpus['error']:.2f} on the two GPUs" in text
+    one, two = (row for row in rows if row["benchmark"] == "llama-70b")
+    gib = [row["device MB"] * 1e6 / 2**30 for row in (one, two)]
+    assert f"took {one['seconds']} s from files with at most {gib[0]:.0f} GiB" in text
+    assert f"took {two['seconds']} s in two processes on two H200s, with at most {gib[1]:.0f} GiB" in text
+
+
 def test_the_parts_of_a_prompt():
     text, (few, many) = page("docs/kernels.md"), results("prefill-parts-cpu.jsonl")
     assert (few["tokens"], many["tokens"]) == (512, 1024)
