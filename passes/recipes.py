@@ -5,7 +5,8 @@ from typing import Final
 from mxcompile.errors import PipelineError, UnknownNameError
 from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat
 from mxcompile.numerics.cache_format import CacheFormat
-from mxcompile.passes import PASSES, Allocate, LowerMX, QuantizeCache
+from mxcompile.passes import PASSES, Allocate, Gptq, LowerMX, QuantizeCache
+from mxcompile.passes.allocate import FormatRounding
 from mxcompile.pipeline.pipeline import Pipeline
 
 DEFAULT: Final = "w4a8-mxint"
@@ -106,7 +107,8 @@ def with_bits(recipe: str | Pipeline, bits: float) -> Pipeline:
     """A recipe that gives each weight one of several formats, `bits` stored bits a weight on average.
 
     `allocate` goes in front of the first pass that rounds, with integer or floating formats of 4, 6 and 8 bits as the
-    recipe has them. Inputs have the recipe's format, but at least the bits of their weights. Raises PipelineError for a
+    recipe has them. Inputs have the recipe's format, but at least the bits of their weights. In front of `gptq` costs
+    are of what it leaves, if inputs have one format: otherwise that has not been measured. Raises PipelineError for a
     recipe that chooses formats already or does not lower.
     """
     pipeline = as_pipeline(recipe)
@@ -117,8 +119,10 @@ def with_bits(recipe: str | Pipeline, bits: float) -> Pipeline:
     kind = _INTEGERS if lowering.weight.is_integer else _FLOATS
     formats = tuple(fmt.with_block(lowering.weight.block_size) for fmt in kind)
     activation = lowering.activation
+    rounds = any(isinstance(current, Gptq) for current in pipeline.passes)
+    rounding = FormatRounding.GPTQ if rounds else FormatRounding.NEAREST
     if activation is None or activation.bits >= 8:
-        allocate = Allocate(formats, bits=bits, activation=activation)
+        allocate = Allocate(formats, bits=bits, rounding=rounding, activation=activation)
     else:  # 8-bit weights are multiplied no faster with inputs of 4 bits
         inputs = tuple(activation if fmt.bits <= activation.bits else fmt for fmt in formats)
         allocate = Allocate(formats, bits=bits, activations=inputs)

@@ -123,3 +123,17 @@ def test_what_is_said_about_steps():
     longer = [paired(chain("rotate 64"), rotate, half) for half in ("first", "second")]
     assert "change KL by {} on the first half and by {} on the second".format(*longer) in text
     assert f"alike (`rotate, allocate`), close {closed(chain('rotate, allocate', 'tune-vectors'))} of the gap" in text
+    nearest, by_gptq = chain("allocate"), chain("allocate by gptq")
+    assert f"KL behind `gptq` changes by {paired(by_gptq, nearest, 'first')} on the first half" in text
+    tuned = chain("allocate by gptq", "tune-vectors")
+    assert f"with vectors {closed(tuned)} of the gap are closed" in text
+    each = chain("allocate each weight by gptq, blocks of 16 too", "tune-vectors")
+    assert f"changes KL by another {paired(each, tuned, 'first')}, and closes {closed(each)}." in text
+    before, after = (chain("allocate each weight, blocks of 16 too", last) for last in ("tune-vectors", "distill"))
+    assert (
+        f"changes KL by {paired(after, before, 'first')}, and closes {closed(after)} in place of {closed(before)}"
+        in text
+    )
+    said = " ".join(page("docs/recipes.md").split())
+    assert f"`--bits 4.5` closes {closed(tuned)} of the gap to float" in said
+    assert f"up to 8 bits too, {closed(chain('rotate, allocate', 'tune-vectors'))}." in said

@@ -11,8 +11,9 @@ from mxcompile.passes.recipes import weight_formats, with_bits, with_cache
 def test_with_bits_puts_it_in_front_of_the_rounding():
     assert str(with_bits("w4a8-mxint", 4.5)).startswith(
         "awq-fold{weight=mxint4,activation=mxint8} | "
-        "allocate{formats=[mxint4,mxint6,mxint8],bits=4.5,activation=mxint8} | gptq{"
+        "allocate{formats=[mxint4,mxint6,mxint8],bits=4.5,activation=mxint8,rounding=gptq} | gptq{"
     )
+    assert "activation=mxint8} | round-weights" in str(with_bits("w4a8-mxint-quick", 4.5))
     assert "formats=[mxfp4:64,mxfp6_e2m3:64,mxfp8_e4m3:64],bits=5}" in str(with_bits("lower-mx{weight=mxfp4:64}", 5))
     assert weight_formats(with_bits("w4a16-mxint-quick", 5)) == {MXINT4, MXINT6, MXINT8}
     for text, reason in (("awq-fold{weight=mxfp4}", "has no lower-mx"), (str(with_bits("w4a16-mxfp", 5)), "already")):
