@@ -86,6 +86,7 @@ FILE = {
                 ],
                 "unit": "bit",
                 "microseconds": None,
+                "rounding": "to nearest",
             },
             "curves": {"all weights": {"training": [[1, 0.5], [2, 0.25]], "held_out": [[0, 0.5], [2, "inf"]]}},
         }
