@@ -190,7 +190,7 @@ def _allocation(content: dict[str, Any] | None) -> Allocation | None:
         return None
     items = (_read(item, "weights", "format", "activation") for item in content["items"])
     return Allocation(
-        **_read(content, "score", "solver", "limit", "unit")
+        **_read(content, "score", "solver", "limit", "unit", "rounding")
         | {"items": tuple(ItemFormat(**item | {"weights": tuple(item["weights"])}) for item in items)}
     )
 
