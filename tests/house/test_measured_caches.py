@@ -33,6 +33,37 @@ def test_what_caches_lose():
     assert f"FP8 with one scale {kl['fp8, one scale', 2048] / kl['mxint8', 2048]:.0f} times as much at 2048" in text
 
 
+def test_what_caches_lose_in_long_texts():
+    text, records = page("docs/accuracy.md"), results("cache.jsonl")
+    kl = {(row["cache"], row["context"]): row["kl"] for row in records}
+    small = "key=mxint4,value=mxint4,window={},rotate=head+values"
+    assert f"at 2048 tokens they lose {kl[small.format(32), 2048]:.3f} (MXINT4)" in text
+    assert (
+        f"at 8192 tokens {kl[small.format(32), 8192]:.3f}, with 128 exact tokens {kl[small.format(128), 8192]:.3f}"
+        in text
+    )
+    short, long = (kl["key=mxfp8,value=mxfp8", length] for length in (512, 8192))
+    assert f"MXFP8 {short:.3f} at 512 tokens and {long:.3f} at 8192" in text
+    found = {row["cache"]: row["needles"] for row in records if row["context"] == 8192}
+    assert (found[FLOAT], found["mxint4"]) == ("2/4", "0/4")
+    assert {name for name, count in found.items() if count == "1/4"} == {small.format(32), small.format(128)}
+
+
+def test_caches_behind_rounded_weights():
+    text, records = page("docs/accuracy.md"), results("cache-recipes.jsonl")
+    kl = {(row["recipe"], row["cache"], row["context"]): row["kl"] for row in records}
+    for recipe, cache, _ in kl:
+        values = [kl.get((recipe, cache, length)) for length in (512, 2048, 8192)]
+        cells = " | ".join("-" if value is None else f"{value:.3f}" for value in values)
+        assert f"| `{recipe}` | `{cache}` | {cells} |" in text
+    for length in (512, 2048, 8192):
+        plain = kl["w4a8-mxint-quick", FLOAT, length]
+        assert 0 < kl["w4a8-mxint-quick", "mxint8", length] - plain < 0.0011
+        rotated = kl["w4a8-mxint-quick", "key=mxint8,value=mxint4,window=32+values", length]
+        assert 0.07 < rotated - plain < 0.09
+    assert kl["w4a4-mxfp-quick", "mxint8", 2048] < kl["w4a4-mxfp-quick", FLOAT, 2048]
+
+
 def test_a_whole_model_with_a_cache():
     text = " ".join(page("docs/kernels.md").split())
     rows = {(row["cache"], row["context"]): row for row in results("cache-decode-h200.jsonl")}

@@ -4,11 +4,11 @@ p = softmax(sum(q * k) * scale + mask); sum(p * v), with k and v decoded where t
 A decode step with an MXCache. Blocks are taken in runs of neighbouring elements whose bits lie in the same place of
 neighbouring bytes, and 16 floats wide at most: Inductor then makes vectors of them, with one shift and one mask, and
 reads every byte once for a query head. A cache that rotates keys has `rotate(dequantize(k))`; a rotation of the query
-gives the same scores. Scales of 2**-127 count as zero, as in the kernel for GPUs: multiplying by subnormal numbers is
-slow.
+gives the same scores. Where a growing cache writes exact tokens over decoded ones, their scores take the place of those
+of packed keys. Scales of 2**-127 count as zero, as in the kernel for GPUs: multiplying by subnormal numbers is slow.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 
 from mxcompile.formats import SCALE_BIAS, SCALE_NAN, MXFormat, parse_format
 from mxcompile.graph.dataflow import shapes_are_equal
+from mxcompile.graph.edit import create_call
 from mxcompile.inductor.rewrites.decompose_attention import (
     SINGLE_QUERY,
     erase_unread,
@@ -33,6 +34,8 @@ from mxcompile.inductor.rewrites.fuse_packed_attention import is_packed, unrotat
 from mxcompile.numerics.packing import fields
 from mxcompile.ops import ROTATE
 
+aten = torch.ops.aten
+_TOKENS: Final = 2
 _FRACTION_BITS: Final = 23  # of a float32
 _LEAST_RUN, _MOST_RUNS = 8, 8
 _RUN: Final = 16
@@ -71,24 +74,50 @@ class _Packed:
         return torch.where(bytes == SCALE_NAN, torch.nan, (bytes << _FRACTION_BITS).view(torch.float32))
 
 
+@dataclass(frozen=True)
+class _Written:
+    """Exact states `[batch, kv heads, some tokens, size]` that are written over packed ones from a place on."""
+
+    states: Tensor
+    start: Tensor
+
+    def covers(self, places: Tensor) -> Tensor:
+        """Which places it is written to."""
+        return (places >= self.start) & (places < self.start + self.states.shape[_TOKENS])
+
+    @property
+    def places(self) -> Tensor:
+        """Those it is written to."""
+        return torch.arange(self.states.shape[_TOKENS], device=self.states.device) + self.start
+
+
 def _rewrite(graph: Graph, node: Node) -> bool:
     args: Any = node.args
-    query, (key, value), mask = args[0], map(unrepeated, args[1:3]), mask_of(node)
+    query, mask = args[0], mask_of(node)
+    (key, new_keys), (value, new_values) = (_overwritten(unrepeated(part)) for part in args[1:3])
     (block, factor), key = unrotated(key)
     if not is_packed(key) or not is_packed(value) or not shapes_are_equal(shape_of(key)[:3], shape_of(value)[:3]):
+        return False
+    if [start for _, start in new_keys] != [start for _, start in new_values]:
         return False
     formats = [parse_format(str(part.args[2])) for part in (key, value)]
     if any(_run(fmt) < _LEAST_RUN or fmt.block_size > _MOST_RUNS * _run(fmt) for fmt in formats):
         return False
     scale = node.kwargs.get("scale") or shape_of(query)[3] ** -0.5
-    size = shape_of(value)[3]
+    size, count = shape_of(value)[3], len(new_keys)
 
     def attention(query: Tensor, *parts: Tensor) -> Tensor:
         rotated = query if block == 1 else ROTATE(query, block) * factor
         packed = [_packed(*parts[2 * at : 2 * at + 2], fmt) for at, fmt in enumerate(formats)]
-        return _attend(rotated, packed[0], packed[1], parts[4] if len(parts) > 4 else None, scale, size)
+        new, starts, masks = parts[4 : 4 + 2 * count], parts[4 + 2 * count : 4 + 3 * count], parts[4 + 3 * count :]
+        exact = [[_Written(*part) for part in zip(new[at::2], starts, strict=True)] for at in range(2)]
+        rows = (rotated, query)
+        return _attend(rows, packed[0], packed[1], exact[0], exact[1], masks[0] if masks else None, scale, size)
 
-    sources = [query, *key.args[:2], *value.args[:2], *([] if mask is None else [mask])]
+    with query.meta["val"].fake_mode, graph.inserting_before(node):
+        starts = [create_call(graph, aten.full.default, [], start, dtype=torch.int64) for _, start in new_keys]
+    pairs = [part for pair in zip(new_keys, new_values, strict=True) for part, _ in pair]
+    sources = [query, *key.args[:2], *value.args[:2], *pairs, *starts, *([] if mask is None else [mask])]
     unread = [part for part in node.all_input_nodes if part is not query]
     replace_output(graph, node, insert_traced(graph, node, attention, sources))
     for part in unread:
@@ -96,29 +125,65 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     return True
 
 
+def _overwritten(node: Any) -> tuple[Any, list[tuple[Node, Any]]]:
+    """States, and what is written over them: (states of some tokens, the first place), in order of writing."""
+    written: list[tuple[Node, Any]] = []
+    while node.target is aten.slice_scatter.default and len(node.args) == 5 and node.args[2] == _TOKENS:
+        new = node.args[1]
+        if new.target is aten.copy.default and shapes_are_equal(shape_of(new), shape_of(new.args[1])):
+            new = new.args[1]
+        written.insert(0, (new, node.args[3]))
+        node = node.args[0]
+    return node, written
+
+
 def _packed(elements: Tensor, scales: Tensor, fmt: MXFormat) -> _Packed:
     return _Packed(elements.unflatten(-1, (-1, fmt.block_bytes)).unsqueeze(2), scales[:, :, None, ..., None], fmt)
 
 
-def _attend(query: Tensor, keys: _Packed, values: _Packed, mask: Tensor | None, scale: float, size: int) -> Tensor:
-    """Query `[batch, heads, 1, head_dim]` to results `[batch, heads, 1, size]`."""
-    batch, heads, _, width = query.shape
-    kv_heads, blocks = keys.elements.shape[1], keys.elements.shape[-2]
-    rows = query.float() * (scale * keys.unit)
+def _attend(
+    queries: tuple[Tensor, Tensor],
+    keys: _Packed,
+    values: _Packed,
+    new_keys: Sequence[_Written],
+    new_values: Sequence[_Written],
+    mask: Tensor | None,
+    scale: float,
+    size: int,
+) -> Tensor:
+    """Queries `[batch, heads, 1, head_dim]`, for packed and for exact keys, to results `[batch, heads, 1, size]`."""
+    batch, heads, _, width = queries[0].shape
+    _, kv_heads, _, tokens, blocks, _ = keys.elements.shape
+    shape = (batch, kv_heads, heads // kv_heads, 1)
+    if mask is not None and mask.dim() > 2 and mask.shape[1] == heads != 1:
+        mask = mask.reshape(-1, kv_heads, heads // kv_heads, mask.shape[-1])
+    rows = queries[0].float() * (scale * keys.unit)
     rows = torch.nn.functional.pad(rows, (0, blocks * keys.fmt.block_size - width))
-    rows = rows.reshape(batch, kv_heads, heads // kv_heads, 1, blocks, keys.fmt.block_size)
+    rows = rows.reshape(*shape, blocks, keys.fmt.block_size)
     products = reduce(add, (rows[..., part] * numbers for part, numbers in keys.runs()))
-    scores = (products * keys.powers).sum((-1, -2))
-    if mask is not None:
-        is_by_head = mask.dim() > 2 and mask.shape[1] == heads != 1
-        scores = scores + (mask.reshape(-1, kv_heads, heads // kv_heads, mask.shape[-1]) if is_by_head else mask)
-    most = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
-    shares = (scores - most).exp()
-    total = shares.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    weights = shares[..., None, None] * values.powers
+    places = torch.arange(tokens, device=rows.device)
+    rounded = _left((products * keys.powers).sum((-1, -2)), places, new_keys)
+    scores = [rounded if mask is None else rounded + mask]
+    row = (queries[1].float() * scale).reshape(*shape, width)
+    for index, part in enumerate(new_keys):
+        exact = _left((row * part.states.float().unsqueeze(2)).sum(-1), part.places, new_keys[index + 1 :])
+        scores.append(exact if mask is None else exact + mask.index_select(-1, part.places))
+    most = reduce(torch.maximum, (part.amax(-1, keepdim=True) for part in scores))
+    shares = [(part - most.clamp_min(torch.finfo(torch.float32).min)).exp() for part in scores]
+    total = reduce(add, (part.sum(-1, keepdim=True) for part in shares)).clamp_min(torch.finfo(torch.float32).tiny)
+    weights = shares[0][..., None, None] * values.powers
     result = torch.cat([(weights * numbers).sum(-3) for _, numbers in values.runs()], -1)
-    result = result.flatten(-2)[..., :size] * (values.unit / total)
-    return result.reshape(batch, heads, 1, size).to(query.dtype)
+    result = result.flatten(-2)[..., :size] * values.unit
+    for share, part in zip(shares[1:], new_values, strict=True):
+        result = result + (share.unsqueeze(-1) * part.states.float().unsqueeze(2)).sum(-2)
+    return (result / total).reshape(batch, heads, 1, size).to(queries[0].dtype)
+
+
+def _left(scores: Tensor, places: Tensor, written: Sequence[_Written]) -> Tensor:
+    """Scores of keys at places, without those that are written over."""
+    for part in written:
+        scores = torch.where(part.covers(places), -torch.inf, scores)
+    return scores
 
 
 def _run(fmt: MXFormat) -> int:

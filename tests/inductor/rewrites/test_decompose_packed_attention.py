@@ -1,17 +1,23 @@
 """Single-token attention over an MXCache on a CPU: what is rewritten, its values, and what Inductor makes of it."""
 
+import copy
+
 import pytest
 import torch
-from fused_steps import compiled
+from fused_steps import Recorded, compiled
+from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from mxcompile.formats import FORMATS, activation_rule, parse_format
 from mxcompile.inductor import why_no_inductor
+from mxcompile.inductor.backend import compile_options
 from mxcompile.inductor.rewrites.decompose_attention import SINGLE_QUERY
 from mxcompile.inductor.rewrites.decompose_packed_attention import decompose_packed_attention
+from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.numerics.packed_attention import PackedStates, attend_packed
 from mxcompile.ops import DEQUANTIZE, QUANTIZE, ROTATE
+from mxcompile.tensor.cache_layers import GrowingLayer
 
 BATCH, HEADS, SHARED, TOKENS = 2, 6, 2, 19
 EXTRA = ("mxint8:16", "mxint4:16", "mxint4:64", "mxint6:64")
@@ -25,6 +31,12 @@ def packed(fmt, size, tokens=TOKENS):
     return QUANTIZE(x, fmt, str(activation_rule(parse_format(fmt))))
 
 
+def for_every_head(states):
+    """Keys or values, repeated for the query heads that share them as transformers does it."""
+    repeated = states[:, :, None].expand(-1, -1, HEADS // SHARED, -1, -1)
+    return repeated.reshape(BATCH, HEADS, states.shape[2], states.shape[3])
+
+
 def attention(key, value, sizes, rotation=1, dtype=torch.float32):
     """Attention of a query over packed states, as a model with an MXCache computes it, with or without a mask."""
 
@@ -35,10 +47,7 @@ def attention(key, value, sizes, rotation=1, dtype=torch.float32):
         ]
         if rotation > 1:
             states[0] = ROTATE(states[0], rotation) * 2
-        repeated = [
-            part[:, :, None].expand(-1, -1, HEADS // SHARED, -1, -1).reshape(BATCH, HEADS, -1, part.shape[-1])
-            for part in states
-        ]
+        repeated = map(for_every_head, states)
         mask = parts[4] if len(parts) > 4 else None
         return F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
 
@@ -127,14 +136,43 @@ def test_what_makes_no_few_vectors_is_decoded_first(fmt):
     assert rewritten(attention(fmt, "mxint8", sizes), inputs(fmt, "mxint8", sizes))[1] == fmt.endswith("128")
 
 
-def test_exact_tokens_among_packed_ones_are_left():
-    def call(query, elements, scales, new):
-        states = DEQUANTIZE(elements, scales, "mxint8", 32, torch.float32)
-        states = states.slice_scatter(new, 2, 0, 1)
-        return F.scaled_dot_product_attention(query[:, :SHARED], states, states)
+def with_exact_tokens(places, rotation=1):
+    """Attention over packed states in which some tokens are exact: keys and values from given places on."""
 
-    query, elements, scales = inputs("mxint8", "mxint8", (32, 32))[:3]
-    assert rewritten(call, (query, elements, scales, torch.randn(BATCH, SHARED, 1, 32)))[1] == 0
+    def call(query, elements, scales, mask, *exact):
+        key = value = DEQUANTIZE(elements, scales, "mxint4", 32, torch.float32)
+        key = ROTATE(key, rotation) * 2 if rotation > 1 else key
+        for at, place in enumerate(places):
+            new = exact[2 * at : 2 * at + 2]
+            key, value = (
+                part.slice_scatter(own, 2, start, start + own.shape[2])
+                for part, own, start in zip((key, value), new, place, strict=True)
+            )
+        repeated = map(for_every_head, (key, value))
+        return F.scaled_dot_product_attention(query, *repeated, attn_mask=mask)
+
+    return call
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("rotation", [1, 32])
+def test_exact_tokens_take_the_place_of_packed_ones(rotation, heads):
+    """Own, newest and first tokens, of which the later ones are written over others, under a mask."""
+    query, elements, scales = inputs("mxint4", "mxint4", (32, 32))[:3]
+    mask = torch.where(torch.rand(BATCH, heads, 1, TOKENS) < 0.3, -torch.inf, 0.0)
+    exact = [torch.randn(BATCH, SHARED, count, 32) * 4 for count in (1, 1, 6, 6, 14, 14)]
+    given = (query, elements, scales, mask, *exact)
+    function = with_exact_tokens([(18, 18), (12, 12), (0, 0)], rotation)
+    module, count = rewritten(function, given)
+    assert count == 1
+    assert not module.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+    torch.testing.assert_close(module(*given), function(*given), rtol=2e-5, atol=2e-5)
+
+
+def test_exact_keys_and_values_of_other_tokens_are_left():
+    query, elements, scales = inputs("mxint4", "mxint4", (32, 32))[:3]
+    given = (query, elements, scales, torch.zeros(1, 1, 1, TOKENS), *torch.randn(2, BATCH, SHARED, 1, 32))
+    assert rewritten(with_exact_tokens([(18, 17)]), given)[1] == 0
 
 
 @needs_compiler
@@ -151,3 +189,28 @@ def test_inductor_fuses_it(tokens):
     torch.testing.assert_close(
         result.float(), expected("mxint8", "mxint4", sizes, given).float(), rtol=2**-8, atol=1e-3
     )
+
+
+@needs_compiler
+def test_a_window_of_a_growing_cache_is_fused():
+    """Its own layer, compiled for any number of tokens; later tokens are those of the layer itself."""
+    layer = GrowingLayer(CacheFormat.parse("key=mxint4,value=mxint8,window=4,sink=2,rotate=head"))
+    torch.manual_seed(0)
+    states = [torch.randn(2, BATCH, SHARED, count, 32) for count in (9, 1, 1, 1)]
+    layer.update(*states[0])
+
+    def step(query, key, value):
+        read = layer.update(key, value)
+        repeated = map(for_every_head, read)
+        return F.scaled_dot_product_attention(query, *repeated)
+
+    fuse = Recorded()
+    torch._dynamo.reset()
+    with fresh_cache(), torch.no_grad():
+        fused = torch.compile(step, options=compile_options(fuse), dynamic=True, fullgraph=True)
+        for key, value in states[1:]:
+            query, before = torch.randn(BATCH, HEADS, 1, 32), copy.deepcopy(layer)
+            result, after, layer = fused(query, key, value), layer, before
+            torch.testing.assert_close(result, step(query, key, value), rtol=1e-4, atol=1e-4)
+            layer = after
+    assert not {DEQUANTIZE, SINGLE_QUERY} & set(fuse.calls)
