@@ -5,9 +5,9 @@
 
 On a GPU a Llama-3-8B of fewer layers, its vocabulary smaller in proportion, random bfloat16 weights; on a CPU
 SmolLM2-135M in bfloat16. Weights are as `--recipe` quantizes them, batch 1, static caches with room for the prompt and
-the generated tokens, greedy. `token_ms` is the mean time between two tokens after a prompt of `context` tokens,
-`prompt_ms` the time to the first, both the least of `--rounds` calls. A step over a static cache reads all of it, so
-that `--prompt 32` times the same step without the long prompt.
+the generated tokens, greedy. `prompt_ms` is the time to the first token after a prompt of `context` tokens, `token_ms`
+the mean time between two tokens after it, from the shortest of `--rounds` calls for each. A step over a static cache
+reads all of it, so that `--prompt 32` times the same step without the long prompt.
 
 Each cache and length has a process of its own. `--processes` of them, or all, compile side by side; then each is timed
 while the others wait.
@@ -125,12 +125,13 @@ def static_cache(config: Any, cache: str, room: int) -> Any:
 
 def timed(model: Any, ids: Tensor, cache: Any, arguments: argparse.Namespace) -> dict[str, float]:
     """Milliseconds of a prompt and of a token."""
-    prompts, tokens = list[float](), list[float]()
+    prompts, wholes = list[float](), list[float]()
     for _ in range(arguments.rounds):
         first, whole = (seconds(model, ids, cache, count) for count in (1, arguments.tokens))
         prompts.append(first)
-        tokens.append((whole - first) / (arguments.tokens - 1))
-    return {"prompt_ms": round(min(prompts) * 1e3, 3), "token_ms": round(min(tokens) * 1e3, 4)}
+        wholes.append(whole)
+    token = (min(wholes) - min(prompts)) / (arguments.tokens - 1)
+    return {"prompt_ms": round(min(prompts) * 1e3, 3), "token_ms": round(token * 1e3, 4)}
 
 
 def seconds(model: Any, ids: Tensor, cache: Any, count: int) -> float:
