@@ -182,7 +182,7 @@ def is_latent(attention: Attention) -> bool:
     """
     key = attention.key.node
     if key.target is aten.cat.default:
-        parts: list[Any] = list(cast(Any, operand(key, 0)))
+        parts: list[Any] = list(operand(key, 0))
     else:  # a tensor whose slices are written
         slices = [user for user in key.users if user.target is aten.slice.Tensor]
         parts = [operand(user, 1) for part in slices for user in part.users if user.target is aten.copy_.default]
@@ -192,7 +192,7 @@ def is_latent(attention: Attention) -> bool:
 def _copies_one_head(node: Node) -> bool:
     if node.target is not aten.expand.default:
         return False
-    before, after = (part.meta["val"].shape for part in (cast(Node, operand(node, 0)), node))
+    before, after = (part.meta["val"].shape for part in (operand(node, 0), node))
     return len(before) == len(after) and len(after) > 3 and before[-3] == 1 and after[-3] != 1
 
 

@@ -103,14 +103,15 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     formats = [parse_format(str(part.args[2])) for part in (key, value)]
     if any(_run(fmt) < _LEAST_RUN or fmt.block_size > _MOST_RUNS * _run(fmt) for fmt in formats):
         return False
-    scale = node.kwargs.get("scale") or shape_of(query)[3] ** -0.5
+    options: Any = node.kwargs
+    scale = shape_of(query)[3] ** -0.5 if options.get("scale") is None else options["scale"]
     size, count = shape_of(value)[3], len(new_keys)
 
     def attention(query: Tensor, *parts: Tensor) -> Tensor:
         rotated = query if block == 1 else ROTATE(query, block) * factor
-        packed = [_packed(*parts[2 * at : 2 * at + 2], fmt) for at, fmt in enumerate(formats)]
+        packed = [_packed(parts[2 * at], parts[2 * at + 1], fmt) for at, fmt in enumerate(formats)]
         new, starts, masks = parts[4 : 4 + 2 * count], parts[4 + 2 * count : 4 + 3 * count], parts[4 + 3 * count :]
-        exact = [[_Written(*part) for part in zip(new[at::2], starts, strict=True)] for at in range(2)]
+        exact = [[_Written(*part) for part in zip(new[at::2], starts, strict=True)] for at in (0, 1)]
         rows = (rotated, query)
         return _attend(rows, packed[0], packed[1], exact[0], exact[1], masks[0] if masks else None, scale, size)
 
