@@ -61,6 +61,10 @@ def test_caches_behind_rounded_weights():
         assert 0 < kl["w4a8-mxint-quick", "mxint8", length] - plain < 0.0011
         rotated = kl["w4a8-mxint-quick", "key=mxint8,value=mxint4,window=32+values", length]
         assert 0.07 < rotated - plain < 0.09
+    base = kl["w4a8-mxint-quick", FLOAT, 2048]
+    caches = ("key=mxint8,value=mxint4,window=32", "key=mxint4,value=mxint4,window=32,rotate=head")
+    added = [kl["w4a8-mxint-quick", name, 2048] - base for name in caches]
+    assert f"32 exact tokens add {added[0]:.3f} to W4A8 with values in MXINT4, and {added[1]:.3f} with keys" in text
     assert kl["w4a4-mxfp-quick", "mxint8", 2048] < kl["w4a4-mxfp-quick", FLOAT, 2048]
 
 
@@ -72,13 +76,21 @@ def test_a_whole_model_with_a_cache():
     assert f"model, {same[2]} with the float cache" in text
     assert f"ties within {max(row.get('off', 0) for row in rows.values()):.2f} standard deviations" in text
     long, short = ([rows[name, tokens]["token_ms"] for name in (FLOAT, "mxint8", "mxint4")] for tokens in (32768, 2048))
-    assert f"took {long[0]:.2f} ms with the float cache, {long[1]:.2f} in MXINT8 and MXINT4" in text
-    assert f"{long[2]:.2f}" == f"{long[1]:.2f}"
+    assert f"{long[0]:.2f} ms with the float cache, {long[1]:.2f} in MXINT8 and MXINT4" in text
+    assert f"{long[0] / long[1]:.2f} and {long[0] / long[2]:.2f} times as fast" in text
     assert f"at 2048, {short[0]:.2f}, {short[1]:.2f} and {short[2]:.2f}" in text
-    prompts = [rows[name, 2048]["prompt_ms"] for name in ("mxint8", FLOAT)]
-    assert f"took {prompts[0]:.0f} ms with MXINT8 where the float cache took {prompts[1]:.0f}" in text
-    share = rows["mxint8", 32768]["prompt_ms"] / rows[FLOAT, 32768]["prompt_ms"]
-    assert f"a prompt takes {share:.2f} times as long" in text
+    assert f"{short[0] / short[1]:.2f} and {short[0] / short[2]:.2f} times (`python" in text
+
+
+def test_prompts_with_a_cache():
+    text = " ".join(page("docs/kernels.md").split())
+    prompt = {(row["cache"], row["context"]): row["prompt_ms"] for row in results("cache-decode-h200.jsonl")}
+    short = [prompt[name, 2048] for name in (FLOAT, "mxint8", "mxint4")]
+    assert f"took {short[0]:.0f} ms with the float cache, {short[1]:.0f} with MXINT8 and {short[2]:.0f} with" in text
+    assert (
+        f"{prompt['mxint8', 32768]:.1f} ms with MXINT8 and {prompt['mxint4', 32768]:.1f} with MXINT4 in caches" in text
+    )
+    assert f"the float cache takes {prompt[FLOAT, 32768]:.0f} ms" in text
 
 
 def test_caches_beside_those_of_transformers():
@@ -86,3 +98,13 @@ def test_caches_beside_those_of_transformers():
     for row in results("cache-peers.jsonl"):
         name = "`fp8` of transformers 5.24" if row["cache"] == "fp8" else f"`{row['cache']}`"
         assert f"| {name} | {row['bits']:g} | {row['kl']:.4f} |" in text
+
+
+def test_tokens_a_second_on_a_cpu():
+    text = page("docs/benchmarks.md")
+    rows = {(row["cache"], row["context"]): row for row in results("cache-decode-cpu.jsonl")}
+    for (name, length), row in rows.items():
+        ratio = rows[FLOAT, length]["token_ms"] / row["token_ms"]
+        cache = "float" if name == FLOAT else f"`{name}`"
+        cells = f"{row['cache_bytes'] / 1e6:.0f} | {1e3 / row['token_ms']:.1f} | {ratio:.2f}x"
+        assert f"| {length} | {cache} | {cells} |" in text
