@@ -245,7 +245,7 @@ def test_compiles_for_hopper(name: str) -> None:
     assert report.spilled_bytes == 0
     assert report.registers <= 255
     assert report.count("LDGSTS") >= 4  # words and scales of keys and values
-    assert report.count("LDG.") <= 4  # of the mask
+    assert report.count("LDG.") <= config.block // config.warps // 4  # of the mask, by the threads that need it
     assert report.count("BAR.SYNC") == 2  # for copies: warps exchange nothing
     assert report.count("HMMA") == 2 * config.block // config.warps
     assert report.shared_bytes * 2 <= SHARED_BYTES
