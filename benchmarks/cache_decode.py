@@ -6,8 +6,9 @@
 On a GPU a Llama-3-8B of fewer layers, its vocabulary smaller in proportion, random bfloat16 weights; on a CPU
 SmolLM2-135M in bfloat16. Weights are as `--recipe` quantizes them, batch 1, static caches with room for the prompt and
 the generated tokens, greedy. `prompt_ms` is the time to the first token after a prompt of `context` tokens, `token_ms`
-the mean time between two tokens after it, from the shortest of `--rounds` calls for each. A step over a static cache
-reads all of it, so that `--prompt 32` times the same step without the long prompt.
+the mean time between two tokens after it, from the shortest of `--rounds` calls for each. A step over a static float
+cache reads all of it, and so does one over a packed cache on a CPU: `--prompt 32` then times the same step without the
+long prompt. On a GPU packed attention reads no further than to its own token: the prompt must be as long as the cache.
 
 Each cache and length has a process of its own. `--processes` of them, or all, compile side by side; then each is timed
 while the others wait.
