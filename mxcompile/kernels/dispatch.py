@@ -148,6 +148,14 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     return fast_rounding.quantize_dequantize(x, fmt, rule)
 
 
+def dequantize(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype: torch.dtype) -> Tensor | None:
+    """`reference.dequantize` of packed, row-major elements without temporaries; None where no kernel does it."""
+    kernel = _triton("triton.quantize", elements)
+    if kernel is None or kernel.why_not_decoded(elements, fmt, dtype) is not None:
+        return None
+    return kernel.dequantize(elements, scales, fmt, size, dtype)
+
+
 def _quantize_aligned(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     kernel = _triton("triton.align", x)
     if kernel is not None and kernel.supports(x, (fmt, rule)) is None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT8, MXFormat, ScaleRule
+from mxcompile.formats import FORMATS, MXFP4, MXFP6_E3M2, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat, ScaleRule
 from mxcompile.numerics import reference
 from mxcompile.numerics.packing import pack, unpack
+from mxcompile.ops import DEQUANTIZE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -160,6 +161,22 @@ def test_dequantize_every_code_and_scale(assert_same_bits: SameBits, fmt: MXForm
         size = codes.shape[-1] - 5
         y = quantize.dequantize(pack(codes, blocked).cuda(), scales.cuda(), blocked, size, dtype)
         assert_same_bits(y.cpu(), reference.dequantize(codes, scales, blocked, size, dtype))
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, MXINT6, MXFP8_E4M3.with_alignment(True)], ids=str)
+def test_the_operator_decodes_without_temporaries(assert_same_bits: SameBits, fmt: MXFormat) -> None:
+    """Packed weights of 2 and 3 dimensions. Aligned formats, which the kernel does not decode, as before."""
+    for shape in ((512, 1000), (3, 64, 96)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        codes, scales = reference.quantize(weight, fmt, ScaleRule.FLOOR)
+        expected = reference.dequantize(codes, scales, fmt, shape[-1], torch.bfloat16)
+        elements, scales = pack(codes, fmt).cuda(), scales.cuda()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = DEQUANTIZE(elements, scales, str(fmt), shape[-1], torch.bfloat16)
+        peak = torch.cuda.max_memory_allocated() - before
+        assert_same_bits(y.cpu(), expected)
+        assert fmt.aligned or peak <= 2 * y.nbytes, peak
 
 
 def _needs_gigabytes(count: int) -> None:

@@ -93,6 +93,13 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     return y
 
 
+def why_not_decoded(elements: Tensor, fmt: MXFormat, dtype: torch.dtype) -> str | None:
+    """None if `dequantize` supports the call, else the reason."""
+    if fmt.aligned:
+        return "values of an aligned format depend on a whole token"
+    return why_no_kernel(fmt) or unsupported_dtype(dtype) or unsupported_device(elements)
+
+
 def dequantize(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype: torch.dtype) -> Tensor:
     """Packed elements `[..., blocks * block_bytes]` and scales `[..., blocks]` to values `[..., size]` of `dtype`.
 
