@@ -35,6 +35,15 @@ def _learned(weight: str, activation: str | None) -> str:
     )
 
 
+def _distilled(weight: str, activation: str) -> str:
+    """Vectors, then weights trained too: on a GPU, with about 1000 windows (`benchmarks/learned.py`)."""
+    rounded, _, lower = _learned(weight, activation).rpartition(" | ")
+    rounding, _, _ = rounded.rpartition(" | ")
+    vectors = f"distill{{activation={activation},steps=100,snapshots=2,epochs=5}}"
+    weights = f"distill{{activation={activation},train=weights,steps=300,rate=0.015,epochs=5}}"
+    return f"{rounding} | {vectors} | {weights} | {lower}"
+
+
 def _activation_option(activation: str | None) -> str:
     return f",activation={activation}" if activation else ""
 
@@ -80,6 +89,7 @@ RECIPES: Final[dict[str, str]] = {
     "w8a8-mxfp": _STUDIED,
     **{f"{name}-quick": _rounded(*formats) for name, formats in _CALIBRATED.items()},
     **{name: _rounded(*formats) for name, formats in _MORE_BITS.items()},
+    "w4a8-mxint-distilled": _distilled("mxint4", "mxint8"),
     **{f"{recipe}-{cache}": _cached(recipe, cache) for recipe in _CACHED for cache in _CACHES},
 }
 

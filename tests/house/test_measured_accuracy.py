@@ -37,6 +37,47 @@ def test_the_accuracy_of_algorithms():
         assert f"| {pair[0]}, {pair[1]} | {gap:.3f} | {' | '.join(shares)} |" in text
 
 
+def test_what_training_weights_gains():
+    text, rows = page("docs/accuracy.md"), results("learned.jsonl")
+    pairs = {}
+    for row in rows:
+        if not row["recipe"].startswith("learn-rounding"):
+            pairs.setdefault((row["weight"], row["activation"]), []).append(row)
+    assert len(pairs) == 4
+    for (weight, activation), of_pair in pairs.items():
+        chain = [row for row in of_pair if "losses" not in row]
+        shares = [percent(row["gap_closed"]) for row in chain] + ["-"] * (3 - len(chain))
+        latents = [row for row in of_pair if "losses" in row]
+        rates = [re.search(r"rate=([0-9.]+)", row["recipe"])[1] for row in latents]
+        last = ", ".join(f"{percent(r['gap_closed'])} (rate {rate})" for r, rate in zip(latents, rates, strict=True))
+        assert f"| {weight}, {activation} | {' | '.join(shares)} | {last} |" in text
+    _, vectors, weights = pairs["mxint4", "mxint8"][:3]
+    recipe = RECIPES["w4a8-mxint-distilled"].replace(",epochs=5", "")
+    formats = weights["recipe"].replace("=W", "=mxint4").replace("=A", "=mxint8").replace(";", ",")
+    assert recipe == f"{formats} | lower-mx{{weight=mxint4,activation=mxint8}}"
+    assert f"perplexity {weights['perplexity']:.2f} in place of {vectors['perplexity']:.2f}" in text
+    helps = weights["help_nll"], vectors["help_nll"], weights["float_help_nll"]
+    assert "{:.3f} nats a token in place of {:.3f} (float {:.3f})".format(*helps) in text
+    small, large = (row["losses"] for row in pairs["mxfp4", "none"][3:])
+    rises = [max(loss for _, loss in losses) / losses[0][1] - 1 for losses in (small, large)]
+    assert f"by {percent(rises[0])} at 0.004 and {percent(rises[1])} at 0.01" in text
+    (learned,) = (row for row in rows if row["recipe"].startswith("learn-rounding"))
+    assert f"in place of `gptq` closes {percent(learned['gap_closed'])} at mxfp4, none" in text
+    (large,) = results("learning-h200.jsonl")
+    assert f"take it {large['seconds']} s on an H200 with {large['windows']} windows and 50 steps" in text
+    assert f"({large['peak_gb']} GB), all 32 about {large['model_seconds']:.0f} s" in text
+
+
+def test_an_adapter_on_packed_weights():
+    text, (floating, packed, nearest, gptq) = page("docs/training.md"), results("training-h200.jsonl")
+    assert (nearest["gptq"], gptq["gptq"]) == (False, True)
+    assert f"falls from {packed['test_before']:.3f} to {packed['test_after']:.3f}" in text
+    assert f"nearest it is {nearest['test_merged']:.3f} again, by GPTQ {gptq['test_merged']:.3f}" in text
+    sizes = packed["model_bytes"] / 1e6, floating["model_bytes"] / 1e6, 16 * packed["adapter_values"] / 1e6
+    assert "takes {:.0f} MB ({:.0f} in bfloat16), adapters and their optimizer {:.0f}".format(*sizes) in text
+    assert f"the other {packed['activation_bytes'] / 1e6:.0f} MB of the peak" in text
+
+
 def test_mixed_formats_at_equal_bytes():
     text, (*rows, drawn) = page("docs/accuracy.md"), results("allocation.jsonl")
     assert f"(Spearman) of {drawn['spearman']:.2f}, and the measured is {drawn['slope']:.2f} times the expected" in text
