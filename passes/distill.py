@@ -70,7 +70,7 @@ class Scope(Enum):
 
 
 _FLOATS: Final = {Parts.VECTORS: "vectors", Parts.MULTIPLIERS: "multipliers"}
-_FLOAT_RATE, _RATE = 4e-3, 0.02
+_FLOAT_RATE, _RATE, _LATENT_RATE = 4e-3, 0.02, 4e-3
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Distill(Pass):
     a segment has loss=block or distribution (with train=vectors Norm Tweaking, arXiv 2309.02784).
     steps: of `batch` calibration batches each, for each segment; not more than go `epochs` times through the batches.
     rate: Adam's at first; it decays to zero along a cosine. In units of each vector's mean magnitude, of the mean
-    distance of neighbouring elements in a block, or of a power of two; none: 4e-3 for vectors and multipliers, else
-    0.02. bound: the largest move in these units, if any.
+    distance of neighbouring elements in a block, or of a power of two; none: 4e-3 for vectors, multipliers and where
+    `gptq{latents=true}` came before, else 0.02. bound: the largest move in these units, if any.
     attention: weight of the error of what attention's output projections return (SDQ). kurtosis: weight of the excess
     kurtosis of what layers return (arXiv 2404.03605).
     snapshots: how often held-out batches, an eighth of all, are looked at; of these states, the pass takes the one with
@@ -151,19 +151,25 @@ class Distill(Pass):
 
     def _too_short(self, program: Program) -> str:
         """Why no element can have changed, if steps and rate are too small for that: latents begin on elements."""
-        reach = self._rate() * self.steps / 2  # the sum of a cosine schedule; a step of Adam is about the rate
+        reach = self._rate(program) * self.steps / 2  # the sum of a cosine schedule; a step of Adam is about the rate
         elements = self.train in (Parts.WEIGHTS, Parts.ALL, Parts.OUTLIERS)
-        between = elements and any(rounding.offsets is not None for rounding in program.rounded.values())
-        if not self.steps or reach >= 0.5 or between or not (elements or self.train is Parts.EXPONENTS):
+        moves = (elements and not self._between_elements(program)) or self.train is Parts.EXPONENTS
+        if not self.steps or reach >= 0.5 or not moves:
             return ""
         reason = f", as rate x steps / 2 is {reach:.2g} and an element changes half a step away: give more of them"
         return f"{reason}, or keep where elements were (gptq{{latents=true}})" if elements else reason
 
-    def _rate(self) -> float:
-        return self.rate or (_FLOAT_RATE if self.train in _FLOATS else _RATE)
+    def _rate(self, program: Program) -> float:
+        """Latents that do not begin on elements change them at the first steps, and noise at a high rate loses more."""
+        default = _LATENT_RATE if self._between_elements(program) else _RATE
+        return self.rate or (_FLOAT_RATE if self.train in _FLOATS else default)
+
+    def _between_elements(self, program: Program) -> bool:
+        elements = self.train in (Parts.WEIGHTS, Parts.ALL, Parts.OUTLIERS, Parts.LORA)
+        return elements and any(rounding.offsets is not None for rounding in program.rounded.values())
 
     def _distilled(self, program: Program, chosen: Mapping[str, Matmul | None]) -> Distilled:
-        schedule = Schedule(self.steps, self._rate(), self.snapshots, self.epochs, self.guard, self.batch)
+        schedule = Schedule(self.steps, self._rate(program), self.snapshots, self.epochs, self.guard, self.batch)
         originals = {name: program.tensor(name).detach() for name in chosen}
 
         def trained(names: Sequence[str]) -> TrainedTensors:
@@ -219,7 +225,7 @@ class Distill(Pass):
         vectors = {name: originals[name] for name, matmul in chosen.items() if matmul is None}
         if not vectors:
             return elements
-        return TrainedTogether([elements, TrainedVectors(vectors, self.bound, _FLOAT_RATE / self._rate())])
+        return TrainedTogether([elements, TrainedVectors(vectors, self.bound, _FLOAT_RATE / self._rate(program))])
 
     def _store(self, program: Program, name: str, matmul: Matmul | None, tensors: Mapping[str, Tensor]) -> None:
         if name not in tensors:
