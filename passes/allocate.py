@@ -22,6 +22,7 @@ from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.format_costs.budgets import Budgets, Latency
 from mxcompile.calibration.format_costs.divergence import kl_costs, noise_costs
 from mxcompile.calibration.format_costs.fisher import fisher_costs
+from mxcompile.calibration.format_costs.gptq_errors import FormatRounding
 from mxcompile.calibration.format_costs.pairs import FormatPair, item_records
 from mxcompile.calibration.run import visible_batches
 from mxcompile.errors import PipelineError
@@ -40,13 +41,6 @@ class FormatScore(Enum):
     FISHER = "fisher"
     NOISE = "noise"
     KL = "kl"
-
-
-class FormatRounding(Enum):
-    """How later passes round: to nearest, or by GPTQ, which leaves smaller errors, by other factors in other layers."""
-
-    NEAREST = "nearest"
-    GPTQ = "gptq"
 
 
 _COSTS: Final = {FormatScore.FISHER: fisher_costs, FormatScore.NOISE: noise_costs, FormatScore.KL: kl_costs}

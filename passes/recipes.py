@@ -2,11 +2,11 @@
 
 from typing import Final
 
+from mxcompile.calibration.format_costs.gptq_errors import FormatRounding
 from mxcompile.errors import PipelineError, UnknownNameError
 from mxcompile.formats import MXFP4, MXFP6_E2M3, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat
 from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.passes import PASSES, Allocate, Gptq, LowerMX, QuantizeCache
-from mxcompile.passes.allocate import FormatRounding
 from mxcompile.pipeline.pipeline import Pipeline
 
 DEFAULT: Final = "w4a8-mxint"

@@ -13,7 +13,7 @@ from mxcompile.analysis.choice import choose
 from mxcompile.analysis.format_items import find_items
 from mxcompile.analysis.layers import find_layers
 from mxcompile.calibration.backward_run import BackwardRun
-from mxcompile.calibration.format_costs.gptq_errors import weights_by_gptq
+from mxcompile.calibration.format_costs.gptq_errors import FormatRounding, weights_by_gptq
 from mxcompile.calibration.format_costs.pairs import FormatPair
 from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.errors import InputError, NoDataError, PassError, PipelineError, UnknownNameError
@@ -22,7 +22,7 @@ from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.printer import print_changes
 from mxcompile.kernels.measured_times import times_of
 from mxcompile.numerics.metrics import kl_divergence
-from mxcompile.passes.allocate import Allocate, FormatRounding, FormatScore
+from mxcompile.passes.allocate import Allocate, FormatScore
 from mxcompile.passes.recipes import with_bits
 from mxcompile.pipeline.pipeline import Pipeline
 from mxcompile.tensor.weight import MXWeight

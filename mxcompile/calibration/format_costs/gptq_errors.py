@@ -6,6 +6,7 @@ as at run time, and no earlier error is compensated.
 """
 
 from collections.abc import Sequence
+from enum import Enum
 
 from torch import Tensor
 from torch.fx import Node
@@ -22,6 +23,13 @@ from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program
 
 _DAMPING = 0.01
+
+
+class FormatRounding(Enum):
+    """How later passes round: to nearest, or by GPTQ, which leaves smaller errors, by other factors in other layers."""
+
+    NEAREST = "nearest"
+    GPTQ = "gptq"
 
 
 def weights_by_gptq(
