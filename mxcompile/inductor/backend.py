@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule
 
 from mxcompile.graph.records import PassResult
 from mxcompile.inductor import unwrap_weights
+from mxcompile.inductor.compiled_forward import call_sites_recorded
 from mxcompile.inductor.private_api import (
     AttrSource,
     CacheBase,
@@ -147,6 +148,10 @@ class MXBackend(InductorBackend):
     def __call__(self, model_: GraphModule, inputs_: list[Any], **options: Any) -> Callable[..., Any]:
         """Compile a Dynamo graph; see `unwrap_weights`, and `split_graph` for equal layers, which are compiled once
         where no gradients are wanted."""
+        with call_sites_recorded():
+            return self._compiled(model_, inputs_, **options)
+
+    def _compiled(self, model_: GraphModule, inputs_: list[Any], **options: Any) -> Callable[..., Any]:
         module, flat = unwrap_weights.unwrap_weights(model_, inputs_, AttrSource)
 
         def compile_(piece: GraphModule, inputs: list[Any]) -> Any:

@@ -7,6 +7,7 @@ The rest of this room imports them from here, so that a torch without one of the
 from typing import Any
 
 import torch
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame, mark_static_address, maybe_mark_dynamic, optimize
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import AttrSource
@@ -38,6 +39,7 @@ __all__ = [
     "aot_autograd",
     "aoti_compile_and_package",
     "cache_entries",
+    "dynamo_config",
     "get_cpp_compiler",
     "get_hash_for_files",
     "has_triton",

@@ -14,7 +14,9 @@ import pytest
 import torch
 from models import build, inputs, output
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from torch._inductor import codecache, cpu_vec_isa
+from torch.fx import traceback as fx_traceback
 
 import mxcompile
 from mxcompile.analysis.choice import choose
@@ -22,7 +24,7 @@ from mxcompile.analysis.folds.multiplier import insert_multiplier, multiplier_of
 from mxcompile.errors import CompileError
 from mxcompile.inductor import backend, compile_module, why_no_inductor
 from mxcompile.inductor.compile import _compile_generate
-from mxcompile.inductor.compiled_forward import CompiledForward
+from mxcompile.inductor.compiled_forward import CompiledForward, call_sites_recorded
 from mxcompile.inductor.decode_step import DecodeStep
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.numerics.metrics import sqnr_db
@@ -209,20 +211,41 @@ def test_what_the_keys_of_the_cache_hold_is_found_while_dynamo_traces():
     assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 1
 
 
+class AddsOne(torch.nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
 def test_no_garbage_is_collected_while_a_graph_is_traced():
     enabled: list[bool] = []
-
-    class Looks(torch.nn.Module):
-        def forward(self, x):
-            return x + 1
+    after = dynamo_config.run_gc_after_compile
 
     def looking(graph, _):
-        enabled.append(gc.isenabled())
+        enabled.extend((gc.isenabled(), dynamo_config.run_gc_after_compile))
         return graph.forward
 
-    forward = CompiledForward(Looks(), looking)
+    forward = CompiledForward(AddsOne(), looking)
     assert torch.equal(forward(torch.ones(3)), torch.full((3,), 2.0))
-    assert (enabled, gc.isenabled()) == ([False], True)
+    assert enabled == [False, False]
+    assert (gc.isenabled(), dynamo_config.run_gc_after_compile) == (True, after)
+
+
+def test_lines_of_python_are_not_recorded_while_a_graph_is_traced():
+    """Dynamo would name this file in each node; what compiles the graph finds torch's state as it is without us."""
+    traces: list[str | None] = []
+
+    def state():
+        return fx_traceback.has_preserved_node_meta(), fx_traceback.get_current_meta().get("stack_trace")
+
+    def looking(graph, _):
+        traces.extend(node.stack_trace for node in graph.graph.nodes if node.op == "call_function")
+        with call_sites_recorded():
+            assert state() == (False, None)
+        return graph.forward
+
+    assert torch.equal(CompiledForward(AddsOne(), looking)(torch.ones(3)), torch.full((3,), 2.0))
+    assert [str(trace).strip() for trace in traces] == ["lines of Python are not recorded while a module is traced"]
+    assert state() == (False, None)
 
 
 def test_with_a_compiler_nothing_is_said():
