@@ -71,6 +71,7 @@ def main() -> None:
         print(json.dumps(measured(arguments, *arguments.way.split(":"))))
         return
     ways = [way for way in (WAYS if arguments.model == SMOLLM2 else MOE_WAYS) if way[1] in arguments.dtypes.split(",")]
+    ways = [way for way in ways if arguments.ways is None or way[0] in arguments.ways.split(";")]
     ways += [LLAMA] if arguments.llama else []
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for _ in range(arguments.rounds):
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated: %(default)s")
+    parser.add_argument("--ways", help="only these rows, separated by ;")
     parser.add_argument("--spinning", type=int, default=0, help="processes that compute all the time beside it")
     parser.add_argument("--llama", action="store_true", help="measure llama.cpp, too")
     parser.add_argument("--out", type=Path, help="append the results to this file, one JSON object a line")

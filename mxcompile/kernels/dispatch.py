@@ -293,16 +293,21 @@ def add_norm(
     """`x + residual` and its norm, quantized and dequantized."""
     kernel = _triton("triton.norm", x)
     if kernel is not None and kernel.supports(x, rounding) is None:
-        return kernel.add_norm(x, residual, weight, bias, norm, rounding)
+        return kernel.add_norm(x, residual, weight, bias, norm, rounding, None, _start_early(x))
     x = x if residual is None else x + residual
     return x, quantize_dequantize(norm(x, weight, bias), *rounding)
+
+
+def _start_early(x: Tensor) -> bool:
+    matmuls = _triton("gpu_linears", x)
+    return matmuls is not None and matmuls.start_early(x)
 
 
 def gate_product(gate: Tensor, up: Tensor, function: Gate, rounding: tuple[MXFormat, ScaleRule]) -> Tensor:
     """`f(gate) * up`, quantized and dequantized."""
     kernel = _triton("triton.gate_product", gate)
     if kernel is not None and kernel.supports(gate, rounding) is None:
-        return kernel.multiply_and_round(gate, up, function, rounding)
+        return kernel.multiply_and_round(gate, up, function, rounding, None, _start_early(gate))
     return quantize_dequantize(function(torch.cat([gate, up], -1)), *rounding)
 
 

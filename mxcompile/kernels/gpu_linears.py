@@ -19,7 +19,7 @@ from mxcompile.kernels.layout.planes import PlanarScaling, PlanarWeight, from_by
 from mxcompile.kernels.triton import align, dequantize, held_planes, split_k_counters
 from mxcompile.kernels.triton import planes_linear as triton_planes
 from mxcompile.kernels.triton.elements import starts_early
-from mxcompile.kernels.tuned_configs import Config, config_for
+from mxcompile.kernels.tuned_configs import Config, config_for, most_held_tokens
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """A planar weight as bytes, elements `[out, bytes]` and scales `[out, blocks]`, and a bias `[out]` or None."""
@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 def supports(x: Tensor) -> str | None:
     """None if `linears` supports x, else the reason."""
     return triton_planes.supports(x)
+
+
+def start_early(x: Tensor) -> bool:
+    """Whether the matmuls of these tokens are launched early, which pays if the kernels between them are, too."""
+    return starts_early(x) and math.prod(x.shape[:-1]) <= most_held_tokens(x.device)
 
 
 def linears(x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, scaling: PlanarScaling) -> list[Tensor]:

@@ -91,6 +91,13 @@ def token_counts(device: torch.device, fmt: MXFormat) -> list[int]:
     return sorted(measured | {rows for rows, _ in _DEFAULT_CONFIGS})
 
 
+@cache
+def most_held_tokens(device: torch.device) -> int:
+    """The most tokens for which the device's table has matmuls with weights in registers; 0 if it has none."""
+    rows = [entry.m for entry in _table(table_name(device)) if isinstance(entry.config, held_planes.Config)]
+    return max(rows, default=0)
+
+
 def path_name(config: Config) -> str:
     """The name of a config's kernel in the table."""
     return next(name for name, kind in _KINDS.items() if type(config) is kind)

@@ -95,6 +95,24 @@ def test_other_shapes_are_split_into_as_many_programs() -> None:
     assert config_for(MXINT4, 64, 256, 8, torch.device("cuda")).split == 1  # pyright: ignore[reportOptionalMemberAccess]
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("NVIDIA H200", 4), ("NVIDIA H100 80GB HBM3", 0)])
+def test_the_kernels_between_matmuls_start_early_where_these_do(
+    monkeypatch: pytest.MonkeyPatch, name: str, tokens: int
+) -> None:
+    """A chain of layers is slower if its norms start early and its matmuls do not."""
+    from mxcompile.kernels import gpu_linears
+    from mxcompile.kernels.tuned_configs import most_held_tokens, table_name
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(gpu_linears, "starts_early", lambda _: True)
+    for cached in (table_name, most_held_tokens):
+        cached.cache_clear()
+    assert [gpu_linears.start_early(torch.zeros(rows, 1, 8)) for rows in (1, 4, 5)] == [tokens >= 1, tokens >= 4, False]
+    for cached in (table_name, most_held_tokens):
+        cached.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("name", "capability", "table"),
     [
