@@ -19,6 +19,11 @@ def _maximum(a, b):
 
 
 @triton.jit
+def _minimum(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
 def _sum(a, b):
     return a + b
 
@@ -35,7 +40,7 @@ def count_newest(held, position, EXACT: tl.constexpr):
         place = position - 1 - back
         inside = (place >= 0) & (back < EXACT[0] - 1)
         is_held = tl.load(held + place % EXACT[2], mask=inside, other=-1) == place
-        first_missing = -tl.reduce(tl.where(inside & is_held, -EXACT[3], -back), 0, _maximum)
+        first_missing = tl.reduce(tl.where(inside & is_held, EXACT[3], back), 0, _minimum)
         count = tl.minimum(first_missing, EXACT[0] - 1)
     return count
 
