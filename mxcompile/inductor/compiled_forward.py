@@ -141,7 +141,7 @@ def call_sites_unrecorded() -> Generator[None]:
 def call_sites_recorded() -> Generator[None]:
     """Undo `call_sites_unrecorded`, for what compiles the traced graph."""
     with traceback.preserve_node_meta():
-        traceback.set_stack_trace([])
+        traceback.get_current_meta().pop("stack_trace", None)  # torch 2.11 takes an empty list for nothing to set
         with traceback.preserve_node_meta(False):
             yield
 
