@@ -68,23 +68,18 @@ def interpreted() -> Iterator[SimpleNamespace]:
         _patch_the_language_once_a_launch(patch)
         # The interpreter recognizes Triton's own maximum and sum; it calls others once per element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
+        for name in ("attention_kernel", "packed_attention_kernel", "exact_tokens", "packed_queries"):
+            patch.setattr(copies[name], "maximum", standard._elementwise_max)
+            patch.setattr(copies[name], "plus", standard._sum_combine)
         for name in (
             "quantize",
             "align",
-            "attention_kernel",
-            "packed_attention_kernel",
-            "exact_tokens",
-            "packed_queries",
             "append_packed",
             "grouped_planes",
             "gate_rows",
         ):
             patch.setattr(copies[name], "_maximum", standard._elementwise_max)
         for name in (
-            "attention_kernel",
-            "packed_attention_kernel",
-            "exact_tokens",
-            "packed_queries",
             "expert_slices",
             "expert_sums",
             "grouped_planes",

@@ -23,12 +23,14 @@ FLOAT32_TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
-def _maximum(a, b):
+def maximum(a, b):
+    """How attention's reductions join two values; `tl.max` and `tl.sum` are calls of several functions."""
     return tl.maximum(a, b)
 
 
 @triton.jit
-def _sum(a, b):
+def plus(a, b):
+    """As `maximum`."""
     return a + b
 
 
@@ -127,7 +129,7 @@ def _masked(scores, mask_values, inside, MASK: tl.constexpr):
 def _softmax_step(scores, values, running_max, denominators, acc, INTERPRETED: tl.constexpr):
     """Update the running maximum, the denominators of each key of a block, and the weighted sum of values with another
     block of keys."""
-    new_max = tl.maximum(running_max, tl.reduce(scores, 1, _maximum))
+    new_max = tl.maximum(running_max, tl.reduce(scores, 1, maximum))
     exponentials = tl.exp(scores - new_max[:, None])
     rescale = tl.exp(running_max - new_max)
     denominators = denominators * rescale[:, None] + exponentials
@@ -138,10 +140,10 @@ def _softmax_step(scores, values, running_max, denominators, acc, INTERPRETED: t
 @triton.jit
 def _softmax_step_of_one(scores, value, running_max, denominator, acc, INTERPRETED: tl.constexpr):
     """The same with one key: scores `[rows, 1]` and its value `[1, VLANES]`."""
-    new_max = tl.maximum(running_max, tl.reduce(scores, 1, _maximum))
+    new_max = tl.maximum(running_max, tl.reduce(scores, 1, maximum))
     exponentials = tl.exp(scores - new_max[:, None])
     rescale = tl.exp(running_max - new_max)
-    denominator = denominator * rescale + tl.reduce(exponentials, 1, _sum)
+    denominator = denominator * rescale + tl.reduce(exponentials, 1, plus)
     rounded = narrow(exponentials, value.dtype) if INTERPRETED else exponentials.to(value.dtype)
     return new_max, denominator, acc * rescale[:, None] + widen(rounded) * widen(value)
 
@@ -199,7 +201,7 @@ def _attend_to_cache(
             inside &= k != place
         scores = _masked(scores, mask_values, inside, MASK)
         running_max, denominators, acc = _softmax_step(scores, value_block, running_max, denominators, acc, INTERPRETED)
-    return running_max, tl.reduce(denominators, 1, _sum), acc
+    return running_max, tl.reduce(denominators, 1, plus), acc
 
 
 @triton.jit
@@ -229,7 +231,7 @@ def _attend_to_new(
     inside = (place + one >= 0) & (place + one < keys)
     _store_row(cache[0] + place * strides[1], k, inside, SIZES[0], SIZES[2])
     _store_row(cache[1] + place * strides[2], v, inside, SIZES[1], SIZES[3])
-    scores = tl.expand_dims(tl.reduce(widen(q) * widen(k), 1, _sum), 1) * scale
+    scores = tl.expand_dims(tl.reduce(widen(q) * widen(k), 1, plus), 1) * scale
     mask_values = _load_mask(mask, heads[0], place + one, heads[1], inside, strides[3], MASK, MASK_OF_HEADS)
     scores = _masked(scores, mask_values, inside, MASK)
     return _softmax_step_of_one(scores, v, partial[0], partial[1], partial[2], INTERPRETED)

@@ -9,23 +9,13 @@ them, and the others leave them out. Part of `packed_attention_kernel.py`; see `
 import triton
 import triton.language as tl
 
-from mxcompile.kernels.triton.attention_kernel import FLOAT32_LOWEST, multiply, partial_pointers
+from mxcompile.kernels.triton.attention_kernel import FLOAT32_LOWEST, maximum, multiply, partial_pointers, plus
 from mxcompile.kernels.triton.elements import narrow, widen
-
-
-@triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b)
 
 
 @triton.jit
 def _minimum(a, b):
     return tl.minimum(a, b)
-
-
-@triton.jit
-def _sum(a, b):
-    return a + b
 
 
 @triton.jit
@@ -90,10 +80,10 @@ def _step(partial, query, keys, values, mask, inside, scale, MASK: tl.constexpr,
     elif MASK == "float":
         scores += widen(mask)
     scores = tl.where(inside, scores, float("-inf"))
-    new_max = tl.maximum(partial[0], tl.reduce(scores, 1, _maximum))
+    new_max = tl.maximum(partial[0], tl.reduce(scores, 1, maximum))
     exponentials = tl.exp(scores - new_max[:, None])
     rescale = tl.exp(partial[0] - new_max)
-    denominator = partial[1] * rescale + tl.reduce(exponentials, 1, _sum)
+    denominator = partial[1] * rescale + tl.reduce(exponentials, 1, plus)
     rounded = narrow(exponentials, values.dtype) if INTERPRETED else exponentials.to(values.dtype)
     return new_max, denominator, multiply(rounded, values, partial[2] * rescale[:, None], INTERPRETED)
 

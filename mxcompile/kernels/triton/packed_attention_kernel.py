@@ -23,8 +23,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mxcompile.kernels.triton.attention_kernel import (
     FLOAT32_LOWEST,
     combine_partials,
+    maximum,
     multiply,
     partial_pointers,
+    plus,
     prefetch,
     store_rows,
 )
@@ -42,16 +44,6 @@ WEIGHTS_OF_BLOCK: tl.constexpr = tl.constexpr(
     "{ .reg .b32 s, t, e; lop3.b32 s, $3, 0xFF, $4, 0xE2; prmt.b32 t, $1, $2, s; shl.b32 t, t, 7; "
     "and.b32 t, t, 0x7F807F80; cvt.rn.bf16x2.f32 e, $6, $5; mov.b32 s, 0x80008000; fma.rn.bf16x2 $0, e, t, s; }"
 )
-
-
-@triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _sum(a, b):
-    return a + b
 
 
 @triton.jit
@@ -100,7 +92,7 @@ def _own_block(acc, VALUE: tl.constexpr):
     block = tl.arange(0, VALUE[2][1])[None, :, None, None]
     own = (tl.arange(0, VALUE[1][1]) // VALUE[0][2])[None, None, None, :] == block
     split = tl.reshape(acc, (acc.shape[0], VALUE[2][1], acc.shape[1] // VALUE[2][1], VALUE[1][1]))
-    return tl.reduce(tl.where(own, split, 0.0), 1, _sum)
+    return tl.reduce(tl.where(own, split, 0.0), 1, plus)
 
 
 @triton.jit
@@ -198,7 +190,7 @@ def _scores(planes, surplus, words, scales, KEY: tl.constexpr, ROWS: tl.constexp
         queries = tl.broadcast_to(tl.expand_dims(planes[plane], 0), (SLICES, ROWS[1], KEY[1][1]))
         partial = multiply(queries, keys, partial, INTERPRETED)
     partial = tl.reshape(partial, (SLICES, KEY[2][1], ROWS[0], TOKENS))
-    return tl.reduce(partial * _scale_factors(scales, KEY, INTERPRETED), 1, _sum)
+    return tl.reduce(partial * _scale_factors(scales, KEY, INTERPRETED), 1, plus)
 
 
 @triton.jit
@@ -286,7 +278,7 @@ def _attend_to_blocks(
         value_scales = _load_scales(states[3], start, local, strides[3], VALUE)
         scores = _scores(planes, added, key_words, key_scales, KEY, ROWS, INTERPRETED) * scales[None, :, None]
         scores = _masked(scores, mask_values, inside, MASK)
-        new_max = tl.maximum(running_max, tl.reduce(scores, 2, _maximum))
+        new_max = tl.maximum(running_max, tl.reduce(scores, 2, maximum))
         exponentials = tl.exp(scores - tl.expand_dims(new_max, 2))
         rescale = tl.exp(running_max - new_max)
         running_max = new_max
@@ -295,7 +287,7 @@ def _attend_to_blocks(
         every = tl.broadcast_to(tl.expand_dims(rescale, 1), (SLICES, VALUE[2][1], ROWS[0]))
         every = tl.expand_dims(tl.reshape(every, (SLICES, ROWS[2])), 2)
         acc = _add_values(weights, value_words, acc, every, VALUE, INTERPRETED)
-    return running_max, tl.reduce(denominators, 2, _sum), acc
+    return running_max, tl.reduce(denominators, 2, plus), acc
 
 
 @triton.jit

@@ -9,21 +9,12 @@ rows are.
 import triton
 import triton.language as tl
 
+from mxcompile.kernels.triton.attention_kernel import maximum, plus
 from mxcompile.kernels.triton.elements import widen
 from mxcompile.kernels.triton.packed_states import element_of
 
 # A value that nothing moves past: loads before it are all on their way when it is needed.
 KEPT: tl.constexpr = tl.constexpr("mov.b32 $0, $1;")
-
-
-@triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _sum(a, b):
-    return a + b
 
 
 @triton.jit
@@ -68,7 +59,7 @@ def load_queries(
 def _row_scales(values):
     """2**14 over the power of two of each query row's largest number, and its reciprocal: float16 takes rows times
     these, and what it loses is less than 2**-38 of the largest."""
-    largest = tl.reduce(tl.abs(widen(values)), 1, _maximum).to(tl.int32, bitcast=True) >> 23
+    largest = tl.reduce(tl.abs(widen(values)), 1, maximum).to(tl.int32, bitcast=True) >> 23
     exponent = tl.minimum(tl.maximum(largest, 15), 254)
     return _power(127 + 127 + 14 - exponent), _power(exponent - 14)
 
@@ -105,5 +96,5 @@ def surplus(planes, KEY: tl.constexpr, ROWS: tl.constexpr):
         total = tl.full((ROWS[1], KEY[1][1]), 0.0, tl.float32)
         for plane in tl.static_range(PLANES):
             total += widen(planes[plane])
-        surplus = tl.reduce(total, 1, _sum) * KEY[4][1]
+        surplus = tl.reduce(total, 1, plus) * KEY[4][1]
     return surplus
