@@ -11,9 +11,8 @@ import mxcompile
 from mxcompile import load, save
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.format_items import find_items
-from mxcompile.analysis.layers import find_layers
 from mxcompile.calibration.backward_run import BackwardRun
-from mxcompile.calibration.format_costs.gptq_errors import FormatRounding, weights_by_gptq
+from mxcompile.calibration.format_costs.gptq_errors import weights_by_gptq
 from mxcompile.calibration.format_costs.pairs import FormatPair
 from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.errors import NoDataError, PassError, PipelineError, UnknownNameError
@@ -453,52 +452,3 @@ def test_the_ledger_keeps_and_prints_the_choice(program, tmp_path: Path):
     page = (tmp_path / "index.html").read_text()
     assert "Formats for 5 bits a weight" in page
     assert "model.layers.0.self_attn: q_proj, k_proj, v_proj" in page
-
-
-# 6. formats of inputs
-
-
-def test_inputs_have_the_formats_that_their_weights_were_paired_with(program):
-    paired = "formats=[mxfp4,mxfp8_e4m3],activations=[mxfp4,mxfp8_e4m3],bits=5.5"
-    rest = "gptq{format=mxfp4,A} | tune-vectors{A,steps=4} | lower-mx{weight=mxfp4,A}".replace("A", "activation=mxfp4")
-    after = Pipeline.parse(f"allocate{{{paired}}} | {rest}").run(program, BATCHES)
-    assert after.input_formats == after.formats
-    layers = find_layers(after)
-    assert {(layer.format, str(layer.input_rounding)) for layer in layers.values()} == {
-        ("mxfp4", "mxfp4"),
-        ("mxfp8_e4m3", "mxfp8_e4m3"),
-    }
-    items = after.ledger[0].allocation.items
-    assert list(items[0].costs) == ["mxfp4/mxfp4", "mxfp8_e4m3/mxfp8_e4m3"]
-    assert {(item.format, item.activation) for item in items} == {("mxfp4", "mxfp4"), ("mxfp8_e4m3", "mxfp8_e4m3")}
-    deployed = mxcompile.deploy(after, hard_to_round())
-    with torch.no_grad():
-        assert torch.equal(output(deployed(**BATCHES[0])), output(after(**BATCHES[0])))
-
-
-def test_the_text_shows_chosen_formats_of_inputs(program):
-    after = allocated(program, "formats=[mxfp4,mxfp8_e4m3],activations=[mxfp4,mxfp8_e4m3],bits=5.5")
-    changed = [line for line in print_changes(program, after).splitlines() if line.startswith("+")]
-    assert all(line.endswith((" input=mxfp4 chosen=mxfp4", " input=mxfp8_e4m3 chosen=mxfp8_e4m3")) for line in changed)
-
-
-def test_the_cost_of_an_input_format_is_its_share(program):
-    after = allocated(program, "formats=[mxint4,mxint4],activations=[mxfp4,mxint8],bits=4.25")
-    for item in after.ledger[0].allocation.items:
-        assert item.costs["mxint4/mxfp4"] > item.costs["mxint4/mxint8"]
-        assert item.activation == "mxint8"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"activations": (MXFP4,)}, "one entry for each of formats"),
-        ({"activations": (MXINT8,) * 3, "activation": MXINT8}, "no activation beside"),
-        ({"activations": (MXINT8,) * 3, "score": FormatScore.NOISE}, "does not see the errors of inputs"),
-        ({"rounding": FormatRounding.GPTQ, "score": FormatScore.KL}, "needs score=fisher"),
-        ({"activations": FORMATS, "joined": False}, "would give one value inputs of several formats"),
-    ],
-)
-def test_impossible_formats_of_inputs_are_refused(options, message):
-    with pytest.raises(PipelineError, match=message):
-        Allocate(FORMATS, 5, **options)
