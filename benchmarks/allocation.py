@@ -26,10 +26,10 @@ from torch import Tensor
 import mxcompile
 from mxcompile.analysis.budget import Limit, choose_under_budget
 from mxcompile.analysis.format_items import FormatItem, find_items
-from mxcompile.calibration.altered_run import AlteredRun
-from mxcompile.calibration.observers import ChannelImportance
 from mxcompile.calibration.quantizers import round_input
-from mxcompile.calibration.run import Request, Runner, gather_statistics, visible_outputs
+from mxcompile.calibration.runs.altered_run import AlteredRun
+from mxcompile.calibration.runs.run import Request, Runner, gather_statistics, visible_outputs
+from mxcompile.calibration.statistics.observers import ChannelImportance
 from mxcompile.cli import smollm2
 from mxcompile.formats import MXFormat, parse_format
 from mxcompile.graph.inputs import Inputs

@@ -43,7 +43,7 @@ import json, os, sys, time
 import torch
 import mxcompile
 from transformers import AutoModelForCausalLM
-from mxcompile.calibration.ranks import is_first, launched_group
+from mxcompile.calibration.ranks.process_group import is_first, launched_group
 from mxcompile.pipeline.interfaces import Instrument
 
 class Stop(Exception):

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import mxcompile
 from mxcompile.calibration.data.windows import token_ids
-from mxcompile.calibration.ranks import is_first, launched_group
+from mxcompile.calibration.ranks.process_group import is_first, launched_group
 from mxcompile.cli import smollm2
 from mxcompile.cli.model_source import load_model
 from mxcompile.cli.texts import help_text

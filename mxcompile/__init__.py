@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 from mxcompile import formats
 from mxcompile.analysis.choice import choose
 from mxcompile.api import load, quantize_and_compile, quantize_checkpoint
-from mxcompile.calibration import observers
 from mxcompile.calibration.data.batches import calibration_batches
 from mxcompile.calibration.data.self_generated import generate_calibration
 from mxcompile.calibration.data.windows import token_windows
-from mxcompile.calibration.ranks import alone
-from mxcompile.calibration.run import Request
+from mxcompile.calibration.ranks.process_group import alone
+from mxcompile.calibration.runs.run import Request
+from mxcompile.calibration.statistics import observers
 from mxcompile.checkpoint import read_gguf, register, save
 from mxcompile.deploy import deploy
 from mxcompile.diagnostics.bisect import Bisection, bisect

@@ -14,7 +14,7 @@ from torch import nn
 from mxcompile import checkpoint
 from mxcompile.analysis.choice import head_paths
 from mxcompile.arguments import checked
-from mxcompile.calibration.ranks import is_first, joined
+from mxcompile.calibration.ranks.process_group import is_first, joined
 from mxcompile.checkpoint.mapped_model import mapped_model, module_of
 from mxcompile.checkpoint.save import SHARD_SIZE
 from mxcompile.checkpoint.source_files import SourceFiles

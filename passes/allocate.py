@@ -24,7 +24,7 @@ from mxcompile.calibration.format_costs.divergence import kl_costs, noise_costs
 from mxcompile.calibration.format_costs.fisher import fisher_costs
 from mxcompile.calibration.format_costs.gptq_errors import FormatRounding
 from mxcompile.calibration.format_costs.pairs import FormatPair, item_records
-from mxcompile.calibration.run import visible_batches
+from mxcompile.calibration.runs.run import visible_batches
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.inputs import Inputs

@@ -16,10 +16,10 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups
 from mxcompile.analysis.folds.multiplier import multiplier_groups
-from mxcompile.calibration.factor_search import Objective, power_candidates
-from mxcompile.calibration.fold_search import FoldSearch, MatmulStatistic
-from mxcompile.calibration.observers import ChannelMeanAbs
 from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.searches.factor_search import Objective, power_candidates
+from mxcompile.calibration.searches.fold_search import FoldSearch, MatmulStatistic
+from mxcompile.calibration.statistics.observers import ChannelMeanAbs
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Miss, PassResult

@@ -21,14 +21,14 @@ from mxcompile.analysis.folds.rotation import rotation_of
 from mxcompile.analysis.layers import find_layers
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.group_facts import list_matrices
-from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample, values_of
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.remedies import SampledValue
-from mxcompile.calibration.run import NO_TOKENS
-from mxcompile.calibration.sweep import Sweep
-from mxcompile.calibration.value_profile import Profile, ValueProfile
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.run import NO_TOKENS
+from mxcompile.calibration.runs.sweep import Sweep
+from mxcompile.calibration.searches.group_facts import list_matrices
+from mxcompile.calibration.searches.remedies import SampledValue
+from mxcompile.calibration.statistics.observers import ChannelImportance, Observer, TokenSample, values_of
+from mxcompile.calibration.statistics.value_profile import Profile, ValueProfile
 from mxcompile.formats import MXINT4, MXINT8, MXFormat
 from mxcompile.graph.dataflow import effective_readers
 from mxcompile.graph.program import Program, where

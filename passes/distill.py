@@ -32,8 +32,8 @@ from mxcompile.calibration.learning.trained_tensors import (
     TrainedVectors,
     TrainedWeights,
 )
-from mxcompile.calibration.observers import ChannelImportance
-from mxcompile.calibration.run import Request
+from mxcompile.calibration.runs.run import Request
+from mxcompile.calibration.statistics.observers import ChannelImportance
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, Rounding

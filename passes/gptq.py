@@ -19,13 +19,13 @@ from torch.fx import Node
 from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.altered_run import Prepare
-from mxcompile.calibration.expert_moments import ExpertStatistics, ExpertTokens, TokenTally
 from mxcompile.calibration.learning.first_rounding import round_columns
 from mxcompile.calibration.quantizers import input_roundings
-from mxcompile.calibration.ranks import Ranks, ranks_of
-from mxcompile.calibration.second_moments import SecondMoments
-from mxcompile.calibration.twin_run import TwinRun
+from mxcompile.calibration.ranks.exchange import Ranks, ranks_of
+from mxcompile.calibration.runs.altered_run import Prepare
+from mxcompile.calibration.runs.twin_run import TwinRun
+from mxcompile.calibration.statistics.expert_moments import ExpertStatistics, ExpertTokens, TokenTally
+from mxcompile.calibration.statistics.second_moments import SecondMoments
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides

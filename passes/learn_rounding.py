@@ -19,7 +19,7 @@ from mxcompile.calibration.learning.latent_weights import Trained
 from mxcompile.calibration.learning.rounding_learner import RoundingLearner
 from mxcompile.calibration.learning.segment_training import TrainingPlan
 from mxcompile.calibration.quantizers import input_roundings
-from mxcompile.calibration.ranks import ranks_of
+from mxcompile.calibration.ranks.exchange import ranks_of
 from mxcompile.formats import MXFormat
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Stage, where

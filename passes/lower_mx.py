@@ -19,7 +19,7 @@ from mxcompile.analysis.choice import MatmulChoice, check_coverage, choose, excl
 from mxcompile.analysis.matmuls import Matmul, finite_rows, replace_activation
 from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.quantizers import input_format
-from mxcompile.calibration.ranks import ranks_of
+from mxcompile.calibration.ranks.exchange import ranks_of
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule
 from mxcompile.graph.edit import BLOCK_AXIS, PACKS, insert_call, insert_tensor

@@ -18,8 +18,8 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.orders import OrderGroup, OrderKind, find_orders, reorder
 from mxcompile.analysis.matmuls import Matmul, finite_rows
-from mxcompile.calibration.observers import ChannelImportance
-from mxcompile.calibration.run import NO_TOKENS, Request
+from mxcompile.calibration.runs.run import NO_TOKENS, Request
+from mxcompile.calibration.statistics.observers import ChannelImportance
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
 from mxcompile.numerics.row_slices import column_wise

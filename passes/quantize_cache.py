@@ -37,7 +37,7 @@ from mxcompile.analysis.attentions import (
 from mxcompile.analysis.folds.key_bias import KeyBias, key_bias
 from mxcompile.analysis.folds.value_rotation import RotatedValues, rotated_values
 from mxcompile.calibration.cache_errors import CacheErrors, measure_cache
-from mxcompile.calibration.run import BoundBatch, Runner
+from mxcompile.calibration.runs.run import BoundBatch, Runner
 from mxcompile.formats import MXINT8, MXFormat, activation_rule
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.dataflow import compute_nodes, shapes_are_equal

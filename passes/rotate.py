@@ -22,10 +22,14 @@ from mxcompile.analysis.folds.block_transform import transform
 from mxcompile.analysis.folds.rotation import is_rotated, rotate
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.factor_search import Operand, output_error
 from mxcompile.calibration.finished_parts import load_part, save_part
-from mxcompile.calibration.group_facts import list_matrices, subsample_tokens
-from mxcompile.calibration.observers import (
+from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.run import NO_TOKENS
+from mxcompile.calibration.runs.sweep import Sweep
+from mxcompile.calibration.searches.factor_search import Operand, output_error
+from mxcompile.calibration.searches.group_facts import list_matrices, subsample_tokens
+from mxcompile.calibration.statistics.observers import (
     BlockMoments,
     ChannelImportance,
     Observer,
@@ -33,10 +37,6 @@ from mxcompile.calibration.observers import (
     TokenSample,
     values_of,
 )
-from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import NO_TOKENS
-from mxcompile.calibration.sweep import Sweep
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.dataflow import effective_readers

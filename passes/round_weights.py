@@ -12,9 +12,9 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose, override_formats
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.calibration.finished_parts import load_rounded, save_rounded
-from mxcompile.calibration.observers import ChannelImportance
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import NO_TOKENS, Request
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.run import NO_TOKENS, Request
+from mxcompile.calibration.statistics.observers import ChannelImportance
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage, where

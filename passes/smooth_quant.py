@@ -16,11 +16,11 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold, representable_factors
 from mxcompile.analysis.matmuls import Matmul, finite_rows
-from mxcompile.calibration.factor_search import Objective, power_candidates
-from mxcompile.calibration.fold_search import FoldSearch, FoldSearchResult
-from mxcompile.calibration.observers import ChannelAbsMax
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.run import NO_TOKENS, Request
+from mxcompile.calibration.runs.run import NO_TOKENS, Request
+from mxcompile.calibration.searches.factor_search import Objective, power_candidates
+from mxcompile.calibration.searches.fold_search import FoldSearch, FoldSearchResult
+from mxcompile.calibration.statistics.observers import ChannelAbsMax
 from mxcompile.errors import PipelineError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, where

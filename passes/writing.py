@@ -19,10 +19,10 @@ from mxcompile.analysis.choice import MatmulChoice, choose, override_formats
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration import observers
-from mxcompile.calibration.observers import Observer
-from mxcompile.calibration.run import Request
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.runs.run import Request
+from mxcompile.calibration.runs.sweep import Sweep
+from mxcompile.calibration.statistics import observers
+from mxcompile.calibration.statistics.observers import Observer
 from mxcompile.graph.edit import insert_call, insert_tensor
 from mxcompile.graph.name_patterns import Overrides
 from mxcompile.graph.program import Program, Rounding, Stage, where

@@ -19,11 +19,12 @@ from models import build, inputs
 from transformers import AutoModelForCausalLM
 
 import mxcompile
-from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.calibration.learning.schedule import Schedule
 from mxcompile.calibration.learning.trained_tensors import TrainedVectors
-from mxcompile.calibration.ranks import alone, joined, ranks_of
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.ranks.process_group import alone, joined
+from mxcompile.calibration.runs.altered_run import AlteredRun
 from mxcompile.errors import InputError, MXCompileError
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program

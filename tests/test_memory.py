@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import mxcompile
-from mxcompile.calibration import group_facts
+from mxcompile.calibration.searches import group_facts
 from mxcompile.graph.program import Program
 from mxcompile.kernels.layout import rows_to_planes
 from mxcompile.numerics import metrics, row_slices

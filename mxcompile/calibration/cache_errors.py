@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.attentions import Attention
-from mxcompile.calibration.run import BoundBatch, Runner
+from mxcompile.calibration.runs.run import BoundBatch, Runner
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.program import Program

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from mxcompile.calibration.ranks import is_first, launched
+from mxcompile.calibration.ranks.process_group import is_first, launched
 from mxcompile.cli import dump_commands, list_commands, model_commands, quantize_command, serve_command, study_command
 from mxcompile.cli.arguments import (
     Calibration,

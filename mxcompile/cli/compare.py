@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mxcompile.api import quantize_and_compile
 from mxcompile.calibration.data.sources import Documents
 from mxcompile.calibration.data.windows import start_tokens, token_ids
-from mxcompile.calibration.ranks import joined
+from mxcompile.calibration.ranks.process_group import joined
 from mxcompile.cli import smollm2
 from mxcompile.cli.calibration import CalibrationOptions
 from mxcompile.cli.model_source import load_model

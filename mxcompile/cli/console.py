@@ -12,7 +12,7 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 from rich.theme import Theme
 
-from mxcompile.calibration.ranks import is_first
+from mxcompile.calibration.ranks.process_group import is_first
 from mxcompile.diagnostics.ledger import plain
 
 _UNBOUNDED = 10_000  # columns where no terminal sets a width

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mxcompile.api import quantize_checkpoint
-from mxcompile.calibration.ranks import is_first, launched_group
+from mxcompile.calibration.ranks.process_group import is_first, launched_group
 from mxcompile.checkpoint.hub import find_folder
 from mxcompile.cli.compare import EvalOptions, data_without_model
 from mxcompile.cli.console import messages, print_json, results

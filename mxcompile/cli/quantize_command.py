@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from mxcompile.calibration.ranks import is_first, launched, launched_group
+from mxcompile.calibration.ranks.process_group import is_first, launched, launched_group
 from mxcompile.checkpoint import check_destination, check_model, save
 from mxcompile.cli.arguments import (
     Calibration,

@@ -1,10 +1,10 @@
 """Find the pass and the layers that push a quantized model over an error threshold, and suggest a fix.
 
 The program after every pass is scored; the first that crosses the threshold is the culprit. Its changes are then
-applied to the program before it (`calibration/hybrid_run.py`): each alone, for its contribution; then all but the k
-largest, with k found by binary search; then each of those k is applied again if the threshold still holds with it. L
-changes take at most 2 L + log2 L + 2 forwards of the probe. The changes that stay out are the guilty layers. The whole
-pipeline is run again with 8 bits for them, or with them in float, to check that this fixes the model.
+applied to the program before it (`hybrid_run.py`): each alone, for its contribution; then all but the k largest, with k
+found by binary search; then each of those k is applied again if the threshold still holds with it. L changes take at
+most 2 L + log2 L + 2 forwards of the probe. The changes that stay out are the guilty layers. The whole pipeline is run
+again with 8 bits for them, or with them in float, to check that this fixes the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ from torch import nn
 
 from mxcompile.analysis.layers import Layer, find_layers
 from mxcompile.arguments import checked
-from mxcompile.calibration.hybrid_run import HybridRun, ProgramChange, find_changes
-from mxcompile.calibration.run import Runner
+from mxcompile.calibration.runs.hybrid_run import HybridRun, ProgramChange, find_changes
+from mxcompile.calibration.runs.run import Runner
 from mxcompile.diagnostics.program_scores import KLDivergence, Perplexity, Score
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError

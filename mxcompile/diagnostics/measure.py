@@ -21,8 +21,8 @@ from torch.fx import Node
 
 from mxcompile.analysis.layers import InputRounding, Layer, find_layers
 from mxcompile.analysis.row_order import values_with_selected_rows
-from mxcompile.calibration.not_finite import check_inputs
-from mxcompile.calibration.run import Runner, visible_batches, visible_outputs
+from mxcompile.calibration.runs.not_finite import check_inputs
+from mxcompile.calibration.runs.run import Runner, visible_batches, visible_outputs
 from mxcompile.graph.agreement import agreement_db
 from mxcompile.graph.inputs import Inputs, as_inputs
 from mxcompile.graph.program import Program, Stage

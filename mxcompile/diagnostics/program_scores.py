@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.fx import Node
 
-from mxcompile.calibration.run import BoundBatch, Runner, run_outputs, visible_batches, visible_outputs
+from mxcompile.calibration.runs.run import BoundBatch, Runner, run_outputs, visible_batches, visible_outputs
 from mxcompile.errors import InputError
 from mxcompile.graph.agreement import output_tensors
 from mxcompile.graph.binding import bind_inputs

@@ -82,7 +82,7 @@ class Program:
     cache: the format of the key/value cache that the graph computes with; None: float.
     origin: the program as traced, once passes have run. outputs: the output tensors on the example inputs, kept while
         passes preserve the function.
-    ranks: the processes that share a running pipeline (`calibration/ranks.py`), None for one.
+    ranks: the processes that share a running pipeline (`calibration/ranks/`), None for one.
     report: called by `track` with how many of how many items a pass has done. loss: the latest of a pass that trains.
     resume: stores what long passes finish.
     mapped: where large tensors are kept in files, None: in memory. See `keep_in_files`.

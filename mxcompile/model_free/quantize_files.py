@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from mxcompile.arguments import checked
-from mxcompile.calibration.ranks import check_alone
+from mxcompile.calibration.ranks.process_group import check_alone
 from mxcompile.checkpoint.copied_files import tokenizer_files
 from mxcompile.checkpoint.save import SHARD_SIZE, check_destination
 from mxcompile.checkpoint.source_files import SourceFiles

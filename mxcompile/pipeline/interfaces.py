@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mxcompile.calibration.run import Request
+from mxcompile.calibration.runs.run import Request
 from mxcompile.graph.program import Program, Stage
 from mxcompile.graph.records import ModelMeasurements, PassRecord, PassResult
 from mxcompile.pipeline import text_form

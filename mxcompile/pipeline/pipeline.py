@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mxcompile.arguments import checked
 from mxcompile.calibration.finished_parts import load_part, save_part
-from mxcompile.calibration.not_finite import check_inputs, check_requests
-from mxcompile.calibration.ranks import Ranks, joined, ranks_of
-from mxcompile.calibration.run import Request, gather_statistics, visible_batches
+from mxcompile.calibration.ranks.exchange import Ranks, ranks_of
+from mxcompile.calibration.ranks.process_group import joined
+from mxcompile.calibration.runs.not_finite import check_inputs, check_requests
+from mxcompile.calibration.runs.run import Request, gather_statistics, visible_batches
 from mxcompile.errors import InputError, PipelineError, PreservationError
 from mxcompile.formats import MXFormat
 from mxcompile.graph import error_location, verify
@@ -110,7 +111,7 @@ class Pipeline:
             from there.
 
         In an initialized process group of torch.distributed, every process must make this call with the same arguments:
-        they deal out the batches and end with the same program (`calibration/ranks.py`). The first one alone calls the
+        they deal out the batches and end with the same program (`calibration/ranks/`). The first one alone calls the
         instruments and writes to the folder. Raises RankError if a process has ended or does something else.
 
         Raises InputError, which names the batch, if NaN in calibration data, or NaN or Inf computed from them, reaches

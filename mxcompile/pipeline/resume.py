@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxcompile.atomic_files import atomic_file, check_writable, contents, folder_lock, real_path
-from mxcompile.calibration.ranks import Ranks
+from mxcompile.calibration.ranks.exchange import Ranks
 from mxcompile.checkpoint.provenance import installed_versions
 from mxcompile.errors import InputError, warn
 from mxcompile.graph.inputs import Inputs, named_leaves

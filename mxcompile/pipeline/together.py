@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx
 
-from mxcompile.calibration.dealing import warn_if_idle
-from mxcompile.calibration.ranks import Ranks
+from mxcompile.calibration.ranks.dealing import warn_if_idle
+from mxcompile.calibration.ranks.exchange import Ranks
 from mxcompile.graph.program import Program
 from mxcompile.pipeline.resume import digest_of
 from mxcompile.tensor.digest import tensor_bytes

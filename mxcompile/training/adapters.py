@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.arguments import checked
-from mxcompile.calibration.second_moments import SecondMoments
+from mxcompile.calibration.statistics.second_moments import SecondMoments
 from mxcompile.errors import InputError, TrainingError, WeightError, warn
 from mxcompile.formats import ScaleRule, parse_format
 from mxcompile.graph.agreement import output_tensors

@@ -10,8 +10,8 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import find_groups
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.run import Runner
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.runs.run import Runner
+from mxcompile.calibration.runs.sweep import Sweep
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mxcompile.analysis.visibility import Visibility, output_masks
-from mxcompile.calibration.run import BoundBatch, Runner
+from mxcompile.calibration.runs.run import BoundBatch, Runner
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.inputs import as_inputs

@@ -9,7 +9,7 @@ from torch import nn
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.segments import find_segments
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.runs.sweep import Sweep
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace

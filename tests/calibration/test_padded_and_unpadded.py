@@ -13,8 +13,8 @@ from models import build, outliers
 from torch import Tensor, nn
 
 import mxcompile
-from mxcompile.calibration import observers
-from mxcompile.calibration.run import Request, gather_statistics
+from mxcompile.calibration.runs.run import Request, gather_statistics
+from mxcompile.calibration.statistics import observers
 from mxcompile.diagnostics.measure import Measure
 from mxcompile.graph.inputs import as_inputs
 from mxcompile.graph.program import Program

@@ -8,9 +8,9 @@ import torch
 from models import build, llama
 from torch import Tensor, nn
 
-from mxcompile.calibration.observers import ChannelAbsMax, TokenSample
-from mxcompile.calibration.run import BoundBatch, Request, Runner, gather_statistics
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.runs.run import BoundBatch, Request, Runner, gather_statistics
+from mxcompile.calibration.runs.sweep import Sweep
+from mxcompile.calibration.statistics.observers import ChannelAbsMax, TokenSample
 from mxcompile.deploy import deploy
 from mxcompile.diagnostics.measure import Measure
 from mxcompile.diagnostics.program_scores import KLDivergence, Perplexity

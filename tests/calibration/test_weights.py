@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.segments import find_segments
-from mxcompile.calibration.altered_run import AlteredRun
-from mxcompile.calibration.group_facts import first_batches
 from mxcompile.calibration.learning.distillation import Distillation
-from mxcompile.calibration.observers import (
+from mxcompile.calibration.runs.altered_run import AlteredRun
+from mxcompile.calibration.runs.run import BoundBatch, Request, gather_statistics
+from mxcompile.calibration.runs.sweep import Sweep
+from mxcompile.calibration.searches.group_facts import first_batches
+from mxcompile.calibration.statistics.observers import (
     ChannelAbsMax,
     ChannelImportance,
     ChannelMeanAbs,
@@ -19,9 +21,7 @@ from mxcompile.calibration.observers import (
     TokenSample,
     observe,
 )
-from mxcompile.calibration.run import BoundBatch, Request, gather_statistics
-from mxcompile.calibration.second_moments import SecondMoments
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.statistics.second_moments import SecondMoments
 from mxcompile.errors import InputError
 from mxcompile.graph.inputs import Inputs, WeightedBatch, as_inputs
 from mxcompile.graph.program import Program

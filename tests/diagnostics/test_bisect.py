@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import mxcompile
 from mxcompile import Pass, PassResult, Pipeline, bisect
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.hybrid_run import HybridRun, find_changes
-from mxcompile.calibration.run import run_outputs
+from mxcompile.calibration.runs.hybrid_run import HybridRun, find_changes
+from mxcompile.calibration.runs.run import run_outputs
 from mxcompile.cli.app import app
 from mxcompile.errors import InputError
 from mxcompile.formats import MXINT8

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import mxcompile
 from mxcompile import Measure, Miss, Pass, PassResult, Pipeline
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.run import Runner
+from mxcompile.calibration.runs.run import Runner
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.graph.printer import print_program
 from mxcompile.numerics import reference

@@ -9,7 +9,7 @@ from models import build, inputs
 import mxcompile
 from mxcompile import Miss, PassResult, Rule
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.run import Request
+from mxcompile.calibration.runs.run import Request
 from mxcompile.diagnostics.dump import Dump
 from mxcompile.diagnostics.dump_reader import DumpReader
 from mxcompile.diagnostics.measure import Measure

@@ -11,9 +11,9 @@ import mxcompile
 from mxcompile import load, save
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.format_items import find_items
-from mxcompile.calibration.backward_run import BackwardRun
 from mxcompile.calibration.format_costs.gptq_errors import weights_by_gptq
 from mxcompile.calibration.format_costs.pairs import FormatPair
+from mxcompile.calibration.runs.backward_run import BackwardRun
 from mxcompile.diagnostics.ledger import Ledger
 from mxcompile.errors import NoDataError, PassError, PipelineError, UnknownNameError
 from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT6, MXINT8

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import mxcompile
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.observers import ChannelImportance
-from mxcompile.calibration.run import Request, gather_statistics
+from mxcompile.calibration.runs.run import Request, gather_statistics
+from mxcompile.calibration.statistics.observers import ChannelImportance
 from mxcompile.graph.inputs import as_batches
 from mxcompile.numerics.metrics import sqnr_db
 from mxcompile.pipeline.pipeline import Pipeline

@@ -7,7 +7,7 @@ from trained_programs import small_run
 
 import mxcompile
 from mxcompile.calibration.learning.distillation import Distillation
-from mxcompile.calibration.ranks import Ranks
+from mxcompile.calibration.ranks.exchange import Ranks
 from mxcompile.errors import PassError, PipelineError
 from mxcompile.passes.distill import Distill
 from mxcompile.pipeline.pipeline import Pipeline

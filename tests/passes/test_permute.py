@@ -8,7 +8,7 @@ from models import build, inputs, output
 from torch import nn
 
 import mxcompile
-from mxcompile.calibration.observers import ChannelImportance
+from mxcompile.calibration.statistics.observers import ChannelImportance
 from mxcompile.errors import PipelineError
 from mxcompile.graph.printer import print_program
 from mxcompile.numerics.metrics import sqnr_db

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import mxcompile
-from mxcompile.calibration.second_moments import SecondMoments
+from mxcompile.calibration.statistics.second_moments import SecondMoments
 from mxcompile.pipeline.pipeline import Pipeline
 
 NO_TOKENS = "no calibration token reaches it"

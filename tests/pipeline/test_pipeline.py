@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxcompile.calibration.factor_search import Objective
 from mxcompile.calibration.format_costs.budgets import Latency
 from mxcompile.calibration.learning.aims import Compared
 from mxcompile.calibration.learning.latent_weights import Trained
+from mxcompile.calibration.searches.factor_search import Objective
 from mxcompile.errors import PipelineError, UnknownNameError
 from mxcompile.formats import BLOCK_SIZES, FORMATS, MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.graph.name_patterns import Overrides

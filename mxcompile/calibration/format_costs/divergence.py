@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mxcompile.analysis.format_items import FormatItem
 from mxcompile.analysis.matmuls import Matmul, finite_rows
-from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.format_costs.pairs import FormatPair, rounded_weights
 from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.calibration.quantizers import round_input
+from mxcompile.calibration.runs.altered_run import AlteredRun, Prepare
 from mxcompile.errors import NoDataError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.inputs import Inputs

@@ -16,14 +16,14 @@ from torch.fx import Node
 from mxcompile.analysis.format_items import FormatItem
 from mxcompile.analysis.matmuls import Matmul, multiply
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.backward_run import BackwardRun
 from mxcompile.calibration.compared_outputs import ComparedOutputs
-from mxcompile.calibration.dealing import own_batches
 from mxcompile.calibration.format_costs.gptq_errors import weights_by_gptq
 from mxcompile.calibration.format_costs.pairs import FormatPair, rounded_weights
 from mxcompile.calibration.quantizers import round_input
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import BoundBatch
+from mxcompile.calibration.ranks.dealing import own_batches
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.backward_run import BackwardRun
+from mxcompile.calibration.runs.run import BoundBatch
 from mxcompile.errors import NoDataError
 from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.inputs import Inputs

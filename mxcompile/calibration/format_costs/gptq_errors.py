@@ -13,12 +13,12 @@ from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.backward_run import BackwardRun
 from mxcompile.calibration.format_costs.pairs import FormatPair, rounded_weights
 from mxcompile.calibration.learning.first_rounding import FirstRounding
 from mxcompile.calibration.quantizers import round_input
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.second_moments import SecondMoments, sum_moments
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.backward_run import BackwardRun
+from mxcompile.calibration.statistics.second_moments import SecondMoments, sum_moments
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program
 

@@ -10,7 +10,7 @@ from mxcompile.analysis.choice import choose
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
 from mxcompile.calibration.learning import inner_terms
 from mxcompile.calibration.learning.inner_terms import InnerTerm
-from mxcompile.calibration.losses import capped_error
+from mxcompile.calibration.learning.losses import capped_error
 from mxcompile.errors import PassError
 from mxcompile.graph.program import Program
 

@@ -10,16 +10,16 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
-from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
 from mxcompile.calibration.learning.aims import Aims
 from mxcompile.calibration.learning.inner_terms import NEXT_TOKENS, next_tokens
+from mxcompile.calibration.learning.losses import kl_divergence_sum
 from mxcompile.calibration.learning.schedule import Schedule, Training
 from mxcompile.calibration.learning.teacher import Teacher
 from mxcompile.calibration.learning.trained_tensors import TrainedTensors
-from mxcompile.calibration.losses import kl_divergence_sum
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import BoundBatch, for_autograd
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.altered_run import AlteredRun
+from mxcompile.calibration.runs.run import BoundBatch, for_autograd
 from mxcompile.graph.binding import NodeValues, bind_inputs
 from mxcompile.graph.dataflow import compute_nodes, mutated_tensors
 from mxcompile.graph.inputs import Inputs

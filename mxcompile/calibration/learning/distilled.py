@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.learning.aims import Aims
 from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.calibration.learning.schedule import Schedule
 from mxcompile.calibration.learning.trained_tensors import TrainedTensors
 from mxcompile.calibration.quantizers import input_roundings, trainable_roundings
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import visible_batches
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.altered_run import AlteredRun
+from mxcompile.calibration.runs.run import visible_batches
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.inputs import Inputs

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.calibration.ranks import Ranks
-from mxcompile.calibration.second_moments import SecondMoments
+from mxcompile.calibration.ranks.exchange import Ranks
+from mxcompile.calibration.statistics.second_moments import SecondMoments
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.numerics.column_rounding import ColumnOrder, ColumnRounding, IllConditionedError
 from mxcompile.numerics.importance import floored, round_rows

@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from mxcompile.analysis.attentions import find_attentions
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.segments import find_segments
-from mxcompile.calibration.backward_run import reached_by
-from mxcompile.calibration.losses import capped_error
+from mxcompile.calibration.learning.losses import capped_error
+from mxcompile.calibration.runs.backward_run import reached_by
 from mxcompile.graph.program import Program
 from mxcompile.numerics.importance import token_weights
 from mxcompile.ops import CACHED_ATTENTION

@@ -9,14 +9,14 @@ from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.altered_run import Prepare
 from mxcompile.calibration.finished_parts import load_all_rounded, save_all_rounded
 from mxcompile.calibration.learning.first_rounding import FirstRounding, by_input
 from mxcompile.calibration.learning.latent_weights import FAR, NEAR, LatentWeight, Trained
 from mxcompile.calibration.learning.segment_training import Predictions, SegmentOutputs, SegmentTraining, TrainingPlan
 from mxcompile.calibration.quantizers import trainable_roundings
-from mxcompile.calibration.run import BoundBatch
-from mxcompile.calibration.twin_run import TwinRun
+from mxcompile.calibration.runs.altered_run import Prepare
+from mxcompile.calibration.runs.run import BoundBatch
+from mxcompile.calibration.runs.twin_run import TwinRun
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program, Rounding
 from mxcompile.graph.records import LossCurve

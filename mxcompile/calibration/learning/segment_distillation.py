@@ -15,8 +15,6 @@ from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.altered_run import AlteredRun
-from mxcompile.calibration.backward_run import reached_by
 from mxcompile.calibration.finished_parts import load_part, save_part
 from mxcompile.calibration.learning.aims import Compared
 from mxcompile.calibration.learning.distilled import Distilled
@@ -24,9 +22,11 @@ from mxcompile.calibration.learning.inner_terms import InnerTerm, compared_term
 from mxcompile.calibration.learning.schedule import Schedule, Training
 from mxcompile.calibration.learning.trained_tensors import SCALES, TrainedTensors
 from mxcompile.calibration.quantizers import input_roundings, trainable_roundings
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import BoundBatch, for_autograd
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.altered_run import AlteredRun
+from mxcompile.calibration.runs.backward_run import reached_by
+from mxcompile.calibration.runs.run import BoundBatch, for_autograd
+from mxcompile.calibration.runs.sweep import Sweep
 from mxcompile.errors import PassError
 from mxcompile.formats import MXFormat
 from mxcompile.graph.program import Program

@@ -18,13 +18,13 @@ from torch.optim.lr_scheduler import LinearLR
 
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.altered_run import AlteredRun, Prepare
 from mxcompile.calibration.compared_outputs import ComparedOutputs, output_nodes
 from mxcompile.calibration.learning.latent_weights import LatentWeight, Trained
-from mxcompile.calibration.losses import capped_error, kl_divergence_sum
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import BoundBatch, Runner, for_autograd
-from mxcompile.calibration.twin_run import TwinRun
+from mxcompile.calibration.learning.losses import capped_error, kl_divergence_sum
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.altered_run import AlteredRun, Prepare
+from mxcompile.calibration.runs.run import BoundBatch, Runner, for_autograd
+from mxcompile.calibration.runs.twin_run import TwinRun
 from mxcompile.errors import PassError
 from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.program import Program, where

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import find_matmuls
-from mxcompile.calibration.run import BoundBatch, Runner
+from mxcompile.calibration.runs.run import BoundBatch, Runner
 from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.dataflow import compute_nodes, mutated_tensors
 from mxcompile.graph.inputs import Inputs

@@ -5,12 +5,12 @@ import torch
 from models import build, inputs
 
 import mxcompile
-from mxcompile.calibration.altered_run import AlteredRun
 from mxcompile.calibration.compared_outputs import ComparedOutputs
 from mxcompile.calibration.learning import teacher
 from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.calibration.learning.teacher import Teacher
-from mxcompile.calibration.run import BoundBatch
+from mxcompile.calibration.runs.altered_run import AlteredRun
+from mxcompile.calibration.runs.run import BoundBatch
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.inputs import Inputs
 

@@ -16,14 +16,14 @@ from mxcompile.analysis.folds.groups import ScaleGroup, fold, representable_fact
 from mxcompile.analysis.folds.multiplier import fold_into_multiplier
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.factor_search import FactorSearchResult, Objective, output_error, search_factors
 from mxcompile.calibration.finished_parts import load_part, save_part
-from mxcompile.calibration.group_facts import GroupFacts, first_batches
-from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample, values_of
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import NO_TOKENS
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.run import NO_TOKENS
+from mxcompile.calibration.runs.sweep import Sweep
+from mxcompile.calibration.searches.factor_search import FactorSearchResult, Objective, output_error, search_factors
+from mxcompile.calibration.searches.group_facts import GroupFacts, first_batches
+from mxcompile.calibration.statistics.observers import ChannelImportance, Observer, TokenSample, values_of
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import Fold, Miss
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from mxcompile.analysis.folds.groups import ScaleGroup, representable_factors
-from mxcompile.calibration.factor_search import Operand, output_error, power_candidates, search_factors
 from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.searches.factor_search import Operand, output_error, power_candidates, search_factors
 from mxcompile.formats import MXFP8_E4M3, MXINT8, MXFormat
 from mxcompile.numerics.hadamard import rotate_input, rotate_weight
 from mxcompile.numerics.importance import floored, token_weights

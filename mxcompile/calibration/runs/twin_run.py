@@ -13,13 +13,13 @@ from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.analysis.segments import Segment, find_segments
 from mxcompile.analysis.visibility import Visibility
-from mxcompile.calibration.altered_run import AlteredRun, Prepare
-from mxcompile.calibration.expert_moments import ExpertStatistics, expert_offsets, expert_rows, rows_of_all
-from mxcompile.calibration.not_finite import check_statistics
-from mxcompile.calibration.ranks import ranks_of
-from mxcompile.calibration.run import BoundBatch
-from mxcompile.calibration.second_moments import SecondMoments, residual_operand, sum_moments
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.ranks.exchange import ranks_of
+from mxcompile.calibration.runs.altered_run import AlteredRun, Prepare
+from mxcompile.calibration.runs.not_finite import check_statistics
+from mxcompile.calibration.runs.run import BoundBatch
+from mxcompile.calibration.runs.sweep import Sweep
+from mxcompile.calibration.statistics.expert_moments import ExpertStatistics, expert_offsets, expert_rows, rows_of_all
+from mxcompile.calibration.statistics.second_moments import SecondMoments, residual_operand, sum_moments
 from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.program import Program
 

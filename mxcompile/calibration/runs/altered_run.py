@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.calibration.run import Runner
+from mxcompile.calibration.runs.run import Runner
 from mxcompile.graph.program import Program
 from mxcompile.ops import DEQUANTIZE, QUANTIZE, QUANTIZE_DEQUANTIZE
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mxcompile.calibration.observers import Observer
+from mxcompile.calibration.statistics.observers import Observer
 from mxcompile.errors import NoDataError
 from mxcompile.numerics.importance import token_weights
 from mxcompile.numerics.row_slices import row_slices

@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from mxcompile.analysis.layers import Layer, find_layers
-from mxcompile.calibration.altered_run import AlteredRun
+from mxcompile.calibration.runs.altered_run import AlteredRun
 from mxcompile.graph.program import Program
 
 

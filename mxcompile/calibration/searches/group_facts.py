@@ -12,12 +12,12 @@ from mxcompile.analysis.folds.groups import ScaleGroup
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.analysis.row_order import values_with_selected_rows
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.altered_run import AlteredRun, Prepare
-from mxcompile.calibration.factor_search import Operand, per_channel
-from mxcompile.calibration.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.ranks import ALONE, Ranks
-from mxcompile.calibration.run import BoundBatch
+from mxcompile.calibration.ranks.exchange import ALONE, Ranks
+from mxcompile.calibration.runs.altered_run import AlteredRun, Prepare
+from mxcompile.calibration.runs.run import BoundBatch
+from mxcompile.calibration.searches.factor_search import Operand, per_channel
+from mxcompile.calibration.statistics.observers import ChannelImportance, Observer, TokenSample
 from mxcompile.graph.binding import NodeValues
 from mxcompile.graph.program import Program
 from mxcompile.numerics.importance import token_weights

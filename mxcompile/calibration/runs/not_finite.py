@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.run import BoundBatch, Request, Runner
+from mxcompile.calibration.runs.run import BoundBatch, Request, Runner
 from mxcompile.errors import InputError
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.dataflow import compute_nodes

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.run import BoundBatch, Runner
+from mxcompile.calibration.runs.run import BoundBatch, Runner
 from mxcompile.graph.binding import NodeValues, bind_inputs, writes_in_place
 from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.inputs import Inputs

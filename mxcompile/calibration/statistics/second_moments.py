@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.calibration.ranks import Ranks
+from mxcompile.calibration.ranks.exchange import Ranks
 from mxcompile.graph.dataflow import SAME_VALUE, shapes_are_equal
 from mxcompile.numerics.column_rounding import FactoredMoments, IllConditionedError
 from mxcompile.numerics.importance import token_weights

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mxcompile.calibration.value_profile import Profile, ValueProfile
+from mxcompile.calibration.statistics.value_profile import Profile, ValueProfile
 from mxcompile.errors import NoDataError
 from mxcompile.numerics.importance import token_weights
 

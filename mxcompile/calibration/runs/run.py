@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from mxcompile.analysis.visibility import Visibility, output_paths
-from mxcompile.calibration.dealing import observing, own_batches
-from mxcompile.calibration.observers import Observer, observe
-from mxcompile.calibration.saved_weights import SavedWeights
+from mxcompile.calibration.ranks.dealing import observing, own_batches
+from mxcompile.calibration.runs.saved_weights import SavedWeights
+from mxcompile.calibration.statistics.observers import Observer, observe
 from mxcompile.errors import InputError, NoDataError
 from mxcompile.graph.binding import NodeValues, bind_inputs, writes_in_place
 from mxcompile.graph.dataflow import compute_nodes, mutated_tensors

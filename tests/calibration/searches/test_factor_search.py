@@ -12,8 +12,11 @@ from torch import Tensor
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.groups import ScaleGroup, find_groups, fold
 from mxcompile.analysis.segments import find_segments
-from mxcompile.calibration.altered_run import AlteredRun
-from mxcompile.calibration.factor_search import (
+from mxcompile.calibration.quantizers import Quantizers
+from mxcompile.calibration.runs.altered_run import AlteredRun
+from mxcompile.calibration.runs.run import BoundBatch, Runner
+from mxcompile.calibration.runs.sweep import Sweep
+from mxcompile.calibration.searches.factor_search import (
     Operand,
     normalize_factors,
     output_error,
@@ -21,12 +24,9 @@ from mxcompile.calibration.factor_search import (
     power_candidates,
     search_factors,
 )
-from mxcompile.calibration.fold_search import FoldSearchResult
-from mxcompile.calibration.group_facts import GroupFacts, first_batches
-from mxcompile.calibration.observers import ChannelImportance, TokenSample
-from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.run import BoundBatch, Runner
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.searches.fold_search import FoldSearchResult
+from mxcompile.calibration.searches.group_facts import GroupFacts, first_batches
+from mxcompile.calibration.statistics.observers import ChannelImportance, TokenSample
 from mxcompile.formats import MXFP4, MXINT4, MXINT8, MXFormat, activation_rule
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace

@@ -1,4 +1,4 @@
-"""Calibration batches dealt among processes, and the statistics of each process's batches merged (`ranks.py`)."""
+"""Calibration batches dealt among processes, and the statistics of each process's batches merged."""
 
 import copy
 import pickle
@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch.fx import Node
 
-from mxcompile.calibration.observers import Observer, TokenSample, values_of
-from mxcompile.calibration.ranks import Ranks, ranks_of
+from mxcompile.calibration.ranks.exchange import Ranks, ranks_of
+from mxcompile.calibration.statistics.observers import Observer, TokenSample, values_of
 from mxcompile.errors import PassError, warn
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.inputs import Inputs

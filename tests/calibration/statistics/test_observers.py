@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mxcompile.calibration import observers
-from mxcompile.calibration.observers import (
+from mxcompile.calibration.statistics import observers
+from mxcompile.calibration.statistics.observers import (
     BlockMoments,
     ChannelAbsMax,
     ChannelImportance,

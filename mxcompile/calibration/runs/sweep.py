@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.segments import Segment
-from mxcompile.calibration.dealing import observing, own_batches
-from mxcompile.calibration.not_finite import check_statistics
-from mxcompile.calibration.observers import values_of
-from mxcompile.calibration.run import BoundBatch, Observers, Runner, feed_observers
+from mxcompile.calibration.ranks.dealing import observing, own_batches
+from mxcompile.calibration.runs.not_finite import check_statistics
+from mxcompile.calibration.runs.run import BoundBatch, Observers, Runner, feed_observers
+from mxcompile.calibration.statistics.observers import values_of
 from mxcompile.graph.binding import NodeValues, bind_inputs, writes_in_place
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
@@ -25,7 +25,7 @@ from mxcompile.graph.program import Program
 class Sweep:
     """Calibration batches on their way through a Program.
 
-    Of several processes (`ranks.py`), each runs its share of the batches, and observers get the statistics of all.
+    Of several processes (`ranks/`), each runs its share of the batches, and observers get the statistics of all.
 
     batches: for every batch of this process, the computed values that nodes ahead still read, which of their rows
     count, and what it has written to buffers. runner: computes the nodes; a subclass of `Runner` (such as `AlteredRun`)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mxcompile.calibration.saved_weights import SavedWeights
+from mxcompile.calibration.runs.saved_weights import SavedWeights
 from mxcompile.ops import QUANTIZE
 from mxcompile.tensor.weight import MXLayout, MXWeight
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.segments import Segment, find_segments
-from mxcompile.calibration.altered_run import AlteredRun
-from mxcompile.calibration.observers import ChannelAbsMax, ChannelImportance
-from mxcompile.calibration.run import Request, Runner, gather_statistics
-from mxcompile.calibration.sweep import Sweep
+from mxcompile.calibration.runs.altered_run import AlteredRun
+from mxcompile.calibration.runs.run import Request, Runner, gather_statistics
+from mxcompile.calibration.runs.sweep import Sweep
+from mxcompile.calibration.statistics.observers import ChannelAbsMax, ChannelImportance
 from mxcompile.errors import InputError
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.inputs import Inputs

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mxcompile.calibration.quantizers import Quantizers
-from mxcompile.calibration.ranks import ALONE, Ranks
+from mxcompile.calibration.ranks.exchange import ALONE, Ranks
 from mxcompile.numerics.importance import token_weights
 
 _SMALLEST = 1e-5

@@ -9,10 +9,10 @@ from models import build
 from rank_scenarios import batches
 
 from mxcompile.analysis.choice import choose
-from mxcompile.calibration.dealing import own_batches
-from mxcompile.calibration.observers import TokenSample
-from mxcompile.calibration.ranks import Ranks
-from mxcompile.calibration.run import BoundBatch, Runner, feed_observers
+from mxcompile.calibration.ranks.dealing import own_batches
+from mxcompile.calibration.ranks.exchange import Ranks
+from mxcompile.calibration.runs.run import BoundBatch, Runner, feed_observers
+from mxcompile.calibration.statistics.observers import TokenSample
 from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.dataflow import compute_nodes
 from mxcompile.graph.inputs import as_batches

@@ -9,8 +9,8 @@ from models import build, inputs, llama
 import mxcompile
 from mxcompile.analysis.choice import choose
 from mxcompile.calibration.quantizers import input_roundings
-from mxcompile.calibration.second_moments import SecondMoments, residual_operand
-from mxcompile.calibration.twin_run import TwinRun
+from mxcompile.calibration.runs.twin_run import TwinRun
+from mxcompile.calibration.statistics.second_moments import SecondMoments, residual_operand
 from mxcompile.formats import MXINT4, MXINT8
 from mxcompile.graph.inputs import as_inputs
 from mxcompile.numerics.column_rounding import ColumnRounding, IllConditionedError

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from mxcompile.analysis.matmuls import Matmul
-from mxcompile.calibration.run import NO_TOKENS
-from mxcompile.calibration.second_moments import SecondMoments
+from mxcompile.calibration.runs.run import NO_TOKENS
+from mxcompile.calibration.statistics.second_moments import SecondMoments
 from mxcompile.graph.dataflow import operand
 
 _LISTED = 6

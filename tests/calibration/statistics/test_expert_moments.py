@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import mxcompile
-from mxcompile.calibration.expert_moments import ExpertStatistics, ExpertTokens, expert_rows, rows_of_all
-from mxcompile.calibration.second_moments import SecondMoments
-from mxcompile.calibration.twin_run import TwinRun
+from mxcompile.calibration.runs.twin_run import TwinRun
+from mxcompile.calibration.statistics.expert_moments import ExpertStatistics, ExpertTokens, expert_rows, rows_of_all
+from mxcompile.calibration.statistics.second_moments import SecondMoments
 from mxcompile.graph.inputs import as_inputs
 
 SIZE = 8
@@ -126,7 +126,7 @@ def test_groups_of_experts_have_the_moments_of_all_at_once(monkeypatch, tokens):
     program.batches = tuple(as_inputs(batch) for batch in batches)
 
     def gathered(at_once: int) -> list[SecondMoments]:
-        monkeypatch.setattr("mxcompile.calibration.twin_run._experts_at_once", lambda _: at_once)
+        monkeypatch.setattr("mxcompile.calibration.runs.twin_run._experts_at_once", lambda _: at_once)
         (matmul,) = mxcompile.analysis.choice.choose(program).matmuls
         run = TwinRun(program, [matmul], {matmul: lambda x: x}, with_exact=False)
         (segment,) = (each for each in run.segments if matmul in each.matmuls)

@@ -11,8 +11,8 @@ import torch
 from models import build, inputs
 from torch import Tensor, nn
 
-from mxcompile.calibration.observers import ChannelAbsMax
-from mxcompile.calibration.run import Request, gather_statistics
+from mxcompile.calibration.runs.run import Request, gather_statistics
+from mxcompile.calibration.statistics.observers import ChannelAbsMax
 from mxcompile.errors import InputError, PassError
 from mxcompile.graph.inputs import Inputs, as_batches
 from mxcompile.graph.program import Program

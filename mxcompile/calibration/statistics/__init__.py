@@ -1,0 +1,1 @@
+"""What calibration keeps of the values it sees: observers of any value, and second moments of matmul inputs."""
