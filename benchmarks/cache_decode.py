@@ -1,17 +1,19 @@
 """Tokens a second and prefill with a key/value cache in MX formats, beside the float cache, in a whole compiled model.
 
-    python benchmarks/cache_decode.py --lengths 2048 32768 --layers 8 --out cache-decode-h200.jsonl
+    python benchmarks/cache_decode.py --lengths 2048 32768 --out cache-decode-h200.jsonl
     python benchmarks/cache_decode.py --device cpu --prompt 32 --processes 1 --lengths 2048 8192
 
-On a GPU a Llama-3-8B of fewer layers, its vocabulary smaller in proportion, random bfloat16 weights; on a CPU
-SmolLM2-135M in bfloat16. Weights are as `--recipe` quantizes them, batch 1, static caches with room for the prompt and
-the generated tokens, greedy. `prompt_ms` is the time to the first token after a prompt of `context` tokens, `token_ms`
-the mean time between two tokens after it, from the shortest of `--rounds` calls for each. A step over a static float
-cache reads all of it, and so does one over a packed cache on a CPU: `--prompt 32` then times the same step without the
-long prompt. On a GPU packed attention reads no further than to its own token: the prompt must be as long as the cache.
+On a GPU Llama-3-8B's shape, `--layers` of its 32, random weights, every layer a copy of the first; on a CPU
+SmolLM2-135M in bfloat16. Weights are as `--recipe` quantizes them ("head mxint8": the output head too), batch 1, static
+caches with room for the prompt and the generated tokens, greedy. `prompt_ms` is the time to the first token after a
+prompt of `context` tokens, `token_ms` the mean time between two tokens after it; both are medians over `--rounds` calls
+of `generate`, or as many as begin within `--seconds`. `prompt_least_ms` is the shortest. `..._kernels_ms`, of one more
+call each on a GPU, is the time in which at least one kernel runs. A step over a static float cache reads all of it, and
+so does one over a packed cache on a CPU: `--prompt 32` then times the same step without the long prompt. On a GPU
+packed attention reads no further than to its own token: the prompt must be as long as the cache.
 
-Each cache and length has a process of its own. `--processes` of them, or all, compile side by side; then each is timed
-while the others wait.
+Each cache and length has a process of its own. `--processes` of them, or all, compile side by side; then they take
+turns, a call each, while the others wait.
 With `--check N`, lengths up to N are compared with the same model, uncompiled, which reads prompt and generated tokens
 in one pass with `numerics.cached_attention`: `same` of `tokens` are its most likely token, and no other has a logit
 that is lower than the highest by more than `off` standard deviations of all logits.
@@ -27,16 +29,19 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
 import transformers
+from llama_8b import busy_us, by_step, kernels, quantized, wait
+from llama_8b import show as show_kernels
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 import mxcompile
 from mxcompile.cli import smollm2
@@ -47,15 +52,17 @@ from mxcompile.numerics.cached_attention import cached_attention
 FLOAT: Final = "key=none,value=none"
 """transformers' own static cache."""
 CACHES: Final = (FLOAT, "mxint8", "key=mxint8,value=mxint4", "mxint4")
-OPTIONS: Final = ("device", "recipe", "layers", "size", "tokens", "rounds", "check", "threads", "patience", "prompt")
+OPTIONS: Final = (
+    *("device", "recipe", "layers", "size", "tokens", "rounds", "seconds", "check", "threads", "patience", "prompt"),
+)
+TIMES: Final = ("token_ms", "token_kernels_ms", "prompt_ms", "prompt_least_ms", "prompt_kernels_ms")
 NAME: Final = "mx_cached"
-_LLAMA: Final[dict[str, Any]] = {
-    **{"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
-    **{"rope_theta": 500000.0, "max_position_embeddings": 65536, "rms_norm_eps": 1e-5},
+_PROFILED: Final = 16
+"""Tokens of the call whose steps are profiled."""
+_TINY: Final[dict[str, Any]] = {
+    **{"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 1},
+    **{"num_hidden_layers": 2, "vocab_size": 1024, "max_position_embeddings": 65536, "dtype": "bfloat16"},
 }
-_TINY: Final[dict[str, Any]] = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
-_LAYERS: Final = 32
-_VOCABULARY: Final = 128256
 
 
 def main() -> None:
@@ -85,27 +92,20 @@ def measure(arguments: argparse.Namespace, cache: str, length: str, meeting: Pat
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     context, name = int(length), f"{cache}:{length}"
-    torch.manual_seed(0)
-    load = smollm if arguments.device == "cpu" and not arguments.size else llama
-    source, ids = load(arguments, arguments.prompt or context)
-    source.generation_config.eos_token_id = None
-    example = {"input_ids": ids[:, :16]}
-    options: dict[str, Any] = {"recipe": arguments.recipe, "probe": False}
-    row: dict[str, Any] = {"cache": cache, "context": context, "prompt": ids.shape[1]}
-    form, config = CacheFormat.parse(cache), source.config
-    made = static_cache(config, cache, context + arguments.tokens + 1)
+    row: dict[str, Any] = {"cache": cache, "context": context}
     with ready(meeting, name, arguments.waits, arguments.patience):
-        model = mxcompile.quantize_and_compile(source, example, **options)
+        model, ids = prepared(arguments, arguments.prompt or context)
+        config, form = model.config, CacheFormat.parse(cache)
+        made = static_cache(config, cache, context + arguments.tokens + 1)
         began = time.perf_counter()
-        for _ in range(3):
-            tokens = generated(model, ids, made, arguments.tokens)
-        row["compile_s"] = round(time.perf_counter() - began, 1)
-    with alone(meeting):
-        row |= timed(model, ids, made, arguments)
+        for _ in range(2):
+            tokens, _ = generated(model, ids, made, arguments.tokens)
+        row |= {"prompt": ids.shape[1], "compile_s": round(time.perf_counter() - began, 1)}
+    row |= timed(model, ids, made, arguments, meeting)
     row["cache_bytes"] = sum(part.nbytes for part in held(made))
     row["refusal"] = getattr(vars(model).get("_compiled_call"), "refusal", None)
     if context <= arguments.check:
-        plain = mxcompile.quantize_and_compile(source, example, compile=False, **options)
+        plain, _ = prepared(arguments, 1, compiled=False)
         row |= compared(plain, tokens, form, ids.shape[1])
     row |= {"device": arguments.device, "recipe": arguments.recipe, "layers": config.num_hidden_layers}
     row |= {"heads": f"{config.num_attention_heads}/{config.num_key_value_heads}", "torch": torch.__version__}
@@ -124,32 +124,54 @@ def static_cache(config: Any, cache: str, room: int) -> Any:
     return mxcompile.MXCache.of(config, CacheFormat.parse(cache), room)
 
 
-def timed(model: Any, ids: Tensor, cache: Any, arguments: argparse.Namespace) -> dict[str, float]:
+def timed(model: Any, ids: Tensor, cache: Any, arguments: argparse.Namespace, meeting: Path) -> dict[str, float]:
     """Milliseconds of a prompt and of a token."""
-    prompts, wholes = list[float](), list[float]()
-    for _ in range(arguments.rounds):
-        first, whole = (seconds(model, ids, cache, count) for count in (1, arguments.tokens))
+    prompts, tokens, spent = list[float](), list[float](), 0.0
+    while len(prompts) < arguments.rounds and spent < arguments.seconds:
+        with alone(meeting):
+            began = time.perf_counter()
+            _, (first, second, *_, last) = generated(model, ids, cache, arguments.tokens)
+            spent += time.perf_counter() - began
         prompts.append(first)
-        wholes.append(whole)
-    token = (min(wholes) - min(prompts)) / (arguments.tokens - 1)
-    return {"prompt_ms": round(min(prompts) * 1e3, 3), "token_ms": round(token * 1e3, 4)}
+        tokens.append((last - second) / (arguments.tokens - 2))
+    times = {"prompt_ms": median(prompts), "prompt_least_ms": min(prompts), "token_ms": median(tokens)}
+    if ids.is_cuda:
+        with alone(meeting):
+            prompt = kernels(lambda: generated(model, ids, cache, 1))
+            steps = by_step(kernels(lambda: generated(model, ids, cache, _PROFILED)), _PROFILED)
+            show_kernels(prompt)
+            show_kernels(steps[0])
+        times["prompt_kernels_ms"] = busy_us(prompt) / 1e6
+        times["token_kernels_ms"] = median(map(busy_us, steps)) / 1e6
+    return {"rounds": len(prompts)} | {name: round(value * 1e3, 4) for name, value in times.items()}
 
 
-def seconds(model: Any, ids: Tensor, cache: Any, count: int) -> float:
-    """Of a call of `generate` that fills an empty cache."""
-    wait()
-    began = time.perf_counter()
-    generated(model, ids, cache, count)
-    wait()
-    return time.perf_counter() - began
+class Clock(BaseStreamer):
+    """Records when each token arrives."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Of the prompt or a token."""
+        del value
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to record."""
 
 
-def generated(model: Any, ids: Tensor, cache: Any, count: int) -> Tensor:
-    """Prompt and `count` more tokens `[1, tokens]`."""
+def generated(model: Any, ids: Tensor, cache: Any, count: int) -> tuple[Tensor, list[float]]:
+    """(prompt and `count` more tokens `[1, tokens]`, seconds to each of these), the cache being empty before."""
     cache.reset()
     # transformers renamed the argument in 5.24, with the field of its results
     name = "cache" if hasattr(GenerateDecoderOnlyOutput, "cache") else "past_key_values"
-    return model.generate(ids, **{name: cache}, max_new_tokens=count, do_sample=False)
+    clock = Clock()
+    wait()
+    began = time.perf_counter()
+    tokens = model.generate(ids, **{name: cache}, max_new_tokens=count, do_sample=False, streamer=clock)
+    wait()
+    return tokens, [each - began for each in clock.times[-count:]]
 
 
 @torch.no_grad()
@@ -185,10 +207,11 @@ def ready(meeting: Path, name: str, count: int, patience: float) -> Generator[No
 
 @contextmanager
 def alone(meeting: Path) -> Generator[None]:
-    """While no other process measures."""
+    """While no other process measures, and after those that have waited longer."""
     with (meeting / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+    time.sleep(0.1)
 
 
 def held(cache: Any) -> list[Tensor]:
@@ -198,56 +221,63 @@ def held(cache: Any) -> list[Tensor]:
     return [part for layer in cache.layers for part in (layer.keys, layer.values)]
 
 
-def llama(arguments: argparse.Namespace, length: int) -> tuple[Any, Tensor]:
+def prepared(arguments: argparse.Namespace, length: int, *, compiled: bool = True) -> tuple[Any, Tensor]:
+    """(a quantized model, ids of a prompt `[1, length]`)"""
+    torch.manual_seed(0)
+    if arguments.device == "cuda" and not arguments.size:
+        model = quantized(arguments.recipe, arguments.layers, compiled)
+        ids = torch.randint(100000, (1, length), device="cuda")
+    else:
+        source, ids = (tiny if arguments.size else smollm)(arguments.device, length)
+        example = {"input_ids": ids[:, :16]}
+        options: dict[str, Any] = {"recipe": arguments.recipe, "probe": False, "compile": compiled}
+        model = mxcompile.quantize_and_compile(source, example, **options)
+    model.generation_config.eos_token_id = None
+    return model, ids
+
+
+def tiny(device: str, length: int) -> tuple[Any, Tensor]:
     """(a model with random weights, random ids `[1, length]`)"""
-    vocabulary = _VOCABULARY * arguments.layers // _LAYERS
-    sizes = {**_LLAMA, **(_TINY if arguments.size == "tiny" else {})}
-    if arguments.size == "tiny":
-        sizes["num_key_value_heads"] = 1
-    config = LlamaConfig(**sizes, vocab_size=vocabulary, num_hidden_layers=arguments.layers, dtype="bfloat16")
-    with torch.device(arguments.device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-        return model, torch.randint(vocabulary, (1, length))
+    config = LlamaConfig(**_TINY)
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval(), torch.randint(config.vocab_size, (1, length))
 
 
-def smollm(arguments: argparse.Namespace, length: int) -> tuple[Any, Tensor]:
+def smollm(device: str, length: int) -> tuple[Any, Tensor]:
     """(SmolLM2 in bfloat16, ids of a text `[1, length]`)"""
-    del arguments
     model, tokenizer = smollm2.load(torch.bfloat16)
-    return model.eval(), tokenizer(help_text()[: 20 * length], return_tensors="pt").input_ids[:, :length]
-
-
-def wait() -> None:
-    """For what a GPU still computes."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    ids = tokenizer(help_text()[: 20 * length], return_tensors="pt").input_ids[:, :length]
+    return model.eval().to(device), ids.to(device)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Milliseconds, and how many times as fast as the float cache."""
-    table = Table("context", "cache", "token, ms", "", "prompt, ms", "", "MB", "same", "off", box=None)
+    names = [name for name in TIMES if any(name in row for row in rows)]
+    headings = [part for name in names for part in (name.removesuffix("_ms").replace("_", " "), "")]
+    table = Table("context", "cache", *headings, "MB", "same", "off", box=None)
     floats = {row["context"]: row for row in rows if row["cache"] == FLOAT}
     for row in rows:
         cells = [str(row["context"]), row["cache"]]
-        for name in ("token_ms", "prompt_ms"):
+        for name in names:
             float_row = floats.get(row["context"])
             cells += [f"{row[name]:.3f}", f"{float_row[name] / row[name]:.3f}x" if float_row else ""]
         same = f"{row['same']}/{row['tokens']}" if "same" in row else ""
         table.add_row(*cells, f"{row['cache_bytes'] / 1e6:.1f}", same, str(row.get("off", "")))
-    Console(width=120).print(table)
+    Console(width=160).print(table)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", default="", choices=("", "8b", "tiny"), help="a random Llama, also on a CPU")
-    parser.add_argument("--recipe", default="w4a8-mxint-quick")
+    parser.add_argument("--size", default="", choices=("", "tiny"), help="a random Llama, for trials")
+    parser.add_argument("--recipe", default="w4a8-mxint-quick", help='"..., head mxint8" too, on a GPU')
     parser.add_argument("--caches", nargs="+", default=list(CACHES), help="cache formats: %(default)s")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 32768], help="tokens of the prompt")
     parser.add_argument("--prompt", type=int, default=0, help="tokens of the prompt, if not the whole length")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=60, help="after which a process begins no further round")
     parser.add_argument("--check", type=int, default=0, help="compare with the uncompiled model up to this length")
     parser.add_argument("--processes", type=int, default=0, help="that prepare side by side; default: all")
     parser.add_argument("--threads", type=int, default=0, help="of a process on the CPU")
