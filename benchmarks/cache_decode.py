@@ -140,9 +140,9 @@ def timed(model: Any, ids: Tensor, cache: Any, arguments: argparse.Namespace, me
             prompt = kernels(lambda: generated(model, ids, cache, 1))
             steps = by_step(kernels(lambda: generated(model, ids, cache, _PROFILED)), _PROFILED)
             show_kernels(prompt)
-            show_kernels(steps[0])
+            show_kernels(steps[-1] if steps else [])
         times["prompt_kernels_ms"] = busy_us(prompt) / 1e6
-        times["token_kernels_ms"] = median(map(busy_us, steps)) / 1e6
+        times["token_kernels_ms"] = median(map(busy_us, steps)) / 1e6 if steps else float("nan")
     return {"rounds": len(prompts)} | {name: round(value * 1e3, 4) for name, value in times.items()}
 
 
