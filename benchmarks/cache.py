@@ -5,7 +5,8 @@
 SmolLM2-135M-Instruct, weights in float, or as `--recipes` quantize them on `--calibration`. Attention is
 `numerics.cached_attention`, so one forward over a window is teacher-forced generation: every token reads the cache as
 it would have been after generating all tokens before it. `kl` is the mean KL(float || cache) a token in nats,
-`kl_recipe` that from the quantized model with a float cache. `+values` behind a format rotates values, folded into the
+`kl_recipe` that from the quantized model with a float cache. A recipe that has a cache, as w4a8-mxint-kv4, is measured
+with its own and with a float one. `+values` behind a format rotates values, folded into the
 weights of v_proj and o_proj. A needle is a five-digit number in the text, found if all its tokens are the most likely
 ones.
 """
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import mxcompile
 from mxcompile.calibration.data.windows import token_ids, token_windows
+from mxcompile.checkpoint.hf.cached_forward import cache_of
 from mxcompile.cli import smollm2
 from mxcompile.cli.texts import read_text
 from mxcompile.numerics.cache_format import CacheFormat, head_rotation
@@ -107,9 +109,13 @@ def main() -> None:
     ids = token_ids(tokenizer, read_text(arguments.text)).to(arguments.device)
     models = {(None, False): model, (None, True): rotated_values(model)}
     formats = (FLOAT, *(arguments.formats or FORMATS))
+    own: dict[str, tuple[str, ...]] = {}
     for recipe in arguments.recipes:
-        for rotated in {False, any(text.endswith(VALUES) for text in formats)}:
-            models[recipe, rotated] = quantized(models[None, rotated], recipe, tokenizer, arguments)
+        models[recipe, False] = quantized(model, recipe, tokenizer, arguments)
+        if (cache := cache_of(models[recipe, False])) is not None:
+            own[recipe] = (FLOAT, str(cache))
+        elif any(text.endswith(VALUES) for text in formats):
+            models[recipe, True] = quantized(models[None, True], recipe, tokenizer, arguments)
     for one in models.values():
         one.set_attn_implementation(NAME)
     for length in arguments.lengths:
@@ -121,7 +127,7 @@ def main() -> None:
         for recipe in arguments.recipes or [None]:
             attention.set(FLOAT)
             plain = [run(models[recipe, False], batch) for batch in batches] if recipe else exact
-            for text in formats:
+            for text in own.get(recipe, formats):
                 form = attention.set(text)
                 row = {"model": smollm2.NAME, "cache": text, "context": length}
                 row |= {"bytes": token_bytes(model.config, form) // (2 if text == FP8 else 1)}
