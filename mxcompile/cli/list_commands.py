@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.text import Text
 
@@ -15,7 +16,7 @@ from mxcompile.analysis.folds.groups import ScaleGroup, UnfoldableInput, find_gr
 from mxcompile.analysis.folds.orders import OrderGroup, find_orders
 from mxcompile.cli.arguments import Json, Model
 from mxcompile.cli.console import messages, print_json, results
-from mxcompile.cli.model_source import load_model
+from mxcompile.cli.model_source import load_weights
 from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import UnknownNameError
@@ -119,9 +120,9 @@ def show_groups(model: Model = None, as_json: Json = False) -> None:
     hold parameter names.
     """
     with waiting(messages(), "loading"):
-        loaded, tokenizer = load_model(model)
+        loaded = load_weights(model)
     with waiting(messages(), "tracing"):
-        program = trace(loaded, {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids})
+        program = trace(loaded, {"input_ids": torch.arange(8)[None]})
         matmuls = choose(program).matmuls
         (groups, unfoldable), (orders, unordered) = find_groups(program, matmuls), find_orders(program, matmuls)
     if as_json:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from mxcompile.api import load
@@ -14,7 +15,7 @@ from mxcompile.cli.checkpoint_contents import CheckpointContents
 from mxcompile.cli.compare import EvalOptions, load_with_data
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.generation import generate_text
-from mxcompile.cli.model_source import load_model, load_tokenizer
+from mxcompile.cli.model_source import load_model, load_tokenizer, load_weights
 from mxcompile.cli.progress import Progress, waiting
 from mxcompile.cli.quantize_command import save_model
 from mxcompile.diagnostics.diagnosis import Diagnosis
@@ -130,9 +131,8 @@ def explain(
     """Print which kernel runs each layer on a device and why, its bytes, and what stays float; nothing is quantized."""
     target = find_device(device)
     messages().print(f"loading {model or smollm2.NAME}", markup=False)
-    loaded, tokenizer = load_model(model)
-    example = {"input_ids": tokenizer("The capital of France is", return_tensors="pt").input_ids}
-    explanation = find_kernels(loaded, example, recipe=recipe, device=target)
+    loaded = load_weights(model)
+    explanation = find_kernels(loaded, {"input_ids": torch.arange(8)[None]}, recipe=recipe, device=target)
     if as_json:
         print_json(explanation.record())
     else:

@@ -1,5 +1,7 @@
 """Load the model and tokenizer of a command: from a local path, a hub id, or SmolLM2 by default."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,38 @@ from mxcompile.errors import CheckpointError, InputError
 
 def load_model(source: str | None) -> tuple[Any, Any]:
     """(model, tokenizer) from a local path or hub id; SmolLM2-135M for None or "smollm2"."""
+    model = load_weights(source)
     if source is None or source.lower() == "smollm2":
-        return smollm2.load()
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import
-
+        return model, smollm2.load_tokenizer()
     if is_gguf(Path(source)):
-        return _load_gguf(Path(source))
+        if (tokenizer := read_gguf_tokenizer(Path(source))) is None:
+            raise InputError(
+                f"{source} holds no tokenizer: save the model again with mxcompile.save(..., tokenizer=...)"
+            )
+        return model, tokenizer
+    from transformers import AutoTokenizer  # slow to import
+
+    with _explained(source):
+        return model, AutoTokenizer.from_pretrained(source)
+
+
+def load_weights(source: str | None) -> Any:
+    """The model of `load_model`, whether or not a tokenizer is beside it."""
+    if source is None or source.lower() == "smollm2":
+        return smollm2.load_weights()
+    if is_gguf(Path(source)):
+        return load(Path(source))
+    from transformers import AutoModelForCausalLM  # slow to import
+
+    with _explained(source):
+        return load(source) if is_foreign(Path(source)) else AutoModelForCausalLM.from_pretrained(source)
+
+
+@contextmanager
+def _explained(source: str) -> Generator[None]:
+    """Raise InputError for what transformers raises."""
     try:
-        if is_foreign(Path(source)):
-            return load(source), AutoTokenizer.from_pretrained(source)
-        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        yield
     except (OSError, ValueError, ImportError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         reason = reason if Path(source).exists() else f"there is no such folder or file here; as a hub id: {reason}"
@@ -29,13 +53,6 @@ def load_model(source: str | None) -> tuple[Any, Any]:
             f"{source} cannot be loaded ({reason}); use a hub id, a GGUF file, or a folder with a causal language "
             "model and its tokenizer"
         ) from error
-
-
-def _load_gguf(path: Path) -> tuple[Any, Any]:
-    model, tokenizer = load(path), read_gguf_tokenizer(path)
-    if tokenizer is None:
-        raise InputError(f"{path} holds no tokenizer: save the model again with mxcompile.save(..., tokenizer=...)")
-    return model, tokenizer
 
 
 def load_tokenizer(source: Path) -> Any:

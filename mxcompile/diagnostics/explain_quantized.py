@@ -61,10 +61,9 @@ def _reading(cache: CacheFormat) -> str:
     if cache.key is None or cache.value is None:
         why = f"{'keys' if cache.key is None else 'values'} stay in float"
         return f"attention runs on states that were decoded before it, which saves memory but no time: {why}"
-    queries = "of up to a few tokens reads packed bytes"
     if cache.has_exact_tokens:
-        queries = "of one token reads packed bytes, and exact tokens beside them,"
-    return f'attention {queries} with cache_implementation="static"; a cache that grows is decoded before attention'
+        return "attention of one token reads packed bytes, and exact tokens beside them"
+    return "attention of up to a few tokens reads packed bytes"
 
 
 def notes_for_vllm(layers: Iterable[SelectedKernel]) -> tuple[str, ...]:

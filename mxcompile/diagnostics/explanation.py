@@ -28,6 +28,7 @@ MEANINGS: Final = {
     REFERENCE: "no kernel; every call decodes the whole weight in plain PyTorch, then multiplies",
     UNFUSED: "no fused kernel; every call decodes the whole weight, then torch multiplies",
 }
+_WIDTH: Final = 160  # columns of a table as text
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,13 @@ class Explanation:
             console.print(f"{word}: {MEANINGS.get(word, word)}", markup=False)
         for line in (*self._reasons(), *self.conclusions()):
             console.print(line, markup=False)
+
+    def __str__(self) -> str:
+        """What `print_to` prints, without colors."""
+        console = Console(width=_WIDTH, highlight=False, color_system=None)
+        with console.capture() as capture:
+            self.print_to(console)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def conclusions(self) -> Iterator[str]:
         """The model's size, how many weights are decoded on every call, and what stays float."""

@@ -57,13 +57,59 @@ def put_exact(
 
 def _put_newest(states: Tensor, newest: Tensor, held: Tensor, start: Tensor, count: int) -> None:
     """Put the exact tokens among the `count` before `start` in their places."""
-    at = (torch.arange(count, device=states.device) + (start - count)).clamp(min=0)
-    slots = at % len(held)
-    index = torch.arange(count, device=states.device)
-    missing = torch.where(held.index_select(0, slots) == at, -1, index).amax()
-    is_exact = (index > missing).view(-1, 1)
-    exact = torch.where(is_exact, newest.index_select(_TOKENS, slots), states.index_select(_TOKENS, at))
-    states.index_copy_(_TOKENS, at, exact)
+    places, is_exact = _newest_places(held, start, count)
+    at = places.clamp(min=0)
+    own = newest.index_select(_TOKENS, at % len(held))
+    states.index_copy_(_TOKENS, at, torch.where(is_exact.view(-1, 1), own, states.index_select(_TOKENS, at)))
+
+
+def _newest_places(held: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` places before `start`, and which of them are read exactly: those behind the last that is not held.
+    Places before 0 count as place 0."""
+    index = torch.arange(count, device=held.device)
+    places = index + (start - count)
+    at = places.clamp(min=0)
+    missing = torch.where(held.index_select(0, at % len(held)) == at, -1, index).amax()
+    return places, index > missing
+
+
+@dataclass(frozen=True)
+class ExactPart:
+    """Exact keys and values of some tokens, `[batch, kv heads, n, size]`.
+
+    places: of the tokens, `[n]`, of which any that are not read may be negative. is_read: which are read, `[n]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    is_read: Tensor
+
+
+def exact_parts(
+    exact: tuple[ExactTokens, ExactTokens], held: Tensor, position: Tensor, window: int
+) -> tuple[list[ExactPart], Callable[[Tensor], Tensor]]:
+    """What the token at `position` `[1]` reads exactly, each token once; and which places those are, as a function."""
+    keys, values = exact
+    parts, sink, start = list[ExactPart](), 0, position
+    if keys.first is not None and values.first is not None:
+        sink = keys.first.shape[_TOKENS]
+        places = torch.arange(sink, device=held.device)
+        parts.append(ExactPart(keys.first, values.first, places, places <= position))
+    if keys.newest is not None and values.newest is not None:
+        places, is_exact = _newest_places(held, position, window - 1)
+        start = position - is_exact.sum()
+        slots = places.clamp(min=0) % len(held)
+        key, value = (part.index_select(_TOKENS, slots) for part in (keys.newest, values.newest))
+        parts.append(ExactPart(key, value, places, is_exact & (places >= sink)))
+    if window > 0:
+        parts.append(ExactPart(keys.own, values.own, position, position >= sink))
+
+    def are_exact(places: Tensor) -> Tensor:
+        is_first = (places < sink) & (places <= position)
+        return is_first | ((places >= start) & (places <= position)) if window > 0 else is_first
+
+    return parts, are_exact
 
 
 def attend_packed_exact(

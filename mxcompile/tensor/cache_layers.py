@@ -16,7 +16,7 @@ This file imports transformers, so it is imported only where a cache is made or 
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,21 +27,17 @@ from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.numerics.cached_attention import mean_key
 from mxcompile.numerics.exact_tokens import ExactTokens, put_exact
 from mxcompile.tensor.cache_coding import Coding
-
-TOKENS: Final = 2
-"""The dimension of keys and values that counts tokens."""
-_ROLLED_BACK: Final = 32
-"""So many tokens can be taken back without loss of the exact tokens that the window then reaches."""
+from mxcompile.tensor.cache_exact import TOKENS, ExactStates, Pair
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer of a cache that grows by the tokens of each call."""
+    """A layer of a cache that grows by the tokens of each call. exact: what it also holds exactly."""
 
     def __init__(self, form: CacheFormat) -> None:
         super().__init__()
         self.form, self.codings = form, Coding.of(form)
         self.record_past = False
-        self.scales, self.newest, self.first = DynamicLayer(), DynamicLayer(), DynamicLayer()
+        self.scales, self.exact = DynamicLayer(), ExactStates(form)
         self.shift: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -54,46 +50,30 @@ class GrowingLayer(DynamicLayer):
         super().update(*(elements for elements, _ in coded))
         self.scales.update(*(scales for _, scales in coded))
         self.is_initialized = True
-        states = given if start == 0 else self._read(new, start)
-        self._keep_exact(new)
-        return states
+        places = torch.arange(start, self.get_seq_length(), device=key_states.device)
+        if start == 0:
+            self.exact.allocate(new)
+        if start < self.form.sink:
+            self.exact.keep_first(new, places)
+        read = given if start == 0 else self._read(new, places)
+        if self.record_past:
+            self.exact.make_room(key_states.shape[TOKENS], start)
+        self.exact.keep_newest(new, places)
+        return read
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Start with no tokens. transformers 5.17 gives values the dtype of the keys."""
         super().lazy_initialization(key_states, value_states)
         self.values = value_states.new_empty(0)
 
-    def _read(self, new: tuple[Tensor, Tensor], start: int) -> tuple[Tensor, Tensor]:
-        is_exact = self.form.window > 0 or (new[0].shape[TOKENS] > 1 and not self.record_past)
-        packed = zip(_pair(self), _pair(self.scales), new, strict=True)
-        states = [coding.decode(*parts) for coding, parts in zip(self.codings, packed, strict=True)]
-        for index, (part, own) in enumerate(zip(states, new, strict=True)):
-            if is_exact:
-                part[:, :, start:] = own
-            if self.form.window > 1 and (held := _length(self.newest)):
-                count = min(self.form.window - 1, held)
-                part[:, :, start - count : start] = _pair(self.newest)[index][:, :, held - count :]
-            if self.form.sink:
-                first = torch.cat([_pair(self.first)[index], own], TOKENS)[:, :, : self.form.sink]
-                part[:, :, : first.shape[TOKENS]] = first
-        return states[0], states[1]
-
-    def _keep_exact(self, new: tuple[Tensor, Tensor]) -> None:
-        if (room := self.form.sink - _length(self.first)) > 0:
-            self.first.update(*(states[:, :, :room] for states in new))
-        if self.form.window > 1:
-            self.newest.update(*new)
-            self._trim()
-
-    def _trim(self) -> None:
-        """Drop exact tokens that the window has passed, and will not reach when tokens are taken back."""
-        room = self.form.window - 1 + _ROLLED_BACK
-        surplus = 0 if self.record_past else _length(self.newest) - room
-        if surplus > 0:
-            _apply([self.newest], lambda states: states[:, :, surplus:].contiguous())
+    def _read(self, new: Pair, places: Tensor) -> Pair:
+        exact = self.exact.beside(new, self.get_seq_length())
+        packed = list(zip(_pair(self), _pair(self.scales), strict=True))
+        return _read(self.codings, packed, exact, self.exact.places, places, self.form, self.record_past)
 
     def activate_past_recording(self) -> None:
-        """Keep all exact tokens until `crop` is called, which assisted decoding does after each step."""
+        """Read several tokens at once as if they came one by one: they are candidates of assisted decoding, and
+        `crop` takes back those that were wrong."""
         self.record_past = True
 
     def get_seq_length(self) -> int:
@@ -102,22 +82,16 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens. Raises InputError for a positive number."""
-        left = self.get_seq_length() - _removed(tokens_to_remove)
-        removed = self.get_seq_length() - max(left, 0)
+        removed = min(_removed(tokens_to_remove), self.get_seq_length())
         if removed:
             _apply([self, self.scales], lambda states: states[:, :, :-removed])
-            _apply([self.newest], lambda states: states[:, :, : max(states.shape[TOKENS] - removed, 0)])
-            _apply([self.first], lambda states: states[:, :, : max(left, 0)])
-        recording, self.record_past = self.record_past, False
-        self._trim()
-        self.record_past = recording
 
     def reset(self) -> None:
         """Forget all tokens."""
-        for layer in (self, self.scales, self.newest, self.first):
+        for layer in (self, self.scales):
             layer.keys = layer.values = None
             layer.is_initialized = False
-        self.shift = None
+        self.exact, self.shift = ExactStates(self.form), None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence `i` that of `beam_idx[i]`."""
@@ -134,23 +108,20 @@ class GrowingLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        shift = 0 if self.shift is None else self.shift.nbytes
-        return shift + sum(states.nbytes for layer in self._layers for states in _held(layer))
-
-    @property
-    def _layers(self) -> tuple[DynamicLayer, ...]:
-        return self, self.scales, self.newest, self.first
+        states = [part for layer in (self, self.scales) for part in _held(layer)]
+        shift = [] if self.shift is None else [self.shift]
+        return sum(part.nbytes for part in (*states, *self.exact.tensors, *shift))
 
     def _apply_to_all(self, change: Callable[[Tensor], Tensor]) -> None:
-        _apply(self._layers, change)
+        _apply([self, self.scales], change)
+        self.exact.apply(change)
         self.shift = None if self.shift is None else change(self.shift)
 
 
 class FixedLayer(StaticLayer):
     """A layer of a cache with room for a number of tokens; its tensors stay in place, as a CUDA graph needs them.
 
-    newest: the last tokens in exact form, at `place % room`; places: which ones, `[room]`. first: the first tokens.
-    shift: what is subtracted from keys, `[batch, kv heads, 1, size]`.
+    exact: what it also holds exactly. shift: what is subtracted from keys, `[batch, kv heads, 1, size]`.
     """
 
     def __init__(self, max_cache_len: int, form: CacheFormat) -> None:
@@ -158,24 +129,17 @@ class FixedLayer(StaticLayer):
         self.form, self.codings = form, Coding.of(form)
         self.record_past = False
         self.is_empty = True
-        self.scales = StaticLayer(max_cache_len=max_cache_len)
-        self.newest = StaticLayer(max_cache_len=form.window - 1 + _ROLLED_BACK) if form.window > 1 else None
-        self.first = StaticLayer(max_cache_len=min(form.sink, max_cache_len)) if form.sink else None
-        self.places = torch.zeros(0, dtype=torch.int64)
+        self.scales, self.exact = StaticLayer(max_cache_len=max_cache_len), ExactStates(form, max_cache_len)
         self.shift: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate all tensors. key_states, value_states: some, of which sizes, dtype and device are taken."""
         new = (key_states, value_states)
         empty = [coding.empty(states) for coding, states in zip(self.codings, new, strict=True)]
-        for layer in self._exact_layers:
-            layer.lazy_initialization(key_states, value_states)
+        self.exact.allocate(new)
         self.scales.lazy_initialization(*(scales for _, scales in empty))
         if self.form.shift:
             self.shift = torch.zeros_like(key_states[:, :, :1])
-        if self.newest is not None:
-            room = self.newest.max_cache_len
-            self.places = torch.full((room,), -1, dtype=torch.int64, device=key_states.device)
         super().lazy_initialization(*(elements for elements, _ in empty))
         self.values = _pair(self)[1].to(empty[1][0].dtype)  # transformers 5.17 gives them the dtype of the keys
 
@@ -198,14 +162,10 @@ class FixedLayer(StaticLayer):
             into.index_copy_(TOKENS, places, elements)
             if exponents.shape[-1]:
                 scales.index_copy_(TOKENS, places, exponents)
-        if self.is_empty:
-            self.is_empty = False
-            self._keep_first(new, places)
-            read = given
-        else:
-            self._keep_first(new, places)
-            read = self._read(new, places)
-        self._keep_newest(new, places)
+        self.exact.keep_first(new, places)
+        read = given if self.is_empty else self._read(new, places)
+        self.is_empty = False
+        self.exact.keep_newest(new, places)
         return read
 
     def _check_room(self, count: int) -> None:
@@ -218,39 +178,10 @@ class FixedLayer(StaticLayer):
                 "taken: give it room for the prompt and all new tokens but the last"
             )
 
-    def _read(self, new: tuple[Tensor, Tensor], places: Tensor) -> tuple[Tensor, Tensor]:
-        is_exact = self.form.window > 0 or (len(places) > 1 and not self.record_past)
-        newest, first = ((None, None) if layer is None else _pair(layer) for layer in (self.newest, self.first))
-        exact = [ExactTokens(*parts) for parts in zip(new, newest, first, strict=True)]
+    def _read(self, new: Pair, places: Tensor) -> Pair:
+        exact = self.exact.beside(new, self.max_cache_len)
         packed = list(zip(_pair(self), _pair(self.scales), strict=True))
-        if len(places) == 1 and _can_be_fused(new[0]) and (newest[0] is not None or first[0] is not None or is_exact):
-            # One operator, so that attention over it can be fused.
-            parts = zip(self.codings, packed, exact, strict=True)
-            read = [coding.read(*pair, part, self.places, places, self.form.window) for coding, pair, part in parts]
-        else:
-            decoded = [coding.decode(*pair, own) for coding, pair, own in zip(self.codings, packed, new, strict=True)]
-            pairs = zip(decoded, exact, strict=True)
-            read = [put_exact(part, own, self.places, places, self.form.window, is_exact) for part, own in pairs]
-        return read[0], read[1]
-
-    def _keep_newest(self, new: tuple[Tensor, Tensor], places: Tensor) -> None:
-        if self.newest is None:
-            return
-        kept = places[-self.newest.max_cache_len :]
-        slots = kept % self.newest.max_cache_len
-        self.places.index_copy_(0, slots, kept)
-        for into, states in zip(_pair(self.newest), new, strict=True):
-            into.index_copy_(TOKENS, slots, states[:, :, -len(kept) :])
-
-    def _keep_first(self, new: tuple[Tensor, Tensor], places: Tensor) -> None:
-        """Write those of the new tokens that are among the first."""
-        if self.first is None:
-            return
-        slots = torch.arange(self.first.max_cache_len, device=places.device)
-        own = slots - places[:1]
-        source = torch.where((own >= 0) & (own < len(places)), own + len(slots), slots)
-        for into, states in zip(_pair(self.first), new, strict=True):
-            into.copy_(torch.cat([into, states], TOKENS).index_select(TOKENS, source))
+        return _read(self.codings, packed, exact, self.exact.places, places, self.form, self.record_past)
 
     def activate_past_recording(self) -> None:
         """Read several tokens at once as if they came one by one: they are candidates of assisted decoding."""
@@ -267,7 +198,7 @@ class FixedLayer(StaticLayer):
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
         self.cumulative_length.zero_()
-        self.places.fill_(-1)
+        self.exact.forget()
         self.is_empty = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -279,23 +210,37 @@ class FixedLayer(StaticLayer):
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors that a step reads and writes; the last is how many tokens there are."""
-        layers = (self, self.scales, *self._exact_layers)
+        states = [part for layer in (self, self.scales) for part in _held(layer)]
         shift = [] if self.shift is None else [self.shift]
-        return [*(states for layer in layers for states in _held(layer)), *shift, self.places, self.cumulative_length]
+        return [*states, *shift, *self.exact.tensors, self.cumulative_length]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(states.nbytes for states in self.tensors)
 
-    @property
-    def _exact_layers(self) -> list[StaticLayer]:
-        return [layer for layer in (self.newest, self.first) if layer is not None]
 
-
-def _can_be_fused(states: Tensor) -> bool:
-    """Whether there are kernels that read some tokens exactly."""
-    return states.is_cuda
+def _read(
+    codings: tuple[Coding, Coding],
+    packed: list[Pair],
+    exact: list[ExactTokens],
+    held: Tensor,
+    places: Tensor,
+    form: CacheFormat,
+    are_candidates: bool,
+) -> Pair:
+    """Keys and values that the tokens at `places` attend to. packed, exact: of keys and of values."""
+    parts = zip(codings, packed, exact, strict=True)
+    if len(places) == 1 and form.has_exact_tokens:
+        # One operator, so that attention over it can be fused.
+        key, value = (coding.read(*pair, part, held, places, form.window) for coding, pair, part in parts)
+    else:
+        is_exact = form.window > 0 or (len(places) > 1 and not are_candidates)
+        key, value = (
+            put_exact(coding.decode(*pair, part.own), part, held, places, form.window, is_exact)
+            for coding, pair, part in parts
+        )
+    return key, value
 
 
 def _removed(tokens_to_remove: int) -> int:
@@ -304,7 +249,7 @@ def _removed(tokens_to_remove: int) -> int:
     return -tokens_to_remove
 
 
-def _pair(layer: DynamicLayer | StaticLayer) -> tuple[Tensor, Tensor]:
+def _pair(layer: DynamicLayer | StaticLayer) -> Pair:
     keys, values = layer.keys, layer.values
     assert isinstance(keys, Tensor), "a layer that has been written to"
     assert isinstance(values, Tensor), "a layer that has been written to"

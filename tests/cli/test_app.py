@@ -7,7 +7,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from models import build, inputs
@@ -56,9 +55,9 @@ def gpt2(monkeypatch) -> None:
 
     def load(source):
         assert source is None
-        return build("gpt2"), lambda text, **_: SimpleNamespace(**inputs("gpt2"))
+        return build("gpt2")
 
-    monkeypatch.setattr("mxcompile.cli.list_commands.load_model", load)
+    monkeypatch.setattr("mxcompile.cli.list_commands.load_weights", load)
 
 
 # What there is

@@ -39,7 +39,7 @@ class AddedExperts(nn.Module):
 
 
 def words(found: mxcompile.Explanation) -> str:
-    console = Console(width=200, highlight=False)
+    console = Console(width=160, highlight=False)
     with console.capture() as capture:
         found.print_to(console)
     return capture.get()
@@ -213,7 +213,13 @@ def test_the_command_on_a_model_and_on_its_checkpoint(local_model, tmp_path):
     assert record["conclusions"]
     model = mxcompile.cli.model_source.load_model(str(local_model))
     quantized = mxcompile.quantize_and_compile(model[0], inputs("llama"), recipe="w8a8-mxint-quick", compile=False)
-    mxcompile.save(quantized, tmp_path / "saved", tokenizer=model[1])
+    mxcompile.save(quantized, tmp_path / "saved")  # a folder without a tokenizer
     saved = json.loads(CliRunner().invoke(app, ["explain", str(tmp_path / "saved"), "--json"]).stdout)
     assert saved["recipe"] is None
     assert saved["bytes_after"] == stored_bytes(quantized)
+
+
+def test_as_text_it_is_what_the_command_prints():
+    found = mxcompile.explain(build("llama"), inputs("llama"))
+    assert [line.rstrip() for line in words(found).splitlines()] == [line.rstrip() for line in str(found).splitlines()]
+    assert "self_attn.q_proj" in str(found)

@@ -4,15 +4,15 @@ p = softmax(sum(q * k) * scale + mask); sum(p * v), with k and v decoded where t
 A decode step with an MXCache. Blocks are taken in runs of neighbouring elements whose bits lie in the same place of
 neighbouring bytes, and 16 floats wide at most: Inductor then makes vectors of them, with one shift and one mask, and
 reads every byte once for a query head. A cache that rotates keys has `rotate(dequantize(k))`; a rotation of the query
-gives the same scores. Where a growing cache writes exact tokens over decoded ones, their scores take the place of those
-of packed keys. Scales of 2**-127 count as zero, as in the kernel for GPUs: multiplying by subnormal numbers is slow.
+gives the same scores. Where some tokens are exact (`mx::read_cache`), their scores take the place of those of packed
+keys. Scales of 2**-127 count as zero, as in the kernel for GPUs: multiplying by subnormal numbers is slow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch.fx import Graph, Node
 
 from mxcompile.formats import SCALE_BIAS, SCALE_NAN, MXFormat, parse_format
 from mxcompile.graph.dataflow import shapes_are_equal
-from mxcompile.graph.edit import create_call
 from mxcompile.inductor.rewrites.decompose_attention import (
     SINGLE_QUERY,
     erase_unread,
@@ -31,11 +30,12 @@ from mxcompile.inductor.rewrites.decompose_attention import (
 from mxcompile.inductor.rewrites.decompose_packing import insert_traced
 from mxcompile.inductor.rewrites.fuse_attention import shape_of, unrepeated
 from mxcompile.inductor.rewrites.fuse_packed_attention import is_packed, unrotated
+from mxcompile.numerics.exact_tokens import ExactPart, ExactTokens, exact_parts
 from mxcompile.numerics.packing import fields
-from mxcompile.ops import ROTATE
+from mxcompile.ops import READ_CACHE, ROTATE
+from mxcompile.ops.exact_tokens import factor_of
 
 aten = torch.ops.aten
-_TOKENS: Final = 2
 _FRACTION_BITS: Final = 23  # of a float32
 _LEAST_RUN, _MOST_RUNS = 8, 8
 _RUN: Final = 16
@@ -75,79 +75,82 @@ class _Packed:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """Exact states `[batch, kv heads, some tokens, size]` that are written over packed ones from a place on."""
+class _Source:
+    """What a graph decodes keys or values from. rotation: block and factor of `rotate(x, block) * factor`.
 
-    states: Tensor
-    start: Tensor
+    exact: the operands of `mx::read_cache` from its own states to the position, and its window, if it is one.
+    """
 
-    def covers(self, places: Tensor) -> Tensor:
-        """Which places it is written to."""
-        return (places >= self.start) & (places < self.start + self.states.shape[_TOKENS])
+    elements: Node
+    scales: Node
+    fmt: MXFormat
+    rotation: tuple[int, int]
+    exact: tuple[Any, ...] = ()
 
-    @property
-    def places(self) -> Tensor:
-        """Those it is written to."""
-        return torch.arange(self.states.shape[_TOKENS], device=self.states.device) + self.start
+    @classmethod
+    def of(cls, node: Node) -> Self | None:
+        """None if these are other states."""
+        if node.target is READ_CACHE:
+            read: Any = node.args
+            rotation, exact = (read[8], factor_of(read[8])), (*read[2:7], read[9])
+            return cls(read[0], read[1], parse_format(read[7]), rotation, exact)
+        rotation, packed = unrotated(node)
+        args: Any = packed.args
+        return cls(args[0], args[1], parse_format(str(args[2])), rotation) if is_packed(packed) else None
 
 
 def _rewrite(graph: Graph, node: Node) -> bool:
     args: Any = node.args
     query, mask = args[0], mask_of(node)
-    (key, new_keys), (value, new_values) = (_overwritten(unrepeated(part)) for part in args[1:3])
-    (block, factor), key = unrotated(key)
-    if not is_packed(key) or not is_packed(value) or not shapes_are_equal(shape_of(key)[:3], shape_of(value)[:3]):
+    states = [unrepeated(part) for part in args[1:3]]
+    key, value = (_Source.of(part) for part in states)
+    if key is None or value is None or not shapes_are_equal(*(shape_of(part)[:3] for part in states)):
         return False
-    if [start for _, start in new_keys] != [start for _, start in new_values]:
+    # held, position and window: what one layer of a cache has read
+    if value.rotation[0] > 1 or key.exact[3:] != value.exact[3:]:
         return False
-    formats = [parse_format(str(part.args[2])) for part in (key, value)]
-    if any(_run(fmt) < _LEAST_RUN or fmt.block_size > _MOST_RUNS * _run(fmt) for fmt in formats):
+    if any(_run(fmt) < _LEAST_RUN or fmt.block_size > _MOST_RUNS * _run(fmt) for fmt in (key.fmt, value.fmt)):
         return False
     options: Any = node.kwargs
     scale = shape_of(query)[3] ** -0.5 if options.get("scale") is None else options["scale"]
-    size, count = shape_of(value)[3], len(new_keys)
+    size, (block, factor) = shape_of(states[1])[3], key.rotation
+    exact = [*key.exact[:3], *value.exact[:3], *key.exact[3:5]]
+    window = key.exact[5] if key.exact else 0
 
-    def attention(query: Tensor, *parts: Tensor) -> Tensor:
-        rotated = query if block == 1 else ROTATE(query, block) * factor
-        packed = [_packed(parts[2 * at], parts[2 * at + 1], fmt) for at, fmt in enumerate(formats)]
-        new, starts, masks = parts[4 : 4 + 2 * count], parts[4 + 2 * count : 4 + 3 * count], parts[4 + 3 * count :]
-        exact = [[_Written(*part) for part in zip(new[at::2], starts, strict=True)] for at in (0, 1)]
-        rows = (rotated, query)
-        return _attend(rows, packed[0], packed[1], exact[0], exact[1], masks[0] if masks else None, scale, size)
+    def attention(query: Tensor, *rest: Tensor) -> Tensor:
+        rotated, given = query if block == 1 else ROTATE(query, block) * factor, iter(rest)
+        keys, values = (_packed(next(given), next(given), part.fmt) for part in (key, value))
+        row = None if mask is None else next(given)
+        parts, are_exact = _exact([None if part is None else next(given) for part in exact], window)
+        return _attend((rotated, query), keys, values, parts, are_exact, row, scale, size)
 
-    with query.meta["val"].fake_mode, graph.inserting_before(node):
-        starts = [create_call(graph, aten.full.default, [], start, dtype=torch.int64) for _, start in new_keys]
-    pairs = [part for pair in zip(new_keys, new_values, strict=True) for part, _ in pair]
-    sources = [query, *key.args[:2], *value.args[:2], *pairs, *starts, *([] if mask is None else [mask])]
+    sources = [query, key.elements, key.scales, value.elements, value.scales, mask, *exact]
+    result = insert_traced(graph, node, attention, [part for part in sources if part is not None])
     unread = [part for part in node.all_input_nodes if part is not query]
-    replace_output(graph, node, insert_traced(graph, node, attention, sources))
+    replace_output(graph, node, result)
     for part in unread:
         erase_unread(graph, part)
     return True
-
-
-def _overwritten(node: Any) -> tuple[Any, list[tuple[Node, Any]]]:
-    """States, and what is written over them: (states of some tokens, the first place), in order of writing."""
-    written: list[tuple[Node, Any]] = []
-    while node.target is aten.slice_scatter.default and len(node.args) == 5 and node.args[2] == _TOKENS:
-        new = node.args[1]
-        if new.target is aten.copy.default and shapes_are_equal(shape_of(new), shape_of(new.args[1])):
-            new = new.args[1]
-        written.insert(0, (new, node.args[3]))
-        node = node.args[0]
-    return node, written
 
 
 def _packed(elements: Tensor, scales: Tensor, fmt: MXFormat) -> _Packed:
     return _Packed(elements.unflatten(-1, (-1, fmt.block_bytes)).unsqueeze(2), scales[:, :, None, ..., None], fmt)
 
 
+def _exact(parts: list[Any], window: int) -> tuple[list[ExactPart], Callable[[Tensor], Tensor] | None]:
+    """What is read exactly, and which places those are. parts: the operands of both `mx::read_cache`, if it is that."""
+    if not parts:
+        return [], None
+    keys, values = ExactTokens(*parts[:3]), ExactTokens(*parts[3:6])
+    return exact_parts((keys, values), parts[6], parts[7].reshape(1), window)
+
+
 def _attend(
     queries: tuple[Tensor, Tensor],
     keys: _Packed,
     values: _Packed,
-    new_keys: Sequence[_Written],
-    new_values: Sequence[_Written],
+    exact: Sequence[ExactPart],
+    are_exact: Callable[[Tensor], Tensor] | None,
     mask: Tensor | None,
     scale: float,
     size: int,
@@ -162,29 +165,23 @@ def _attend(
     rows = torch.nn.functional.pad(rows, (0, blocks * keys.fmt.block_size - width))
     rows = rows.reshape(*shape, blocks, keys.fmt.block_size)
     products = reduce(add, (rows[..., part] * numbers for part, numbers in keys.runs()))
-    places = torch.arange(tokens, device=rows.device)
-    rounded = _left((products * keys.powers).sum((-1, -2)), places, new_keys)
+    rounded = (products * keys.powers).sum((-1, -2))
+    if are_exact is not None:
+        rounded = torch.where(are_exact(torch.arange(tokens, device=rows.device)), -torch.inf, rounded)
     scores = [rounded if mask is None else rounded + mask]
     row = (queries[1].float() * scale).reshape(*shape, width)
-    for index, part in enumerate(new_keys):
-        exact = _left((row * part.states.float().unsqueeze(2)).sum(-1), part.places, new_keys[index + 1 :])
-        scores.append(exact if mask is None else exact + mask.index_select(-1, part.places))
+    for part in exact:
+        own = torch.where(part.is_read, (row * part.keys.float().unsqueeze(2)).sum(-1), -torch.inf)
+        scores.append(own if mask is None else own + mask.index_select(-1, part.places.clamp(0, tokens - 1)))
     most = reduce(torch.maximum, (part.amax(-1, keepdim=True) for part in scores))
     shares = [(part - most.clamp_min(torch.finfo(torch.float32).min)).exp() for part in scores]
     total = reduce(add, (part.sum(-1, keepdim=True) for part in shares)).clamp_min(torch.finfo(torch.float32).tiny)
     weights = shares[0][..., None, None] * values.powers
     result = torch.cat([(weights * numbers).sum(-3) for _, numbers in values.runs()], -1)
     result = result.flatten(-2)[..., :size] * values.unit
-    for share, part in zip(shares[1:], new_values, strict=True):
-        result = result + (share.unsqueeze(-1) * part.states.float().unsqueeze(2)).sum(-2)
+    for share, part in zip(shares[1:], exact, strict=True):
+        result = result + (share.unsqueeze(-1) * part.values.float().unsqueeze(2)).sum(-2)
     return (result / total).reshape(batch, heads, 1, size).to(queries[0].dtype)
-
-
-def _left(scores: Tensor, places: Tensor, written: Sequence[_Written]) -> Tensor:
-    """Scores of keys at places, without those that are written over."""
-    for part in written:
-        scores = torch.where(part.covers(places), -torch.inf, scores)
-    return scores
 
 
 def _run(fmt: MXFormat) -> int:

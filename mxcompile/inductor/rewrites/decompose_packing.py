@@ -1,4 +1,4 @@
-"""quantize(x), dequantize(elements, scales) of a cache -> the pointwise operations of the reference.
+"""quantize(x), dequantize(elements, scales), read_cache(...) of a cache -> the pointwise operations of the reference.
 
 A decode step rounds the key and value of a token and reads all others; a prompt rounds those of all its tokens.
 Decomposed, Inductor fuses the first with what writes to the cache, and on a CPU the second with the sums of
@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from torch import Tensor
+from torch.func import functionalize
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mxcompile.inductor.private_api import select_decomp_table
-from mxcompile.ops import DEQUANTIZE, QUANTIZE
+from mxcompile.ops import DEQUANTIZE, QUANTIZE, READ_CACHE
+from mxcompile.ops.exact_tokens import read_cache
 from mxcompile.ops.linears import dequantize_at_once, quantize
 
 _OF_A_CACHE: Final = 4  # dimensions: batch, kv heads, tokens, and a head's
@@ -25,6 +27,8 @@ _DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {QUANTIZE: quantize, DEQ
 
 def decompose_packing(graph: Graph) -> int:
     """Decompose the packing and unpacking of a cache in place. Returns the number of rewrites."""
+    for node in graph.find_nodes(op="call_function", target=READ_CACHE):
+        _inline(graph, node)
     nodes = [node for target in _TENSORS for node in graph.find_nodes(op="call_function", target=target)]
     nodes = [node for node in nodes if _is_of_a_cache(node)]
     for node in nodes:
@@ -59,6 +63,18 @@ def _decompose(graph: Graph, node: Node) -> None:
         return _DECOMPOSITIONS[target](*values, *rest)
 
     _replace(graph, node, insert_traced(graph, node, of, node.args[:count]))
+
+
+def _inline(graph: Graph, node: Node) -> None:
+    """A `mx::read_cache` that no attention has taken: what it dequantizes is then decomposed like the rest."""
+
+    def read(*values: Tensor) -> Tensor:
+        tensors = iter(values)
+        arguments: list[Any] = [next(tensors) if isinstance(part, Node) else part for part in node.args]
+        return read_cache(*arguments)
+
+    tensors = [part for part in node.args if isinstance(part, Node)]
+    _replace(graph, node, insert_traced(graph, node, functionalize(read), tensors))
 
 
 def insert_traced(graph: Graph, node: Node, function: Callable[..., Any], tensors: Sequence[Any]) -> Any:

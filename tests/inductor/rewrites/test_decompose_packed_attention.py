@@ -14,10 +14,11 @@ from mxcompile.inductor import why_no_inductor
 from mxcompile.inductor.backend import compile_options
 from mxcompile.inductor.rewrites.decompose_attention import SINGLE_QUERY
 from mxcompile.inductor.rewrites.decompose_packed_attention import decompose_packed_attention
+from mxcompile.inductor.rewrites.decompose_packing import decompose_packing
 from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.numerics.packed_attention import PackedStates, attend_packed
-from mxcompile.ops import DEQUANTIZE, QUANTIZE, ROTATE
-from mxcompile.tensor.cache_layers import GrowingLayer
+from mxcompile.ops import DEQUANTIZE, QUANTIZE, READ_CACHE, ROTATE
+from mxcompile.tensor.cache_layers import FixedLayer, GrowingLayer
 
 BATCH, HEADS, SHARED, TOKENS = 2, 6, 2, 19
 EXTRA = ("mxint8:16", "mxint4:16", "mxint4:64", "mxint6:64")
@@ -136,43 +137,72 @@ def test_what_makes_no_few_vectors_is_decoded_first(fmt):
     assert rewritten(attention(fmt, "mxint8", sizes), inputs(fmt, "mxint8", sizes))[1] == fmt.endswith("128")
 
 
-def with_exact_tokens(places, rotation=1):
-    """Attention over packed states in which some tokens are exact: keys and values from given places on."""
+ROOM, PLACE = 9, 14
 
-    def call(query, elements, scales, mask, *exact):
-        key = value = DEQUANTIZE(elements, scales, "mxint4", 32, torch.float32)
-        key = ROTATE(key, rotation) * 2 if rotation > 1 else key
-        for at, place in enumerate(places):
-            new = exact[2 * at : 2 * at + 2]
-            key, value = (
-                part.slice_scatter(own, 2, start, start + own.shape[2])
-                for part, own, start in zip((key, value), new, place, strict=True)
-            )
-        repeated = map(for_every_head, (key, value))
+
+def with_exact_tokens(window=4, block=1, later=0, fmt="mxint4"):
+    """Attention of the token at `PLACE` over packed states in which some are exact; `later`: for values, another."""
+
+    def call(query, elements, scales, mask, held, place, *exact):
+        pairs = [exact[at::2] for at in (0, 1)]
+        keys, values = (
+            READ_CACHE(elements, scales, *rest, held, at, fmt, turn, window)
+            for rest, at, turn in zip(pairs, (place, place + later if later else place), (block, 1), strict=True)
+        )
+        repeated = map(for_every_head, (keys, values))
         return F.scaled_dot_product_attention(query, *repeated, attn_mask=mask)
 
     return call
 
 
-@pytest.mark.parametrize("heads", [1, HEADS])
-@pytest.mark.parametrize("rotation", [1, 32])
-def test_exact_tokens_take_the_place_of_packed_ones(rotation, heads):
-    """Own, newest and first tokens, of which the later ones are written over others, under a mask."""
-    query, elements, scales = inputs("mxint4", "mxint4", (32, 32))[:3]
+def exact_inputs(heads=1, fmt="mxint4", sink=3, missing=None):
+    """Own, newest and first tokens, later ones hidden. missing: how far back a token is not held any more."""
+    query, elements, scales = inputs(fmt, fmt, (32, 32))[:3]
     mask = torch.where(torch.rand(BATCH, heads, 1, TOKENS) < 0.3, -torch.inf, 0.0)
-    exact = [torch.randn(BATCH, SHARED, count, 32) * 4 for count in (1, 1, 6, 6, 14, 14)]
-    given = (query, elements, scales, mask, *exact)
-    function = with_exact_tokens([(18, 18), (12, 12), (0, 0)], rotation)
+    mask[..., PLACE + 1 :] = -torch.inf
+    held = torch.arange(ROOM)
+    held = held + (PLACE - 1 - held) // ROOM * ROOM
+    if missing is not None:
+        held[(PLACE - missing) % ROOM] += ROOM
+    exact = [torch.randn(BATCH, SHARED, count, 32) * 4 for count in (1, 1, ROOM, ROOM, sink, sink)]
+    return query, elements, scales, mask, held, torch.tensor([PLACE]), *exact
+
+
+def reads(module):
+    return module.graph.find_nodes(op="call_function", target=READ_CACHE)
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize("block", [1, 32])
+@pytest.mark.parametrize(("window", "missing"), [(1, None), (4, None), (4, 2), (9, None), (0, None)])
+def test_exact_tokens_take_the_place_of_packed_ones(window, missing, block, heads):
+    """Own, newest and first tokens, under a mask; some of the window may not be held any more."""
+    given = exact_inputs(heads, missing=missing)
+    function = with_exact_tokens(window, block)
     module, count = rewritten(function, given)
     assert count == 1
-    assert not module.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+    assert not reads(module)
     torch.testing.assert_close(module(*given), function(*given), rtol=2e-5, atol=2e-5)
 
 
-def test_exact_keys_and_values_of_other_tokens_are_left():
-    query, elements, scales = inputs("mxint4", "mxint4", (32, 32))[:3]
-    given = (query, elements, scales, torch.zeros(1, 1, 1, TOKENS), *torch.randn(2, BATCH, SHARED, 1, 32))
-    assert rewritten(with_exact_tokens([(18, 17)]), given)[1] == 0
+def test_a_window_may_reach_the_first_tokens():
+    given = exact_inputs(sink=13)
+    function = with_exact_tokens(9)
+    torch.testing.assert_close(rewritten(function, given)[0](*given), function(*given), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("other", ["place", "format"])
+def test_what_is_left_is_decoded_first(other):
+    """Exact values of another token; a format of which no vectors are made. Its operator is still taken apart."""
+    fmt = "mxint5" if other == "format" else "mxint4"
+    given = exact_inputs(fmt=fmt)
+    function = with_exact_tokens(later=other == "place", fmt=fmt)
+    module, count = rewritten(function, given)
+    assert count == 0
+    decompose_packing(module.graph)
+    module.recompile()
+    assert not reads(module)
+    torch.testing.assert_close(module(*given), function(*given), rtol=2e-5, atol=2e-5)
 
 
 @needs_compiler
@@ -192,9 +222,11 @@ def test_inductor_fuses_it(tokens):
 
 
 @needs_compiler
-def test_a_window_of_a_growing_cache_is_fused():
+@pytest.mark.parametrize("room", [None, TOKENS])
+def test_a_window_of_a_cache_is_fused(room):
     """Its own layer, compiled for any number of tokens; later tokens are those of the layer itself."""
-    layer = GrowingLayer(CacheFormat.parse("key=mxint4,value=mxint8,window=4,sink=2,rotate=head"))
+    form = CacheFormat.parse("key=mxint4,value=mxint8,window=4,sink=2,rotate=head")
+    layer = GrowingLayer(form) if room is None else FixedLayer(room, form)
     torch.manual_seed(0)
     states = [torch.randn(2, BATCH, SHARED, count, 32) for count in (9, 1, 1, 1)]
     layer.update(*states[0])
@@ -202,7 +234,10 @@ def test_a_window_of_a_growing_cache_is_fused():
     def step(query, key, value):
         read = layer.update(key, value)
         repeated = map(for_every_head, read)
-        return F.scaled_dot_product_attention(query, *repeated)
+        mask = None if room is None else torch.where(torch.arange(room) < layer.cumulative_length, 0.0, -torch.inf)
+        return F.scaled_dot_product_attention(
+            query, *repeated, attn_mask=None if mask is None else mask[None, None, None]
+        )
 
     fuse = Recorded()
     torch._dynamo.reset()
@@ -213,4 +248,4 @@ def test_a_window_of_a_growing_cache_is_fused():
             result, after, layer = fused(query, key, value), layer, before
             torch.testing.assert_close(result, step(query, key, value), rtol=1e-4, atol=1e-4)
             layer = after
-    assert not {DEQUANTIZE, SINGLE_QUERY} & set(fuse.calls)
+    assert not {DEQUANTIZE, READ_CACHE, SINGLE_QUERY} & set(fuse.calls)

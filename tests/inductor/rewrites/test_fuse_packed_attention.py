@@ -89,9 +89,9 @@ def test_a_prompt_and_exact_tokens_among_them_are_left():
         assert [node.target for node in nodes].count(DEQUANTIZE) == 2
 
 
-def read(made, name, fmt, held, place, block=1, window=32):
+def read(made, name, fmt, held, place, block=1, window=32, tokens=KEYS):
     """What a cache with exact tokens reads, and the operands that a kernel needs of it."""
-    parts, _ = packed(made, name, fmt)
+    parts, _ = packed(made, name, fmt, tokens)
     exact = [made.given(f"{name}_{part}", BATCH, SHARED, n, SIZE) for part, n in (("own", 1), ("newest", 63))]
     return (parts, exact), made.call(READ_CACHE, *parts, *exact, None, held, place, fmt, block, window)
 
@@ -117,6 +117,20 @@ def test_exact_tokens_are_read_beside_packed_ones(block):
         turned = turned.args[0]
     assert turned is query if block == 1 else turned.args == (query, block)
     assert not {READ_CACHE, EFFICIENT, aten.clone.default} & {node.target for node in nodes}
+
+
+def test_a_growing_cache_with_exact_tokens():
+    made = Step()
+    (tokens,) = made.sizes(37)
+    query = made.given("query", BATCH, HEADS, 1, SIZE)
+    held, place = made.given("held", 63, dtype=torch.int64), made.given("place", 1, dtype=torch.int64)
+    ((keys, _), key), ((values, _), value) = (
+        read(made, name, "mxint4", held, place, tokens=tokens) for name in ("key", "value")
+    )
+    made.attention(FLASH, query, made.repeated(key), made.repeated(value))
+    count, nodes = made.rewritten(fuse_packed_attention)
+    fused = next(node for node in nodes if node.target is ATTEND_PACKED_EXACT)
+    assert (count, fused.args[2:6]) == (1, (*keys, *values))
 
 
 @pytest.mark.parametrize("other", ["window", "place", "queries", "values rotated", "one side"])
