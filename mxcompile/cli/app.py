@@ -69,6 +69,7 @@ def evaluate(
     text: TextFile = None,
     length: Length = 2048,
     windows: Annotated[int, typer.Option(min=0, help="number of windows; 0 for all of the text")] = 4,
+    half: Annotated[str | None, typer.Option(metavar="first|second", help="one half of the text alone")] = None,
     calibration: Calibration = None,
     calibration_text: CalibrationText = None,
     calibration_length: CalibrationLength = None,
@@ -89,7 +90,7 @@ def evaluate(
     data = CalibrationOptions.parse(
         calibration, calibration_text, calibration_length, calibration_like, calibration_self
     )
-    options = EvalOptions(model, against, recipe, text, length, windows, data, device, special_tokens)
+    options = EvalOptions(model, against, recipe, text, length, windows, data, device, special_tokens, half)
     comparison = compare(messages(), options)
     if as_json:
         print_json(comparison.record())

@@ -68,6 +68,8 @@ class EvalOptions:
             raise InputError("use --recipe (against the float model) or --against (another model), not both")
         if self.recipe is None and self.calibration.named:
             raise InputError("--calibration needs a --recipe")
+        if self.half not in (None, *_HALVES):
+            raise InputError(f"--half is first or second, not {self.half}")
         if self.recipe is not None:
             as_pipeline(self.recipe)
         own_text = self.calibration.source is None or self.calibration.same_file(self.text)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import mxcompile
 from mxcompile.calibration.data.windows import token_ids
 from mxcompile.cli.app import app
+from mxcompile.cli.compare import EvalOptions
 from mxcompile.cli.model_source import load_model
 from mxcompile.errors import InputError, MXCompileError
 
@@ -63,6 +64,15 @@ def test_a_model_alone(local_model, text):
 
 def test_all_of_the_text(local_model, text):
     assert evaluated(local_model, "--text", text, "--length", 500, "--windows", 0)["windows"] == 4
+
+
+def test_one_half_of_the_text(local_model, text):
+    second = list(mxcompile.token_windows(ids_of(local_model, text).split(1200)[1], 32, 2))
+    answer = evaluated(local_model, "--text", text, "--length", 32, "--windows", 2, "--half", "second")
+    assert answer["text"] == "the second half of words.txt"
+    assert answer["model"]["nll"] == mxcompile.evaluate(load_model(str(local_model))[0], second).nll
+    with pytest.raises(InputError, match="--half is first or second, not third"):
+        EvalOptions(half="third")
 
 
 def test_a_model_against_itself(local_model, text):

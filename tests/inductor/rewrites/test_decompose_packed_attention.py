@@ -144,7 +144,7 @@ def with_exact_tokens(window=4, block=1, later=0, fmt="mxint4"):
     """Attention of the token at `PLACE` over packed states in which some are exact; `later`: for values, another."""
 
     def call(query, elements, scales, mask, held, place, *exact):
-        pairs = [exact[at::2] for at in (0, 1)]
+        pairs = [[own, newest if window > 1 else None, first] for own, newest, first in (exact[::2], exact[1::2])]
         keys, values = (
             READ_CACHE(elements, scales, *rest, held, at, fmt, turn, window)
             for rest, at, turn in zip(pairs, (place, place + later if later else place), (block, 1), strict=True)
