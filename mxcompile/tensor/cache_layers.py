@@ -31,13 +31,18 @@ from mxcompile.tensor.cache_exact import TOKENS, ExactStates, Pair
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer of a cache that grows by the tokens of each call. exact: what it also holds exactly."""
+    """A layer of a cache that grows by the tokens of each call.
+
+    exact: what it also holds exactly, and length: of all tokens then, in memory: compiled, a number that is known in
+    every step makes Inductor divide symbols, which it cannot always do.
+    """
 
     def __init__(self, form: CacheFormat) -> None:
         super().__init__()
         self.form, self.codings = form, Coding.of(form)
         self.record_past = False
         self.scales, self.exact = DynamicLayer(), ExactStates(form)
+        self.length = torch.zeros(1, dtype=torch.int64)
         self.shift: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -50,7 +55,7 @@ class GrowingLayer(DynamicLayer):
         super().update(*(elements for elements, _ in coded))
         self.scales.update(*(scales for _, scales in coded))
         self.is_initialized = True
-        places = torch.arange(start, self.get_seq_length(), device=key_states.device)
+        places = self._places(new[0])
         if start == 0:
             self.exact.allocate(new)
         if start < self.form.sink:
@@ -65,6 +70,17 @@ class GrowingLayer(DynamicLayer):
         """Start with no tokens. transformers 5.17 gives values the dtype of the keys."""
         super().lazy_initialization(key_states, value_states)
         self.values = value_states.new_empty(0)
+
+    def _places(self, new: Tensor) -> Tensor:
+        """Of new states, which are there already."""
+        count, end = new.shape[TOKENS], self.get_seq_length()
+        if not self.form.has_exact_tokens:
+            return torch.arange(end - count, end, device=new.device)
+        if count == end:
+            self.length = torch.zeros(1, dtype=torch.int64, device=new.device)
+        places = torch.arange(count, device=new.device) + self.length
+        self.length.add_(count)
+        return places
 
     def _read(self, new: Pair, places: Tensor) -> Pair:
         exact = self.exact.beside(new, self.get_seq_length())
@@ -85,6 +101,7 @@ class GrowingLayer(DynamicLayer):
         removed = min(_removed(tokens_to_remove), self.get_seq_length())
         if removed:
             _apply([self, self.scales], lambda states: states[:, :, :-removed])
+            self.length.fill_(self.get_seq_length())
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -110,7 +127,7 @@ class GrowingLayer(DynamicLayer):
         """Bytes of all tensors."""
         states = [part for layer in (self, self.scales) for part in _held(layer)]
         shift = [] if self.shift is None else [self.shift]
-        return sum(part.nbytes for part in (*states, *self.exact.tensors, *shift))
+        return sum(part.nbytes for part in (*states, *self.exact.tensors, self.length, *shift))
 
     def _apply_to_all(self, change: Callable[[Tensor], Tensor]) -> None:
         _apply([self, self.scales], change)
