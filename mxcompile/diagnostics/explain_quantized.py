@@ -61,9 +61,10 @@ def _reading(cache: CacheFormat) -> str:
     if cache.key is None or cache.value is None:
         why = f"{'keys' if cache.key is None else 'values'} stay in float"
         return f"attention runs on states that were decoded before it, which saves memory but no time: {why}"
+    queries = "of up to a few tokens reads packed bytes"
     if cache.has_exact_tokens:
-        return "attention of one token reads packed bytes, and exact tokens beside them"
-    return "attention of up to a few tokens reads packed bytes"
+        queries = "of one token reads packed bytes, and exact tokens beside them,"
+    return f'attention {queries} with cache_implementation="static"; a cache that grows may be decoded before it'
 
 
 def notes_for_vllm(layers: Iterable[SelectedKernel]) -> tuple[str, ...]:
