@@ -68,6 +68,16 @@ def test_caches_behind_rounded_weights():
     assert kl["w4a4-mxfp-quick", "mxint8", 2048] < kl["w4a4-mxfp-quick", FLOAT, 2048]
 
 
+def test_caches_behind_recipes_that_calibrate():
+    text, records = " ".join(page("docs/accuracy.md").split()), results("cache-recipes.jsonl")
+    kl = {(row["recipe"], row["cache"]): row["kl"] for row in records if row["context"] == 2048}
+    cached = "w4a8-mxint-kv4"
+    assert abs(kl[cached, FLOAT] - kl["w4a8-mxint", FLOAT]) < 0.001
+    four = kl[cached, "key=mxint4,value=mxint4,window=32,rotate=head"] - kl[cached, FLOAT]
+    eight = [kl[recipe, "mxint8"] - kl[recipe, FLOAT] for recipe in ("w4a8-mxint", "w4a4-mxfp")]
+    assert f"4 bits then add {four:.3f} to W4A8, and MXINT8 {eight[0]:.3f} to it and {eight[1]:.3f} to W4A4" in text
+
+
 def test_a_whole_model_with_a_cache():
     text = " ".join(page("docs/kernels.md").split())
     rows = {(row["cache"], row["context"]): row for row in results("cache-decode-h200.jsonl")}
