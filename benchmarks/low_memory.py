@@ -13,7 +13,8 @@ smollm2: SmolLM2-135M in float32, every stage of `--recipe` (by default awq-fold
 `--calibration` windows of 512 tokens. `same bytes` compares the weight files of both runs.
 llama: random weights in the shape of Llama-3-8B in bfloat16, rounded to nearest; and `gptq` up to the end of its first
 segments, after which the run is stopped.
-device: gptq of the same shape, from files and in memory, and the most memory on the device.
+device: gptq of the same shape, from files and in memory, and the most memory on the device. With `--parts`, also where
+the seconds go, and the functions that take longest (`cProfile`); the whole then takes longer.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from random_llama import write_checkpoint
+from random_llama import SIZES, config_of, write_checkpoint
 from transformers import LlamaForCausalLM
 
 from mxcompile.cli import smollm2
@@ -39,7 +40,7 @@ _RECIPE = "awq-fold{weight=mxint4,activation=mxint8} | gptq{format=mxint4,activa
 )
 GPTQ = "gptq{format=mxint4,activation=mxint8,correction=0.25} | lower-mx{weight=mxint4,activation=mxint8}"
 _CHILD = """
-import json, os, sys, time
+import contextlib, cProfile, json, os, pstats, sys, time
 import torch
 import mxcompile
 from transformers import AutoModelForCausalLM
@@ -78,21 +79,34 @@ def run(how, source, out, recipe, data, device, until, memory):
             mxcompile.save(made, out)
 
 tiny, real = json.loads(sys.argv[1])
+folder, parts = real.pop("parts", None), None
 with launched_group(real["device"]) as device:
     if device != "cpu":
         torch.cuda.set_device(torch.empty(0, device=device).device)
     run(**tiny | {"device": device})
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
+    watched = contextlib.nullcontext()
+    if folder is not None:
+        sys.path.insert(0, folder)
+        from seconds_by_part import SecondsByPart, watch_quantization
+        parts, watched = SecondsByPart(torch.cuda.synchronize if device != "cpu" else int), cProfile.Profile()
+        watch_quantization(parts)
     say(ready=True, process=os.getpid())
     began = time.perf_counter()
     try:
-        run(**real | {"device": device})
+        with watched:
+            run(**real | {"device": device})
     except Exception as error:
         if "that is enough" not in str(error):
             raise
+    seconds = time.perf_counter() - began
+    if parts is not None:
+        print(parts.table(), file=sys.stderr)
+        for order in ("tottime", "cumtime"):
+            pstats.Stats(watched, stream=sys.stderr).strip_dirs().sort_stats(order).print_stats(40)
     on_device = torch.cuda.max_memory_allocated(device) if device != "cpu" else 0
-    say(seconds=time.perf_counter() - began, device=on_device)
+    say(seconds=seconds, device=on_device)
 """
 
 
@@ -140,7 +154,7 @@ def measured(tiny: dict[str, Any], real: dict[str, Any], processes: int = 1) -> 
     by_stage = {name: {key: round(value / 1e6) for key, value in own.items()} for name, own in peaks.items()}
     whole = {key: max(own[key] for own in by_stage.values()) for key in next(iter(by_stage.values()))}
     return {
-        "seconds": round(result["seconds"]),
+        "seconds": round(result["seconds"], 1),
         **whole,
         "device MB": round(result["device"] / 1e6),
         "stages": by_stage,
@@ -230,15 +244,18 @@ def of_llama(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]
 
 def of_device(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """gptq on a device, from files and in memory."""
-    source = write_checkpoint(options.folder, "8b", options.layers)
+    source = write_checkpoint(options.folder, options.size, options.layers)
     tiny, ids = write_tiny(work)
-    torch.save(torch.randint(0, 128256, (128, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
-    for how in ("files", "memory"):
+    vocabulary = config_of(options.size).vocab_size
+    torch.save(torch.randint(0, vocabulary, (128, 512), generator=torch.Generator().manual_seed(0)), work / "ids.pt")
+    for how in options.weights:
         small = settings(how, tiny, work / f"tiny-{how}", GPTQ, ids, device=options.device)
         out = options.folder.parent / f"low-memory-{how}"
         real = settings(how, source, out, GPTQ, work / "ids.pt", device=options.device, memory=2 * 10**9)
-        device = torch.cuda.get_device_name(options.device)
-        what = {"model": f"Llama-3-8B shape, {options.layers} layers", "weights": how, "device": device}
+        real |= {"parts": str(Path(__file__).parent)} if options.parts else {}
+        device = options.device if options.device == "cpu" else torch.cuda.get_device_name(options.device)
+        model = f"Llama-3-{options.size.upper()} shape, {options.layers} layers"
+        what = {"model": model, "weights": how, "device": device}
         yield what | {"recipe": GPTQ, **measured(small, real)}
 
 
@@ -254,6 +271,9 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1, help="smollm2: started by torchrun; the first is measured")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", choices=[*SIZES], default="8b", help="device: of the model")
+    parser.add_argument("--weights", nargs="+", choices=["files", "memory"], default=["files", "memory"])
+    parser.add_argument("--parts", action="store_true", help="device: print where the seconds go")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     run = {"smollm2": of_smollm2, "llama": of_llama, "device": of_device}[options.what]

@@ -5,8 +5,8 @@
 
 A mapped tensor is an ordinary CPU tensor. Reading it brings its pages into memory, where they are the system's cache of
 the file; releasing it gives them up (`madvise`), and the next use reads the file again. On a GPU a use is a copy there,
-which is kept until it is released. Files have no name while they are in use: their room is free once their tensors are
-gone, also if the process is killed.
+which is kept until it is released; of a tensor that came from there, the tensor itself. Files have no name while they
+are in use: their room is free once their tensors are gone, also if the process is killed.
 """
 
 import ctypes
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mxcompile.errors import InputError
 from mxcompile.tensor.digest import tensor_bytes
+from mxcompile.tensor.pinned_copies import PinnedCopies
 from mxcompile.tensor.weight import MXWeight
 
 IN_USE: Final = 1 << 30
@@ -68,24 +69,29 @@ class MappedTensors:
     ) -> None:
         self.folder, self.device, self.states = folder, device, states
         self._in_use, self._smallest = in_use, smallest
-        self._copies = device.type != "cpu"
+        self._copies, self._pinned = device.type != "cpu", PinnedCopies(device)
         self._trims_next = 0.0
         self._mappings: WeakValueDictionary[_View, mmap.mmap] = WeakValueDictionary()
         self._used: OrderedDict[_View, _Use] = OrderedDict()  # those used longest ago first
 
-    def keep(self, value: Tensor) -> Tensor:
+    def keep(self, value: Tensor, *, in_use: bool = True) -> Tensor:
         """The tensor with its values in a file; a small one on the device, one that is mapped already as it is.
 
-        A parameter stays one, the component tensors of an MXWeight are mapped one by one. Raises InputError if the
-        file cannot be written; nothing is left of it.
+        A parameter stays one, the component tensors of an MXWeight are mapped one by one. in_use: on a GPU, the tensor
+        is also the copy in use, and must not be written to; False: its memory there is free once the caller drops it.
+        Raises InputError if the file cannot be written; nothing is left of it.
         """
         if isinstance(value, MXWeight):
-            multiplier = None if value.multiplier is None else self.keep(value.multiplier)
-            return MXWeight(self.keep(value.elements), self.keep(value.scales), value.layout_, value.dtype, multiplier)
+            return _with_parts(value, [self.keep(part, in_use=in_use) for part in value.parts])
         plain = value.detach()
         if self.holds(plain):
             return value
-        kept = self._written(plain) if self.is_large(plain.dtype, plain.shape) else plain.to(self.device)
+        if not self.is_large(plain.dtype, plain.shape):
+            kept = plain.to(self.device)
+        else:
+            kept = self._written(plain)
+            if in_use and self._copies and self._is_here(plain):
+                self._put_in_use(kept, _of_its_own(plain))
         if kept is plain:
             return value
         return nn.Parameter(kept, requires_grad=False) if isinstance(value, nn.Parameter) else kept
@@ -110,17 +116,18 @@ class MappedTensors:
         if not self.holds(value):
             return value
         view = _view(value)
-        mapping, earlier = self._mappings[view], self._used.pop(view, None)
-        if earlier is not None and earlier.mapping() is mapping:  # else of a tensor that is gone
-            current = earlier
-        elif not self._copies:
-            current = _Use(ref(mapping), value.nbytes, None)
-        else:
-            current = _Use(ref(mapping), value.nbytes, value.detach().to(self.device, copy=True))
-            _release_pages(mapping)
-        self._used[view] = current
-        self._release_down_to(self._in_use)
-        return value if current.copy is None else current.copy
+        earlier = self._used.pop(view, None)
+        if earlier is not None and earlier.mapping() is self._mappings[view]:  # else of a tensor that is gone
+            self._used[view] = earlier
+            return value if earlier.copy is None else earlier.copy
+        if not self._copies:
+            self._put_in_use(value, None)
+            return value
+        self._make_room(value.nbytes)
+        copy = self._pinned.to_device(value.detach())
+        _release_pages(self._mappings[view])
+        self._put_in_use(value, copy)
+        return copy
 
     def fetch(self, value: Tensor) -> Tensor:
         """`use` of a tensor that may lie in memory: the result is on the device, and so are all parts of an MXWeight,
@@ -137,7 +144,8 @@ class MappedTensors:
 
     def release(self) -> None:
         """Give up the memory of all mapped tensors until their next use."""
-        self._release_down_to(0)
+        while self._used:
+            self._release_oldest()
 
     def return_freed(self) -> None:
         """Give memory that tensors no longer need back to the system: glibc keeps it, in pieces, for later ones.
@@ -150,20 +158,36 @@ class MappedTensors:
             ended = time.monotonic()
             self._trims_next = ended + _PAUSE * (ended - began)
 
-    def _release_down_to(self, limit: int) -> None:
-        """Release tensors, those used longest ago first, but for the last one used, until they have `limit` bytes."""
-        total = sum(use.bytes for use in self._used.values())
-        while total > limit and len(self._used) > (1 if limit else 0):
-            _, oldest = self._used.popitem(last=False)
-            total -= oldest.bytes
-            if (mapping := oldest.mapping()) is not None:
-                _release_pages(mapping)
+    def _put_in_use(self, value: Tensor, copy: Tensor | None) -> None:
+        """Count a mapped tensor as the last one used, and release others down to the limit."""
+        self._make_room(value.nbytes)
+        self._used[_view(value)] = _Use(ref(self._mappings[_view(value)]), value.nbytes, copy)
+
+    def _make_room(self, size: int) -> None:
+        """Release tensors, those used longest ago first, until so many bytes more are within the limit."""
+        for view in [view for view, use in self._used.items() if use.mapping() is None]:
+            del self._used[view]
+        total = sum(use.bytes for use in self._used.values()) + size
+        while self._used and total > self._in_use:
+            total -= self._release_oldest()
+
+    def _release_oldest(self) -> int:
+        """Release the tensor used longest ago; returns its bytes."""
+        _, oldest = self._used.popitem(last=False)
+        if (mapping := oldest.mapping()) is not None:
+            _release_pages(mapping)
+        return oldest.bytes
+
+    def _is_here(self, value: Tensor) -> bool:
+        """Whether a tensor is where tensors are used."""
+        return value.device.type == self.device.type and self.device.index in (None, value.device.index)
 
     def _written(self, value: Tensor) -> Tensor:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=self.folder, prefix="mxcompile-", buffering=0) as file:
-                _write_all(file.fileno(), tensor_bytes(value))
+                for piece in (tensor_bytes(value),) if value.device.type == "cpu" else self._pinned.pieces(value):
+                    _write_all(file.fileno(), piece)
                 return self._mapped(file.fileno(), 0, value.dtype, value.shape)
         except OSError as error:
             raise InputError(
@@ -191,6 +215,12 @@ def _with_parts(weight: MXWeight, parts: list[Tensor]) -> MXWeight:
     if all(one is other for one, other in zip(parts, weight.parts, strict=True)):
         return weight
     return MXWeight(parts[0], parts[1], weight.layout_, weight.dtype, *parts[2:])
+
+
+def _of_its_own(value: Tensor) -> Tensor:
+    """The tensor, or a copy of it, in row-major order and in memory that holds nothing else."""
+    alone = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
+    return value if alone and not value.is_inference() else value.clone(memory_format=torch.contiguous_format)
 
 
 @cache

@@ -7,6 +7,7 @@ values there that would exceed `MappedTensors.states`.
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -69,8 +70,13 @@ class Sweep:
     def approach(self, segment: Segment, value: Node, limit: int) -> None:
         """Advance all batches to just after a node of the segment, if they then hold at most `limit` bytes.
 
-        This changes no result: later requests are computed from there. Otherwise the batches stay where they are.
+        This changes no result: later requests are computed from there. Otherwise the batches stay where they are. On a
+        GPU they also do if they would exceed `MappedTensors.states`: values are computed again sooner than read from
+        files.
         """
+        mapped = self._program.mapped
+        if mapped is not None and mapped.device.type != "cpu":
+            limit = min(limit, mapped.states)
         nodes = _up_to(self._ahead(segment), [value])
         if nodes and self.batches:
             first = self._behind(nodes, self.ready(self.batches[0]).fork(nodes))
@@ -99,7 +105,8 @@ class Sweep:
         if mapped is None or not self._may_keep or sum(self._bytes) <= mapped.states:
             return batch
         self._bytes[index] = 0
-        return replace(batch, values={node: _applied(mapped.keep, value) for node, value in batch.values.items()})
+        keep = partial(mapped.keep, in_use=False)
+        return replace(batch, values={node: _applied(keep, value) for node, value in batch.values.items()})
 
     def _check(self, observers: Observers) -> None:
         for node, kinds in observers.items():
