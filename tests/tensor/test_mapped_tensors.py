@@ -163,6 +163,55 @@ def test_released_pages_are_out_of_memory(tmp_path):
     assert tensors.use(kept).sum() == size
 
 
+def test_what_was_just_written_is_the_copy_in_use(tmp_path):
+    """On a GPU it is not read back; a view of larger memory, or in another order, is copied there."""
+    tensors, value = mapped(tmp_path, copies=True), random(8, 8)
+    assert tensors.use(tensors.keep(value)).data_ptr() == value.data_ptr()
+    for view in (random(16, 8)[:8], random(8, 8).T):
+        copy = tensors.use(tensors.keep(view))
+        assert copy.data_ptr() != view.data_ptr()
+        assert copy.untyped_storage().nbytes() == 256
+        assert copy.is_contiguous()
+        assert torch.equal(copy, view)
+    assert not mapped(tmp_path)._used
+    on_cpu = mapped(tmp_path)
+    on_cpu.keep(value)
+    assert not on_cpu._used
+
+
+def test_what_is_put_away_is_not_in_use(tmp_path):
+    tensors, value = mapped(tmp_path, copies=True), random(8, 8)
+    kept = tensors.keep(value, in_use=False)
+    assert not tensors._used
+    assert tensors.use(kept).data_ptr() != value.data_ptr()
+
+
+def test_room_is_made_before_a_tensor_comes_into_use(tmp_path):
+    tensors = mapped(tmp_path, copies=True, in_use=600)
+    kept = [tensors.keep(random(8, 8) + index, in_use=False) for index in range(3)]  # 256 bytes each
+    in_use = list[int]()
+
+    def counted(value: Tensor) -> Tensor:
+        in_use.append(len(tensors._used))
+        return value.clone()
+
+    tensors._pinned.to_device = counted
+    for value in kept:
+        tensors.use(value)
+    assert in_use == [0, 1, 1]
+
+
+def test_a_tensor_that_is_gone_needs_no_room(tmp_path):
+    tensors = mapped(tmp_path, copies=True, in_use=600)
+    one, other = (tensors.keep(random(8, 8) + index) for index in range(2))
+    copy = tensors.use(one)
+    del other
+    third = tensors.keep(random(8, 8) + 2)
+    assert tensors.use(one) is copy
+    assert len(tensors._used) == 2
+    assert torch.equal(tensors.use(third), random(8, 8) + 2)
+
+
 @pytest.mark.parametrize(("copies", "calls"), [(False, [0.0, 1.0, 2.0, 40.0]), (True, [0.0, 40.0])])
 def test_a_gpu_does_not_wait_for_freed_memory_at_every_batch(tmp_path, monkeypatch, copies, calls):
     """Giving it back takes a second here, so that a GPU's next time is 30 s later."""

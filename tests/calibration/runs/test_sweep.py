@@ -20,6 +20,7 @@ from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.inputs import Inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
+from mxcompile.tensor.mapped_tensors import MappedTensors
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +180,15 @@ def test_approaching_changes_no_value(program, limit):
         for one, other in zip(plain.states, near.states, strict=True):
             assert one.keys() == other.keys()
             assert all(torch.equal(v, other[node]) for node, v in one.items() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize(("device", "near"), [("cpu", True), ("meta", False)], ids=["CPU", "as a GPU"])
+def test_a_gpu_holds_no_value_that_would_go_to_a_file(tmp_path, program, device, near):
+    """A CPU comes near to the value nevertheless: there, computing takes longer than a file."""
+    program.mapped = MappedTensors(tmp_path, torch.device(device), states=1, smallest=1)
+    sweep, (first, *_) = Sweep(program, batches((2, 8))), cut(program)
+    sweep.approach(first, first.inputs[1], 1 << 30)
+    assert [first.inputs[1] in state for state in sweep.states] == [near]
 
 
 def test_approaching_a_value_again_computes_nothing(program):
