@@ -3,12 +3,13 @@
     python benchmarks/learned.py --formats mxfp4:mxfp4 --rounding "rotate{weight=W;activation=A} | gptq{format=W}" \
         --training "distill{activation=A;train=weights}" --test-text validation.txt --calibration-text c4.jsonl --tf32
 
-SmolLM2-135M; texts as in `accuracy.py`. The passes of `--rounding` see `--calibration` windows of 512 tokens in batches
-of `--rounding-batch`, those of `--training` (several steps with `||` between them, a record each) as many as the text
-has, in batches of `--batch`, with products in TF32 if `--tf32`. `help_nll` is that of Python's help topics, another
-domain; `losses` those of held-out batches of `--training` along the steps. W and A stand for the formats. `--rtn-nll`:
-the loss of rounding to nearest, if it has been measured; `--last`: a record after the last step alone; `--apart`: each
-step of `--training` begins at the rounding.
+SmolLM2-135M; texts as in `accuracy.py`. The passes of `--folding`, if any, see the first `--fold-windows` windows of
+512 tokens, those of `--rounding` behind them `--calibration` windows in batches of `--rounding-batch`, those of
+`--training` (several steps with `||` between them, a record each) as many as the text has, in batches of `--batch`,
+with products in TF32 if `--tf32`. `help_nll` is that of Python's help topics, another domain; `losses` those of
+held-out batches of `--training` along the steps. W and A stand for the formats. `--rtn-nll`: the loss of rounding to
+nearest, if it has been measured; `--last`: a record after the last step alone; `--apart`: each step of `--training`
+begins at the rounding.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import math
 import sys
 import time
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -62,13 +64,17 @@ def main() -> int:
     few, many = in_batches(windows[:rounding], a.rounding_batch), in_batches(windows, a.batch)
     lower = filled(LOWER.removeprefix(" | "), names)
     floor = a.rtn_nll or scores.of(Pipeline.parse(filled(FLOOR, names)).run(program, few), lower, few)["nll"]
-    seconds, done, texts_of_steps = 0.0, list[str](), [a.rounding, *filter(None, a.training.split("||"))]
-    rounded, rounding_seconds = program, 0.0
+    began, done = time.perf_counter(), [a.folding] if a.folding else []
+    if a.folding:
+        folding = in_batches(windows[: a.fold_windows], a.batch)
+        program = Pipeline.parse(filled(a.folding, names)).run(program, folding)
+    seconds, texts_of_steps = time.perf_counter() - began, [a.rounding, *filter(None, a.training.split("||"))]
+    rounded, rounding_seconds, count = program, 0.0, len(done) + 1
     for index, text in enumerate(texts_of_steps):
         torch.backends.cuda.matmul.allow_tf32 = bool(index) and a.tf32
         began = time.perf_counter()
         if a.apart and index > 1:
-            program, seconds, done = rounded, rounding_seconds, done[:1]
+            program, seconds, done = rounded, rounding_seconds, done[:count]
         program = Pipeline.parse(filled(text, names)).run(program, many if index else few)
         seconds, done = seconds + time.perf_counter() - began, [*done, text.strip()]
         if not index:
@@ -82,7 +88,7 @@ def main() -> int:
         row |= {"float_nll": scores.exact, "float_help_nll": scores.exact_help, "rtn_nll": floor}
         row["gap_closed"] = (floor - row["nll"]) / (floor - scores.exact)
         row["perplexity"] = math.exp(row["nll"])
-        row["losses"] = held_out(program)
+        row |= {"losses": held_out(program), "last_training_loss": last_training_loss(program)}
         row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
         row |= described(a, few, test) | {"trained": f"{len(many) * a.batch if index else 0}x512"}
         write(row | {"seconds": round(seconds, 1)}, a.out)
@@ -93,6 +99,14 @@ def held_out(program: Program) -> list[list[float]]:
     """[step, loss] on held-out batches of the last pass, if it has trained the whole model."""
     curves = [curve for name, curve in program.ledger[-1].curves.items() if name.startswith("all")]
     return [[step, round(loss, 5)] for curve in curves for step, loss in curve.held_out]
+
+
+def last_training_loss(program: Program) -> float | None:
+    """The mean loss of the last twentieth of the steps of the last pass; with a larger one on held-out batches, more
+    data would help."""
+    curves = [curve for name, curve in program.ledger[-1].curves.items() if name.startswith("all")]
+    losses = [loss for curve in curves for _, loss in curve.training]
+    return round(fmean(losses[-max(1, len(losses) // 20) :]), 5) if losses else None
 
 
 def in_batches(windows: Tensor, size: int) -> Batches:
@@ -110,6 +124,8 @@ def filled(text: str, names: dict[str, str]) -> str:
 def options() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--rounding", default="gptq{format=W;activation=A;correction=0.25}", help="passes in front")
+    options.add_argument("--folding", default="", help="passes in front of these")
+    options.add_argument("--fold-windows", type=int, default=16, help="windows for --folding")
     options.add_argument("--training", default="distill{activation=A;train=weights}", help="passes with || between")
     options.add_argument("--train-windows", type=int, default=1024, help="most windows to train on")
     options.add_argument("--batch", type=int, default=4, help="windows a training batch")
