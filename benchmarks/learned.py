@@ -9,15 +9,17 @@ SmolLM2-135M; texts as in `accuracy.py`. The passes of `--folding`, if any, see 
 with products in TF32 if `--tf32`. `help_nll` is that of Python's help topics, another domain; `losses` those of
 held-out batches of `--training` along the steps. W and A stand for the formats. `--rtn-nll`: the loss of rounding to
 nearest, if it has been measured; `--last`: a record after the last step alone; `--apart`: each step of `--training`
-begins at the rounding.
+begins at the rounding; `--until`: for each of these the time (`date +%s`) by which it is to be scored: steps=S becomes
+as many steps as fit, by ten of them.
 """
 
 import argparse
 import math
+import re
 import sys
 import time
-from itertools import islice
-from statistics import fmean
+from itertools import islice, pairwise
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -26,12 +28,14 @@ from torch import Tensor, nn
 
 import mxcompile
 from mxcompile.calibration.data.windows import token_ids, token_windows
+from mxcompile.calibration.learning.distillation import Distillation
 from mxcompile.cli import smollm2
 from mxcompile.cli.texts import help_text
 from mxcompile.diagnostics.evaluation import evaluate
 from mxcompile.graph.program import Program
 from mxcompile.pipeline.pipeline import Pipeline
 
+SCORING_SECONDS = 12
 Batches = list[dict[str, Tensor]]
 
 
@@ -70,11 +74,12 @@ def main() -> int:
         program = Pipeline.parse(filled(a.folding, names)).run(program, folding)
     seconds, texts_of_steps = time.perf_counter() - began, [a.rounding, *filter(None, a.training.split("||"))]
     rounded, rounding_seconds, count = program, 0.0, len(done) + 1
-    for index, text in enumerate(texts_of_steps):
+    for index, step in enumerate(texts_of_steps):
         torch.backends.cuda.matmul.allow_tf32 = bool(index) and a.tf32
-        began = time.perf_counter()
         if a.apart and index > 1:
             program, seconds, done = rounded, rounding_seconds, done[:count]
+        text = fitted(step, names, program, many, a.until[index - 1]) if index and a.until else step
+        began = time.perf_counter()
         program = Pipeline.parse(filled(text, names)).run(program, many if index else few)
         seconds, done = seconds + time.perf_counter() - began, [*done, text.strip()]
         if not index:
@@ -83,16 +88,20 @@ def main() -> int:
         print(f"{text.strip()}: {seconds:.1f} s", file=sys.stderr, flush=True)
         if a.last and (not index if a.apart else index + 1 < len(texts_of_steps)):
             continue
-        row: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "recipe": " | ".join(done), "weight": weight}
-        row |= {"activation": activation, **scores.of(program, lower, few)}
-        row |= {"float_nll": scores.exact, "float_help_nll": scores.exact_help, "rtn_nll": floor}
-        row["gap_closed"] = (floor - row["nll"]) / (floor - scores.exact)
-        row["perplexity"] = math.exp(row["nll"])
+        scored = scores.of(program, lower, few)
+        row = {"recipe": " | ".join(done), "weight": weight, "activation": activation, **scored, "rtn_nll": floor}
         row |= {"losses": held_out(program), "last_training_loss": last_training_loss(program)}
-        row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-        row |= described(a, few, test) | {"trained": f"{len(many) * a.batch if index else 0}x512"}
-        write(row | {"seconds": round(seconds, 1)}, a.out)
+        row |= {"trained": f"{len(many) * a.batch if index else 0}x512", "seconds": round(seconds, 1)}
+        write(compared(row, scores) | described(a, few, test), a.out)
     return 0
+
+
+def compared(row: dict[str, Any], scores: Scores) -> dict[str, Any]:
+    """A record with the float model's losses and the share of the gap."""
+    row = {"model": "SmolLM2-135M-Instruct", **row, "float_nll": scores.exact, "float_help_nll": scores.exact_help}
+    row["gap_closed"] = (row["rtn_nll"] - row["nll"]) / (row["rtn_nll"] - scores.exact)
+    row["perplexity"] = math.exp(row["nll"])
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
 def held_out(program: Program) -> list[list[float]]:
@@ -114,6 +123,28 @@ def in_batches(windows: Tensor, size: int) -> Batches:
     return [{"input_ids": part} for part in windows.split(size) if len(part) == size]
 
 
+def fitted(text: str, names: dict[str, str], program: Program, batches: Batches, until: float) -> str:
+    """Passes with the number of steps for S that are done before a time, measured by ten of them."""
+    starts, step = list[float](), Distillation._step
+
+    def timed(self: Distillation, *of_step: Any) -> float | None:
+        starts.append(time.perf_counter())
+        return step(self, *of_step)
+
+    Distillation._step = timed
+    began, parts = time.perf_counter(), int(re.findall(r"snapshots=(\d+)", text)[0])
+    trial = re.sub(r"snapshots=\d+", "snapshots=1", text.replace("=S", "=10"))
+    Pipeline.parse(filled(trial, names)).run(program, batches)
+    Distillation._step = step
+    each = median(later - earlier for earlier, later in pairwise(starts))
+    looking = (time.perf_counter() - began - 10 * each) / 2
+    steps = int((until - time.time() - (1 + parts) * looking - SCORING_SECONDS) / each)
+    print(
+        f"{1e3 * each:.0f} ms a step, {looking:.1f} s to look at held-out batches: {steps}", file=sys.stderr, flush=True
+    )
+    return text.replace("=S", f"={max(steps, 1)}")
+
+
 def filled(text: str, names: dict[str, str]) -> str:
     """Passes with the formats for W and A, and commas between options."""
     for name, value in names.items():
@@ -132,6 +163,7 @@ def options() -> argparse.Namespace:
     options.add_argument("--rounding-batch", type=int, default=16, help="windows a batch of --rounding")
     options.add_argument("--rtn-nll", type=float, help="measured loss of rounding to nearest")
     options.add_argument("--apart", action="store_true", help="each step of --training begins at the rounding")
+    options.add_argument("--until", type=lambda text: [*map(float, text.split(","))], help="with commas between")
     options.add_argument("--last", action="store_true", help="score the last step alone")
     options.add_argument("--tf32", action="store_true", help="train with products in TF32")
     options.set_defaults(calibration=64)

@@ -66,6 +66,7 @@ class LatentWeight:
         self._latent = torch.where(self._rounded(latent) == codes, latent, codes)
         shape = self._first.shape if trained is Trained.CLIP else self._latent.shape
         self.parameter = torch.zeros(shape, dtype=torch.float32, device=rows.device, requires_grad=True)
+        self._means: Tensor | None = None
 
     def values(self) -> Tensor:
         """The weight as it is rounded now, `[out, in]` in its own dtype, without a gradient."""
@@ -121,18 +122,8 @@ class LatentWeight:
         changed = best != now
         self._latent = torch.where(changed, moved * reference.power_of_two(now - best), self._latent)
         self.parameter.masked_fill_(changed, 0.0)
-        self._exponents = best
+        self._exponents, self._means = best, None
         return int(changed.sum())
-
-    def state(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All that training changes, to be given to `restore`."""
-        return self._latent, self._exponents, self.parameter.detach().clone()
-
-    @torch.no_grad()
-    def restore(self, state: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Go back to a state."""
-        self._latent, self._exponents, parameter = state
-        self.parameter.copy_(parameter)
 
     def _error(self, moved: Tensor, shift: Tensor, weights: Tensor) -> Tensor:
         """Weighted squared error of each block if its exponent is changed by `shift`, in units of its scale now."""
@@ -153,11 +144,14 @@ class LatentWeight:
         return torch.addcmul(self._latent, self.parameter.detach(), self._distances())
 
     def _distances(self) -> Tensor:
-        """Units of the offsets, in units of the scales."""
+        """Units of the offsets, in units of the scales. Means of blocks are kept: a thirty-second of the latents."""
+        if self._means is not None:
+            return self._means
         distances = steps(self._latent, self._format)
         if self._trained is not Trained.WEIGHTS or not distances.dim():
             return distances
-        return distances.mean(-1, keepdim=True)
+        self._means = distances.mean(-1, keepdim=True)
+        return self._means
 
     def _rounded(self, elements: Tensor) -> Tensor:
         """The nearest elements."""

@@ -78,8 +78,7 @@ class RoundingLearner:
         if self._plan.steps:
             training = self._training(segment, rows, latents, importance, batches)
             loss = training.train()
-            for matmul, latent in latents.items():
-                self._store(matmul, latent.values(), latent.scales())
+            del training, latents
         numbers: dict[str, dict[str, float]] = {}
         for matmul, own in rows.items():
             weight = matmul.rows(self._program.tensor(matmul.parameter))
@@ -129,7 +128,12 @@ class RoundingLearner:
             aim = predictions if predictions.outputs else aim
         aim.expect(batches, {m.parameter: m.rows(own) for m, own in rows.items()}, self._plan.target)
         prepare = trainable_roundings({m: self._prepare[m] for m in segment.matmuls})
-        return SegmentTraining(self._program, latents, importance, prepare, batches, aim, self._plan)
+
+        def keep() -> None:
+            for matmul, latent in latents.items():
+                self._store(matmul, latent.values(), latent.scales())
+
+        return SegmentTraining(self._program, latents, importance, prepare, batches, aim, self._plan, keep)
 
     def _store(self, matmul: Matmul, values: Tensor, scales: Tensor) -> None:
         rounding = Rounding(self._formats[matmul.node], scales)

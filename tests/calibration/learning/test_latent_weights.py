@@ -109,18 +109,6 @@ def test_exponents_are_chosen_by_importance():
     assert trained.choose_exponents(importance) == 0  # nothing better is left
 
 
-def test_a_state_is_restored():
-    trained = latent(weight(), MXFP4)
-    state, before, scales = trained.state(), trained.values(), trained.scales()
-    trained.choose_exponents(weight()[0].abs())
-    with torch.no_grad():
-        trained.parameter += 0.4
-    assert not torch.equal(trained.values(), before)
-    trained.restore(state)
-    assert torch.equal(trained.values(), before)
-    assert torch.equal(trained.scales(), scales)
-
-
 def test_scales_stay_in_the_range_of_the_dtype():
     """The largest float16 stays finite, and zeros and subnormals stay what they were."""
     rows = weight(dtype=torch.float16)
