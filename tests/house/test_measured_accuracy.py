@@ -68,6 +68,15 @@ def test_what_training_weights_gains():
     assert f"({large['peak_gb']} GB), all 32 about {large['model_seconds']:.0f} s" in text
 
 
+def test_what_four_bits_of_inputs_and_of_weights_cost():
+    text, halves = page("docs/accuracy.md"), [row["halves"]["second"] for row in results("parts.jsonl")]
+    plain, inputs, weights = (half["nll"] - half["float_nll"] for half in halves)
+    assert f"they cost {inputs:.3f} nats ({plain:.3f} without both)" in text
+    assert f"4-bit weights by `gptq` with float inputs {weights:.3f}" in text
+    (gap,) = {r["rtn_nll"] - r["float_nll"] for r in results("learned.jsonl") if r["activation"] == "mxfp4"}
+    assert f"inputs alone leave {percent(1 - inputs / gap)} of the gap closed" in text
+
+
 def test_an_adapter_on_packed_weights():
     text, (floating, packed, nearest, gptq) = page("docs/training.md"), results("training-h200.jsonl")
     assert (nearest["gptq"], gptq["gptq"]) == (False, True)
