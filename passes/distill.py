@@ -70,7 +70,7 @@ class Scope(Enum):
 
 
 _FLOATS: Final = {Parts.VECTORS: "vectors", Parts.MULTIPLIERS: "multipliers"}
-_FLOAT_RATE, _RATE, _LATENT_RATE = 4e-3, 0.02, 4e-3
+_FLOAT_RATE, _RATE, _LATENT_RATE = 4e-3, 0.02, 1e-3
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Distill(Pass):
     a segment has loss=block or distribution (with train=vectors Norm Tweaking, arXiv 2309.02784).
     steps: of `batch` calibration batches each, for each segment; not more than go `epochs` times through the batches.
     rate: Adam's at first; it decays to zero along a cosine. In units of each vector's mean magnitude, of the mean
-    distance of neighbouring elements in a block, or of a power of two; none: 4e-3 for vectors, multipliers and where
-    `gptq{latents=true}` came before, else 0.02. bound: the largest move in these units, if any.
+    distance of neighbouring elements in a block, or of a power of two; none: 4e-3 for vectors and multipliers, 1e-3
+    where `gptq{latents=true}` came before, else 0.02. bound: the largest move in these units, if any.
     attention: weight of the error of what attention's output projections return (SDQ). kurtosis: weight of the excess
     kurtosis of what layers return (arXiv 2404.03605).
     snapshots: how often held-out batches, an eighth of all, are looked at; of these states, the pass takes the one with

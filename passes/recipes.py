@@ -44,6 +44,20 @@ def _distilled(weight: str, activation: str) -> str:
     return f"{rounding} | {vectors} | {weights} | {lower}"
 
 
+def _trained(weight: str, activation: str | None) -> str:
+    """Weights and vectors trained at once, from where elements were before GPTQ rounded them (`benchmarks/learned.py`).
+
+    Without a fold where inputs are of 8 bits or float: so it was measured.
+    """
+    option = _activation_option(activation)
+    fold = "".join(f"{name}{{weight={weight}{option}}} | " for name in ("awq-fold", "rotate") if activation == "mxfp4")
+    train = f"distill{{train=all,steps=400,rate=0.001,snapshots=3,epochs=5{option}}}"
+    return (
+        f"{fold}gptq{{format={weight}{option},correction=0.25,latents=true}} | {train}"
+        f" | lower-mx{{weight={weight}{option}}}"
+    )
+
+
 def _activation_option(activation: str | None) -> str:
     return f",activation={activation}" if activation else ""
 
@@ -90,6 +104,9 @@ RECIPES: Final[dict[str, str]] = {
     **{f"{name}-quick": _rounded(*formats) for name, formats in _CALIBRATED.items()},
     **{name: _rounded(*formats) for name, formats in _MORE_BITS.items()},
     "w4a8-mxint-distilled": _distilled("mxint4", "mxint8"),
+    "w4a16-mxfp-distilled": _trained("mxfp4", None),
+    "w4a8-mxfp-distilled": _trained("mxfp4", "mxfp8_e4m3"),
+    "w4a4-mxfp-distilled": _trained("mxfp4", "mxfp4"),
     **{f"{recipe}-{cache}": _cached(recipe, cache) for recipe in _CACHED for cache in _CACHES},
 }
 

@@ -37,6 +37,11 @@ def test_the_accuracy_of_algorithms():
         assert f"| {pair[0]}, {pair[1]} | {gap:.3f} | {' | '.join(shares)} |" in text
 
 
+def trained_by(row):
+    """The rate of a record of `learned.jsonl`, and how it was rotated if not by Hadamard matrices."""
+    return re.search(r"rate=([0-9.]+)", row["recipe"])[1] + (", matrices" if "wush" in row["recipe"] else "")
+
+
 def test_what_training_weights_gains():
     text, rows = page("docs/accuracy.md"), results("learned.jsonl")
     pairs = {}
@@ -48,8 +53,7 @@ def test_what_training_weights_gains():
         chain = [row for row in of_pair if "losses" not in row]
         shares = [percent(row["gap_closed"]) for row in chain] + ["-"] * (3 - len(chain))
         latents = [row for row in of_pair if "losses" in row]
-        rates = [re.search(r"rate=([0-9.]+)", row["recipe"])[1] for row in latents]
-        last = ", ".join(f"{percent(r['gap_closed'])} (rate {rate})" for r, rate in zip(latents, rates, strict=True))
+        last = ", ".join(f"{percent(row['gap_closed'])} (rate {trained_by(row)})" for row in latents)
         assert f"| {weight}, {activation} | {' | '.join(shares)} | {last} |" in text
     _, vectors, weights = pairs["mxint4", "mxint8"][:3]
     recipe = RECIPES["w4a8-mxint-distilled"].replace(",epochs=5", "")
@@ -58,7 +62,7 @@ def test_what_training_weights_gains():
     assert f"perplexity {weights['perplexity']:.2f} in place of {vectors['perplexity']:.2f}" in text
     helps = weights["help_nll"], vectors["help_nll"], weights["float_help_nll"]
     assert "{:.3f} nats a token in place of {:.3f} (float {:.3f})".format(*helps) in text
-    small, large = (row["losses"] for row in pairs["mxfp4", "none"][3:])
+    small, large, *_ = (row["losses"] for row in pairs["mxfp4", "none"][3:])
     rises = [max(loss for _, loss in losses) / losses[0][1] - 1 for losses in (small, large)]
     assert f"by {percent(rises[0])} at 0.004 and {percent(rises[1])} at 0.01" in text
     (learned,) = (row for row in rows if row["recipe"].startswith("learn-rounding"))
@@ -66,6 +70,37 @@ def test_what_training_weights_gains():
     (large,) = results("learning-h200.jsonl")
     assert f"take it {large['seconds']} s on an H200 with {large['windows']} windows and 50 steps" in text
     assert f"({large['peak_gb']} GB), all 32 about {large['model_seconds']:.0f} s" in text
+
+
+def test_recipes_that_train_from_latents():
+    """Each is what was measured at the rate with the least loss on held-out batches, but for the number of steps."""
+    text, rows = page("docs/accuracy.md"), [r for r in results("learned.jsonl") if "last_training_loss" in r]
+    helps, shares, steps = [], [], []
+    for name, activation in (("w4a16", "none"), ("w4a8", "mxfp8_e4m3"), ("w4a4", "mxfp4")):
+        of_pair = [row for row in rows if row["activation"] == activation]
+        best = min((row for row in of_pair if "wush" not in row["recipe"]), key=lambda row: row["losses"][-1][1])
+        measured = best["recipe"].replace("=W", "=mxfp4").replace("=A", f"={activation}").replace(";", ",")
+        pipeline = Pipeline.parse(f"{measured} | lower-mx{{weight=mxfp4,activation={activation}}}")
+        recipe = re.sub(r"steps=\d+", f"steps={best['losses'][-1][0]}", RECIPES[f"{name}-mxfp-distilled"])
+        assert str(Pipeline.parse(recipe.replace(",epochs=5", ""))) == str(pipeline)
+        vectors = [r for r in results("learned.jsonl") if r["activation"] == activation and "losses" not in r][1]
+        assert vectors["weight"] == "mxfp4"
+        helps.append(f"{best['help_nll']:.3f}{' nats a token' * (not helps)} in place of {vectors['help_nll']:.3f}")
+        shares.append(f"{best['gap_closed']:.0%}".rstrip("%"))
+        steps.append([row["losses"][-1][0] for row in of_pair])
+        if activation == "none":
+            assert (
+                f"{best['last_training_loss']:.3f} on batches that are trained on, {best['losses'][-1][1]:.3f}" in text
+            )
+    assert "{}, {} and {} % of the gap, the last after {} steps".format(*shares, steps[2][0]) in text
+    assert "{} by vectors, {}, {} (float 2.341)".format(*helps) in text
+    described = "{} and {} (mxfp4, none), {} and {} (mxfp8_e4m3), {}, {} and {} (mxfp4, mxfp4)"
+    assert described.format(*steps[0], *steps[1], *steps[2]) in text
+    plain, *_, matrices = (row for row in rows if row["activation"] == "mxfp4")
+    closed = percent(matrices["gap_closed"]), percent(plain["gap_closed"])
+    perplexities = matrices["perplexity"], plain["perplexity"]
+    assert "closes {} with training, in place of {}".format(*closed) in text
+    assert "perplexity {:.2f} in place of {:.2f}".format(*perplexities) in text
 
 
 def test_what_four_bits_of_inputs_and_of_weights_cost():

@@ -175,8 +175,9 @@ def test_a_pass_that_raises(error, message, program):
 def test_which_pipelines_read_calibration_data():
     learned = {name for name, pipeline in recipes().items() if pipeline.reads_calibration}
     cached = {f"{name}-kv{bits}" for name in ("w8a8-mxint", "w4a8-mxint", "w4a4-mxfp") for bits in (8, 6, 4)}
+    trained = {f"{name}-distilled" for name in ("w4a8-mxint", "w4a16-mxfp", "w4a8-mxfp", "w4a4-mxfp")}
     formats = {f"{bits}-{kind}" for bits in ("w8a8", "w4a8", "w4a16") for kind in ("mxint", "mxfp")}
-    assert learned == formats | cached | {"w4a4-mxfp", "w4a8-mxint-distilled"}
+    assert learned == formats | cached | {"w4a4-mxfp", *trained}
     lower = "lower-mx{weight=mxint4}"
     assert not Pipeline.parse(f"{lower} | fuse-mx-gemm").reads_calibration
     assert Pipeline.parse(f"round-weights{{format=mxint4,weighted=true}} | {lower}").reads_calibration
