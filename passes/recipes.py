@@ -51,7 +51,8 @@ def _trained(weight: str, activation: str | None) -> str:
     """
     option = _activation_option(activation)
     fold = "".join(f"{name}{{weight={weight}{option}}} | " for name in ("awq-fold", "rotate") if activation == "mxfp4")
-    train = f"distill{{train=all,steps=400,rate=0.001,snapshots=3,epochs=5{option}}}"
+    inputs = f"{option[1:]}," if option else ""
+    train = f"distill{{{inputs}train=all,steps=400,rate=0.001,snapshots=3,epochs=5}}"
     return (
         f"{fold}gptq{{format={weight}{option},correction=0.25,latents=true}} | {train}"
         f" | lower-mx{{weight={weight}{option}}}"
