@@ -2,7 +2,7 @@
 
 from records import page, results
 
-RUN = "fewer waits"
+RUN, BEFORE = "exact tokens in a tile", "fewer waits"
 PACKED = ("mxint8", "mxint6", "mxint4")
 SHAPES = ((1, 2048), (1, 8192), (1, 32768))
 
@@ -26,7 +26,7 @@ def test_the_tables():
 
 
 def test_what_each_form_took():
-    text, before, rows = " ".join(page("docs/kernels.md").split()), lines("slices"), lines(RUN)
+    text, before, rows = " ".join(page("docs/kernels.md").split()), lines("slices"), lines(BEFORE)
     long = [before[name, 1, 32768]["us"] for name in ("mxint8", "mxint4")]
     assert f"Measured: {long[0]:.1f}, {long[1]:.1f} (26.0 with three stages) and 36 to 38" in text
     sweep = [row for row in results("cache-attention-h200.jsonl") if row.get("run") == "slices, sweep"]
@@ -40,3 +40,31 @@ def test_what_each_form_took():
     assert f"{exact[0]:.1f} us in MXINT4 for 32768 tokens and {exact[1]:.1f} for 2048" in text
     crowded, batch = before["attend", 8, 8192]["us"], rows["attend", 8, 8192]["us"]
     assert f"{crowded:.1f} us for eight sequences of 8192 tokens, then {batch:.1f} (predicted 76)" in text
+    rows = lines(RUN)
+    exact = [rows["mxint4, exact", 1, tokens]["us"] for tokens in (32768, 2048)]
+    more = [us - rows["mxint4", 1, tokens]["us"] for us, tokens in zip(exact, (32768, 2048), strict=True)]
+    measured = f"{exact[0]:.1f} us in MXINT4 for 32768 tokens and {exact[1]:.1f} for 2048"
+    assert f"Measured: {measured}, {more[0]:.1f} and {more[1]:.1f} more than without" in text
+
+
+def test_a_bfloat16_cache():
+    text, rows = " ".join(page("docs/kernels.md").split()), lines(RUN)
+    steps = [rows["attend_next", 1, tokens] for _, tokens in SHAPES]
+    short, middle, long = (f"{row['us']:.1f}" for row in steps)
+    shares = [round(100 * row["floor"] / row["us"]) for row in steps]
+    assert f"Measured: {short}, {middle} and {long}, which is {shares[0]}, {shares[1]} and {shares[2]} %" in text
+
+
+def test_what_a_mask_costs():
+    text = " ".join(page("docs/kernels.md").split())
+    rows = [row for row in results("cache-attention-h200.jsonl") if row.get("run") == RUN]
+    masked, plain = (
+        {
+            row["kernel"]: row["us"]
+            for row in rows
+            if (row["batch"], row["tokens"]) == (1, 32768) and has == row.get("masked", True)
+        }
+        for has in (True, False)
+    )
+    cost = {name: f"{masked[name] - plain[name]:.1f} of {masked[name]:.1f}" for name in PACKED}
+    assert f"{cost['mxint4']} us in MXINT4, {cost['mxint8']} in MXINT8 and {cost['mxint6']} in 6 bits" in text
