@@ -3,18 +3,22 @@
     mount -o remount,size=230G /dev/shm
     python benchmarks/llama_70b.py --work /dev/shm/70b --out benchmarks/results/large.jsonl        two GPUs, 256 GiB
 
-Random bfloat16 weights, 141 GB with all 80 layers. What is done, a record each, as soon as it is done:
+Random bfloat16 weights, 141 GB with all 80 layers. What is done, a record each, as soon as it is done; a part that
+fails has a record that says why, and the parts that need nothing of it go on:
 
 - `write`: the model is made on the GPU and written file by file.
 - `quantize`: `quantize_files` to MXFP4 on the first GPU, from the cache of files.
-- `gptq`: `quantize_checkpoint` up to the end of its first `--segments` segments, where it is stopped: in one process on
-  the last GPU meanwhile, and then in `--tensor-parallel` processes (torchrun) with a GPU each, while engines load.
-  Seconds, and memory of the first process, as `low_memory.py` has them.
 - `serve`: vLLM with `--tensor-parallel` GPUs on the quantized model, whose files it does not check, and on the bfloat16
   model, whose weights it makes up; `step_ms`, `prompt_ms` as `serving.py` has them. CUDA graphs without torch.compile.
   Kernels are compiled by an engine on a model of one layer while the weights are written.
 - `compare`: mean distance of vLLM's log-probabilities of 4 prompts' tokens from those of the same folder loaded by
   mxcompile.load on one GPU, and of transformers' two attentions there from each other.
+- `gptq`, meanwhile: `quantize_checkpoint` up to the end of its first `--segments` segments, where it is stopped: in one
+  process on the last GPU, and then in `--tensor-parallel` processes (torchrun) with a GPU each. Seconds, and memory of
+  the first process, as `low_memory.py` has them.
+
+`--parts files` ends when the files are written and quantized, `--parts engines` goes on from there, in another process:
+so that something else can be measured in between, while nothing of this runs. WORK keeps its files.
 """
 
 import argparse
@@ -24,6 +28,8 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any, Final
@@ -34,6 +40,11 @@ from random_llama import SIZES, config_of, write_checkpoint
 from serving import compared, log_probabilities
 from serving_engine import EngineProcess
 
+from mxcompile.errors import MXCompileError
+
+SOURCE: Final = "source"
+QUANTIZED: Final = "quantized"
+PARTS: Final = ("all", "files", "engines")
 _QUICK: Final = "w4a16-mxfp-quick"
 _GRAPHS: Final = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 _QUANTIZE: Final = """
@@ -58,9 +69,20 @@ class Records:
         self._began, self._out = time.perf_counter(), options.out
         device = torch.cuda.get_device_name() if options.device != "cpu" else "cpu"
         self._common = {"size": options.size, "layers": options.layers, "device": device, "torch": torch.__version__}
+        self.failed = False
+
+    def run(self, what: str, about: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
+        """Add what the work returns, or why it failed, which is printed in full. about: what is said of it anyway."""
+        try:
+            record = work()
+        except (MXCompileError, RuntimeError, OSError, SystemExit) as error:
+            traceback.print_exc()
+            record = {"failed": str(error)}
+        self.add(what, about | record)
 
     def add(self, what: str, record: dict[str, Any]) -> None:
         """what: the part of the work."""
+        self.failed |= "failed" in record
         at = round(time.perf_counter() - self._began, 1)
         line = json.dumps({"benchmark": "llama-70b", "what": what} | self._common | record | {"at": at})
         print(line, flush=True)
@@ -96,9 +118,9 @@ def engine(model: Path, options: argparse.Namespace, **changes: Any) -> EnginePr
     return EngineProcess(model, asked | changes)
 
 
-def gptq(source: Path, work: Path, options: argparse.Namespace, records: Records, processes: int) -> None:
+def gptq(options: argparse.Namespace, processes: int) -> dict[str, Any]:
     """The first segments of gptq from files, in one process or in several, which torchrun starts."""
-    folder = work / f"gptq-{processes}"
+    folder = options.work / f"gptq-{processes}"
     folder.mkdir()
     tiny, tiny_ids = low_memory.write_tiny(folder)
     size = (options.calibration, options.long)
@@ -109,19 +131,15 @@ def gptq(source: Path, work: Path, options: argparse.Namespace, records: Records
         device = f"cuda:{torch.cuda.device_count() - 1}"
     small = low_memory.settings("files", tiny, folder / "out-tiny", recipe, tiny_ids, device=device)
     settings = {"device": device, "until": options.segments, "memory": 4 * 10**9}
-    real = low_memory.settings("files", source, folder / "out", recipe, folder / "ids.pt", **settings)
+    real = low_memory.settings("files", options.work / SOURCE, folder / "out", recipe, folder / "ids.pt", **settings)
     record = {"recipe": recipe, "segments": options.segments, "calibration": "x".join(map(str, size))}
-    try:
-        record |= {"processes": processes, **low_memory.measured(small, real, processes)}
-    except SystemExit as error:  # what is served is another model
-        record |= {"processes": processes, "failed": str(error)}
-    records.add("gptq", record)
+    return record | {"processes": processes, **low_memory.measured(small, real, processes, options.limit)}
 
 
-def learn(source: Path, work: Path, options: argparse.Namespace, records: Records) -> None:
+def learn(options: argparse.Namespace, records: Records) -> None:
     """gptq in one process, then in one for each GPU."""
     for processes in (1, options.tensor_parallel):
-        gptq(source, work, options, records, processes)
+        records.run("gptq", {"processes": processes}, lambda processes=processes: gptq(options, processes))
 
 
 def loaded_log_probabilities(folder: Path, device: str) -> list[Any]:
@@ -131,57 +149,78 @@ def loaded_log_probabilities(folder: Path, device: str) -> list[Any]:
     return log_probabilities(mxcompile.load(folder, device=device, verify=False))
 
 
-def main() -> None:
-    """All parts, one after the other."""
-    options = parsed()
-    records, work = Records(options), options.work
-    work.mkdir(parents=True, exist_ok=True)
-    floats, source, out = work / "bf16", work / "source", work / "quantized"
+def make_files(options: argparse.Namespace, records: Records) -> None:
+    """Write the model and quantize it, while an engine compiles kernels."""
+    warming = Thread(target=compile_kernels, args=(options, records))
+    warming.start()
+    records.run("write", {}, lambda: write_source(options))
+    source, out = options.work / SOURCE, options.work / QUANTIZED
+    records.run("quantize", {}, lambda: quantize(source, out, options, workers=options.workers))
+    warming.join()
+
+
+def write_source(options: argparse.Namespace) -> dict[str, Any]:
+    """The bfloat16 weights."""
+    began = time.perf_counter()
+    source = write_checkpoint(options.work / SOURCE, options.size, options.layers, options.workers)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    if options.device != "cpu":
+        torch.cuda.empty_cache()
+    return {"seconds": round(time.perf_counter() - began, 1), "bytes": size}
+
+
+def compile_kernels(options: argparse.Namespace, records: Records) -> None:
+    """Run an engine on one layer of that shape: its kernels are found in Triton's cache by the next."""
+
+    def serve_one_layer() -> dict[str, Any]:
+        source = write_checkpoint(options.work / "one-layer-source", options.size, 1)
+        quantize(source, options.work / "one-layer", options, workers=2)
+        began = time.perf_counter()
+        one = engine(options.work / "one-layer", options, waits=False, compare=False)
+        result = one.measure()
+        for folder in (source, options.work / "one-layer"):
+            shutil.rmtree(folder)
+        return {**result, "seconds": round(time.perf_counter() - began, 1)}
+
+    records.run("one layer", {}, serve_one_layer)
+
+
+def run_engines(options: argparse.Namespace, records: Records) -> None:
+    """Measure both engines, and compare the quantized one with transformers while gptq runs."""
+    floats, out = options.work / "bf16", options.work / QUANTIZED
     config_of(options.size, options.layers).save_pretrained(floats)
     of_floats = engine(floats, options, compare=False, llm={"load_format": "dummy"})
     quantized = engine(out, options)
     try:
-        warming = Thread(target=compile_kernels, args=(work, options, records))
-        warming.start()
-        began = time.perf_counter()
-        write_checkpoint(source, options.size, options.layers, options.workers)
-        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-        if options.device != "cpu":
-            torch.cuda.empty_cache()
-        records.add("write", {"seconds": round(time.perf_counter() - began, 1), "bytes": size})
-        learning = Thread(target=learn, args=(source, work, options, records))
-        learning.start()
-        records.add("quantize", quantize(source, out, options, workers=options.workers))
-        warming.join()
         quantized.start()
         of_floats.start()
-        learning.join()
-        shutil.rmtree(source)
         quantized.wait_until_ready()
         of_floats.wait_until_ready()
         result = quantized.measure()
         found = result.pop("log_probabilities", None)
         records.add("serve", {"weights": _QUICK, **result})
         records.add("serve", {"weights": "bfloat16", **of_floats.measure()})
-        if found is not None:
-            expected = loaded_log_probabilities(out, options.device)
-            records.add("compare", compared({"log_probabilities": found}, expected))
     finally:
         of_floats.stop()
         quantized.stop()
+    learning = Thread(target=learn, args=(options, records))
+    learning.start()
+    if found is not None:
+        row = {"log_probabilities": found}
+        records.run("compare", {}, lambda: compared(row, loaded_log_probabilities(out, options.device)))
+    learning.join()
 
 
-def compile_kernels(work: Path, options: argparse.Namespace, records: Records) -> None:
-    """Run an engine on one layer of that shape: its kernels are found in Triton's cache by the next."""
-    source = write_checkpoint(work / "one-layer-source", options.size, 1)
-    quantize(source, work / "one-layer", options, workers=2)
-    began = time.perf_counter()
-    one = engine(work / "one-layer", options, waits=False, compare=False)
-    result = one.measure()
-    one.stop()
-    records.add("one layer", {"seconds": round(time.perf_counter() - began, 1), **result})
-    for folder in (source, work / "one-layer"):
-        shutil.rmtree(folder)
+def main() -> int:
+    """The parts that were asked for, one after the other. Returns 1 if one of them failed."""
+    options = parsed()
+    records = Records(options)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.parts != "engines":
+        make_files(options, records)
+    if options.parts != "files":
+        run_engines(options, records)
+    return int(records.failed)
 
 
 def parsed() -> argparse.Namespace:
@@ -200,9 +239,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for an engine to be ready, and to measure")
+    parser.add_argument("--parts", choices=PARTS, default=PARTS[0])
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

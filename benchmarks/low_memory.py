@@ -123,10 +123,12 @@ def memory_of(process: int) -> dict[str, int]:
     return {"anonymous MB": sizes["RssAnon"], "mapped MB": sizes["RssFile"], "peak MB": sum(sizes.values())}
 
 
-def measured(tiny: dict[str, Any], real: dict[str, Any], processes: int = 1) -> dict[str, Any]:
+def measured(
+    tiny: dict[str, Any], real: dict[str, Any], processes: int = 1, limit: float | None = None
+) -> dict[str, Any]:
     """Run both in a new process; the peaks of the second above what the process had before, in all and by stage.
 
-    processes: started by torchrun, of which the first is measured.
+    processes: started by torchrun, of which the first is measured. limit: seconds after which they are ended.
     """
     command = [sys.executable, "-c", _CHILD, json.dumps([tiny, real])]
     if processes > 1:
@@ -136,6 +138,7 @@ def measured(tiny: dict[str, Any], real: dict[str, Any], processes: int = 1) -> 
     said: list[dict[str, Any]] = []
     reader = threading.Thread(target=_read, args=(child, said))
     reader.start()
+    began = time.perf_counter()
     before: dict[str, int] = {}
     peaks: dict[str, dict[str, int]] = {}
     while child.poll() is None:
@@ -146,6 +149,8 @@ def measured(tiny: dict[str, Any], real: dict[str, Any], processes: int = 1) -> 
             stage = next((line["stage"] for line in reversed(later) if "stage" in line), "load")
             own = peaks.setdefault(stage, dict.fromkeys(now, 0))
             peaks[stage] = {name: max(own[name], value - before[name]) for name, value in now.items()}
+        if limit is not None and time.perf_counter() - began > limit:
+            child.terminate()
         time.sleep(0.02)
     reader.join()
     if child.returncode:

@@ -19,11 +19,14 @@ SETTINGS: Final = {
     "VLLM_LOGGING_COLOR": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
 }
 COMPARED: Final = (4, 64)  # prompts, and their tokens
+_LOG_LINES: Final = 200  # of an engine that failed, which are printed
 _KERNEL: Final = re.compile(r"Using (\w+) for (MX\w+)")
 _LATE: Final = re.compile(r"during inference: (\w+)")
 
@@ -67,6 +70,7 @@ class EngineProcess:
             status = None
         printed = self._log.read_text(errors="replace")
         if status != 0 or not self._answer.exists():
+            print(*printed.splitlines()[-_LOG_LINES:], sep="\n", file=sys.stderr, flush=True)
             why = f"stopped after {self._asked['limit']:.0f} s" if status is None else f"status {status}"
             return {"failed": f"{why}: {printed[-1500:]}"}
         return {**json.loads(self._answer.read_text()), **from_log(printed)}

@@ -26,7 +26,9 @@ SETTINGS: Final = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_COLOR": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # FlashInfer is not among the packages that a test needs
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # NVLink multicast, which a shared host may not allow
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # NVLink multicast, which a shared host may not allow; so are the next two
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }

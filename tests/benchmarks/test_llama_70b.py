@@ -39,7 +39,8 @@ def test_every_part_is_a_record(tmp_path, monkeypatch):
     monkeypatch.setattr(llama_70b, "EngineProcess", Engine)
     monkeypatch.setattr(llama_70b, "quantize", quantize)
 
-    def measured(small, real, processes):
+    def measured(small, real, processes, limit):
+        assert limit == 240
         if processes > 1:
             raise SystemExit("the run failed with 1")
         return {"seconds": 1, "until": real["until"]}
@@ -47,8 +48,13 @@ def test_every_part_is_a_record(tmp_path, monkeypatch):
     monkeypatch.setattr(llama_70b.low_memory, "measured", measured)
     out = tmp_path / "records.jsonl"
     words = ["--work", tmp_path / "work", "--size", "tiny", "--layers", "2", "--device", "cpu", "--out", out]
-    monkeypatch.setattr("sys.argv", ["llama_70b.py", *map(str, words), "--workers", "1", "--long", "16"])
-    llama_70b.main()
+
+    def run(parts):
+        options = ["--workers", "1", "--long", "16", "--parts", parts]
+        monkeypatch.setattr("sys.argv", ["llama_70b.py", *map(str, words), *options])
+        return llama_70b.main()
+
+    assert [run("files"), run("engines")] == [0, 1]  # gptq in several processes fails
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(each["what"] for each in records) == [
         *("compare", "gptq", "gptq", "one layer", "quantize", "serve", "serve", "write")
@@ -64,5 +70,4 @@ def test_every_part_is_a_record(tmp_path, monkeypatch):
     assert events[-2:] == ["measure quantized", "measure bf16"]
     assert asked["bf16"]["options"]["load_format"] == "dummy"
     assert asked["quantized"]["options"]["kv_cache_memory_bytes"] > 0
-    assert not (tmp_path / "work" / "source").exists()
     assert torch.get_num_threads() == 1

@@ -51,6 +51,13 @@ def test_own_checkpoints(kind, checkpoint, float_distance):
     assert kind != "w4a16" or measured <= MOST_OF_FLOAT * float_distance
 
 
+def test_two_processes_share_every_layer(checkpoint, float_distance):
+    """Fused rows of q, k, v and of gate, up; blocks of o and down, with a bias that is added once; the head's rows."""
+    folder, model = checkpoint("w4a16")
+    values = engines.log_probabilities(folder, IDS, tensor_parallel_size=2)
+    assert check("w4a16, two processes", values, model) <= MOST_OF_FLOAT * float_distance
+
+
 def test_inputs_are_rounded_as_the_checkpoint_says(checkpoint):
     """What the comparison would say of an engine that ignores the formats of activations."""
     model = checkpoint("mixed")[1]
