@@ -22,8 +22,10 @@ from mxcompile.checkpoint.shards import PendingTensor, split, write
 SIZES: Final[dict[str, dict[str, Any]]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
+    "small": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 1},
 }
+_LARGE: Final = ("8b", "70b")
 _SHARD: Final = 2 * 10**9  # bytes
 _THREADS: Final = 4
 
@@ -31,8 +33,8 @@ _THREADS: Final = 4
 def config_of(size: str, layers: int | None = None) -> LlamaConfig:
     """layers: the size's own number if not given."""
     sizes = dict(SIZES[size])
-    is_tiny = size == "tiny"
-    heads = {"num_key_value_heads": 1 if is_tiny else 8, "vocab_size": 128 if is_tiny else 128256}
+    large = size in _LARGE
+    heads = {"num_key_value_heads": 8 if large else 1, "vocab_size": 128256 if large else 128}
     sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
     rope = {"rope_theta": 500000.0, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
     return LlamaConfig(**sizes, **heads, **rope, dtype="bfloat16", architectures=["LlamaForCausalLM"])
