@@ -208,3 +208,5 @@ def ids(batch: int, length: int, vocabulary: int) -> list[list[int]]:
 
 if __name__ == "__main__":
     Path(sys.argv[2]).write_text(json.dumps(measure(json.loads(Path(sys.argv[1]).read_text()))))
+    sys.stdout.flush()
+    os._exit(0)  # vLLM would wait for its workers' processes, which end with this one
