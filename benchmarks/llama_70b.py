@@ -9,19 +9,23 @@ fails has a record that says why, and the parts that need nothing of it go on:
 - `write`: the model is made on the GPU and written file by file.
 - `quantize`: `quantize_files` to MXFP4 on the first GPU, from the cache of files.
 - `serve`: vLLM with `--tensor-parallel` GPUs on the quantized model, whose files it does not check, and on the bfloat16
-  model, whose weights it makes up; `step_ms`, `prompt_ms` as `serving.py` has them. CUDA graphs without torch.compile.
-  Kernels are compiled by an engine on a model of one layer while the weights are written.
+  model, whose weights it makes up; on one GPU one after the other, since bfloat16 leaves room for little else.
+  `step_ms`, `prompt_ms` as `serving.py` has them. CUDA graphs without torch.compile. Kernels are compiled by an engine
+  on a model of one layer while the weights are written.
 - `compare`: mean distance of vLLM's log-probabilities of 4 prompts' tokens from those of the same folder loaded by
   mxcompile.load on one GPU, and of transformers' two attentions there from each other.
-- `gptq`, meanwhile: `quantize_checkpoint` up to the end of its first `--segments` segments, where it is stopped: in one
-  process on the last GPU, and then in `--tensor-parallel` processes (torchrun) with a GPU each. Seconds, and memory of
-  the first process, as `low_memory.py` has them.
+- `gptq`: `quantize_checkpoint` up to the end of its first `--segments` segments, where it is stopped: in one process on
+  the last GPU, and then in `--tensor-parallel` processes (torchrun) with a GPU each. Seconds, and memory of the first
+  process, as `low_memory.py` has them.
 
 `--parts files` ends when the files are written and quantized, `--parts engines` goes on from there, in another process:
-so that something else can be measured in between, while nothing of this runs. WORK keeps its files.
+so that something else can be measured in between, while nothing of this runs. With `--after` the engines wait to be
+measured until that file is there. WORK keeps its files. A machine without room for 141 GB: `--filled 8` leaves the
+weights of the layers from the ninth on out of the files, where they are holes that are read as zeros.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -69,6 +73,7 @@ class Records:
         self._began, self._out = time.perf_counter(), options.out
         device = torch.cuda.get_device_name() if options.device != "cpu" else "cpu"
         self._common = {"size": options.size, "layers": options.layers, "device": device, "torch": torch.__version__}
+        self._common |= {} if options.filled is None else {"filled": options.filled}
         self.failed = False
 
     def run(self, what: str, about: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
@@ -105,7 +110,7 @@ def engine(model: Path, options: argparse.Namespace, **changes: Any) -> EnginePr
     most = max(options.batches) * (options.prompt + 2 * options.steps + 32) + options.long
     config = config_of(options.size)
     width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    llm: dict[str, Any] = {"load_format": "auto", "max_num_batched_tokens": 8192}
+    llm: dict[str, Any] = {"load_format": "auto", "max_num_batched_tokens": options.step_tokens}
     llm["gpu_memory_utilization"] = 0.05  # must be free at the start; more is used
     llm["kv_cache_memory_bytes"] = 2 * 4 * width * options.layers * most // options.tensor_parallel
     llm["additional_config"] = {"mxcompile": {"verify": False}}
@@ -136,17 +141,18 @@ def gptq(options: argparse.Namespace, processes: int) -> dict[str, Any]:
     return record | {"processes": processes, **low_memory.measured(small, real, processes, options.limit)}
 
 
-def learn(options: argparse.Namespace, records: Records) -> None:
-    """gptq in one process, then in one for each GPU."""
-    for processes in (1, options.tensor_parallel):
-        records.run("gptq", {"processes": processes}, lambda processes=processes: gptq(options, processes))
-
-
-def loaded_log_probabilities(folder: Path, device: str) -> list[Any]:
-    """Of the folder's model on one device, with either attention."""
+def load_and_run(folder: Path, device: str, results: list[Any]) -> dict[str, Any]:
+    """Add the log-probabilities of the folder's model on one device, with either attention, to the results."""
     import mxcompile
 
-    return log_probabilities(mxcompile.load(folder, device=device, verify=False))
+    began = time.perf_counter()
+    try:
+        results += log_probabilities(mxcompile.load(folder, device=device, verify=False))
+    finally:
+        gc.collect()
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    return {"seconds": round(time.perf_counter() - began, 1)}
 
 
 def make_files(options: argparse.Namespace, records: Records) -> None:
@@ -162,7 +168,7 @@ def make_files(options: argparse.Namespace, records: Records) -> None:
 def write_source(options: argparse.Namespace) -> dict[str, Any]:
     """The bfloat16 weights."""
     began = time.perf_counter()
-    source = write_checkpoint(options.work / SOURCE, options.size, options.layers, options.workers)
+    source = write_checkpoint(options.work / SOURCE, options.size, options.layers, options.workers, options.filled)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     if options.device != "cpu":
         torch.cuda.empty_cache()
@@ -186,29 +192,36 @@ def compile_kernels(options: argparse.Namespace, records: Records) -> None:
 
 
 def run_engines(options: argparse.Namespace, records: Records) -> None:
-    """Measure both engines, and compare the quantized one with transformers while gptq runs."""
+    """Measure the engine on the quantized model, that on the float one, and gptq."""
     floats, out = options.work / "bf16", options.work / QUANTIZED
     config_of(options.size, options.layers).save_pretrained(floats)
     of_floats = engine(floats, options, compare=False, llm={"load_format": "dummy"})
-    quantized = engine(out, options)
+    quantized, together = engine(out, options), options.tensor_parallel > 1
     try:
         quantized.start()
-        of_floats.start()
+        expected: list[Any] = []
+        records.run("load", {}, lambda: load_and_run(out, options.device, expected))
+        if together:
+            of_floats.start()
+            of_floats.wait_until_ready()
         quantized.wait_until_ready()
-        of_floats.wait_until_ready()
+        print("the engine is ready", flush=True)
+        while options.after is not None and not options.after.exists():
+            time.sleep(0.1)
         result = quantized.measure()
         found = result.pop("log_probabilities", None)
         records.add("serve", {"weights": _QUICK, **result})
+        if expected and found:
+            records.add("compare", compared({"log_probabilities": found}, expected))
+        if not together:
+            of_floats.start()
+            of_floats.wait_until_ready()
         records.add("serve", {"weights": "bfloat16", **of_floats.measure()})
     finally:
         of_floats.stop()
         quantized.stop()
-    learning = Thread(target=learn, args=(options, records))
-    learning.start()
-    if found is not None:
-        row = {"log_probabilities": found}
-        records.run("compare", {}, lambda: compared(row, loaded_log_probabilities(out, options.device)))
-    learning.join()
+    for processes in sorted({1, options.tensor_parallel} if options.segments else ()):
+        records.run("gptq", {"processes": processes}, lambda processes=processes: gptq(options, processes))
 
 
 def main() -> int:
@@ -239,6 +252,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for an engine to be ready, and to measure")
+    parser.add_argument("--step-tokens", type=int, default=8192, help="the most of one step of an engine")
+    parser.add_argument("--filled", type=int, help="layers with weights in the files; all if not given")
+    parser.add_argument("--after", type=Path, help="measure once this file is there")
     parser.add_argument("--parts", choices=PARTS, default=PARTS[0])
     parser.add_argument("--out", type=Path)
     return parser.parse_args()

@@ -3,7 +3,8 @@
     python benchmarks/random_llama.py FOLDER --size 70b --layers 80
 
 Values are made on a GPU where there is one, and are then others than on a CPU. A folder that has a config.json, which
-is written last, is kept as it is.
+is written last, is kept as it is. Layers from the one numbered `--filled` on are holes in their files: they are read as
+zeros and take no room on the disk.
 """
 
 import argparse
@@ -40,8 +41,10 @@ def config_of(size: str, layers: int | None = None) -> LlamaConfig:
     return LlamaConfig(**sizes, **heads, **rope, dtype="bfloat16", architectures=["LlamaForCausalLM"])
 
 
-def write_checkpoint(folder: Path, size: str, layers: int | None = None, threads: int = _THREADS) -> Path:
-    """The folder, written unless it is there."""
+def write_checkpoint(
+    folder: Path, size: str, layers: int | None = None, threads: int = _THREADS, filled: int | None = None
+) -> Path:
+    """The folder, written unless it is there. filled: layers that have values, all if not given."""
     if (folder / "config.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,11 +52,13 @@ def write_checkpoint(folder: Path, size: str, layers: int | None = None, threads
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     pending = {name: _random(name, value.shape) for name, value in model.state_dict().items()}
-    groups = split(pending, _SHARD)
+    holes = {name: tensor for name, tensor in pending.items() if filled is not None and _layer(name) >= filled}
+    full = split({name: tensor for name, tensor in pending.items() if name not in holes}, _SHARD)
+    groups = full + (split(holes, _SHARD) if holes else [])
     files = {f"model-{number:05}-of-{len(groups):05}.safetensors": group for number, group in enumerate(groups, 1)}
 
     def write_one(file: str) -> None:
-        write(folder / file, files[file])
+        (_write_holes if set(files[file]) <= set(holes) else write)(folder / file, files[file])
 
     with ThreadPoolExecutor(threads if torch.cuda.is_available() else 1) as pool:
         list(pool.map(write_one, files))
@@ -65,6 +70,25 @@ def write_checkpoint(folder: Path, size: str, layers: int | None = None, threads
 def _write_index(folder: Path, pending: Mapping[str, PendingTensor], files: dict[str, str]) -> None:
     index = {"metadata": {"total_size": sum(each.nbytes for each in pending.values())}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _layer(name: str) -> int:
+    """The number of a tensor's layer, -1 outside of layers."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[0] if numbers else -1
+
+
+def _write_holes(path: Path, tensors: Mapping[str, PendingTensor]) -> None:
+    """A safetensors file whose values are a hole."""
+    entries, end = dict[str, Any](), 0
+    for name, tensor in tensors.items():
+        entries[name] = {"dtype": "BF16", "shape": [*tensor.shape], "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
 
 
 def _random(name: str, shape: torch.Size) -> PendingTensor:
@@ -86,9 +110,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--layers", type=int, help="the size's own if not given")
+    parser.add_argument("--filled", type=int, help="layers with values; the others are holes")
     parser.add_argument("--threads", type=int, default=_THREADS, help="files at a time, with a GPU")
     arguments = parser.parse_args()
-    print(write_checkpoint(arguments.folder, arguments.size, arguments.layers, arguments.threads))
+    written = write_checkpoint(arguments.folder, arguments.size, arguments.layers, arguments.threads, arguments.filled)
+    print(written)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from threading import Lock
 
 import llama_70b
 import torch
+from safetensors import safe_open
 from serving_engine import EngineProcess
 
 import mxcompile
@@ -50,14 +51,14 @@ def test_every_part_is_a_record(tmp_path, monkeypatch):
     words = ["--work", tmp_path / "work", "--size", "tiny", "--layers", "2", "--device", "cpu", "--out", out]
 
     def run(parts):
-        options = ["--workers", "1", "--long", "16", "--parts", parts]
+        options = ["--workers", "1", "--long", "16", "--filled", "1", "--parts", parts]
         monkeypatch.setattr("sys.argv", ["llama_70b.py", *map(str, words), *options])
         return llama_70b.main()
 
     assert [run("files"), run("engines")] == [0, 1]  # gptq in several processes fails
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert sorted(each["what"] for each in records) == [
-        *("compare", "gptq", "gptq", "one layer", "quantize", "serve", "serve", "write")
+        *("compare", "gptq", "gptq", "load", "one layer", "quantize", "serve", "serve", "write")
     ]
     by_name = {each["what"]: each for each in records}
     assert by_name["write"]["bytes"] > 2 * by_name["quantize"]["result bytes"]
@@ -71,3 +72,14 @@ def test_every_part_is_a_record(tmp_path, monkeypatch):
     assert asked["bf16"]["options"]["load_format"] == "dummy"
     assert asked["quantized"]["options"]["kv_cache_memory_bytes"] > 0
     assert torch.get_num_threads() == 1
+    first, second = (stored(tmp_path / "work" / "source", f"model.layers.{layer}.mlp.up_proj.weight") for layer in "01")
+    assert first.shape == second.shape == (128, 64)
+    assert first.any()
+    assert not second.any()
+
+
+def stored(folder, name):
+    """A tensor of a checkpoint."""
+    file = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    with safe_open(folder / file, "pt") as tensors:
+        return tensors.get_tensor(name)
