@@ -312,6 +312,14 @@ def test_the_steps_of_served_models():
         assert f"| {name} | {' | '.join(cells)} |" in text
 
 
+def test_two_processes_serve_what_one_loads():
+    text, rows = page("docs/serving.md"), results("serving-cpu.jsonl")
+    floats, ours, one_head = ((f"{row['distance']:.4f}"[1:], f"{row['own_distance']:.4f}"[1:]) for row in rows)
+    assert f"of W4A8 are {ours[0]} from those of transformers, whose own two attentions differ by {ours[1]}" in text
+    assert f"of the bfloat16 model {floats[0]} and {floats[1]}." in text
+    assert f"MXFP4 weights are {one_head[0]} from transformers, whose attentions differ by {one_head[1]}." in text
+
+
 def test_a_chain_of_layers():
     text, rows = page("docs/kernels.md"), results("layer-chain-h200.jsonl")
     times = {(row["early"], row["changed"]): f"{row['layer_us']:.1f} us" for row in rows if row["changed"] in ("", ALL)}
@@ -416,6 +424,9 @@ def test_several_gpus():
     assert f"{gpus['peak GiB']:.1f} GiB of each GPU's memory in place of {gpus['peak GiB, 1 process']:.1f}" in text
     whole = f"{gpus['whole seconds']:.1f} s in place of {gpus['whole seconds, 1 process']:.1f}"
     assert f"the whole call takes {whole}" in text
+    rest, times = gpus["whole seconds"] - after, 32 / gpus["layers"]
+    assert f"{after * times:.0f} s of `gptq` in place of {before * times:.0f}, and a whole call" in text
+    assert f"of {after * times + rest:.0f} to {after * times + rest * times:.0f} s, depending" in text
     assert gpus["same bytes"]
     (small,) = [row for row in rows if row["benchmark"] == "ranks" and row["layers"] == 2]
     assert f"is {small['distance']} times as far" in text
