@@ -4,12 +4,12 @@
     python benchmarks/first_token.py --model llama --layers 32 --out benchmarks/results/first-token-h200.jsonl
 
 SmolLM2-135M-Instruct on the CPU, or Llama-3-8B's shape with `--layers` random layers on a GPU; W4A8 MXINT, bfloat16,
-batch 1, a prompt of `--prompt` tokens, greedy, static cache, through `generate`. The clock starts when the compiled
-module is there. `first_s`: the first token, which prefill gives. `second_s`: the second one, for which the decode step
-is compiled; on a GPU the decode loop reports both together. `cpu_s`: processor seconds of the process and its children
-up to the second token. `call_ms`: a later call, of `--tokens` tokens. Each row is a process of its own: one with caches
-of torch and Triton in an empty folder (cold), then one that finds them there (warm). `whole`: graphs are compiled as a
-whole, with equal layers again and again.
+batch 1, a prompt of `--prompt` tokens, greedy, static cache, through `generate`. The clock starts when
+`quantize_and_compile` has returned. `first_s`: the first token, which prefill gives. `second_s`: the second one, for
+which the decode step is compiled; on a GPU the decode loop reports both together. `cpu_s`: processor seconds of the
+process and its children up to the second token. `call_ms`: a later call, of `--tokens` tokens. Each row is a process of
+its own: one with caches of torch and Triton in an empty folder (cold), then one that finds them there (warm). `whole`:
+graphs are compiled as a whole, with equal layers again and again.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 import mxcompile
 from mxcompile.cli import smollm2
-from mxcompile.inductor import backend, compile_module
+from mxcompile.inductor import backend
 
 RECIPE: Final = "w4a8-mxint-quick"
 SMOLLM2, LLAMA = "SmolLM2-135M-Instruct", "llama"
@@ -91,10 +91,9 @@ def in_process(arguments: argparse.Namespace, way: str, caches: str, folder: str
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    model, ids = (loaded if arguments.model == SMOLLM2 else random_llama)(arguments)
     if arguments.way == "whole":
         backend.compile_in_pieces = lambda *_: None
-    compile_module(model)
+    model, ids = (loaded if arguments.model == SMOLLM2 else random_llama)(arguments)
     count: dict[str, Any] = {"min_new_tokens": arguments.tokens, "max_new_tokens": arguments.tokens}
     options = {"do_sample": False, "cache_implementation": "static", **count}
     clock, began, used = Clock(), time.perf_counter(), cpu_seconds()
@@ -118,18 +117,18 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def loaded(arguments: argparse.Namespace) -> tuple[Any, Tensor]:
-    """(SmolLM2, quantized; ids of a prompt `[1, prompt]`)"""
+    """(SmolLM2, quantized and compiled; ids of a prompt `[1, prompt]`)"""
     model, tokenizer = smollm2.load(torch.bfloat16)
     text = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is " * 64
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.prompt]
-    return mxcompile.quantize_and_compile(model, {"input_ids": ids}, recipe=RECIPE, compile=False), ids
+    return mxcompile.quantize_and_compile(model, {"input_ids": ids}, recipe=RECIPE), ids
 
 
 def random_llama(arguments: argparse.Namespace) -> tuple[Any, Tensor]:
-    """(Llama-3-8B's shape with equal random layers, quantized; ids `[1, prompt]`)"""
+    """(Llama-3-8B's shape with equal random layers, quantized and compiled; ids `[1, prompt]`)"""
     from llama_8b import quantized
 
-    model = quantized(RECIPE, arguments.layers, compiled=False)
+    model = quantized(RECIPE, arguments.layers)
     return model, torch.randint(model.config.vocab_size, (1, arguments.prompt), device="cuda")
 
 

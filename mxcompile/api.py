@@ -29,7 +29,7 @@ from mxcompile.graph.inputs import as_batches, as_inputs
 from mxcompile.graph.program import Program
 from mxcompile.graph.trace import trace
 from mxcompile.graph.trace_without_values import give_values, trace_without_values
-from mxcompile.inductor import compile_module
+from mxcompile.inductor import compile_module, start_preparing
 from mxcompile.passes.recipes import DEFAULT, QUICK, as_pipeline
 from mxcompile.pipeline.interfaces import Instrument
 from mxcompile.pipeline.pipeline import Pipeline
@@ -102,6 +102,8 @@ def quantize_and_compile(
     _check_options(dump, probe, resume)
     pipeline = _pipeline(recipe, calibration, overrides)
     watchers = _watchers(instruments, dump, probe)
+    if compile:
+        start_preparing(device_of(model))
     program = trace(model, example_inputs, include=include, exclude=exclude, allow_partial=allow_partial)
     pipeline = pipeline if head is None else _with_head(program, pipeline, head)
     program = pipeline.run(program, calibration, watchers, resume=resume)

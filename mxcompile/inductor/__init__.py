@@ -36,6 +36,15 @@ def why_no_inductor(device: torch.device) -> str | None:
     return why_no_compiler(device)
 
 
+def start_preparing(device: torch.device) -> None:
+    """Let torch find in a thread what compiling for the device needs to know of it: seconds, which then pass while the
+    model is quantized."""
+    if why_no_inductor(device) is None:
+        from mxcompile.inductor.backend import start_probing
+
+        start_probing(device)
+
+
 def notes_for_generate(module: nn.Module) -> tuple[str, ...]:
     """Which loop decodes in the `generate` of a compiled model, in a sentence; none for a module without `generate`."""
     if not hasattr(module, "generation_config") or supported() is not None:

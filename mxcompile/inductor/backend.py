@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -119,13 +120,18 @@ def why_no_compiler(device: torch.device) -> str | None:
 def start_probing(device: torch.device) -> threading.Thread:
     """Let Inductor find what its cache's keys hold while Dynamo traces, and remember it: hashes of the files of torch
     and Triton, half a second of reading, and for a CPU the processor's vector instructions, for each kind of which it
-    compiles and loads a program, in seconds. Returns the thread that does this."""
+    compiles a program, unless its cache has it, and starts a process that loads it, in seconds. Returns the thread that
+    does this, or has done it: who needs the answers before it ends waits for it, or all would be sought twice."""
+    return _probing(device.type)
 
+
+@cache
+def _probing(device_type: str) -> threading.Thread:
     def probe() -> None:
         with suppress(OSError):  # a file cannot be read, or torch's cache folder was removed: who needs it asks again
             torch_key()
             CacheBase.get_system()
-            if device.type == "cpu":
+            if device_type == "cpu":
                 pick_vec_isa()
 
     thread = threading.Thread(target=probe, daemon=True)
@@ -158,6 +164,8 @@ class MXBackend(InductorBackend):
             made: Any = super(MXBackend, self).__call__(piece, inputs, **options)
             return innermost_function(made)  # without the wrapper that Dynamo puts around the whole anyway
 
+        for device_type in {value.device.type for value in flat if isinstance(value, torch.Tensor)}:
+            start_probing(torch.device(device_type)).join()
         is_whole = torch.is_grad_enabled() or not self._may_split
         layers = None if is_whole else compile_in_pieces(module, flat, compile_)
         compiled: Any = compile_(module, flat) if layers is None else layers

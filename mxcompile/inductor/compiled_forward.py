@@ -1,7 +1,8 @@
 """A module's forward, compiled under a code object of its own, with cheap guards in place of Dynamo's on MX weights."""
 
 import gc
-from collections.abc import Callable, Generator, Sequence
+import logging
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from types import FunctionType
@@ -12,7 +13,13 @@ from torch import nn
 from torch.fx import traceback
 
 from mxcompile.inductor import weight_guards
-from mxcompile.inductor.private_api import cache_entries, dynamo_config, innermost_function, optimize
+from mxcompile.inductor.private_api import (
+    cache_entries,
+    dynamo_config,
+    innermost_function,
+    optimize,
+    side_effects_log,
+)
 
 _NUMBERS: Final = count()
 _NO_CALL_SITE: Final = "lines of Python are not recorded while a module is traced\n"
@@ -43,7 +50,7 @@ class CompiledForward:
         with _without_fast_path() if self._has_fast_path else nullcontext():
             if is_traced:
                 return self._compiled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
-            with collection_paused(), call_sites_unrecorded():
+            with collection_paused(), call_sites_unrecorded(), side_effects_unrecorded():
                 return self._compiled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
 
     def prepare(self) -> None:
@@ -91,23 +98,7 @@ class CompiledForward:
 
         code = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
         own = FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-        return optimize(self.backend, guard_filter_fn=_guard_filter(module))(own)  # pyright: ignore
-
-
-def _guard_filter(module: nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
-    """`weight_guards.outside_weights`, as a filter that also clears the objects that guards refer to.
-
-    Dynamo rebuilds all guards after the filter and compares the objects, but a property may return a new object each
-    time (`_PerLayerConfigView` of transformers 5.23).
-    """
-    keep = weight_guards.outside_weights(module)
-
-    def keep_cleared(entries: Sequence[Any]) -> list[bool]:
-        for entry in entries:
-            entry.orig_guard.obj_weakref = None
-        return keep(entries)
-
-    return keep_cleared
+        return optimize(weight_guards.outside_weights(module, self.backend))(own)  # pyright: ignore
 
 
 @contextmanager
@@ -135,6 +126,19 @@ def call_sites_unrecorded() -> Generator[None]:
     with traceback.preserve_node_meta():
         traceback.set_stack_trace([_NO_CALL_SITE])
         yield
+
+
+@contextmanager
+def side_effects_unrecorded() -> Generator[None]:
+    """Let Dynamo write no texts about where a traced module changes an object, as it does each layer of a cache, unless
+    their log is switched on, or the user has set what Dynamo does about such changes."""
+    policy = dynamo_config.side_effect_replay_policy
+    if policy == "info" and not side_effects_log.isEnabledFor(logging.DEBUG):
+        dynamo_config.side_effect_replay_policy = "silent"
+    try:
+        yield
+    finally:
+        dynamo_config.side_effect_replay_policy = policy
 
 
 @contextmanager

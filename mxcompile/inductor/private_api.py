@@ -10,8 +10,10 @@ import torch
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame, mark_static_address, maybe_mark_dynamic, optimize
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.side_effects import side_effects_log
 from torch._dynamo.source import AttrSource
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._guards import TracingContext
 from torch._inductor import aoti_compile_and_package
 from torch._inductor import config as inductor_config
 from torch._inductor.codecache import CacheBase, torch_key
@@ -36,6 +38,7 @@ __all__ = [
     "InductorBackend",
     "InvalidCxxCompiler",
     "TorchDispatchMode",
+    "TracingContext",
     "aot_autograd",
     "aoti_compile_and_package",
     "cache_entries",
@@ -43,6 +46,7 @@ __all__ = [
     "get_cpp_compiler",
     "get_hash_for_files",
     "has_triton",
+    "in_front_of",
     "inductor_config",
     "innermost_function",
     "make_boxed_func",
@@ -52,6 +56,7 @@ __all__ = [
     "own_symbol",
     "pick_vec_isa",
     "select_decomp_table",
+    "side_effects_log",
     "torch_key",
 ]
 
@@ -59,3 +64,10 @@ __all__ = [
 def own_symbol(number: torch.SymInt) -> Any:
     """The symbol of a dynamic size itself, also where another one is known to be equal and stands for it."""
     return number.node._expr  # pyright: ignore[reportPrivateUsage]
+
+
+def in_front_of(backend: Any, wrapper: Any) -> Any:
+    """Tell Dynamo which backend a wrapper calls: it treats Inductor's in a way of its own, and forgets, when one has
+    returned, which tensors it saw (`swap_tensors`, as in `module.to`, refuses tensors that something refers to)."""
+    wrapper._torchdynamo_orig_backend = backend
+    return wrapper

@@ -4,12 +4,16 @@ Dynamo's own guards inspect every weight in Python: with 210 weights that takes 
 still guards the weights as tensors (class, shape, dtype, device) and everything else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 
+from mxcompile.inductor.private_api import TracingContext, in_front_of
 from mxcompile.tensor.weight import MXLayout, MXWeight
+
+Backend = Callable[..., Callable[..., Any]]
 
 
 class WeightLayouts:
@@ -40,16 +44,28 @@ class WeightLayouts:
         return all(getattr(held.get(name), "layout_", None) is layout for held, name, layout in self._weights)
 
 
-def outside_weights(module: nn.Module) -> Callable[[Sequence[Any]], list[bool]]:
-    """A `guard_filter_fn` for `torch.compile` that drops the guards on the inside of a module's MXWeights."""
-    ours = {id(weight) for weight in module.parameters() if isinstance(weight, MXWeight)}
+def outside_weights(module: nn.Module, backend: Backend) -> Backend:
+    """A backend that, before another one, removes Dynamo's guards on the inside of a module's MXWeights.
 
-    def keep(guards: Sequence[Any]) -> list[bool]:
-        weights = {guard.name for guard in guards if id(guard.value) in ours}
-        return [
-            guard.name.rpartition(".")[0] not in weights
-            and (guard.guard_type != "TENSOR_SUBCLASS_METADATA_MATCH" or guard.name not in weights)
-            for guard in guards
-        ]
+    Dynamo builds guards when the backend has returned. A `guard_filter_fn` would make it build all of them twice, each
+    time for half a second if there are 30 layers.
+    """
 
-    return keep
+    def compile_(graph: GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+        ours = {id(weight) for weight in module.parameters() if isinstance(weight, MXWeight)}
+        placeholders = zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        sources = {getattr(node, "_dynamo_source", None) for node, value in placeholders if id(value) in ours}
+        if (context := TracingContext.try_get()) is not None:
+            leave_out(context.guards_context.dynamo_guards.inner, sources - {None})
+        return backend(graph, inputs, **options)
+
+    return in_front_of(backend, compile_)
+
+
+def leave_out(guards: Any, weights: Container[Any]) -> None:
+    """Remove from a set of guards those on what lies in weights, and on their metadata. weights: their sources."""
+    for guard in list(guards):
+        source = guard.originating_source
+        is_metadata = source in weights and guard.create_fn_name() == "TENSOR_SUBCLASS_METADATA_MATCH"
+        if is_metadata or getattr(source, "base", None) in weights:
+            guards.discard(guard)

@@ -11,7 +11,7 @@ from mxcompile.errors import MXCompileError
 from mxcompile.ops import DEQUANTIZE, EXPERTS, LINEAR, LINEARS
 from mxcompile.tensor import experts
 from mxcompile.tensor.refusals import no_storage, not_defined
-from mxcompile.tensor.unfused import is_traced, needs_gradient
+from mxcompile.tensor.unfused import is_for_shapes, is_traced, needs_gradient
 from mxcompile.tensor.weight import CUSTOM_OPS, HANDLERS, LOW_LEVEL, MXWeight, planes_argument
 
 aten = torch.ops.aten
@@ -44,7 +44,15 @@ def _linear(input: Tensor, weight: MXWeight, bias: Tensor | None = None) -> Tens
         if not is_traced(input):
             args = ([weight.elements], [weight.scales], [bias], spec.format, spec.activation, spec.rule)
             return LINEARS(weight.transform(input), *args, spec.planes)[0]
+        if is_for_shapes(input) and _can_multiply(input, weight, bias):
+            return input.new_empty((*input.shape[:-1], len(weight)))  # F.linear takes several steps to find that
     return F.linear(weight.prepare(input), weight.dequantize(), bias)
+
+
+def _can_multiply(input: Tensor, weight: MXWeight, bias: Tensor | None) -> bool:
+    """Whether F.linear takes these, with a result in the dtype of the input."""
+    fits = bias is None or (bias.shape == (len(weight),) and bias.dtype == input.dtype)
+    return fits and input.shape[-1] == weight.shape[1] and not torch.is_autocast_enabled(input.device.type)
 
 
 def _embedding(input: Tensor, weight: MXWeight, *args: Any, **kwargs: Any) -> Tensor:

@@ -6,6 +6,7 @@ Compiling a language model takes seconds, so the models have one layer and each 
 import copy
 import gc
 import io
+import logging
 import shutil
 import sys
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from models import build, inputs, output
 from torch import nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import side_effects
 from torch._inductor import codecache, cpu_vec_isa
 from torch.fx import traceback as fx_traceback
 
@@ -202,6 +204,7 @@ def test_without_a_compiler_the_model_runs_fused_and_says_so(monkeypatch):
 
 @pytest.mark.skipif(NO_COMPILER is not None, reason=str(NO_COMPILER))
 def test_what_the_keys_of_the_cache_hold_is_found_while_dynamo_traces():
+    backend._probing.cache_clear()
     cpu_vec_isa.valid_vec_isa_list.cache_clear()
     codecache.CacheBase.get_system.cache_clear()
     backend.start_probing(torch.device("cuda")).join(120)
@@ -209,11 +212,36 @@ def test_what_the_keys_of_the_cache_hold_is_found_while_dynamo_traces():
     assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
     backend.start_probing(torch.device("cpu")).join(120)
     assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 1
+    assert backend.start_probing(torch.device("cpu")) is backend.start_probing(torch.device("cpu", 0))
 
 
 class AddsOne(torch.nn.Module):
     def forward(self, x):
         return x + 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "logged", "expected"),
+    [
+        ("info", False, "silent"),
+        ("info", True, "info"),
+        ("warn", False, "warn"),
+    ],
+)
+def test_texts_about_side_effects_are_written_only_for_who_asked(monkeypatch, policy, logged, expected):
+    policies: list[str] = []
+
+    def looking(graph, _):
+        policies.append(dynamo_config.side_effect_replay_policy)
+        return graph.forward
+
+    log = side_effects.side_effects_log
+    monkeypatch.setattr(log, "level", logging.DEBUG if logged else logging.WARNING)
+    log.manager._clear_cache()
+    with dynamo_config.patch(side_effect_replay_policy=policy):
+        CompiledForward(AddsOne(), looking)(torch.ones(3))
+        assert policies == [expected]
+        assert dynamo_config.side_effect_replay_policy == policy
 
 
 def test_no_garbage_is_collected_while_a_graph_is_traced():

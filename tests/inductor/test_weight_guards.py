@@ -1,7 +1,5 @@
 """What a compiled call notices about its MXWeights: another layout, dtype or value, and at what cost."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from torch._dynamo.utils import counters
 
 import mxcompile
 from mxcompile.inductor import compile_module, weight_guards, why_no_inductor
+from mxcompile.inductor.compiled_forward import CompiledForward
 from mxcompile.tensor.weight import MXWeight
 
 needs_compiler = pytest.mark.skipif(why_no_inductor(torch.device("cpu")) is not None, reason="there is no C++ compiler")
@@ -68,22 +67,46 @@ def test_layouts_are_those_of_all_weights():
     assert not found.hold()
 
 
+class TakesWeight(nn.Module):
+    """A linear layer of its own, then a matmul with a weight that it is given."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x, weight):
+        return nn.functional.linear(self.linear(x), weight)
+
+
+def guards_of(module, *args):
+    """(type, the value's expression) of every guard that Dynamo keeps for a call, whose result is checked."""
+    names = []
+
+    def backend(graph, _):
+        context = torch._guards.TracingContext.get()
+        inner = context.guards_context.dynamo_guards.inner
+        names.extend((guard.create_fn_name(), guard.name) for guard in inner)
+        return graph.forward
+
+    torch._dynamo.reset()
+    expected = module(*args)
+    assert torch.equal(CompiledForward(module, backend)(*args), expected)
+    return names
+
+
+@torch.no_grad()
 def test_only_guards_on_what_lies_in_its_own_weights_are_left_out():
-    module, other = quantized("w4a8-mxint-quick"), quantized("w4a8-mxint-quick")
-
-    def guard(name, kind, value=None):
-        return SimpleNamespace(name=name, guard_type=kind, value=value)
-
-    mine, weight = module[0].weight, "G['m']._modules['0']._parameters['weight']"
-    assert isinstance(mine, MXWeight)
-    given = [
-        (guard(weight, "TENSOR_MATCH", mine), True),
-        (guard(weight, "TYPE_MATCH", mine), True),
-        (guard(weight, "TENSOR_SUBCLASS_METADATA_MATCH", mine), False),
-        (guard(f"{weight}.elements", "TENSOR_MATCH", mine.elements), False),
-        (guard(f"{weight}.__tensor_flatten__()[0]", "EQUALS_MATCH", ["elements", "scales"]), False),
-        (guard("L['x']", "TENSOR_SUBCLASS_METADATA_MATCH", other[0].weight), True),
-        (guard("L['x'].elements", "TENSOR_MATCH", other[0].weight.elements), True),
-        (guard("G['m'].training", "CONSTANT_MATCH", False), True),
-    ]
-    assert weight_guards.outside_weights(module)([one for one, _ in given]) == [kept for _, kept in given]
+    own, other = (
+        quantized("w4a8-mxint-quick")[0],
+        mxcompile.quantize_and_compile(nn.Linear(32, 64), torch.randn(3, 32), recipe="w4a8-mxint-quick", compile=False),
+    )
+    assert isinstance(own.weight, MXWeight)
+    guards = guards_of(TakesWeight(own), torch.randn(3, 64), other.weight)
+    mine = [(kind, name.partition("['weight']")[2]) for kind, name in guards if "_parameters['weight']" in name]
+    assert {inside for _, inside in mine} == {""}
+    assert "TENSOR_MATCH" in {kind for kind, _ in mine}
+    assert "TENSOR_SUBCLASS_METADATA_MATCH" not in {kind for kind, _ in mine}
+    foreign = [(kind, name) for kind, name in guards if name.startswith("L['args'][1]")]
+    assert "TENSOR_SUBCLASS_METADATA_MATCH" in {kind for kind, _ in foreign}
+    assert "L['args'][1].elements" in {name for _, name in foreign}
+    assert ("TENSOR_MATCH", "L['args'][0]") in guards

@@ -150,6 +150,26 @@ def test_nothing_is_rounded_where_only_shapes_count(rows, x, transposed):
     assert [node for node in traced.graph.nodes if str(node.target).startswith("mx.")]
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("sizes", [(40,), (6, 40), (2, 3, 40), (0, 40), (2, 1, 3, 40)])
+def test_a_linear_run_for_shapes_gives_what_torchs_linear_gives(rows, sizes, biased):
+    """Also with a bias, and of inputs that are not contiguous; what does not fit is refused as there."""
+    weight, mode = pack(rows, "mxint8"), FakeTensorMode()
+    fake = MXWeight(*map(mode.from_tensor, weight.parts), weight.layout_, weight.dtype)
+    bias = torch.zeros(24) if biased else None
+    x = torch.randn(sizes)
+    inputs = [x, x.mT.contiguous().mT] if x.dim() > 1 else [x]
+    for each in inputs:
+        expected = F.linear(each, weight.dequantize(), bias)
+        y = F.linear(mode.from_tensor(each), fake, None if bias is None else mode.from_tensor(bias))
+        assert (y.shape, y.dtype, y.stride()) == (expected.shape, expected.dtype, expected.stride())
+    for refused, other in ((x[..., :32], bias), (x, torch.zeros(23))):
+        with pytest.raises((RuntimeError, ValueError)):
+            F.linear(mode.from_tensor(refused), fake, None if other is None else mode.from_tensor(other))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(mode.from_tensor(x), fake).dtype == F.linear(x, weight.dequantize()).dtype
+
+
 def test_torchs_own_attention_reaches_its_weights():
     """F.multi_head_attention_forward disables __torch_function__: the weights see transpose, expand and bmm."""
     attention = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
