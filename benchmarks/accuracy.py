@@ -54,6 +54,7 @@ VARIANTS: Final[dict[str, Callable[[nn.Module], nn.Module]]] = {
     "planted": plant,
     "planted-hidden": plant_hidden,
     "off-grid": take_off_grid,
+    "off-grid-planted": lambda model: plant(take_off_grid(model)),
 }
 
 

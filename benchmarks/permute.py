@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from accuracy import LOWER, VARIANTS, described, parser, texts, write
 from random_order import RandomOrder
+from stream_orders import StreamOrder
 from torch import Tensor, nn
 
 import mxcompile
@@ -43,7 +44,7 @@ def main() -> int:
     for order in arguments.orders.split(","):
         first = "" if order == "none" else f"{order} | "
         text = (first + arguments.behind + LOWER).replace("=W", f"={weight}").replace("=A", f"={activation}")
-        pipeline = Pipeline.parse(text.replace(";", ","), passes=[RandomOrder, *PASSES.values()])
+        pipeline = Pipeline.parse(text.replace(";", ","), passes=[RandomOrder, StreamOrder, *PASSES.values()])
         began = time.perf_counter()
         lowered = pipeline.run(program, batches)
         quantized = mxcompile.deploy(lowered, model, check=False)
