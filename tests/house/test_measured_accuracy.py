@@ -229,6 +229,20 @@ def test_what_is_said_about_the_study():
     assert f"all are within {100 * max(eight):.1f} % of float" in text
 
 
+def test_the_cells_of_the_study_agree_with_the_table():
+    text, cells = page("docs/accuracy.md"), results("study-cells.jsonl")
+    table = {(row["weight"], row["gptq"]): row["perplexity"] for row in results("study.jsonl")}
+    changes = []
+    for cell in cells:
+        name, _, kind = cell["recipe"].removesuffix(")").partition(" (")
+        weight = cell["weight"] if ":" in cell["weight"] else f"{cell['weight']}:32"
+        changes.append(abs(cell["perplexity"] / table[weight, kind or "paper"][name] - 1))
+    *others, largest = sorted(changes)
+    assert {cell["recipe"].partition(" ")[0] for cell in cells} == {"AWQ", "AWQ+GPTQ"}
+    assert f"{len(cells)} have been run" in text
+    assert f"at most {100 * others[-1]:.1f} %, in one cell of our GPTQ by {100 * largest:.1f} %" in text
+
+
 def test_the_recipe_of_8_bit_floats():
     """What the study found best, and its numbers in blocks of 32."""
     rows = {row["weight"]: row for row in results("study.jsonl") if row["weight"].startswith("mxfp8_e4m3")}
