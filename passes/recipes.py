@@ -23,8 +23,8 @@ def _rounded(weight: str, activation: str | None) -> str:
 def _learned(weight: str, activation: str | None) -> str:
     """The most accurate pipeline; needs calibration data, about 128 windows of 512 tokens.
 
-    Measured (`benchmarks/accuracy.py`): with FP8 activations, GPTQ is more accurate without a fold before it; with
-    4-bit activations, it also gains from rotations.
+    Measured (`benchmarks/accuracy.py`, `chains.py`): with FP8 activations, GPTQ is more accurate without a fold before
+    it; with 4-bit activations, it also gains from rotations.
     """
     option = _activation_option(activation)
     tune = f"tune-vectors{{{option[1:]}}}" if option else "tune-vectors"
@@ -80,11 +80,6 @@ _MORE_BITS: Final[dict[str, tuple[str, str | None]]] = {
     "w8a16-mxint": ("mxint8", None),
     "w6a16-mxfp": ("mxfp6_e2m3", None),
 }
-_STUDIED: Final = (
-    "smooth-quant | gptq{format=mxfp8_e4m3,activation=mxfp8_e4m3,order=none,rule=floor,microblock=128}"
-    " | lower-mx{weight=mxfp8_e4m3,activation=mxfp8_e4m3}"
-)
-"""The best pipeline for FP8 weights and activations in `benchmarks/study.toml`, in every block size."""
 _CALIBRATED: Final = {**_FOUR_BITS, **_EIGHT_BITS}
 _CACHES: Final = {
     "kv8": "quantize-cache",
@@ -101,7 +96,6 @@ def _cached(recipe: str, cache: str) -> str:
 
 RECIPES: Final[dict[str, str]] = {
     **{name: _learned(*formats) for name, formats in _CALIBRATED.items()},
-    "w8a8-mxfp": _STUDIED,
     **{f"{name}-quick": _rounded(*formats) for name, formats in _CALIBRATED.items()},
     **{name: _rounded(*formats) for name, formats in _MORE_BITS.items()},
     "w4a8-mxint-distilled": _distilled("mxint4", "mxint8"),

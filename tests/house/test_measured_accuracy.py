@@ -6,7 +6,6 @@ The other numbers: `test_measured_numbers.py`.
 import importlib.util
 import math
 import re
-import tomllib
 from statistics import mean
 
 from documents import ROOT
@@ -244,18 +243,21 @@ def test_the_cells_of_the_study_agree_with_the_table():
 
 
 def test_the_recipe_of_8_bit_floats():
-    """What the study found best, and its numbers in blocks of 32."""
-    rows = {row["weight"]: row for row in results("study.jsonl") if row["weight"].startswith("mxfp8_e4m3")}
-    for row in rows.values():
-        assert row["gptq"] == "paper"
-        assert min(row["perplexity"], key=row["perplexity"].get) == "SmoothQuant+GPTQ"
-    row = rows["mxfp8_e4m3:32"]
-    best, nearest = row["perplexity"]["SmoothQuant+GPTQ"], row["perplexity"]["RTN"]
-    words = f"perplexity {best:.2f} there, {nearest:.2f} rounded to nearest, {row['float']:.2f} in float"
-    assert words in page("docs/accuracy.md")
-    studied = tomllib.loads((ROOT / "benchmarks" / "study.toml").read_text())["pipelines"]["SmoothQuant+GPTQ (paper)"]
-    filled = studied.replace("=W", "=mxfp8_e4m3").replace("=A", "=mxfp8_e4m3")
-    assert str(Pipeline.parse(RECIPES["w8a8-mxfp"])) == str(Pipeline.parse(" ".join(filled.split())))
+    """The chain with the least KL on the first half, and what is said of the others."""
+    text, rows = page("docs/accuracy.md"), [r for r in results("chains.jsonl") if r["weight"] == "mxfp8_e4m3"]
+    first = {(r["recipe"], r["pipeline"].split(" | ")[-2].partition("{")[0]): r["halves"]["first"]["kl"] for r in rows}
+    assert min(rows, key=lambda row: row["halves"]["first"]["kl"])["recipe"] == "gptq alone"
+    assert str(Pipeline.parse(RECIPES["w8a8-mxfp"])) == rows[-1]["pipeline"]
+    second = [{key: math.exp(rows[i]["halves"]["second"][key]) for key in ("nll", "float_nll")} for i in (0, -1)]
+    nearest, best = second
+    above = f"{best['nll']:.2f}, {100 * (best['nll'] / best['float_nll'] - 1):.1f} % above float"
+    assert f"perplexity {above}; {nearest['nll']:.2f} rounded to nearest" in text
+    tuned, to_nearest = first["gptq alone", "tune-vectors"], first["to nearest", "round-weights"]
+    assert tuned == first["gptq alone", "gptq"]
+    assert f"KL on the first half is {tuned:.4f} nats, {to_nearest:.4f} to nearest." in text
+    assert f"With SmoothQuant in front it is {first['smooth-quant, gptq', 'tune-vectors']:.4f}." in text
+    paper = [first["smooth-quant, gptq (paper)", last] for last in ("gptq", "tune-vectors")]
+    assert "leave {:.4f}, and {:.4f} with vectors".format(*paper) in text
 
 
 def _counts(flags):

@@ -79,7 +79,38 @@ def test_what_any_order_could_win_back():
     assert words in page("docs/accuracy.md")
 
 
-STEPS = {"gptq": "`gptq`", "tune-vectors": "and vectors", "distill": "and weights"}
+ORDERS = {
+    "none": "as it is",
+    "random{seed=0;values=stream}": "random",
+    "permute{values=stream}": "`permute{values=stream}`",
+    "stream{key=nearest}": "nearest",
+    "stream{key=exchanged}": "exchanged",
+}
+
+
+def test_the_order_of_the_residual_stream():
+    text = page("docs/accuracy.md")
+    rows = {(r["model"].removeprefix(SMOLLM2).strip(), r["order"]): r for r in results("stream-orders.jsonl")}
+    for order, name in ORDERS.items():
+        written = "{kl:.3f}" if order == "none" else "{kl:.3f} ({change:+.3f} ± {standard_error:.3f})"
+        cells = [written.format(**rows[model, order]) for model in ("planted", "off-grid-planted")]
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    assert {model for model, _ in rows} == {"", "off-grid", "planted", "off-grid-planted"}
+    plain = [rows[model, "none"]["kl"] for model in ("", "off-grid")]
+    assert "outliers KL is {:.3f}, off-grid {:.3f} (".format(*plain) in text
+
+    def won_back(order):
+        before = rows["off-grid-planted", "none"]["kl"]
+        return percent((before - rows["off-grid-planted", order]["kl"]) / (before - plain[1]))
+
+    assert f"exchanges win back {won_back('stream{key=exchanged}')}** of what" in text
+    assert f"sorted by weights it wins {won_back('permute{values=stream}')}." in text
+    planted = {order: rows["planted", order]["change"] for order in ORDERS}
+    assert f"a random one costs {planted['random{seed=0;values=stream}']:.3f}," in text
+    assert min(change for order, change in planted.items() if order != "none") > 0
+
+
+STEPS = {"round-weights": "`round-weights`", "gptq": "`gptq`", "tune-vectors": "and vectors", "distill": "and weights"}
 
 
 def chain(name, last="gptq"):
