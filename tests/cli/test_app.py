@@ -57,7 +57,7 @@ def gpt2(monkeypatch) -> None:
         assert source is None
         return build("gpt2")
 
-    monkeypatch.setattr("mxcompile.cli.list_commands.load_weights", load)
+    monkeypatch.setattr("mxcompile.cli.commands.lists.load_weights", load)
 
 
 # What there is
@@ -136,7 +136,7 @@ def test_help_and_lists_load_no_compiler_and_no_transformers():
     done = subprocess.run([sys.executable, "-c", LISTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = done.stdout.splitlines()[-1].split()
-    assert "mxcompile.cli.demo" in loaded
+    assert "mxcompile.cli.commands.demo" in loaded
     assert not [name for name in loaded if name.startswith(("torch._dynamo", "torch._inductor", "transformers"))]
 
 

@@ -12,12 +12,12 @@ from mxcompile.checkpoint import Checkpoint, check_destination, is_foreign, is_g
 from mxcompile.cli import smollm2
 from mxcompile.cli.arguments import Device, Format, Json, Length, Model, SpecialTokens, TextFile
 from mxcompile.cli.checkpoint_contents import CheckpointContents
+from mxcompile.cli.commands.quantize import save_model
 from mxcompile.cli.compare import EvalOptions, load_with_data
 from mxcompile.cli.console import messages, print_json, results
 from mxcompile.cli.generation import generate_text
 from mxcompile.cli.model_source import load_model, load_tokenizer, load_weights
 from mxcompile.cli.progress import Progress, waiting
-from mxcompile.cli.quantize_command import save_model
 from mxcompile.diagnostics.diagnosis import Diagnosis
 from mxcompile.diagnostics.dump import Dump
 from mxcompile.diagnostics.dump_reader import PAGE

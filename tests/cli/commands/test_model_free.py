@@ -70,7 +70,7 @@ def test_ctrl_c_says_what_is_kept(local_model, tmp_path, monkeypatch):
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mxcompile.cli.model_free.quantize_files", interrupted)
+    monkeypatch.setattr("mxcompile.cli.commands.model_free.quantize_files", interrupted)
     result = CliRunner().invoke(app, ["quantize", str(local_model), "--out", str(tmp_path / "out"), "--model-free"])
     assert result.exit_code == 130
     assert "the same command goes on" in re.sub(r"\s+", " ", result.output)

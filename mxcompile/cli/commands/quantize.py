@@ -25,13 +25,9 @@ from mxcompile.cli.arguments import (
     TextFile,
 )
 from mxcompile.cli.calibration import CalibrationOptions
-from mxcompile.cli.compare import Comparison, EvalOptions, print_comparison, quantize_and_compare, quantize_with_others
-from mxcompile.cli.console import messages, print_json, results
-from mxcompile.cli.interruption import check_apart, interruption_explained
-from mxcompile.cli.low_memory import LowMemoryOptions, quantize_low_memory
-from mxcompile.cli.model_free import ModelFreeOptions, quantize_model_free
-from mxcompile.cli.progress import waiting
-from mxcompile.cli.quantize_options import (
+from mxcompile.cli.commands.low_memory import LowMemoryOptions, quantize_low_memory
+from mxcompile.cli.commands.model_free import ModelFreeOptions, quantize_model_free
+from mxcompile.cli.commands.quantize_options import (
     Bits,
     Cache,
     DryRun,
@@ -45,6 +41,10 @@ from mxcompile.cli.quantize_options import (
     Scratch,
     Workers,
 )
+from mxcompile.cli.compare import Comparison, EvalOptions, print_comparison, quantize_and_compare, quantize_with_others
+from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.interruption import check_apart, interruption_explained
+from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats, with_bits, with_cache

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 import mxcompile
-from mxcompile.cli import serve_command
 from mxcompile.cli.app import app
+from mxcompile.cli.commands import serve as serve_command
 from mxcompile.errors import InputError
 
 
