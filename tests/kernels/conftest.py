@@ -32,6 +32,7 @@ _MODULES = (
     "rows_linear",
     "planes_linear",
     "quantize",
+    "reductions",
     "gates",
     "held_slices",
     "held_planes",
@@ -61,33 +62,17 @@ def interpreted() -> Iterator[SimpleNamespace]:
     pytest.importorskip("triton")
     copies = _import_interpreted()
     linear, quantize = copies["rows_linear"], copies["quantize"]
-    larger = quantize._maximum
+    larger = quantize.maximum
     with pytest.MonkeyPatch.context() as patch:
         _let_scalars_be_range_bounds(patch)
         _round_to_e4m3(patch)
         _patch_the_language_once_a_launch(patch)
         # The interpreter recognizes Triton's own maximum and sum; it calls others once per element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
-        for name in ("attention_kernel", "packed_attention_kernel", "exact_tokens", "packed_queries"):
-            patch.setattr(copies[name], "maximum", standard._elementwise_max)
-            patch.setattr(copies[name], "plus", standard._sum_combine)
-        for name in (
-            "quantize",
-            "align",
-            "append_packed",
-            "grouped_planes",
-            "gate_rows",
-        ):
-            patch.setattr(copies[name], "_maximum", standard._elementwise_max)
-        for name in (
-            "expert_slices",
-            "expert_sums",
-            "grouped_planes",
-            "held_planes",
-            "routing",
-            "norm",
-        ):
-            patch.setattr(copies[name], "_sum", standard._sum_combine)
+        for copy in copies.values():
+            for name, own in (("maximum", standard._elementwise_max), ("plus", standard._sum_combine)):
+                if hasattr(copy, name):
+                    patch.setattr(copy, name, own)
         names = ("align", "attention", "dequantize", "grouped_planes", "expert_sums", "routing", "gate_rows")
         names += (
             "norm",

@@ -114,7 +114,7 @@ def test_random_bit_patterns(
 
 def test_own_maximum(interpreted: SimpleNamespace, assert_same_bits: SameBits, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other tests replace the kernel's combining function with Triton's own; the kernel's is slow to interpret."""
-    monkeypatch.setattr(interpreted.quantize, "_maximum", interpreted.larger)
+    monkeypatch.setattr(interpreted.quantize, "maximum", interpreted.larger)
     x = random_bits((3, 40), torch.float32, seed=3)
     y = interpreted.quantize.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR)
     assert_same_bits(y, reference.quantize_dequantize(x, MXFP4, ScaleRule.FLOOR))

@@ -22,7 +22,8 @@ from mxcompile.kernels.gluon.hopper import (
     tma,
 )
 from mxcompile.kernels.triton.gates import gated
-from mxcompile.kernels.triton.quantize import _maximum, round_to_elements
+from mxcompile.kernels.triton.quantize import round_to_elements
+from mxcompile.kernels.triton.reductions import maximum
 
 
 @jit
@@ -84,7 +85,7 @@ def store_gated(
 def _rounded(values, ROUNDING: tl.constexpr):
     """Float32 values `[tokens, 64]` rounded to elements times the scales of their blocks."""
     bits = values.to(gl.int32, bitcast=True).reshape([values.shape[0], 64 // ROUNDING[0], ROUNDING[0]])
-    amax = gl.reduce(bits & 0x7FFFFFFF, 2, _maximum).expand_dims(2)
+    amax = gl.reduce(bits & 0x7FFFFFFF, 2, maximum).expand_dims(2)
     rounded = round_to_elements(
         bits, amax, ROUNDING[1], ROUNDING[2], ROUNDING[3], ROUNDING[4], ROUNDING[5], ROUNDING[6], ROUNDING[7]
     )

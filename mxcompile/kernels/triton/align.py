@@ -25,7 +25,8 @@ from torch import Tensor
 
 from mxcompile.formats import MXFP8_E4M3, MXFormat, ScaleRule
 from mxcompile.kernels.triton.elements import launch, narrow, power_of_two, unsupported_device, unsupported_dtype, widen
-from mxcompile.kernels.triton.quantize import _maximum, _round_magnitude, _scale_exponent, fraction_limit
+from mxcompile.kernels.triton.quantize import _round_magnitude, _scale_exponent, fraction_limit
+from mxcompile.kernels.triton.reductions import maximum
 from mxcompile.numerics.reference import ALIGNED_TOP_EXPONENT
 
 _MOST_COLUMNS: Final = 4096
@@ -121,7 +122,7 @@ def _align_kernel(
         for first in range(BLOCKS * BLOCK, size, BLOCKS * BLOCK):
             values_behind = _load(x, first + lane, size, x_stride_column)
             largest = tl.maximum(largest, values_behind.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    amax = tl.reduce(tl.reduce(largest, 1, _maximum), 0, _maximum)
+    amax = tl.reduce(tl.reduce(largest, 1, maximum), 0, maximum)
     largest_bits = amax
     if ALIGN_ROUNDED:
         # Rounding is monotonic, also across blocks, so the largest value stays the largest.
@@ -164,7 +165,7 @@ def _rounded(values, ROUNDING: tl.constexpr):
     """Quantize-dequantize blocks `[n, block]` in float32 as triton/quantize.py does, except for Inf and NaN."""
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    amax = tl.expand_dims(tl.reduce(magnitude, 1, _maximum), 1)
+    amax = tl.expand_dims(tl.reduce(magnitude, 1, maximum), 1)
     v = _rounded_magnitude(magnitude, amax, ROUNDING)
     return (v.to(tl.int32, bitcast=True) | (bits ^ magnitude)).to(tl.float32, bitcast=True)
 

@@ -31,6 +31,7 @@ from mxcompile.kernels.triton.elements import (
     widen,
 )
 from mxcompile.kernels.triton.quantize import _round_magnitude, _scale_exponent, fraction_limit
+from mxcompile.kernels.triton.reductions import maximum
 from mxcompile.numerics.packed_attention import PackedStates
 
 Rotation = tuple[Tensor, Tensor]
@@ -119,11 +120,6 @@ def _constants(fmt: MXFormat, size: int, rule: ScaleRule, dtype: torch.dtype) ->
 
 
 @triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
 def _load_part(pointer, rotation, part: tl.constexpr, SIDE: tl.constexpr, ROTATE: tl.constexpr):
     """Bits of float32 `[blocks, lanes]` of one part of all blocks, rotated and rounded to their dtype."""
     WIDTH: tl.constexpr = SIDE[0] // SIDE[1]
@@ -170,7 +166,7 @@ def _append_state(pointer, rotation, elements, scales, inside, SIDE: tl.constexp
         p2 = _load_part(pointer, rotation, 2, SIDE, ROTATE)
         p3 = _load_part(pointer, rotation, 3, SIDE, ROTATE)
     largest = tl.maximum(tl.maximum(p0 & 0x7FFFFFFF, p1 & 0x7FFFFFFF), tl.maximum(p2 & 0x7FFFFFFF, p3 & 0x7FFFFFFF))
-    amax = tl.expand_dims(tl.reduce(largest, 1, _maximum), 1)
+    amax = tl.expand_dims(tl.reduce(largest, 1, maximum), 1)
     exponent = _scale_exponent(amax, SIDE[10], SIDE[12], SIDE[13])
     exponent = tl.where(amax == 0, -1 - SIDE[10], exponent)  # as the reference has it
     c0 = _codes(p0, amax, exponent, SIDE)

@@ -109,11 +109,6 @@ def options(config: Config) -> dict[str, Any]:
 
 
 @triton.jit
-def _sum(a, b):
-    return a + b
-
-
-@triton.jit
 def chosen_expert(experts, index, inside, count):
     """Numbers of experts as int32, -1 for those that are none."""
     number = tl.load(experts + index, mask=inside, other=-1)

@@ -26,7 +26,6 @@ from mxcompile.kernels.triton.elements import launch, narrow, widen
 from mxcompile.kernels.triton.expert_slices import (
     Config,
     Stack,
-    _sum,
     check_shapes,
     chosen_expert,
     constants,
@@ -43,6 +42,7 @@ from mxcompile.kernels.triton.held_slices import (
     sizes_of_experts,
     slice_of_rows,
 )
+from mxcompile.kernels.triton.reductions import plus
 
 _COLUMNS: Final = 512
 
@@ -182,7 +182,7 @@ def _multiply_and_sum_kernel(
             once = ((expert >= 0) & (slice % PARTS == 0))[:, None] & (n < out)[None, :]
             offsets = tl.maximum(expert, 0).to(tl.int64)[:, None] * out + n[None, :]
             products += widen(tl.load(bias + offsets, mask=once, other=0.0))
-        total += tl.reduce(products * weight[:, None], 0, _sum)
+        total += tl.reduce(products * weight[:, None], 0, plus)
     result = narrow(total, y.dtype.element_ty) if INTERPRETED else total.to(y.dtype.element_ty)
     tl.store(y + token.to(tl.int64) * out + n, result, mask=n < out)
 
@@ -192,8 +192,8 @@ def _of_outputs(acc, HALVES: tl.constexpr, OUTPUTS: tl.constexpr, SLICES: tl.con
     """Products `[SLICES, OUTPUTS]`: of each row the one with its own half of x, and the halves added."""
     if HALVES > 1:
         own = (tl.arange(0, HALVES * OUTPUTS) // OUTPUTS)[None, :, None] == tl.arange(0, HALVES)[None, None, :]
-        acc = tl.reduce(tl.where(own, acc, 0.0), 2, _sum)
-        products = tl.reduce(tl.reshape(acc, (SLICES, HALVES, OUTPUTS)), 1, _sum)
+        acc = tl.reduce(tl.where(own, acc, 0.0), 2, plus)
+        products = tl.reduce(tl.reshape(acc, (SLICES, HALVES, OUTPUTS)), 1, plus)
     else:
         products = tl.reshape(acc, (SLICES, OUTPUTS))
     return products

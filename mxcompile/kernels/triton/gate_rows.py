@@ -18,7 +18,8 @@ from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.kernels.triton.elements import launch, narrow, widen
 from mxcompile.kernels.triton.gates import gate_constants, gated
 from mxcompile.kernels.triton.grouped_planes import rounding_constants
-from mxcompile.kernels.triton.quantize import _maximum, round_to_elements
+from mxcompile.kernels.triton.quantize import round_to_elements
+from mxcompile.kernels.triton.reductions import maximum
 from mxcompile.numerics.gates import Gate
 
 Rounding: TypeAlias = tuple[MXFormat, ScaleRule]
@@ -96,7 +97,7 @@ def _gate_kernel(
 def _rounded(values, ROUNDING: tl.constexpr):
     """Float32 values `[blocks, block]` rounded to elements times the scales of their blocks."""
     bits = values.to(tl.int32, bitcast=True)
-    amax = tl.expand_dims(tl.reduce(bits & 0x7FFFFFFF, 1, _maximum), 1)
+    amax = tl.expand_dims(tl.reduce(bits & 0x7FFFFFFF, 1, maximum), 1)
     return round_to_elements(
         bits, amax, ROUNDING[1], ROUNDING[2], ROUNDING[3], ROUNDING[4], ROUNDING[5], ROUNDING[6], ROUNDING[7]
     )

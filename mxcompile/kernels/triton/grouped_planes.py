@@ -41,7 +41,6 @@ from mxcompile.kernels.triton.elements import launch, narrow, widen
 from mxcompile.kernels.triton.expert_slices import (
     Config,
     Stack,
-    _sum,
     check_shapes,
     chosen_expert,
     constants,
@@ -56,7 +55,8 @@ from mxcompile.kernels.triton.held_slices import (
     rows_of_slices,
     sizes_of_experts,
 )
-from mxcompile.kernels.triton.quantize import _maximum, fraction_limit, round_to_elements
+from mxcompile.kernels.triton.quantize import fraction_limit, round_to_elements
+from mxcompile.kernels.triton.reductions import maximum, plus
 from mxcompile.numerics.gates import Gate
 
 MOST_RANKED: Final = 256
@@ -210,11 +210,11 @@ def _ranked_choices(experts, own, choices, count, TILE_M: tl.constexpr, RANKED: 
     index = tl.arange(0, RANKED)
     expert = chosen_expert(experts, own, own >= 0, count)
     same = (chosen_expert(experts, index, index < choices, count) == expert) & (index < choices)
-    ranks = tl.associative_scan(same.to(tl.int32), 0, _sum) - 1
-    rank = tl.reduce((same & (index < own)).to(tl.int32), 0, _sum)
+    ranks = tl.associative_scan(same.to(tl.int32), 0, plus) - 1
+    rank = tl.reduce((same & (index < own)).to(tl.int32), 0, plus)
     column = tl.arange(0, TILE_M)
     found = same[None, :] & (ranks[None, :] == rank + column[:, None])
-    choice = tl.reduce(tl.where(found, index[None, :] + 1, 0), 1, _sum) - 1
+    choice = tl.reduce(tl.where(found, index[None, :] + 1, 0), 1, plus) - 1
     return expert, choice, rank % TILE_M == 0  # pyright: ignore[reportOperatorIssue]
 
 
@@ -342,7 +342,7 @@ def _product_of_block(
             held, rows, inside, words, scales, word, scale, row >= 0, k_size, k_steps, SLICES, 1, False,
             SHAPE, FIELDS, ASSEMBLY, TILE_M, TILE_N, SLICES, HELD, STEPS, UNEVEN, PADDED, INTERPRETED,
         )  # fmt: skip
-    return tl.reduce(acc, 0, _sum)
+    return tl.reduce(acc, 0, plus)
 
 
 @triton.jit
@@ -377,7 +377,7 @@ def _rounded_channels(h, ROUNDING: tl.constexpr, TILE_M: tl.constexpr, CHANNELS:
     """Round `[CHANNELS, TILE_M]` to bfloat16, then blocks of channels to the MX format."""
     bits = widen(narrow(h, tl.bfloat16)).to(tl.int32, bitcast=True)
     blocks = tl.reshape(bits, (CHANNELS // ROUNDING[0], ROUNDING[0], TILE_M))
-    amax = tl.expand_dims(tl.reduce(blocks & 0x7FFFFFFF, 1, _maximum), 1)
+    amax = tl.expand_dims(tl.reduce(blocks & 0x7FFFFFFF, 1, maximum), 1)
     rounded = round_to_elements(
         blocks, amax, ROUNDING[1], ROUNDING[2], ROUNDING[3], ROUNDING[4], ROUNDING[5], ROUNDING[6], ROUNDING[7]
     )

@@ -30,7 +30,6 @@ from mxcompile.errors import MXCompileError
 from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout
 from mxcompile.kernels.triton.decode_planes import layout_constants
 from mxcompile.kernels.triton.elements import launch, starts_early
-from mxcompile.kernels.triton.expert_slices import _sum
 from mxcompile.kernels.triton.held_slices import (
     load_scales,
     load_words,
@@ -40,6 +39,7 @@ from mxcompile.kernels.triton.held_slices import (
     slice_of_rows,
 )
 from mxcompile.kernels.triton.planes_linear import _epilogue, check_linears
+from mxcompile.kernels.triton.reductions import plus
 
 _MOST_STEPS: Final = 16
 _MOST_WARPS: Final = 16
@@ -206,7 +206,7 @@ def _held_kernel(
         if step + AHEAD < STEPS:
             xs = xs + load_x(rows, inside, k_size, step + AHEAD, SLICES, 1, SHAPE, SLICES, PADDED)
         acc = multiply_k_step(acc, held, xs, step, SHAPE, FIELDS, ASSEMBLY, TILE_N, SLICES, INTERPRETED)
-    total = tl.reduce(acc, 0, _sum)
+    total = tl.reduce(acc, 0, plus)
     _epilogue(total, biases, ys, outs, row, n, m, m_inside[None, :], lift, HAS_BIAS, INTERPRETED)
 
 

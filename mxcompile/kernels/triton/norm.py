@@ -27,6 +27,7 @@ from mxcompile.kernels.triton.elements import (
     widen,
 )
 from mxcompile.kernels.triton.quantize import Rounding, rounded_rows, rounding_constants, why_not_rounded
+from mxcompile.kernels.triton.reductions import plus
 from mxcompile.numerics.norms import Norm
 
 _MAX_SIZE: Final = 16384
@@ -97,11 +98,6 @@ def add_norm(
     return total, y
 
 
-@triton.jit
-def _sum(a, b):
-    return a + b
-
-
 @triton.jit(do_not_specialize=["eps", "early"])
 def _add_norm_kernel(
     x,
@@ -143,9 +139,9 @@ def _add_norm_kernel(
         tl.store(total + row * size + lane, narrowed, mask=inside)
         values = widen(narrowed)
     if CENTERED:
-        values -= tl.reduce(values, 0, _sum) / size
+        values -= tl.reduce(values, 0, plus) / size
         values = tl.where(inside, values, 0.0)
-    values *= tl.math.rsqrt(tl.reduce(values * values, 0, _sum) / size + eps)
+    values *= tl.math.rsqrt(tl.reduce(values * values, 0, plus) / size + eps)
     if NARROWED:
         values = widen(narrow(values, y.dtype.element_ty))
     if HAS_WEIGHT:

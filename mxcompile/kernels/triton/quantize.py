@@ -39,6 +39,7 @@ from mxcompile.kernels.triton.elements import (
     unsupported_dtype,
     widen,
 )
+from mxcompile.kernels.triton.reductions import maximum
 
 Rounding: TypeAlias = tuple[MXFormat, ScaleRule]
 _TILE_VALUES = 2048
@@ -156,11 +157,6 @@ def fraction_limit(fmt: MXFormat, rule: ScaleRule) -> int:
 
 
 @triton.jit
-def _maximum(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
 def _scale_exponent(amax, EMAX: tl.constexpr, LIMIT: tl.constexpr, LARGEST: tl.constexpr):
     """reference.scale_exponents for the bit pattern of a block's largest magnitude (int32)."""
     # A subnormal of 2**-127 or more becomes exponent field 0 with its fraction in place. Smaller ones get field -1,
@@ -217,7 +213,7 @@ def round_to_elements(
 def rounded_rows(values, ROUNDING: tl.constexpr):
     """Float32 `[rows, columns]`, of whole blocks, to elements times the scales of their blocks."""
     bits = tl.reshape(values.to(tl.int32, bitcast=True), (values.shape[0], values.shape[1] // ROUNDING[0], ROUNDING[0]))
-    amax = tl.expand_dims(tl.reduce(bits & 0x7FFFFFFF, 2, _maximum), 2)
+    amax = tl.expand_dims(tl.reduce(bits & 0x7FFFFFFF, 2, maximum), 2)
     result = round_to_elements(
         bits, amax, ROUNDING[1], ROUNDING[2], ROUNDING[3], ROUNDING[4], ROUNDING[5], ROUNDING[6], ROUNDING[7]
     )
@@ -252,7 +248,7 @@ def _quantize_dequantize_kernel(
     values = widen(tl.load(pointers, mask=inside, other=0.0))
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    amax = tl.expand_dims(tl.reduce(magnitude, 1, _maximum), 1)
+    amax = tl.expand_dims(tl.reduce(magnitude, 1, maximum), 1)
     result = round_to_elements(bits, amax, EXPONENT_BITS, MANTISSA_BITS, EMIN, EMAX, MAX_VALUE, LIMIT, LARGEST)
     tl.store(y + row * size + column, narrow(result, y.dtype.element_ty), mask=inside)
 

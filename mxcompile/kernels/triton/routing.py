@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.kernels.triton.elements import launch, narrow, widen
+from mxcompile.kernels.triton.reductions import plus
 
 _CHUNKS: Final = 128
 _STEP: Final = 128
@@ -148,11 +149,6 @@ def ungather(y: Tensor, routing: Routing) -> Tensor:
 
 
 @triton.jit
-def _sum(a, b):
-    return a + b
-
-
-@triton.jit
 def _load_choices(experts, index, choices, count):
     """The experts of the choices at `index` as int32, -1 for numbers of no expert."""
     number = tl.load(experts + index, mask=index < choices, other=-1)
@@ -166,7 +162,7 @@ def _count_kernel(experts, counts, choices, count, CHUNK: tl.constexpr, STEP: tl
     total = tl.full((EXPERTS,), 0, tl.int32)
     for first in range(0, CHUNK, STEP):
         expert = _load_choices(experts, chunk * CHUNK + first + tl.arange(0, STEP), choices, count)
-        total += tl.reduce((expert[:, None] == lanes[None, :]).to(tl.int32), 0, _sum)
+        total += tl.reduce((expert[:, None] == lanes[None, :]).to(tl.int32), 0, plus)
     tl.store(counts + chunk * EXPERTS + lanes, total)
 
 
@@ -191,33 +187,33 @@ def _place_kernel(
     lanes = tl.arange(0, EXPERTS)
     total, next_slot = _totals(counts, chunk, tl.num_programs(0), EXPERTS)
     tiles = (total + (TILE - 1)) // TILE
-    ends = tl.associative_scan(tiles, 0, _sum)
+    ends = tl.associative_scan(tiles, 0, plus)
     next_slot += (ends - tiles) * TILE
     for first in range(0, CHUNK, STEP):
         index = chunk * CHUNK + first + tl.arange(0, STEP)
         expert = _load_choices(experts, index, choices, count)
         other = chunk * CHUNK + first + tl.arange(0, STEP)
         same = expert[:, None] == _load_choices(experts, other, choices, count)[None, :]
-        rank = tl.reduce((same & (other[None, :] < index[:, None])).to(tl.int32), 1, _sum)
+        rank = tl.reduce((same & (other[None, :] < index[:, None])).to(tl.int32), 1, plus)
         chosen = expert[:, None] == lanes[None, :]
-        slot = tl.reduce(tl.where(chosen, next_slot[None, :], 0), 1, _sum) + rank
+        slot = tl.reduce(tl.where(chosen, next_slot[None, :], 0), 1, plus) + rank
         tl.store(slots + slot, index, mask=expert >= 0)
         tl.store(position + index, tl.where(expert >= 0, slot, -1), mask=index < choices)
-        next_slot += tl.reduce(chosen.to(tl.int32), 0, _sum)
-    blocks_in_use = tl.reduce(tiles, 0, _sum)
+        next_slot += tl.reduce(chosen.to(tl.int32), 0, plus)
+    blocks_in_use = tl.reduce(tiles, 0, plus)
     if chunk == 0:
         tl.store(used, blocks_in_use)
     for first in range(chunk * STEP, blocks, tl.num_programs(0) * STEP):
         block = first + tl.arange(0, STEP)
-        expert = tl.reduce((ends[None, :] <= block[:, None]).to(tl.int32), 1, _sum)
+        expert = tl.reduce((ends[None, :] <= block[:, None]).to(tl.int32), 1, plus)
         filled = tl.where(lanes[None, :] == expert[:, None], ((ends - tiles) * TILE + total)[None, :], 0)
-        tokens = tl.reduce(filled, 1, _sum) - block * TILE
+        tokens = tl.reduce(filled, 1, plus) - block * TILE
         tokens = tl.where(block < blocks_in_use, tl.minimum(tokens, TILE), 0)
         tl.store(block_experts + block, tl.where(block < blocks_in_use, expert, -1), mask=block < blocks)
         tl.store(block_tokens + block, tokens, mask=block < blocks)
     for expert in range(chunk, count, tl.num_programs(0)):
-        end = tl.reduce(tl.where(lanes == expert, ends, 0), 0, _sum) * TILE
-        unfilled = tl.reduce(tl.where(lanes == expert, tiles * TILE - total, 0), 0, _sum)
+        end = tl.reduce(tl.where(lanes == expert, ends, 0), 0, plus) * TILE
+        unfilled = tl.reduce(tl.where(lanes == expert, tiles * TILE - total, 0), 0, plus)
         slot = end - TILE + tl.arange(0, TILE)
         tl.store(slots + slot, -1, mask=slot >= end - unfilled)
     for block in range(blocks_in_use + chunk, blocks, tl.num_programs(0)):
@@ -234,8 +230,8 @@ def _totals(counts, chunk, chunks, EXPERTS: tl.constexpr):
     for first in range(0, chunks, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         part = tl.load(counts + row * EXPERTS + lanes[None, :], mask=row < chunks, other=0)
-        total += tl.reduce(part, 0, _sum)
-        before += tl.reduce(tl.where(row < chunk, part, 0), 0, _sum)
+        total += tl.reduce(part, 0, plus)
+        before += tl.reduce(tl.where(row < chunk, part, 0), 0, plus)
     return total, before
 
 
