@@ -207,11 +207,17 @@ def named_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from named_leaves(item, f"{path}.{key}" if path else str(key))
 
 
+def check_has_values(tensor: Tensor) -> None:
+    """Raise InputError for an input on the meta device."""
+    if tensor.is_meta:
+        raise InputError(f"an input of shape {list(tensor.shape)} is on the meta device: give tensors with values")
+
+
 def _on(leaf: Any, device: torch.device) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    if leaf.is_meta and device.type != "meta":
-        raise InputError(f"an input of shape {list(leaf.shape)} is on the meta device: give tensors with values")
+    if device.type != "meta":
+        check_has_values(leaf)
     return leaf.to(device)
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.fx import GraphModule
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
 from mxcompile.arguments import checked
 from mxcompile.errors import InputError, TraceError
@@ -22,7 +22,7 @@ from mxcompile.graph.constants import resolve_constants
 from mxcompile.graph.dataflow import mutated_tensors
 from mxcompile.graph.inputs import Inputs, as_inputs, map_leaves, named_leaves
 from mxcompile.graph.name_patterns import Selection
-from mxcompile.graph.program import Program
+from mxcompile.graph.program import Program, where
 from mxcompile.graph.regions import inline_regions
 from mxcompile.graph.traceable_copy import no_values, traceable_copy
 from mxcompile.graph.varying_sizes import Attempt, attempts
@@ -45,6 +45,10 @@ _ADVICE = (
 )
 
 
+_ONE_DTYPE = {
+    *(torch.ops.aten.linear.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default),
+    *(torch.ops.aten.bmm.default, torch.ops.aten.matmul.default),
+}
 _TENSORS = 'a tokenizer returns tensors with return_tensors="pt"; make others with torch.tensor'
 
 
@@ -72,6 +76,7 @@ def trace(
     inputs = as_inputs(example_inputs).cloned()
     shadow = traceable_copy(model, inputs)
     graph_module = _export(shadow, inputs).module()
+    _check_dtypes(graph_module.graph, shadow, inputs)
     program = Program(
         GraphModule(graph_module, graph_module.graph),
         inputs,
@@ -145,6 +150,22 @@ def _export_once(shadow: nn.Module, attempt: Attempt) -> torch.export.ExportedPr
     shapes = map_leaves(attempt.dynamic_dimensions, dict(arguments))
     with torch.no_grad():
         return attempt.run(lambda: torch.export.export(shadow, args, kwargs, dynamic_shapes=shapes, strict=False))
+
+
+def _check_dtypes(graph: Graph, shadow: nn.Module, inputs: Inputs) -> None:
+    """Raise InputError if a matmul has operands of two dtypes, which tracing accepts, and the model fails of it."""
+    for node in graph.nodes:
+        values = [operand.meta.get("val") for operand in node.all_input_nodes]
+        dtypes = {str(value.dtype)[6:] for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+        if node.target in _ONE_DTYPE and len(dtypes) > 1:
+            try:
+                _run_eagerly(shadow, inputs)
+            except InputError as error:
+                raise InputError(
+                    f"{where(node)} multiplies {' by '.join(sorted(dtypes))}: cast the whole model to one dtype, "
+                    f"model.to(torch.{min(dtypes)}), and its inputs. {error}"
+                ) from error
+            return
 
 
 def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:

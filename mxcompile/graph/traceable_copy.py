@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.errors import InputError
-from mxcompile.graph.inputs import Inputs, named_leaves
+from mxcompile.graph.inputs import Inputs, check_has_values, named_leaves
 from mxcompile.tensor.copying import copy_module
 from mxcompile.tensor.modules import is_pretrained, named_tensors
 from mxcompile.tensor.reachable import reachable
 
 _COMPILED = "_orig_mod"
 _HOOK: Final = "_hf_hook"
+_SHARDED: Final = {"DTensor", "FlatParameter"}  # classes whose modules take long to import
 _FROM_FILES: Final = (
     "quantize it from its files, which needs little memory (mxcompile quantize MODEL --low-memory, or "
     "mxcompile.quantize_checkpoint)"
@@ -31,7 +32,7 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 def traceable_copy(model: nn.Module, inputs: Inputs) -> nn.Module:
     """The module to trace: a copy of the structure on the same tensors, in eval mode, uncompiled, without a cache."""
     _check_module(model)
-    _check_inputs(inputs)
+    _check_inputs(inputs, model)
     _check_signature(model, inputs)
     shadow = copy_module(model, (*model.parameters(), *model.buffers())).eval()
     shadow._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - set by `model.compile()`
@@ -105,10 +106,27 @@ def _check_module(model: nn.Module) -> None:
             f"accelerate moves tensors of {moved[0]} to a device when it runs (device_map): load the whole model on "
             f"one device (device_map=None), or {_FROM_FILES}"
         )
+    _check_whole(model)
     tensors = named_tensors(model)
     without = [name for name, tensor in tensors.items() if tensor.is_meta]
     if without and len(without) < len(tensors):
         raise InputError(no_values(without))
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise InputError for a module that runs together with those of other processes, or has a part of its tensors."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise InputError(
+                f"{path or 'the model'} is in a DistributedDataParallel: pass the module inside it "
+                f"({'.'.join(('model', *filter(None, (path, 'module'))))})"
+            )
+    sharded = [name for name, tensor in named_tensors(model).items() if type(tensor).__name__ in _SHARDED]
+    if sharded:
+        raise InputError(
+            f"{sharded[0]} is sharded, so that each process has a part of it (fully_shard, FullyShardedDataParallel, "
+            f"tensor parallelism): quantize the model before it is sharded, or {_FROM_FILES}"
+        )
 
 
 def _moves_tensors(module: nn.Module) -> bool:
@@ -127,12 +145,15 @@ def no_values(names: Sequence[str]) -> str:
     )
 
 
-def _check_inputs(inputs: Inputs) -> None:
+def _check_inputs(inputs: Inputs, model: nn.Module) -> None:
     """Raise InputError for an input that forward can hardly want, and that torch cannot trace."""
+    with_values = not any(tensor.is_meta for tensor in named_tensors(model).values())
     for path, leaf in named_leaves((inputs.args, inputs.kwargs)):
         if hasattr(leaf, "__array__") and not isinstance(leaf, Tensor):
             name = path.partition(".")[2]
             raise InputError(f"example input {name} is a {type(leaf).__name__}: convert it with torch.from_numpy")
+        if isinstance(leaf, Tensor) and with_values:
+            check_has_values(leaf)
 
 
 def _check_signature(model: nn.Module, inputs: Inputs) -> None:

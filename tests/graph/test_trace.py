@@ -287,6 +287,18 @@ def test_a_model_that_fails_by_itself():
     assert "shapes cannot be multiplied" in message
 
 
+def test_a_model_of_two_dtypes_that_fails_by_itself():
+    """Tracing accepts operands of two dtypes; the message names the layer that was forgotten."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).half())
+    with pytest.raises(InputError, match=r"^%linear_1 in 1 multiplies float16 by float32: cast .* Sequential itself"):
+        trace(model, torch.randn(2, 64))
+
+
+def test_inputs_without_values():
+    with pytest.raises(InputError, match=r"^an input of shape \[2, 64\] is on the meta device: give tensors with"):
+        trace(nn.Linear(64, 64), torch.empty(2, 64, device="meta"))
+
+
 def test_a_keyword_that_forward_does_not_take():
     x = inputs("mlp")["x"]
     with pytest.raises(InputError) as caught:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import build, inputs, output
 from torch import Tensor, nn
 
@@ -274,6 +275,25 @@ def test_weights_without_values():
         InputError, match=r"0\.weight, 0\.bias, 1\.weight and 1 more of the model is on the meta device"
     ):
         mxcompile.recipes()["w8a8-mxint-quick"].run(program)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_modules_that_share_their_work_with_other_processes():
+    from torch.distributed.fsdp import fully_shard
+
+    parallel = nn.parallel.DistributedDataParallel(nn.Linear(8, 8))
+    refused(parallel, x(), r"^the model is in a DistributedDataParallel: pass the module inside it \(model\.module\)$")
+    refused(nn.Sequential(parallel), x(), r"^0 is in a DistributedDataParallel: .* \(model\.0\.module\)$")
+    sharded = fully_shard(nn.Linear(8, 8), mesh=dist.init_device_mesh("cpu", (1,)))
+    refused(sharded, x(), r"^weight is sharded, so that each process has a part of it .*quantize the model before it")
 
 
 def test_inputs_that_are_no_tensors():
