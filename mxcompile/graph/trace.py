@@ -156,14 +156,14 @@ def _check_dtypes(graph: Graph, shadow: nn.Module, inputs: Inputs) -> None:
     """Raise InputError if a matmul has operands of two dtypes, which tracing accepts, and the model fails of it."""
     for node in graph.nodes:
         values = [operand.meta.get("val") for operand in node.all_input_nodes]
-        dtypes = {str(value.dtype)[6:] for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+        dtypes = {str(value.dtype).removeprefix("torch.") for value in values if isinstance(value, Tensor)}
         if node.target in _ONE_DTYPE and len(dtypes) > 1:
             try:
                 _run_eagerly(shadow, inputs)
             except InputError as error:
                 raise InputError(
-                    f"{where(node)} multiplies {' by '.join(sorted(dtypes))}: cast the whole model to one dtype, "
-                    f"model.to(torch.{min(dtypes)}), and its inputs. {error}"
+                    f"{where(node)} multiplies {' by '.join(sorted(dtypes))}: cast the whole model and its "
+                    f"inputs to one dtype (model.to). {error}"
                 ) from error
             return
 

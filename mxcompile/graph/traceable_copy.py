@@ -89,7 +89,7 @@ def _name_arguments(shadow: nn.Module, inputs: Inputs) -> None:
 
 
 def _check_module(model: nn.Module) -> None:
-    """Raise InputError for a module that is scripted, compiled, moved by accelerate, or partly on the meta device."""
+    """Raise InputError for a module that is scripted, compiled, lazy, sharded, moved by accelerate, or partly meta."""
     if isinstance(getattr(model, _COMPILED, None), nn.Module):
         raise InputError(
             f"this {type(model).__name__} is the result of torch.compile: pass the module that it was made from, as "
@@ -106,6 +106,9 @@ def _check_module(model: nn.Module) -> None:
             f"accelerate moves tensors of {moved[0]} to a device when it runs (device_map): load the whole model on "
             f"one device (device_map=None), or {_FROM_FILES}"
         )
+    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise InputError(f"{lazy[0]} has no shape yet (a lazy module): run the model once on the example inputs before")
     _check_whole(model)
     tensors = named_tensors(model)
     without = [name for name, tensor in tensors.items() if tensor.is_meta]

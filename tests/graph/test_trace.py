@@ -289,9 +289,11 @@ def test_a_model_that_fails_by_itself():
 
 def test_a_model_of_two_dtypes_that_fails_by_itself():
     """Tracing accepts operands of two dtypes; the message names the layer that was forgotten."""
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64).half())
-    with pytest.raises(InputError, match=r"^%linear_1 in 1 multiplies float16 by float32: cast .* Sequential itself"):
-        trace(model, torch.randn(2, 64))
+    half, integer = nn.Linear(64, 64).half(), nn.Linear(64, 64)
+    integer.weight = nn.Parameter(torch.ones(64, 64, dtype=torch.int8), requires_grad=False)
+    for layer, dtypes in ((half, "float16 by float32"), (integer, "float32 by int8")):
+        with pytest.raises(InputError, match=rf"^%linear_1 in 1 multiplies {dtypes}: cast .* Sequential itself fails"):
+            trace(nn.Sequential(nn.Linear(64, 64), layer), torch.randn(2, 64))
 
 
 def test_inputs_without_values():

@@ -265,6 +265,10 @@ def test_what_is_no_plain_module():
     refused(nn.Sequential(nn.Linear(8, 8), scripted), x(), "1 is a ScriptModule, which has no Python code")
 
 
+def test_a_module_without_shapes():
+    refused(nn.Sequential(nn.LazyLinear(8)), x(), r"^0\.weight has no shape yet \(a lazy module\): run the model once")
+
+
 def test_weights_without_values():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].to("meta")
