@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from block_order import BlockErrors, RoundingErrors, exchanged
 from torch import Tensor
 from variants import norms_and_readers, plant
 
@@ -26,6 +25,7 @@ from mxcompile.calibration.quantizers import round_input
 from mxcompile.cli import smollm2
 from mxcompile.cli.texts import help_text
 from mxcompile.formats import MXFormat, ScaleRule, activation_rule, parse_format
+from mxcompile.numerics.block_order import BlockErrors, RoundingErrors, exchanged
 from mxcompile.numerics.importance import round_rows
 
 SORTED: Final = {

@@ -15,7 +15,6 @@ from enum import Enum
 from typing import Final
 
 import torch
-from block_order import BlockErrors, RoundingErrors, exchanged
 from torch import Tensor
 from torch.fx import Node
 
@@ -27,6 +26,7 @@ from mxcompile.calibration.statistics.observers import ChannelImportance
 from mxcompile.formats import MXINT4, MXINT8, MXFormat, ScaleRule, activation_rule
 from mxcompile.graph.program import Program
 from mxcompile.graph.records import PassResult
+from mxcompile.numerics.block_order import BlockErrors, RoundingErrors, alike, exchanged
 from mxcompile.pipeline.interfaces import Pass
 
 BLOCK: Final = 32
@@ -101,15 +101,8 @@ def largest(points: Tensor) -> Tensor:
 
 
 def nearest(points: Tensor) -> Tensor:
-    """The farthest channel from the mean of those left, and its nearest neighbours, block by block."""
-    left, order = torch.arange(len(points)), list[Tensor]()
-    while len(left):
-        rest = points[left]
-        far = (rest - rest.mean(0)).square().sum(1).argmax()
-        distances = (rest - rest[far]).square().sum(1).argsort()
-        order.append(left[distances[:BLOCK]])
-        left = left[distances[BLOCK:].sort().values]
-    return torch.cat(order)
+    """Blocks of channels that are alike in all norms."""
+    return alike(points.T.exp(), BLOCK)
 
 
 def halves(points: Tensor) -> Tensor:

@@ -7,35 +7,43 @@ places are found from data flow (`orders.py`): those inside an MLP, those of a h
 which have one order in the whole model.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from mxcompile.analysis.choice import choose
 from mxcompile.analysis.folds.orders import OrderGroup, OrderKind, find_orders, reorder
 from mxcompile.analysis.matmuls import Matmul, finite_rows
 from mxcompile.calibration.runs.run import NO_TOKENS, Request
 from mxcompile.calibration.statistics.observers import ChannelImportance
+from mxcompile.errors import PipelineError
+from mxcompile.formats import MXFormat, ScaleRule, activation_rule
 from mxcompile.graph.program import Program, where
 from mxcompile.graph.records import Fold, Miss, PassResult
+from mxcompile.numerics.block_order import BlockErrors, RoundingErrors, alike, exchanged
 from mxcompile.numerics.row_slices import column_wise
 from mxcompile.pipeline.interfaces import Pass
 from mxcompile.pipeline.preservation import REQUIRED_DB, REQUIRED_DB_HALF
 
 _SORTED = 1e-3  # logarithms that differ by less count as sorted: a second run measures them a little differently
+_GAIN = 0.02  # of the expected error: a new order that saves less is not worth it
 _BLOCK = 32
 _SMALLEST = 1e-12
 
 
 class SortedBy(Enum):
-    """What channels are sorted by: the energy of the weights' columns, or of the activations."""
+    """What channels are sorted by: the energy of the weights' columns, or of the activations; or, not sorted but
+    exchanged, what rounding is expected to cost."""
 
     WEIGHT = "weight"
     ACTIVATION = "activation"
+    ERROR = "error"
 
 
 class OrderedValues(Enum):
@@ -49,21 +57,33 @@ class OrderedValues(Enum):
 
 @dataclass(frozen=True)
 class Permute(Pass):
-    """by: sort by the energy of the columns of the weights that read the value, which needs no data, or of the value.
-
+    """by: sort by the energy of the columns of the weights that read the value, which needs no data, or of the value;
+        error: take the better of both; for the residual stream, also blocks of channels that are alike for all readers,
+        and exchange channels while that lowers the error expected of all, in the formats `weight` and `activation`
+        (none: float) to come.
     values: hidden (of MLPs), heads (from v to o, inside each head), stream (the residual stream), or all of these.
     """
 
     by: SortedBy = SortedBy.WEIGHT
     values: OrderedValues = OrderedValues.ALL
+    weight: MXFormat | None = None
+    activation: MXFormat | None = None
 
     name = "permute"
     preserves_function = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        formats = [fmt for fmt in (self.weight, self.activation) if fmt is not None]
+        if (self.by is SortedBy.ERROR) != bool(formats):
+            raise PipelineError("permute{by=error} and weight=... or activation=..., formats to come, go together")
+        if len({fmt.block_size for fmt in formats}) > 1:
+            raise PipelineError("permute{by=error}: weight and activation must have the same block size")
+
     @property
     def reads_calibration(self) -> bool:
         """Only the energy of activations depends on data."""
-        return self.by is SortedBy.ACTIVATION
+        return self.by is not SortedBy.WEIGHT
 
     def required_db(self, program: Program) -> float:
         """Less for half-precision weights: sums in another order are rounded to half precision differently."""
@@ -86,12 +106,11 @@ class Permute(Pass):
             if not seen.matmuls:
                 misses.append(Miss(str(group), NO_TOKENS))
                 continue
-            scores = seen.mean_log(partial(self._energies, program))
-            source = group.sorted_by(scores)
-            if _is_sorted(scores, group):
-                misses.append(Miss(str(group), "its channels are sorted already"))
+            ordered = self._exchanged(program, seen) if self.by is SortedBy.ERROR else self._sorted(program, seen)
+            if isinstance(ordered, str):
+                misses.append(Miss(str(group), ordered))
                 continue
-            numbers[str(group)] = {"spread_db": _spread_db(scores), "sorted_spread_db": _spread_db(scores[source])}
+            source, numbers[str(group)] = ordered
             folds.append(Fold(str(group), partial(reorder, group=group, source=source)))
             folds[-1].apply(program)
         return PassResult(len(folds), tuple(misses), numbers, tuple(folds))
@@ -108,13 +127,68 @@ class Permute(Pass):
             return group
         return group.restricted(lambda matmul: _energy_of(matmul).seen(program))
 
-    def _energies(self, program: Program, matmul: Matmul) -> Tensor:
-        """The energy of every input channel `[in]`, above 0."""
-        if self.by is SortedBy.ACTIVATION:
-            energies = _energy_of(matmul).result(program).double()
-        else:
-            energies = column_wise(lambda rows: rows.double().square().sum(0), finite_rows(program, matmul))
-        return energies.clamp(min=_SMALLEST * energies.amax().clamp(min=_SMALLEST))
+    def _sorted(self, program: Program, group: OrderGroup) -> tuple[Tensor, dict[str, float]] | str:
+        """The order by one key, or why it stays as it is."""
+        scores = group.mean_log(partial(_energies, program, self.by))
+        source = group.sorted_by(scores)
+        if _is_sorted(scores, group):
+            return "its channels are sorted already"
+        return source, {"spread_db": _spread_db(scores), "sorted_spread_db": _spread_db(scores[source])}
+
+    def _exchanged(self, program: Program, group: OrderGroup) -> tuple[Tensor, dict[str, float]] | str:
+        """The order with the least expected error that was found, or why it stays as it is."""
+        block = next(fmt.block_size for fmt in (self.weight, self.activation) if fmt is not None)
+        kinds = (SortedBy.WEIGHT, SortedBy.ACTIVATION)
+        energies = {kind: partial(_energies, program, kind) for kind in kinds}
+        weights, inputs = _by_value(group, block, energies)
+        if not len(weights):
+            return f"no reader has its channels in whole blocks of {block}"
+        of_weights = RoundingErrors.of(self.weight, ScaleRule.MSE)
+        input_rule = activation_rule(self.activation) if self.activation is not None else ScaleRule.MSE
+        errors = BlockErrors(weights, inputs, of_weights, RoundingErrors.of(self.activation, input_rule), block)
+        present = torch.arange(group.count)
+        orders = [present, *(group.sorted_by(group.mean_log(energies[kind])) for kind in kinds)]
+        if group.kind is OrderKind.STREAM and len(group.cells) == 1:
+            orders.append(alike(weights.clamp(min=_SMALLEST), block))
+        source = min(orders, key=errors.total)
+        if group.kind is OrderKind.STREAM:
+            source = exchanged(errors, source, group.cells)
+        before, after = errors.total(present), errors.total(source)
+        if after > (1 - _GAIN) * before:
+            return f"no order was found that saves {_GAIN:.0%} of the expected error"
+        return source, {"expected_error": before, "reordered_expected_error": after}
+
+
+def _energies(program: Program, by: SortedBy, matmul: Matmul) -> Tensor:
+    """The energy of every input channel `[in]`, above 0: of a weight's columns, or of the value."""
+    if by is SortedBy.ACTIVATION:
+        energies = _energy_of(matmul).result(program).double()
+    else:
+        energies = column_wise(lambda rows: rows.double().square().sum(0), finite_rows(program, matmul))
+    return energies.clamp(min=_SMALLEST * energies.amax().clamp(min=_SMALLEST))
+
+
+def _by_value(
+    group: OrderGroup, block: int, energies: Mapping[SortedBy, Callable[[Matmul], Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Energies `[values, channels]` of weights and inputs, of the readers' blocks that are blocks of the group.
+
+    Readers of one value are one row. A value that has channels several times (heads that share them) has several rows.
+    """
+    rows: dict[tuple[Node, int], Tensor] = {}
+    for matmul, channels in group.matmuls:
+        weights, inputs = (energies[kind](matmul).float().cpu() for kind in (SortedBy.WEIGHT, SortedBy.ACTIVATION))
+        times: Counter[int] = Counter()
+        for start in range(0, len(channels) - block + 1, block):
+            first, places = int(channels[start]), slice(start, start + block)
+            if first < 0 or first % block or not torch.equal(channels[places], first + torch.arange(block)):
+                continue
+            row = rows.setdefault((matmul.activation, times[first]), torch.zeros(2, group.count))
+            times[first] += 1
+            row[0, first : first + block] += weights[places]
+            row[1, first : first + block] = inputs[places]
+    found = torch.stack([*rows.values()]) if rows else torch.zeros(0, 2, group.count)
+    return found[:, 0], found[:, 1]
 
 
 def _energy_of(matmul: Matmul) -> Request:

@@ -48,7 +48,10 @@ flags, objectives, grids = st.booleans(), st.sampled_from(Objective), st.integer
 # in an order that is allowed
 BUILT_IN = {
     "diagnose": st.builds(Diagnose, formats, st.none() | formats),
-    "permute": st.builds(Permute, st.sampled_from(SortedBy), st.sampled_from(OrderedValues)),
+    "permute": st.one_of(
+        st.builds(Permute, st.sampled_from([SortedBy.WEIGHT, SortedBy.ACTIVATION]), st.sampled_from(OrderedValues)),
+        st.builds(Permute, st.just(SortedBy.ERROR), st.sampled_from(OrderedValues), formats),
+    ),
     "smooth-quant": st.builds(SmoothQuant, alphas, flags, flags)
     | st.builds(SmoothQuant, st.none(), flags, flags, formats, st.none() | formats, objectives, grids),
     "awq-fold": st.builds(AwqFold, formats, st.none() | formats, objectives, flags, flags, grids, flags),

@@ -90,6 +90,23 @@ class BlockErrors:
         return float(self.of(*self.by_block(order)).sum()) / len(self.weights)
 
 
+def alike(energies: Tensor, block: int) -> Tensor:
+    """An order in blocks of channels that are alike in all values; energies: `[values, channels]`, above 0.
+
+    The channel that is farthest from the mean of those left, by logarithms, and its nearest, block after block.
+    """
+    logs = energies.log()
+    points = (logs - logs.mean(-1, keepdim=True)).T
+    left, order = torch.arange(len(points)), list[Tensor]()
+    while len(left):
+        rest = points[left]
+        farthest = rest[(rest - rest.mean(0)).square().sum(1).argmax()]
+        distances = (rest - farthest).square().sum(1).argsort()
+        order.append(left[distances[:block]])
+        left = left[distances[block:].sort().values]
+    return torch.cat(order)
+
+
 def exchanged(errors: BlockErrors, order: Tensor, cells: Sequence[Tensor]) -> Tensor:
     """An order with no greater an error. order: for each place, the channel there; cells: places with free exchange.
 
