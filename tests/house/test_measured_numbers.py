@@ -397,10 +397,19 @@ def test_models_larger_than_memory():
     rounded, learned = (row["anonymous MB"] / 1000 for row in large[-2:])  # in a control group with 3 GB
     assert f"A model of {large[-1]['model MB'] / 1000:.0f} GB" in text
     assert f"the process itself held at most {rounded:.1f} and {learned:.2f} GB" in text
-    files, memory = (row for row in results("low-memory.jsonl") if row.get("device", "").startswith("NVIDIA"))
-    gib, other = (row["device MB"] * 1e6 / 2**30 for row in (files, memory))
-    assert f"took {files['seconds']} s from files with at most {gib:.1f} GiB of the" in text
-    assert f"and {memory['seconds']} s in memory with {other:.1f} GiB" in text
+    gpu = [row for row in results("low-memory.jsonl") if row.get("device", "").startswith("NVIDIA")]
+    first, second = (
+        (gpu[2], gpu[3]),
+        (gpu[5], gpu[6]),
+    )  # the pair before is older; gpu[4] is of the commit that it names
+    for pair in (first, second):
+        assert [row["weights"] for row in pair] == ["files", "memory"]
+    times = [f"{files['seconds']} s to {memory['seconds']}" for files, memory in (first, second)]
+    ratios = " and ".join(f"{files['seconds'] / memory['seconds']:.2f}" for files, memory in (first, second))
+    assert f"took {ratios} times as long from files as in memory in two runs, {times[0]} and" in text
+    assert times[1].replace(" s to", " to") in text
+    gib, other = (max(pair[i]["device MB"] for pair in (first, second)) * 1e6 / 2**30 for i in (0, 1))
+    assert f"with at most {gib:.1f} GiB of the GPU's memory in place of {other:.1f}" in text
 
 
 def test_several_processes():
