@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py --out benchmarks/results/serving-h200.jsonl             on a GPU with vLLM, 350 s
     python benchmarks/serving.py --tensor-parallel 2 --together --compare --out ...      on two GPUs
+    bash benchmarks/two_gpus.sh PARTS OUT                      the same with llama_70b.py, where there is no network
     python benchmarks/serving.py --size small --batches 1,2 --prompt 32 --long 64        tries the script on a CPU
 
 A model of Llama-3-8B's shape with `--layers` decoder layers and random weights; the head stays in bfloat16. Each
