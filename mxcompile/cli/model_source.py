@@ -14,9 +14,9 @@ from mxcompile.errors import CheckpointError, InputError
 
 def load_model(source: str | None) -> tuple[Any, Any]:
     """(model, tokenizer) from a local path or hub id; SmolLM2-135M for None or "smollm2"."""
-    model = load_weights(source)
     if source is None or source.lower() == "smollm2":
-        return model, smollm2.load_tokenizer()
+        return smollm2.load()
+    model = load_weights(source)
     if is_gguf(Path(source)):
         if (tokenizer := read_gguf_tokenizer(Path(source))) is None:
             raise InputError(
@@ -32,7 +32,7 @@ def load_model(source: str | None) -> tuple[Any, Any]:
 def load_weights(source: str | None) -> Any:
     """The model of `load_model`, whether or not a tokenizer is beside it."""
     if source is None or source.lower() == "smollm2":
-        return smollm2.load_weights()
+        return smollm2.load()[0]
     if is_gguf(Path(source)):
         return load(Path(source))
     from transformers import AutoModelForCausalLM  # slow to import

@@ -47,15 +47,11 @@ def fetch() -> Path:
 
 def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model, tokenizer), downloaded if not cached."""
-    return load_weights(dtype), load_tokenizer()
-
-
-def load_weights(dtype: torch.dtype = torch.float32) -> Any:
-    """The model alone."""
     from transformers import AutoModelForCausalLM  # slow to import
 
     path = fetch()
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    return model, load_tokenizer()
 
 
 def load_tokenizer() -> Any:
