@@ -5,11 +5,13 @@ from the checkpoint's: `rename` maps them.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from mxcompile.checkpoint import shards
@@ -37,7 +39,8 @@ class StoredModel:
         self.cache: str | None = None
         """Where the engine puts the files of a hub id, None for Hugging Face's cache."""
         self.checkpoint = Checkpoint(find_folder(source, revision, "*.json"))
-        self._published = published_layers.renamed_tensors(self.checkpoint)
+        with _one_thread():
+            self._published = published_layers.renamed_tensors(self.checkpoint)
         weights = {self._published.get(name, name): name for name in self.checkpoint.names.weights}
         self._stored = {name.removesuffix(WEIGHT): of for name, of in weights.items() if name.endswith(WEIGHT)}
         self.others = {name: of for name, of in weights.items() if not name.endswith(WEIGHT)}
@@ -140,6 +143,17 @@ class StoredModel:
         skipped = {*names.non_persistent, *stored_experts.tensors_of(names), *components}
         patterns: dict[re.Pattern[str], str | None] = {re.compile(rf"^(?:{_any(skipped)})$"): None} if skipped else {}
         return {**patterns, **published_layers.patterns(self._published), renamed: r".\1_\2"}
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """Let torch start no threads: an engine forks its workers afterwards, which would wait for them without end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def describe(layout: MXLayout | None) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,6 +143,27 @@ def test_a_hub_id_is_read_from_the_cache(folder, tmp_path, monkeypatch):
     stored.check_tensors()
     with pytest.raises(CheckpointError, match="owner/other is not a folder here"):
         StoredModel("owner/other")
+
+
+_FORK = """
+import os, sys, torch
+torch.set_num_threads(2)
+from mxcompile.serving.stored_model import StoredModel
+StoredModel(sys.argv[1])
+assert torch.get_num_threads() == 2
+child = os.fork()
+if child == 0:
+    torch.ones(1 << 22).add_(1)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_workers_forked_after_a_model_was_read_can_use_torchs_threads(tmp_path):
+    """GNU's OpenMP, which torch for CUDA has, waits without end in a child whose parent has used threads."""
+    folder = tmp_path / "model"
+    mxcompile.save(quantized(tiny_llama(**SMALL | {"vocab_size": 65536}), {"q_proj": Spec()}), folder)
+    subprocess.run([sys.executable, "-c", _FORK, folder], check=True, timeout=100)
 
 
 def test_a_folder_that_mxcompile_did_not_save_is_refused(tmp_path):
