@@ -99,7 +99,7 @@ def _random(name: str, shape: torch.Size) -> PendingTensor:
             return torch.ones(shape, dtype=torch.bfloat16)
         generator = torch.Generator(device).manual_seed(int(sha256(name.encode()).hexdigest()[:8], 16))
         values = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        return values.normal_(std=shape[-1] ** -0.5, generator=generator).cpu()
+        return values.normal_(std=shape[-1] ** -0.5, generator=generator)
 
     return PendingTensor(torch.bfloat16, shape, make)
 

@@ -1,7 +1,7 @@
 """Safetensors files: written tensor by tensor with a checksum of each, memory-mapped and checked when read.
 
-Saving from a GPU, or in another layout, needs host memory for one tensor at a time. Reading is lazy: a page is read
-when it is first touched. Checking a tensor touches all of its pages once, at several GB/s.
+Saving in another layout needs host memory for one tensor at a time, from a GPU for two small buffers. Reading is lazy:
+a page is read when it is first touched. Checking a tensor touches all of its pages once, at several GB/s.
 """
 
 import json
@@ -20,6 +20,7 @@ from torch import Tensor
 from mxcompile.errors import CheckpointError
 from mxcompile.tensor.digest import tensor_bytes
 from mxcompile.tensor.dtypes import SAFETENSORS_NAMES
+from mxcompile.tensor.pinned_copies import PinnedCopies
 
 _ADVICE: Final = "copy the checkpoint again, or save it again"
 _LENGTH_BYTES: Final = 8
@@ -83,15 +84,26 @@ def write(path: Path, tensors: Mapping[str, Stored]) -> ShardChecksums:
     ordered = in_order(tensors)
     header = _header(ordered)
     checksums: dict[str, int] = {}
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
         file.write(header)
+        copies = dict[torch.device, PinnedCopies]()
         for name, tensor in ordered.items():
-            data = tensor_bytes(tensor.make() if isinstance(tensor, PendingTensor) else tensor)
-            checksums[name] = zlib.crc32(data)
-            file.write(data)
+            checksum = 0
+            for piece in _pieces(tensor.make() if isinstance(tensor, PendingTensor) else tensor, copies):
+                following = thread.submit(zlib.crc32, piece, checksum)
+                file.write(piece)
+                checksum = following.result()
+            checksums[name] = checksum
         file.flush()
         os.fsync(file.fileno())
     return ShardChecksums(path.stat().st_size, zlib.crc32(header), checksums)
+
+
+def _pieces(tensor: Tensor, copies: dict[torch.device, PinnedCopies]) -> Iterable[memoryview]:
+    """The bytes of a tensor in row-major order; those of one on a GPU come in pieces."""
+    if not tensor.is_cuda:
+        return [tensor_bytes(tensor)]
+    return copies.setdefault(tensor.device, PinnedCopies(tensor.device)).pieces(tensor.detach())
 
 
 def read(path: Path, shard: ShardChecksums, *, verify: bool = True) -> Iterator[tuple[str, Tensor]]:

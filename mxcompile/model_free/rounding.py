@@ -3,6 +3,7 @@
 Rounding is that of `round-weights` and `lower-mx`, some rows at a time: beside a weight only its packed bytes exist.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,16 +20,18 @@ from mxcompile.numerics.exact_packing import pack_exactly
 from mxcompile.numerics.importance import round_rows
 from mxcompile.numerics.row_slices import all_finite, row_wise
 from mxcompile.tensor.modules import named_tensors
+from mxcompile.tensor.pinned_copies import PinnedCopies
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
 
 @dataclass(frozen=True)
 class TensorRounding:
-    """Makes the tensors of a plan. device: where weights are rounded; results are on the CPU."""
+    """Makes the tensors of a plan. device: where weights are rounded, and stay until they are written."""
 
     plan: FilesPlan
     device: torch.device
     layouts: dict[str, MXLayout] = field(init=False, default_factory=dict[str, MXLayout])
+    _own: threading.local = field(init=False, default_factory=threading.local)
 
     def __post_init__(self) -> None:
         for name, value in named_tensors(self.plan.module).items():
@@ -52,7 +55,7 @@ class TensorRounding:
         return self._rounded(source, name, layout)
 
     def _rounded(self, source: SourceFiles, name: str, layout: MXLayout) -> MXWeight:
-        weight = source.tensor(name).to(self.device)
+        weight = self._on_device(source.tensor(name))
         if not all_finite(weight):
             raise WeightError(
                 f"{source.file(name)}: {name} holds NaN or Inf values and cannot be quantized: repair the checkpoint, "
@@ -66,7 +69,15 @@ class TensorRounding:
             return pack_exactly(values, scales, fmt), scales
 
         elements, scales = row_wise(round_and_pack, rows)
-        return MXWeight(elements.cpu(), scales.cpu(), layout, weight.dtype)
+        return MXWeight(elements, scales, layout, weight.dtype)
+
+    def _on_device(self, value: Tensor) -> Tensor:
+        """A copy on the device; on a GPU by buffers of the thread's own, as copies of ordinary memory wait in turn."""
+        if self.device.type != "cuda":
+            return value.to(self.device)
+        if not hasattr(self._own, "copies"):
+            self._own.copies = PinnedCopies(self.device)
+        return self._own.copies.to_device(value.contiguous())
 
 
 class LookAhead:

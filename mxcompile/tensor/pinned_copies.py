@@ -25,6 +25,7 @@ class _Buffer:
 
     bytes: Tensor
     copied: torch.cuda.Event | None
+    device: torch.device
 
     def wait(self) -> None:
         if self.copied is not None:
@@ -32,14 +33,14 @@ class _Buffer:
 
     def record(self) -> None:
         if self.copied is not None:
-            self.copied.record()
+            self.copied.record(torch.cuda.current_stream(self.device))
 
 
 class PinnedCopies:
-    """device: any but a GPU works alike, with buffers in ordinary memory. piece: bytes of a buffer."""
+    """device: any but a GPU works alike, with buffers in ordinary memory. piece: bytes of a buffer (PIECE)."""
 
-    def __init__(self, device: torch.device, piece: int = PIECE) -> None:
-        self._device, self._piece = device, piece
+    def __init__(self, device: torch.device, piece: int | None = None) -> None:
+        self._device, self._piece = device, piece or PIECE
         self._buffers: tuple[_Buffer, ...] = ()
 
     def to_device(self, value: Tensor) -> Tensor:
@@ -82,6 +83,7 @@ class PinnedCopies:
                 _Buffer(
                     torch.empty(self._piece, dtype=torch.uint8, pin_memory=on_gpu),
                     torch.cuda.Event() if on_gpu else None,
+                    self._device,
                 )
                 for _ in range(2)
             )
