@@ -41,6 +41,7 @@ if sys.platform == "linux":
     # Some compilers link libstdc++ statically; without this, torch's copy would replace half of its symbols.
     _OPTIONS.append("-Wl,--exclude-libs,ALL")
 _LINEARS = ("mx_cpu.h", "mx_cpu_linears.h", "mx_cpu_threads.h")
+_PARTS = ("elements", "rounding", "dot", "panels", "values")
 _SECONDS = 120
 
 
@@ -54,7 +55,7 @@ def library(fmt: MXFormat) -> ctypes.CDLL:
     if reason := why_no_kernel(fmt):
         raise BuildError(reason)
     options = ["-O3", *_machine_options(), f"-DMX_ELEMENT={ELEMENTS[fmt.name]}", f"-DMX_BLOCK={fmt.block_size}"]
-    sources = ("mx_cpu.cpp", *_LINEARS, "mx_cpu_dot.h", "mx_cpu_panels.h", "mx_cpu_values.h")
+    sources = ("mx_cpu.cpp", *_LINEARS, *(f"mx_cpu_{part}.h" for part in _PARTS))
     return _library(f"{fmt.name}-{fmt.block_size}", sources, options, _processor())
 
 
