@@ -1,7 +1,7 @@
 """CPU matmuls that quantize their input: equal to matmuls of reference-quantized inputs up to accumulation order.
 
-On processors with AVX-512 dot products, blocks are accumulated as integers or bfloat16 pairs; compiling without these
-instructions builds the kernels of other processors.
+Blocks are accumulated as integers or, with AVX-512, bfloat16 pairs. Compiling without AVX-512, and without AVX2, builds
+the kernels of other processors.
 """
 
 import pytest
@@ -11,25 +11,25 @@ from crossed import crossed
 
 from mxcompile.formats import FORMATS, MXFP4, MXFP8_E4M3, MXINT4, MXINT8, ScaleRule, parse_format
 from mxcompile.kernels.cpu import linears
-from mxcompile.numerics import reference
+from mxcompile.numerics import packing, reference
 
 PAIRS = [(weight, activation) for weight in FORMATS for activation in FORMATS]
 PAIRS += [("mxint4:16", "mxint8:16"), ("mxint4:64", "mxint6:64"), ("mxint4:128", "mxint8:128"), ("mxint4:64", "mxint8")]
 PAIRS += [("mxint8:16", "mxint8:16"), ("mxint8:64", "mxint4:64"), ("mxint8:128", "mxint8:128")]
 PAIRS += [("mxfp4:16", "mxfp8_e4m3:16"), ("mxfp4:64", "mxfp8_e5m2:64"), ("mxfp4:128", "mxfp6_e2m3:128")]
-INTEGER_AND_FLOAT = (("mxint8", "mxint8"), ("mxfp4", "mxfp8_e4m3"))
+OTHERS = (("mxint8", "mxint8"), ("mxfp4", "mxfp8_e4m3"), ("mxint4:16", "mxint8:16"), ("mxfp4:128", "mxfp6_e2m3:128"))
 FLOOR = ScaleRule.FLOOR
 
 
-@pytest.fixture(scope="module", params=["all instructions", "no dot products"])
+@pytest.fixture(scope="module", params=["", "-mno-avx512f", "-mno-avx2"], ids=["all", "no AVX-512", "no AVX2"])
 def instructions(request, tmp_path_factory):
-    """Compiler options of the libraries under test."""
-    if request.param == "all instructions":
+    """Build the libraries under test without some of the processor's instructions."""
+    if not request.param:
         yield
         return
     folder = tmp_path_factory.mktemp("cpu")
     compiler = folder / "compiler"
-    compiler.write_text('#!/bin/sh\nexec g++ "$@" -mno-avx512vnni\n')
+    compiler.write_text(f'#!/bin/sh\nexec g++ "$@" {request.param}\n')
     compiler.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", str(compiler))
@@ -62,11 +62,26 @@ def test_products_are_within_the_bound(pair, dtype, error_over_bound):
 @needs_compiler
 @pytest.mark.parametrize(
     ("weight", "activation"),
-    [("mxint4", "mxint8"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in INTEGER_AND_FLOAT)],
+    [("mxint4", "mxint8"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)],
 )
-def test_on_processors_without_dot_products(weight, activation, error_over_bound, instructions):
+def test_on_other_processors(weight, activation, error_over_bound, instructions):
     check(weight, activation, 1, torch.float32, error_over_bound)
     check(weight, activation, 3, torch.bfloat16, error_over_bound)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("fmt", "activation", "largest"), [(MXINT4, MXINT8, 127 / 64), (MXINT8, MXINT8, 127 / 64), (MXFP4, MXFP8_E4M3, 448)]
+)
+def test_the_largest_sums_of_products_are_exact(fmt, activation, largest, instructions):
+    """Rows of one code each, times inputs of one magnitude: what 16 bits could not hold, float32 still holds."""
+    codes = torch.arange(2**fmt.bits, dtype=torch.uint8)[:, None].expand(-1, 64)
+    scales = torch.full((len(codes), 2), 127, dtype=torch.uint8)
+    x = largest * torch.tensor([[1.0], [-1.0], [1.0]]).repeat(1, 64)
+    x[2, ::2] *= -1
+    y = linears.linears(x, [(packing.pack(codes, fmt), scales, None)], fmt, (activation, FLOOR))[0]
+    weight = reference.dequantize(codes, scales, fmt, 64, torch.float64)
+    assert torch.equal(y.double(), x.double() @ weight.T)
 
 
 @needs_compiler

@@ -41,7 +41,7 @@ if sys.platform == "linux":
     # Some compilers link libstdc++ statically; without this, torch's copy would replace half of its symbols.
     _OPTIONS.append("-Wl,--exclude-libs,ALL")
 _LINEARS = ("mx_cpu.h", "mx_cpu_linears.h", "mx_cpu_threads.h")
-_PARTS = ("elements", "rounding", "dot", "panels", "values")
+_PARTS = ("elements", "rounding", "dot", "dot256", "dot512", "panels", "values")
 _SECONDS = 120
 
 

@@ -96,7 +96,7 @@ bool lay_out_elements(const From* x, int64_t size, const Rounding& rounding, int
 // Lay out one input as pairs. False if it is not bfloat16 or the processor does not multiply pairs.
 template <int B, class From>
 bool lay_out_as_pairs(const From* x, int64_t size, const Rounding* rounding, void* to) {
-#ifdef MX_DOT
+#ifdef MX_PAIRS
   if constexpr (std::is_same_v<From, uint16_t>) {
     lay_out_pairs<B>(x, size, rounding, static_cast<uint16_t*>(to));
     return true;
@@ -142,7 +142,7 @@ int mx_prepare(const void* x, int wide, int64_t size, const Rounding* rounding, 
 }
 
 void mx_multiply_part(const Product* product, int layout, int64_t begin, int64_t end) {
-#ifdef MX_DOT
+#ifdef MX_PAIRS
   if (layout == PAIRS) return multiply_panels<Format, BLOCK>(*product, begin, end);
 #endif
   switch (product->tokens) {
@@ -154,7 +154,7 @@ void mx_multiply_part(const Product* product, int layout, int64_t begin, int64_t
 }
 
 int mx_takes_pairs() {
-#ifdef MX_DOT
+#ifdef MX_PAIRS
   return 1;
 #else
   return 0;

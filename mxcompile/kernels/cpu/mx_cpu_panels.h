@@ -1,7 +1,7 @@
 // Matmuls with many inputs: eight rows of a weight at a time are decoded to bfloat16, and stay in the first cache while
 // they are multiplied by all inputs, as pairs of bfloat16. Included by mx_cpu.cpp, on processors with those products.
 
-#ifdef MX_DOT
+#ifdef MX_PAIRS
 
 namespace {
 
