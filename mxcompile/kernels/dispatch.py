@@ -29,6 +29,7 @@ from mxcompile.numerics.exact_tokens import ExactTokens
 from mxcompile.numerics.gates import Gate
 from mxcompile.numerics.norms import Norm
 from mxcompile.numerics.packed_attention import PackedStates
+from mxcompile.numerics.straight_through import straight_through as straight_through_reference
 
 TRITON_MISSING = "triton is not installed"
 
@@ -146,6 +147,14 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     if cpu.supports_rounding(x, fmt, rule) is None:
         return cpu.quantize_dequantize(x, fmt, rule)
     return fast_rounding.quantize_dequantize(x, fmt, rule)
+
+
+def straight_through(gradient: Tensor, x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+    """The gradient of x, contiguous; see `numerics/straight_through.py`."""
+    kernel = _triton("triton.quantize", x)
+    if kernel is not None and not fmt.aligned and kernel.supports(x, fmt, rule) is None:
+        return kernel.straight_through(gradient, x, fmt, rule)
+    return straight_through_reference(gradient, x, fmt, rule).contiguous()
 
 
 def dequantize(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, dtype: torch.dtype) -> Tensor | None:

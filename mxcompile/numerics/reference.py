@@ -148,13 +148,20 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat | str, rule: ScaleRule | str) -
     return align(values) if fmt.aligned else values
 
 
-def block_exponents(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor]:
-    """Exponents of the scales that `quantize` gives x `[..., size]`, and whether a block is finite.
+def scaled_blocks(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor, Tensor]:
+    """What `quantize` rounds to elements: x `[..., size]` in units of its blocks' scales, `[..., blocks, block_size]`.
 
-    int32 and bool `[..., blocks, 1]`.
+    And the exponents of the scales (int32), and which blocks are finite (bool), `[..., blocks, 1]`; others are zeros.
     """
-    _, exponent, finite = _quantize_blocks(x, fmt, rule)
-    return exponent, finite
+    largest = largest_exponent(x.dtype)
+    blocks = to_blocks(x.to(torch.float32), fmt)
+    amax = blocks.abs().amax(-1, keepdim=True)
+    finite = torch.isfinite(amax)
+    blocks = torch.where(finite, blocks, 0.0)
+    exponent = scale_exponents(torch.where(finite, amax, 0.0), fmt, rule, largest)
+    if rule is ScaleRule.MSE:
+        exponent = _least_squares_exponent(blocks, exponent, fmt, largest)
+    return blocks * power_of_two(-exponent), exponent, finite
 
 
 def align(x: Tensor) -> Tensor:
@@ -201,15 +208,8 @@ def _exponent(v: Tensor) -> Tensor:
 
 def _quantize_blocks(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> tuple[Tensor, Tensor, Tensor]:
     """Rounded elements `[..., blocks, block_size]`, scale exponents and finiteness `[..., blocks, 1]`."""
-    largest = largest_exponent(x.dtype)
-    blocks = to_blocks(x.to(torch.float32), fmt)
-    amax = blocks.abs().amax(-1, keepdim=True)
-    finite = torch.isfinite(amax)
-    blocks = torch.where(finite, blocks, 0.0)
-    exponent = scale_exponents(torch.where(finite, amax, 0.0), fmt, rule, largest)
-    if rule is ScaleRule.MSE:
-        exponent = _least_squares_exponent(blocks, exponent, fmt, largest)
-    return round_elements(blocks * power_of_two(-exponent), fmt), exponent, finite
+    scaled, exponent, finite = scaled_blocks(x, fmt, rule)
+    return round_elements(scaled, fmt), exponent, finite
 
 
 def _least_squares_exponent(blocks: Tensor, floor: Tensor, fmt: MXFormat, largest: int) -> Tensor:
@@ -220,7 +220,18 @@ def _least_squares_exponent(blocks: Tensor, floor: Tensor, fmt: MXFormat, larges
         candidate = (floor + offset).clamp(-SCALE_BIAS, largest - fmt.emax)
         shift = candidate - floor
         rounded = round_elements(v * power_of_two(-shift), fmt) * power_of_two(shift)
-        error = (rounded - v).square().sum(-1, keepdim=True)
+        error = _sum_by_halves((rounded - v).square())
         best = torch.where(error < best_error, candidate, best)
         best_error = torch.minimum(error, best_error)
     return best
+
+
+def _sum_by_halves(blocks: Tensor) -> Tensor:
+    """Sums `[..., 1]` of blocks `[..., block_size]` in an order that kernels keep: one half plus the other, and so on.
+
+    So that two scales with nearly the same error are chosen alike everywhere.
+    """
+    while blocks.shape[-1] > 1:
+        first, second = blocks.chunk(2, -1)
+        blocks = first + second
+    return blocks

@@ -6,7 +6,6 @@ Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic N
 that quantization-aware training uses (PACT, LSQ).
 """
 
-import torch
 from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule
@@ -15,9 +14,8 @@ from mxcompile.numerics import reference
 
 def saturated(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     """Bool `[..., size]`: the elements of x beyond the largest number of their block; those of NaN blocks are not."""
-    exponent, finite = reference.block_exponents(x, fmt, rule)
-    scaled = reference.to_blocks(x.to(torch.float32), fmt) * reference.power_of_two(-exponent)
-    return ((scaled.abs() > fmt.max_value) & finite).flatten(-2)[..., : x.shape[-1]]
+    scaled, _, _ = reference.scaled_blocks(x, fmt, rule)
+    return (scaled.abs() > fmt.max_value).flatten(-2)[..., : x.shape[-1]]
 
 
 def straight_through(gradient: Tensor, x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:

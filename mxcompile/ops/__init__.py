@@ -3,6 +3,7 @@
     mx::quantize(x, format, rule) -> (elements, scales)              explicit, one pair per value
     mx::dequantize(elements, scales, format, size, dtype, planes) -> values
     mx::quantize_dequantize(x, format, rule) -> values               the two above, fused
+    mx::straight_through(gradient, x, format, rule) -> gradient of x, from that of the values
     mx::linear(x, elements, scales, bias, format, planes) -> y       dequantize + linear, fused
     mx::linears(x, elements, scales, biases, format, activation, rule, planes) -> ys
                                                                      the three above, for several weights of one input
@@ -43,10 +44,10 @@ call (`kernels.dispatch`) and are defined as the composition of the first two wi
 contain `cpu_linears` in place of `linears`: it is C++, because calling a small matmul through Python takes longer than
 the matmul. It does not check sizes, which a compiled graph cannot get wrong.
 
-Gradients pass `quantize_dequantize` unchanged, but not its saturated elements (`numerics/straight_through.py`); those
-of `linear`, `grouped_linear`, `rotate` and `multiply` are exact. Packed weights have none. No gradient passes the bytes
-between `quantize` and `dequantize`, or the operators that are only in finished graphs (`linears`, `cpu_linears`,
-`attend`, `experts`): a graph to be trained has the others.
+Gradients pass `quantize_dequantize` unchanged, but not its saturated elements: `straight_through`, which is
+`numerics/straight_through.py`. Those of `linear`, `grouped_linear`, `rotate` and `multiply` are exact. Packed weights
+have none. No gradient passes the bytes between `quantize` and `dequantize`, or the operators that are only in finished
+graphs (`linears`, `cpu_linears`, `attend`, `experts`): a graph to be trained has the others.
 
 An expert is one of the weights `[out, in]` of a 3-D one (`numerics/experts.py`); none is decoded that no token chose.
 `gate` is the text of a `Gate` (`numerics/gates.py`).

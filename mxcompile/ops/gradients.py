@@ -9,9 +9,8 @@ from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.numerics import experts as experts_reference
 from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.numerics.cached_attention import cached_attention
-from mxcompile.numerics.straight_through import straight_through
 from mxcompile.ops import cached, experts, linears
-from mxcompile.ops.library import LIBRARY, format_of, rule_of
+from mxcompile.ops.library import LIBRARY
 
 __all__ = ["cached", "experts", "linears"]  # which define the operators
 
@@ -40,11 +39,21 @@ def _multiply_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
 def _setup_quantize_dequantize(ctx: Any, inputs: tuple[Tensor, str, str], output: Tensor) -> None:
     del output
     ctx.save_for_backward(inputs[0])  # not the mask: other operators mostly keep the same x
-    ctx.rounding = format_of(inputs[1]), rule_of(inputs[2])
+    ctx.rounding = inputs[1:]
 
 
 def _quantize_dequantize_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    return straight_through(gradient, ctx.saved_tensors[0], *ctx.rounding), None, None
+    return torch.ops.mx.straight_through.default(gradient, ctx.saved_tensors[0], *ctx.rounding), None, None
+
+
+def _setup_straight_through(ctx: Any, inputs: tuple[Tensor, Tensor, str, str], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(inputs[1])
+    ctx.rounding = inputs[2:]
+
+
+def _straight_through_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return torch.ops.mx.straight_through.default(gradient, ctx.saved_tensors[0], *ctx.rounding), None, None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -112,6 +121,7 @@ def _register_gradients() -> None:
         "rotate": (_rotate_back, _setup_rotate),
         "multiply": (_multiply_back, _setup_multiply),
         "quantize_dequantize": (_quantize_dequantize_back, _setup_quantize_dequantize),
+        "straight_through": (_straight_through_back, _setup_straight_through),
         "linear": (_linear_back, _setup_linear),
         "cached_attention": (_cached_attention_back, _setup_cached_attention),
         "grouped_linear": (_grouped_linear_back, _setup_grouped_linear),

@@ -63,6 +63,11 @@ def quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
     return dispatch.quantize_dequantize(x, format_of(format), rule_of(rule)).contiguous()
 
 
+def straight_through(gradient: Tensor, x: Tensor, format: str, rule: str) -> Tensor:
+    """The gradient of x, where `gradient` is that of `quantize_dequantize(x, format, rule)`; both `[..., size]`."""
+    return dispatch.straight_through(gradient, x, format_of(format), rule_of(rule))
+
+
 def linear(
     x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: Sequence[int] | None = None
 ) -> Tensor:
@@ -147,6 +152,10 @@ def fake_quantize_dequantize(x: Tensor, format: str, rule: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _fake_straight_through(gradient: Tensor, x: Tensor, format: str, rule: str) -> Tensor:
+    return fake_quantize_dequantize(gradient, format, rule)
+
+
 def _fake_linear(
     x: Tensor, elements: Tensor, scales: Tensor, bias: Tensor | None, format: str, planes: Sequence[int] | None = None
 ) -> Tensor:
@@ -188,6 +197,11 @@ define(
     fake_dequantize,
 )
 define("quantize_dequantize(Tensor x, str format, str rule) -> Tensor", quantize_dequantize, fake_quantize_dequantize)
+define(
+    "straight_through(Tensor gradient, Tensor x, str format, str rule) -> Tensor",
+    straight_through,
+    _fake_straight_through,
+)
 define(
     "linear(Tensor x, Tensor elements, Tensor scales, Tensor? bias, str format, int[]? planes=None) -> Tensor",
     linear,

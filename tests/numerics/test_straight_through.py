@@ -45,6 +45,16 @@ def test_the_operator_masks_saturated_elements(dtype):
     assert torch.equal(x.grad, torch.where(mask, 0.0, upstream))
 
 
+def test_a_gradient_of_the_gradient_passes_the_same_elements():
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    upstream = torch.ones(3, 64, requires_grad=True)
+    torch.library.opcheck(torch.ops.mx.straight_through.default, (upstream, x, "mxfp4", "floor"))
+    rounded = torch.ops.mx.quantize_dequantize(x, "mxfp4", "floor")
+    (gradient,) = torch.autograd.grad(rounded, x, upstream, create_graph=True)
+    (again,) = torch.autograd.grad(gradient.sum(), upstream)
+    assert torch.equal(again, gradient.detach())
+
+
 def test_it_is_the_same_in_a_compiled_graph():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(3), requires_grad=True)
     rounded = torch.compile(lambda v: torch.ops.mx.quantize_dequantize(v, "mxfp4", "floor"), backend="aot_eager")

@@ -39,7 +39,7 @@ from mxcompile.kernels.triton.elements import (
     unsupported_dtype,
     widen,
 )
-from mxcompile.kernels.triton.reductions import maximum
+from mxcompile.kernels.triton.reductions import maximum, plus
 
 Rounding: TypeAlias = tuple[MXFormat, ScaleRule]
 _TILE_VALUES = 2048
@@ -48,8 +48,6 @@ _WARPS = 4
 
 def supports(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> str | None:
     """None if `quantize_dequantize` supports the call, else the reason. Every format of `FORMATS` is supported."""
-    if rule is ScaleRule.MSE:
-        return "scale rule mse searches exponents, which the Triton kernel does not do"
     try:
         rule.threshold(fmt)
     except MXCompileError as error:
@@ -62,9 +60,17 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
 
     x `[..., size]`, bfloat16, float16 or float32, any strides; the result has its shape and dtype and is contiguous.
     """
-    if rule is ScaleRule.MSE:
-        raise MXCompileError("scale rule mse has no Triton kernel: use reference.quantize_dequantize")
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _by_block(x, None, fmt, rule)
+
+
+def straight_through(gradient: Tensor, x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+    """Equals `numerics.straight_through.straight_through`, in one launch; contiguous, in the gradient's dtype."""
+    return _by_block(x, gradient, fmt, rule)
+
+
+def _by_block(x: Tensor, gradient: Tensor | None, fmt: MXFormat, rule: ScaleRule) -> Tensor:
+    """Rounded values of x, or a gradient of these without its saturated elements."""
+    y = torch.empty(x.shape, dtype=x.dtype if gradient is None else gradient.dtype, device=x.device)
     if y.numel() == 0:
         return y
     rows, size = math.prod(x.shape[:-1]), x.shape[-1]
@@ -74,6 +80,7 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
         _quantize_dequantize_kernel,
         -(-total // tile),
         x,
+        None if gradient is None else gradient.contiguous(),
         y,
         total,
         fmt.blocks(size),
@@ -87,6 +94,7 @@ def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
         MAX_VALUE=fmt.max_value,
         LIMIT=fraction_limit(fmt, rule),
         LARGEST=int(torch.finfo(x.dtype).max).bit_length() - 1,
+        SEARCH=rule is ScaleRule.MSE,
         TILE=tile,
         num_warps=_WARPS,
         enable_fp_fusion=False,
@@ -183,6 +191,49 @@ def _round_magnitude(
 
 
 @triton.jit
+def _least_squares_exponent(
+    magnitude,
+    floor,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    EMIN: tl.constexpr,
+    EMAX: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """reference._least_squares_exponent, with sums in its order. magnitude: float32 `[blocks, block_size]`."""
+    v = magnitude * power_of_two(-floor)
+    best = floor
+    least = _squared_error(v, floor - floor, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE)
+    for index in tl.static_range(2):
+        candidate = tl.minimum(tl.maximum(floor + (2 * index - 1), -127), LARGEST - EMAX)
+        error = _squared_error(v, candidate - floor, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE)
+        best = tl.where(error < least, candidate, best)
+        least = tl.minimum(error, least)
+    return best
+
+
+@triton.jit
+def _squared_error(
+    v,
+    shift,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    EMIN: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+):
+    """What each block `[blocks, 1]` loses in a scale that is 2**shift times as large as its unit."""
+    rounded = _round_magnitude(v * power_of_two(-shift), EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE)
+    error = rounded * power_of_two(shift) - v
+    squares = error * error
+    for halving in tl.static_range(7):
+        if (v.shape[1] >> halving) > 1:  # one half plus the other
+            parts = tl.reshape(squares, (v.shape[0], 2, v.shape[1] >> (halving + 1)))
+            squares = tl.reduce(parts, 1, plus)
+    return squares
+
+
+@triton.jit
 def round_to_elements(
     bits,
     amax,
@@ -198,8 +249,21 @@ def round_to_elements(
 
     amax: the bit pattern of the block's largest magnitude, of a shape that broadcasts.
     """
-    magnitude = bits & 0x7FFFFFFF
     exponent = _scale_exponent(amax, EMAX, LIMIT, LARGEST)
+    return _round_on_scale(bits, amax, exponent, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE)
+
+
+@triton.jit
+def _round_on_scale(
+    bits,
+    amax,
+    exponent,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    EMIN: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+):
+    magnitude = bits & 0x7FFFFFFF
     v = magnitude.to(tl.float32, bitcast=True) * power_of_two(-exponent)
     v = _round_magnitude(v, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE) * power_of_two(exponent)
     sign = bits ^ magnitude
@@ -223,6 +287,7 @@ def rounded_rows(values, ROUNDING: tl.constexpr):
 @triton.jit(do_not_specialize=["total"])
 def _quantize_dequantize_kernel(
     x,
+    gradient,
     y,
     total,
     blocks,
@@ -237,6 +302,7 @@ def _quantize_dequantize_kernel(
     MAX_VALUE: tl.constexpr,
     LIMIT: tl.constexpr,
     LARGEST: tl.constexpr,
+    SEARCH: tl.constexpr,
     TILE: tl.constexpr,
 ):
     # Indices have the integer width that the number of blocks needs.
@@ -249,8 +315,20 @@ def _quantize_dequantize_kernel(
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     amax = tl.expand_dims(tl.reduce(magnitude, 1, maximum), 1)
-    result = round_to_elements(bits, amax, EXPONENT_BITS, MANTISSA_BITS, EMIN, EMAX, MAX_VALUE, LIMIT, LARGEST)
-    tl.store(y + row * size + column, narrow(result, y.dtype.element_ty), mask=inside)
+    exponent = _scale_exponent(amax, EMAX, LIMIT, LARGEST)
+    numbers = tl.where(amax >= 0x7F800000, 0, magnitude).to(tl.float32, bitcast=True)
+    if SEARCH:
+        exponent = _least_squares_exponent(
+            numbers, exponent, EXPONENT_BITS, MANTISSA_BITS, EMIN, EMAX, MAX_VALUE, LARGEST
+        )
+    to = row * size + column
+    if gradient is None:
+        result = _round_on_scale(bits, amax, exponent, EXPONENT_BITS, MANTISSA_BITS, EMIN, MAX_VALUE)
+        tl.store(y + to, narrow(result, y.dtype.element_ty), mask=inside)
+    else:
+        passed = widen(tl.load(gradient + to, mask=inside, other=0.0))
+        saturated = numbers * power_of_two(-exponent) > MAX_VALUE
+        tl.store(y + to, narrow(tl.where(saturated, 0.0, passed), y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["total"])
