@@ -67,6 +67,7 @@ def interpreted() -> Iterator[SimpleNamespace]:
         _let_scalars_be_range_bounds(patch)
         _round_to_e4m3(patch)
         _patch_the_language_once_a_launch(patch)
+        _remember_types(patch)
         # The interpreter recognizes Triton's own maximum and sum; it calls others once per element: 100 times slower.
         standard = importlib.import_module("triton.language.standard")
         for copy in copies.values():
@@ -139,6 +140,40 @@ def _patch_the_language_once_a_launch(patch: pytest.MonkeyPatch) -> None:
         return scope
 
     patch.setattr(interpreter, "_patch_lang", patched)
+
+
+def _remember_types(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter describes the type and the shape of each value anew: half of the time of a kernel."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    core = importlib.import_module("triton.language").core
+    plain_type, plain_tensor = core.block_type.__init__, core.tensor.__init__
+    plain_numpy_type = interpreter._get_np_dtype
+    types: dict[Any, dict[str, Any]] = {}
+    shapes: dict[str, tuple[Any, Any]] = {}
+    numpy_types: dict[str, np.dtype[Any]] = {}
+
+    def block_type(self: Any, element_type: Any, shape: Any) -> None:
+        key = element_type.name, *shape
+        if key not in types:
+            plain_type(self, element_type, shape)
+            types[key] = vars(self)
+        vars(self).update(types[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in shapes:
+            plain_tensor(self, handle, type)
+            shapes[type.name] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[type.name]
+
+    def numpy_type(type: Any) -> np.dtype[Any]:
+        if type.name not in numpy_types:
+            numpy_types[type.name] = plain_numpy_type(type)
+        return numpy_types[type.name]
+
+    patch.setattr(core.block_type, "__init__", block_type)
+    patch.setattr(core.tensor, "__init__", tensor)
+    patch.setattr(interpreter, "_get_np_dtype", numpy_type)
 
 
 def _round_to_e4m3(patch: pytest.MonkeyPatch) -> None:

@@ -76,21 +76,26 @@ def bound_of_sum(h, down, bias, weights, dtype):
 
 
 @pytest.mark.parametrize(
-    ("up_name", "down_name", "activation", "dtype"),
-    crossed(FORMAT_NAMES, ["mxint4", "mxfp4", "mxfp6_e2m3", "mxint8:64"], ["mxint8", "mxfp8_e4m3", None], DTYPES),
+    ("up_name", "down_name", "activation", "dtype", "choice_shape"),
+    crossed(
+        FORMAT_NAMES,
+        ["mxint4", "mxfp4", "mxfp6_e2m3", "mxint8:64"],
+        ["mxint8", "mxfp8_e4m3", None],
+        DTYPES,
+        [(1, 4), (3, 2), (40, 3)],
+    ),
 )
-@pytest.mark.parametrize(("tokens", "slots"), [(1, 4), (3, 2), (40, 3)])
-def test_experts_are_within_the_bound(up_name, down_name, activation, dtype, tokens, slots):
+def test_experts_are_within_the_bound(up_name, down_name, activation, dtype, choice_shape):
     """With channels that are exact, so that the value between the matmuls is known to the bit. That of float16 stays
     float32 unless it is rounded."""
     fmt, down_fmt, inner, size = parse_format(up_name), parse_format(down_name), 77, 160
     rounding = None if activation is None else (parse_format(activation).with_block(down_fmt.block_size), FLOOR)
     up, up_values = selection(fmt, 5, [(7 * row) % size for row in range(2 * inner)], size)
     down, down_values = experts_of(down_fmt, 5, 130, inner, dtype, bias=True)
-    x = (random(tokens, size) / 64).to(dtype)  # results within the range of float16
+    x = (random(choice_shape[0], size) / 64).to(dtype)  # results within the range of float16
     if rounding is not None:
         x = reference.quantize_dequantize(x, *rounding)
-    chosen, weights = choices(tokens, slots), random(tokens, slots, seed=1).abs()
+    chosen, weights = choices(*choice_shape), random(*choice_shape, seed=1).abs()
     between = torch.float32 if dtype == torch.float16 and rounding is None else dtype
     h = RELU((up_values.to(between)[chosen] @ x.to(between)[:, None, :, None]).squeeze(-1))
     if rounding is not None:
@@ -101,14 +106,14 @@ def test_experts_are_within_the_bound(up_name, down_name, activation, dtype, tok
     assert ((y.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 50])
 @pytest.mark.parametrize(
-    ("name", "activation", "rule", "dtype"),
+    ("name", "activation", "rule", "dtype", "tokens"),
     crossed(
         ["mxint4", "mxfp4:16", "mxfp8_e5m2"],
         ["mxint8", "mxfp8_e4m3:64", "mxfp4", "mxint6:16"],
         [FLOOR, ScaleRule.EVEN, ScaleRule.RCEIL],
         [torch.float32, torch.bfloat16],
+        [1, 4, 50],
     ),
 )
 def test_the_rounding_is_the_references(name, activation, rule, dtype, tokens, assert_same_bits):

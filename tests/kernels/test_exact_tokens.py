@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from crossed import crossed
 from torch import Tensor
 
 from mxcompile.formats import MXINT4, MXINT8, MXFormat, activation_rule
@@ -29,23 +30,18 @@ def held_by_a_ring(states: Tensor, position: int, room: int) -> tuple[Tensor, Te
     return newest, held
 
 
-@pytest.mark.parametrize("key_format", [MXINT4, MXINT8], ids=str)
-@pytest.mark.parametrize("mask", ["", "left", "heads"])
+PLACES = [(90, 70, 32, 4), (90, 2, 32, 4), (90, 0, 32, 0), (40, 39, 1, 0), (200, 150, 0, 40), (90, 33, 33, 8)]
+PLACES += [(70, 3, 0, 5)]
+"""Tokens, position, window, sink."""
+
+
 @pytest.mark.parametrize(
-    ("tokens", "position", "window", "sink"),
-    [
-        (90, 70, 32, 4),
-        (90, 2, 32, 4),
-        (90, 0, 32, 0),
-        (40, 39, 1, 0),
-        (200, 150, 0, 40),
-        (90, 33, 33, 8),
-        (70, 3, 0, 5),
-    ],
+    ("place", "mask", "key_format"), crossed(PLACES, ["heads", "", "left"], [MXINT4, MXINT8]), ids=str
 )
 def test_values_are_those_of_the_definition(
-    interpreted: SimpleNamespace, tokens: int, position: int, window: int, sink: int, mask: str, key_format: MXFormat
+    interpreted: SimpleNamespace, place: tuple[int, int, int, int], mask: str, key_format: MXFormat
 ) -> None:
+    tokens, position, window, sink = place
     generator = torch.Generator().manual_seed(tokens + position)
     key, value = (torch.randn(BATCH, SHARED, tokens, SIZE, generator=generator).bfloat16() for _ in range(2))
     query, turned = (torch.randn(BATCH, HEADS, 1, SIZE, generator=generator).bfloat16() for _ in range(2))
@@ -75,7 +71,7 @@ def test_values_are_those_of_the_definition(
     assert ((y - expected).float().norm() / expected.float().norm()).item() <= 5e-3
 
 
-@pytest.mark.parametrize("fmt", [MXINT4, MXINT8], ids=str)
+@pytest.mark.parametrize("fmt", [MXINT4, pytest.param(MXINT8, marks=pytest.mark.slow)], ids=str)
 def test_compiles_for_hopper(fmt: MXFormat) -> None:
     pytest.importorskip("triton")
     from sass import SHARED_BYTES, packed_attention_report

@@ -60,7 +60,12 @@ def test_one_token_has_configs_that_fit(fmt: MXFormat) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "inner", "slots", "gate"), [(2048, 768, 8, Gate()), (2048, 768, 10, Gate()), (2880, 2880, 4, GPT_OSS)]
+    ("hidden", "inner", "slots", "gate"),
+    [
+        (2048, 768, 8, Gate()),
+        (2880, 2880, 4, GPT_OSS),
+        pytest.param(2048, 768, 10, Gate(), marks=pytest.mark.slow),
+    ],
 )
 def test_one_token_spills_nothing(hidden: int, inner: int, slots: int, gate: Gate) -> None:
     """Held weights go from memory to registers and stay in their threads; x alone goes through shared memory."""

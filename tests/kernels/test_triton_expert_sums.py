@@ -15,20 +15,25 @@ def kernels(interpreted: SimpleNamespace) -> SimpleNamespace:
     return interpreted.expert_sums
 
 
-@pytest.mark.parametrize("fmt", [MXFP4, MXINT8, MXFP6_E2M3], ids=str)
+SUMS = [
+    (2, {"out": 64, "slices": 2}),
+    (4, {"out": 16, "slices": 8, "parts": 2, "held": 2, "decoded": True}),
+    (4, {"out": 16, "slices": 8, "parts": 2}),
+    (3, {"out": 32, "slices": 4}),
+    (6, {"out": 32, "slices": 4}),
+    (1, {"out": 128, "slices": 4, "parts": 4}),
+    (4, {"out": 16, "slices": 8, "parts": 2, "held": 2}),
+    (3, {"out": 8, "slices": 4, "held": 2}),
+    (4, {"out": 8, "slices": 8, "parts": 2, "held": 1, "decoded": True}),
+    (6, {"out": 32, "slices": 4, "held": 1}),
+]
+
+
 @pytest.mark.parametrize(
-    ("slots", "options"),
+    ("slots", "options", "fmt"),
     [
-        (2, {"out": 64, "slices": 2}),
-        (4, {"out": 16, "slices": 8, "parts": 2}),
-        (3, {"out": 32, "slices": 4}),
-        (6, {"out": 32, "slices": 4}),
-        (1, {"out": 128, "slices": 4, "parts": 4}),
-        (4, {"out": 16, "slices": 8, "parts": 2, "held": 2}),
-        (4, {"out": 16, "slices": 8, "parts": 2, "held": 2, "decoded": True}),
-        (3, {"out": 8, "slices": 4, "held": 2}),
-        (4, {"out": 8, "slices": 8, "parts": 2, "held": 1, "decoded": True}),
-        (6, {"out": 32, "slices": 4, "held": 1}),
+        *((*each, MXFP4) for each in SUMS),
+        *((*each, fmt) for each in SUMS[:2] for fmt in (MXINT8, MXFP6_E2M3)),
     ],
     ids=str,
 )

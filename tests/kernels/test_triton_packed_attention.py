@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from crossed import crossed
 from torch import Tensor
 
 from mxcompile.formats import (
     FORMATS,
+    MXFP6_E2M3,
     MXFP8_E4M3,
     MXINT4,
     MXINT6,
@@ -46,19 +48,25 @@ def over_bound(
     return max(bound(y[:, :, i : i + 1], query[:, :, i : i + 1], *decoded, masks[i], 0.2) for i in rows)
 
 
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
+PAIRS = [(MXINT8, MXINT4), *((fmt, fmt) for fmt in FORMATS.values()), (MXINT4, MXFP8_E4M3), (MXFP6_E2M3, MXINT8)]
+
+
 @pytest.mark.parametrize(
-    "shape", [(1, 8, 2, 1, 200, 128), (2, 3, 1, 4, 37, 80), (1, 2, 2, 1, 1, 64), (1, 8, 1, 1, 33, 256)], ids=str
+    ("pair", "shape"),
+    crossed(PAIRS, [(1, 8, 2, 1, 200, 128), (2, 3, 1, 4, 37, 80), (1, 2, 2, 1, 1, 64), (1, 8, 1, 1, 33, 256)]),
+    ids=lambda values: "-".join(map(str, values)),
 )
 def test_values_are_those_of_float64(
-    interpreted: SimpleNamespace, attention_over_bound: OverBound, shape: tuple[int, ...], fmt: MXFormat
+    interpreted: SimpleNamespace,
+    attention_over_bound: OverBound,
+    pair: tuple[MXFormat, MXFormat],
+    shape: tuple[int, ...],
 ) -> None:
     query, key, value = tensors(*shape)
-    for pair in ((fmt, fmt), (MXINT8, fmt), (fmt, MXINT4)):
-        keys, values = packed(key, pair[0]), packed(value, pair[1])
-        y = interpreted.packed_attention.attend(query, keys, values, None, 0.2)
-        assert (y.shape, y.dtype) == ((*query.shape[:3], shape[5]), torch.bfloat16)
-        assert over_bound(attention_over_bound, y, query, keys, values, None) <= 1
+    keys, values = packed(key, pair[0]), packed(value, pair[1])
+    y = interpreted.packed_attention.attend(query, keys, values, None, 0.2)
+    assert (y.shape, y.dtype) == ((*query.shape[:3], shape[5]), torch.bfloat16)
+    assert over_bound(attention_over_bound, y, query, keys, values, None) <= 1
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
