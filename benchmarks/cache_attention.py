@@ -2,6 +2,7 @@
 
     python benchmarks/cache_attention.py --out benchmarks/results/cache-attention-h200.jsonl
     python benchmarks/cache_attention.py --sweep mxint8,mxint4
+    python benchmarks/cache_attention.py --alone --shapes 1x32768,1x8192 --formats mxint8,mxint4 --registers 168
 
 Heads of Llama-3-8B: 32 query heads, 8 KV heads of 128, bfloat16. Every format is first checked against float64. Then
 each call is launched many times in a CUDA graph, over caches of 400 MB in turn, more than L2 holds; `us` is the time of
@@ -9,7 +10,7 @@ a launch with the gap before it. `floor` is the time that a copy at `--bandwidth
 same run: `attend`, this project's kernel of a bfloat16 cache, and torch's `scaled_dot_product_attention`, whose flash
 kernel takes no mask. `next` is all that a decode step does: RoPE, rounding, the write to the cache, attention, and
 rounding of its result. `exact` is attention of which the newest 32 and the first 4 tokens are exact. `ratio` is the
-time of `attend`, or of its `next`, over that of the line.
+time of `attend`, or of its `next`, over that of the line. `--alone` leaves both out, and what they compile.
 """
 
 # pyright: basic
@@ -22,6 +23,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
+from math import nan
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,6 +75,11 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=4.27, help="TB/s of a copy on this GPU")
     parser.add_argument("--formats", default=FORMATS, help="of keys and values, or of keys+values")
     parser.add_argument("--sweep", default="", help="formats of which all configs are timed, not only a model's")
+    parser.add_argument(
+        "--registers", type=int, default=0, help="of a thread at most: time a model's config with so many"
+    )
+    parser.add_argument("--shapes", type=shapes, default=SHAPES, help="batch x tokens: 1x32768,8x8192")
+    parser.add_argument("--alone", action="store_true", help="attention without what else a step does")
     parser.add_argument("--processes", type=int, default=12, help="that compile kernels ahead")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -80,21 +88,46 @@ def main() -> None:
     names, swept = arguments.formats.split(","), [name for name in arguments.sweep.split(",") if name]
     jobs: list[tuple[str, Config | None]] = [(name, None) for name in (FLOAT, *names)]
     jobs += [(name, kind) for name in swept for kind in (KINDS if name != FLOAT else KINDS[:1])]
+    limits = {name: limited(arguments.registers, 1, 4096, packed(name, *[random(1, 1, 1, SIZE)] * 2)) for name in names}
+    jobs += [(name, config) for name in names for config in limits[name]]
     packed_swept = [name for name in swept if name != FLOAT]
+    compile_job = partial(
+        compile_ahead, alone=arguments.alone, batches=sorted({batch for batch, _ in arguments.shapes})
+    )
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        problems = list(pool.map(compile_ahead, jobs))
+        problems = list(pool.map(compile_job, jobs))
     for problem in filter(None, problems):
         print(problem, flush=True)
     for name in names:
-        check_next(name)
-        check_exact(name)
-        check(name, [None, *(KINDS if name in swept else ())])
-    for batch, tokens in SHAPES:
-        write(rows(batch, tokens, names, [], arguments.bandwidth), arguments.out)
-    for batch, tokens in SHAPES if FLOAT in swept else ():
+        for further in () if arguments.alone else (check_next, check_exact):
+            further(name)
+        check(name, [None, *limits[name], *(KINDS if name in swept else ())])
+    measure = partial(rows, bandwidth=arguments.bandwidth, alone=arguments.alone)
+    for batch, tokens in arguments.shapes:
+        write(measure(batch, tokens, names, partial(limited, arguments.registers)), arguments.out)
+    for batch, tokens in arguments.shapes if FLOAT in swept else ():
         write(float_rows(batch, tokens, arguments.bandwidth), arguments.out)
-    for batch, tokens in SHAPES if packed_swept else ():
-        write(rows(batch, tokens, packed_swept, [*KINDS], arguments.bandwidth), arguments.out)
+    for batch, tokens in arguments.shapes if packed_swept else ():
+        write(measure(batch, tokens, packed_swept, every_config), arguments.out)
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """Those that an argument lists."""
+    pairs = [part.split("x") for part in text.split(",")]
+    return [(int(batch), int(tokens)) for batch, tokens in pairs]
+
+
+def limited(registers: int, batch: int, tokens: int, states: tuple[PackedStates, PackedStates]) -> list[Config]:
+    """A model's config with so many registers a thread at most; none for 0."""
+    config = packed_attention.config_for(tokens, batch * SHARED, *states, dependent=True)
+    return [replace(config, registers=registers)] if registers else []
+
+
+def every_config(batch: int, tokens: int, states: tuple[PackedStates, PackedStates]) -> list[Config]:
+    """All that are swept."""
+    del states
+    pairs = product(KINDS, SPLITS[batch])
+    return [replace(kind, splits=splits) for kind, splits in pairs if splits * kind.block <= tokens]
 
 
 def write(lines: Iterator[dict[str, Any]], out: Path | None) -> None:
@@ -125,18 +158,18 @@ def packed(name: str, key: torch.Tensor, value: torch.Tensor) -> tuple[PackedSta
     return keys, values
 
 
-def compile_ahead(job: tuple[str, Config | None]) -> str | None:
+def compile_ahead(job: tuple[str, Config | None], alone: bool, batches: list[int]) -> str | None:
     """Run a kernel once, in a process of its own, so that it is in Triton's cache."""
     name, kind = job
     try:
         prepare()
         if name == FLOAT:
-            for batch in (1, 8):
+            for batch in batches:
                 query, cache = random(batch, 1, HEADS, SIZE).transpose(1, 2), [random(batch, SHARED, 8192, SIZE)] * 2
                 mask = torch.ones(batch, 1, 1, 8192, dtype=torch.bool, device="cuda")
                 attention.attend(query, *cache, mask, SCALE)
                 attention.attend(query, *cache, None, SCALE)
-                for config in (None, *(FLOAT_KINDS if kind else ())):
+                for config in () if alone else (None, *(FLOAT_KINDS if kind else ())):
                     float_step(batch, 8192, query, mask, [cache], config)(0)
             torch.cuda.synchronize()
             return None
@@ -147,7 +180,7 @@ def compile_ahead(job: tuple[str, Config | None]) -> str | None:
         )
         for given in (mask, None) if kind is None else (mask,):
             packed_attention.attend(query, *pair, given, SCALE, kind)
-            if kind is None and given is not None:
+            if kind is None and given is not None and not alone:
                 whole_step(name, 1, 4096, query, given, [pair])(0)
                 exact_step(1, 4096, query, given, [pair])(0)
             torch.cuda.synchronize()
@@ -182,7 +215,10 @@ def float64(query: torch.Tensor, keys: PackedStates, values: PackedStates, mask:
     return (query.double() @ key.mT * SCALE + added).softmax(-1) @ value
 
 
-def rows(batch: int, tokens: int, names: list[str], kinds: list[Config], bandwidth: float) -> Iterator[dict[str, Any]]:
+def rows(
+    batch: int, tokens: int, names: list[str], configs: Callable[..., list[Config]], bandwidth: float, alone: bool
+) -> Iterator[dict[str, Any]]:
+    """configs: further ones of packed states."""
     query = random(batch, 1, HEADS, SIZE).transpose(1, 2)
     mask = torch.ones(batch, 1, 1, tokens, dtype=torch.bool, device="cuda")
     size = batch * SHARED * tokens * SIZE * 4
@@ -199,8 +235,9 @@ def rows(batch: int, tokens: int, names: list[str], kinds: list[Config], bandwid
     yield line("attend", base, size, base)
     unmasked = time_of(lambda i: attention.attend(query, *floats[i % len(floats)], None, SCALE), launches)
     yield line("attend", unmasked, size, base, masked=False)
-    step = time_of(float_step(batch, tokens, query, mask, floats), launches)
-    yield line("attend_next", step, size, step)
+    step = nan if alone else time_of(float_step(batch, tokens, query, mask, floats), launches)
+    if not alone:
+        yield line("attend_next", step, size, step)
     plain = torch.nn.functional.scaled_dot_product_attention
     flash = time_of(lambda i: plain(query, *floats[i % len(floats)], scale=SCALE, enable_gqa=True), launches)
     yield line("torch", flash, size, base)
@@ -215,15 +252,13 @@ def rows(batch: int, tokens: int, names: list[str], kinds: list[Config], bandwid
 
         yield line(name, time_of(partial(run, mask, None), launches), count, base, default=True)
         yield line(name, time_of(partial(run, None, None), launches), count, base, masked=False)
-        whole = whole_step(name, batch, tokens, query, mask, pairs)
-        yield line(f"{name}, next", time_of(whole, launches), count, step, default=True)
-        exact = exact_step(batch, tokens, query, mask, pairs)
-        yield line(f"{name}, exact", time_of(exact, launches), count, base, default=True)
-        for kind in kinds:
-            for splits in SPLITS[batch]:
-                if splits * kind.block <= tokens:
-                    config = replace(kind, splits=splits)
-                    yield line(name, time_of(partial(run, mask, config), launches), count, base, **asdict(config))
+        if not alone:
+            whole = whole_step(name, batch, tokens, query, mask, pairs)
+            yield line(f"{name}, next", time_of(whole, launches), count, step, default=True)
+            exact = exact_step(batch, tokens, query, mask, pairs)
+            yield line(f"{name}, exact", time_of(exact, launches), count, base, default=True)
+        for config in configs(batch, tokens, first):
+            yield line(name, time_of(partial(run, mask, config), launches), count, base, **asdict(config))
 
 
 def next_token(batch: int, tokens: int) -> tuple[torch.Tensor, ...]:

@@ -12,8 +12,8 @@ call each on a GPU, is the time in which at least one kernel runs. A step over a
 so does one over a packed cache on a CPU: `--prompt 32` then times the same step without the long prompt. On a GPU
 packed attention reads no further than to its own token: the prompt must be as long as the cache.
 
-Each cache and length has a process of its own. `--processes` of them, or all, compile side by side; then they take
-turns, a call each, while the others wait.
+Each cache and length has a process of its own. `--processes` of them, or all, compile side by side, for no other length
+of a prompt; then they take turns, a call each, while the others wait. Each call is printed when it ends.
 With `--check N`, lengths up to N are compared with the same model, uncompiled, which reads prompt and generated tokens
 in one pass with `numerics.cached_attention`: `same` of `tokens` are its most likely token, and no other has a logit
 that is lower than the highest by more than `off` standard deviations of all logits.
@@ -98,9 +98,9 @@ def measure(arguments: argparse.Namespace, cache: str, length: str, meeting: Pat
         config, form = model.config, CacheFormat.parse(cache)
         made = static_cache(config, cache, context + arguments.tokens + 1)
         began = time.perf_counter()
-        for text in (ids[:, :64], ids):  # the first compiles for any length
-            tokens, _ = generated(model, text, made, arguments.tokens)
+        tokens, _ = generated(model, ids, made, arguments.tokens)
         row |= {"prompt": ids.shape[1], "compile_s": round(time.perf_counter() - began, 1)}
+        print(json.dumps(row), flush=True)
     row |= timed(model, ids, made, arguments, meeting)
     row["cache_bytes"] = sum(part.nbytes for part in held(made))
     row["refusal"] = getattr(vars(model).get("_compiled_call"), "refusal", None)
@@ -134,6 +134,8 @@ def timed(model: Any, ids: Tensor, cache: Any, arguments: argparse.Namespace, me
             spent += time.perf_counter() - began
         prompts.append(first)
         tokens.append((last - second) / (arguments.tokens - 2))
+        name = f"{arguments.way}, call {len(prompts)}"
+        print(f"{name}: prompt {first * 1e3:.3f} ms, token {tokens[-1] * 1e3:.4f} ms", flush=True)
     times = {"prompt_ms": median(prompts), "prompt_least_ms": min(prompts), "token_ms": median(tokens)}
     if ids.is_cuda:
         with alone(meeting):
