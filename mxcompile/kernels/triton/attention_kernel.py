@@ -17,21 +17,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.kernels.triton.elements import arrives_last, narrow, widen
 from mxcompile.kernels.triton.quantize import rounded_rows
+from mxcompile.kernels.triton.reductions import maximum, plus
 
 FLOAT32_LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 FLOAT32_TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
-
-
-@triton.jit
-def maximum(a, b):
-    """How attention's reductions join two values; `tl.max` and `tl.sum` are calls of several functions."""
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def plus(a, b):
-    """As `maximum`."""
-    return a + b
 
 
 @triton.jit

@@ -23,10 +23,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mxcompile.kernels.triton.attention_kernel import (
     FLOAT32_LOWEST,
     combine_partials,
-    maximum,
     multiply,
     partial_pointers,
-    plus,
     prefetch,
     store_rows,
 )
@@ -34,6 +32,7 @@ from mxcompile.kernels.triton.elements import arrives_last, narrow, widen
 from mxcompile.kernels.triton.exact_tokens import count_newest, store_exact_partial
 from mxcompile.kernels.triton.packed_queries import load_queries, queries, surplus
 from mxcompile.kernels.triton.packed_states import element_of, load_words, plane_of
+from mxcompile.kernels.triton.reductions import maximum, plus
 
 # A scale byte of a word ($1), rotated by $2 bits to where float32 has its exponent.
 SCALE_OF_BLOCK: tl.constexpr = tl.constexpr("shf.l.wrap.b32 $0, $1, $1, $2; and.b32 $0, $0, 0x7F800000;")
