@@ -64,7 +64,7 @@ def _reading(cache: CacheFormat) -> str:
     queries = "of up to a few tokens reads packed bytes"
     if cache.has_exact_tokens:
         queries = "of one token reads packed bytes, and exact tokens beside them,"
-    return f'attention {queries} with cache_implementation="static"; a cache that grows may be decoded before it'
+    return f"attention {queries}"
 
 
 def notes_for_vllm(layers: Iterable[SelectedKernel]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import _check as check  # pyright: ignore[reportPrivateUsage] - documented API
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from mxcompile.errors import InputError
@@ -54,6 +55,7 @@ class GrowingLayer(DynamicLayer):
         coded = [coding.encode(states) for coding, states in zip(self.codings, new, strict=True)]
         super().update(*(elements for elements, _ in coded))
         self.scales.update(*(scales for _, scales in coded))
+        self._say_that_lengths_are_equal()
         self.is_initialized = True
         places = self._places(new[0])
         if start == 0:
@@ -70,6 +72,12 @@ class GrowingLayer(DynamicLayer):
         """Start with no tokens. transformers 5.17 gives values the dtype of the keys."""
         super().lazy_initialization(key_states, value_states)
         self.values = value_states.new_empty(0)
+
+    def _say_that_lengths_are_equal(self) -> None:
+        """Compiled, the length of each tensor is a symbol of its own, and rewrites of attention ask for equal ones."""
+        keys, *others = (*_pair(self), *_pair(self.scales))
+        for part in others:
+            check(part.shape[TOKENS] == keys.shape[TOKENS])
 
     def _places(self, new: Tensor) -> Tensor:
         """Of new states, which are there already."""

@@ -51,7 +51,7 @@ def test_explain_and_inspect_state_it(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "how"),
     [
-        ("quantize-cache", 'reads packed bytes with cache_implementation="static"'),
+        ("quantize-cache", "attention of up to a few tokens reads packed bytes"),
         ("quantize-cache{window=4}", "of one token reads packed bytes, and exact tokens beside them"),
         ("quantize-cache{key=none,value=mxint4}", "no time: keys stay in float"),
     ],

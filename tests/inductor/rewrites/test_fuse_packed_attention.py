@@ -7,8 +7,11 @@ import torch
 from attention_steps import BATCH, HEADS, KEYS, SHARED, Step
 
 from mxcompile.formats import parse_format
+from mxcompile.graph.dataflow import shapes_are_equal
 from mxcompile.inductor.rewrites.fuse_packed_attention import fuse_packed_attention
+from mxcompile.numerics.cache_format import CacheFormat
 from mxcompile.ops import ATTEND_PACKED, ATTEND_PACKED_EXACT, DEQUANTIZE, READ_CACHE, ROTATE
+from mxcompile.tensor.cache_layers import GrowingLayer
 
 triton_elements = pytest.importorskip("mxcompile.kernels.triton.elements")
 aten = torch.ops.aten
@@ -131,6 +134,26 @@ def test_a_growing_cache_with_exact_tokens():
     count, nodes = made.rewritten(fuse_packed_attention)
     fused = next(node for node in nodes if node.target is ATTEND_PACKED_EXACT)
     assert (count, fused.args[2:6]) == (1, (*keys, *values))
+
+
+@pytest.mark.parametrize("form", ["key=mxint8,value=mxint4,window=4,sink=2", "mxint8"])
+def test_keys_and_values_of_a_growing_layer_are_known_to_be_equally_many(form):
+    """Compiled, each of its four tensors has a length of its own; without the layer's word nothing would be fused."""
+    layer, shapes = GrowingLayer(CacheFormat.parse(form)), []
+    layer.update(*torch.randn(2, BATCH, SHARED, 9, SIZE))
+
+    def recorded(module, inputs):
+        (output,) = module.graph.find_nodes(op="output")
+        shapes.append([node.meta["example_value"].shape for node in output.args[0]])
+        return module.forward
+
+    torch._dynamo.reset()
+    step = torch.compile(layer.update, backend=recorded, fullgraph=True)
+    for _ in range(3):
+        step(*torch.randn(2, BATCH, SHARED, 1, SIZE))
+    keys, values = shapes[-1][:2]
+    assert isinstance(keys[2], torch.SymInt)
+    assert shapes_are_equal(keys, values)
 
 
 @pytest.mark.parametrize("other", ["window", "place", "queries", "values rotated", "one side"])
