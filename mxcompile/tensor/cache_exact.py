@@ -67,20 +67,6 @@ class ExactStates:
         for into, states in zip(self.newest, new, strict=True):
             into.index_copy_(TOKENS, slots, states[:, :, -len(kept) :])
 
-    def make_room(self, count: int, start: int) -> None:
-        """For `count` tokens from place `start` on, which may all be taken back."""
-        room = self.window - 1 + count
-        if self.newest is None or room <= len(self.places):
-            return
-        is_kept = (self.places >= 0) & (self.places < start)
-        slots = torch.where(is_kept, self.places % room, room)  # the others: into a slot that is then left out
-        self.newest = tuple(  # pyright: ignore[reportAttributeAccessIssue] - of two
-            grown.index_copy_(TOKENS, slots, states)[:, :, :room].contiguous()
-            for grown, states in zip(_zeros(self.newest, room + 1), self.newest, strict=True)
-        )
-        empty = torch.full((room + 1,), -1, dtype=torch.int64, device=slots.device)
-        self.places = empty.index_copy_(0, slots, self.places)[:room].contiguous()
-
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change which sequences there are."""
         self.newest, self.first = (

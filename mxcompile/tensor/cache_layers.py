@@ -8,7 +8,8 @@ defines it:
 - the first call, a prompt, reads its own exact keys and values;
 - a later call of one token reads rounded ones, its own included, except the newest `window` and the first `sink`;
 - a later call of several tokens, a part of a prompt, reads its own exactly and earlier ones as above. While the past is
-  recorded these are candidates of assisted decoding, and are read as if they came one by one.
+  recorded these are candidates of assisted decoding, and are read as if they came one by one. A window of exact tokens
+  is another for each of them, so that a cache with one refuses them.
 
 With `shift`, the mean key of the first call is subtracted from all keys, which its own attention does not read.
 
@@ -49,6 +50,8 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the keys and values of some tokens, `[batch, kv heads, tokens, size]`. Returns those to attend to."""
         given, start = (key_states, value_states), self.get_seq_length()
+        if start and self.record_past:
+            _check_candidates(self.form, key_states)
         if self.form.shift and start == 0:
             self.shift = mean_key(key_states)
         new = given if self.shift is None else (key_states - self.shift, value_states)
@@ -63,8 +66,6 @@ class GrowingLayer(DynamicLayer):
         if start < self.form.sink:
             self.exact.keep_first(new, places)
         read = given if start == 0 else self._read(new, places)
-        if self.record_past:
-            self.exact.make_room(key_states.shape[TOKENS], start)
         self.exact.keep_newest(new, places)
         return read
 
@@ -176,6 +177,8 @@ class FixedLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         given, count = (key_states, value_states), key_states.shape[TOKENS]
+        if self.record_past and not self.is_empty:
+            _check_candidates(self.form, key_states)
         self._check_room(count)
         if self.shift is not None and self.is_empty:
             self.shift.copy_(mean_key(key_states))
@@ -200,7 +203,7 @@ class FixedLayer(StaticLayer):
         if taken + count > self.max_cache_len:
             raise InputError(
                 f"{count} tokens do not fit into an MXCache with max_length={self.max_cache_len}, of which {taken} are "
-                "taken: give it room for the prompt and all new tokens but the last"
+                "taken: give it room for the prompt, all new tokens but the last, and candidates that are taken back"
             )
 
     def _read(self, new: Pair, places: Tensor) -> Pair:
@@ -266,6 +269,15 @@ def _read(
             for coding, pair, part in parts
         )
     return key, value
+
+
+def _check_candidates(form: CacheFormat, new: Tensor) -> None:
+    if form.window > 0 and new.shape[TOKENS] > 1:
+        raise InputError(
+            f"an MXCache({form}) cannot read {new.shape[TOKENS]} candidates of assisted decoding at once: its window "
+            "of exact tokens is another for each. Generate without an assistant and prompt lookup, or with a cache "
+            "whose window is 0"
+        )
 
 
 def _removed(tokens_to_remove: int) -> int:

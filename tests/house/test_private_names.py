@@ -46,6 +46,8 @@ GENERATION = {
     "_optimize_model_for_decode": "",
     "_prepare_generation_config": "generation_config kwargs",
     "_prepare_cache_for_generation": "generation_config model_kwargs generation_mode batch_size max_cache_length",
+    "_get_candidate_generator": "generation_config input_ids inputs_tensor logits_processor model_kwargs "
+    "assistant_model target_tokenizer assistant_tokenizer",
 }
 OPTIONAL = {
     "_empty_nn_module_stack_from_metadata_hook": "what torch.export writes for the lack of a module path",

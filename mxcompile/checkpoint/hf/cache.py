@@ -2,11 +2,16 @@
 
 transformers makes its own first, under the name that its version has for it; where that is a plain one, ours takes its
 place. A cache that the caller gives, an offloaded one and `use_cache=False` are left alone.
+
+Assisted decoding sends the first candidates along with the prompt, and they would read its tokens exactly, as the
+prompt does: over an MXCache its first call is without candidates, so that its tokens are those of decoding alone.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.errors import InputError, warn
@@ -28,12 +33,68 @@ def prepare_cache(
     provenance = Provenance.of(model)
     form = None if provenance is None else provenance.cache
     made = next((name for name in _NAMES if model_kwargs.get(name) is not None), None)
+    for name in given:
+        _end_assisted_decoding(model_kwargs[name])
     if form is not None and made is not None and not given:
         cache = _in_place_of(model_kwargs[made], model, form)
         if generation_config.is_assistant:
-            cache.activate_past_recording()
+            _let_take_back(cache)
         model_kwargs[made] = cache
     return result
+
+
+def candidate_generator(model: nn.Module, **kwargs: Any) -> Any:
+    """As transformers' `_get_candidate_generator`; over an MXCache without candidates for the first call."""
+    from mxcompile.tensor.cache import MXCache  # imports transformers
+
+    kind: Any = type(model)
+    make = partial(kind._get_candidate_generator, model, **kwargs)
+    generator = make()
+    is_packed = any(isinstance(kwargs["model_kwargs"].get(name), MXCache) for name in _NAMES)
+    # One that reads what the model returned has none for the first call anyway.
+    is_late = getattr(generator, "requires_model_outputs", False)
+    return _AfterPrompt(make) if is_packed and not is_late else generator
+
+
+class _AfterPrompt:
+    """A generator of candidates that is made, and asked, from the second call on: then for a prompt of one token more.
+
+    make: a function of `input_ids`, whose other arguments `generate` keeps up to date.
+    """
+
+    requires_model_outputs = False
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make, self.calls, self.generator = make, 0, None
+
+    def get_candidates(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(tokens `[1, tokens]` with candidates behind them, logits of these)"""
+        self.calls += 1
+        if self.calls == 1:
+            return input_ids, None
+        self.generator = self.generator or self.make(input_ids=input_ids)
+        return self.generator.get_candidates(input_ids)
+
+    def update_candidate_strategy(self, *args: Any) -> None:
+        """Learn from how many candidates were right, if there were any."""
+        if self.generator is not None:
+            self.generator.update_candidate_strategy(*args)
+
+
+def _let_take_back(cache: Any) -> None:
+    """As `activate_past_recording`, but an MXCache's own layers go on reading several tokens as a part of a prompt:
+    what an assistant reads decides what it proposes, not what is generated."""
+    cache.activate_past_recording()
+    _end_assisted_decoding(cache)
+
+
+def _end_assisted_decoding(cache: Any) -> None:
+    """A later call of several tokens is a part of a prompt again: transformers leaves the recording of the past on."""
+    from mxcompile.tensor.cache_layers import FixedLayer, GrowingLayer  # imports transformers
+
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, FixedLayer | GrowingLayer):
+            layer.record_past = False
 
 
 def _in_place_of(cache: Any, model: Any, form: CacheFormat) -> Any:

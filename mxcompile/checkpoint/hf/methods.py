@@ -6,6 +6,7 @@
     tie_weights, resize_token_embeddings      never replace an MX weight
     half, float               cast the values that MX weights dequantize to
     _prepare_cache_for_generation             makes an MXCache if the pipeline had quantize-cache
+    _get_candidate_generator                  proposes nothing until the prompt is in an MXCache
 
 They are set on the instance, so that the model keeps its class; a copy has its own.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mxcompile.checkpoint.config_json import untie
-from mxcompile.checkpoint.hf.cache import prepare_cache
+from mxcompile.checkpoint.hf.cache import candidate_generator, prepare_cache
 from mxcompile.checkpoint.hf.experts import use_default_experts
 from mxcompile.checkpoint.provenance import Provenance
 from mxcompile.checkpoint.save import SHARD_SIZE, save
@@ -156,6 +157,7 @@ _METHODS: Final[dict[str, Callable[..., Any]]] = {
     "half": half,
     "float": to_float,
     "_prepare_cache_for_generation": prepare_cache,
+    "_get_candidate_generator": candidate_generator,
 }
 
 

@@ -10,6 +10,7 @@ from models import inputs, two_layers
 from transformers import DynamicCache, StaticCache
 
 import mxcompile
+from mxcompile.errors import InputError
 from mxcompile.numerics.cache_format import CacheFormat
 
 PIPELINE = "quantize-cache{{key=mxint8,value=mxint4,window={},sink=0}} | lower-mx{{weight=mxint8,activation=none}}"
@@ -17,10 +18,10 @@ PROMPT = torch.tensor([[5, 17, 99, 3, 44, 17, 5, 60, 2, 9, 31]])
 LENGTHS = {None: None, "static": PROMPT.shape[1] + 12 - 1}
 
 
-def quantized(window=0, kind="qwen3", **changes):
+def quantized(window=0, kind="qwen3", pipeline=PIPELINE, **changes):
     model = two_layers(kind, head_dim=32, use_cache=True, **changes)
     model.generation_config.eos_token_id = None
-    pipeline = mxcompile.Pipeline.parse(PIPELINE.format(window))
+    pipeline = mxcompile.Pipeline.parse(pipeline.format(window))
     return mxcompile.quantize_and_compile(model, inputs("llama"), recipe=pipeline, compile=False)
 
 
@@ -29,9 +30,9 @@ def model():
     return quantized()
 
 
-def generate(model, **options):
+def generate(model, prompt=PROMPT, **options):
     settings = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
-    result = model.generate(PROMPT, **{**settings, **options})
+    result = model.generate(prompt, **{**settings, **options})
     return result.sequences, result.get("cache", result.get("past_key_values"))
 
 
@@ -60,11 +61,59 @@ def exact(model):
     return {name: DynamicCache(config=model.config)}
 
 
-def test_beams_and_candidates_get_one_too():
-    model = quantized(window=3)
+def test_beams_and_candidates_get_one_too(model):
     for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 2}):
-        _, cache = generate(model, **options)
-        assert str(cache.format) == "key=mxint8,value=mxint4,window=3"
+        assert str(generate(model, **options)[1].format) == "key=mxint8,value=mxint4"
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    """It proposes much the same, and has a window of exact tokens in its own cache."""
+    model = quantized(window=3)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1 + 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(0)))
+    return model
+
+
+@pytest.mark.parametrize("implementation", LENGTHS)
+@pytest.mark.parametrize("rest", ["", ",sink=4", ",sink=14,shift=mean"])
+def test_an_assistant_changes_no_token(assistant, rest, implementation):
+    """Its candidates do not read the prompt exactly, nor does the mean key count them."""
+    pipeline = f"quantize-cache{{{{key=mxint4,value=mxint4{rest}}}}} | lower-mx{{{{weight=mxint8,activation=none}}}}"
+    model, counts = quantized(pipeline=pipeline), list[int]()
+    for seed in range(6):
+        prompt = torch.randint(90, (1, 6), generator=torch.Generator().manual_seed(seed)).repeat(1, 2)
+        options = {"cache_implementation": implementation, "max_new_tokens": 16}
+        alone, _ = generate(model, prompt, **options)
+        hook = model.model.register_forward_pre_hook(
+            lambda _, args, given: counts.append(given["input_ids"].shape[1]), with_kwargs=True
+        )
+        assert torch.equal(generate(model, prompt, assistant_model=assistant, **options)[0], alone)
+        if implementation is None:  # a static cache of transformers' size has no room for all that a lookup proposes
+            assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=3, **options)[0], alone)
+        hook.remove()
+    assert counts.count(12) >= 6  # the prompt alone
+    assert sum(1 < count < 12 for count in counts) > 6
+
+
+def test_a_window_of_exact_tokens_refuses_candidates(model):
+    windowed = quantized(window=3)
+    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(InputError, match=r"window=3\) cannot read [0-9]+ candidates .* whose window is 0"):
+            generate(windowed, PROMPT.repeat(1, 2), **options)
+    expected, _ = generate(model)
+    assert torch.equal(generate(model, assistant_model=windowed)[0], expected)
+
+
+def test_a_conversation_goes_on_after_assisted_decoding(model, assistant):
+    """What comes next is read as a part of a prompt, not as candidates."""
+    name = next(iter(exact(model)))
+    results = []
+    for options in ({}, {"assistant_model": assistant}):
+        tokens, cache = generate(model, **options)
+        longer = torch.cat([tokens, PROMPT], 1)
+        results.append(generate(model, longer, **{name: cache})[0])
+    assert torch.equal(*results)
 
 
 def test_what_the_caller_says_is_done(model):
