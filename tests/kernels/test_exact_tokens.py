@@ -31,7 +31,7 @@ def held_by_a_ring(states: Tensor, position: int, room: int) -> tuple[Tensor, Te
 
 
 PLACES = [(90, 70, 32, 4), (90, 2, 32, 4), (90, 0, 32, 0), (40, 39, 1, 0), (200, 150, 0, 40), (90, 33, 33, 8)]
-PLACES += [(70, 3, 0, 5)]
+PLACES += [(70, 3, 0, 5), (11, 10, 32, 2), (70, 69, 32, 0)]
 """Tokens, position, window, sink."""
 
 
