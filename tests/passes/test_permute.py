@@ -10,9 +10,10 @@ from torch import nn
 import mxcompile
 from mxcompile.calibration.statistics.observers import ChannelImportance
 from mxcompile.errors import PipelineError
-from mxcompile.formats import MXINT4, MXINT8, MXFormat
+from mxcompile.formats import MXINT4, MXINT8, MXFormat, ScaleRule
 from mxcompile.graph.printer import print_program
 from mxcompile.numerics.metrics import sqnr_db
+from mxcompile.numerics.reference import quantize_dequantize
 from mxcompile.passes.permute import OrderedValues, Permute, SortedBy
 from mxcompile.pipeline.pipeline import Pipeline
 
@@ -124,6 +125,18 @@ def test_exchanges_win_where_readers_disagree(x):
     assert exchanged > max(by_weight, by_activation) + 3
     (numbers,) = lowered[-1].ledger[0].numbers.values()
     assert numbers["reordered_expected_error"] < 0.5 * numbers["expected_error"]
+
+
+def test_weights_on_levels_of_the_format_stay(x):
+    """Rounding loses nothing of them as they are, which energies do not show."""
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.copy_(quantize_dequantize(model[2].weight, MXINT4, ScaleRule.MSE))
+    program = mxcompile.trace(model, x)
+    assert Pipeline.parse("permute").run(program).ledger[0].rewrites == 1
+    (record,) = Pipeline.parse("permute{by=error,weight=mxint4}").run(program, [x]).ledger
+    assert record.rewrites == 0
+    assert "no order was found that saves 2% of the expected error" in str(record.misses[-1])
 
 
 @pytest.mark.parametrize("by", SortedBy)
