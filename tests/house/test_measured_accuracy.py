@@ -37,8 +37,9 @@ def test_the_accuracy_of_algorithms():
 
 
 def trained_by(row):
-    """The rate of a record of `learned.jsonl`, and how it was rotated if not by Hadamard matrices."""
-    return re.search(r"rate=([0-9.]+)", row["recipe"])[1] + (", matrices" if "wush" in row["recipe"] else "")
+    """The rate of a record of `learned.jsonl`, how it was rotated if not by Hadamard matrices, and its stated steps."""
+    rate = re.search(r"rate=([0-9.]+)", row["recipe"])[1] + (", matrices" if "wush" in row["recipe"] else "")
+    return rate + (f", {row['losses'][-1][0]} steps" if "epochs" in row["recipe"] else "")
 
 
 def test_what_training_weights_gains():
@@ -73,7 +74,8 @@ def test_what_training_weights_gains():
 
 def test_recipes_that_train_from_latents():
     """Each is what was measured at the rate with the least loss on held-out batches, but for the number of steps."""
-    text, rows = page("docs/accuracy.md"), [r for r in results("learned.jsonl") if "last_training_loss" in r]
+    text, trained = page("docs/accuracy.md"), [r for r in results("learned.jsonl") if "last_training_loss" in r]
+    rows, (whole, longer) = trained[:-2], trained[-2:]
     helps, shares, steps = [], [], []
     for name, activation in (("w4a16", "none"), ("w4a8", "mxfp8_e4m3"), ("w4a4", "mxfp4")):
         of_pair = [row for row in rows if row["activation"] == activation]
@@ -91,7 +93,10 @@ def test_recipes_that_train_from_latents():
             assert (
                 f"{best['last_training_loss']:.3f} on batches that are trained on, {best['losses'][-1][1]:.3f}" in text
             )
-    assert "{}, {} and {} % of the gap, the last after {} steps".format(*shares, steps[2][0]) in text
+    said = "{}, {} and {} % of the gap, the last after {} steps, and as much after the {} that the recipes have"
+    assert said.format(*shares, steps[2][0], whole["losses"][-1][0]) in text
+    assert f"{whole['gap_closed']:.0%}" == f"{shares[2]}%"
+    assert RECIPES["w4a4-mxfp-distilled"].count(f"steps={whole['losses'][-1][0]}") == 1
     assert "{} by vectors, {}, {} (float 2.341)".format(*helps) in text
     described = "{} and {} (mxfp4, none), {} and {} (mxfp8_e4m3), {}, {} and {} (mxfp4, mxfp4)"
     assert described.format(*steps[0], *steps[1], *steps[2]) in text
@@ -100,6 +105,10 @@ def test_recipes_that_train_from_latents():
     perplexities = matrices["perplexity"], plain["perplexity"]
     assert "closes {} with training, in place of {}".format(*closed) in text
     assert "perplexity {:.2f} in place of {:.2f}".format(*perplexities) in text
+    count, closed = longer["losses"][-1][0], percent(longer["gap_closed"])
+    losses = matrices["losses"][-1][1], longer["losses"][-1][1], longer["last_training_loss"]
+    assert f"{count} steps close no more, {closed}" in text
+    assert "from {:.3f} to {:.3f}: it is {:.3f} on batches that are trained on".format(*losses) in text
 
 
 def test_what_four_bits_of_inputs_and_of_weights_cost():
