@@ -128,6 +128,8 @@ def test_a_whole_model_on_an_h200():
     ):
         before, after = rows["bfloat16", batch][key], rows[ours, batch][key]
         assert f"| {name} | {before:.2f} | {after:.2f} ({before / after:.2f} x) |" in text
+    (step,) = results("decode-step-h200.jsonl")
+    assert f"running for {step['step_ms']:.2f} ms of its {step['token_ms']:.2f} ms" in text
     before, after = (rows[recipe, 1]["token_ms"] for recipe in ("bfloat16", ours))
     ratio = re.search(r"\| mxint4 \| (\d\.\d\d) x", text.partition("with configs measured there")[2])
     assert ratio is not None
