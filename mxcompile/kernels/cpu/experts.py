@@ -174,13 +174,9 @@ def _multiply_sorted(x: Tensor, choices: _SortedChoices, weight: PackedWeight, f
     """x: a row for each choice, sorted. Experts with few choices in one call, the others one after the other."""
     y = _multiply(x, choices.numbers[:, None], weight, fmt)
     elements, scales, bias = weight
-    buffer = linears.decoding_buffer(elements.shape[1] * x.shape[1], x.dtype)
     for expert, begin, end in choices.popular:
-        values = linears.decode(elements[expert], scales[expert], fmt, x.shape[1], x.dtype, buffer)
-        if bias is None:
-            torch.mm(x[begin:end], values.T, out=y[begin:end])
-        else:
-            torch.addmm(bias[expert].to(x.dtype), x[begin:end], values.T, out=y[begin:end])
+        packed = (elements[expert], scales[expert], None if bias is None else bias[expert])
+        y[begin:end] = linears.decode_and_multiply(x[begin:end], packed, fmt)
     return y
 
 

@@ -1,7 +1,8 @@
 """MX linear layers on the CPU (mx_cpu.cpp): matmuls with packed weights for up to four tokens, decoding, rounding.
 
-For more than four tokens the weight is decoded into a buffer, shared by all layers, and torch multiplies. With four or
-fewer, a compiled graph comes here once for each combination of arguments; mx_cpu_operator.cpp runs the later calls.
+For more than four tokens the weight is decoded into a buffer, shared by all layers, and torch multiplies, in float32
+where the processor has no fast products of the dtype. With four or fewer, a compiled graph comes here once for each
+combination of arguments; mx_cpu_operator.cpp runs the later calls.
 Rounding and decoding match `reference.py` bit for bit, matmuls up to the order of float32 accumulation.
 """
 
@@ -65,7 +66,7 @@ def linears(
             _register_native_call(fmt, rounding, rows.dtype)
         outputs = _multiply(rows, weights, fmt, rounding)
     else:
-        outputs = [_decode_and_multiply(rows, weight, fmt) for weight in weights]
+        outputs = [decode_and_multiply(rows, weight, fmt) for weight in weights]
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
@@ -179,10 +180,22 @@ def plain(x: Tensor) -> Tensor:
     return (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
 
 
-def _decode_and_multiply(x: Tensor, packed: PackedWeight, fmt: MXFormat) -> Tensor:
+def decode_and_multiply(x: Tensor, packed: PackedWeight, fmt: MXFormat) -> Tensor:
+    """x `[tokens, in]` times one decoded weight, by torch. Returns `[tokens, out]`."""
     elements, scales, bias = packed
-    buffer = decoding_buffer(elements.shape[0] * x.shape[-1], x.dtype)
-    return F.linear(x, decode(elements.contiguous(), scales.contiguous(), fmt, x.shape[-1], x.dtype, buffer), bias)
+    dtype = x.dtype if _torch_is_fast_in(x.dtype) else torch.float32
+    buffer = decoding_buffer(elements.shape[0] * x.shape[-1], dtype)
+    weight = decode(elements.contiguous(), scales.contiguous(), fmt, x.shape[-1], dtype, buffer)
+    return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+@cache
+def _torch_is_fast_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype on this processor; torch's own loops are slower than float32."""
+    if dtype == torch.float32 or not torch.backends.mkldnn.is_available():
+        return dtype == torch.float32
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 class _Weight(ctypes.Structure):
