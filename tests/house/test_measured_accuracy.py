@@ -70,6 +70,9 @@ def test_what_training_weights_gains():
     (large,) = results("learning-h200.jsonl")
     assert f"take it {large['seconds']} s on an H200 with {large['windows']} windows and 50 steps" in text
     assert f"({large['peak_gb']} GB), all 32 about {large['model_seconds']:.0f} s" in text
+    (small,) = results("learning-cpu.jsonl")
+    seconds = small["model_seconds"], small["segments"][-1]
+    assert "takes about {:.0f} s on 2 CPU cores, {:.0f} of them for the segment with the head".format(*seconds) in text
 
 
 def test_recipes_that_train_from_latents():
