@@ -145,16 +145,6 @@ def test_masks(interpreted: SimpleNamespace, attention_over_bound: OverBound, ki
         assert (y[2] == 0).all()
 
 
-def test_a_mask_of_one_query_is_that_of_all_rows(interpreted: SimpleNamespace) -> None:
-    """Its dimension of queries may have any stride; only masks of all rows are loaded by the threads that need them."""
-    differs, whole = interpreted.packed_attention.differs_by_row, torch.ones(2, 8, 3, 40, dtype=torch.bool)
-    assert not differs(torch.ones(2, 1, 1, 40, dtype=torch.bool).expand(2, 8, 1, 40))
-    assert not differs(whole[:, :1, :1].expand(2, 8, 3, 40))
-    assert differs(whole[:, :, :1])
-    assert differs(whole[:, :1].expand(2, 8, 3, 40))
-    assert not differs(whole[:, :1, :1])
-
-
 def test_however_it_is_cut_and_again(interpreted: SimpleNamespace, attention_over_bound: OverBound) -> None:
     query, key, value = tensors(1, 6, 2, 1, 330, 64)
     keys, values = packed(key, MXINT4), packed(value, MXINT8)

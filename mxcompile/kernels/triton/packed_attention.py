@@ -142,7 +142,7 @@ def attend(
         UP_TO_POSITION=position is not None,
         EXACT=None if exact is None else exact.constants(others),
         MASK="" if mask is None else "bool" if mask.dtype == torch.bool else "float",
-        MASK_OF_ROWS=mask is not None and differs_by_row(mask),
+        MASK_OF_ROWS=mask is not None and any(mask.stride(i) for i in (1, 2)),
         INTERPRETED=not query.is_cuda,
         **rounding_constants(rounding, query.dtype),
         **constants(
@@ -156,11 +156,6 @@ def attend(
         **options(config),
     )
     return result
-
-
-def differs_by_row(mask: Tensor) -> bool:
-    """Whether an expanded mask has values for each head or query. The stride of a dimension of one says nothing."""
-    return any(mask.shape[i] > 1 and mask.stride(i) != 0 for i in (1, 2))
 
 
 def _check(
