@@ -169,3 +169,42 @@ def test_what_is_said_about_steps():
     said = " ".join(page("docs/recipes.md").split())
     assert f"`--bits 4.5` closes {closed(tuned)} of the gap to float" in said
     assert f"up to 8 bits too, {closed(chain('rotate, allocate', 'tune-vectors'))}." in said
+
+
+ERROR = "permute{by=error;weight=W;activation=A}"
+ERROR_STREAM = "permute{by=error;weight=W;activation=A;values=stream}"
+ROUNDED = {
+    "round-weights{format=W}": "to nearest",
+    "awq-fold{weight=W;activation=A} | round-weights{format=W}": "`awq-fold`, to nearest",
+    "gptq{format=W;activation=A;correction=0.25}": "`gptq`",
+    "awq-fold{weight=W;activation=A} | gptq{format=W;activation=A;correction=0.25}": "`awq-fold`, `gptq`",
+}
+
+
+def test_orders_by_the_expected_error():
+    """A line for each model and rounding, random orders as their mean and range; what planting took and orders won."""
+    text, records = page("docs/accuracy.md"), results("permute-error.jsonl")
+    found = {}
+    for row in records:
+        found.setdefault((row["model"].removeprefix(SMOLLM2).strip(), row["behind"]), {})[row["order"]] = row
+    for (model, behind), rows in found.items():
+        changed = {name: "{kl:.3f} ({change:+.3f} ± {standard_error:.3f})".format(**row) for name, row in rows.items()}
+        cells = [f"{rows['none']['kl']:.3f}", *(changed.get(name, "-") for name in (ERROR, ERROR_STREAM, "permute"))]
+        luck = sorted(row["kl"] for name, row in rows.items() if name.startswith("random"))
+        cells.append(f"{sum(luck) / len(luck):.3f} ({luck[0]:.3f} to {luck[-1]:.3f})" if luck else "-")
+        assert f"| {model or 'original'}, {ROUNDED[behind]} | {' | '.join(cells)} |" in text
+    nearest = {model: rows for (model, behind), rows in found.items() if behind.startswith("round")}
+
+    def won_back(planted, original, order):
+        taken = nearest[planted]["none"]["kl"] - nearest[original]["none"]["kl"]
+        return percent(-nearest[planted][order]["change"] / taken)
+
+    for planted, original in (("planted", ""), ("off-grid-planted", "off-grid")):
+        shares = [won_back(planted, original, order) for order in (ERROR, ERROR_STREAM, "permute")]
+        assert "{} of what the planting took, {} by the stream alone; sorted by weights {}".format(*shares) in text
+    assert (
+        "planted outliers too, by {change:+.3f} ± {standard_error:.3f}".format(**nearest["off-grid"][ERROR_STREAM])
+        in text
+    )
+    costs = [nearest["off-grid-planted"][o]["kl"] - nearest["off-grid"][o]["kl"] for o in (ERROR_STREAM, "none")]
+    assert "planting costs {:.3f} in place of {:.3f}".format(*costs) in text
