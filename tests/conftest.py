@@ -25,12 +25,19 @@ LONG = (
     "test_smollm2.py",
     "test_compile.py",
     "test_readme.py",
+    "test_experts.py",
+    "test_style.py",
+    "test_layers_once.py",
     "test_export.py",
     "test_report_page.py",
-    "test_style.py",
     "test_decode_step.py",
     "test_guide.py",
     "test_bisect.py",
+    "test_ranks.py",
+    "test_mapped_programs.py",
+    "test_memory.py",
+    "test_low_memory.py",
+    "test_deploy.py",
 )
 # pytest listens to every logger that does not propagate; with a listener, torch writes down each graph and each stack.
 logging.getLogger("torch.__trace").addHandler = lambda handler: None

@@ -88,7 +88,7 @@ class OneOfSeveral(nn.Module):
         return sum(h @ weight for h, weight in zip(hidden, self.down, strict=True))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in CACHED])
 def test_one_of_several_weights_in_a_parameter(recipe):
     """Packed as one, whatever a recipe learns; a rotation or a multiplier would have to be that of all of them."""
     model, x = OneOfSeveral().eval(), torch.randn(2, 5, 64)

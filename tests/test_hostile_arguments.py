@@ -245,7 +245,7 @@ def test_every_wrong_argument_is_named(name, calls):
 @quiet
 @pytest.mark.slow
 @each_call
-@settings(any_arguments, max_examples=40)
+@settings(any_arguments, max_examples=15)
 @given(data=st.data())
 def test_several_wrong_arguments(name, calls, data):
     call, good = calls[name]

@@ -92,7 +92,7 @@ def real_and_fake(op, args) -> list[tuple[Tensor, Tensor]]:
 
 @settings(examples, max_examples=20)
 @given(
-    fmt=st.sampled_from([fmt.with_block(block) for fmt in FORMATS.values() for block in BLOCK_SIZES]),
+    fmt=st.sampled_from([*FORMATS.values(), *(MXFP4.with_block(block) for block in BLOCK_SIZES)]),
     leading=st.lists(st.integers(0, 3), min_size=1, max_size=3),
     size=st.integers(1, 150),
     dtype=st.sampled_from(DTYPES),

@@ -253,10 +253,17 @@ PATHS = {
 }
 
 
+FAST = ("qwen2_moe", "llama4")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("qwen2_moe", "llama4") else [pytest.mark.slow]) for name in PATHS]
+    ("name", "dtype"),
+    [
+        *((name, dtype) for name in FAST for dtype in (torch.float32, torch.bfloat16)),
+        *(pytest.param(name, torch.bfloat16, marks=pytest.mark.slow) for name in PATHS if name not in FAST),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_routers_of_an_architecture(name, dtype):
     program = trace(build_architecture(name).to(dtype), architecture_inputs(name))
     found = routers(program)

@@ -67,7 +67,7 @@ def decode(model, call):
 
 @pytest.mark.parametrize(
     ("name", "options", "norms"),
-    [("Llama", {}, 2 * LAYERS), ("Qwen3", {}, 2 * LAYERS), ("Gemma2", {"attn_logit_softcapping": None}, 2 * LAYERS)],
+    [("Qwen3", {}, 2 * LAYERS), ("Gemma2", {"attn_logit_softcapping": None}, 2 * LAYERS)],
 )
 def test_what_a_layer_calls(name, options, norms):
     """Besides the matmuls: a norm before attention and one before the MLP, attention, a gated product."""
