@@ -8,6 +8,7 @@ where it lies in `mxcompile/`; imports inside functions count.
 
 import ast
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,7 @@ def room(path: Path) -> str:
     return "passes" if parts[0] == "passes" else parts[1]
 
 
+@cache
 def arrows(path: Path, whole: bool = False) -> set[str]:
     """Rooms of mxcompile that a file imports anywhere in it; whole: modules, and names that may be modules."""
     modules: set[str] = set()
