@@ -115,6 +115,16 @@ def test_the_tokens_a_second_on_the_cpu():
     assert f"reads a prompt {ours['prefill'] / llama['prefill']:.2f} times as fast" in text
 
 
+def test_the_tokens_a_second_without_avx512():
+    rows = {row["way"]: row for row in results("decode-avx2.jsonl")}
+    ours, plain = rows["w4a8-mxint-quick"], rows["float eager"]
+    ratio = ours["decode"] / plain["decode"]
+    text = page("docs/benchmarks.md")
+    assert f"generates {ours['decode']} tokens a second and the float model {plain['decode']} ({ratio:.1f} x)" in text
+    assert f"of a prompt of 64 tokens they read {ours['prefill']} and {plain['prefill']} a second" in text
+    assert f"A generated token takes {ours['token_cpu_ms']} and {plain['token_cpu_ms']} ms of CPU time" in text
+
+
 def test_a_whole_model_on_an_h200():
     rows = {(row["recipe"], row["batch"]): row for row in results("decode-h200.jsonl")}
     text, ours = page("docs/benchmarks.md"), "w4a8-mxint-quick, head mxint8"
