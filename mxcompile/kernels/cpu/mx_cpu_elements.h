@@ -57,10 +57,12 @@ MX_LANES(8)
 MX_LANES(16)
 
 // Values in the widest vector that the processor has; vectors of two registers spill.
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 constexpr int WIDEST = 16;
-#else
+#elif defined(__AVX2__)
 constexpr int WIDEST = 8;
+#else
+constexpr int WIDEST = 4;
 #endif
 
 template <int N>
