@@ -57,9 +57,11 @@ def linears(
 ) -> list[Tensor]:
     """`linear` of one x with several weights; x is quantized first as `rounding` says, if given."""
     gpu = None if planes is None else _triton("gpu_linears", x)
-    many_tokens = math.prod(x.shape[:-1]) >= fp8_eligibility.MIN_TOKENS
-    if gpu is not None and many_tokens and why_not_fp8(x, fmt, planes, rounding) is None:
-        return gpu.fp8_linears(x, weights, fmt, planes, rounding)
+    if gpu is not None and gpu.supports(x) is None:
+        many_tokens = math.prod(x.shape[:-1]) >= fp8_eligibility.MIN_TOKENS
+        if many_tokens and rounding is not None and gpu.why_not_fp8(x, fmt, planes, rounding) is None:
+            return gpu.fp8_linears(x, weights, fmt, planes, rounding)
+        return gpu.linears(x if rounding is None else quantize_dequantize(x, *rounding), weights, fmt, planes)
     if rounding is not None and rounding[0].aligned:
         x, rounding = quantize_dequantize(x, *rounding), None
     why_not_cpu = cpu.supports(x, fmt) or (rounding and cpu.supports_rounding(x, *rounding))
@@ -68,8 +70,6 @@ def linears(
     if rounding is not None:
         x = quantize_dequantize(x, *rounding)
     if planes is not None:
-        if gpu is not None and gpu.supports(x) is None:
-            return gpu.linears(x, weights, fmt, planes)
         size = x.shape[-1]
         weights = [(*rows_to_planes.convert_to_rows(*weight[:2], fmt, size, planes), weight[2]) for weight in weights]
     return [linear(x, elements, scales, bias, fmt) for elements, scales, bias in weights]

@@ -68,8 +68,9 @@ def fp8_linears(
 
     def multiply(group: Sequence[PackedWeight]) -> list[Tensor]:
         planes, bias = _planes(group, fmt, x.shape[-1], scaling), _concatenated([weight[2] for weight in group])
-        y = fp8_linear.linear(aligned, powers, planes, bias, rounding[0]).view(*x.shape[:-1], planes.out)
-        return [piece.contiguous() for piece in y.split(_out_sizes(group), dim=-1)]
+        y = fp8_linear.linear(aligned, powers, planes, bias, rounding[0])
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], planes.out)
+        return _split(y, _out_sizes(group))
 
     return _run_in_groups(weights, lambda group: min(_out_sizes(group)) < _SMALL_OUT, multiply)
 
@@ -80,6 +81,8 @@ def _run_in_groups(
     multiply: Callable[[Sequence[PackedWeight]], list[Tensor]],
 ) -> list[Tensor]:
     """One result per weight, in order: weights adjacent in memory together where that `fits`, else one by one."""
+    if len(weights) == 1:
+        return multiply(weights)
     order = sorted(range(len(weights)), key=lambda index: weights[index][0].data_ptr())
     results: list[Tensor] = []
     for group in _adjacent_groups([weights[index] for index in order]):
@@ -89,7 +92,7 @@ def _run_in_groups(
 
 
 def _out_sizes(group: Sequence[PackedWeight]) -> list[int]:
-    return [len(elements) for elements, _, _ in group]
+    return [elements.shape[0] for elements, _, _ in group]
 
 
 def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, scaling: PlanarScaling) -> list[Tensor]:
@@ -103,12 +106,17 @@ def _multiply(x: Tensor, group: Sequence[PackedWeight], fmt: MXFormat, scaling: 
         return triton_planes.linears(x, planes, outs, biases, config, counters)
     if config is None:
         y = F.linear(x, dequantize.dequantize(planes, k_steps=1), _concatenated(biases))
-        return [part.contiguous() for part in y.split(outs, dim=-1)]
+        return _split(y, outs)
     counters, config = _take_counters(x, planes, config)
     if _writes_separate_outputs(config, outs):
         return gluon_planes.linears(x, planes, outs, _concatenated(biases), config, counters)
     y = gluon_planes.linear(x, planes, _concatenated(biases), config, counters)
-    return [part.contiguous() for part in y.split(outs, dim=-1)]
+    return _split(y, outs)
+
+
+def _split(y: Tensor, outs: Sequence[int]) -> list[Tensor]:
+    """The outputs of the weights that `y` `[..., sum(outs)]` was computed with."""
+    return [y] if len(outs) == 1 else [part.contiguous() for part in y.split(outs, dim=-1)]
 
 
 def _planes(group: Sequence[PackedWeight], fmt: MXFormat, size: int, scaling: PlanarScaling) -> PlanarWeight:
@@ -131,6 +139,8 @@ def _writes_separate_outputs(config: Config | None, outs: Sequence[int]) -> bool
 
 def _concatenated(biases: Sequence[Tensor | None]) -> Tensor | None:
     present = [bias for bias in biases if bias is not None]
+    if len(present) == 1:
+        return present[0]
     return torch.cat(present) if present else None
 
 

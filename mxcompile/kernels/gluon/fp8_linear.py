@@ -15,8 +15,8 @@ are added in float32 in memory, since registers cannot hold two sets. docs/kerne
 # As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Final, cast
+from functools import cache, lru_cache
+from typing import Any, Final, NamedTuple
 
 import torch
 import triton.language as tl
@@ -28,6 +28,7 @@ from mxcompile.kernels.gluon.hopper import (
     GLUON_UNAVAILABLE,
     HAS_REINTERPRET,
     TensorDescriptor,
+    contiguous,
     fence_async_shared,
     fetch,
     from_coalesced,
@@ -42,8 +43,9 @@ from mxcompile.kernels.gluon.hopper import (
     warpgroup_mma_wait,
 )
 from mxcompile.kernels.layout import fp8_eligibility
-from mxcompile.kernels.layout.planes import PlanarWeight
+from mxcompile.kernels.layout.planes import LANES, TILE, PlanarWeight, plane_layout
 from mxcompile.kernels.triton.elements import capability, multiprocessors, unsupported_device
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.planes_linear import _tile_position
 
 _CONSUMERS: Final = 2
@@ -59,6 +61,9 @@ class Config:
     rows: int = 256
     stages: int = 5
     group: int = 2
+
+
+_DEFAULT_CONFIG: Final = Config()
 
 
 def supports(x: Tensor, fmt: MXFormat) -> str | None:
@@ -89,40 +94,79 @@ def linear(
     Returns `[tokens, out]` bfloat16. Only for calls that `supports` accepts and planes with a `top`. activation: the
     format that x was quantized to, which decides how many columns are accumulated at a time.
     """
-    config = config or Config()
-    rows, k_steps = len(x), planes.words.shape[1]
-    pitch = -(-planes.out // 8) * 8  # TMA needs row strides that are multiples of 16 bytes
-    y = torch.empty((rows, pitch), dtype=torch.bfloat16, device=x.device)
+    config = config or _DEFAULT_CONFIG
+    shape = (len(x), planes.size, planes.out)
+    plan = _plan(planes.fmt, activation, *shape, planes.lift, planes.top, bias is not None, config)
+    device, out = x.device, planes.out
+    y = torch.empty((shape[0], plan.pitch), dtype=torch.bfloat16, device=device)
     if not y.numel():
-        return y[:, : planes.out]
-    programs = min(
-        -(-rows // config.rows) * -(-planes.out // (_OUT_PER_CONSUMER * _CONSUMERS)), multiprocessors(x.device)
+        return y[:, :out]
+    programs = min(plan.tiles, multiprocessors(device))
+    launch(
+        _fp8_kernel,
+        programs,
+        TensorDescriptor(x, x.shape, x.stride(), *block("x", config)),
+        TensorDescriptor(planes.words, *plan.words),
+        TensorDescriptor(planes.scales, *plan.scales),
+        TensorDescriptor(y, *plan.output),
+        y if bias is None else bias.contiguous(),
+        powers,
+        torch.empty(max(1, programs * plan.partial_sums), dtype=torch.float32, device=device),
+        *plan.scalars,
+        **plan.constants,
     )
-    k_chunks = -(-planes.size // fp8_eligibility.columns_per_accumulation(activation, planes.size))
-    kernel = cast(Any, _fp8_kernel)
-    scratch = programs * _CONSUMERS * _OUT_PER_CONSUMER * config.rows if k_chunks > 1 else 1
-    tensors = {
-        "x": x,
-        "words": planes.words.view(planes.words.shape[0], -1, 64, 32),
-        "scales": planes.scales.view(-1, k_steps, 64),
-        "y": y[:, : planes.out],
-    }
-    with torch.cuda.device(x.device):
-        kernel[(programs,)](
-            *(TensorDescriptor.from_tensor(t, *block(name, config)) for name, t in tensors.items()),
-            y if bias is None else bias.contiguous(),
-            powers,
-            torch.empty(scratch, dtype=torch.float32, device=x.device),
-            *decode_to_e4m3.offsets(planes.fmt, planes.top),
-            2.0 ** decode_to_e4m3.power(planes.fmt, planes.top, planes.lift),
+    return y if plan.pitch == out else y[:, :out].contiguous()
+
+
+class _Plan(NamedTuple):
+    """What a launch needs besides tensors. pitch: of the rows of the output. partial_sums: of a program.
+
+    words, scales, output: arguments of descriptors.
+    """
+
+    pitch: int
+    tiles: int
+    partial_sums: int
+    words: tuple[Any, ...]
+    scales: tuple[Any, ...]
+    output: tuple[Any, ...]
+    scalars: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    fmt: MXFormat,
+    activation: MXFormat,
+    rows: int,
+    size: int,
+    out: int,
+    lift: int,
+    top: int,
+    has_bias: bool,
+    config: Config,
+) -> _Plan:
+    """Computed once per shape: in Python it takes longer than the launch."""
+    k_steps, out_tiles = -(-size // plane_layout(fmt).columns), -(-out // TILE)
+    pitch = -(-out // 8) * 8  # TMA needs row strides that are multiples of 16 bytes
+    k_chunks = -(-size // fp8_eligibility.columns_per_accumulation(activation, size))
+    return _Plan(
+        pitch,
+        -(-rows // config.rows) * -(-out // (_OUT_PER_CONSUMER * _CONSUMERS)),
+        _CONSUMERS * _OUT_PER_CONSUMER * config.rows if k_chunks > 1 else 0,
+        (*contiguous(out_tiles, k_steps, TILE, LANES), *block("words", config)),
+        (*contiguous(out_tiles, k_steps, TILE), *block("scales", config)),
+        ([rows, out], [pitch, 1], *block("y", config)),
+        (
+            *decode_to_e4m3.offsets(fmt, top),
+            2.0 ** decode_to_e4m3.power(fmt, top, lift),
             rows,
-            planes.out,
+            out,
             k_steps,
             k_chunks,
-            **constants(planes.fmt, config, k_chunks > 1, bias is not None),
-            **options(),
-        )
-    return y if pitch == planes.out else y[:, : planes.out].contiguous()
+        ),
+        {**constants(fmt, config, k_chunks > 1, has_bias), **options()},
+    )
 
 
 @cache

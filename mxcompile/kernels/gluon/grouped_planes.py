@@ -15,7 +15,7 @@ gate and the weighted sum are computed in float32.
 # Host code is fully typed; strict checking has no types for Gluon.
 
 from dataclasses import replace
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from mxcompile.kernels.triton.elements import multiprocessors
 from mxcompile.kernels.triton.expert_slices import Stack, check_shapes
 from mxcompile.kernels.triton.gates import gate_constants
 from mxcompile.kernels.triton.grouped_planes import rounding_constants
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.routing import Routing
 from mxcompile.numerics.gates import Gate
 
@@ -152,28 +153,29 @@ def _launch(
         return
     tiles = routed.slots // config.rows * -(-weight.out // config.out)
     programs = min(tiles, multiprocessors(rows.device) * (3 - config.consumers))
-    with torch.cuda.device(rows.device):
-        cast(Any, _planes_kernel)[(programs,)](
-            *_descriptors(rows, weight, y, config, gate),
-            None,
-            None,
-            y if weight.bias is None else weight.bias.contiguous(),
-            y,
-            y,
-            routed.block_experts,
-            routed.block_tokens,
-            routed.used,
-            2.0**planes.lift,
-            0,
-            weight.out,
-            planes.words.shape[1],
-            0,
-            0,
-            **planes_linear.constants(planes.fmt, config, weight.bias is not None),
-            **gate_constants(gate),
-            **rounding_constants(rounding),
-            **planes_linear.options(config),
-        )
+    launch(
+        _planes_kernel,
+        programs,
+        *_descriptors(rows, weight, y, config, gate),
+        None,
+        None,
+        y if weight.bias is None else weight.bias.contiguous(),
+        y,
+        y,
+        routed.block_experts,
+        routed.block_tokens,
+        routed.used,
+        2.0**planes.lift,
+        0,
+        weight.out,
+        planes.words.shape[1],
+        0,
+        0,
+        **planes_linear.constants(planes.fmt, config, weight.bias is not None),
+        **gate_constants(gate),
+        **rounding_constants(rounding),
+        **planes_linear.options(config),
+    )
 
 
 def _descriptors(rows: Tensor, weight: Stack, y: Tensor, config: Config, gate: Gate | None) -> list[Any]:

@@ -7,6 +7,7 @@ Where Triton has no Gluon, `GLUON_UNAVAILABLE` says why, and nothing else here c
 # pyright: basic, reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # As in triton/elements.py: strict checking reports false errors in jit functions.
 
+import math
 from typing import Any
 
 import triton.language as tl
@@ -40,6 +41,11 @@ except (ImportError, AttributeError) as error:
         return fn or _undecorated
 
     jit = _undecorated
+
+
+def contiguous(*shape: int) -> tuple[list[int], list[int]]:
+    """Shape and strides of a contiguous tensor, as a TensorDescriptor takes them."""
+    return list(shape), [math.prod(shape[i + 1 :]) for i in range(len(shape))]
 
 
 @jit

@@ -10,19 +10,20 @@ tokens on; kernels/tuned_configs.py chooses.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, cast
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
-from mxcompile.kernels.gluon.hopper import GLUON_UNAVAILABLE, TensorDescriptor, gl
+from mxcompile.kernels.gluon.hopper import GLUON_UNAVAILABLE, TensorDescriptor, contiguous, gl
 from mxcompile.kernels.gluon.planes_kernel import _planes_kernel
-from mxcompile.kernels.layout.planes import PlanarWeight
+from mxcompile.kernels.layout.planes import LANES, TILE, PlanarWeight, plane_layout
 from mxcompile.kernels.triton.decode_planes import layout_constants
 from mxcompile.kernels.triton.elements import capability, multiprocessors, unsupported_device
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.planes_linear import MAX_WEIGHTS
 
 
@@ -83,50 +84,88 @@ def linears(
     With several weights, `outs` are multiples of `config.out`. bias: concatenated, `[planes.out]`. See `linear`.
     """
     _check(x, planes, outs, bias, config)
-    rows, k_steps = math.prod(x.shape[:-1]), planes.words.shape[1]
-    # TMA needs row strides that are multiples of 16 bytes.
-    padded = [torch.empty((rows, -(-out // 8) * 8), dtype=x.dtype, device=x.device) for out in outs]
-    ys = [y[:, :out] for y, out in zip(padded, outs, strict=True)]
+    plan = _plan(planes.fmt, planes.size, tuple(outs), math.prod(x.shape[:-1]), planes.lift, bias is not None, config)
+    device, rows = x.device, plan.rows
+    ys = [torch.empty((rows, pitch), dtype=x.dtype, device=device) for pitch in plan.pitches]
     if rows:
-        flat, config = x.reshape(rows, planes.size), replace(config, split=min(config.split, k_steps))
-        tiles = -(-rows // config.rows) * -(-planes.out // config.out)
-        units = programs = tiles * config.split
-        if config.persistent:
-            programs = min(units, multiprocessors(x.device) * (3 - config.consumers))
-        partial = padded[0]
-        if config.split > 1:
-            partial = torch.empty(units * config.rows * config.out, dtype=torch.float32, device=x.device)
+        flat = x if x.dim() == 2 else x.reshape(rows, planes.size)
+        flat = flat if flat.stride(1) == 1 and flat.stride(0) >= planes.size else flat.contiguous()
+        partial = ys[0]
+        if plan.partial_sums:
+            partial = torch.empty(plan.partial_sums, dtype=torch.float32, device=device)
             if counters is None:
-                counters = torch.zeros(counters_needed(rows, planes, config), dtype=torch.int32, device=x.device)
-        tensors = [
-            ("x", flat if flat.stride(1) == 1 and flat.stride(0) >= planes.size else flat.contiguous()),
-            ("words", planes.words.view(planes.words.shape[0], -1, 64, 32)),
-            ("scales", planes.scales.view(planes.words.shape[0], -1, 64)),
-            *(("y", y) for y in ys),
-        ]
-        descriptors = [TensorDescriptor.from_tensor(t, *block(name, config)) for name, t in tensors]
-        with torch.cuda.device(x.device):
-            cast(Any, _planes_kernel)[(programs,)](
-                *descriptors,
-                *[None] * (MAX_WEIGHTS - len(outs)),
-                padded[0] if bias is None else bias.contiguous(),
-                partial,
-                padded[0] if counters is None else counters,
-                None,
-                None,
-                None,
-                2.0**planes.lift,
-                rows,
-                planes.out,
-                k_steps,
-                *(sum(outs[:i]) for i in range(1, MAX_WEIGHTS)),
-                **constants(planes.fmt, config, bias is not None),
-                GATE=None,
-                INTERLEAVED=False,
-                ROUNDING=None,
-                **options(config),
-            )
-    return [y.contiguous().view(*x.shape[:-1], y.shape[1]) for y in ys]
+                counters = torch.zeros(plan.counters, dtype=torch.int32, device=device)
+        programs = min(plan.units, multiprocessors(device) * plan.persistent) if plan.persistent else plan.units
+        launch(
+            _planes_kernel,
+            programs,
+            TensorDescriptor(flat, flat.shape, flat.stride(), *block("x", config)),
+            TensorDescriptor(planes.words, *plan.words),
+            TensorDescriptor(planes.scales, *plan.scales),
+            *[TensorDescriptor(y, *described) for y, described in zip(ys, plan.outputs, strict=True)],
+            *[None] * (MAX_WEIGHTS - len(ys)),
+            ys[0] if bias is None else bias.contiguous(),
+            partial,
+            ys[0] if counters is None else counters,
+            None,
+            None,
+            None,
+            *plan.scalars,
+            **plan.constants,
+        )
+    ys = [y if y.shape[1] == out else y[:, :out].contiguous() for y, out in zip(ys, outs, strict=True)]
+    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+class _Plan(NamedTuple):
+    """What a launch needs besides tensors. units: tiles times parts of K. pitches: of the rows of the outputs.
+
+    persistent: programs per multiprocessor, or 0 for one per unit. words, scales, outputs: arguments of descriptors.
+    """
+
+    rows: int
+    units: int
+    persistent: int
+    pitches: tuple[int, ...]
+    partial_sums: int
+    counters: int
+    words: tuple[Any, ...]
+    scales: tuple[Any, ...]
+    outputs: tuple[tuple[Any, ...], ...]
+    scalars: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    fmt: MXFormat, size: int, outs: tuple[int, ...], rows: int, lift: int, has_bias: bool, config: Config
+) -> _Plan:
+    """Computed once per shape: in Python it takes longer than the launch."""
+    layout, out = plane_layout(fmt), sum(outs)
+    tiles, k_steps = -(-out // TILE), -(-size // layout.columns)
+    config = replace(config, split=min(config.split, k_steps))
+    output_tiles = -(-rows // config.rows) * -(-out // config.out)
+    units = output_tiles * config.split
+    pitches = tuple(-(-each // 8) * 8 for each in outs)  # TMA needs row strides that are multiples of 16 bytes
+    return _Plan(
+        rows,
+        units,
+        3 - config.consumers if config.persistent else 0,
+        pitches,
+        units * config.rows * config.out if config.split > 1 else 0,
+        output_tiles * config.consumers,
+        (*contiguous(tiles, k_steps * layout.words, TILE, LANES), *block("words", config)),
+        (*contiguous(tiles, k_steps * layout.planes // 4, TILE), *block("scales", config)),
+        tuple(([rows, each], [pitch, 1], *block("y", config)) for each, pitch in zip(outs, pitches, strict=True)),
+        (2.0**lift, rows, out, k_steps, *(sum(outs[:i]) for i in range(1, MAX_WEIGHTS))),
+        {
+            **constants(fmt, config, has_bias),
+            "GATE": None,
+            "INTERLEAVED": False,
+            "ROUNDING": None,
+            **options(config),
+        },
+    )
 
 
 def _check(x: Tensor, planes: PlanarWeight, outs: Sequence[int], bias: Tensor | None, config: Config) -> None:

@@ -195,7 +195,7 @@ def to_bytes(planes: PlanarWeight) -> tuple[Tensor, Tensor]:
 
 def from_bytes(elements: Tensor, scales: Tensor, fmt: MXFormat, size: int, scaling: PlanarScaling) -> PlanarWeight:
     """The inverse of `to_bytes`: views of two contiguous tensors."""
-    layout, out = plane_layout(fmt), len(elements)
+    layout, out = plane_layout(fmt), elements.shape[0]
     words = elements.view(torch.int16).view(out // TILE, -1, layout.words, TILE, LANES)
     exponents = scales.view(torch.int32).view(out // TILE, -1, layout.planes // _SCALES_PER_WORD, TILE)
     return PlanarWeight(words, exponents, fmt, out, size, *scaling)

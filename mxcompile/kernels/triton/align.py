@@ -15,7 +15,7 @@ values. Rounding can raise the largest of a token to the next power of two; for 
 # As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 import math
-from functools import cache
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.formats import MXFP8_E4M3, MXFormat, ScaleRule
-from mxcompile.kernels.triton.elements import launch, narrow, power_of_two, unsupported_device, unsupported_dtype, widen
+from mxcompile.kernels.triton.elements import narrow, power_of_two, unsupported_device, unsupported_dtype, widen
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.quantize import _round_magnitude, _scale_exponent, fraction_limit
 from mxcompile.kernels.triton.reductions import maximum
 from mxcompile.numerics.reference import ALIGNED_TOP_EXPONENT
@@ -68,34 +69,29 @@ def _launch(x: Tensor, aligned: Tensor, powers: Tensor | None, rounding: Roundin
     rows, size = math.prod(x.shape[:-1]), x.shape[-1]
     if not rows:
         return
-    x = x.reshape(rows, size)
+    x = x if x.dim() == 2 else x.reshape(rows, size)
+    constants = _constants(rounding, x.dtype, size, _MOST_COLUMNS)
+    launch(_align_kernel, rows, x, aligned, powers, size, *x.stride(), **constants)
+
+
+@lru_cache(maxsize=4096)
+def _constants(rounding: Rounding | None, dtype: torch.dtype, size: int, most_columns: int) -> dict[str, Any]:
+    """The constexpr arguments of the kernel, and compiler options."""
     block = 32 if rounding is None else rounding[0].block_size
-    columns = max(block, min(_MOST_COLUMNS, triton.next_power_of_2(size)))
-    launch(
-        _align_kernel,
-        rows,
-        x,
-        aligned,
-        powers,
-        size,
-        *x.stride(),
-        **_constants(rounding, int(torch.finfo(x.dtype).max).bit_length() - 1),
-        BLOCK=block,
-        BLOCKS=columns // block,
-        WHOLE=columns >= size,
-        num_warps=max(1, columns // 1024),
-        enable_fp_fusion=False,
-    )
-
-
-@cache
-def _constants(rounding: Rounding | None, largest: int) -> dict[str, Any]:
+    columns = max(block, min(most_columns, triton.next_power_of_2(size)))
+    shared = {
+        "BLOCK": block,
+        "BLOCKS": columns // block,
+        "WHOLE": columns >= size,
+        "num_warps": max(1, columns // 1024),
+        "enable_fp_fusion": False,
+    }
     if rounding is None:
-        return {"ROUNDING": None, "ALIGN_ROUNDED": False}
+        return {"ROUNDING": None, "ALIGN_ROUNDED": False, **shared}
     fmt, rule = rounding
-    limit = fraction_limit(fmt, rule)
+    limit, largest = fraction_limit(fmt, rule), int(torch.finfo(dtype).max).bit_length() - 1
     scaled = (fmt.exponent_bits, fmt.mantissa_bits, fmt.emin, fmt.emax, fmt.max_value, limit, largest)
-    return {"ROUNDING": scaled, "ALIGN_ROUNDED": fmt.name == MXFP8_E4M3.name}
+    return {"ROUNDING": scaled, "ALIGN_ROUNDED": fmt.name == MXFP8_E4M3.name, **shared}
 
 
 @triton.jit

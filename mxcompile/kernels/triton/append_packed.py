@@ -22,7 +22,6 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule, why_no_kernel
 from mxcompile.kernels.triton.attention_kernel import load_rotated
 from mxcompile.kernels.triton.elements import (
-    launch,
     narrow,
     parts,
     power_of_two,
@@ -30,6 +29,7 @@ from mxcompile.kernels.triton.elements import (
     unsupported_device,
     widen,
 )
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.quantize import _round_magnitude, _scale_exponent, fraction_limit
 from mxcompile.kernels.triton.reductions import maximum
 from mxcompile.numerics.packed_attention import PackedStates

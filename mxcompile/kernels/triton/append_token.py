@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxcompile.kernels.triton.elements import launch
+from mxcompile.kernels.triton.launches import launch
 
 _MOST_ROWS: Final = 1024
 _MOST_ENDS: Final = 32

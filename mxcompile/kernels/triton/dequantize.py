@@ -12,7 +12,8 @@ from torch import Tensor
 from mxcompile.errors import MXCompileError
 from mxcompile.kernels.layout.planes import PlanarWeight
 from mxcompile.kernels.triton.decode_planes import layout_constants, plane_values
-from mxcompile.kernels.triton.elements import launch, narrow
+from mxcompile.kernels.triton.elements import narrow
+from mxcompile.kernels.triton.launches import launch
 
 
 def dequantize(planes: PlanarWeight, out: Tensor | None = None, k_steps: int = 2, warps: int = 4) -> Tensor:

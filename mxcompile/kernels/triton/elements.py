@@ -20,7 +20,6 @@ converted with integer operations: Triton's interpreter gets bfloat16 subnormals
 # iterable"), so strict checking reports false errors there. Host code is fully typed all the same.
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -85,12 +84,6 @@ def element_constants(fmt: MXFormat) -> dict[str, int]:
 def parts(fmt: MXFormat) -> int:
     """Number of runs of elements that share bytes in one block."""
     return {8: 1, 4: 2, 6: 4}[fmt.bits]
-
-
-def launch(kernel: Any, programs: int | tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a jit kernel on its first argument's device; `constants` may include compiler options."""
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,) if isinstance(programs, int) else programs](*arguments, **constants)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
-from mxcompile.kernels.triton.elements import launch, narrow, widen
+from mxcompile.kernels.triton.elements import narrow, widen
 from mxcompile.kernels.triton.expert_slices import (
     Config,
     Stack,
@@ -42,6 +42,7 @@ from mxcompile.kernels.triton.held_slices import (
     sizes_of_experts,
     slice_of_rows,
 )
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.reductions import plus
 
 _COLUMNS: Final = 512

@@ -19,7 +19,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.kernels.triton.elements import (
-    launch,
     narrow,
     starts_early,
     unsupported_device,
@@ -27,6 +26,7 @@ from mxcompile.kernels.triton.elements import (
     widen,
 )
 from mxcompile.kernels.triton.gates import activated, gate_constants
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.quantize import Rounding, rounded_rows, rounding_constants, why_not_rounded
 from mxcompile.numerics.gates import Gate
 

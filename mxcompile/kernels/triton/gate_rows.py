@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.formats import MXFormat, ScaleRule
-from mxcompile.kernels.triton.elements import launch, narrow, widen
+from mxcompile.kernels.triton.elements import narrow, widen
 from mxcompile.kernels.triton.gates import gate_constants, gated
 from mxcompile.kernels.triton.grouped_planes import rounding_constants
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.quantize import round_to_elements
 from mxcompile.kernels.triton.reductions import maximum
 from mxcompile.numerics.gates import Gate

@@ -37,7 +37,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule
 from mxcompile.kernels.layout.planes import plane_layout
-from mxcompile.kernels.triton.elements import launch, narrow, widen
+from mxcompile.kernels.triton.elements import narrow, widen
 from mxcompile.kernels.triton.expert_slices import (
     Config,
     Stack,
@@ -55,6 +55,7 @@ from mxcompile.kernels.triton.held_slices import (
     rows_of_slices,
     sizes_of_experts,
 )
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.quantize import fraction_limit, round_to_elements
 from mxcompile.kernels.triton.reductions import maximum, plus
 from mxcompile.numerics.gates import Gate

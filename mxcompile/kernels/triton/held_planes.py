@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from mxcompile.errors import MXCompileError
 from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout
 from mxcompile.kernels.triton.decode_planes import layout_constants
-from mxcompile.kernels.triton.elements import launch, starts_early
+from mxcompile.kernels.triton.elements import starts_early
 from mxcompile.kernels.triton.held_slices import (
     load_scales,
     load_words,
@@ -38,6 +38,7 @@ from mxcompile.kernels.triton.held_slices import (
     rows_of_slices,
     slice_of_rows,
 )
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.planes_linear import _epilogue, check_linears
 from mxcompile.kernels.triton.reductions import plus
 

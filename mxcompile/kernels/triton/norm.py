@@ -19,13 +19,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.kernels.triton.elements import (
-    launch,
     narrow,
     starts_early,
     unsupported_device,
     unsupported_dtype,
     widen,
 )
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.quantize import Rounding, rounded_rows, rounding_constants, why_not_rounded
 from mxcompile.kernels.triton.reductions import plus
 from mxcompile.numerics.norms import Norm

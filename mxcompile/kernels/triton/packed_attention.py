@@ -23,7 +23,8 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, why_no_kernel
 from mxcompile.kernels.triton import split_k_counters
 from mxcompile.kernels.triton.attention import MOST_COMBINED, Config, options, scratch_of
-from mxcompile.kernels.triton.elements import FLOAT_DTYPES, launch, starts_early, unsupported_device
+from mxcompile.kernels.triton.elements import FLOAT_DTYPES, starts_early, unsupported_device
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.packed_attention_kernel import attend_packed_kernel
 from mxcompile.kernels.triton.packed_states import plane_constants
 from mxcompile.kernels.triton.quantize import Rounding, rounding_constants, why_not_rounded

@@ -28,6 +28,7 @@ integer operations and the same values are multiplied as float32.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -40,7 +41,8 @@ from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat
 from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout
 from mxcompile.kernels.triton.decode_planes import layout_constants, plane_values
-from mxcompile.kernels.triton.elements import arrives_last, launch, narrow, unsupported_device, widen
+from mxcompile.kernels.triton.elements import arrives_last, narrow, unsupported_device, widen
+from mxcompile.kernels.triton.launches import launch
 
 MAX_WEIGHTS: Final = 3
 
@@ -97,24 +99,23 @@ def linears(
     """
     check_linears(x, planes, outs, biases, config.out)
     ys = [torch.empty((*x.shape[:-1], out), dtype=x.dtype, device=x.device) for out in outs]
-    x = x.reshape(math.prod(x.shape[:-1]), planes.size)
-    if x.shape[0] == 0:
+    x = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), planes.size)
+    rows, k_steps = x.shape[0], planes.words.shape[1]
+    if rows == 0:
         return ys
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows, tiles = x.shape[0], counters_needed(x.shape[0], planes, config)
-    split = min(config.split, planes.words.shape[1])
+    tiles, split = counters_needed(rows, planes, config), min(config.split, k_steps)
     partial = ys[0]
     if split > 1:
         partial = torch.empty((split, rows, planes.out), dtype=torch.float32, device=x.device)
         counters = torch.zeros(tiles, dtype=torch.int32, device=x.device) if counters is None else counters
-    bias_pointers = [x if bias is None else bias.contiguous() for bias in biases]
     launch(
         _planes_kernel,
         tiles * split,
         x,
         planes.words,
         planes.scales,
-        tuple(bias_pointers),
+        tuple([x if bias is None else bias.contiguous() for bias in biases]),
         tuple(ys),
         partial,
         ys[0] if counters is None else counters,
@@ -122,15 +123,23 @@ def linears(
         rows,
         tuple(outs),
         planes.size,
-        planes.words.shape[1],
+        k_steps,
         x.stride(0),
-        HAS_BIAS=biases[0] is not None,
-        PADDED=planes.size % plane_layout(planes.fmt).columns != 0,
         INTERPRETED=not x.is_cuda,
-        **constants(planes.fmt, replace(config, split=split)),
-        **options(config),
+        **_constants(planes.fmt, planes.size, split, biases[0] is not None, config),
     )
     return ys
+
+
+@lru_cache(maxsize=4096)
+def _constants(fmt: MXFormat, size: int, split: int, has_bias: bool, config: Config) -> dict[str, Any]:
+    """The constexpr arguments of the kernel except for INTERPRETED, and compiler options."""
+    return {
+        "HAS_BIAS": has_bias,
+        "PADDED": size % plane_layout(fmt).columns != 0,
+        **constants(fmt, replace(config, split=split)),
+        **options(config),
+    }
 
 
 def check_linears(

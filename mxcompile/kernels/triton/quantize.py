@@ -17,6 +17,7 @@ below 2**-126, and then both round to zero.
 # As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 import math
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -30,7 +31,6 @@ from mxcompile.kernels.triton.elements import (
     decode,
     element_constants,
     element_offsets,
-    launch,
     load_codes,
     narrow,
     power_of_two,
@@ -39,6 +39,7 @@ from mxcompile.kernels.triton.elements import (
     unsupported_dtype,
     widen,
 )
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.reductions import maximum, plus
 
 Rounding: TypeAlias = tuple[MXFormat, ScaleRule]
@@ -48,11 +49,16 @@ _WARPS = 4
 
 def supports(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> str | None:
     """None if `quantize_dequantize` supports the call, else the reason. Every format of `FORMATS` is supported."""
+    return _why_not(fmt, rule, x.dtype) or unsupported_device(x)
+
+
+@cache
+def _why_not(fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> str | None:
     try:
         rule.threshold(fmt)
     except MXCompileError as error:
         return str(error)
-    return why_no_kernel(fmt) or unsupported_dtype(x.dtype) or unsupported_device(x)
+    return why_no_kernel(fmt) or unsupported_dtype(dtype)
 
 
 def quantize_dequantize(x: Tensor, fmt: MXFormat, rule: ScaleRule) -> Tensor:
@@ -70,12 +76,14 @@ def straight_through(gradient: Tensor, x: Tensor, fmt: MXFormat, rule: ScaleRule
 
 def _by_block(x: Tensor, gradient: Tensor | None, fmt: MXFormat, rule: ScaleRule) -> Tensor:
     """Rounded values of x, or a gradient of these without its saturated elements."""
-    y = torch.empty(x.shape, dtype=x.dtype if gradient is None else gradient.dtype, device=x.device)
+    dtype = x.dtype if gradient is None else gradient.dtype
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
-    rows, size = math.prod(x.shape[:-1]), x.shape[-1]
-    total, tile = rows * fmt.blocks(size), _TILE_VALUES // fmt.block_size
-    x = x.reshape(rows, size)
+    size, tile = x.shape[-1], _TILE_VALUES // fmt.block_size
+    x = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), size)
+    blocks = fmt.blocks(size)
+    total = x.shape[0] * blocks
     launch(
         _quantize_dequantize_kernel,
         -(-total // tile),
@@ -83,23 +91,31 @@ def _by_block(x: Tensor, gradient: Tensor | None, fmt: MXFormat, rule: ScaleRule
         None if gradient is None else gradient.contiguous(),
         y,
         total,
-        fmt.blocks(size),
+        blocks,
         size,
         *x.stride(),
-        BLOCK=fmt.block_size,
-        EXPONENT_BITS=fmt.exponent_bits,
-        MANTISSA_BITS=fmt.mantissa_bits,
-        EMIN=fmt.emin,
-        EMAX=fmt.emax,
-        MAX_VALUE=fmt.max_value,
-        LIMIT=fraction_limit(fmt, rule),
-        LARGEST=int(torch.finfo(x.dtype).max).bit_length() - 1,
-        SEARCH=rule is ScaleRule.MSE,
-        TILE=tile,
-        num_warps=_WARPS,
-        enable_fp_fusion=False,
+        **_constants(fmt, rule, x.dtype),
     )
     return y
+
+
+@cache
+def _constants(fmt: MXFormat, rule: ScaleRule, dtype: torch.dtype) -> dict[str, Any]:
+    """The constexpr arguments of the kernel, and compiler options."""
+    return {
+        "BLOCK": fmt.block_size,
+        "EXPONENT_BITS": fmt.exponent_bits,
+        "MANTISSA_BITS": fmt.mantissa_bits,
+        "EMIN": fmt.emin,
+        "EMAX": fmt.emax,
+        "MAX_VALUE": fmt.max_value,
+        "LIMIT": fraction_limit(fmt, rule),
+        "LARGEST": int(torch.finfo(dtype).max).bit_length() - 1,
+        "SEARCH": rule is ScaleRule.MSE,
+        "TILE": _TILE_VALUES // fmt.block_size,
+        "num_warps": _WARPS,
+        "enable_fp_fusion": False,
+    }
 
 
 def why_not_decoded(elements: Tensor, fmt: MXFormat, dtype: torch.dtype) -> str | None:

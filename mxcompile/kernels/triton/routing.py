@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.kernels.triton.elements import launch, narrow, widen
+from mxcompile.kernels.triton.elements import narrow, widen
+from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.reductions import plus
 
 _CHUNKS: Final = 128

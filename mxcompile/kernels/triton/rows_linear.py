@@ -28,7 +28,6 @@ from mxcompile.kernels.triton.elements import (
     decode,
     element_constants,
     element_offsets,
-    launch,
     load_codes,
     narrow,
     parts,
@@ -37,6 +36,7 @@ from mxcompile.kernels.triton.elements import (
     unsupported_dtype,
     widen,
 )
+from mxcompile.kernels.triton.launches import launch
 
 
 def supports(x: Tensor, fmt: MXFormat) -> str | None:
