@@ -113,8 +113,9 @@ def linears(
             *plan.scalars,
             **plan.constants,
         )
-    ys = [y if y.shape[1] == out else y[:, :out].contiguous() for y, out in zip(ys, outs, strict=True)]
-    return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    if x.dim() == 2 and plan.pitches == tuple(outs):
+        return ys
+    return [y[:, :out].contiguous().view(*x.shape[:-1], out) for y, out in zip(ys, outs, strict=True)]
 
 
 class _Plan(NamedTuple):
