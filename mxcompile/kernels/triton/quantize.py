@@ -13,7 +13,7 @@ below 2**-126, and then both round to zero.
 """
 
 # ruff: noqa: N803, N806  (upper case marks constexpr arguments, as everywhere in Triton)
-# pyright: basic, reportGeneralTypeIssues=false
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # As in triton/elements.py: strict checking reports false errors in jit functions. Host code is fully typed.
 
 import math
