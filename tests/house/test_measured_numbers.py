@@ -325,6 +325,15 @@ def test_the_steps_of_served_models():
         assert f"| {name} | {' | '.join(cells)} |" in text
 
 
+def test_what_a_call_costs_the_host():
+    rows = {(row["code"], row["call"]): row["us"] for row in results("host-time-h200.jsonl") if row["rows"] == 2048}
+    calls = ("mx::linears mxfp4 x bf16", "mx::linears mxint4 x mxint8", "F.linear bf16")
+    us = [rows[code, call] for call in calls for code in ("before", "plans")]
+    text = page("docs/kernels.md")
+    assert "from {:.0f} to {:.0f} us with MXFP4 weights and from {:.0f} to {:.0f} in W4A8".format(*us) in text
+    assert "`F.linear` in bfloat16 took {:.0f} and {:.0f}".format(*us[4:]) in text
+
+
 def test_models_on_two_gpus():
     """vLLM with tensor parallel 2, and a model that is larger than a GPU, quantized from files."""
     text = page("docs/serving.md")
