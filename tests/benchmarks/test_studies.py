@@ -23,12 +23,8 @@ def test_the_study_of_accuracy():
 
 def test_the_study_of_the_paper():
     every = cells("study.toml")
-    names = {(cell.recipe, cell.weight) for cell in every}
-    for row in results("study.jsonl"):
-        weight = row["weight"].removesuffix(":32")
-        for algorithm in row["perplexity"]:
-            recipe = f"{algorithm} ({row['gptq']})" if "GPTQ" in algorithm else algorithm
-            assert (recipe, weight) in names
+    names = Counter((cell.recipe, cell.weight, cell.activation) for cell in every)
+    assert names == Counter((row["recipe"], row["weight"], row["activation"]) for row in results("study-cells.jsonl"))
     late = [cell for cell in every if cell.recipe == "GPTQ, AWQ (paper)"]
     assert all("| as-float | awq-fold" in str(cell.pipeline) for cell in late)
     assert {cell.evaluation.half for cell in every} == {"second"}
