@@ -98,6 +98,9 @@ def test_experts_that_stayed_float_run_with_quantized_layers(kinds, tmp_path):
     assert actual <= MOST * kind.distance
 
 
+@pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="vLLM needs AVX-512 for it"
+)
 def test_the_fp8_cache_of_vllm_works_beside_quantized_weights(kinds, tmp_path):
     kind = kinds("qwen3")
     model = quantized(kind, tmp_path / "model")
