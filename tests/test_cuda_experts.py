@@ -150,7 +150,7 @@ def test_generates(name, recipe, implementation, device):
 def test_generates_compiled(name, recipe, implementation, kept, device):
     if device == "cpu" and kept is None and torch.__version__.startswith("2.11"):
         pytest.skip("torch 2.11 cannot compile a dynamic cache on a CPU")
-    torch._dynamo.reset()  # it compiles a layer's forward 8 times at most, counting those of earlier tests
+    torch._dynamo.reset()  # it compiles a layer's forward so many times at most, counting those of earlier tests
     module = with_implementation(name, recipe, device, implementation)
     check_generation(compile_module(copy.deepcopy(module)), module, device, product(("one", "padded"), (kept,)))
 

@@ -10,17 +10,22 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.fx import traceback
+from torch.fx import GraphModule, traceback
 
+from mxcompile.errors import warn
 from mxcompile.inductor import weight_guards
 from mxcompile.inductor.private_api import (
     cache_entries,
     dynamo_config,
+    in_front_of,
     innermost_function,
     optimize,
     side_effects_log,
 )
 
+_MOST_GRAPHS: Final = 64
+"""Kinds of calls that a forward is compiled for. A kind of cache has those of a prompt and of a step, both for a batch
+of one and for larger ones: two caches reach Dynamo's own limit, 8."""
 _NUMBERS: Final = count()
 _NO_CALL_SITE: Final = "lines of Python are not recorded while a module is traced\n"
 
@@ -50,7 +55,7 @@ class CompiledForward:
         with _without_fast_path() if self._has_fast_path else nullcontext():
             if is_traced:
                 return self._compiled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
-            with collection_paused(), call_sites_unrecorded(), side_effects_unrecorded():
+            with collection_paused(), call_sites_unrecorded(), side_effects_unrecorded(), more_graphs_allowed():
                 return self._compiled(*args, **kwargs)  # pyright: ignore[reportOptionalCall]
 
     def prepare(self) -> None:
@@ -98,7 +103,18 @@ class CompiledForward:
 
         code = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
         own = FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-        return optimize(weight_guards.outside_weights(module, self.backend))(own)  # pyright: ignore
+        backend = weight_guards.outside_weights(module, self.backend)
+
+        def compile_(graph: GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+            limit = dynamo_config.recompile_limit
+            if len(cache_entries(code)) == limit - 1:
+                warn(
+                    f"this {type(module).__name__} has been compiled for {limit} kinds of calls (caches, batch sizes, "
+                    "dtypes, options), as many as are kept: further kinds run uncompiled"
+                )
+            return backend(graph, inputs, **options)
+
+        return optimize(in_front_of(self.backend, compile_))(own)  # pyright: ignore
 
 
 @contextmanager
@@ -139,6 +155,17 @@ def side_effects_unrecorded() -> Generator[None]:
         yield
     finally:
         dynamo_config.side_effect_replay_policy = policy
+
+
+@contextmanager
+def more_graphs_allowed() -> Generator[None]:
+    """Let Dynamo compile a function for more kinds of calls than by default; it runs all others uncompiled."""
+    limit = dynamo_config.recompile_limit
+    dynamo_config.recompile_limit = max(limit, _MOST_GRAPHS)
+    try:
+        yield
+    finally:
+        dynamo_config.recompile_limit = limit
 
 
 @contextmanager

@@ -4,9 +4,7 @@ Compiling a language model takes seconds, so the models have one layer and each 
 """
 
 import copy
-import gc
 import io
-import logging
 import shutil
 import sys
 from contextlib import contextmanager
@@ -15,10 +13,7 @@ import pytest
 import torch
 from models import build, inputs, output
 from torch import nn
-from torch._dynamo import config as dynamo_config
-from torch._dynamo import side_effects
 from torch._inductor import codecache, cpu_vec_isa
-from torch.fx import traceback as fx_traceback
 
 import mxcompile
 from mxcompile.analysis.choice import choose
@@ -26,7 +21,6 @@ from mxcompile.analysis.folds.multiplier import insert_multiplier, multiplier_of
 from mxcompile.errors import CompileError
 from mxcompile.inductor import backend, compile_module, why_no_inductor
 from mxcompile.inductor.compile import _compile_generate
-from mxcompile.inductor.compiled_forward import CompiledForward, call_sites_recorded
 from mxcompile.inductor.decode_step import DecodeStep
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.numerics.metrics import sqnr_db
@@ -213,67 +207,6 @@ def test_what_the_keys_of_the_cache_hold_is_found_while_dynamo_traces():
     backend.start_probing(torch.device("cpu")).join(120)
     assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 1
     assert backend.start_probing(torch.device("cpu")) is backend.start_probing(torch.device("cpu", 0))
-
-
-class AddsOne(torch.nn.Module):
-    def forward(self, x):
-        return x + 1
-
-
-@pytest.mark.parametrize(
-    ("policy", "logged", "expected"),
-    [
-        ("info", False, "silent"),
-        ("info", True, "info"),
-        ("warn", False, "warn"),
-    ],
-)
-def test_texts_about_side_effects_are_written_only_for_who_asked(monkeypatch, policy, logged, expected):
-    policies: list[str] = []
-
-    def looking(graph, _):
-        policies.append(dynamo_config.side_effect_replay_policy)
-        return graph.forward
-
-    log = side_effects.side_effects_log
-    monkeypatch.setattr(log, "level", logging.DEBUG if logged else logging.WARNING)
-    log.manager._clear_cache()
-    with dynamo_config.patch(side_effect_replay_policy=policy):
-        CompiledForward(AddsOne(), looking)(torch.ones(3))
-        assert policies == [expected]
-        assert dynamo_config.side_effect_replay_policy == policy
-
-
-def test_no_garbage_is_collected_while_a_graph_is_traced():
-    enabled: list[bool] = []
-    after = dynamo_config.run_gc_after_compile
-
-    def looking(graph, _):
-        enabled.extend((gc.isenabled(), dynamo_config.run_gc_after_compile))
-        return graph.forward
-
-    forward = CompiledForward(AddsOne(), looking)
-    assert torch.equal(forward(torch.ones(3)), torch.full((3,), 2.0))
-    assert enabled == [False, False]
-    assert (gc.isenabled(), dynamo_config.run_gc_after_compile) == (True, after)
-
-
-def test_lines_of_python_are_not_recorded_while_a_graph_is_traced():
-    """Dynamo would name this file in each node; what compiles the graph finds torch's state as it is without us."""
-    traces: list[str | None] = []
-
-    def state():
-        return fx_traceback.has_preserved_node_meta(), fx_traceback.get_current_meta().get("stack_trace")
-
-    def looking(graph, _):
-        traces.extend(node.stack_trace for node in graph.graph.nodes if node.op == "call_function")
-        with call_sites_recorded():
-            assert state() == (False, None)
-        return graph.forward
-
-    assert torch.equal(CompiledForward(AddsOne(), looking)(torch.ones(3)), torch.full((3,), 2.0))
-    assert [str(trace).strip() for trace in traces] == ["lines of Python are not recorded while a module is traced"]
-    assert state() == (False, None)
 
 
 def test_with_a_compiler_nothing_is_said():
