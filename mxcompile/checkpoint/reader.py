@@ -1,17 +1,20 @@
 """Read a checkpoint folder: everything is checked before the first tensor is returned."""
 
 from pathlib import Path
+from typing import Final
 
 from torch import Tensor
 
 from mxcompile.checkpoint import shards
-from mxcompile.checkpoint.checked_json import sha256
+from mxcompile.checkpoint.checked_json import read_json, sha256
 from mxcompile.checkpoint.config_json import CONFIG, CheckpointConfig
 from mxcompile.checkpoint.hub import find_folder
 from mxcompile.checkpoint.index import CheckpointIndex
 from mxcompile.checkpoint.save_transaction import finish_interrupted
 from mxcompile.checkpoint.stored_tensors import TensorNames, unflatten_tensors
 from mxcompile.errors import CheckpointError, warn
+
+_GENERATION: Final = "generation_config.json"
 
 
 class Checkpoint:
@@ -47,6 +50,7 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """The module's tensors, memory-mapped. Raises CheckpointError if one of their bytes has changed."""
+        self._check_generation_config()
         self._warn_of_changes()
         stored: dict[str, Tensor] = {}
         for name, shard in self.index.shards.items():
@@ -68,11 +72,19 @@ class Checkpoint:
             return None
         return status.st_ino, status.st_mtime_ns
 
+    def _check_generation_config(self) -> None:
+        """Raise CheckpointError if it is no JSON: transformers would silently generate with other settings."""
+        if (path := self.folder / _GENERATION).is_file():
+            read_json(path)
+
     def _warn_of_changes(self) -> None:
-        """Only warn of changed auxiliary files: people edit a chat template or a generation config."""
+        """Only warn of changed or missing auxiliary files: people edit a chat template or a generation config."""
         files = {self.folder / name: digest for name, digest in self.config.files.items() if self.verify}
-        changed = [path for path, digest in files.items() if path.is_file() and sha256(path.read_bytes()) != digest]
+        missing = [path for path in files if not path.is_file()]
+        changed = [path for path in files if path.is_file() and sha256(path.read_bytes()) != files[path]]
         if self.was_replaced():
             raise CheckpointError(f"{self.folder} was replaced while it was being read: load it again")
         for path in changed:
             warn(f"{path} has changed since it was saved")
+        for path in missing:
+            warn(f"{path} is missing: it was saved with the model")

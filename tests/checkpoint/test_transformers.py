@@ -4,6 +4,7 @@ import copy
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -122,6 +123,22 @@ def test_a_file_that_came_along_may_be_changed_but_not_in_silence(tmp_path):
         loaded = mxcompile.load(tmp_path)
     assert {warning.filename for warning in caught} == {__file__}
     assert loaded.generation_config.max_new_tokens == 3
+    path.unlink()
+    with pytest.warns(UserWarning, match=r"generation_config.json is missing: it was saved with the model"):
+        mxcompile.load(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"max_new_tokens": 3,', b"\xff\xfe", b"[3]"])
+def test_a_generation_config_that_is_no_json_is_refused(tmp_path, damaged):
+    """transformers would generate with its defaults."""
+    model = deployed("llama")
+    mxcompile.save(model, tmp_path)
+    (tmp_path / "generation_config.json").write_bytes(damaged)
+    for reading in (mxcompile.load, partial(mxcompile.load, verify=False), type(model).from_pretrained):
+        with pytest.raises(
+            CheckpointError, match=r"generation_config.json (cannot be read as JSON|holds no JSON object)"
+        ):
+            reading(tmp_path)
 
 
 def test_options_of_save_pretrained(tmp_path):
