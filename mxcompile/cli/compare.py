@@ -168,16 +168,17 @@ def quantize_and_compare(
     recipe: str,
     check: Callable[[nn.Module], None] | None = None,
     resume: Path | None = None,
+    dump: Path | None = None,
 ) -> tuple[nn.Module, Any, Comparison]:
     """The quantized model, its tokenizer, and its comparison with the float model.
 
-    check: called with the model before the work; may raise. resume: a folder for finished parts.
+    check: called with the model before the work; may raise. resume, dump: folders, see `quantize_and_compile`.
     """
     model, tokenizer, data = load_with_data(console, options)
     if check is not None:
         check(model)
     chosen = _Allocations()
-    quantized = quantize(console, model, data, recipe, resume=resume, watchers=[chosen])
+    quantized = quantize(console, model, data, recipe, dump=dump, resume=resume, watchers=[chosen])
     comparison = score(console, options, data, quantized, options.model_name, model)
     return quantized, tokenizer, replace(comparison, allocation=chosen.last)
 
@@ -193,10 +194,12 @@ class _Allocations(Instrument):
         self.last = record.allocation or self.last
 
 
-def quantize_with_others(console: Console, options: EvalOptions, recipe: str, resume: Path | None = None) -> None:
+def quantize_with_others(
+    console: Console, options: EvalOptions, recipe: str, resume: Path | None = None, dump: Path | None = None
+) -> None:
     """The share of one of several processes in `quantize_and_compare` of the first one."""
     model, _, data = load_with_data(console, options)
-    quantize(console, model, data, recipe, resume=resume)
+    quantize(console, model, data, recipe, dump=dump, resume=resume)
 
 
 def load_with_data(console: Console, options: EvalOptions) -> tuple[Any, Any, EvalData]:

@@ -27,10 +27,10 @@ def interruption_explained(console: Console, resume: Path | None) -> Generator[N
         raise typer.Exit(_EXIT_CODE) from None
 
 
-def check_apart(resume: Path | None, out: Path) -> None:
-    """Raise InputError if parts of a run and its result would be in one folder."""
-    if resume is None:
+def check_apart(option: str, folder: Path | None, out: Path) -> None:
+    """Raise InputError if the folder of an option (finished parts, a dump) and the result would be in one folder."""
+    if folder is None:
         return
-    parts, result = resume.resolve(), out.resolve()
-    if parts == result or result in parts.parents or parts in result.parents:
-        raise InputError(f"--resume {resume} and --out {out} are in one folder: finished parts need one of their own")
+    other, result = folder.resolve(), out.resolve()
+    if other == result or result in other.parents or other in result.parents:
+        raise InputError(f"{option} {folder} and --out {out} are in one folder: give each one of its own")

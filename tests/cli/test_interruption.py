@@ -78,7 +78,7 @@ def test_the_same_command_goes_on_to_the_same_bytes(command, stopped, tmp_path, 
 def test_parts_and_result_need_folders_of_their_own(command, tmp_path, resume):
     result = run(command(tmp_path / "out", "--resume", tmp_path / resume))
     assert isinstance(result.exception, InputError)
-    assert "are in one folder: finished parts need one of their own" in str(result.exception)
+    assert "are in one folder: give each one of its own" in str(result.exception)
 
 
 @pytest.mark.slow

@@ -22,13 +22,14 @@ _GB = 10**9
 @dataclass(frozen=True)
 class LowMemoryOptions:
     """Options of the command. resume: None: a folder beside `out`, deleted once that is written. scratch: see
-    `quantize_checkpoint`. memory: GB of weights, and GB of calibration states, that may stay in memory.
+    `quantize_checkpoint`. memory: GB of weights, and GB of calibration states, that may stay in memory. dump: a folder.
     """
 
     out: Path
     resume: Path | None
     scratch: Path | None
     memory: float
+    dump: Path | None = None
 
     @property
     def resume_folder(self) -> Path:
@@ -44,7 +45,7 @@ def quantize_low_memory(options: EvalOptions, recipe: str, low: LowMemoryOptions
     source, console, resume = options.model, messages(), low.resume_folder
     if source is None or source.lower() == "smollm2":
         raise InputError("--low-memory reads a folder with safetensors, or a hub id: name one")
-    check_apart(resume, low.out)
+    check_apart("--resume", resume, low.out)
     tokenizer = _tokenizer(find_folder(source))
     data = data_without_model(options, tokenizer)
     console.print(f"quantizing in files: {as_pipeline(recipe)}; finished parts go to {resume}", markup=False)
@@ -63,6 +64,7 @@ def quantize_low_memory(options: EvalOptions, recipe: str, low: LowMemoryOptions
             weights_in_memory=int(low.memory * _GB),
             states_in_memory=int(low.memory * _GB),
             scratch=low.scratch,
+            dump=low.dump,
             instruments=[progress],
             resume=resume,
             tokenizer=tokenizer,

@@ -31,6 +31,7 @@ from mxcompile.cli.commands.quantize_options import (
     Bits,
     Cache,
     DryRun,
+    Dump,
     Exclude,
     Include,
     LowMemory,
@@ -71,6 +72,7 @@ def quantize(
     special_tokens: SpecialTokens = True,
     device: Device = "cpu",
     resume: Resume = None,
+    dump: Dump = None,
     low_memory: LowMemory = False,
     memory: Memory = 1.0,
     scratch: Scratch = None,
@@ -101,23 +103,25 @@ def quantize(
     "calibration", "out"}.
     """
     if model_free:
-        _check_model_free(min_recovery, resume, bits, cache)
+        _check_model_free(min_recovery, resume, bits, cache, dump)
         chosen = ModelFreeOptions(out, format, recipe, device, workers, dry_run, include or (), exclude or ())
         return _without_model(model, chosen, as_json)
     if dry_run or workers > 1 or include or exclude:
         raise InputError("--dry-run, --workers, --include and --exclude are options of --model-free: give that too")
     recipe = _changed(recipe, bits, cache)
     check_destination(out, format)
-    check_apart(resume, out)
+    check_apart("--resume", resume, out)
+    check_apart("--dump", dump, out)
     sources = calibration, calibration_text, calibration_length, calibration_like, calibration_self
     data = CalibrationOptions.parse(*sources)
     options = EvalOptions(model, None, recipe, text, length, windows, data, device, special_tokens)
     if low_memory:
         _check_low_memory(out, format, min_recovery)
-        return quantize_low_memory(options, recipe, LowMemoryOptions(out, resume, scratch, memory), as_json)
+        return quantize_low_memory(options, recipe, LowMemoryOptions(out, resume, scratch, memory, dump), as_json)
     if scratch is not None:
         raise InputError("--scratch is an option of --low-memory: give that too")
-    return _compare_and_save(options, recipe, resume, SaveOptions(out, format, min_recovery, metric, force), as_json)
+    saving = SaveOptions(out, format, min_recovery, metric, force)
+    return _compare_and_save(options, recipe, resume, dump, saving, as_json)
 
 
 def _changed(recipe: str, bits: float | None, cache: str | None) -> str:
@@ -143,7 +147,7 @@ class SaveOptions:
 
 
 def _compare_and_save(
-    options: EvalOptions, recipe: str, resume: Path | None, saving: SaveOptions, as_json: bool
+    options: EvalOptions, recipe: str, resume: Path | None, dump: Path | None, saving: SaveOptions, as_json: bool
 ) -> None:
     """Quantize in memory, compare with the float model, and save the result if it is good enough."""
     out, format, metric = saving.out, saving.format, saving.metric
@@ -151,17 +155,23 @@ def _compare_and_save(
     with interruption_explained(messages(), resume), launched_group(options.device) as own_device:
         options = replace(options, device=own_device)
         if not is_first():
-            quantize_with_others(messages(), options, recipe, resume)
+            quantize_with_others(messages(), options, recipe, resume, dump)
             return
         quantized, tokenizer, comparison = quantize_and_compare(
-            messages(), options, recipe, lambda loaded: check_model(out, loaded, weights, format), resume
+            messages(), options, recipe, lambda loaded: check_model(out, loaded, weights, format), resume, dump
         )
+    _report_dump(dump)
     recovery = comparison.scores.recovery(metric)
     enough = saving.min_recovery is None or recovery >= saving.min_recovery
     if enough or saving.force:
         with interruption_explained(messages(), resume):
             save_model(quantized, out, tokenizer, format)
     _report(comparison, metric, saving.min_recovery, out if enough or saving.force else None, as_json)
+
+
+def _report_dump(dump: Path | None) -> None:
+    if dump is not None:
+        messages().print(f"what each pass did is in {dump} (mxcompile show {dump})", markup=False)
 
 
 def _report(
@@ -182,7 +192,9 @@ def _report(
     screen.print(f"{verdict}; written to {written} (mxcompile generate {written} --prompt ...)", markup=False)
 
 
-def _check_model_free(min_recovery: float | None, resume: Path | None, bits: float | None, cache: str | None) -> None:
+def _check_model_free(
+    min_recovery: float | None, resume: Path | None, bits: float | None, cache: str | None, dump: Path | None
+) -> None:
     """Raise InputError for options that --model-free does not have, and for several processes."""
     if launched():
         raise InputError(
@@ -195,6 +207,10 @@ def _check_model_free(min_recovery: float | None, resume: Path | None, bits: flo
             )
     if min_recovery is not None:
         raise InputError("--min-recovery compares models, which --model-free does not load: leave one of them out")
+    if dump is not None:
+        raise InputError(
+            "--model-free has no graph to write to --dump (--dry-run prints its plan): leave one of them out"
+        )
     if resume is not None:
         raise InputError("--model-free keeps finished files in --out and goes on from there: leave --resume out")
 

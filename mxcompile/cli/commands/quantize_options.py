@@ -17,6 +17,10 @@ Cache = Annotated[
 Resume = Annotated[
     Path | None, typer.Option(help="folder for finished parts: the same command, started again, goes on from there")
 ]
+Dump = Annotated[
+    Path | None,
+    typer.Option(help="folder for the graph after each pass, and what it did to each layer (mxcompile show)"),
+]
 LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="for a model larger than memory: from files to files, not compared")
 ]

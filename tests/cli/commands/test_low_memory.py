@@ -68,8 +68,10 @@ def test_goes_on_after_ctrl_c(command, tmp_path, monkeypatch):
 
 
 def test_a_folder_of_ones_own_stays(command, tmp_path):
-    result = command(tmp_path / "out", "--low-memory", "--resume", tmp_path / "parts", "--json")
+    folders = ("--resume", tmp_path / "parts", "--dump", tmp_path / "dump")
+    result = command(tmp_path / "out", "--low-memory", *folders, "--json")
     assert result.exit_code == 0
+    assert (tmp_path / "dump" / "index.html").is_file()
     answer = json.loads(result.stdout)
     assert answer["out"] == str(tmp_path / "out")
     assert answer["recipe"] == RECIPE

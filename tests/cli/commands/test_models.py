@@ -68,6 +68,22 @@ def test_quantize_writes_model_and_tokenizer_and_says_how_good_it_is(quantize, t
     assert tokenizer("Paris").input_ids == [9]
 
 
+def test_a_dump_of_each_pass(quantize, tmp_path):
+    out, dump = tmp_path / "out", tmp_path / "dump"
+    result = quantize(out, "--recipe", "w8a8-mxint-quick", "--dump", dump)
+    assert f"what each pass did is in {dump} (mxcompile show {dump})" in result.stderr
+    assert json.loads(run("show", dump, "--json").stdout)["graphs"] == [
+        "00-trace",
+        "01-round-weights",
+        "02-lower-mx",
+    ]
+    assert mxcompile.Ledger.load(dump).passes[-1].measured.layers
+    with pytest.raises(InputError, match=r"--dump .* and --out .* are in one folder: give each one of its own"):
+        quantize(out, "--dump", out / "dump")
+    with pytest.raises(InputError, match=r"--model-free has no graph to write to --dump"):
+        quantize(tmp_path / "files", "--model-free", "--dump", dump)
+
+
 def test_what_recovers_too_little_is_not_written(quantize, tmp_path):
     """Four bits of random weights keep far fewer than nine of ten predictions."""
     out = tmp_path / "out"
