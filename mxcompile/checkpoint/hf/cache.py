@@ -8,7 +8,6 @@ prompt does: over an MXCache its first call is without candidates, so that its t
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -48,12 +47,29 @@ def candidate_generator(model: nn.Module, **kwargs: Any) -> Any:
     from mxcompile.tensor.cache import MXCache  # imports transformers
 
     kind: Any = type(model)
-    make = partial(kind._get_candidate_generator, model, **kwargs)
+
+    def make(**others: Any) -> Any:
+        generator = kind._get_candidate_generator(model, **{**kwargs, **others})
+        return _within(kwargs["generation_config"].max_length, generator)
+
     generator = make()
     is_packed = any(isinstance(kwargs["model_kwargs"].get(name), MXCache) for name in _NAMES)
     # One that reads what the model returned has none for the first call anyway.
     is_late = getattr(generator, "requires_model_outputs", False)
     return _AfterPrompt(make) if is_packed and not is_late else generator
+
+
+def _within(longest: int, generator: Any) -> Any:
+    """Without candidates past the maximum length, for which a static cache has no room: prompt lookup proposes them."""
+    if type(generator).__name__ == "PromptLookupCandidateGenerator":
+        propose = generator.get_candidates
+
+        def get_candidates(input_ids: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+            ids, logits = propose(input_ids, **options)
+            return ids[:, : max(longest - 1, input_ids.shape[1])], logits
+
+        generator.get_candidates = get_candidates
+    return generator
 
 
 class _AfterPrompt:
