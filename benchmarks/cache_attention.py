@@ -33,8 +33,9 @@ from small_kernels import time_of
 
 from mxcompile.formats import MXINT8, ScaleRule, activation_rule, parse_format
 from mxcompile.kernels import dispatch
-from mxcompile.kernels.triton import attention, packed_attention, split_k_counters
-from mxcompile.kernels.triton.attention import Config
+from mxcompile.kernels.triton import split_k_counters
+from mxcompile.kernels.triton.attention import one_token, packed_attention
+from mxcompile.kernels.triton.attention.one_token import Config
 from mxcompile.numerics import packed_attention as definition
 from mxcompile.numerics import reference
 from mxcompile.numerics.exact_tokens import ExactTokens, attend_packed_exact
@@ -167,8 +168,8 @@ def compile_ahead(job: tuple[str, Config | None], alone: bool, batches: list[int
             for batch in batches:
                 query, cache = random(batch, 1, HEADS, SIZE).transpose(1, 2), [random(batch, SHARED, 8192, SIZE)] * 2
                 mask = torch.ones(batch, 1, 1, 8192, dtype=torch.bool, device="cuda")
-                attention.attend(query, *cache, mask, SCALE)
-                attention.attend(query, *cache, None, SCALE)
+                one_token.attend(query, *cache, mask, SCALE)
+                one_token.attend(query, *cache, None, SCALE)
                 for config in () if alone else (None, *(FLOAT_KINDS if kind else ())):
                     float_step(batch, 8192, query, mask, [cache], config)(0)
             torch.cuda.synchronize()
@@ -231,9 +232,9 @@ def rows(
         measured = {"us": round(us, 2), "floor": round(floor, 2), "ratio": round(base / us, 3)}
         return {"kernel": name} | known | measured | more
 
-    base = time_of(lambda i: attention.attend(query, *floats[i % len(floats)], mask, SCALE), launches)
+    base = time_of(lambda i: one_token.attend(query, *floats[i % len(floats)], mask, SCALE), launches)
     yield line("attend", base, size, base)
-    unmasked = time_of(lambda i: attention.attend(query, *floats[i % len(floats)], None, SCALE), launches)
+    unmasked = time_of(lambda i: one_token.attend(query, *floats[i % len(floats)], None, SCALE), launches)
     yield line("attend", unmasked, size, base, masked=False)
     step = nan if alone else time_of(float_step(batch, tokens, query, mask, floats), launches)
     if not alone:
@@ -272,8 +273,8 @@ def float_step(
     batch: int, tokens: int, query: torch.Tensor, mask: torch.Tensor, caches: Any, config: Config | None = None
 ) -> Callable[[int], torch.Tensor]:
     """RoPE, the write to the cache, attention and rounding of its result, of a bfloat16 cache."""
-    new = attention.NewToken(*next_token(batch, tokens))
-    return lambda i: attention.attend(query, *caches[i % len(caches)], mask, SCALE, config, new, ROUNDING)
+    new = one_token.NewToken(*next_token(batch, tokens))
+    return lambda i: one_token.attend(query, *caches[i % len(caches)], mask, SCALE, config, new, ROUNDING)
 
 
 def float_rows(batch: int, tokens: int, bandwidth: float) -> Iterator[dict[str, Any]]:

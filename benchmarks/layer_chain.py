@@ -25,7 +25,8 @@ from torch import Tensor
 
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.kernels.layout.planes import PlanarWeight, to_planes
-from mxcompile.kernels.triton import attention, gate_product, held_planes, norm, planes_linear, split_k_counters
+from mxcompile.kernels.triton import gate_product, held_planes, norm, planes_linear, split_k_counters
+from mxcompile.kernels.triton.attention import one_token
 from mxcompile.kernels.tuned_configs import config_for
 from mxcompile.numerics import packing, reference
 from mxcompile.numerics.gates import Gate
@@ -126,8 +127,8 @@ class Layers:
 
     def attend(self, layer: int, *qkv: Tensor) -> Tensor:
         q, k, v = (part.view(len(part), 1, -1, self.shape.size).transpose(1, 2) for part in qkv)
-        new = attention.NewToken(k, v, self.place, *self.turns)
-        y = attention.attend(q, *self.caches[layer], self.mask, self.shape.size**-0.5, None, new, ROUNDING)
+        new = one_token.NewToken(k, v, self.place, *self.turns)
+        y = one_token.attend(q, *self.caches[layer], self.mask, self.shape.size**-0.5, None, new, ROUNDING)
         return y.view(len(y), 1, -1)
 
     def multiply(self, role: str, x: Tensor, weights: dict[str, PlanarWeight], variant: Variant) -> list[Tensor]:

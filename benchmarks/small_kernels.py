@@ -25,7 +25,8 @@ from typing import Any, Final
 import torch
 
 from mxcompile.formats import MXINT8, ScaleRule
-from mxcompile.kernels.triton import attention, gate_product, norm, split_k_counters
+from mxcompile.kernels.triton import gate_product, norm, split_k_counters
+from mxcompile.kernels.triton.attention import one_token
 from mxcompile.numerics import reference
 from mxcompile.numerics.gates import Gate
 from mxcompile.numerics.next_token import attend_next
@@ -35,7 +36,7 @@ ROUNDING: Final = (MXINT8, ScaleRule.FLOOR)
 RMS: Final = Norm(1e-6, narrowed=True)
 HEADS, SHARED, SIZE, HIDDEN, INNER = 32, 8, 128, 4096, 14336
 KINDS: Final = tuple(
-    attention.Config(16, block, warps, stages, dependent)
+    one_token.Config(16, block, warps, stages, dependent)
     for block, warps, stages, dependent in (
         (64, 4, 3, False), (64, 8, 3, False), (128, 8, 2, False), (32, 4, 4, False), (64, 4, 3, True), (64, 8, 3, True),
     )
@@ -76,7 +77,7 @@ def compile_ahead(job: Any) -> str | None:
     """Run a kernel once, in a process of its own, so that it is in Triton's cache."""
     try:
         prepare()
-        if isinstance(job, attention.Config):
+        if isinstance(job, one_token.Config):
             step(1, 512, 400)(job)
         else:
             rows(job[0], 1)(job[1], job[2])
@@ -103,8 +104,8 @@ def step(batch: int, keys: int, place: int, caches: Any = None) -> Callable[...,
         pair = caches[number % len(caches)]
         if definition:
             return reference.quantize_dequantize(attend_next(query, *pair, new, mask, SIZE**-0.5), *ROUNDING)
-        token = attention.NewToken(*new)
-        return attention.attend(query, *pair, mask, SIZE**-0.5, config, token, ROUNDING)
+        token = one_token.NewToken(*new)
+        return one_token.attend(query, *pair, mask, SIZE**-0.5, config, token, ROUNDING)
 
     return run
 
@@ -140,7 +141,7 @@ def attention_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
         size = batch * SHARED * keys * SIZE * 4
         caches = [[random(batch, SHARED, keys, SIZE) for _ in range(2)] for _ in range(max(2, int(BYTES / size) + 1))]
         run, launches = step(batch, keys, keys - 2, caches), max(8, len(caches))
-        default = attention.config_for(caches[0][0], batch * SHARED)
+        default = one_token.config_for(caches[0][0], batch * SHARED)
         configs = [replace(kind, splits=splits) for kind in KINDS for splits in SPLITS[batch]]
         for config in (default, *configs):
             us = time_of(partial(run, config), launches)

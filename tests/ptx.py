@@ -1,4 +1,4 @@
-"""Emulate the PTX instructions that decode elements (triton/decode_planes.py, triton/packed_states.py,
+"""Emulate the PTX instructions that decode elements (triton/decode_planes.py, triton/attention/packed_states.py,
 gluon/decode_to_e4m3.py), on tensors of registers."""
 
 import operator

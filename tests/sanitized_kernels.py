@@ -16,7 +16,8 @@ from grouped import Experts, choose, gated_over_bound, linear_over_bound, make_e
 from torch import Tensor
 
 from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat, activation_rule
-from mxcompile.kernels.triton import append_packed, expert_sums, grouped_planes, packed_attention
+from mxcompile.kernels.triton import expert_sums, grouped_planes
+from mxcompile.kernels.triton.attention import append_packed, packed_attention
 from mxcompile.kernels.triton.expert_slices import Config
 from mxcompile.numerics.exact_tokens import ExactTokens
 from mxcompile.numerics.gates import Gate

@@ -25,15 +25,14 @@ from mxcompile.kernels.gluon import fp8_linear, planes_kernel
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout.planes import PlanarWeight, plane_layout
 from mxcompile.kernels.triton import (
-    attention,
     expert_slices,
     expert_sums,
     grouped_planes,
     held_planes,
-    packed_attention,
     quantize,
 )
 from mxcompile.kernels.triton import planes_linear as triton_planes
+from mxcompile.kernels.triton.attention import one_token, packed_attention
 from mxcompile.kernels.triton.gates import gate_constants
 from mxcompile.numerics.gates import Gate
 from mxcompile.numerics.packed_attention import PackedStates
@@ -164,11 +163,11 @@ def fp8_report(fmt: MXFormat, config: fp8_linear.Config, k_chunked: bool = False
     return _report(compiled, lambda loops: min(loops, key=len))
 
 
-def attention_report(dtype: str, size: int, group: int, next_token: bool = False) -> tuple[Report, attention.Config]:
-    """triton/attention.py for 8 heads of a cache of 2048 tokens, `group` heads of queries each, and the same mask for
+def attention_report(dtype: str, size: int, group: int, next_token: bool = False) -> tuple[Report, one_token.Config]:
+    """attention/one_token.py for 8 heads of a cache of 2048 tokens, `group` heads of queries each, and the same mask for
     all of them; with the config that it chooses. next_token: with RoPE, a write to the cache, and rounding."""
-    config = attention.config_for(torch.empty(0, 8, 2048, size, dtype=_DTYPES[dtype]), 8, next_token)
-    constants = attention.constants(size, size, 8, group, config)
+    config = one_token.config_for(torch.empty(0, 8, 2048, size, dtype=_DTYPES[dtype]), 8, next_token)
+    constants = one_token.constants(size, size, 8, group, config)
     constants |= {"MASK": "float", "MASK_OF_HEADS": False, "APPEND": next_token, "ROTATE": next_token}
     rounding = (MXINT8, ScaleRule.FLOOR) if next_token else None
     constants |= {"DEPENDENT": config.dependent, "INTERPRETED": False}
@@ -178,14 +177,14 @@ def attention_report(dtype: str, size: int, group: int, next_token: bool = False
     types |= {"new_strides": ("i32",) * 6, "cache_strides": ("i32",) * 6}
     types |= {"scratch": "*fp32", "counters": "*i32", "scale": "fp32", "mask_strides": ("i32", "i32", "constexpr")}
     types |= {"query_strides": ("i32",) * 2}
-    compiled = _compiled(attention.attend_kernel, constants, types, attention.options(config))
+    compiled = _compiled(one_token.attend_kernel, constants, types, one_token.options(config))
     return _report(compiled, lambda _: []), config
 
 
 def packed_attention_report(
     fmt: MXFormat, exact: tuple[int, int, int, int, bool] | None = None
-) -> tuple[Report, attention.Config]:
-    """triton/packed_attention.py for Llama-3-8B's heads and 32768 tokens, with a mask, and its own config.
+) -> tuple[Report, one_token.Config]:
+    """triton/attention/packed_attention.py for Llama-3-8B's heads and 32768 tokens, with a mask, and its own config.
 
     exact: `EXACT` of the kernel."""
     sizes = (fmt.blocks(128) * fmt.block_bytes, fmt.blocks(128))
@@ -207,7 +206,7 @@ def packed_attention_report(
     types |= {"states": ("*i16", "*i32", "*i16", "*i32"), "scale": "fp32", "query_strides": ("i32",) * 3}
     types |= {"exact": (*("*bf16",) * 7, "*i64"), "exact_strides": ("i32",) * 21}
     types |= {"strides": ("i32",) * 8 + ("i32", "constexpr") * 2, "mask_strides": ("i32", "i32", "i32", "constexpr")}
-    compiled = _compiled(packed_attention.attend_packed_kernel, constants, types, attention.options(config))
+    compiled = _compiled(packed_attention.attend_packed_kernel, constants, types, one_token.options(config))
     return _report(compiled, lambda loops: max(loops, key=len, default=[])), config
 
 

@@ -187,7 +187,7 @@ def why_not_fp8(
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """See `reference.attend`."""
-    kernel = _triton("triton.attention", query)
+    kernel = _triton("triton.attention.one_token", query)
     if kernel is not None and kernel.supports(query, key, value, mask) is None:
         return kernel.attend(query, key, value, mask, scale)
     return reference.attend(query, key, value, mask, scale)
@@ -201,7 +201,7 @@ def why_no_attention(
     rounding: tuple[MXFormat, ScaleRule] | None = None,
 ) -> str | None:
     """None if a kernel runs `attend`, or `attend_next` with that rounding, else the reason."""
-    kernel = _triton("triton.attention", query)
+    kernel = _triton("triton.attention.one_token", query)
     if kernel is None:
         return "runs on a GPU" if query.device.type == "cpu" else TRITON_MISSING
     return kernel.supports(query, key, value, mask, rounding)
@@ -218,7 +218,7 @@ def attend_next(
 ) -> Tensor:
     """See `numerics/next_token.py`; the result is then quantized and dequantized."""
     if why_no_attention(query, keys, values, mask, rounding) is None:
-        kernel: Any = _triton("triton.attention", query)
+        kernel: Any = _triton("triton.attention.one_token", query)
         return kernel.attend(query, keys, values, mask, scale, None, kernel.NewToken(*new), rounding)
     y = next_token.attend_next(query, keys, values, new, mask, scale)
     return y if rounding is None else quantize_dequantize(y, *rounding)
@@ -227,7 +227,7 @@ def attend_next(
 def attend_packed(query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, scale: float) -> Tensor:
     """See `numerics/packed_attention.py`."""
     if why_no_packed_attention(query, keys, values, mask) is None:
-        kernel: Any = _triton("triton.packed_attention", query)
+        kernel: Any = _triton("triton.attention.packed_attention", query)
         return kernel.attend(query, keys, values, mask, scale)
     return packed_attention.attend_packed(query, keys, values, mask, scale)
 
@@ -240,7 +240,7 @@ def why_no_packed_attention(
     rounding: tuple[MXFormat, ScaleRule] | None = None,
 ) -> str | None:
     """None if a kernel runs `attend_packed`, with that rounding of the result, else the reason."""
-    kernel = _triton("triton.packed_attention", query)
+    kernel = _triton("triton.attention.packed_attention", query)
     if kernel is None:
         return "runs on a GPU" if query.device.type == "cpu" else TRITON_MISSING
     return kernel.supports(query, keys, values, mask, rounding)
@@ -259,14 +259,14 @@ def attend_packed_next(
 ) -> Tensor:
     """`append_packed` and `attend_packed` of `numerics/packed_attention.py`, two launches on a GPU; the result is then
     quantized and dequantized. Tokens after `position` are not read, so that room to spare costs no time."""
-    append = _triton("triton.append_packed", query)
+    append = _triton("triton.attention.append_packed", query)
     pairs = zip(states, rules, strict=True)
     if append is not None and all(append.supports(query, side, rule) is None for side, rule in pairs):
         query = append.append(query, new, states, rules, position, rotation)
     else:
         query = packed_attention.append_packed(query, new, states, rules, position, rotation)
     if why_no_packed_attention(query, *states, mask, rounding) is None:
-        kernel: Any = _triton("triton.packed_attention", query)
+        kernel: Any = _triton("triton.attention.packed_attention", query)
         return kernel.attend(query, *states, mask, scale, None, rounding, position)
     y = packed_attention.attend_packed(query, *states, mask, scale, position)
     return y if rounding is None else quantize_dequantize(y, *rounding)
@@ -285,7 +285,7 @@ def attend_packed_exact(
 ) -> Tensor:
     """See `numerics/exact_tokens.py`."""
     if why_no_packed_attention(query, *states, mask) is None:
-        kernel: Any = _triton("triton.packed_attention", query)
+        kernel: Any = _triton("triton.attention.packed_attention", query)
         read = kernel.Exact(query, *exact, held, window)
         return kernel.attend(turned, *states, mask, scale, position=position, exact=read)
     return exact_tokens.attend_packed_exact(query, turned, states, exact, held, position, window, mask, scale)
@@ -364,7 +364,7 @@ def prepare(device: torch.device) -> None:
 
 def append_token(x: Tensor) -> ModuleType | None:
     """The module `triton.append_token` for tensors on a GPU; None where torch does its work, in more launches."""
-    return _triton("triton.append_token", x)
+    return _triton("triton.attention.append_token", x)
 
 
 def _triton(name: str, x: Tensor) -> ModuleType | None:

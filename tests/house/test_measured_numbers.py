@@ -307,11 +307,14 @@ def test_the_costs_of_checkpoints():
 
 def test_what_a_call_costs_the_host():
     rows = {(row["code"], row["call"]): row["us"] for row in results("host-time-h200.jsonl") if row["rows"] == 2048}
-    calls = ("mx::linears mxfp4 x bf16", "mx::linears mxint4 x mxint8", "F.linear bf16")
+    calls = ("mx::linears mxfp4 x bf16", "mx::linears mxint4 x mxint8")
     us = [rows[code, call] for call in calls for code in ("before", "plans")]
     text = page("docs/kernels.md")
     assert "from {:.0f} to {:.0f} us with MXFP4 weights and from {:.0f} to {:.0f} in W4A8".format(*us) in text
-    assert "`F.linear` in bfloat16 took {:.0f} and {:.0f}".format(*us[4:]) in text
+    later = [rows["launches", call] for call in calls[:2]]
+    assert "started directly {:.0f} and {:.0f} on a slower host".format(*later) in text
+    assert f"where `torch.mul` took {rows['plans', 'torch.mul']:.0f};" in text
+    assert f"where it took {rows['launches', 'torch.mul']:.0f} (" in text
 
 
 def test_a_chain_of_layers():

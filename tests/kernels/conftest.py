@@ -24,8 +24,8 @@ from mxcompile.numerics.reference import element_table
 _PACKAGE = "mxcompile.kernels.triton"
 _MODULES = (
     "align",
-    "attention",
-    "attention_kernel",
+    "attention.one_token",
+    "attention.one_token_kernel",
     "elements",
     "decode_planes",
     "dequantize",
@@ -43,13 +43,13 @@ _MODULES = (
     "gate_rows",
     "norm",
     "gate_product",
-    "append_token",
-    "packed_states",
-    "exact_tokens",
-    "packed_queries",
-    "packed_attention_kernel",
-    "packed_attention",
-    "append_packed",
+    "attention.append_token",
+    "attention.packed_states",
+    "attention.exact_tokens",
+    "attention.packed_queries",
+    "attention.packed_attention_kernel",
+    "attention.packed_attention",
+    "attention.append_packed",
 )
 
 
@@ -74,8 +74,9 @@ def interpreted() -> Iterator[SimpleNamespace]:
             for name, own in (("maximum", standard._elementwise_max), ("plus", standard._sum_combine)):
                 if hasattr(copy, name):
                     patch.setattr(copy, name, own)
-        names = ("align", "attention", "dequantize", "grouped_planes", "expert_sums", "routing", "gate_rows")
+        names = ("align", "dequantize", "grouped_planes", "expert_sums", "routing", "gate_rows")
         names += (
+            "one_token",
             "norm",
             "gate_product",
             "append_token",
@@ -92,17 +93,19 @@ def interpreted() -> Iterator[SimpleNamespace]:
 def _import_interpreted() -> dict[str, ModuleType]:
     import triton
 
-    package = importlib.import_module(_PACKAGE)
-    real = {name: sys.modules.pop(f"{_PACKAGE}.{name}", None) for name in _MODULES}
-    attributes = {name: package.__dict__.pop(name, None) for name in _MODULES}
+    names = [f"{_PACKAGE}.{name}" for name in _MODULES]
+    packages = [importlib.import_module(name.rpartition(".")[0]).__dict__ for name in names]
+    leaves = [name.rpartition(".")[2] for name in names]
+    real = [sys.modules.pop(name, None) for name in names]
+    attributes = [package.pop(leaf, None) for package, leaf in zip(packages, leaves, strict=True)]
     try:
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = True
-            return {name: importlib.import_module(f"{_PACKAGE}.{name}") for name in _MODULES}
+            return {leaf: importlib.import_module(name) for name, leaf in zip(names, leaves, strict=True)}
     finally:
-        for name in _MODULES:
-            _restore(sys.modules, f"{_PACKAGE}.{name}", real[name])
-            _restore(package.__dict__, name, attributes[name])
+        for i, name in enumerate(names):
+            _restore(sys.modules, name, real[i])
+            _restore(packages[i], leaves[i], attributes[i])
 
 
 def _restore(table: dict[str, Any], name: str, value: ModuleType | None) -> None:

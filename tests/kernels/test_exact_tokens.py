@@ -1,4 +1,4 @@
-"""triton/exact_tokens.py in Triton's interpreter, against float64."""
+"""triton/attention/exact_tokens.py in Triton's interpreter, against float64."""
 
 from types import SimpleNamespace
 

@@ -41,7 +41,7 @@ def relative(y: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(shape: tuple[int, ...], fmt: MXFormat) -> None:
     """With every kind of mask and up to a position; also bit-identical on repeat."""
-    from mxcompile.kernels.triton import packed_attention
+    from mxcompile.kernels.triton.attention import packed_attention
 
     torch.manual_seed(0)
     batch, heads, shared, tokens, size = shape
@@ -127,8 +127,8 @@ def test_exact_tokens(position: int, window: int, sink: int, fmt: MXFormat) -> N
 
 @pytest.mark.parametrize("splits", [1, 2, 33, 66])
 def test_in_a_cuda_graph(splits: int) -> None:
-    from mxcompile.kernels.triton import packed_attention
-    from mxcompile.kernels.triton.attention import Config
+    from mxcompile.kernels.triton.attention import packed_attention
+    from mxcompile.kernels.triton.attention.one_token import Config
 
     torch.manual_seed(2)
     query, keys, values = random(1, 32, 1, 128), packed(MXINT4, 1, 8, 5000, 128), packed(MXINT8, 1, 8, 5000, 128)

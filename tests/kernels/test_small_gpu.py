@@ -36,7 +36,7 @@ def relative(y: Tensor, expected: Tensor) -> float:
 def test_the_next_token(shape: tuple[int, ...], place: int, dtype: torch.dtype, dependent: bool) -> None:
     """Also bit-identical on repeat; and the rounded result is the rounding of the one that is not."""
     from mxcompile.kernels import dispatch
-    from mxcompile.kernels.triton import attention
+    from mxcompile.kernels.triton.attention import one_token
 
     if dependent and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("dependent launch needs compute capability 9.0")
@@ -48,13 +48,13 @@ def test_the_next_token(shape: tuple[int, ...], place: int, dtype: torch.dtype, 
     caches = [random(batch, shared, keys, size, dtype=dtype, seed=seed) for seed in (1, 2)]
     mask = (torch.arange(keys, device="cuda") <= place).expand(batch, 1, 1, keys).clone()
     mask[0, ..., : place // 9] = False
-    config = attention.config_for(caches[0], batch * shared * -(-heads // shared // 16))
-    config = attention.Config(config.splits, config.block, config.warps, config.stages, dependent)
+    config = one_token.config_for(caches[0], batch * shared * -(-heads // shared // 16))
+    config = one_token.Config(config.splits, config.block, config.warps, config.stages, dependent)
 
     def run(rounding: Any = None) -> tuple[Tensor, ...]:
         written = [part.clone() for part in caches]
-        args = (query, *written, mask, size**-0.5, config, attention.NewToken(*new), rounding)
-        return attention.attend(*args), *written
+        args = (query, *written, mask, size**-0.5, config, one_token.NewToken(*new), rounding)
+        return one_token.attend(*args), *written
 
     y, *written = run()
     expected_caches = [part.clone() for part in caches]

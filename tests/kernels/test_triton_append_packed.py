@@ -1,4 +1,4 @@
-"""triton/append_packed.py in Triton's interpreter: bit for bit rotation, `mx::quantize` and a copy into the cache."""
+"""attention/append_packed.py in Triton's interpreter: the bits of rotation, `mx::quantize` and a copy to the cache."""
 
 from types import SimpleNamespace
 

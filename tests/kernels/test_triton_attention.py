@@ -1,4 +1,4 @@
-"""triton/attention.py against float64 in Triton's interpreter, and compiled for Hopper on a machine without a GPU."""
+"""attention/one_token.py against float64 in Triton's interpreter, and compiled for Hopper without a GPU."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def test_values_are_those_of_float64(
 ) -> None:
     """Groups of 1, 3, 4 and 20 heads, one key and odd numbers of them, sizes that are powers of two and not."""
     given = tensors(dtype, *shape)
-    y = interpreted.attention.attend(*given, None, 0.2)
+    y = interpreted.one_token.attend(*given, None, 0.2)
     assert (y.shape, y.dtype) == ((*shape[:2], 1, given[2].shape[3]), dtype)
     assert y.is_contiguous()
     assert attention_over_bound(y, *given, None, 0.2) <= 1
@@ -69,7 +69,7 @@ def masks(dtype: torch.dtype) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("kind", "dtype"), crossed(masks(torch.float32), DTYPES), ids=str)
 def test_masks(interpreted: SimpleNamespace, attention_over_bound: OverBound, kind: str, dtype: torch.dtype) -> None:
     given, mask = tensors(dtype, 3, 4, 2, 70, 32), masks(dtype)[kind]
-    y = interpreted.attention.attend(*given, mask, 0.2)
+    y = interpreted.one_token.attend(*given, mask, 0.2)
     assert attention_over_bound(y, *given, mask, 0.2) <= 1
     if kind in ("bool", "minus infinity"):
         assert (y[2] == 0).all()
@@ -79,7 +79,7 @@ def test_masks(interpreted: SimpleNamespace, attention_over_bound: OverBound, ki
 
 def test_however_it_is_cut_and_again(interpreted: SimpleNamespace, attention_over_bound: OverBound) -> None:
     given = tensors(torch.bfloat16, 1, 6, 2, 330, 32)
-    attend, config = interpreted.attention.attend, interpreted.attention.Config
+    attend, config = interpreted.one_token.attend, interpreted.one_token.Config
     for splits, block in ((1, 64), (2, 64), (7, 16), (20, 16)):
         y = attend(*given, None, 0.2, config(splits, block))
         assert attention_over_bound(y, *given, None, 0.2) <= 1, splits
@@ -95,16 +95,16 @@ def test_any_stride_in_bounds(interpreted: SimpleNamespace, attention_over_bound
         (query, cache, cache[..., ::2]),
     )
     for view in views:
-        y = interpreted.attention.attend(*view, None, 0.3)
+        y = interpreted.one_token.attend(*view, None, 0.3)
         assert attention_over_bound(y, *view, None, 0.3) <= 1
     accesses.loads.clear(), accesses.stores.clear()
-    y = interpreted.attention.attend(*views[0], None, 0.3, interpreted.attention.Config(1, 16))
+    y = interpreted.one_token.attend(*views[0], None, 0.3, interpreted.one_token.Config(1, 16))
     accesses.assert_within([*views[0]], y)
 
 
 def test_nothing_to_attend_to(interpreted: SimpleNamespace) -> None:
     query, key, value = tensors(torch.float32, 2, 4, 2, 10, 16)
-    attend = interpreted.attention.attend
+    attend = interpreted.one_token.attend
     assert (attend(query, key[:, :, :0], value[:, :, :0], None, 1.0) == 0).all()
     assert attend(query[:0], key[:0], value[:0], None, 1.0).shape == (0, 4, 1, 16)
 
@@ -134,12 +134,12 @@ def test_the_next_token(
 
     query, keys, values = tensors(dtype, *shape)
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    new = next_token(interpreted.attention, dtype, shape[0], shape[2], shape[4], values.shape[3], place)
+    new = next_token(interpreted.one_token, dtype, shape[0], shape[2], shape[4], values.shape[3], place)
     mask = (torch.arange(shape[3]) <= place).expand(shape[0], 1, 1, shape[3]).clone()
     mask[0, ..., : place // 9] = False
     written = [part.clone() for part in (keys, values)]
-    config = None if splits is None else interpreted.attention.Config(splits, 16)
-    y = interpreted.attention.attend(query, *written, mask, 0.2, config, new)
+    config = None if splits is None else interpreted.one_token.Config(splits, 16)
+    y = interpreted.one_token.attend(query, *written, mask, 0.2, config, new)
     keys[:, :, place], values[:, :, place] = written[0][:, :, place], new.value[:, :, 0]
     assert torch.equal(written[0], keys)
     assert torch.equal(written[1], values)
@@ -155,7 +155,7 @@ def test_the_next_token_of_a_batch_and_its_rounding(interpreted: SimpleNamespace
     from mxcompile.formats import MXFP8_E4M3, MXINT8, ScaleRule
     from mxcompile.numerics.reference import quantize_dequantize
 
-    module = interpreted.attention
+    module = interpreted.one_token
     query, keys, values = tensors(torch.bfloat16, 2, 6, 2, 50, 64)
     new = next_token(module, torch.bfloat16, 2, 2, 64, 64, 40)
     both = [torch.cat([part, part.flip(3)]) for part in (new.cos, new.sin)]
@@ -175,7 +175,7 @@ def test_the_next_token_of_a_batch_and_its_rounding(interpreted: SimpleNamespace
 
 def test_nothing_is_written_beyond_the_cache(interpreted: SimpleNamespace, accesses: ...) -> None:
     query, keys, values = tensors(torch.float32, 1, 4, 2, 20, 32)
-    cache, module = [part.clone() for part in (keys, values)], interpreted.attention
+    cache, module = [part.clone() for part in (keys, values)], interpreted.one_token
     for place in (20, -1):
         new = next_token(module, torch.float32, 1, 2, 32, 32, place)
         accesses.stores.clear()
@@ -189,7 +189,7 @@ def test_nothing_is_written_beyond_the_cache(interpreted: SimpleNamespace, acces
 @pytest.mark.parametrize("places", [1, 8, 100, 1000])
 def test_as_many_programs_as_run_at_a_time(interpreted: SimpleNamespace, keys: int, places: int) -> None:
     key = torch.empty(1, dtype=torch.bfloat16).expand(1, 1, keys, 128)
-    config = interpreted.attention.config_for(key, places)
+    config = interpreted.one_token.config_for(key, places)
     blocks = -(-keys // config.block)
     assert 1 <= config.splits <= blocks
     assert config.splits == 1 or places * config.splits <= 264
@@ -197,7 +197,7 @@ def test_as_many_programs_as_run_at_a_time(interpreted: SimpleNamespace, keys: i
 
 
 def test_supports_says_why_not(interpreted: SimpleNamespace) -> None:
-    supports = interpreted.attention.supports
+    supports = interpreted.one_token.supports
     query, key, value = tensors(torch.bfloat16, 1, 4, 2, 10, 16)
     assert "need a CUDA device" in supports(query, key, value, None)
     assert "one query per head" in supports(key, key, value, None)
@@ -210,7 +210,7 @@ def test_supports_says_why_not(interpreted: SimpleNamespace) -> None:
 
 def test_shapes_that_disagree(interpreted: SimpleNamespace) -> None:
     query, key, value = tensors(torch.float32, 1, 4, 2, 10, 16)
-    attend = interpreted.attention.attend
+    attend = interpreted.one_token.attend
     for given in (
         (query, key, value[:, :, 1:]),
         (query[..., 1:], key, value),
@@ -221,7 +221,7 @@ def test_shapes_that_disagree(interpreted: SimpleNamespace) -> None:
             attend(*given, None, 1.0)
     with pytest.raises(MXCompileError, match="cannot share"):
         attend(query[:, :3], key, value, None, 1.0)
-    new = next_token(interpreted.attention, torch.float32, 1, 2, 16, 16, 3)
+    new = next_token(interpreted.one_token, torch.float32, 1, 2, 16, 16, 3)
     parts = vars(new)
     for bad, match in (
         ({"key": new.key[:, :1]}, "cannot be written"),
@@ -231,7 +231,7 @@ def test_shapes_that_disagree(interpreted: SimpleNamespace) -> None:
         ({"position": torch.arange(2)}, "one number"),
     ):
         with pytest.raises(MXCompileError, match=match):
-            attend(query, key, value, None, 1.0, None, interpreted.attention.NewToken(**{**parts, **bad}))
+            attend(query, key, value, None, 1.0, None, interpreted.one_token.NewToken(**{**parts, **bad}))
     with pytest.raises(MXCompileError, match="cannot be written"):
         attend(query, key.mT.contiguous().mT, value, None, 1.0, None, new)
 

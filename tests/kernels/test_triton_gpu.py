@@ -339,28 +339,28 @@ def attention_arguments(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[
 def test_attention(attention_over_bound: Callable[..., float], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Also bit-identical on repeat."""
     from mxcompile.kernels import dispatch
-    from mxcompile.kernels.triton import attention
+    from mxcompile.kernels.triton.attention import one_token
 
     dispatch.prepare(torch.device("cuda", torch.cuda.current_device()))
     for args in attention_arguments(shape, dtype):
-        assert attention.supports(*args[:4]) is None
-        y = attention.attend(*args)
+        assert one_token.supports(*args[:4]) is None
+        y = one_token.attend(*args)
         assert attention_over_bound(y, *args) <= 1
-        assert all(torch.equal(attention.attend(*args), y) for _ in range(3))
+        assert all(torch.equal(one_token.attend(*args), y) for _ in range(3))
 
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
 def test_attention_in_a_cuda_graph(shape: tuple[int, ...]) -> None:
     """Separate, since a graph needs the caching allocator; without that allocator compute-sanitizer sees more."""
     from mxcompile.kernels import dispatch
-    from mxcompile.kernels.triton import attention
+    from mxcompile.kernels.triton.attention import one_token
 
     dispatch.prepare(torch.device("cuda", torch.cuda.current_device()))
     *_, args = attention_arguments(shape, torch.bfloat16)
-    y = attention.attend(*args)
+    y = one_token.attend(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attention.attend(*args)
+        captured = one_token.attend(*args)
     for _ in range(3):
         captured.fill_(1)
         graph.replay()

@@ -1,4 +1,4 @@
-"""triton/packed_attention.py against float64 in Triton's interpreter, and compiled for Hopper without a GPU."""
+"""attention/packed_attention.py against float64 in Triton's interpreter, and compiled for Hopper without a GPU."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -148,7 +148,7 @@ def test_masks(interpreted: SimpleNamespace, attention_over_bound: OverBound, ki
 def test_however_it_is_cut_and_again(interpreted: SimpleNamespace, attention_over_bound: OverBound) -> None:
     query, key, value = tensors(1, 6, 2, 1, 330, 64)
     keys, values = packed(key, MXINT4), packed(value, MXINT8)
-    attend, config = interpreted.packed_attention.attend, interpreted.attention.Config
+    attend, config = interpreted.packed_attention.attend, interpreted.one_token.Config
     for splits, block in ((1, 64), (2, 64), (7, 16), (20, 16)):
         y = attend(query, keys, values, None, 0.2, config(splits, block))
         assert over_bound(attention_over_bound, y, query, keys, values, None) <= 1, splits
@@ -162,7 +162,7 @@ def test_tokens_after_a_position_are_not_read(
     query, key, value = tensors(2, 2, 1, 1, 70, 64)
     keys, values = packed(key, MXINT4), packed(value, MXINT8)
     mask = torch.arange(70).expand(2, 1, 1, 70) >= torch.tensor([0, min(position, 9)]).view(2, 1, 1, 1)
-    attend, config = interpreted.packed_attention.attend, interpreted.attention.Config
+    attend, config = interpreted.packed_attention.attend, interpreted.one_token.Config
     is_read = mask & (torch.arange(70) <= position)
     for splits, block in ((1, 64), (4, 16)):
         at = torch.tensor([position])

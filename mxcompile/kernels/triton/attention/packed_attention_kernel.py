@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mxcompile.kernels.triton.attention_kernel import (
+from mxcompile.kernels.triton.attention.exact_tokens import count_newest, store_exact_partial
+from mxcompile.kernels.triton.attention.one_token_kernel import (
     FLOAT32_LOWEST,
     combine_partials,
     multiply,
@@ -28,10 +29,9 @@ from mxcompile.kernels.triton.attention_kernel import (
     prefetch,
     store_rows,
 )
+from mxcompile.kernels.triton.attention.packed_queries import load_queries, queries, surplus
+from mxcompile.kernels.triton.attention.packed_states import element_of, load_words, plane_of
 from mxcompile.kernels.triton.elements import arrives_last, narrow, widen
-from mxcompile.kernels.triton.exact_tokens import count_newest, store_exact_partial
-from mxcompile.kernels.triton.packed_queries import load_queries, queries, surplus
-from mxcompile.kernels.triton.packed_states import element_of, load_words, plane_of
 from mxcompile.kernels.triton.reductions import maximum, plus
 
 # A scale byte of a word ($1), rotated by $2 bits to where float32 has its exponent.

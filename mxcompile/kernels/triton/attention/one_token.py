@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mxcompile.errors import MXCompileError
 from mxcompile.kernels.triton import split_k_counters
-from mxcompile.kernels.triton.attention_kernel import attend_kernel
+from mxcompile.kernels.triton.attention.one_token_kernel import attend_kernel
 from mxcompile.kernels.triton.elements import FLOAT_DTYPES, starts_early, unsupported_device, unsupported_dtype
 from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.quantize import Rounding, rounding_constants, why_not_rounded

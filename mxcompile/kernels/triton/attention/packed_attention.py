@@ -2,7 +2,7 @@
 
 Keys and values are decoded in registers (`packed_states.py`), so their packed bytes are all that is read. A program
 handles the query heads that share keys and values, and a range of the tokens; the last program to arrive combines the
-results in the order of the tokens, as in `attention.py`. Matmuls are in bfloat16 with float32 sums: elements are exact,
+results in the order of the tokens, as in `one_token.py`. Matmuls are in bfloat16 with float32 sums: elements are exact,
 exponentials are rounded to bfloat16 and then multiplied by the scales of values, which are powers of two.
 
 A scale of 2**-127 counts as zero.
@@ -22,11 +22,11 @@ from torch import Tensor
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, why_no_kernel
 from mxcompile.kernels.triton import split_k_counters
-from mxcompile.kernels.triton.attention import MOST_COMBINED, Config, options, scratch_of
+from mxcompile.kernels.triton.attention.one_token import MOST_COMBINED, Config, options, scratch_of
+from mxcompile.kernels.triton.attention.packed_attention_kernel import attend_packed_kernel
+from mxcompile.kernels.triton.attention.packed_states import plane_constants
 from mxcompile.kernels.triton.elements import FLOAT_DTYPES, starts_early, unsupported_device
 from mxcompile.kernels.triton.launches import launch
-from mxcompile.kernels.triton.packed_attention_kernel import attend_packed_kernel
-from mxcompile.kernels.triton.packed_states import plane_constants
 from mxcompile.kernels.triton.quantize import Rounding, rounding_constants, why_not_rounded
 from mxcompile.numerics.exact_tokens import ExactTokens, check_exact
 from mxcompile.numerics.packed_attention import PackedStates, check_shapes

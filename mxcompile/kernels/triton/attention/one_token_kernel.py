@@ -1,4 +1,4 @@
-"""The kernel of single-token attention: `attention.py` launches it and says what it computes.
+"""The kernel of single-token attention: `one_token.py` launches it and says what it computes.
 
 The keys of a head group are split among programs. Each loads the queries again in every turn of its loop over blocks of
 keys, so that these loads overlap with the first of the keys. The denominators of a block's keys are added up after the

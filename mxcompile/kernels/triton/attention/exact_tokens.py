@@ -9,7 +9,7 @@ them, and the others leave them out. Part of `packed_attention_kernel.py`; see `
 import triton
 import triton.language as tl
 
-from mxcompile.kernels.triton.attention_kernel import FLOAT32_LOWEST, multiply, partial_pointers
+from mxcompile.kernels.triton.attention.one_token_kernel import FLOAT32_LOWEST, multiply, partial_pointers
 from mxcompile.kernels.triton.elements import narrow, widen
 from mxcompile.kernels.triton.reductions import maximum, plus
 

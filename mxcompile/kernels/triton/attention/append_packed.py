@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import MXFormat, ScaleRule, why_no_kernel
-from mxcompile.kernels.triton.attention_kernel import load_rotated
+from mxcompile.kernels.triton.attention.one_token_kernel import load_rotated
 from mxcompile.kernels.triton.elements import (
     narrow,
     parts,

@@ -9,8 +9,8 @@ rows are.
 import triton
 import triton.language as tl
 
+from mxcompile.kernels.triton.attention.packed_states import element_of
 from mxcompile.kernels.triton.elements import widen
-from mxcompile.kernels.triton.packed_states import element_of
 from mxcompile.kernels.triton.reductions import maximum, plus
 
 # A value that nothing moves past: loads before it are all on their way when it is needed.
