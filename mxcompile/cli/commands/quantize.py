@@ -94,8 +94,7 @@ def quantize(
     The result has the same bytes. Finished parts are always kept until it is written (--resume names their folder).
     Started by torchrun, several processes share the work (also with --low-memory); the first compares, prints, writes.
 
-    --model-free: the model is never in memory, and nothing is compared; the recipe must round to nearest. What will be
-    done to each tensor is printed first.
+    --model-free: the model is never in memory, nothing is compared, recipes round to nearest; a plan is printed first.
 
     --json: as for eval, and "recovery", "metric", "out" (null if nothing is written), "allocation" (with --bits; as in
     ledger.json); --model-free: {"source", "module", "recipe", "notes", "before", "after", "out", "tensors": [{"name",
