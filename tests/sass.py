@@ -164,7 +164,7 @@ def fp8_report(fmt: MXFormat, config: fp8_linear.Config, k_chunked: bool = False
 
 
 def attention_report(dtype: str, size: int, group: int, next_token: bool = False) -> tuple[Report, one_token.Config]:
-    """attention/one_token.py for 8 heads of a cache of 2048 tokens, `group` heads of queries each, and one mask for all;
+    """attention/one_token.py for 8 heads and 2048 tokens, `group` heads of queries each, and one mask for all;
     with the config that it chooses. next_token: with RoPE, a write to the cache, and rounding."""
     config = one_token.config_for(torch.empty(0, 8, 2048, size, dtype=_DTYPES[dtype]), 8, next_token)
     constants = one_token.constants(size, size, 8, group, config)
