@@ -24,9 +24,13 @@ def prepare_cache(
 ) -> Any:
     """As transformers' `_prepare_cache_for_generation`, which `generate` calls, and then `MXCache` in place of its own.
 
-    Warns if the model's layers have states that an MXCache cannot hold; transformers' cache then stays.
+    Warns if the model's layers have states that an MXCache cannot hold; transformers' cache then stays. Raises
+    InputError if a static cache that the caller gives has no room for the longest text: compiled, a step would write
+    outside of it.
     """
     given = {name for name in _NAMES if model_kwargs.get(name) is not None}
+    for name in given:
+        _check_room(model_kwargs[name], generation_config.max_length)
     kind: Any = type(model)
     result = kind._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
     provenance = Provenance.of(model)
@@ -102,6 +106,18 @@ def _let_take_back(cache: Any) -> None:
     what an assistant reads decides what it proposes, not what is generated."""
     cache.activate_past_recording()
     _end_assisted_decoding(cache)
+
+
+def _check_room(cache: Any, longest: int | None) -> None:
+    from transformers.cache_utils import StaticLayer
+
+    layers = getattr(cache, "layers", ())
+    rooms = [layer.max_cache_len for layer in layers if isinstance(layer, StaticLayer) and not layer.is_sliding]
+    if longest is not None and rooms and longest - 1 > min(rooms):
+        raise InputError(
+            f"the cache has room for {min(rooms)} tokens, and a text of {longest}, the longest that this call may "
+            f"make, needs {longest - 1}: give a larger cache, or a smaller max_new_tokens (or max_length)"
+        )
 
 
 def _end_assisted_decoding(cache: Any) -> None:

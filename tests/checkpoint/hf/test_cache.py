@@ -124,6 +124,20 @@ def test_what_the_caller_says_is_done(model):
     assert tokens.shape[1] == PROMPT.shape[1] + 12
 
 
+@pytest.mark.parametrize("kind", [StaticCache, mxcompile.MXCache])
+def test_a_static_cache_without_room_for_the_longest_text_is_refused(model, kind):
+    """Compiled, a step would write outside of it."""
+    name, room = next(iter(exact(model))), PROMPT.shape[1] + 12 - 1
+
+    def cache(length):
+        is_plain = kind is StaticCache
+        return {name: kind(model.config, max_cache_len=length) if is_plain else kind(model.config, max_length=length)}
+
+    assert generate(model, **cache(room))[0].shape[1] == room + 1
+    with pytest.raises(InputError, match=f"room for {room - 1} tokens, and a text of {room + 1}, .* needs {room}"):
+        generate(model, **cache(room - 1))
+
+
 def test_a_model_without_the_pass_keeps_transformers_caches():
     model = two_layers("qwen3", head_dim=32, use_cache=True)
     plain = mxcompile.quantize_and_compile(model, inputs("llama"), recipe="w8a8-mxint-quick", compile=False)
