@@ -267,7 +267,9 @@ def _origin(node: Node, weight: Node, axis: int) -> tuple[Node, Node, int, bool]
 
 
 def _why_unusable(matmul: Matmul) -> str | None:
-    dims = matmul.root.meta["val"].dim()
+    dims, dtype = matmul.root.meta["val"].dim(), matmul.root.meta["val"].dtype
+    if not dtype.is_floating_point:
+        return f"the weight is of {dtype}: only real floats are quantized"
     if dims < 2 or matmul.axis not in (-1, -2):
         return f"the weight is contracted over dimension {matmul.axis} of {dims}"
     if any(matmul.node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):

@@ -27,10 +27,11 @@ def interruption_explained(console: Console, resume: Path | None) -> Generator[N
         raise typer.Exit(_EXIT_CODE) from None
 
 
-def check_apart(option: str, folder: Path | None, out: Path) -> None:
+def check_apart(out: Path, **folders: Path | None) -> None:
     """Raise InputError if the folder of an option (finished parts, a dump) and the result would be in one folder."""
-    if folder is None:
-        return
-    other, result = folder.resolve(), out.resolve()
-    if other == result or result in other.parents or other in result.parents:
-        raise InputError(f"{option} {folder} and --out {out} are in one folder: give each one of its own")
+    for option, folder in folders.items():
+        if folder is None:
+            continue
+        other, result = folder.resolve(), out.resolve()
+        if other == result or result in other.parents or other in result.parents:
+            raise InputError(f"--{option} {folder} and --out {out} are in one folder: give each one of its own")

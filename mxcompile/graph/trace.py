@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule
 
 from mxcompile.arguments import checked
 from mxcompile.errors import InputError, TraceError
+from mxcompile.graph.binding import bind_inputs
 from mxcompile.graph.callers_modes import without_callers_modes
 from mxcompile.graph.constants import resolve_constants
 from mxcompile.graph.dataflow import mutated_tensors
@@ -90,6 +91,7 @@ def trace(
     _copy_mutated_buffers(program)
     _drop_dead_nodes(program)
     _check_selection(program, shadow)
+    _check_indices(program)
     return program
 
 
@@ -166,6 +168,19 @@ def _check_dtypes(graph: Graph, shadow: nn.Module, inputs: Inputs) -> None:
                     f"inputs to one dtype (model.to). {error}"
                 ) from error
             return
+
+
+def _check_indices(program: Program) -> None:
+    """Raise InputError if an input has indices outside of the table that it is looked up in: tracing reads no values,
+    and on a GPU such a lookup ends the process's use of it."""
+    values = bind_inputs(program, program.example)
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        indices, rows = values.get(node.args[1]), node.args[0].meta["val"].shape[0]
+        if isinstance(indices, Tensor) and indices.numel() and (indices.min() < 0 or indices.max() >= rows):
+            raise InputError(
+                f"the example input {node.args[1]} has indices from {int(indices.min())} to {int(indices.max())}, and "
+                f"the table of {where(node)} has {rows} rows: is it of another tokenizer?"
+            )
 
 
 def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:

@@ -149,6 +149,14 @@ def test_addmm_with_factors():
     assert refusal.bytes == IN * OUT * 4
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32])
+def test_weights_that_are_no_real_floats(dtype):
+    model = nn.Linear(IN, OUT, bias=False)
+    model.weight = nn.Parameter(torch.ones(OUT, IN, dtype=dtype), requires_grad=False)
+    refusal = the_refusal(model, torch.ones(3, IN, dtype=dtype))
+    assert refusal.reason == f"the weight is of {dtype}: only real floats are quantized"
+
+
 def test_a_vector_is_no_weight():
     refusal = the_refusal(Weighted((IN,), lambda m, x: x @ m.weight))
     assert refusal.reason == "the weight is contracted over dimension -2 of 1"

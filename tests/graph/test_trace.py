@@ -287,6 +287,14 @@ def test_a_model_that_fails_by_itself():
     assert "shapes cannot be multiplied" in message
 
 
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_indices_outside_of_a_table(wrong):
+    """Tracing reads no values; the model fails when a pass runs it, on a GPU for good."""
+    model = nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 64))
+    with pytest.raises(InputError, match=r"has indices from .* and the table of %embedding in 0 has 8 rows"):
+        trace(model, torch.tensor([[0, 7, wrong]]))
+
+
 def test_a_model_of_two_dtypes_that_fails_by_itself():
     """Tracing accepts operands of two dtypes; the message names the layer that was forgotten."""
     half, integer = nn.Linear(64, 64).half(), nn.Linear(64, 64)

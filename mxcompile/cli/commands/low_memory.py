@@ -45,7 +45,7 @@ def quantize_low_memory(options: EvalOptions, recipe: str, low: LowMemoryOptions
     source, console, resume = options.model, messages(), low.resume_folder
     if source is None or source.lower() == "smollm2":
         raise InputError("--low-memory reads a folder with safetensors, or a hub id: name one")
-    check_apart("--resume", resume, low.out)
+    check_apart(low.out, resume=resume)
     tokenizer = _tokenizer(find_folder(source))
     data = data_without_model(options, tokenizer)
     console.print(f"quantizing in files: {as_pipeline(recipe)}; finished parts go to {resume}", markup=False)

@@ -109,8 +109,7 @@ def quantize(
         raise InputError("--dry-run, --workers, --include and --exclude are options of --model-free: give that too")
     recipe = _changed(recipe, bits, cache)
     check_destination(out, format)
-    check_apart("--resume", resume, out)
-    check_apart("--dump", dump, out)
+    check_apart(out, resume=resume, dump=dump)
     sources = calibration, calibration_text, calibration_length, calibration_like, calibration_self
     data = CalibrationOptions.parse(*sources)
     options = EvalOptions(model, None, recipe, text, length, windows, data, device, special_tokens)
