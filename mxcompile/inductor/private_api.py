@@ -7,6 +7,7 @@ The rest of this room imports them from here, so that a torch without one of the
 from typing import Any
 
 import torch
+import torch._inductor.compile_fx  # 175 modules, which the first call of a model would import
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame, mark_static_address, maybe_mark_dynamic, optimize
 from torch._dynamo.backends.common import aot_autograd
@@ -23,6 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.output_code import CompiledFxGraph
+from torch.fx._lazy_graph_module import _make_graph_module as lazy_graph_module  # pyright: ignore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._triton import has_triton
 
@@ -49,6 +51,7 @@ __all__ = [
     "in_front_of",
     "inductor_config",
     "innermost_function",
+    "lazy_graph_module",
     "make_boxed_func",
     "mark_static_address",
     "maybe_mark_dynamic",

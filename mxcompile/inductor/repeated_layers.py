@@ -12,6 +12,7 @@ read the same results of the repetition or of what precedes it, in the same orde
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -26,7 +27,7 @@ _FARTHEST: Final = 24
 _MATMULS: Final = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "experts", "grouped_linear"})
 _ONE_SIDED: Final = frozenset({"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode"})
 
-Signature = Any
+Signature = Kind = Any
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,11 @@ def find_repetition(graph: Graph, is_input: Callable[[Node], bool]) -> Repetitio
     """
     calls = [node for node in graph.nodes if node.op != "output" and not is_input(node)]
     codes: dict[Signature, int] = {}
-    signatures = [codes.setdefault(_signature(node, is_input), len(codes)) for node in calls]
+    kind = cache(lambda node: _kind(node, is_input))
+    signatures = [codes.setdefault(_signature(node, kind), len(codes)) for node in calls]
     runs = [run for period in _periods(calls, signatures) for run in _runs(signatures, period)]
     for start, period, length in sorted(runs, key=lambda run: (run[1] - run[2], run[1])):
-        if (repetition := _bounded(calls, start, period, length, is_input)) is not None:
+        if (repetition := _bounded(calls, start, period, length, kind)) is not None:
             return repetition
     return None
 
@@ -96,7 +98,7 @@ def _runs(signatures: Sequence[int], period: int) -> Iterator[tuple[int, int, in
 
 
 def _bounded(
-    calls: Sequence[Node], start: int, period: int, length: int, is_input: Callable[[Node], bool]
+    calls: Sequence[Node], start: int, period: int, length: int, kind: Callable[[Node], Kind]
 ) -> Repetition | None:
     """The repetition within a run with the smallest tensors across its borders; None if no borders will do."""
     place = {node: number for number, node in enumerate(calls)}
@@ -113,19 +115,19 @@ def _bounded(
     for _, fewer, before in sorted(borders):
         for skipped in (0, 1):  # the first repetition may read what precedes the run in another way
             count, first = -fewer - skipped, -before + skipped * period
-            if count >= _LEAST_REPETITIONS and (made := _verified(calls, first, period, count, is_input)) is not None:
+            if count >= _LEAST_REPETITIONS and (made := _verified(calls, first, period, count, kind)) is not None:
                 return made
     return None
 
 
 def _verified(
-    calls: Sequence[Node], start: int, period: int, count: int, is_input: Callable[[Node], bool]
+    calls: Sequence[Node], start: int, period: int, count: int, kind: Callable[[Node], Kind]
 ) -> Repetition | None:
     """The repetition if all its bodies read alike and give results that can be passed on."""
     bodies = [calls[start + index * period :][:period] for index in range(count)]
     if any(node.op == "get_attr" or _name(node) in _ONE_SIDED for node in bodies[0]):
         return None
-    reads = [_reads(body, is_input) for body in bodies]
+    reads = [_reads(body, kind) for body in bodies]
     if any(read[0] != reads[0][0] for read in reads):
         return None
     outputs = set[int]()
@@ -145,7 +147,7 @@ def _have_equal_sizes(pairs: Iterable[tuple[Node, Node]]) -> bool:
     """Whether values have the same sizes, also where these are dynamic: Dynamo then guards that they stay equal."""
     for node, other in pairs:
         for a, b in zip(*(_sizes(each.meta.get("example_value")) for each in (node, other)), strict=True):
-            if str(a) != str(b) and not bool(a == b):
+            if a.node.expr != b.node.expr and not bool(a == b):
                 return False
     return True
 
@@ -160,7 +162,7 @@ def _sizes(value: Any) -> list[Any]:
     return [size for part in value for size in _sizes(part)] if isinstance(value, list | tuple) else []  # pyright: ignore
 
 
-def _reads(body: Sequence[Node], is_input: Callable[[Node], bool]) -> tuple[Any, tuple[Node, ...]]:
+def _reads(body: Sequence[Node], kind: Callable[[Node], Kind]) -> tuple[Any, tuple[Node, ...]]:
     """(which results every call reads, and of what kind those from outside are; these nodes)"""
     number = {node: index for index, node in enumerate(body)}
     outside: dict[Node, int] = {}
@@ -169,7 +171,7 @@ def _reads(body: Sequence[Node], is_input: Callable[[Node], bool]) -> tuple[Any,
         for node in body
         for source in sources(node)
     ]
-    kinds = [_kind(node, is_input) for node in outside]
+    kinds = [kind(node) for node in outside]
     return (pattern, kinds, _aliases(outside)), tuple(outside)
 
 
@@ -201,32 +203,33 @@ def _leaves(value: Any) -> list[Any]:
     return [value]
 
 
-def _signature(node: Node, is_input: Callable[[Node], bool]) -> Signature:
+def _signature(node: Node, kind: Callable[[Node], Kind]) -> Signature:
     """What two calls must have in common to be the same code."""
-    constants = _skeleton((node.args, node.kwargs), is_input)
+    constants = _skeleton((node.args, node.kwargs), kind)
     target = node.target if isinstance(node.target, str) else (id(node.target), str(node.target))
     return node.op, target, constants, _form(node.meta.get("example_value"))
 
 
-def _skeleton(value: Any, is_input: Callable[[Node], bool]) -> Any:
+def _skeleton(value: Any, kind: Callable[[Node], Kind]) -> Any:
     """Arguments with nodes replaced by what they are, in a form that can be compared."""
     if isinstance(value, Node):
-        return _kind(value, is_input)
+        return kind(value)
     if isinstance(value, slice):
-        return "slice", *(_skeleton(part, is_input) for part in (value.start, value.stop, value.step))
+        return "slice", *(_skeleton(part, kind) for part in (value.start, value.stop, value.step))
     if isinstance(value, list | tuple):
-        return type(value).__name__, *(_skeleton(part, is_input) for part in value)  # pyright: ignore
+        return type(value).__name__, *(_skeleton(part, kind) for part in value)  # pyright: ignore
     if isinstance(value, dict):
-        return "dict", *((str(key), _skeleton(part, is_input)) for key, part in value.items())  # pyright: ignore
+        return "dict", *((str(key), _skeleton(part, kind)) for key, part in value.items())  # pyright: ignore
     return type(value).__name__, repr(value)
 
 
-def _kind(node: Node, is_input: Callable[[Node], bool]) -> Any:
+def _kind(node: Node, is_input: Callable[[Node], bool]) -> Kind:
     """The form of a node's value; for what readers derive from inputs, also how."""
-    derived = is_input(node) and node.op != "placeholder"
+    form = _form(node.meta.get("example_value"))
+    if not is_input(node) or node.op == "placeholder":
+        return form, ()
     parts = tuple(_form(part.meta.get("example_value")) for part in sources(node))
-    how = (str(node.target), repr(node.args[1:]), parts)
-    return _form(node.meta.get("example_value")), how if derived else ()
+    return form, (str(node.target), repr(node.args[1:]), parts)
 
 
 def _form(value: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from mxcompile.inductor.private_api import lazy_graph_module
 from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.tensor.weight import MXLayout, MXWeight
 
@@ -86,7 +87,7 @@ def _source(node: Node) -> Any:
 
 def like(module: GraphModule, graph: Graph) -> GraphModule:
     """A graph module with the attributes of `module`, and with what AOTAutograd reads from a Dynamo module."""
-    like: Any = GraphModule(module, graph)
+    like: Any = lazy_graph_module(module, graph)  # no code is written for a graph that is only taken apart
     like.meta = dict(module.meta)
     if (sources := getattr(module, "_param_name_to_source", None)) is not None:
         like._param_name_to_source = sources
