@@ -15,7 +15,13 @@ from mxcompile.inductor.backend import MXBackend, compile_options, start_probing
 from mxcompile.inductor.compiled_forward import CompiledForward
 from mxcompile.inductor.decode_step import DecodeStep
 from mxcompile.inductor.generation.hook import use_our_loop
-from mxcompile.inductor.private_api import aot_autograd, make_boxed_func, mark_static_address, maybe_mark_dynamic
+from mxcompile.inductor.private_api import (
+    aot_autograd,
+    load_inductor,
+    make_boxed_func,
+    mark_static_address,
+    maybe_mark_dynamic,
+)
 from mxcompile.inductor.rewrites.fuse import fuse
 from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.kernels.dispatch import prepare
@@ -37,6 +43,7 @@ def compile_fused(module: nn.Module) -> None:
             logger.info("%s keeps the row-major layout: %s", name, why_not)
     if reason is None:
         start_probing(device)
+        load_inductor()
         _compile_call(module, MXBackend({**compile_options(), **_without_bad_checks(device)}))
         _compile_generate(module, device)
     else:

@@ -4,10 +4,10 @@ The rest of this room imports them from here, so that a torch without one of the
 `mxcompile.inductor.supported` turns into a sentence.
 """
 
+import importlib
 from typing import Any
 
 import torch
-import torch._inductor.compile_fx  # 175 modules, which the first call of a model would import
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import eval_frame, mark_static_address, maybe_mark_dynamic, optimize
 from torch._dynamo.backends.common import aot_autograd
@@ -52,6 +52,7 @@ __all__ = [
     "inductor_config",
     "innermost_function",
     "lazy_graph_module",
+    "load_inductor",
     "make_boxed_func",
     "mark_static_address",
     "maybe_mark_dynamic",
@@ -62,6 +63,11 @@ __all__ = [
     "side_effects_log",
     "torch_key",
 ]
+
+
+def load_inductor() -> None:
+    """Import what Inductor compiles with: 175 modules, which the first call of a compiled model would else import."""
+    importlib.import_module("torch._inductor.compile_fx")
 
 
 def own_symbol(number: torch.SymInt) -> Any:
