@@ -140,19 +140,14 @@ def test_generates(name, recipe, implementation, device):
             ("gpt_oss", WEIGHTS, "mx", "static"),
             ("gpt_oss", ACTIVATIONS, "grouped_mm", "static"),
         ],
-        [
-            ("qwen3_moe", WEIGHTS, "mx", None),
-            ("qwen3_moe", WEIGHTS, "batched_mm", "static"),
-            ("gpt_oss", ACTIVATIONS, "grouped_mm", "static"),
-        ],
+        [("qwen3_moe", WEIGHTS, "batched_mm", "static")],
     ),
 )
 def test_generates_compiled(name, recipe, implementation, kept, device):
-    if device == "cpu" and kept is None and torch.__version__.startswith("2.11"):
-        pytest.skip("torch 2.11 cannot compile a dynamic cache on a CPU")
     torch._dynamo.reset()  # it compiles a layer's forward so many times at most, counting those of earlier tests
     module = with_implementation(name, recipe, device, implementation)
-    check_generation(compile_module(copy.deepcopy(module)), module, device, product(("one", "padded"), (kept,)))
+    prompts = ("one", "padded") if device == "cuda" else ("padded",)
+    check_generation(compile_module(copy.deepcopy(module)), module, device, product(prompts, (kept,)))
 
 
 @pytest.mark.parametrize(("name", "device"), on_devices([("qwen3_moe",), ("gpt_oss",)], [("gpt_oss",)]))
@@ -164,7 +159,7 @@ def test_generates_as_transformers_compiles_it(name, device):
 
 @pytest.mark.parametrize(
     ("name", "implementation", "device"),
-    on_devices(product(["qwen3_moe", "gpt_oss"], IMPLEMENTATIONS), [("qwen3_moe", "mx"), ("gpt_oss", "grouped_mm")]),
+    on_devices(product(["qwen3_moe", "gpt_oss"], IMPLEMENTATIONS), [("gpt_oss", "grouped_mm")]),
 )
 @torch.no_grad()
 def test_no_expert_is_decoded_that_no_token_chose(name, implementation, device):
