@@ -52,8 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Slow tests, and those of tracing itself, export every model that they trace."""
-    shared_exports.active = item.get_closest_marker("slow") is None and item.path.parent.name != "graph"
+    """Tests of tracing itself export every model that they trace."""
+    shared_exports.active = item.path.parent.name != "graph"
 
 
 @pytest.fixture(autouse=True, scope="session")

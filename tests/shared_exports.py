@@ -40,15 +40,27 @@ class SharedExports:
         if key is None:
             return self.export(model, inputs)
         if key not in self._programs:
-            self._programs[key] = self.export(model, inputs)
+            self._programs[key] = _without_tensors(self.export(model, inputs), model)
         return _with_tensors(self._programs[key], model)
 
 
-def _with_tensors(program: ExportedProgram, model: nn.Module) -> ExportedProgram:
-    tensors = {
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def _without_tensors(program: ExportedProgram, model: nn.Module) -> ExportedProgram:
+    """So that no model stays in memory."""
+    own = _tensors(model)
+    program._state_dict = dict.fromkeys(program.state_dict)
+    program._constants = {name: None if name in own else value for name, value in program.constants.items()}
+    return program
+
+
+def _with_tensors(program: ExportedProgram, model: nn.Module) -> ExportedProgram:
+    tensors = _tensors(model)
     program = copy.copy(program)
     program._state_dict = {name: tensors[name] for name in program.state_dict}
     program._constants = {name: tensors.get(name, value) for name, value in program.constants.items()}

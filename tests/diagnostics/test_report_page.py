@@ -41,9 +41,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model of 32 layers with 7 matmuls each, after 3 passes."""
+    """A model of 12 layers with 7 matmuls each, after 3 passes."""
     path = tmp_path_factory.mktemp("dump")
-    dump(path, llama(32), inputs("llama"))
+    dump(path, llama(12), inputs("llama"))
     return path
 
 
@@ -79,7 +79,7 @@ QUERY, NODES = "#query", "#nodes tr"
 def test_it_shows_every_layer_after_every_pass(browser, folder):
     with opened(browser, folder) as page:
         assert page.locator("#maps figure").count() == 3
-        assert page.locator("#maps a").count() == 3 * 224
+        assert page.locator("#maps a").count() == 3 * 84
         found = mxcompile.Ledger.load(folder).passes[1].measured.layers["model.layers.5.mlp.up_proj.weight"]
         assert (
             label(page, 2, "model.layers.5.mlp.up_proj")
@@ -127,20 +127,20 @@ def test_arrow_keys_walk_through_the_heat_map(browser, folder):
 
 def test_a_layer_leads_to_its_nodes_and_to_its_changes(browser, folder):
     with opened(browser, folder) as page:
-        cell(page, 3, "model.layers.31.mlp.up_proj").click()
+        cell(page, 3, "model.layers.11.mlp.up_proj").click()
         page.get_by_role("link", name="Nodes in the graph").click()
-        expect(page.locator(QUERY)).to_have_value("model.layers.31.mlp.up_proj")
+        expect(page.locator(QUERY)).to_have_value("model.layers.11.mlp.up_proj")
         rows = [row.split("\t") for row in page.locator(NODES).all_inner_texts()]
         assert [row[1] for row in rows] == ["tensor", "tensor", "mx.dequantize", "aten.linear"]
-        assert rows[2][2:6] == ["f32", "[128, 64]", "mxint4", "model.layers.31.mlp.up_proj"]
+        assert rows[2][2:6] == ["f32", "[128, 64]", "mxint4", "model.layers.11.mlp.up_proj"]
         page.get_by_role("link", name="Changes by lower-mx").click()
         diff = page.locator("#pass-3 .diff")
-        expect(diff).to_contain_text("Lines of modules that match model.layers.31.mlp.up_proj")
+        expect(diff).to_contain_text("Lines of modules that match model.layers.11.mlp.up_proj")
         expect(diff.locator(".d2h-file-side-diff")).to_have_count(2)
         removed, added = (side.inner_text() for side in diff.locator(".d2h-file-side-diff").all())
-        assert "%model_layers_31_mlp_up_proj_weight  f32[128, 64]" in removed
-        assert "%model_layers_31_mlp_up_proj_weight_elements" in added
-        assert "layers_30" not in removed + added
+        assert "%model_layers_11_mlp_up_proj_weight  f32[128, 64]" in removed
+        assert "%model_layers_11_mlp_up_proj_weight_elements" in added
+        assert "layers_10" not in removed + added
 
 
 def test_a_whole_diff_is_drawn_when_it_is_opened(browser, folder):
@@ -148,14 +148,14 @@ def test_a_whole_diff_is_drawn_when_it_is_opened(browser, folder):
         assert page.locator(".d2h-wrapper").count() == 0
         page.locator("#overview").get_by_role("link", name="round-weights").click()
         lines = page.locator("#pass-2 .d2h-code-side-line")
-        expect(lines.filter(has_text="format=mxint4")).to_have_count(224)
+        expect(lines.filter(has_text="format=mxint4")).to_have_count(84)
 
 
 def test_search_by_module_path(browser, folder):
     with opened(browser, folder) as page:
         page.locator(QUERY).fill("*.down_proj")
-        assert page.locator("#maps a:not(.aside)").count() == 3 * 32
-        assert "32 layers" in page.locator("#matches").inner_text()
+        assert page.locator("#maps a:not(.aside)").count() == 3 * 12
+        assert "12 layers" in page.locator("#matches").inner_text()
         page.locator(QUERY).fill("model.layers.3")
         assert page.locator("#maps a:not(.aside)").count() == 3 * 7
         page.keyboard.press("Enter")

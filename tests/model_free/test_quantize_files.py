@@ -229,10 +229,10 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_peak_memory_is_bounded_by_the_largest_tensor(tmp_path, workers):
-    """The model has 430 MB, its largest tensor 34 MB: at most three of them for each worker, and 100 MB."""
+    """The model has 290 MB, its largest tensor 17 MB: at most three of them for each worker, and 100 MB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 16384, "num_hidden_layers": 4, "vocab_size": 512}
+    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 5, "vocab_size": 512}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16)).to(torch.bfloat16)
     largest = max(parameter.nbytes for parameter in model.parameters())
     bound = 3 * workers * largest + 100e6

@@ -216,6 +216,7 @@ def test_exported(model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", RECIPES[1:], indirect=True)
 @pytest.mark.parametrize(
     ("first", "load"),
     [
