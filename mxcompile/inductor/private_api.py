@@ -24,7 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.output_code import CompiledFxGraph
-from torch.fx._lazy_graph_module import _make_graph_module as lazy_graph_module  # pyright: ignore
+from torch.fx._lazy_graph_module import _make_graph_module  # pyright: ignore[reportPrivateUsage]
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._triton import has_triton
 
@@ -63,6 +63,8 @@ __all__ = [
     "side_effects_log",
     "torch_key",
 ]
+
+lazy_graph_module: Any = _make_graph_module
 
 
 def load_inductor() -> None:

@@ -27,7 +27,8 @@ _FARTHEST: Final = 24
 _MATMULS: Final = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "experts", "grouped_linear"})
 _ONE_SIDED: Final = frozenset({"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode"})
 
-Signature = Kind = Any
+Signature = Any
+Kind = Any
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ def find_repetition(graph: Graph, is_input: Callable[[Node], bool]) -> Repetitio
     """
     calls = [node for node in graph.nodes if node.op != "output" and not is_input(node)]
     codes: dict[Signature, int] = {}
-    kind = cache(lambda node: _kind(node, is_input))
+
+    @cache
+    def kind(node: Node) -> Kind:
+        return _kind(node, is_input)
+
     signatures = [codes.setdefault(_signature(node, kind), len(codes)) for node in calls]
     runs = [run for period in _periods(calls, signatures) for run in _runs(signatures, period)]
     for start, period, length in sorted(runs, key=lambda run: (run[1] - run[2], run[1])):
