@@ -184,11 +184,11 @@ class _Recorder(TorchDispatchMode):
         kernels = {name: value for name, value in names.items() if _is_kernel(value)}
         thread = threading.get_ident()
 
-        def noting(kernel: Any) -> Callable[..., None]:
-            def run(*args: Any) -> None:
+        def noting(kernel: Any) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
                 if threading.get_ident() == thread:
                     self._note_kernel(kernel, args)
-                kernel(*args)
+                return kernel(*args)
 
             return run
 

@@ -196,10 +196,10 @@ def test_other_operators_are_not_recorded():
 def test_a_graph_of_a_gpu_without_inputs_there_is_not_recorded():
     """A mask is one. What its module calls of torch itself is no kernel, and has no address."""
     namespace = {"get_raw_stream": torch._C.get_num_threads}
-    exec("def call(inputs):\n    get_raw_stream()\n    return inputs[:]", namespace)
+    exec("def call(inputs):\n    return [*inputs, get_raw_stream()]", namespace)
     graph = RecordedGraph(namespace["call"])
-    for _ in range(3):
-        graph([torch.ones(1)])
+    results = [graph([torch.ones(1)])[-1] for _ in range(3)]
+    assert results == [torch.get_num_threads()] * 3  # of a GPU, a stream that kernels are launched on
     assert graph.refusal == "it calls get_num_threads, as a graph of a GPU does"
 
 
