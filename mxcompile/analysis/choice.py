@@ -140,25 +140,28 @@ def _check_patterns(choice: MatmulChoice, patterns: Iterable[str], names: Sequen
 
 
 def exclude_shared_weights(program: Program, choice: MatmulChoice) -> MatmulChoice:
-    """Move matmuls to `unsupported` whose weight another node reads in float under the same name.
+    """Move matmuls and lookups to `unsupported` whose weight another node reads or writes in float by the same name.
 
     One name cannot stand for both a float tensor and an MX weight. A tied parameter has a name in each module that
     holds it, so its uses can be told apart.
     """
     lowered = {m.node for m in choice.matmuls} | set(choice.embeddings)
-    kept: list[Matmul] = []
-    unsupported = list(choice.unsupported)
-    for matmul in choice.matmuls:
-        others = effective_readers(matmul.root) - lowered
-        own = name_in_module(program, matmul.parameter, matmul.node)
-        same = {other for other in others if name_in_module(program, matmul.parameter, other) in (None, own)}
-        if not others or (own and not same and not _shares_reader(matmul, lowered)):
-            kept.append(matmul)
-            continue
-        readers = ", ".join(sorted(f"{other.target} ({where(other)})" for other in others))
-        reason = f"its weight {matmul.parameter!r} is also read, in float and by the same name, by {readers}"
-        unsupported.append(UnquantizedNode.of(program, matmul.node, reason, [matmul.parameter]))
-    return replace(choice, matmuls=tuple(kept), unsupported=tuple(unsupported))
+    readers = [(m.node, m.root, m.parameter, m.reader) for m in choice.matmuls]
+    tables = [(node, cast(Node, node.args[0])) for node in choice.embeddings]
+    readers += [(node, table, str(table.target), node) for node, table in tables]
+    shared: dict[Node, UnquantizedNode] = {}
+    for node, root, name, first in readers:
+        others = effective_readers(root) - lowered
+        own = name_in_module(program, name, node)
+        same = {other for other in others if name_in_module(program, name, other) in (None, own)}
+        by_transpose = first is not node and bool(effective_readers(first) - lowered)
+        if others and not (own and not same and not by_transpose):
+            listed = ", ".join(sorted(f"{other.target} ({where(other)})" for other in others))
+            reason = f"its weight {name!r} is also read, in float and by the same name, by {listed}"
+            shared[node] = UnquantizedNode.of(program, node, reason, [name])
+    matmuls = tuple(m for m in choice.matmuls if m.node not in shared)
+    embeddings = tuple(node for node in choice.embeddings if node not in shared)
+    return replace(choice, matmuls=matmuls, embeddings=embeddings, unsupported=(*choice.unsupported, *shared.values()))
 
 
 def check_coverage(program: Program, choice: MatmulChoice) -> None:
@@ -226,11 +229,6 @@ def _embedding_names(program: Program, node: Node) -> list[str]:
     weight, path = str(cast(Node, node.args[0]).target), module_path(node)
     names = program.aliases.get(weight, (weight,))
     return [path, *(name for name in names if not path or name.startswith(f"{path}."))]
-
-
-def _shares_reader(matmul: Matmul, lowered: set[Node]) -> bool:
-    """True if the weight's transpose, on the way to this matmul, has another reader that stays in float."""
-    return matmul.reader is not matmul.node and bool(effective_readers(matmul.reader) - lowered)
 
 
 def name_in_module(program: Program, parameter: str, reader: Node) -> str | None:

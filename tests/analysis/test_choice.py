@@ -267,6 +267,35 @@ def test_two_chosen_uses_of_one_name_are_fine():
     assert exclude_shared_weights(program, choice) == choice
 
 
+class Summed(nn.Module):
+    """The table of a lookup is read in float too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first = nn.Embedding(16, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.first(self.table(ids)) + self.table.weight.sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "reader"),
+    [
+        (lambda: nn.Sequential(nn.Embedding(16, SIZE, max_norm=1.0), nn.Linear(SIZE, SIZE)), "aten.embedding_renorm_"),
+        (Summed, "aten.sum.default"),
+    ],
+    ids=["its rows are scaled in place", "it is summed"],
+)
+def test_a_table_that_something_else_reads_or_writes_is_inseparable(model, reader):
+    program = trace(model(), torch.zeros(2, 5, dtype=torch.long))
+    choice = select(program, include=["0.weight", "table"])
+    assert len(choice.embeddings) == 1
+    separated = exclude_shared_weights(program, choice)
+    assert (separated.embeddings, len(separated.matmuls)) == ((), 1)
+    (refusal,) = separated.unsupported
+    assert f"by the same name, by {reader}" in refusal.reason
+
+
 def test_an_embedding_in_one_module_with_its_head():
     class OneModule(nn.Embedding):
         def forward(self, ids: Tensor) -> Tensor:
