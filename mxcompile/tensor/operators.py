@@ -93,6 +93,15 @@ def _requires_grad(weight: MXWeight, requires_grad: bool = True) -> MXWeight:
     return weight
 
 
+def _set_data(weight: MXWeight, value: Tensor) -> None:
+    """torch would accept it and change nothing: the values are in the component tensors."""
+    del value
+    raise MXCompileError(
+        f".data of an MXWeight ({list(weight.shape)}, {weight.layout_.format}) cannot be set: replace the parameter "
+        "(module.weight = nn.Parameter(value, requires_grad=False)); cast or move the whole module with .to"
+    )
+
+
 def _data_ptr(weight: MXWeight) -> int:
     return weight.elements.data_ptr()  # tells weights apart: accelerate looks for tied ones by it
 
@@ -135,6 +144,7 @@ HANDLERS.update(
         Tensor.mT.__get__: _transpose,  # pyright: ignore[reportAttributeAccessIssue]
         torch.transpose: _transpose,
         Tensor.transpose: _transpose,
+        Tensor.data.__set__: _set_data,  # pyright: ignore[reportAttributeAccessIssue]
         Tensor.data_ptr: _data_ptr,
         Tensor.storage: _without_storage,
         Tensor.numpy: _without_storage,

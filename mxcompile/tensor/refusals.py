@@ -30,3 +30,12 @@ def no_storage(shape: Sequence[int], fmt: str) -> str:
         "model with mxcompile.save or its save_pretrained, a state dict with torch.save; use weight.dequantize() for "
         "the float values"
     )
+
+
+def float_into(shape: Sequence[int], fmt: str) -> str:
+    """For values that are copied into one, as `load_state_dict` does with those of a float model."""
+    return (
+        f"float values cannot be copied into an MXWeight ({list(shape)}, {fmt}): load them into the float model and "
+        "quantize that again; to replace the weight by a float one, load_state_dict(..., assign=True), or assign an "
+        "nn.Parameter to the module's attribute"
+    )

@@ -31,7 +31,7 @@ from mxcompile.kernels.layout.rows_to_planes import (
 from mxcompile.numerics.hadamard import rotate_input
 from mxcompile.ops import DEQUANTIZE, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.tensor.layout import MXLayout
-from mxcompile.tensor.refusals import not_defined
+from mxcompile.tensor.refusals import float_into, not_defined
 from mxcompile.tensor.unfused import is_for_shapes, is_traced, needs_gradient, unfused_matmuls
 
 __all__ = ["MXLayout", "MXWeight", "unfused_matmuls"]
@@ -244,7 +244,9 @@ class MXWeight(Tensor):
         weight, options = args[0], dict(kwargs or {})
         if func is aten.copy_.default and isinstance(weight, MXWeight) and isinstance(args[1], MXWeight):
             return _copy_into(weight, args[1])
-        if func is aten.copy_.default and not isinstance(weight, MXWeight):
+        if func is aten.copy_.default and isinstance(weight, MXWeight):
+            raise MXCompileError(float_into(weight.shape, weight.layout_.format))
+        if func is aten.copy_.default:
             raise MXCompileError(
                 "an MXWeight cannot be copied into a float tensor: replace it (model.requires_grad_(False), then "
                 "load_state_dict(..., assign=True)), or copy weight.dequantize()"

@@ -275,7 +275,12 @@ def test_exports(rows, x, multiplier, multiplied):
         (lambda w, x: w + 1, r"aten.add.Tensor is not defined on an MXWeight.*dequantize\(\)"),
         (lambda w, x: w @ x.T, "can only be the right operand"),
         (lambda w, x: w.transpose(0, 0), "only the last two dimensions"),
-        (lambda w, x: w.copy_(torch.zeros(24, 40)), "aten.copy_.default is not defined"),
+        (
+            lambda w, x: w.copy_(torch.zeros(24, 40)),
+            r"cannot be copied into an MXWeight \(\[24, 40\], .*quantize that again",
+        ),
+        (lambda w, x: setattr(w, "data", torch.zeros(24, 40)), r"\.data of an MXWeight .* cannot be set: replace"),
+        (lambda w, x: setattr(w, "data", pack(torch.zeros(24, 40))), r"\.data of an MXWeight .* cannot be set"),
         (lambda w, x: w.copy_(pack(torch.zeros(24, 40), multiplier=x[0])), "cannot copy MXLayout"),
     ],
 )
