@@ -1,5 +1,6 @@
 """Modes of torch that the caller has set change neither the result of quantization nor what can be done with it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -67,3 +68,20 @@ def test_model_and_data_made_in_inference_mode_and_the_result_cast_there(expecte
         made.float()
     with torch.no_grad():
         torch.testing.assert_close(made(batches()[0]), expected, rtol=0.1, atol=0.05)
+
+
+def test_threads_take_turns():
+    models = [net() for _ in range(3)]
+    expected, data = quantized(net(), batches())(batches()[0]), batches()
+    with ThreadPoolExecutor(len(models)) as threads:
+        made = list(threads.map(lambda model: quantized(model, data), models))
+    assert all(torch.equal(model(data[0]), expected) for model in made)
+
+
+def test_a_model_that_was_made_in_inference_mode():
+    """Its parameters have gradients, which torch.export asks for outside of the mode."""
+    with torch.inference_mode():
+        model = net()
+    made = quantized(model, batches())
+    assert torch.equal(made(batches()[0]), quantized(net(), batches())(batches()[0]))
+    assert not any(parameter.is_inference() for parameter in made.parameters())

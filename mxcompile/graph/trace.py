@@ -185,7 +185,7 @@ def _check_indices(program: Program) -> None:
 
 def _run_eagerly(shadow: nn.Module, inputs: Inputs) -> None:
     """Raise InputError if the model fails on the inputs without tracing. It runs with copies of buffers and inputs."""
-    shadow = copy_module(shadow, shadow.parameters())
+    shadow = copy_module(shadow, shadow.parameters(), own_collections=True)
     inputs = inputs.cloned()
     try:
         with torch.no_grad():

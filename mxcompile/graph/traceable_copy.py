@@ -34,12 +34,18 @@ def traceable_copy(model: nn.Module, inputs: Inputs) -> nn.Module:
     _check_module(model)
     _check_inputs(inputs, model)
     _check_signature(model, inputs)
-    shadow = copy_module(model, (*model.parameters(), *model.buffers())).eval()
+    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if not _cannot_be_traced(tensor))
+    shadow = copy_module(model, tensors, own_collections=True).eval()
     shadow._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage] - set by `model.compile()`
     _switch_off_caches(shadow)
     _group_experts(shadow)
     _name_arguments(shadow, inputs)
     return shadow
+
+
+def _cannot_be_traced(tensor: Tensor) -> bool:
+    """Whether a tensor was made in inference mode, to have gradients: torch.export would ask for them outside of it."""
+    return tensor.is_inference() and tensor.requires_grad
 
 
 def _switch_off_caches(shadow: nn.Module) -> None:

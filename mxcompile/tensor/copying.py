@@ -6,6 +6,7 @@ the original's tensors, so it gets new closure cells, defaults and globals here.
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from types import BuiltinFunctionType, CellType, FunctionType
 from typing import Any, TypeVar
 
@@ -18,10 +19,17 @@ M = TypeVar("M", bound=nn.Module)
 _REFUSAL = "this {} cannot be copied, and mxcompile works on copies"
 
 
-def copy_module(model: M, shared: Iterable[Tensor] = (), replaced: Mapping[int, Tensor] | None = None) -> M:
+def copy_module(
+    model: M,
+    shared: Iterable[Tensor] = (),
+    replaced: Mapping[int, Tensor] | None = None,
+    *,
+    own_collections: bool = False,
+) -> M:
     """A copy of the module tree with its attributes, hooks and functions, on copies of its tensors.
 
     shared: tensors that the copy has in common with the model. replaced: id of a tensor -> what the copy has instead.
+    own_collections: a hook that collects values, in a list or variable of its closure, has its own in the copy.
     Raises InputError, which names the module and the attribute, if something cannot be copied, or if the copy still
     reaches a module or another tensor of the model.
     """
@@ -29,7 +37,7 @@ def copy_module(model: M, shared: Iterable[Tensor] = (), replaced: Mapping[int, 
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     memo |= replaced or {}
     try:
-        copied = _copied(model, memo)
+        copied = _copied(model, memo, own_collections)
     except Exception as error:
         raise InputError(f"{_REFUSAL.format(type(model).__name__)}: {_culprit(model, error)}") from error
     names = storage_names(reachable(model))
@@ -60,15 +68,15 @@ def shared_with(root: object, names: Mapping[int, str], modules: Iterable[nn.Mod
     return None
 
 
-def _copied(model: M, memo: dict[int, Any]) -> M:
-    functions = _prepare(model, memo)
+def _copied(model: M, memo: dict[int, Any], own_collections: bool) -> M:
+    functions = _prepare(model, memo, own_collections)
     copied = copy.deepcopy(model, memo)
     for original, function in functions:
         _fill(original, function, memo)
     return copied
 
 
-def _prepare(model: nn.Module, memo: dict[int, Any]) -> list[tuple[FunctionType, FunctionType]]:
+def _prepare(model: nn.Module, memo: dict[int, Any], own_collections: bool) -> list[tuple[FunctionType, FunctionType]]:
     """Put into the memo what deepcopy shares or refuses: functions, methods of tensors, tensors with a gradient graph.
 
     Returns (original, empty copy) of each function.
@@ -78,7 +86,9 @@ def _prepare(model: nn.Module, memo: dict[int, Any]) -> list[tuple[FunctionType,
     cells: dict[int, CellType] = {}
     functions: list[tuple[FunctionType, FunctionType]] = []
     for _, value in everything:
-        if isinstance(value, FunctionType) and _holds_tensors(value, own):
+        if isinstance(value, FunctionType) and (
+            _holds_tensors(value, own) or (own_collections and _may_collect(value))
+        ):
             function = _without_contents(value, cells)
             memo[id(value)] = function
             functions.append((value, function))
@@ -99,6 +109,19 @@ def _holds_tensors(function: FunctionType, own: set[int]) -> bool:
             if isinstance(value, nn.Module | Tensor) and (not is_global or id(value) in own):
                 return True
     return False
+
+
+def _may_collect(function: FunctionType) -> bool:
+    """Whether a function closes over something that it may change or assign, and everything there can be copied."""
+    contents: list[Any] = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not yet assigned
+            contents.append(cell.cell_contents)
+    try:
+        copies = copy.deepcopy(contents)
+    except Exception:  # whatever a class of the user raises
+        return False
+    return any(value is None or made is not value for value, made in zip(contents, copies, strict=True))
 
 
 def _without_contents(function: FunctionType, cells: dict[int, CellType]) -> FunctionType:

@@ -3,6 +3,7 @@ cache, and experts are grouped matmuls, while the user's configuration is as it 
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -251,6 +252,41 @@ def test_a_loop_that_asks_whether_an_expert_has_tokens(hit):
 def refused(model: object, example: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         trace(model, example)
+
+
+def in_a_dict(collected: list[object]) -> Any:
+    store: dict[str, Tensor] = {}
+    return lambda *values: (store.update(last=values[-1]), collected.append(store["last"]))[0]
+
+
+def in_an_object(collected: list[object]) -> Any:
+    holder = SimpleNamespace(collected=collected)
+    return lambda *values: holder.collected.append(values[-1])
+
+
+def in_a_variable(collected: list[object]) -> Any:
+    last = None
+
+    def hook(*values: object) -> None:
+        nonlocal last
+        collected.extend([] if last is None else [last])
+        last = values[-1]
+
+    return hook
+
+
+@pytest.mark.parametrize("hook_into", [in_a_dict, in_an_object, in_a_variable])
+def test_a_hook_that_collects_activations(hook_into):
+    """What it collects while the model is traced, in place of tensors with values, is not the user's."""
+    collected: list[object] = []
+    model = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8)).eval()
+    model[0].register_forward_hook(hook_into(collected))
+    trace(model, x())
+    assert collected == []
+    made = mxcompile.quantize_and_compile(model, x(), recipe="w8a8-mxint-quick", compile=False)
+    made(x()), made(x())
+    assert collected
+    assert {type(value) for value in collected} == {Tensor}
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
