@@ -1,13 +1,16 @@
 """The tokens of one call of `generate`, on the device, and what changes from one decode step to the next."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from mxcompile.inductor.generation.scores import Scores
 from mxcompile.kernels.dispatch import append_token
+
+_FEWEST_PARTS: Final = 8
+_MOST_PARTS: Final = 512
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,29 @@ def choose(scores: Tensor, is_sampled: bool) -> tuple[Tensor, Tensor | bool]:
     which the host waits; the random numbers are the same.
     """
     if not is_sampled:
-        return scores.argmax(-1), True
+        return argmax(scores), True
     probabilities = scores.softmax(-1, dtype=torch.float32)
-    token = (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
+    token = argmax(probabilities / torch.empty_like(probabilities).exponential_(1))
     return token, probabilities.gather(1, token[:, None])[:, 0] >= 0
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """`scores.argmax(-1)`, [batch] of [batch, vocabulary], the first of equal ones.
+
+    On a GPU torch has one program for a row. There it is found in parts of equal size, a power of two of them.
+    """
+    size = scores.shape[-1]
+    parts = min(size & -size, _MOST_PARTS)
+    if not scores.is_cuda or parts < _FEWEST_PARTS:
+        return scores.argmax(-1)
+    return argmax_of_parts(scores, parts)
+
+
+def argmax_of_parts(scores: Tensor, parts: int) -> Tensor:
+    """`argmax` over the largest of each part, `parts` of a row."""
+    largest, places = scores.unflatten(-1, (parts, -1)).max(-1)
+    part = largest.argmax(-1, keepdim=True)
+    return places.gather(-1, part).add(part, alpha=scores.shape[-1] // parts)[..., 0]
 
 
 def append_and_advance(
