@@ -7,6 +7,8 @@ cache of 1900 tokens of its own: norm, q/k/v, attention, o, norm, gate/up, gated
 of one layer, the median of replays of all variants in turn. `early` names the kernels that are launched early: "small"
 (norms, gated products), "matmuls", or both; with `changed` one matmul has another config. Attention is always launched
 early. Every variant must give the bits of the first one, which launches nothing else early, on every replay.
+"integers": matmuls of one token in integers, in place of weights decoded to bfloat16, with the configs of the table
+unless `changed`; the same up to the order of sums.
 """
 
 # pyright: basic
@@ -25,9 +27,9 @@ from torch import Tensor
 
 from mxcompile.formats import MXINT4, MXINT8, ScaleRule
 from mxcompile.kernels.layout.planes import PlanarWeight, to_planes
-from mxcompile.kernels.triton import gate_product, held_planes, norm, planes_linear, split_k_counters
+from mxcompile.kernels.triton import gate_product, held_planes, integer_planes, norm, planes_linear, split_k_counters
 from mxcompile.kernels.triton.attention import one_token
-from mxcompile.kernels.tuned_configs import config_for
+from mxcompile.kernels.tuned_configs import config_for, integer_config_for
 from mxcompile.numerics import packing, reference
 from mxcompile.numerics.gates import Gate
 from mxcompile.numerics.norms import Norm
@@ -36,7 +38,7 @@ DEVICE: Final = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING: Final = (MXINT8, ScaleRule.FLOOR)
 RMS: Final = Norm(1e-6, narrowed=True)
 REPLAYS: Final = 40
-Held = held_planes.Config
+Held, Integers = held_planes.Config, integer_planes.Config
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,9 @@ class Variant:
     early: tuple[str, ...] = ()
     changed: dict[str, Any] = field(default_factory=dict)
 
-    def config(self, role: str, usual: Any) -> Any:
-        return replace(self.changed.get(role, usual), dependent="matmuls" in self.early)
-
 
 BOTH: Final = ("small", "matmuls")
+INTEGERS: Final = (*BOTH, "integers")
 BEFORE: Final = {
     "qkv": Held(warps=4, held=2),
     "o": Held(warps=4, held=3),
@@ -79,6 +79,12 @@ BEFORE: Final = {
     "down": Held(warps=8, held=2),
 }
 """The configs of an H200 that were the fastest for each matmul alone, without early launch."""
+INTEGER_CHANGES: Final = {
+    "qkv": [Integers(32, 8, 2), Integers(16, 4, 4)],
+    "o": [Integers(32, 8, 2), Integers(32, 16, 1)],
+    "gate_up": [Integers(32, 4, 2, 128), Integers(64, 8, 1, 128)],
+    "down": [Integers(32, 8, 3), Integers(32, 16, 2)],
+}
 CHANGES: Final = {
     "qkv": [Held(warps=4, held=4), Held(warps=16, held=2)],
     "o": [Held(warps=8, held=4)],
@@ -91,15 +97,20 @@ def variants(rows: int) -> list[Variant]:
     plain = [Variant(early) for early in ((), ("small",), ("matmuls",), BOTH)]
     if rows > 1:
         return plain
-    plain += [Variant((), BEFORE), Variant(BOTH, BEFORE)]
-    return plain + [Variant(BOTH, {role: config}) for role, configs in CHANGES.items() for config in configs]
+    plain += [Variant((), BEFORE), Variant(BOTH, BEFORE), Variant(INTEGERS)]
+    return plain + [
+        Variant(early, {role: config})
+        for early, changes in ((BOTH, CHANGES), (INTEGERS, INTEGER_CHANGES))
+        for role, configs in changes.items()
+        for config in configs
+    ]
 
 
 class Layers:
     """Layers with equal weights in memory of their own, and a token's state."""
 
-    def __init__(self, shape: Shape, layers: int, rows: int, usual: dict[str, Any]) -> None:
-        self.shape, self.usual = shape, usual
+    def __init__(self, shape: Shape, layers: int, rows: int, usual: dict[str, Any], integers: dict[str, Any]) -> None:
+        self.shape, self.usual, self.integers = shape, usual, integers
         made = {role: random_planes(sum(outs), size) for role, (outs, size) in shape.matmuls().items()}
         self.weights = [{role: copied(planes) for role, planes in made.items()} for _ in range(layers)]
         self.scale = random(shape.hidden)
@@ -131,8 +142,15 @@ class Layers:
         y = one_token.attend(q, *self.caches[layer], self.mask, self.shape.size**-0.5, None, new, ROUNDING)
         return y.view(len(y), 1, -1)
 
+    def configs(self, variant: Variant) -> dict[str, Any]:
+        """The configs of all matmuls, but for whether they are launched early."""
+        return (self.integers if "integers" in variant.early else self.usual) | variant.changed
+
     def multiply(self, role: str, x: Tensor, weights: dict[str, PlanarWeight], variant: Variant) -> list[Tensor]:
-        outs, config = self.shape.matmuls()[role][0], variant.config(role, self.usual[role])
+        outs = self.shape.matmuls()[role][0]
+        config = replace(self.configs(variant)[role], dependent="matmuls" in variant.early)
+        if isinstance(config, Integers):
+            return integer_planes.linears(x, weights[role], outs, [None] * len(outs), ROUNDING[0].bits, config)
         if isinstance(config, Held):
             return held_planes.linears(x, weights[role], outs, [None] * len(outs), config)
         needed = planes_linear.counters_needed(len(x), weights[role], config)
@@ -161,19 +179,27 @@ def usual_configs(shape: Shape, rows: int) -> dict[str, Any]:
     return {role: config_for(MXINT4, sum(n), k, rows, device) for role, (n, k) in shape.matmuls().items()}
 
 
+def integer_configs(shape: Shape, rows: int) -> dict[str, Any]:
+    """The configs of matmuls in integers that a model runs."""
+    if DEVICE == "cpu" or rows > 1:
+        return {}
+    device = torch.device(DEVICE, torch.cuda.current_device())
+    return {role: integer_config_for(MXINT4, sum(n), k, device) for role, (n, k) in shape.matmuls().items()}
+
+
 def compile_ahead(job: tuple[str, Any, bool]) -> str | None:
     """Run one kernel on a small weight, in a process of its own, so that it is in Triton's cache.
 
     job: kernel, config of a matmul, whether it is launched early.
     """
     role, config, early = job
-    shape, rows = Shape(), config.rows if config else 1
+    shape, rows = Shape(), getattr(config, "rows", 1)
     try:
         if role == "norm":
             x = random(rows, 1, shape.hidden)
             norm.add_norm(x, x, random(shape.hidden), None, RMS, ROUNDING, None, early)
         elif role == "attention":
-            Layers(replace(shape, hidden=64, inner=64), 1, rows, {}).attend(
+            Layers(replace(shape, hidden=64, inner=64), 1, rows, {}, {}).attend(
                 0, *(random(rows, 1, n) for n in shape.qkv())
             )
         elif role == "gate":
@@ -182,10 +208,11 @@ def compile_ahead(job: tuple[str, Any, bool]) -> str | None:
         else:
             outs, size = shape.matmuls()[role]
             planes = random_planes(128 * len(outs), size)
-            outs = [128] * len(outs)
-            held_planes.linears(
-                random(rows, 1, size), planes, outs, [None] * len(outs), replace(config, dependent=early)
-            )
+            x, outs, config = random(rows, 1, size), [128] * len(outs), replace(config, dependent=early)
+            if isinstance(config, Integers):
+                integer_planes.linears(x, planes, outs, [None] * len(outs), ROUNDING[0].bits, config)
+            else:
+                held_planes.linears(x, planes, outs, [None] * len(outs), config)
         torch.cuda.synchronize()
     except Exception as error:  # it fails again, with its traceback, where it is timed
         return f"{job}: {' '.join(str(error).split())[:200]}"
@@ -197,9 +224,12 @@ def kernels(rows: int) -> list[tuple[str, Any, bool]]:
     usual = [(role, config) for role, config in usual_configs(Shape(), rows).items() if isinstance(config, Held)]
     jobs = [(role, config, early) for role, config in usual for early in (False, True)]
     jobs += [(name, None, early) for name in ("norm", "gate") for early in (False, True)] + [("attention", None, True)]
-    changed = [(role, config, True) for role, configs in CHANGES.items() for config in configs] if rows == 1 else []
-    changed += [(role, config, False) for role, config in BEFORE.items()] if rows == 1 else []
-    return jobs + changed
+    if rows > 1:
+        return jobs
+    jobs += [(role, config, True) for role, config in integer_configs(Shape(), rows).items()]
+    for changes in (CHANGES, INTEGER_CHANGES):
+        jobs += [(role, config, True) for role, configs in changes.items() for config in configs]
+    return jobs + [(role, config, False) for role, config in BEFORE.items()]
 
 
 def captured(layers: Layers, variant: Variant) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -213,7 +243,7 @@ def captured(layers: Layers, variant: Variant) -> tuple[torch.cuda.CUDAGraph, Te
 
 
 def measured(shape: Shape, count: int, rows: int) -> list[dict[str, Any]]:
-    layers = Layers(shape, count, rows, usual_configs(shape, rows))
+    layers = Layers(shape, count, rows, usual_configs(shape, rows), integer_configs(shape, rows))
     chosen = variants(rows)
     graphs = [captured(layers, variant) for variant in chosen]
     times: list[list[float]] = [[] for _ in graphs]
@@ -229,7 +259,8 @@ def measured(shape: Shape, count: int, rows: int) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
             times[number].append(begin.elapsed_time(end) * 1e3 / count)
             expected = y.clone() if expected is None else expected
-            if not chosen[number].changed and not torch.equal(y, expected):
+            is_same = not chosen[number].changed and "integers" not in chosen[number].early
+            if is_same and not torch.equal(y, expected):
                 wrong.add(number)
             if not (y.double() - expected.double()).norm() <= 0.02 * expected.double().norm():
                 wrong.add(number)
@@ -238,7 +269,7 @@ def measured(shape: Shape, count: int, rows: int) -> list[dict[str, Any]]:
     return [
         {"weight": str(MXINT4), "rows": rows, "early": " ".join(variant.early), "changed": " ".join(variant.changed)}
         | {"layers": count}
-        | {"configs": {role: vars(variant.changed.get(role, config)) for role, config in layers.usual.items()}}
+        | {"configs": {role: vars(config) for role, config in layers.configs(variant).items()}}
         | {"layer_us": round(sorted(turns)[len(turns) // 2], 2), "least_us": round(min(turns), 2)}
         | {"right": number not in wrong, "megabytes": round(size / 1e6, 1)}
         for number, (variant, turns) in enumerate(zip(chosen, times, strict=True))
@@ -275,7 +306,7 @@ def main() -> None:
 def try_on_cpu() -> None:
     """Two small layers in Triton's interpreter (TRITON_INTERPRET=1), which knows no dependent launch."""
     shape = Shape(256, 512, 4, 2, 64, 70)
-    y = Layers(shape, 2, 1, usual_configs(shape, 1)).run(Variant())
+    y = Layers(shape, 2, 1, usual_configs(shape, 1), {}).run(Variant())
     print(f"{[*y.shape]}, all finite: {bool(y.isfinite().all())}")
 
 

@@ -29,6 +29,7 @@ from mxcompile.kernels.triton import (
     expert_sums,
     grouped_planes,
     held_planes,
+    integer_planes,
     quantize,
 )
 from mxcompile.kernels.triton import planes_linear as triton_planes
@@ -121,6 +122,15 @@ def held_report(fmt: MXFormat, size: int, config: held_planes.Config) -> Report:
     kernel, options = held_planes._held_kernel, held_planes.options(config)
     compiled = _compiled(kernel, constants, types, options, other_than_16={"m_size", "early"})
     return _report(compiled, lambda loops: max(loops, key=len, default=[]))
+
+
+def integers_report(size: int, config: integer_planes.Config) -> Report:
+    """triton/integer_planes.py: one weight of `size` columns, MXINT8 inputs, no bias."""
+    constants = integer_planes.constants(size, 8, config) | {"HAS_BIAS": False}
+    types: dict[str, Any] = {"x": "*bf16", "words": "*i16", "scales": "*i32", "unit": "fp32"}
+    types |= {"biases": ("*bf16",), "ys": ("*bf16",), "outs": ("i32",)}
+    kernel, options = integer_planes._integers_kernel, integer_planes.options(config)
+    return _report(_compiled(kernel, constants, types, options, other_than_16={"groups", "early"}), lambda _: [])
 
 
 def gluon_report(

@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from gemm_timing import read, totals
 
-from mxcompile.kernels.triton import held_planes
-from mxcompile.kernels.tuned_configs import GLUON, HELD
+from mxcompile.kernels.triton import held_planes, integer_planes
+from mxcompile.kernels.tuned_configs import GLUON, HELD, INTEGERS
 
 _DROPPED = {"slices", "tail"}
 """Fields of configs in the sweep of an H200 whose kernels were not kept; docs/kernels.md says why."""
@@ -71,15 +71,27 @@ def table(lines: Sequence[dict[str, Any]], rest: Sequence[dict[str, Any]] = ()) 
 
 
 def chained(lines: Sequence[dict[str, Any]], table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table with the MXINT4 configs of one token that made a layer of the chain the fastest, each changed alone."""
-    early = [line for line in lines if line["early"] == "small matmuls" and line["right"]]
+    """The table with the MXINT4 configs of one token that made a layer of the chain the fastest, each changed alone,
+    and those of the integer kernel for inputs that are rounded to integers."""
+    held = _of_the_chain(lines, "small matmuls", {"rows": 1, "out": 16}, vars(held_planes.Config()))
+    integers = _of_the_chain(lines, "small matmuls integers", {}, vars(integer_planes.Config()))
+    line_of = {case: {"path": HELD, "config": config} for case, config in held.items()}
+    cases = [dict(zip(("weight", "n", "k", "m"), case, strict=True)) for case in integers]
+    added = [case | {"path": INTEGERS, "config": config} for case, config in zip(cases, integers.values(), strict=True)]
+    return [line | line_of.get(_case(line), {}) for line in table if line["path"] != INTEGERS] + added
+
+
+def _of_the_chain(
+    lines: Sequence[dict[str, Any]], early: str, always: dict[str, Any], usual: dict[str, Any]
+) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Case -> the fields of the fastest config that are not the usual ones, or are to be there always."""
+    right = [line for line in lines if line["early"] == early and line["right"]]
     configs: dict[tuple[Any, ...], dict[str, Any]] = {}
     for role, (n, k) in _CHAINED.items():
-        best = min((line for line in early if line["changed"] in ("", role)), key=lambda line: line["layer_us"])
-        usual = vars(held_planes.Config())
+        best = min((line for line in right if line["changed"] in ("", role)), key=lambda line: line["layer_us"])
         changed = {name: value for name, value in best["configs"][role].items() if value != usual[name]}
-        configs["mxint4", n, k, 1] = {"rows": 1, "out": 16, **changed}
-    return [line | {"path": HELD, "config": configs[_case(line)]} if _case(line) in configs else line for line in table]
+        configs["mxint4", n, k, 1] = always | changed
+    return configs
 
 
 def _us(line: dict[str, Any]) -> float | None:

@@ -61,6 +61,8 @@ def linears(
         many_tokens = math.prod(x.shape[:-1]) >= fp8_eligibility.MIN_TOKENS
         if many_tokens and rounding is not None and gpu.why_not_fp8(x, fmt, planes, rounding) is None:
             return gpu.fp8_linears(x, weights, fmt, planes, rounding)
+        if rounding is not None and gpu.why_not_integers(x, fmt, rounding) is None:
+            return gpu.integer_linears(x, weights, fmt, planes, rounding)
         return gpu.linears(x if rounding is None else quantize_dequantize(x, *rounding), weights, fmt, planes)
     if rounding is not None and rounding[0].aligned:
         x, rounding = quantize_dequantize(x, *rounding), None
@@ -183,6 +185,19 @@ def why_not_fp8(
         return "the weight is row-major" if planes is None else fp8_eligibility.why_not(fmt, None)
     kernel = _triton("gpu_linears", x)
     return TRITON_MISSING if kernel is None else kernel.why_not_fp8(x, fmt, planes, rounding)
+
+
+def why_not_integers(
+    x: Tensor,
+    fmt: MXFormat,
+    planes: PlanarScaling | None,
+    rounding: tuple[MXFormat, ScaleRule],
+) -> str | None:
+    """None if `linears` rounds a token like x to integers and multiplies these, else the reason."""
+    kernel = _triton("gpu_linears", x)
+    if planes is None or kernel is None:
+        return "the weight is row-major" if planes is None else TRITON_MISSING
+    return kernel.why_not_integers(x, fmt, rounding)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

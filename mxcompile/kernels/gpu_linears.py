@@ -16,10 +16,10 @@ from mxcompile.kernels.gluon import fp8_linear
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout import fp8_eligibility
 from mxcompile.kernels.layout.planes import PlanarScaling, PlanarWeight, from_bytes
-from mxcompile.kernels.triton import align, dequantize, held_planes, split_k_counters
+from mxcompile.kernels.triton import align, dequantize, held_planes, integer_planes, split_k_counters
 from mxcompile.kernels.triton import planes_linear as triton_planes
 from mxcompile.kernels.triton.elements import starts_early
-from mxcompile.kernels.tuned_configs import Config, config_for, most_held_tokens
+from mxcompile.kernels.tuned_configs import Config, config_for, integer_config_for, most_held_tokens
 
 PackedWeight: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """A planar weight as bytes, elements `[out, bytes]` and scales `[out, blocks]`, and a bias `[out]` or None."""
@@ -46,6 +46,40 @@ def linears(x: Tensor, weights: Sequence[PackedWeight], fmt: MXFormat, scaling: 
 
     def fits(group: Sequence[PackedWeight]) -> bool:
         return _fits_one_launch(_config(x, group, fmt), _out_sizes(group))
+
+    return _run_in_groups(weights, fits, multiply)
+
+
+def why_not_integers(x: Tensor, fmt: MXFormat, rounding: tuple[MXFormat, ScaleRule]) -> str | None:
+    """None if `integer_linears` supports x, else the reason."""
+    if reason := supports(x) or integer_planes.supports(x, fmt, rounding):
+        return reason
+    measured = integer_config_for(fmt, x.shape[-1], x.shape[-1], x.device)
+    return None if measured else f"the integer kernel has no configs for {fmt} on this GPU"
+
+
+def integer_linears(
+    x: Tensor,
+    weights: Sequence[PackedWeight],
+    fmt: MXFormat,
+    scaling: PlanarScaling,
+    rounding: tuple[MXFormat, ScaleRule],
+) -> list[Tensor]:
+    """`linears` of one token, which each program quantizes as `rounding` says, in integers; only for calls that
+    `why_not_integers` accepts."""
+
+    def config(group: Sequence[PackedWeight]) -> integer_planes.Config:
+        found = integer_config_for(fmt, sum(_out_sizes(group)), x.shape[-1], x.device)
+        assert found is not None  # why_not_integers
+        return replace(found, dependent=True)
+
+    def multiply(group: Sequence[PackedWeight]) -> list[Tensor]:
+        outs, biases = _out_sizes(group), [bias for _, _, bias in group]
+        planes = _planes(group, fmt, x.shape[-1], scaling)
+        return integer_planes.linears(x, planes, outs, biases, rounding[0].bits, config(group))
+
+    def fits(group: Sequence[PackedWeight]) -> bool:
+        return not any(out % config(group).out for out in _out_sizes(group))
 
     return _run_in_groups(weights, fits, multiply)
 

@@ -26,11 +26,11 @@ import torch
 from mxcompile.formats import MXFormat, parse_format
 from mxcompile.kernels.gluon import planes_linear as gluon_planes
 from mxcompile.kernels.layout.planes import plane_layout
-from mxcompile.kernels.triton import held_planes
+from mxcompile.kernels.triton import held_planes, integer_planes
 from mxcompile.kernels.triton import planes_linear as triton_planes
 
 Config: TypeAlias = triton_planes.Config | held_planes.Config | gluon_planes.Config
-TRITON, HELD, GLUON, DEQUANTIZED = "planes", "held", "gluon", "dequantize+cublas"
+TRITON, HELD, INTEGERS, GLUON, DEQUANTIZED = "planes", "held", "integers", "gluon", "dequantize+cublas"
 _SplitConfig: TypeAlias = triton_planes.Config | gluon_planes.Config
 _KINDS: Final = {TRITON: triton_planes.Config, HELD: held_planes.Config, GLUON: gluon_planes.Config}
 _DEFAULT_TABLE: Final = "sm90"
@@ -77,6 +77,19 @@ def config_for(fmt: MXFormat, n: int, k: int, m: int, device: torch.device, gluo
     return _with_rescaled_split(nearest, nearest.config, n, k_steps)
 
 
+@lru_cache(maxsize=4096)
+def integer_config_for(fmt: MXFormat, n: int, k: int, device: torch.device) -> integer_planes.Config | None:
+    """The config for one token whose values are rounded to integers, n outputs and k inputs: that of the nearest shape.
+
+    None where the device's table has none for the format: `config_for` says how it is multiplied there.
+    """
+    lines = [line for line in _lines(table_name(device)) if line["path"] == INTEGERS and line["weight"] == str(fmt)]
+    if not lines:
+        return None
+    nearest = min(lines, key=lambda line: _log2_distance(line["n"], line["k"], n, k))
+    return integer_planes.for_columns(integer_planes.Config(**nearest["config"]), k)
+
+
 def configs_for_format(device: torch.device, fmt: MXFormat) -> list[TunedConfig]:
     """The table's entries for a format, or for the most similar one."""
     table = _table(table_name(device))
@@ -109,7 +122,11 @@ def _default_config(m: int, k_steps: int) -> Config | None:
 
 
 def _distance(entry: TunedConfig, n: int, k: int) -> float:
-    return abs(math.log2(entry.n / n)) + abs(math.log2(entry.k / k))
+    return _log2_distance(entry.n, entry.k, n, k)
+
+
+def _log2_distance(n: int, k: int, other_n: int, other_k: int) -> float:
+    return abs(math.log2(n / other_n)) + abs(math.log2(k / other_k))
 
 
 def _with_rescaled_split(entry: TunedConfig, config: _SplitConfig, n: int, k_steps: int) -> Config:
@@ -122,8 +139,13 @@ def _with_rescaled_split(entry: TunedConfig, config: _SplitConfig, n: int, k_ste
 
 @cache
 def _table(name: str) -> tuple[TunedConfig, ...]:
+    return tuple(_parse_line(line) for line in _lines(name) if line["path"] != INTEGERS)
+
+
+@cache
+def _lines(name: str) -> tuple[dict[str, Any], ...]:
     text = files("mxcompile.kernels").joinpath("configs", f"{name}.jsonl").read_text()
-    return tuple(_parse_line(line) for line in map(json.loads, text.splitlines()) if "weight" in line)
+    return tuple(line for line in map(json.loads, text.splitlines()) if "weight" in line)
 
 
 def _parse_line(line: dict[str, Any]) -> TunedConfig:

@@ -320,17 +320,19 @@ def test_what_a_call_costs_the_host():
 def test_a_chain_of_layers():
     text, rows = page("docs/kernels.md"), results("layer-chain-h200.jsonl")
     times = {(row["early"], row["changed"]): f"{row['layer_us']:.1f} us" for row in rows if row["changed"] in ("", ALL)}
-    assert f"| attention | {times['', ALL]} | {times['', '']} |" in text
-    assert f"| norms and gated products, too | | {times['small', '']} |" in text
-    assert f"| matmuls, too, but not those | | {times['matmuls', '']} |" in text
-    assert f"| all | {times['small matmuls', ALL]} | {times['small matmuls', '']} |" in text
-    others = [f"{row['layer_us']:.1f}" for row in rows if row["changed"] not in ("", ALL)]
-    assert (
-        "with others {} for q/k/v, {} for o, {} for gate and up, {} for `down`".format(
-            " and ".join(others[:2]), others[2], others[3], " and ".join(others[4:])
-        )
-        in text
-    )
+    all_early = [times["small matmuls", ALL], times["small matmuls", ""], times["small matmuls integers", ""]]
+    assert f"| attention | {times['', ALL]} | {times['', '']} | |" in text
+    assert f"| norms and gated products, too | | {times['small', '']} | |" in text
+    assert f"| matmuls, too, but not those | | {times['matmuls', '']} | |" in text
+    assert f"| all | {' | '.join(all_early)} |" in text
+    assert f"Measured: {all_early[1].removesuffix(' us')} to {all_early[2]};" in text
+    words = " ".join(text.split())
+    for early in ("small matmuls", "small matmuls integers"):
+        changed = [row for row in rows if row["early"] == early and row["changed"] not in ("", ALL)]
+        others = [
+            " and ".join(f"{row['layer_us']:.1f}" for row in changed if row["changed"] == role) for role in ALL.split()
+        ]
+        assert "with others {} for q/k/v, {} for o, {} for gate and up, {} for `down`".format(*others) in words
 
 
 def test_small_kernels():

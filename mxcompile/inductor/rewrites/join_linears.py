@@ -2,7 +2,9 @@
 
 One call instead of three (q, k, v) or four (with the rounding of their input): for a small GEMM the call itself is much
 of the cost. On a GPU the weights have the planar layout and `mx::linears` runs them in one launch. There, rounding and
-alignment of the input join the call only if the FP8 kernel may run; otherwise `decompose_rounding.py` handles them.
+alignment of the input join the call only if the FP8 kernel may run; otherwise `decompose_rounding.py` handles them. One
+token whose rounded values are integers is multiplied as such: its call, which reads what was rounded, rounds it again,
+so that it need not look for the scales of its values. Nothing changes by that.
 """
 
 import math
@@ -14,7 +16,7 @@ from torch.fx import Graph, Node
 from mxcompile.formats import parse_format, parse_scale_rule
 from mxcompile.graph.edit import create_call
 from mxcompile.inductor.rewrites.fuse import VIEWS
-from mxcompile.kernels.dispatch import why_not_fp8
+from mxcompile.kernels.dispatch import why_not_fp8, why_not_integers
 from mxcompile.kernels.layout import fp8_eligibility
 from mxcompile.kernels.layout.planes import PlanarScaling
 from mxcompile.ops import CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
@@ -41,16 +43,11 @@ def _planes(node: Node) -> tuple[Any, ...]:
 def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
     position = {node: index for index, node in enumerate(graph.nodes)}
     nodes = [node for node in nodes if all(position[arg] < position[nodes[0]] for arg in node.all_input_nodes)]
-    rounded = _rounding(value)
-    if rounded is not None and not _call_rounds(value, nodes[0], rounded):
-        rounded = None
-    if rounded is None and len(nodes) == 1:
-        return False
     columns = [[node.args[index] for node in nodes] for index in (1, 2, 3)]
     with graph.inserting_before(nodes[0]):
-        x, activation, rule = (value, None, None) if rounded is None else rounded.args
-        if rounded is not None and value.target in VIEWS:
-            x = create_call(graph, value.target, x, *value.args[1:], name=f"{value.name}_plain")
+        x, activation, rule = _operand(graph, value, nodes[0])
+        if activation is None and len(nodes) == 1:
+            return False
         args = (x, *columns, nodes[0].args[4], activation, rule, *_planes(nodes[0]))
         target = LINEARS if _planes(nodes[0]) else CPU_LINEARS
         joined = graph.create_node("call_function", target, args, name=f"{nodes[0].name}_joined")
@@ -63,6 +60,18 @@ def _join(graph: Graph, value: Node, nodes: list[Node]) -> bool:
         graph.erase_node(node)
     _erase_unread(graph, value)
     return True
+
+
+def _operand(graph: Graph, value: Node, node: Node) -> tuple[Any, Any, Any]:
+    """What a joined call reads in place of `value`, and format and scale rule if it rounds that."""
+    if (rounded := _rounding(value)) is None:
+        return value, None, None
+    x, activation, rule = rounded.args
+    if not _call_rounds(value, node, rounded):
+        return (value, activation, rule) if _multiplies_integers(value, node, rounded) else (value, None, None)
+    if value.target in VIEWS:
+        x = create_call(graph, value.target, x, *value.args[1:], name=f"{value.name}_plain")
+    return x, activation, rule
 
 
 def _erase_unread(graph: Graph, value: Node) -> None:
@@ -86,6 +95,15 @@ def _call_rounds(value: Node, node: Node, rounded: Node) -> bool:
     sizes = x.shape[:-1]
     is_few = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < fp8_eligibility.MIN_TOKENS
     return not is_few and why_not_fp8(x, parse_format(weight), PlanarScaling(*planes), rounding) is None
+
+
+def _multiplies_integers(value: Node, node: Node, rounded: Node) -> bool:
+    """Whether the joined call multiplies one token, rounded to integers, as integers."""
+    x, (weight, *planes) = value.meta["val"], cast(tuple[Any, ...], node.args[4:])
+    if not planes or not all(isinstance(size, int) for size in x.shape):
+        return False
+    rounding = (parse_format(str(rounded.args[1])), parse_scale_rule(str(rounded.args[2])))
+    return why_not_integers(x, parse_format(weight), PlanarScaling(*planes[0]), rounding) is None
 
 
 def _rounding(value: Node) -> Node | None:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import mxcompile
-from mxcompile.inductor.rewrites.fuse import fuse
+from mxcompile.inductor.rewrites import join_linears as rewrite
+from mxcompile.inductor.rewrites.fuse import VIEWS, fuse
 from mxcompile.inductor.rewrites.join_linears import join_linears
 from mxcompile.ops import CPU_LINEARS, LINEAR, LINEARS, QUANTIZE_DEQUANTIZE
 
@@ -84,3 +85,32 @@ def test_a_gpu_graph_is_left_alone():
     for node in module.graph.find_nodes(op="call_function", target=LINEAR):
         node.meta["val"] = node.meta["val"].to("meta")
     assert join_linears(module.graph) == 0
+
+
+def test_one_token_in_integers_is_rounded_again(monkeypatch):
+    """By the call that multiplies it, a single linear's, too, where the kernel of a GPU does."""
+    asked = []
+
+    def why_not_integers(x, fmt, planes, rounding):
+        asked.append((tuple(x.shape), fmt.name, planes, rounding[0].name))
+        return None if len(asked) == 1 else "no"
+
+    module = fused_graph("w4a8-mxint-quick", X[:1, :1])
+    wanted = module(X[:1, :1])
+    for node in module.graph.find_nodes(op="call_function", target=LINEAR):
+        node.args = (*node.args, [0, 0])
+    monkeypatch.setattr(rewrite, "_on_cpu", lambda _: False)
+    monkeypatch.setattr(rewrite, "why_not_fp8", lambda *_: "no")
+    monkeypatch.setattr(rewrite, "why_not_integers", why_not_integers)
+    assert join_linears(module.graph) == 1
+    assert asked == [((1, 1, 64), "mxint4", (0, 0), "mxint8"), ((1, 1, 32), "mxint4", (0, 0), "mxint8")]
+    assert text(module.graph) == ["round", "linears", "round", "linear"]
+    (joined,) = module.graph.find_nodes(op="call_function", target=LINEARS)
+    assert joined.args[0].target in (QUANTIZE_DEQUANTIZE, *VIEWS)
+    assert joined.args[5:7] == ("mxint8", "floor")
+    for node in module.graph.find_nodes(op="call_function", target=LINEAR):
+        node.args = node.args[:-1]  # the weight is not really planar
+    joined.args = joined.args[:-1]
+    module.recompile()
+    for result, value in zip(module(X[:1, :1]), wanted, strict=True):
+        torch.testing.assert_close(result, value, rtol=0, atol=1e-5)
