@@ -1,9 +1,11 @@
 """Consoles of the commands: results on stdout, messages on stderr, colors on a terminal, full width elsewhere."""
 
 import json
+import shlex
 import warnings
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 import typer
@@ -81,6 +83,11 @@ def _console(stderr: bool) -> Console:
     if not console.is_terminal:
         console.width = _UNBOUNDED
     return console
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a shell takes it, for a command that is printed to be copied."""
+    return shlex.quote(str(path))
 
 
 def print_json(content: dict[str, Any]) -> None:

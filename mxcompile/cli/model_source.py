@@ -9,7 +9,7 @@ from mxcompile.api import load
 from mxcompile.checkpoint import is_foreign, is_gguf, read_gguf_tokenizer
 from mxcompile.cli import smollm2
 from mxcompile.cli.console import messages
-from mxcompile.errors import CheckpointError, InputError
+from mxcompile.errors import CheckpointError, InputError, MXCompileError
 
 
 def load_model(source: str | None) -> tuple[Any, Any]:
@@ -43,11 +43,15 @@ def load_weights(source: str | None) -> Any:
 
 @contextmanager
 def _explained(source: str) -> Generator[None]:
-    """Raise InputError for what transformers raises."""
+    """Raise InputError for what transformers raises: of a damaged file, a KeyError, a SafetensorError, anything."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except MXCompileError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), kind)
+        reason = reason if isinstance(error, OSError | ValueError | ImportError) else f"{kind}: {reason}"
         reason = reason if Path(source).exists() else f"there is no such folder or file here; as a hub id: {reason}"
         raise InputError(
             f"{source} cannot be loaded ({reason}); use a hub id, a GGUF file, or a folder with a causal language "

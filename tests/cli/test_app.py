@@ -1,5 +1,6 @@
 """The command line: tables and graphs, their JSON, and one-line errors."""
 
+import errno
 import inspect
 import json
 import re
@@ -277,6 +278,23 @@ def test_notes_of_other_errors_are_printed(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err == "error: no more\nnote: seen at noon\n"
+
+
+def test_a_full_disk_is_one_message(monkeypatch, capsys):
+    """As when results are written to a file on it."""
+
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mxcompile.cli.app.app", write)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == f"error: [Errno {errno.ENOSPC}] No space left on device\n"
+
+
+def test_versions():
+    assert re.fullmatch(r"mxcompile \S+, torch \S+, transformers \S+\n", run("--version"))
 
 
 def test_warnings_are_messages(monkeypatch, capsys):

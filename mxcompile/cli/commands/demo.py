@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mxcompile.cli.compare import Comparison, EvalOptions, load_with_data, quantize, score_recipes
+from mxcompile.cli.console import quoted
 from mxcompile.cli.generation import Generation, generate_text
 from mxcompile.cli.progress import waiting
 from mxcompile.diagnostics.dump import Dump
@@ -48,7 +49,7 @@ def run_demo(
         generations[recipe] = _generate(messages, quantized[recipe], tokenizer, new_tokens, compile)
     _print_results(results, comparisons, generations)
     last = folder / RECIPES[-1]
-    results.print(f"report of every pass: {last / 'index.html'} (or mxcompile show {last})", markup=False)
+    results.print(f"report of every pass: {last / 'index.html'} (or mxcompile show {quoted(last)})", markup=False)
 
 
 def _generate(messages: Console, model: Any, tokenizer: Any, new_tokens: int, compile: bool) -> Generation:

@@ -9,7 +9,7 @@ from mxcompile.api import quantize_checkpoint
 from mxcompile.calibration.ranks.process_group import is_first, launched_group
 from mxcompile.checkpoint.hub import find_folder
 from mxcompile.cli.compare import EvalOptions, data_without_model
-from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.console import messages, print_json, quoted, results
 from mxcompile.cli.interruption import check_apart, interruption_explained
 from mxcompile.cli.model_source import load_tokenizer
 from mxcompile.cli.progress import Progress
@@ -77,7 +77,8 @@ def quantize_low_memory(options: EvalOptions, recipe: str, low: LowMemoryOptions
         print_json({"model": source, "recipe": recipe, "calibration": data.calibration, "out": str(low.out)})
     screen = messages() if as_json else results()
     screen.print(
-        f"written to {low.out}, not compared with the float model (mxcompile eval {low.out} --against {source})",
+        f"written to {low.out}, not compared with the float model (mxcompile eval {quoted(low.out)} --against "
+        f"{quoted(source)})",
         markup=False,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.console import messages, print_json, quoted, results
 from mxcompile.cli.progress import Progress
 from mxcompile.diagnostics.tables import table
 from mxcompile.errors import InputError
@@ -61,7 +61,7 @@ def quantize_model_free(source: str | None, options: ModelFreeOptions, as_json: 
     if options.dry_run:
         screen.print("nothing is written (--dry-run)")
     else:
-        screen.print(f"written to {options.out} (mxcompile generate {options.out} --prompt ...)", markup=False)
+        screen.print(f"written to {options.out} (mxcompile generate {quoted(options.out)} --prompt ...)", markup=False)
 
 
 def print_plan(console: Console, plan: FilesPlan) -> None:

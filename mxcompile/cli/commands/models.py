@@ -129,10 +129,11 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Print which kernel runs each layer on a device and why, its bytes, and what stays float; nothing is quantized."""
-    target = find_device(device)
+    target, pipeline = find_device(device), as_pipeline(recipe)
     messages().print(f"loading {model or smollm2.NAME}", markup=False)
-    loaded = load_weights(model)
-    explanation = find_kernels(loaded, {"input_ids": torch.arange(8)[None]}, recipe=recipe, device=target)
+    with waiting(messages(), "loading"):
+        loaded = load_weights(model)
+    explanation = find_kernels(loaded, {"input_ids": torch.arange(8)[None]}, recipe=pipeline, device=target)
     if as_json:
         print_json(explanation.record())
     else:

@@ -43,9 +43,10 @@ from mxcompile.cli.commands.quantize_options import (
     Workers,
 )
 from mxcompile.cli.compare import Comparison, EvalOptions, print_comparison, quantize_and_compare, quantize_with_others
-from mxcompile.cli.console import messages, print_json, results
+from mxcompile.cli.console import messages, print_json, quoted, results
 from mxcompile.cli.interruption import check_apart, interruption_explained
 from mxcompile.cli.progress import waiting
+from mxcompile.diagnostics.dump import Dump as DumpFolder
 from mxcompile.diagnostics.evaluation import Metric
 from mxcompile.errors import InputError, RecoveryError
 from mxcompile.passes.recipes import QUICK, as_pipeline, weight_formats, with_bits, with_cache
@@ -110,6 +111,8 @@ def quantize(
     recipe = _changed(recipe, bits, cache)
     check_destination(out, format)
     check_apart(out, resume=resume, dump=dump)
+    if dump is not None:
+        DumpFolder(dump)  # refuses a place before the model is loaded
     sources = calibration, calibration_text, calibration_length, calibration_like, calibration_self
     data = CalibrationOptions.parse(*sources)
     options = EvalOptions(model, None, recipe, text, length, windows, data, device, special_tokens)
@@ -169,7 +172,7 @@ def _compare_and_save(
 
 def _report_dump(dump: Path | None) -> None:
     if dump is not None:
-        messages().print(f"what each pass did is in {dump} (mxcompile show {dump})", markup=False)
+        messages().print(f"what each pass did is in {dump} (mxcompile show {quoted(dump)})", markup=False)
 
 
 def _report(
@@ -187,7 +190,7 @@ def _report(
     if written is None:
         raise RecoveryError(f"{verdict}: nothing is written; try another recipe, mxcompile bisect, or --force")
     screen = messages() if as_json else results()
-    screen.print(f"{verdict}; written to {written} (mxcompile generate {written} --prompt ...)", markup=False)
+    screen.print(f"{verdict}; written to {written} (mxcompile generate {quoted(written)} --prompt ...)", markup=False)
 
 
 def _check_model_free(

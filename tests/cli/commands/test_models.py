@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import mxcompile
 from mxcompile.cli.app import app
 from mxcompile.cli.model_source import load_model
-from mxcompile.errors import CheckpointError, InputError, PipelineError, RecoveryError, UnknownNameError
+from mxcompile.errors import CheckpointError, DumpError, InputError, PipelineError, RecoveryError, UnknownNameError
 from mxcompile.passes.recipes import RECIPES
 from mxcompile.tensor.modules import stored_bytes
 from mxcompile.tensor.weight import MXWeight
@@ -200,6 +201,27 @@ def test_a_damaged_checkpoint_is_one_message(checkpoint, tmp_path):
         run("generate", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "kind"),
+    [
+        ("model.safetensors", lambda data: data[:-8], "SafetensorError"),
+        ("tokenizer.json", lambda data: b"{}", "KeyError"),
+        (
+            "config.json",
+            lambda data: re.sub(rb'"intermediate_size": \d+', b'"intermediate_size": 32', data),
+            "RuntimeError",
+        ),
+    ],
+)
+def test_a_damaged_float_model_is_one_message(local_model, tmp_path, file, change, kind):
+    folder = shutil.copytree(local_model, tmp_path / "damaged")
+    data = (folder / file).read_bytes()
+    assert change(data) != data
+    (folder / file).write_bytes(change(data))
+    with pytest.raises(InputError, match=rf"damaged cannot be loaded \({kind}: "):
+        run("generate", folder)
+
+
 def test_quantize_for_other_programs_and_convert(quantize, text, tmp_path):
     recipe = ("--recipe", "lower-mx{weight=mxfp8_e4m3,activation=none}")
     quantize(tmp_path / "theirs", *recipe, "--format", "compressed-tensors")
@@ -263,13 +285,22 @@ def test_what_a_gguf_file_cannot_hold_is_said_before_the_work(quantize, tmp_path
         quantize(tmp_path / "m.gguf", "--recipe", "w4a8-mxint-quick")
 
 
-def test_places_that_are_taken_are_said_before_the_work(quantize, tmp_path, monkeypatch):
+def test_places_that_are_taken_are_said_before_the_work(quantize, local_model, tmp_path, monkeypatch):
     monkeypatch.setattr("mxcompile.cli.compare.load_model", lambda source: pytest.fail("loaded"))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="exists already"):
         quantize(tmp_path, "--format", "compressed-tensors")
     with pytest.raises(UnknownNameError, match="unknown checkpoint format 'ggml'"):
         quantize(tmp_path / "out", "--format", "ggml")
+    with pytest.raises(DumpError, match="is not an mxcompile dump"):
+        quantize(tmp_path / "out", "--dump", local_model)
+
+
+def test_commands_to_copy_are_quoted(quantize, tmp_path):
+    out, dump = tmp_path / "a folder", tmp_path / "a dump"
+    result = quantize(out, "--dump", dump)
+    assert f"(mxcompile generate '{out}' --prompt ...)" in result.stdout
+    assert f"(mxcompile show '{dump}')" in result.stderr
 
 
 TASK = """
