@@ -126,7 +126,7 @@ def held_report(fmt: MXFormat, size: int, config: held_planes.Config) -> Report:
 
 def integers_report(size: int, config: integer_planes.Config) -> Report:
     """triton/integer_planes.py: one weight of `size` columns, MXINT8 inputs, no bias."""
-    constants = integer_planes.constants(size, 8, config) | {"HAS_BIAS": False}
+    constants = integer_planes.constants(size, 8, config) | {"HAS_BIAS": False, "INTERPRETED": False}
     types: dict[str, Any] = {"x": "*bf16", "words": "*i16", "scales": "*i32", "unit": "fp32"}
     types |= {"biases": ("*bf16",), "ys": ("*bf16",), "outs": ("i32",)}
     kernel, options = integer_planes._integers_kernel, integer_planes.options(config)

@@ -1,9 +1,12 @@
-"""triton/integer_planes.py against float64 on a GPU; compiled for Hopper, and its choice, without one."""
+"""triton/integer_planes.py against float64, on a GPU and in Triton's interpreter; compiled for Hopper; its choice."""
 
 import math
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
+from inline_assembly import emulated
 from torch import Tensor
 
 from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat, ScaleRule
@@ -25,12 +28,24 @@ CONFIGS = [
     (4096, Config(16, 16, 1)),
     (14336, Config(32, 8, 4)),
 ]
+DEVICES = [pytest.param("cuda", marks=needs_hopper), "cpu"]
 FORMATS = [MXINT8, MXINT6, MXINT4]
 
 
-def weight(out: int, size: int) -> tuple[PlanarWeight, Tensor]:
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest, device: str) -> Iterator[ModuleType]:
+    """The module, interpreted on a CPU."""
+    if device == "cuda":
+        yield integer_planes
+        return
+    interpreted = request.getfixturevalue("interpreted").integer_planes
+    with emulated(interpreted):
+        yield interpreted
+
+
+def weight(out: int, size: int, device: str) -> tuple[PlanarWeight, Tensor]:
     """A weight with a block of zeros and rows of very different sizes, and its values in float64."""
-    w = torch.randn(out, size, generator=torch.Generator().manual_seed(out + size)).cuda() / math.sqrt(size)
+    w = torch.randn(out, size, generator=torch.Generator().manual_seed(out + size)).to(device) / math.sqrt(size)
     w[3, 32:64] = 0
     w[5] *= 2.0**-20
     w[7] *= 2.0**18
@@ -39,45 +54,49 @@ def weight(out: int, size: int) -> tuple[PlanarWeight, Tensor]:
     return planes, reference.dequantize(codes, scales, MXINT4, size, torch.float32).double()
 
 
-def token(size: int) -> Tensor:
+def token(size: int, device: str) -> Tensor:
     """Values of which a block is zero, one large, one small, and one saturates: 127.5 is rounded to 127."""
     x = torch.randn(1, size, generator=torch.Generator().manual_seed(size)).bfloat16()
     x[:, 64:96] = 0
     x[:, 100] = 1000
     x[:, 128:160] *= 2.0**-60
     x[:, 192:224] = 127.5 / 64
-    return x.cuda()
+    return x.to(device)
 
 
-@needs_hopper
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("size", "config"), CONFIGS, ids=str)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 2.0**-120], ids=["normal", "tiny"])
-def test_against_float64(size: int, config: ..., fmt: MXFormat, scale: float) -> None:
+def test_against_float64(kernel: ModuleType, device: str, size: int, config: ..., fmt: MXFormat, scale: float) -> None:
     """Rounded as the reference rounds, sums in float32, equal bits on repeat and of what is rounded already."""
-    planes, w = weight(192, size)
-    x, bias = token(size) * scale, torch.randn(192, device="cuda", dtype=torch.bfloat16) * scale
+    if device == "cpu" and (size > 4096 or (scale < 1 and size > 256)):
+        pytest.skip("long in the interpreter")
+    outs = 192 if device == "cuda" else 64
+    planes, w = weight(outs, size, device)
+    x, bias = token(size, device) * scale, torch.randn(outs, device=device, dtype=torch.bfloat16) * scale
+    config = kernel.Config(**vars(config))
     rounded = reference.quantize_dequantize(x, fmt, ScaleRule.FLOOR)
     for biases in ([None], [bias]):
-        (y,) = integer_planes.linears(x, planes, [192], biases, fmt.bits, config)
+        (y,) = kernel.linears(x, planes, [outs], biases, fmt.bits, config)
         exact = (rounded.double() @ w.T)[0] + (0 if biases[0] is None else bias.double())
         bound = exact.abs() * 2**-8 + (rounded.double().abs() @ w.abs().T)[0] * 2**-20 + 2.0**-133
-        assert y.shape == (1, 192)
+        assert y.shape == (1, outs)
         assert ((y[0].double() - exact).abs() <= bound).all()
-        for again in (x, rounded):
-            assert torch.equal(integer_planes.linears(again, planes, [192], biases, fmt.bits, config)[0], y)
+        for again in (x, rounded) if device == "cuda" else (rounded,):
+            assert torch.equal(kernel.linears(again, planes, [outs], biases, fmt.bits, config)[0], y)
 
 
-@needs_hopper
-def test_weights_side_by_side_and_values_that_are_not_finite() -> None:
-    planes, _ = weight(256, 512)
-    x, outs, config = token(512), [64, 128, 64], Config(32, 2, 1)
-    (whole,) = integer_planes.linears(x, planes, [256], [None], 8, config)
-    parts = integer_planes.linears(x, planes, outs, [None] * 3, 8, config)
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_side_by_side_and_values_that_are_not_finite(kernel: ModuleType, device: str) -> None:
+    planes, _ = weight(256, 512, device)
+    x, outs, config = token(512, device), [64, 128, 64], kernel.Config(32, 2, 1)
+    (whole,) = kernel.linears(x, planes, [256], [None], 8, config)
+    parts = kernel.linears(x, planes, outs, [None] * 3, 8, config)
     assert torch.equal(torch.cat(parts, 1), whole)
     for value in (math.inf, math.nan):
         x[0, 40] = value
-        assert integer_planes.linears(x, planes, [256], [None], 8, config)[0].isnan().all()
+        assert kernel.linears(x, planes, [256], [None], 8, config)[0].isnan().all()
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)

@@ -157,6 +157,7 @@ def linears(
         planes.size // _GROUP,
         int(config.dependent and torch.cuda.is_current_stream_capturing()),
         HAS_BIAS=biases[0] is not None,
+        INTERPRETED=not x.is_cuda,
         **constants(planes.size, bits, config),
         **options(config),
     )
@@ -190,9 +191,10 @@ def options(config: Config) -> dict[str, Any]:
 
 @triton.jit
 def _load_4(address, ASSEMBLY: tl.constexpr):
-    return tl.inline_asm_elementwise(
+    a, b, c, d = tl.inline_asm_elementwise(
         ASSEMBLY, "=r,=r,=r,=r,l", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
     )
+    return a, b, c, d
 
 
 @triton.jit
@@ -241,7 +243,7 @@ def _rounded(words, BITS: tl.constexpr):
 @triton.jit
 def _unpack(words, FIRST: tl.constexpr):
     """16 times the elements of four planes, two registers each."""
-    return tl.inline_asm_elementwise(
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
         _UNPACK,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
         [words[FIRST], words[FIRST + 1], words[FIRST + 2], words[FIRST + 3]],
@@ -249,11 +251,12 @@ def _unpack(words, FIRST: tl.constexpr):
         is_pure=True,
         pack=1,
     )
+    return a, b, c, d, e, f, g, h
 
 
 @triton.jit
 def _multiply(a0, a1, a2, a3, b0, b1, sums):
-    return tl.inline_asm_elementwise(
+    c0, c1, c2, c3 = tl.inline_asm_elementwise(
         _MULTIPLY,
         "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
         [a0, a1, a2, a3, b0, b1, sums[0], sums[1], sums[2], sums[3]],
@@ -261,6 +264,7 @@ def _multiply(a0, a1, a2, a3, b0, b1, sums):
         is_pure=True,
         pack=1,
     )
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -311,6 +315,7 @@ def _integers_kernel(
     HAS_BIAS: tl.constexpr,
     UNEVEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     thread = tl.arange(0, 32 * WARPS)
     lane, warp = thread % 32, thread // 32
@@ -325,7 +330,8 @@ def _integers_kernel(
     held = ()
     for step in tl.static_range(HELD):
         held = held + (_load_group(w, s, _group(warp, groups, step, WARPS, UNEVEN), ROWS),)
-    gdc_wait()
+    if not INTERPRETED:
+        gdc_wait()
     if DEPENDENT:
         gdc_launch_dependents()
     x_words = x.to(tl.int64) + lane * 16
@@ -357,7 +363,7 @@ def _integers_kernel(
     total = _total(acc, ROWS, WARPS)
     n = row + tl.arange(0, ROWS)
     m = tl.arange(0, 1)
-    _epilogue(total, biases, ys, outs, row, n, m, (m == 0)[None, :], unit, HAS_BIAS, False)
+    _epilogue(total, biases, ys, outs, row, n, m, (m == 0)[None, :], unit, HAS_BIAS, INTERPRETED)
 
 
 @triton.jit
