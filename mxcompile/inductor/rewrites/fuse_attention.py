@@ -56,7 +56,7 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     mask = unexpanded(bias)
     query, *pair = tensors
     short = [unrepeated(part) for part in pair]
-    key, value = short if shapes_are_equal(*(shape_of(part)[:3] for part in short)) else pair
+    key, value = short if shapes_are_equal(*(shape_of(part)[:2] for part in short)) else pair
     values: list[Any] = [None if part is None else part.meta["val"] for part in (query, key, value, mask)]
     if not fits(*values) or why_no_attention(*values) is not None:
         return False
@@ -77,18 +77,20 @@ def _has_one_query(tensors: list[Node]) -> bool:
 
 
 def fits(query: Any, key: Any, value: Any, mask: Any) -> bool:
-    """Whether the sizes are known to be what `mx::attend` takes."""
-    scores = (*query.shape[:3], key.shape[2])
-    sizes = () if mask is None else tuple(mask.shape)
+    """Whether the sizes are known to be what `mx::attend` takes.
+
+    Keys and values are as many, as attention takes nothing else; yet one number may be known and the other a symbol,
+    after calls with another kind of cache.
+    """
+    rows, sizes = tuple(query.shape[:3]), () if mask is None else tuple(mask.shape)
+    broadcasts = len(sizes) <= 4 and any(_broadcasts(sizes, (*rows, part.shape[2])) for part in (key, value))
+    same = shapes_are_equal(key.shape[:2], value.shape[:2]) and shapes_are_equal(query.shape[:1], key.shape[:1])
+    return broadcasts and same
+
+
+def _broadcasts(sizes: tuple[Any, ...], scores: tuple[Any, ...]) -> bool:
     pairs = zip(reversed(sizes), reversed(scores), strict=False)
-    broadcasts = len(sizes) <= 4 and all(
-        statically_known_true(a == 1) or statically_known_true(a == b) for a, b in pairs
-    )
-    return (
-        broadcasts
-        and shapes_are_equal(key.shape[:3], value.shape[:3])
-        and shapes_are_equal(query.shape[:1], key.shape[:1])
-    )
+    return all(statically_known_true(a == 1) or statically_known_true(a == b) for a, b in pairs)
 
 
 def unrepeated(node: Node) -> Node:

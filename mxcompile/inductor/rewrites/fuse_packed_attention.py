@@ -13,7 +13,6 @@ import torch
 from torch.fx import Graph, Node
 
 from mxcompile.formats import parse_format
-from mxcompile.graph.dataflow import shapes_are_equal
 from mxcompile.graph.edit import create_call
 from mxcompile.inductor.rewrites.decompose_attention import erase_unread, replace_output
 from mxcompile.inductor.rewrites.fuse_attention import (
@@ -48,7 +47,7 @@ def _rewrite(graph: Graph, node: Node) -> bool:
     if READ_CACHE in (key.target, value.target):
         return _rewrite_exact(graph, node, (query, key, value, mask), scale)
     rotation, key = unrotated(key)
-    if not is_packed(key) or not is_packed(value) or not shapes_are_equal(shape_of(key)[:3], shape_of(value)[:3]):
+    if not is_packed(key) or not is_packed(value):
         return False
     values: list[Any] = [None if part is None else part.meta["val"] for part in (query, key, value, mask)]
     if not fits(*values) or why_no_packed_attention(values[0], _states(key), _states(value), values[3]) is not None:

@@ -107,6 +107,20 @@ def test_sizes_of_batch_and_cache_may_be_unknown():
     assert not made.mode.shape_env.guards
 
 
+@pytest.mark.parametrize("known", ["key", "value"])
+def test_the_size_of_a_cache_may_be_known_of_one_part_alone(known):
+    """Dynamo takes for variable what had another size in an earlier call, as the values of another kind of cache."""
+    made = Step()
+    (keys,) = made.sizes(KEYS)
+    query, mask = made.given("query", 1, HEADS, 1, SIZE), made.given("mask", 1, 1, 1, KEYS)
+    key, value = (made.given(name, 1, SHARED, KEYS if name == known else keys, SIZE) for name in ("key", "value"))
+    made.attention(CUDNN, query, made.repeated(key), made.repeated(value), mask, False)
+    count, calls = made.rewritten(fuse_attention.fuse_attention)
+    assert count == 1
+    assert calls[-2].args[:4] == (query, key, value, mask)
+    assert not made.mode.shape_env.guards
+
+
 @pytest.mark.parametrize(
     ("what", "options"),
     [
