@@ -1,8 +1,9 @@
 """Emulate the PTX instructions that decode elements (triton/decode_planes.py, triton/attention/packed_states.py,
-gluon/decode_to_e4m3.py), on tensors of registers."""
+gluon/decode_to_e4m3.py), on tensors of registers, and those of triton/integer_planes.py: there, `[threads]`."""
 
 import operator
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,12 +32,19 @@ def join(numbers: Tensor, bits: int) -> Tensor:
 
 def execute(ptx: str, registers: dict[str, Register]) -> Tensor:
     """Run the PTX text; returns $0."""
+    return executed(ptx, registers)["$0"]
+
+
+def executed(ptx: str, registers: dict[str, Register]) -> dict[str, Tensor]:
+    """Run the PTX text; returns all registers."""
     values = {name: torch.as_tensor(value, dtype=torch.int64) for name, value in registers.items()}
 
     def value(name: str) -> Tensor:
-        return values[name] if name in values else torch.tensor(int(name, 0))
+        if name in values:
+            return values[name]
+        return torch.tensor(int(name[2:], 16) if name.startswith("0f") else int(name, 0))
 
-    for name, text in re.findall(r" ([a-z][\w.]+) ([^;]*);", ptx):
+    for name, text in re.findall(r" ([a-z][\w.:]+) ([^;]*);", f" {ptx}"):
         target, *names = re.findall(r"\{[^}]*\}|[^\s,]+", text)
         if name == "mov.b32" and names[0].startswith("{"):
             low, high = (value(part) for part in names[0].strip("{}").split(", "))
@@ -46,10 +54,12 @@ def execute(ptx: str, registers: dict[str, Register]) -> Tensor:
             values |= {low: value(names[0]) & 0xFFFF, high: value(names[0]) >> 16}
         else:
             values[target] = _result(name, [value(n) for n in names])
-    return values["$0"]
+    return values
 
 
 def _result(name: str, operands: list[Tensor]) -> Tensor:
+    if name in _OF_THREADS:
+        return _OF_THREADS[name](*operands) & 0xFFFFFFFF
     a, b, c, table = [*operands, *[torch.tensor(0)] * 3][:4]
     match name:
         case "mov.b32":
@@ -89,3 +99,38 @@ def _permuted(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
 def _multiplied(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     x, y, z = (pairs(register, dtype).double() for register in torch.broadcast_tensors(a, b, c))
     return join((x * y + z).to(dtype).view(torch.int16), 16)
+
+
+def _float(register: Tensor) -> Tensor:
+    return register.to(torch.int32).view(torch.float32)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32).to(torch.int64)
+
+
+def _from_lanes(register: Tensor, lane: Tensor) -> Tensor:
+    """The values that other threads of the same warp have."""
+    return register[torch.arange(len(register)) // 32 * 32 + lane]
+
+
+def _chosen(choose: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of two pairs of bfloat16 numbers."""
+    return lambda a, b: join(
+        choose(*(pairs(register, torch.bfloat16).float() for register in (a, b))).bfloat16().view(torch.int16), 16
+    )
+
+
+_OF_THREADS = {
+    "mov.f32": lambda a: a,
+    "shr.u32": lambda a, b: a >> b,
+    "max.u32": torch.maximum,
+    "max.u16x2": lambda a, b: torch.maximum(a & 0xFFFF, b & 0xFFFF) | torch.maximum(a >> 16, b >> 16) << 16,
+    "min.bf16x2": _chosen(torch.fmin),
+    "max.bf16x2": _chosen(torch.fmax),
+    "mul.f32": lambda a, b: _bits(_float(a) * _float(b)),
+    "fma.rn.f32": lambda a, b, c: _bits((_float(a).double() * _float(b).double() + _float(c).double()).float()),
+    "shfl.sync.bfly.b32": lambda a, b, *_: _from_lanes(a, (torch.arange(len(a)) ^ b) % 32),
+    "shfl.sync.idx.b32": lambda a, b, *_: _from_lanes(a, b % 32),
+}
+"""What the registers of threads, `[threads]`, need in addition."""

@@ -39,7 +39,7 @@ def kernel(request: pytest.FixtureRequest, device: str) -> Iterator[ModuleType]:
         yield integer_planes
         return
     interpreted = request.getfixturevalue("interpreted").integer_planes
-    with emulated(interpreted):
+    with emulated():
         yield interpreted
 
 
