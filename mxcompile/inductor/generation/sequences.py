@@ -9,7 +9,6 @@ from torch import Tensor
 from mxcompile.inductor.generation.scores import Scores
 from mxcompile.kernels.dispatch import append_token
 
-_FEWEST_PARTS: Final = 8
 _MOST_PARTS: Final = 512
 
 
@@ -85,32 +84,35 @@ def choose(scores: Tensor, is_sampled: bool) -> tuple[Tensor, Tensor | bool]:
     """The next token of each row, [batch] int64, and whether the probabilities that it was drawn from were numbers.
 
     scores: [batch, vocabulary]. Sampling is what `torch.multinomial` does with probabilities, without its check, for
-    which the host waits; the random numbers are the same.
+    which the host waits; the random numbers are the same. Probabilities have any common factor: it changes no choice.
     """
     if not is_sampled:
         return argmax(scores), True
-    probabilities = scores.softmax(-1, dtype=torch.float32)
-    token = argmax(probabilities / torch.empty_like(probabilities).exponential_(1))
-    return token, probabilities.gather(1, token[:, None])[:, 0] >= 0
+    weights = scores.to(torch.float32)
+    weights = (weights - _parted(weights).amax(-1).amax(-1, keepdim=True)).exp()
+    token = argmax(weights / torch.empty_like(weights).exponential_(1))
+    return token, weights.gather(1, token[:, None])[:, 0] >= 0
 
 
 def argmax(scores: Tensor) -> Tensor:
-    """`scores.argmax(-1)`, [batch] of [batch, vocabulary], the first of equal ones.
-
-    On a GPU torch has one program for a row. There it is found in parts of equal size, a power of two of them.
-    """
-    size = scores.shape[-1]
-    parts = min(size & -size, _MOST_PARTS)
-    if not scores.is_cuda or parts < _FEWEST_PARTS:
-        return scores.argmax(-1)
-    return argmax_of_parts(scores, parts)
+    """`scores.argmax(-1)`, [batch] of [batch, vocabulary], the first of equal ones."""
+    parts = _parted(scores)
+    return argmax_of_parts(parts) if parts.shape[1] > 1 else scores.argmax(-1)
 
 
-def argmax_of_parts(scores: Tensor, parts: int) -> Tensor:
-    """`argmax` over the largest of each part, `parts` of a row."""
-    largest, places = scores.unflatten(-1, (parts, -1)).max(-1)
+def argmax_of_parts(scores: Tensor) -> Tensor:
+    """The same of [batch, parts, n]: the largest of each part, then of all."""
+    largest, places = scores.max(-1)
     part = largest.argmax(-1, keepdim=True)
-    return places.gather(-1, part).add(part, alpha=scores.shape[-1] // parts)[..., 0]
+    return places.gather(-1, part).add(part, alpha=scores.shape[-1])[..., 0]
+
+
+def _parted(scores: Tensor) -> Tensor:
+    """[batch, vocabulary] as [batch, parts, n], since torch has one program for a row on a GPU: as many as the largest
+    power of two that divides the vocabulary, up to a limit."""
+    size = scores.shape[-1]
+    parts = min(size & -size, _MOST_PARTS) if scores.is_cuda else 1
+    return scores.unflatten(-1, (parts, size // parts))
 
 
 def append_and_advance(
