@@ -102,6 +102,16 @@ def _set_data(weight: MXWeight, value: Tensor) -> None:
     )
 
 
+def _share_memory(weight: MXWeight) -> MXWeight:
+    for part in weight.parts:
+        part.share_memory_()
+    return weight
+
+
+def _is_shared(weight: MXWeight) -> bool:
+    return all(part.is_shared() for part in weight.parts)
+
+
 def _data_ptr(weight: MXWeight) -> int:
     return weight.elements.data_ptr()  # tells weights apart: accelerate looks for tied ones by it
 
@@ -145,6 +155,8 @@ HANDLERS.update(
         torch.transpose: _transpose,
         Tensor.transpose: _transpose,
         Tensor.data.__set__: _set_data,  # pyright: ignore[reportAttributeAccessIssue]
+        Tensor.share_memory_: _share_memory,
+        Tensor.is_shared: _is_shared,
         Tensor.data_ptr: _data_ptr,
         Tensor.storage: _without_storage,
         Tensor.numpy: _without_storage,

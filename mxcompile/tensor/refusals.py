@@ -39,3 +39,12 @@ def float_into(shape: Sequence[int], fmt: str) -> str:
         "quantize that again; to replace the weight by a float one, load_state_dict(..., assign=True), or assign an "
         "nn.Parameter to the module's attribute"
     )
+
+
+def forward_mode(shape: Sequence[int], fmt: str) -> str:
+    """For an input with a tangent, as torch.func.jvp gives it one."""
+    return (
+        f"forward-mode derivatives (torch.func.jvp and jacfwd, torch.autograd.forward_ad) do not pass an MXWeight "
+        f"({list(shape)}, {fmt}): take the reverse mode (torch.autograd.grad), or a float model with "
+        "weight.dequantize() in the place of the weight"
+    )

@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from mxcompile.errors import MXCompileError
 from mxcompile.formats import parse_format
@@ -31,7 +32,7 @@ from mxcompile.kernels.layout.rows_to_planes import (
 from mxcompile.numerics.hadamard import rotate_input
 from mxcompile.ops import DEQUANTIZE, MULTIPLY, QUANTIZE, QUANTIZE_DEQUANTIZE, ROTATE
 from mxcompile.tensor.layout import MXLayout
-from mxcompile.tensor.refusals import float_into, not_defined
+from mxcompile.tensor.refusals import float_into, forward_mode, not_defined
 from mxcompile.tensor.unfused import is_for_shapes, is_traced, needs_gradient, unfused_matmuls
 
 __all__ = ["MXLayout", "MXWeight", "unfused_matmuls"]
@@ -166,8 +167,13 @@ class MXWeight(Tensor):
         return rounded
 
     def transform(self, x: Tensor) -> Tensor:
-        """The input of a matmul with this weight, multiplied and rotated but not quantized."""
+        """The input of a matmul with this weight, multiplied and rotated but not quantized.
+
+        Raises MXCompileError for an input with a forward-mode derivative: the operators would drop it in silence.
+        """
         spec = self.layout_
+        if not is_traced(x) and unpack_dual(x).tangent is not None:
+            raise MXCompileError(forward_mode(self.shape, spec.format))
         if self.multiplier is not None:
             x = MULTIPLY(x, self.multiplier, str(spec.multiplier))
         return x if spec.rotation is None else ROTATE(x, spec.rotation)

@@ -324,6 +324,18 @@ def test_writers_of_float_files_are_told(rows, tmp_path):
             write()
 
 
+def test_in_shared_memory(rows, x):
+    """As models are given to worker processes."""
+    module = torch.nn.Linear(40, 24, bias=False)
+    module.weight = torch.nn.Parameter(pack(rows), requires_grad=False)
+    expected = module(x)
+    assert not module.weight.is_shared()
+    module.share_memory()
+    assert module.weight.is_shared()
+    assert all(part.is_shared() for part in module.weight.parts)
+    assert torch.equal(module(x), expected)
+
+
 # Gradients
 
 MATMULS = {
@@ -397,6 +409,15 @@ def test_an_adapter_in_front_and_beside_it_trains(rows, x):
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     assert offset.abs().min() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("form", ["linear", "matmul", "bmm"])
+def test_forward_mode_derivatives_are_refused(rows, x, form):
+    transposed, multiply = MATMULS[form]
+    weight = pack(rows, transposed=transposed)
+    with pytest.raises(MXCompileError, match=r"forward-mode derivatives .* do not pass an MXWeight .*\[.*reverse mode"):
+        torch.func.jvp(lambda value: multiply(value, weight), (x,), (torch.ones_like(x),))
 
 
 def test_a_weight_cannot_be_trained(rows):
