@@ -111,8 +111,6 @@ def quantize(
     recipe = _changed(recipe, bits, cache)
     check_destination(out, format)
     check_apart(out, resume=resume, dump=dump)
-    if dump is not None:
-        DumpFolder(dump)  # refuses a place before the model is loaded
     sources = calibration, calibration_text, calibration_length, calibration_like, calibration_self
     data = CalibrationOptions.parse(*sources)
     options = EvalOptions(model, None, recipe, text, length, windows, data, device, special_tokens)
@@ -151,6 +149,8 @@ def _compare_and_save(
     options: EvalOptions, recipe: str, resume: Path | None, dump: Path | None, saving: SaveOptions, as_json: bool
 ) -> None:
     """Quantize in memory, compare with the float model, and save the result if it is good enough."""
+    if dump is not None:
+        DumpFolder(dump)  # refuses a place before the model is loaded
     out, format, metric = saving.out, saving.format, saving.metric
     weights = weight_formats(as_pipeline(recipe))
     with interruption_explained(messages(), resume), launched_group(options.device) as own_device:
