@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mxcompile.formats import MXFP4, MXFP8_E4M3, MXINT4, MXINT6, MXINT8, MXFormat, activation_rule
 from mxcompile.kernels.triton import expert_sums, grouped_planes
-from mxcompile.kernels.triton.attention import append_packed, packed_attention
+from mxcompile.kernels.triton.attention import packed_attention
 from mxcompile.kernels.triton.expert_slices import Config
 from mxcompile.numerics.exact_tokens import ExactTokens
 from mxcompile.numerics.gates import Gate
@@ -119,7 +119,8 @@ def packed_attention_and_writes() -> None:
         exact_states = [ExactTokens(own, ring, ring[:, :, :3]) for own, ring in zip(new, newest, strict=True)]
         among = packed_attention.Exact(query.to(DEVICE), exact_states[0], exact_states[1], held, 5)
         packed_attention.attend(query.to(DEVICE), keys, values, None, 0.2, position=place, exact=among)
-        append_packed.append(query.to(DEVICE), new, (keys, values), (rule, rule), place, rotation)
+        token = packed_attention.Next(*new, (rule, rule), rotation)
+        packed_attention.attend(query.to(DEVICE), keys, values, None, 0.2, position=place, new=token)
 
 
 PARTS: Final[dict[str, Callable[[], None]]] = {

@@ -33,7 +33,7 @@ from mxcompile.kernels.triton import (
     quantize,
 )
 from mxcompile.kernels.triton import planes_linear as triton_planes
-from mxcompile.kernels.triton.attention import one_token, packed_attention
+from mxcompile.kernels.triton.attention import append_packed, one_token, packed_attention
 from mxcompile.kernels.triton.gates import gate_constants
 from mxcompile.numerics.gates import Gate
 from mxcompile.numerics.packed_attention import PackedStates
@@ -192,19 +192,20 @@ def attention_report(dtype: str, size: int, group: int, next_token: bool = False
 
 
 def packed_attention_report(
-    fmt: MXFormat, exact: tuple[int, int, int, int, bool] | None = None
+    fmt: MXFormat, exact: tuple[int, int, int, int, bool] | None = None, next_token: bool = False
 ) -> tuple[Report, one_token.Config]:
     """triton/attention/packed_attention.py for Llama-3-8B's heads and 32768 tokens, with a mask, and its own config.
 
-    exact: `EXACT` of the kernel."""
+    exact: `EXACT` of the kernel. next_token: with RoPE, the writes to the cache, and rounding of the result."""
     sizes = (fmt.blocks(128) * fmt.block_bytes, fmt.blocks(128))
     parts = [torch.empty(0, 8, 32768, size, dtype=torch.uint8) for size in sizes]
     states = PackedStates(*parts, fmt, 128)
     config = packed_attention.config_for(32768, 8, states, states, True)
     constants = packed_attention.constants(fmt, fmt, (128, 128), (8, 4, 1), config, (True, True))
     constants |= {"MASK": "bool", "MASK_OF_ROWS": False, "UP_TO_POSITION": True, "INTERPRETED": False}
-    constants |= {"EXACT": exact}
-    constants |= quantize.rounding_constants(None, torch.bfloat16)
+    written = append_packed.append_constants(fmt, 128, ScaleRule.FLOOR, torch.bfloat16)
+    constants |= {"EXACT": exact, "ROTATE": next_token, "NEW": (written, written) if next_token else None}
+    constants |= quantize.rounding_constants((MXINT8, ScaleRule.FLOOR) if next_token else None, torch.bfloat16)
     types: dict[str, Any] = {
         "query": "*bf16",
         "result": "*bf16",
@@ -214,6 +215,7 @@ def packed_attention_report(
         "position": "*i64",
     }
     types |= {"states": ("*i16", "*i32", "*i16", "*i32"), "scale": "fp32", "query_strides": ("i32",) * 3}
+    types |= {"new": ("*bf16",) * 4, "new_strides": ("i32",) * 6}
     types |= {"exact": (*("*bf16",) * 7, "*i64"), "exact_strides": ("i32",) * 21}
     types |= {"strides": ("i32",) * 8 + ("i32", "constexpr") * 2, "mask_strides": ("i32", "i32", "i32", "constexpr")}
     compiled = _compiled(packed_attention.attend_packed_kernel, constants, types, one_token.options(config))

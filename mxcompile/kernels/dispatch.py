@@ -272,16 +272,15 @@ def attend_packed_next(
     scale: float,
     rounding: tuple[MXFormat, ScaleRule] | None,
 ) -> Tensor:
-    """`append_packed` and `attend_packed` of `numerics/packed_attention.py`, two launches on a GPU; the result is then
+    """`append_packed` and `attend_packed` of `numerics/packed_attention.py`, one launch on a GPU; the result is then
     quantized and dequantized. Tokens after `position` are not read, so that room to spare costs no time."""
-    append = _triton("triton.attention.append_packed", query)
-    pairs = zip(states, rules, strict=True)
-    if append is not None and all(append.supports(query, side, rule) is None for side, rule in pairs):
-        query = append.append(query, new, states, rules, position, rotation)
-    else:
-        query = packed_attention.append_packed(query, new, states, rules, position, rotation)
-    if why_no_packed_attention(query, *states, mask, rounding) is None:
-        kernel: Any = _triton("triton.attention.packed_attention", query)
+    runs = why_no_packed_attention(query, *states, mask, rounding) is None
+    kernel: Any = _triton("triton.attention.packed_attention", query) if runs else None
+    if runs and kernel.why_not_written(query, new, states, rules, rotation) is None:
+        token = kernel.Next(*new, rules, rotation)
+        return kernel.attend(query, *states, mask, scale, None, rounding, position, new=token)
+    query = packed_attention.append_packed(query, new, states, rules, position, rotation)
+    if runs:
         return kernel.attend(query, *states, mask, scale, None, rounding, position)
     y = packed_attention.attend_packed(query, *states, mask, scale, position)
     return y if rounding is None else quantize_dequantize(y, *rounding)

@@ -82,3 +82,17 @@ def test_what_was_dropped():
     measured = *map(masked.get, order), *map(plain.get, order)
     said = "{:.1f}, {:.1f} and {:.1f}, more than before; {:.1f}, {:.1f} and {:.1f} without a mask."
     assert said.format(*measured) in text
+
+
+def test_a_step_in_one_launch():
+    text = " ".join(page("docs/kernels.md").split())
+    rows = [row for row in results("cache-attention-h200.jsonl") if row.get("run") == "one launch"]
+    us = {(row["launches"], row["parts_at_once"], row["tokens"]): row["us"] for row in rows}
+    pairs = [(us[1, at_once, tokens], us[2, 32, tokens]) for tokens, at_once in ((32768, 33), (8192, 33), (2048, 17))]
+    long, middle, short = (f"{new:.1f} in place of {old:.1f}" for new, old in pairs)
+    assert f"Measured: {long} us, {middle} for 8192 and {short} for 2048" in text
+    more, long, short = (f"{us[2, 33, tokens]:.1f}" for tokens in (32840, 32768, 2048))
+    old = [us[2, 32, tokens] for tokens in (32840, 32768, 2048)]
+    assert f"32840 tokens take {more} us in place of {old[0]:.1f} in MXINT8" in text
+    assert f"but 32768 {long} in place of {old[1]:.1f} and 2048 {short} in place of {old[2]:.1f}" in text
+    assert f"In one launch 32840 take {us[1, 33, 32840]:.1f}." in text

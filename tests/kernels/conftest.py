@@ -86,7 +86,6 @@ def interpreted() -> Iterator[SimpleNamespace]:
             "packed_attention",
             "packed_attention_kernel",
             "packed_states",
-            "append_packed",
         )
         others = {name: copies[name] for name in names}
         yield SimpleNamespace(linear=linear, planes=copies["planes_linear"], quantize=quantize, larger=larger, **others)

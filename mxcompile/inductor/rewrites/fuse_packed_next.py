@@ -1,9 +1,9 @@
 """cache[place] = quantize(rope(k)), quantize(v); round(attend_packed(rope(q), cache)) -> mx::attend_packed_next.
 
-The step of one token in a static cache of packed keys and values, on a GPU in two launches: the first rotates query and
-key (RoPE on halves), rounds key and value and writes their bytes and scales; the second attends, and rounds its result
-for the matmul after it. What a model does otherwise is left out, as in `fuse_next_token.py`: the operator also writes
-where the graph has functional writes and copies their results back at the end.
+The step of one token in a static cache of packed keys and values, on a GPU in one launch: it rotates query and key
+(RoPE on halves), rounds key and value, writes their bytes and scales, attends, and rounds its result for the matmul
+after it. What a model does otherwise is left out, as in `fuse_next_token.py`: the operator also writes where the graph
+has functional writes and copies their results back at the end.
 """
 
 import operator

@@ -31,7 +31,7 @@ from mxcompile.kernels.triton.elements import FLOAT_DTYPES, starts_early, unsupp
 from mxcompile.kernels.triton.launches import launch
 from mxcompile.kernels.triton.quantize import Rounding, rounding_constants, why_not_rounded
 
-MOST_COMBINED: Final = 32
+MOST_COMBINED: Final = 33
 """Parts whose partial results are loaded at a time, at most."""
 _ROWS: Final = 16
 _TARGET_PROGRAMS: Final = 264

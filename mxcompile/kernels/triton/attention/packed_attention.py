@@ -20,8 +20,9 @@ import triton
 from torch import Tensor
 
 from mxcompile.errors import MXCompileError
-from mxcompile.formats import MXFormat, why_no_kernel
+from mxcompile.formats import MXFormat, ScaleRule, why_no_kernel
 from mxcompile.kernels.triton import split_k_counters
+from mxcompile.kernels.triton.attention.append_packed import append_constants
 from mxcompile.kernels.triton.attention.one_token import MOST_COMBINED, Config, options, scratch_of
 from mxcompile.kernels.triton.attention.packed_attention_kernel import attend_packed_kernel
 from mxcompile.kernels.triton.attention.packed_states import plane_constants
@@ -35,7 +36,8 @@ _MOST_ROWS: Final = 64
 _MAX_HEAD_SIZE: Final = 256
 _TARGET_PROGRAMS: Final = 264
 """Two per multiprocessor of an H100 or H200, as many as registers allow."""
-_MAX_COMBINED_VALUES: Final = 16384
+_MAX_COMBINED_VALUES: Final = MOST_COMBINED * 512
+"""Partial sums that a program holds in registers while it combines parts: those of four heads of 128."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,29 @@ class Exact:
         return self.keys.own, self.values.own
 
 
+@dataclass(frozen=True)
+class Next:
+    """Key and value of the query's token, `[batch, kv_heads, 1, size]`, which are rounded by these rules and written at
+    its position. rotation: cos and sin `[batch or 1, 1, 1, size]`, for query and key."""
+
+    key: Tensor
+    value: Tensor
+    rules: tuple[ScaleRule, ScaleRule]
+    rotation: tuple[Tensor, Tensor] | None
+
+    def arguments(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Key, value, cos and sin; and the kernel's strides of these."""
+        parts = (self.key, self.value, *((self.key, self.key) if self.rotation is None else self.rotation))
+        key, value, cos, sin = tensors = tuple(part if part.stride(3) == 1 else part.contiguous() for part in parts)
+        steps = (0 if self.rotation is None or part.shape[0] == 1 else part.stride(0) for part in (cos, sin))
+        return tensors, (*key.stride()[:2], *value.stride()[:2], *steps)
+
+    def constants(self, states: tuple[PackedStates, PackedStates]) -> tuple[Any, ...]:
+        """`NEW` of the kernel."""
+        sides = zip(states, self.rules, strict=True)
+        return tuple(append_constants(side.fmt, side.size, rule, self.key.dtype) for side, rule in sides)
+
+
 def supports(
     query: Tensor, keys: PackedStates, values: PackedStates, mask: Tensor | None, rounding: Rounding | None = None
 ) -> str | None:
@@ -89,6 +114,23 @@ def supports(
     return reason or unsupported_device(query)
 
 
+def why_not_written(
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    states: tuple[PackedStates, PackedStates],
+    rules: tuple[ScaleRule, ScaleRule],
+    rotation: tuple[Tensor, Tensor] | None,
+) -> str | None:
+    """None if `attend` writes a new token to such states, else the reason."""
+    if ScaleRule.MSE in rules:
+        return "scale rule mse searches exponents, which the kernel does not do"
+    if any(part.dtype != query.dtype for part in (*new, *(rotation or ()))):
+        return f"key, value, cos and sin must be {query.dtype}, as the query is"
+    if not all(map(_is_written_in_place, states)):
+        return "rows of the cache are not aligned"
+    return None
+
+
 def attend(
     query: Tensor,
     keys: PackedStates,
@@ -99,12 +141,16 @@ def attend(
     rounding: Rounding | None = None,
     position: Tensor | None = None,
     exact: Exact | None = None,
+    new: Next | None = None,
 ) -> Tensor:
     """See `numerics.packed_attention.attend_packed`. Any strides; rows that are not contiguous are copied.
 
-    rounding: of the result. position: later tokens are not read. exact: what is read otherwise, up to a position.
+    rounding: of the result. position: later tokens are not read. exact: what is read otherwise, up to a position. new:
+    what is first written to keys and values, at that position, in place.
     """
     _check(query, keys, values, position, exact)
+    if new is not None:
+        _check_next(query, (keys, values), position, new)
     (batch, heads, queries, _), (kv_heads, tokens) = query.shape, keys.elements.shape[1:3]
     result = torch.empty((batch, heads, queries, values.size), dtype=query.dtype, device=query.device)
     if result.numel() == 0:
@@ -113,7 +159,7 @@ def attend(
     if max(rows[1:]) > _MOST_ROWS:
         raise MXCompileError(f"{queries} queries of {heads // kv_heads} heads are too many rows for one program")
     programs = batch * kv_heads
-    config = config or config_for(tokens, programs, keys, values, starts_early(query))
+    config = config or config_for(tokens, programs, keys, values, starts_early(query), int(exact is not None))
     counters = split_k_counters.stream_counters(query.device, programs) if query.is_cuda else None
     counters = torch.zeros(programs, dtype=torch.int32, device=query.device) if counters is None else counters
     query = query if query.stride(3) == 1 else query.contiguous()
@@ -121,6 +167,7 @@ def attend(
     tensors = [part for states in (keys, values) for part in (_words(states), _scales(states))]
     parts = config.splits + (exact is not None)
     scratch = scratch_of(query, programs * parts, rows[0], values.size)
+    token, token_strides = ((query,) * 4, (0,) * 6) if new is None else new.arguments()
     others = [query] * 7 if exact is None else exact.tensors
     launch(
         attend_packed_kernel,
@@ -128,6 +175,7 @@ def attend(
         query,
         tuple(tensors),
         query if position is None else position,
+        token,
         (*others, query if exact is None else exact.held),
         query if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
         result,
@@ -135,12 +183,14 @@ def attend(
         counters,
         scale,
         tokens,
-        -(-tokens // (config.splits * config.block)),
         query.stride()[:3],
         tuple(part.stride(i) for i in range(3) for part in tensors),
+        token_strides,
         tuple(stride for part in others for stride in part.stride()[:3]),
         (0, 0, 0, 0) if mask is None else mask.stride(),
         UP_TO_POSITION=position is not None,
+        NEW=None if new is None else new.constants((keys, values)),
+        ROTATE=new is not None and new.rotation is not None,
         EXACT=None if exact is None else exact.constants(others),
         MASK="" if mask is None else "bool" if mask.dtype == torch.bool else "float",
         MASK_OF_ROWS=mask is not None and any(mask.stride(i) for i in (1, 2)),
@@ -171,14 +221,34 @@ def _check(
         check_exact((*states.elements.shape[:3], states.size), part, exact.held)
 
 
-def config_for(tokens: int, programs: int, keys: PackedStates, values: PackedStates, dependent: bool) -> Config:
+def _check_next(query: Tensor, states: tuple[PackedStates, PackedStates], position: Tensor | None, new: Next) -> None:
+    """Shapes that disagree would make the kernel write out of bounds; and what is written must be the cache itself."""
+    for part, side in zip((new.key, new.value), states, strict=True):
+        fits = part.shape == (*side.elements.shape[:2], 1, side.size) and part.dtype == query.dtype
+        if not fits or not _is_written_in_place(side):
+            raise MXCompileError(f"a new token's {[*part.shape]} cannot be written to {[*side.elements.shape]}")
+    sizes = [(n, 1, 1, query.shape[3]) for n in (1, query.shape[0])]
+    if query.shape[2] != 1 or position is None or position.numel() != 1:
+        raise MXCompileError("a new token has one query and one position")
+    if any(part.shape not in sizes for part in new.rotation or ()):
+        raise MXCompileError(f"cos and sin of {[*query.shape]} are {sizes[0]} or {sizes[1]}")
+
+
+def _is_written_in_place(side: PackedStates) -> bool:
+    pairs = ((side.elements, _words(side)), (side.scales, _scales(side)))
+    return all(part.data_ptr() == read.data_ptr() for part, read in pairs)
+
+
+def config_for(
+    tokens: int, programs: int, keys: PackedStates, values: PackedStates, dependent: bool, others: int = 0
+) -> Config:
     """Measured for Llama-3-8B's heads: as many programs as run concurrently, with equal numbers of blocks.
 
-    programs: batch entries times KV heads.
+    programs: batch entries times KV heads. others: further programs of each, for exact tokens.
     """
     block, stages = (128, 3) if max(keys.fmt.bits, values.fmt.bits) == 4 else (64, 3)
     blocks = max(1, -(-tokens // block))
-    per_split = -(-blocks // max(1, _TARGET_PROGRAMS // programs))
+    per_split = -(-blocks // max(1, _TARGET_PROGRAMS // programs - others))
     return Config(-(-blocks // per_split), block, 4, stages, dependent)
 
 
@@ -214,9 +284,14 @@ def constants(
         "ROWS": rows,
         "BLOCK": config.block,
         "SLICES": max(1, min(config.warps, config.block // 16)),
-        "CHUNK": max(1, min(MOST_COMBINED, _MAX_COMBINED_VALUES // (rows[0] * lanes))),
+        "CHUNK": max(1, min(_combined(config.splits + 1), _MAX_COMBINED_VALUES // (rows[0] * lanes))),
         "DEPENDENT": config.dependent,
     }
+
+
+def _combined(parts: int) -> int:
+    """How many parts to load at a time: few sizes, or each would be a kernel of its own."""
+    return next(size for size in (8, 17, MOST_COMBINED) if size >= min(parts, MOST_COMBINED))
 
 
 def _rows(query: Tensor, keys: PackedStates, values: PackedStates) -> tuple[int, int, int]:
