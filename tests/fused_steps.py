@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch._inductor.utils import fresh_cache
+from compiled_anew import graphs_compiled_anew
 
 from mxcompile.inductor import backend
 from mxcompile.inductor.rewrites import (
@@ -49,6 +49,6 @@ def compiled(function: Callable[..., Any], *args: Any, on_a_gpu: bool = True) ->
     """(result, targets of the rewritten graph). Arguments that the function writes to are written to."""
     fuse = Recorded()
     torch._dynamo.reset()
-    with fresh_cache(), as_on_a_gpu() if on_a_gpu else nullcontext(), torch.no_grad():
+    with graphs_compiled_anew(), as_on_a_gpu() if on_a_gpu else nullcontext(), torch.no_grad():
         result = torch.compile(function, options=backend.compile_options(fuse), fullgraph=True)(*args)
     return result, fuse.calls

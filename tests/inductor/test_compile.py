@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from compiled_anew import graphs_compiled_anew
 from models import build, inputs, output
 from torch import nn
 from torch._inductor import codecache, cpu_vec_isa
@@ -37,11 +38,9 @@ def deployed(name, recipe="w4a8-mxint-quick"):
 
 @contextmanager
 def watching():
-    """The fusion results of everything that is compiled here, without Inductor's caches."""
-    from torch._inductor.utils import fresh_cache
-
+    """The fusion results of everything that is compiled here."""
     fuse = backend.FuseMX()
-    with pytest.MonkeyPatch.context() as patch, fresh_cache():
+    with pytest.MonkeyPatch.context() as patch, graphs_compiled_anew():
         patch.setattr(backend, "FuseMX", lambda: fuse)
         yield fuse.results
 

@@ -9,6 +9,7 @@ import copy
 
 import pytest
 import torch
+from compiled_anew import graphs_compiled_anew
 from models import inputs, llama
 
 import mxcompile
@@ -59,15 +60,13 @@ def compiled_both_ways(model, ids, monkeypatch, **options):
     ],
 )
 def test_the_ways_differ_by_roundings_alone(device, recipe, monkeypatch):
-    from torch._inductor.utils import fresh_cache
-
     ids = inputs("llama")["input_ids"]
     model = llama(LAYERS).bfloat16()
     model = mxcompile.quantize_and_compile(model, {"input_ids": ids}, recipe=recipe, compile=False)
     expected = logits(copy.deepcopy(model).float(), ids)
     model, ids = model.to(device), ids.to(device)
     uncompiled = error(logits(model, ids), expected)
-    with fresh_cache():
+    with graphs_compiled_anew():
         once, whole = compiled_both_ways(model, ids, monkeypatch, emulate_precision_casts=True)
         assert torch.equal(once, whole)
         once, whole = (error(way, expected) for way in compiled_both_ways(model, ids, monkeypatch))
