@@ -48,9 +48,10 @@ _MODULES = (
     "attention.packed_states",
     "attention.exact_tokens",
     "attention.packed_queries",
+    "attention.append_packed",
+    "attention.packed_start",
     "attention.packed_attention_kernel",
     "attention.packed_attention",
-    "attention.append_packed",
 )
 
 

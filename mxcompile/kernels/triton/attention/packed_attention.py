@@ -148,25 +148,18 @@ def attend(
     rounding: of the result. position: later tokens are not read. exact: what is read otherwise, up to a position. new:
     what is first written to keys and values, at that position, in place.
     """
-    _check(query, keys, values, position, exact)
-    if new is not None:
-        _check_next(query, (keys, values), position, new)
+    _check(query, keys, values, position, exact, new)
     (batch, heads, queries, _), (kv_heads, tokens) = query.shape, keys.elements.shape[1:3]
     result = torch.empty((batch, heads, queries, values.size), dtype=query.dtype, device=query.device)
     if result.numel() == 0:
         return result
     rows = _rows(query, keys, values)
-    if max(rows[1:]) > _MOST_ROWS:
-        raise MXCompileError(f"{queries} queries of {heads // kv_heads} heads are too many rows for one program")
     programs = batch * kv_heads
     config = config or config_for(tokens, programs, keys, values, starts_early(query), int(exact is not None))
-    counters = split_k_counters.stream_counters(query.device, programs) if query.is_cuda else None
-    counters = torch.zeros(programs, dtype=torch.int32, device=query.device) if counters is None else counters
     query = query if query.stride(3) == 1 else query.contiguous()
     mask = None if mask is None else mask.expand(batch, heads, queries, tokens)
     tensors = [part for states in (keys, values) for part in (_words(states), _scales(states))]
     parts = config.splits + (exact is not None)
-    scratch = scratch_of(query, programs * parts, rows[0], values.size)
     token, token_strides = ((query,) * 4, (0,) * 6) if new is None else new.arguments()
     others = [query] * 7 if exact is None else exact.tensors
     launch(
@@ -179,8 +172,8 @@ def attend(
         (*others, query if exact is None else exact.held),
         query if mask is None else mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
         result,
-        scratch,
-        counters,
+        scratch_of(query, programs * parts, rows[0], values.size),
+        _counters(query.device, programs),
         scale,
         tokens,
         query.stride()[:3],
@@ -209,10 +202,24 @@ def attend(
     return result
 
 
+def _counters(device: torch.device, programs: int) -> Tensor:
+    counters = split_k_counters.stream_counters(device, programs) if device.type == "cuda" else None
+    return torch.zeros(programs, dtype=torch.int32, device=device) if counters is None else counters
+
+
 def _check(
-    query: Tensor, keys: PackedStates, values: PackedStates, position: Tensor | None, exact: Exact | None
+    query: Tensor,
+    keys: PackedStates,
+    values: PackedStates,
+    position: Tensor | None,
+    exact: Exact | None,
+    new: Next | None,
 ) -> None:
     check_shapes(query, keys, values)
+    if max(_rows(query, keys, values)[1:]) > _MOST_ROWS:
+        raise MXCompileError(f"{[*query.shape]} queries are too many rows for one program")
+    if new is not None:
+        _check_next(query, (keys, values), position, new)
     if exact is None:
         return
     if position is None or query.shape[2] != 1 or exact.query.shape != query.shape:

@@ -18,19 +18,17 @@ element: it is taken off the scores, where it is a constant of a query.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mxcompile.kernels.triton.attention.append_packed import append_state
-from mxcompile.kernels.triton.attention.exact_tokens import count_newest, store_exact_partial
+from mxcompile.kernels.triton.attention.exact_tokens import store_exact_partial
 from mxcompile.kernels.triton.attention.one_token_kernel import (
     FLOAT32_LOWEST,
     combine_partials,
     multiply,
     partial_pointers,
-    prefetch,
     store_rows,
 )
-from mxcompile.kernels.triton.attention.packed_queries import load_queries, queries, surplus
+from mxcompile.kernels.triton.attention.packed_queries import queries, surplus
+from mxcompile.kernels.triton.attention.packed_start import begin
 from mxcompile.kernels.triton.attention.packed_states import element_of, load_words, plane_of
 from mxcompile.kernels.triton.elements import arrives_last, narrow, widen
 from mxcompile.kernels.triton.reductions import maximum, plus
@@ -168,38 +166,6 @@ def _add_values(weights, words, acc, rescale, VALUE: tl.constexpr, INTERPRETED: 
 
 
 @triton.jit
-def _wait_for_previous_kernel(
-    states, strides, mask, mask_strides, first, tokens, BLOCK: tl.constexpr, MASK: tl.constexpr
-):
-    """Prefetch the first two blocks into L2, of which the previous kernel writes one token at most, and wait for it."""
-    token = tl.minimum(first + tl.arange(0, 2 * BLOCK), tokens - 1).to(tl.int64)
-    for part in tl.static_range(4):
-        prefetch(states[part] + token * strides[part])
-    if MASK != "":
-        prefetch(mask + token * mask_strides[3])
-    gdc_wait()
-
-
-@triton.jit
-def _append(new, rotation, states, strides, place, tokens, NEW: tl.constexpr, ROTATE: tl.constexpr):
-    """Round the new token's key and value, and write them to their place; nothing where that is outside. new: pointers
-    to those of a head."""
-    inside = ((place + tl.arange(0, 1) >= 0) & (place + tl.arange(0, 1) < tokens))[:, None]
-    keys, key_scales = _bytes(states[0] + place * strides[0]), _bytes(states[1] + place * strides[1])
-    values, value_scales = _bytes(states[2] + place * strides[2]), _bytes(states[3] + place * strides[3])
-    KEY: tl.constexpr = tl.constexpr(NEW[0])
-    VALUE: tl.constexpr = tl.constexpr(NEW[1])
-    append_state(new[0], rotation, keys, key_scales, inside, KEY, ROTATE)
-    append_state(new[1], rotation, values, value_scales, inside, VALUE, False)
-    tl.debug_barrier()  # the writes are read below
-
-
-@triton.jit
-def _bytes(pointer):
-    return pointer.to(tl.int64).to(tl.pointer_type(tl.uint8))
-
-
-@triton.jit
 def _scores(planes, surplus, words, scales, KEY: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr):
     """Products of queries and keys, `[slices, query rows, tokens]`, from those of blocks times their scales."""
     words = (tl.trans(words[0], (0, 2, 1)), tl.trans(words[1], (0, 2, 1)), tl.trans(words[2], (0, 2, 1)))
@@ -314,28 +280,14 @@ def _attend_to_blocks(
 
 @triton.jit
 def _states_of_head(states, strides, batch, kv_head):
-    """Pointers to those of a KV head. strides: over batch entries, then over heads."""
-    return (
+    """Pointers to those of a KV head, and their strides over tokens. strides: over batch entries, heads and tokens."""
+    pointers = (
         states[0] + batch * strides[0] + kv_head * strides[4],
         states[1] + batch * strides[1] + kv_head * strides[5],
         states[2] + batch * strides[2] + kv_head * strides[6],
         states[3] + batch * strides[3] + kv_head * strides[7],
     )
-
-
-@triton.jit
-def _blocks_of_program(tokens, BLOCK: tl.constexpr, EXACT: tl.constexpr):
-    """The blocks of packed tokens that are this program's: as many as others have, or fewer at the end."""
-    parts = tl.num_programs(1) if EXACT is None else tl.num_programs(1) - 1
-    blocks = (tokens + BLOCK - 1) // BLOCK
-    share = (blocks + parts - 1) // parts
-    return tl.program_id(1) * share, tl.minimum(tl.program_id(1) * share + share, blocks)
-
-
-@triton.jit
-def _up_to(position, tokens):
-    """How many tokens there are up to a position, which may be outside."""
-    return tl.minimum(tokens, tl.maximum(position.to(tl.int32), 0) + 1)
+    return pointers, (strides[8], strides[9], strides[10], strides[11])
 
 
 @triton.jit(do_not_specialize=["scale", "tokens"])
@@ -379,40 +331,18 @@ def attend_packed_kernel(
     states: words of keys, their scales, words of values, their scales. KEY, VALUE: see `packed_attention.constants`.
     SIZES: of a key, of a value, and of both as powers of two, that of a value first. HEADS: KV heads, query heads that
     share one, queries. ROWS: query rows, as a power of two; and those of keys and of values, times their blocks. new:
-    key and value of the query's token, cos and sin. new_strides: of the first two over batch entries and heads, of the
-    others over batch entries. NEW: of `append_packed.append_constants` for both, or None; the program of the last block
-    writes them before it reads the block. exact, EXACT: of what the last program attends to; see `exact_tokens.py`.
+    see `packed_attention.Next`. exact, EXACT: of what the last program attends to; see `exact_tokens.py`.
     """
     batch, kv_head = (tl.program_id(0) // HEADS[0]).to(tl.int64), (tl.program_id(0) % HEADS[0]).to(tl.int64)
-    states = _states_of_head(states, strides, batch, kv_head)
-    strides = (strides[8], strides[9], strides[10], strides[11])
+    states, strides = _states_of_head(states, strides, batch, kv_head)
     mask += batch * mask_strides[0]
-    room, newest = tokens, 0
-    if DEPENDENT:
-        gdc_launch_dependents()
-        # The previous kernel may write the position: what is prefetched may be a token late.
-        tokens = _up_to(tl.load(position), room) if UP_TO_POSITION else room
-        first = _blocks_of_program(tokens, BLOCK, EXACT)[0] * BLOCK
-        _wait_for_previous_kernel(states, strides, mask, mask_strides, first, room, BLOCK, MASK)
-    place = tl.load(position) if UP_TO_POSITION else room - 1
-    query += batch * query_strides[0] + kv_head * HEADS[1] * query_strides[1]
-    rotation = (new[2] + batch * new_strides[4], new[3] + batch * new_strides[5])
-    loaded = load_queries(query, query_strides, rotation, SIZES, HEADS, ROWS, KEY, ROTATE, INTERPRETED)
-    tokens = _up_to(place, room) if UP_TO_POSITION else room
-    last = tokens - 1
-    if EXACT is not None:
-        newest = count_newest(exact[7], last, EXACT)
-        tokens = last - newest if EXACT[0] > 0 else tokens
-    blocks = _blocks_of_program(tokens, BLOCK, EXACT)
-    if NEW is not None and (blocks[0] * BLOCK <= last) & (blocks[1] * BLOCK > last):
-        token = (
-            new[0] + batch * new_strides[0] + kv_head * new_strides[1],
-            new[1] + batch * new_strides[2] + kv_head * new_strides[3],
-        )
-        _append(token, rotation, states, strides, place.to(tl.int64), room, NEW, ROTATE)
+    # fmt: off
+    loaded, tokens, blocks, last, newest = begin(
+        query, states, position, new, exact[7], mask, tokens, batch, kv_head, query_strides, strides, new_strides,
+        mask_strides, KEY, SIZES, HEADS, ROWS, BLOCK, UP_TO_POSITION, NEW, ROTATE, EXACT, MASK, DEPENDENT, INTERPRETED,
+    )
     row = tl.arange(0, ROWS[0])
     rows = (kv_head.to(tl.int32) * HEADS[1] + row % HEADS[1], row // HEADS[1], row < HEADS[1] * HEADS[2])
-    # fmt: off
     if EXACT is not None and tl.program_id(1) == tl.num_programs(1) - 1:
         store_exact_partial(
             scratch, exact, exact_strides, batch, kv_head, mask, mask_strides, scale, last, newest,
