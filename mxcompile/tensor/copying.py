@@ -5,17 +5,20 @@ the original's tensors, so it gets new closure cells, defaults and globals here.
 """
 
 import copy
+import random
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from types import BuiltinFunctionType, CellType, FunctionType
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from mxcompile.errors import InputError
 from mxcompile.tensor.reachable import function_parts, globals_read, reachable, storage_names, storages
 
 M = TypeVar("M", bound=nn.Module)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _REFUSAL = "this {} cannot be copied, and mxcompile works on copies"
 
 
@@ -112,7 +115,11 @@ def _holds_tensors(function: FunctionType, own: set[int]) -> bool:
 
 
 def _may_collect(function: FunctionType) -> bool:
-    """Whether a function closes over something that it may change or assign, and everything there can be copied."""
+    """Whether a function closes over something that it may change or assign, and everything there can be copied.
+
+    A generator of random numbers is not meant: a copy would draw in the trace what the model draws next, and would
+    hide that the model is not deterministic.
+    """
     contents: list[Any] = []
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # not yet assigned
@@ -121,7 +128,8 @@ def _may_collect(function: FunctionType) -> bool:
         copies = copy.deepcopy(contents)
     except Exception:  # whatever a class of the user raises
         return False
-    return any(value is None or made is not value for value, made in zip(contents, copies, strict=True))
+    changeable = (value for value, made in zip(contents, copies, strict=True) if value is None or made is not value)
+    return not all(isinstance(value, _GENERATORS) for value in changeable)
 
 
 def _without_contents(function: FunctionType, cells: dict[int, CellType]) -> FunctionType:
