@@ -124,6 +124,18 @@ def test_the_tokens_a_second_without_avx512():
     assert f"A generated token takes {ours['token_cpu_ms']} and {plain['token_cpu_ms']} ms of CPU time" in text
 
 
+def test_the_tokens_a_second_beside_processes_that_compute():
+    rows = {(row["way"], row.get("spinning", 0)): row for row in results("decode-busy.jsonl")}
+    text = page("docs/benchmarks.md")
+    for beside in (0, 4, 8):
+        ours, plain = rows["w4a8-mxint-quick", beside], rows["float eager", beside]
+        cells = [
+            f"{plain[kind]:.{digits}f} | {ours[kind]:.{digits}f} ({ours[kind] / plain[kind]:.1f} x)"
+            for kind, digits in (("decode", 1), ("prefill", 0))
+        ]
+        assert f"| {beside} | {' | '.join(cells)} |" in text
+
+
 def test_a_whole_model_on_an_h200():
     rows = {(row["recipe"], row["batch"]): row for row in results("decode-h200.jsonl")}
     text, ours = page("docs/benchmarks.md"), "w4a8-mxint-quick, head mxint8"
