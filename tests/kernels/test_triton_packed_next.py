@@ -55,12 +55,13 @@ def test_the_step_is_that_of_the_definition(
     states = [packed(random(batch, kv_heads, 70, size), each) for each in (fmt, MXINT8)]
     rules = (activation_rule(fmt), ScaleRule.FLOOR)
     mask, at = torch.rand(batch, 1, 1, 70, generator=generator) < 0.8, torch.tensor([place])
-    for rotation in ((angles.cos().bfloat16(), angles.sin().bfloat16()), None):
+    rotated = angles.cos().bfloat16(), angles.sin().bfloat16()
+    for rotation, all_splits in ((rotated, (1, 3)), (None, (3,))):
         expected = [copied(side) for side in states]
         turned = definition.append_packed(query, (key, value), (expected[0], expected[1]), rules, at, rotation)
         assert rotation is None or torch.equal(turned, rotate(query, *rotation))
         assert kernel.why_not_written(query, (key, value), states, rules, rotation) is None
-        for splits in (1, 3):
+        for splits in all_splits:
             held = [copied(side) for side in states]
             new = kernel.Next(key, value, rules, rotation)
             y = kernel.attend(query, *held, mask, 0.2, config(splits, 32), ROUNDING, at, new=new)
